@@ -1,0 +1,5063 @@
+#!/usr/bin/env python3
+"""joborch: one file that turns any machine into a job server or a compute client.
+
+A web site takes uploads from people; joborch stands between the site and the machines that compute. The *server* queues
+jobs, holds a quota for each user and service, sends the files to a client, fetches the result, keeps it and hands it out
+as a ZIP. The *client* runs `run.sh` in a folder of its own. The way of the data:
+
+    curl ── POST /upload ──▶ files, row (Queued)                                  ┌──────── client ────────┐
+                                   │ send: claim (Processing)                     │                        │
+                                   └──────────── POST /submit ───────────────────▶│ files, row (Prepared)  │
+                                                                                  │   │ run: wrapper, mark │
+                             row (Submitted, Running) ◀─── GET /events ───────────│ row (Running)          │
+                                   │                                              │   │ exit.json          │
+                                   │ get, fetch: GET /retrieve, digest, rename ◀──│ row (Completed)        │
+                                   ▼                                              └────────────────────────┘
+    curl ◀─ GET /download ── row (Completed), result.zip ──▶ clean, 48 h after the end (Cleaned)
+
+Files are written before rows, rows before answers. What a crash leaves between two of these is swept at the next start,
+or done again harmlessly. Threads meet only in the Store and in wake-up calls; a tick reads what the Store says and moves
+it on, may run at any time, twice, or after a crash.
+
+The module is read from top to bottom; every section uses only what stands above it:
+
+     1. Vocabulary          7. Executors       13. HTTP
+     2. Configuration       8. Links           14. Server routes
+     3. States              9. Scheduling      15. Client routes
+     4. Files              10. Loops           16. Page and documents
+     5. Statements         11. Server          17. Commands
+     6. Store              12. Client
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import errno
+import fcntl
+import functools
+import hashlib
+import hmac
+import importlib.util
+import io
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zipfile
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from random import uniform
+from typing import IO, TYPE_CHECKING, Any, Callable, Optional, Protocol, TypeVar, cast
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+
+if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
+    import bottle
+    import requests
+
+__version__ = "0.1.0"
+
+# == 1. Vocabulary ==  Every word and number that several sections share, each with its unit in its name.
+
+CHUNK_BYTES = 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+FIELD_LIMIT_BYTES = 64 * KIB  # a text field of a form
+PARTS_LIMIT = 20_000  # parts of a form
+PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
+NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
+MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
+WAIT_LIMIT_S = 60.0  # the longest `?wait=`
+EVENTS_WAIT_S = 25.0  # a long poll of a client; below the time-outs of common proxies
+EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: most no-op jobs have ended by then
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
+SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
+PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
+WORKER_THREADS = 4
+JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
+EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
+DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
+
+log = logging.getLogger("joborch")
+T = TypeVar("T")
+
+
+class JoborchError(Exception):
+    """What went wrong, as one sentence for a person: the thing, the fact, the remedy."""
+
+
+class ConfigError(JoborchError):
+    """A setting that cannot be used; the program stops with exit status 2."""
+
+
+class StorageError(JoborchError):
+    """The database or the disk cannot be written now; callers get 503 and try again."""
+
+
+class IllegalMove(JoborchError):
+    """A status change that the table of legal moves does not list: a fault of the program."""
+
+
+class NothingSent(JoborchError):
+    """The client surely has nothing of the job: it may be sent again, to anybody."""
+
+
+class NoAnswer(JoborchError):
+    """Bytes went out and no answer came: nobody knows whether the client has the job."""
+
+
+class Rejected(JoborchError):
+    """The client refuses this payload for good."""
+
+
+class Gone(JoborchError):
+    """The client answers, and does not know the payload."""
+
+
+class StillRunning(JoborchError):
+    """Something of a payload runs on although it was told to end."""
+
+
+class Refusal(JoborchError):
+    """An answer that is an error: status code, message, and the field it is about."""
+
+    def __init__(self, status: int, message: str, field: str = "", **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Clock:
+    """Wall time (seconds since 1970) to show, monotonic time (seconds) to measure; tests pass another."""
+
+    def wall(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+def rfc3339(wall: float | None) -> str | None:
+    """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
+    if wall is None:
+        return None
+    moment = datetime.fromtimestamp(wall, timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration as people say it: `0.3 s`, `12 s`, `3 min`, `5 h`, `2 days`."""
+    for unit_s, unit in ((86400 * 2, "days"), (3600 * 2, "h"), (120, "min")):
+        if seconds >= unit_s:
+            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return `text` with every control character replaced, cut to `limit` characters: safe in logs and headers."""
+    clean = "".join(char if char.isprintable() else " " for char in text).strip()
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# == 2. Configuration ==  One table declares every setting; flags, environment, help and messages all come from it.
+
+
+def read_text(text: str) -> str:
+    """Take any text."""
+    return text
+
+
+def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
+    """Return a whole number; ValueError outside `least` to `most`."""
+    if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
+        raise ValueError(f"give a whole number from {least} to {most}")
+    return int(text)
+
+
+def read_port(text: str) -> int:
+    """Return a TCP port; 0 means a free one."""
+    return read_whole(text, 0, 65535)
+
+
+def read_positive(text: str) -> int:
+    """Return a whole number from 1."""
+    return read_whole(text, 1)
+
+
+def read_seconds(text: str) -> float:
+    """Return seconds: a number alone, or one with s, m, h or d."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhd]?)", text)
+    if not match:
+        raise ValueError("give seconds, or a number with s, m, h or d, as in 90 or 24h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def read_period(text: str) -> float:
+    """Return seconds that a loop can sleep or a limit can last."""
+    if read_seconds(text) < 0.01:
+        raise ValueError("give at least 0.01 seconds")
+    return read_seconds(text)
+
+
+def read_bytes(text: str) -> int:
+    """Return bytes: a number alone, or one with K, M or G (powers of 1,024)."""
+    match = re.fullmatch(r"(\d{1,15})([KMGkmg]?)(?:i?[Bb])?", text)
+    if not match:
+        raise ValueError("give bytes, or a number with K, M or G, as in 512M")
+    return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
+
+
+def read_switch(text: str) -> bool:
+    """Return whether a switch is on: 1 or 0."""
+    if text not in ("0", "1"):
+        raise ValueError("give 1 or 0")
+    return text == "1"
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return a reader that takes one of `words`, in any case."""
+
+    def read_word(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError("give one of " + ", ".join(words))
+        return text.lower()
+
+    return read_word
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its environment name, the field of Config or Service it fills, how it is read, and what it means."""
+
+    name: str
+    field: str
+    read: Callable[[str], Any]
+    default: str  # as a person would write it; "" means none
+    help: str
+    modes: str = "server client"
+    secret: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The command-line flag: JOBORCH_SEND_INTERVAL is --send-interval, PORT is --port."""
+        return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("PORT", "port", read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)"),
+    Setting("JOBORCH_HOST", "host", read_text, "127.0.0.1", "address to listen on"),
+    Setting("DATA_PATH", "data_path", read_text, "", "folder for files (default: the user's data folder)"),
+    Setting("DB_PATH", "db_path", read_text, "", "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets"),
+    Setting(
+        "MAX_AGE",
+        "max_age_s",
+        read_seconds,
+        "172800",
+        "how long a job's files are kept after it ENDED; a client keeps unfetched results four times as long",
+    ),
+    Setting("JOBORCH_TOKEN", "token", read_text, "", "bearer token that callers must show (client: made at the first start)", secret=True),
+    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
+    Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
+    Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
+    Setting("JOBORCH_SLOTS", "slots", read_positive, str(os.cpu_count() or 1), "payloads that run at once (default: cores)", "client"),
+    Setting("JOBORCH_EXECUTOR", "executor", one_of("local"), "local", "what runs the payloads", "client"),
+    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "from TERM to KILL", "client"),
+    Setting(
+        "JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail", "client"
+    ),
+    Setting("JOBORCH_RUN_INTERVAL", "run_interval_s", read_period, "0.5", "the longest the runner sleeps when nothing wakes it", "client"),
+    Setting(
+        "JOBORCH_SEND_INTERVAL", "send_interval_s", read_period, "0.5", "the longest the sender sleeps when nothing wakes it", "server"
+    ),
+    Setting("JOBORCH_GET_INTERVAL", "get_interval_s", read_period, "0.5", "the longest the getter sleeps when nothing wakes it", "server"),
+    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks"),
+    Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
+    Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
+    Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
+    Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
+    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
+    Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
+)
+
+SERVICE_SETTINGS: tuple[Setting, ...] = (
+    Setting("UPLOAD_URL", "upload_url", read_text, "", "where a client takes payloads, as in http://host:9000/submit", "server"),
+    Setting("DOWNLOAD_URL", "download_url", read_text, "", "where it hands out results, as in http://host:9000/retrieve", "server"),
+    Setting("TERMINATE_URL", "terminate_url", read_text, "", "where it ends payloads, as in http://host:9000/kill", "server"),
+    Setting(
+        "CLIENTS",
+        "clients",
+        read_text,
+        "",
+        "base URLs separated by commas: the short form of the three, and the way to name several",
+        "server",
+    ),
+    Setting("TOKEN", "token", read_text, "", "token for these clients", "server", secret=True),
+    Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
+    Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
+    Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
+    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit (default: none)", "server"),
+    Setting(
+        "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
+    ),
+    Setting(
+        "RETURN_INPUTS", "return_inputs", read_switch, "1", "0: inputs that the script left unchanged stay out of the result", "server"
+    ),
+    Setting(
+        "UNREACHABLE_AFTER",
+        "unreachable_after_s",
+        read_period,
+        "24h",
+        "how long jobs wait while no client of the service answers at all",
+        "server",
+    ),
+    Setting(
+        "LOST_AFTER", "lost_after_s", read_period, "3600", "how long a client may be silent before its jobs get a new attempt", "server"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """The three URLs of a client, and its base where they share one (only then it can have /events and /health)."""
+
+    upload_url: str
+    download_url: str
+    terminate_url: str
+    base_url: str
+
+    @property
+    def name(self) -> str:
+        """What people call it: host and port, and the path of its base where there is one."""
+        parts = urlsplit(self.base_url or self.upload_url)
+        return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service: who runs its jobs, and the limits for them."""
+
+    name: str
+    addresses: tuple[Address, ...]
+    token: str
+    runs_per_user: int
+    max_runs: int
+    timeout_s: float | None
+    retries: int
+    return_inputs: bool
+    unreachable_after_s: float
+    lost_after_s: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every effective setting of one process, and where each came from."""
+
+    mode: str
+    port: int
+    host: str
+    data_path: str
+    db_path: str
+    max_age_s: float
+    token: str
+    token_file: str
+    allow_anonymous: bool
+    hosts: str
+    slots: int
+    executor: str
+    kill_grace_s: float
+    log_limit_bytes: int
+    run_interval_s: float
+    send_interval_s: float
+    get_interval_s: float
+    clean_interval_s: float
+    keep_rows_s: float
+    max_upload_bytes: int
+    min_free_bytes: int
+    compat: str
+    log_level: str
+    log_format: str
+    services: Mapping[str, Service] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """Return the KEY=VALUE lines of `path`, as systemd and docker read them: `#` comments, optional quotes."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
+    pairs = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith(("#", ";")):
+            continue
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"\w+", name.strip()):
+            raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
+        value = value.strip()
+        quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+        pairs[name.strip()] = value[1:-1] if quoted else value
+    return pairs
+
+
+def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
+    """Return the value of one setting; ConfigError names the setting, the value and what is allowed."""
+    try:
+        return setting.read(text)
+    except ValueError as error:
+        shown = "(hidden)" if setting.secret else repr(one_line(text, 80))
+        raise ConfigError(f"{shown_name} is {shown}: {error}") from error
+
+
+def split_service_name(name: str) -> tuple[str, Setting] | None:
+    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`; the longest known suffix is the setting."""
+    for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
+        suffix = "_" + setting.name
+        if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
+            return name[len("SERVICE_") : -len(suffix)].lower(), setting
+    return None
+
+
+def client_address(base_url: str) -> Address:
+    """Return the client that has its routes below one base URL, as ours do."""
+    base = base_url.rstrip("/")
+    return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
+
+
+def reference_address(name: str, values: Mapping[str, Any]) -> Address | None:
+    """Return the client named by the reference's three URLs, or None where none is set."""
+    urls = [str(values[key] or "").rstrip("/") for key in ("upload_url", "download_url", "terminate_url")]
+    if not urls[0]:
+        if any(urls):
+            raise ConfigError(f"SERVICE_{name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
+        return None
+    base, _, last = urls[0].rpartition("/")
+    base = base if last == "submit" else ""
+    if not base and not all(urls):
+        raise ConfigError(
+            f"SERVICE_{name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+        )
+    return Address(urls[0], urls[1] or base + "/retrieve", urls[2] or base + "/kill", base)
+
+
+def check_url(url: str, shown_name: str) -> None:
+    """Refuse what is not an http or https URL with a host."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
+
+
+def read_token_file(path: str, shown_name: str) -> str:
+    """Return the token that a file holds; ConfigError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
+
+
+def make_service(name: str, texts: Mapping[str, str]) -> Service:
+    """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
+    prefix = f"SERVICE_{name.upper()}_"
+    values: dict[str, Any] = {
+        setting.field: read_setting(setting, texts.get(setting.name) or setting.default, prefix + setting.name)
+        if texts.get(setting.name) or setting.default
+        else None
+        for setting in SERVICE_SETTINGS
+    }
+    bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
+    first = reference_address(name, values)
+    addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
+    for address in addresses:
+        for url in (address.upload_url, address.download_url, address.terminate_url):
+            check_url(url, prefix + ("CLIENTS" if bases else "UPLOAD_URL"))
+    if not addresses:
+        raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
+    token = str(values["token"] or "")
+    if not token and values["token_file"]:
+        token = read_token_file(str(values["token_file"]), prefix + "TOKEN_FILE")
+    taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
+    return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
+
+
+def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
+    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
+    texts: dict[str, dict[str, str]] = {}
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        if found:
+            texts.setdefault(found[0], {})[found[1].name] = text
+    if not texts:
+        texts = {"example": {"CLIENTS": "http://127.0.0.1:9000"}}
+    return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
+
+
+def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return one warning for each variable that bears our prefix and is not known."""
+    known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
+    warnings = []
+    for name in sorted(environment):
+        ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
+        if ours:
+            warnings.append(f"{name} is not a setting{nearest(name, known)}")
+        elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
+            suffixes = [setting.name for setting in SERVICE_SETTINGS]
+            warnings.append(f"{name} is not a setting of a service{nearest(name.rpartition('_')[2], suffixes)}")
+    return tuple(warnings)
+
+
+def default_folder(kind: str) -> str:
+    """Return the user's `data` or `config` folder for joborch; ConfigError where the user has no home."""
+    import platformdirs
+
+    folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
+    if folder.startswith("~") or not os.path.isabs(folder):
+        raise ConfigError("this user has no home folder: set DATA_PATH to a folder that may be written")
+    return folder
+
+
+def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
+    """Return the effective configuration of `mode`; order: flag, environment, --env-file, default.
+
+    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
+    """
+    from_file = read_env_file(arguments["env_file"] or "") if arguments.get("env_file") else {}
+    merged = {**from_file, **environment}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for setting in SETTINGS:
+        given = arguments.get(setting.field)
+        if given is not None:
+            text, sources[setting.name] = given, f"flag {setting.flag}"
+        elif environment.get(setting.name):
+            text, sources[setting.name] = environment[setting.name], "environment"
+        elif from_file.get(setting.name):
+            text, sources[setting.name] = from_file[setting.name], "--env-file"
+        else:
+            text, sources[setting.name] = setting.default, "default"
+        shown = setting.flag if given is not None else setting.name
+        values[setting.field] = read_setting(setting, text, shown) if text else ""
+    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
+    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
+    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
+    if not values["token"] and values["token_file"]:
+        values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
+    services = read_services(merged) if mode == "server" else {}
+    config = Config(mode=mode, services=services, sources=sources, warnings=unknown_names(merged), **values)
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that cannot be meant."""
+    if config.mode == "server" and config.db_path == ":memory:":
+        raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
+    if config.mode == "server" and not is_loopback(config.host) and not config.token and not config.allow_anonymous:
+        raise ConfigError(
+            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
+            "or JOBORCH_ALLOW_ANONYMOUS=1 where a web back end in front authenticates its users"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address means this machine alone."""
+    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.\d+\.\d+\.\d+", host))
+
+
+def settings_table() -> str:
+    """Return the README's table of settings, in Markdown."""
+    rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
+    for setting in SETTINGS:
+        default = "cores" if setting.name == "JOBORCH_SLOTS" else setting.default
+        rows.append(f"| `{setting.name}` | `{setting.flag}` | {default} | {setting.help} |")
+    rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
+    return "\n".join(rows)
+
+
+# == 3. States ==  The one table of legal moves: nothing changes its status in a way that is not listed here.
+
+
+class Status(str, Enum):
+    """The states of a job on the server, and of a payload on a client; the names are the reference's."""
+
+    QUEUED = "Queued"
+    PROCESSING = "Processing"
+    SUBMITTED = "Submitted"
+    PREPARED = "Prepared"
+    RUNNING = "Running"
+    COMPLETED = "Completed"
+    FAILED = "Failed"
+    INVALID = "Invalid"
+    KILLED = "Killed"
+    UNKNOWN = "Unknown"
+    CLEANED = "Cleaned"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Cause(str, Enum):
+    """Whose doing an end was: the script's, a limit's, the machines', or somebody's who asked for it."""
+
+    USER = "user"
+    LIMIT = "limit"
+    INFRASTRUCTURE = "infrastructure"
+    CANCELLED = "cancelled"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # with a client: what quotas count
+ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
+OVER = (*ENDED, Status.CLEANED)
+
+SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
+    (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a place at a client were free"),
+    (Status.QUEUED, Status.KILLED, "terminated before dispatch"),
+    (Status.QUEUED, Status.FAILED, "no client of the service answered for too long"),
+    (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
+    (Status.PROCESSING, Status.QUEUED, "the client surely has nothing of it"),
+    (Status.PROCESSING, Status.UNKNOWN, "bytes went out and no answer came"),
+    (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
+    (Status.PROCESSING, Status.KILLED, "terminated"),
+    (Status.PROCESSING, Status.FAILED, "no client of the service answered for too long"),
+    (Status.SUBMITTED, Status.RUNNING, "the client says so"),
+    *((source, to, why) for source in (Status.SUBMITTED, Status.RUNNING) for to, why in (
+        (Status.COMPLETED, "result fetched, verified, on disk"),
+        (Status.FAILED, "the payload ended badly, or no attempt is left"),
+        (Status.INVALID, "the payload cannot be run"),
+        (Status.UNKNOWN, "the client does not answer, or the result could not be fetched"),
+        (Status.QUEUED, "a new attempt after an infrastructure failure"),
+        (Status.KILLED, "terminated"),
+    )),
+    (Status.UNKNOWN, Status.SUBMITTED, "a retry got through"),
+    (Status.UNKNOWN, Status.RUNNING, "a retry got through"),
+    (Status.UNKNOWN, Status.COMPLETED, "a retry got through"),
+    (Status.UNKNOWN, Status.FAILED, "a retry got through, or no attempt is left"),
+    (Status.UNKNOWN, Status.INVALID, "a retry got through"),
+    (Status.UNKNOWN, Status.QUEUED, "a new attempt: the client lost it or was silent too long"),
+    (Status.UNKNOWN, Status.KILLED, "terminated"),
+    *((source, Status.CLEANED, "older than MAX_AGE since it ended") for source in ENDED),
+)  # fmt: skip
+
+CLIENT_MOVES: tuple[tuple[Status, Status, str], ...] = (
+    (Status.PREPARED, Status.RUNNING, "a slot is free; the mark is stored before the start"),
+    (Status.PREPARED, Status.INVALID, "it has no run.sh that could run"),
+    (Status.PREPARED, Status.FAILED, "it could not be started"),
+    (Status.PREPARED, Status.KILLED, "ended on request"),
+    (Status.RUNNING, Status.COMPLETED, "exit status 0"),
+    (Status.RUNNING, Status.FAILED, "another exit status, a signal, a limit, or a lost machine"),
+    (Status.RUNNING, Status.KILLED, "ended on request"),
+    *((source, Status.CLEANED, "its files are old enough") for source in ENDED),
+)
+
+MOVES: Mapping[str, frozenset[tuple[Status, Status]]] = {
+    "server": frozenset((source, to) for source, to, _ in SERVER_MOVES),
+    "client": frozenset((source, to) for source, to, _ in CLIENT_MOVES),
+}
+
+
+def diagram(moves: Sequence[tuple[Status, Status, str]] = SERVER_MOVES) -> str:
+    """Return a table of moves as a Mermaid state diagram, for the README."""
+    lines = [f"    {source} --> {to}" for source, to, _ in moves]
+    return "\n".join(["stateDiagram-v2", "    [*] --> " + str(moves[0][0]), *lines])
+
+
+# == 4. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass
+class Form:
+    """A received form: its files, already on disk, and its text fields."""
+
+    files: list[StoredFile] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def check_path(path: str) -> str:
+    """Return a relative POSIX path that stays in its folder; Refusal 400 says which rule another one breaks."""
+    name = re.sub(r"^(\./)+", "", path)
+    parts = name.split("/")
+    shown = repr(one_line(name, 80))
+    if not name:
+        raise Refusal(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
+    if any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise Refusal(400, f"file name {shown} holds a control character: use printable ones", "file")
+    if name.startswith("/"):
+        raise Refusal(400, f"file name {shown} is absolute: give a relative path", "file")
+    if ".." in parts:
+        raise Refusal(400, f"file name {shown} has '..' in it: give a path that stays in its folder", "file")
+    if "" in parts or "." in parts:
+        raise Refusal(400, f"file name {shown} has an empty part or a '.': write inputs/a.pdb", "file")
+    if len(parts) > DEPTH_LIMIT + 1:
+        raise Refusal(400, f"file name {shown} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
+    if len(os.fsencode(name)) > PATH_LIMIT_BYTES or any(len(os.fsencode(part)) > NAME_LIMIT_BYTES for part in parts):
+        limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
+        raise Refusal(400, f"file name {shown} is too long: {limits}", "file")
+    return name
+
+
+class Tree:
+    """The names that one form brought so far: no duplicate, and none that is both a file and a folder."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.folders: set[str] = set()
+
+    def add(self, path: str) -> None:
+        """Take in `path`; Refusal 400 where it clashes with an earlier one."""
+        parents = {str(parent) for parent in PurePosixPath(path).parents} - {"."}
+        if path in self.files:
+            raise Refusal(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
+        if path in self.folders or parents & self.files:
+            raise Refusal(400, f"file name {path!r} is both a file and a folder", "file")
+        self.files.add(path)
+        self.folders |= parents
+
+
+def part_path(segment: Any, by_name: bool) -> str | None:
+    """Return the path that a part of a form stands for, or None where it is a text field.
+
+    A caller of the server gives it as filename. Between machines (`by_name`) the part's NAME is the path and its
+    filename the base name; a 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library leaves out.
+    """
+    exact = segment.header("X-Joborch-Path")
+    if by_name and exact:
+        return os.fsdecode(unquote_to_bytes(exact))
+    name: str = segment.name or extended_parameter(segment.header("Content-Disposition", ""), "name")
+    filename: str | None = segment.filename
+    if filename is None:
+        filename = extended_parameter(segment.header("Content-Disposition", ""), "filename") or None
+    if not by_name or (filename is None and name == DIGESTS_FIELD):
+        return filename
+    return filename if name in ("", "file") and filename else name or None
+
+
+def extended_parameter(header: str, name: str) -> str:
+    """Return `name*=utf-8''...` of a header (RFC 5987), or an empty string."""
+    match = re.search(rf";\s*{name}\*=(?:utf-8|UTF-8)''([^;\s]+)", header)
+    return unquote_to_bytes(match[1]).decode("utf-8", "replace") if match else ""
+
+
+def multipart_boundary(content_type: str) -> str:
+    """Return the boundary of a multipart/form-data request; Refusal 415 or 400."""
+    kind, _, rest = content_type.partition(";")
+    if kind.strip().lower() != "multipart/form-data":
+        raise Refusal(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
+    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', rest)
+    if not match:
+        raise Refusal(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
+    return match[1] or match[2]
+
+
+class FormReader:
+    """Streams a multipart form: files to disk below `folder` as they come, text fields to memory."""
+
+    def __init__(self, folder: Path, by_name: bool = False) -> None:
+        self.folder, self.by_name = folder, by_name
+        self.form, self.tree, self.folders = Form(), Tree(), {""}
+
+    def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
+        """Read the whole form. Raises Refusal; the caller removes the folder then."""
+        import multipart
+
+        parser = multipart.PushMultipartParser(
+            multipart_boundary(content_type),
+            content_length=length,
+            max_header_size=PART_HEADER_LIMIT_BYTES,
+            max_segment_count=PARTS_LIMIT,
+        )
+        try:
+            events = parser.parse_blocking(stream.read, chunk_size=CHUNK_BYTES)
+            for event in events:
+                self.part(event, events)
+        except multipart.ParserLimitReached as error:
+            raise Refusal(413, f"the form is over a limit ({error}): at most {PARTS_LIMIT} parts") from error
+        except multipart.MultipartError as error:
+            raise Refusal(400, f"the form cannot be read: {error}") from error
+        return self.form
+
+    def part(self, segment: Any, events: Iterator[Any]) -> None:
+        """Take one part from the event stream, up to the None that ends it."""
+        path = part_path(segment, self.by_name)
+        if path is None:
+            self.text(segment, events)
+        else:
+            self.file(check_path(path), events)
+
+    def text(self, segment: Any, events: Iterator[Any]) -> None:
+        limit = 32 * MIB if self.by_name and segment.name == DIGESTS_FIELD else FIELD_LIMIT_BYTES
+        name, value = one_line(segment.name, 80), bytearray()
+        for chunk in iter(lambda: next(events), None):
+            value += chunk
+            if len(value) > limit:
+                raise Refusal(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
+        if name in self.form.fields:
+            raise Refusal(400, f"field {name} comes twice: give it once", name)
+        try:
+            self.form.fields[name] = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Refusal(400, f"field {name} is not UTF-8", name) from error
+
+    def file(self, path: str, events: Iterator[Any]) -> None:
+        self.tree.add(path)
+        self.make_folders(path)
+        digest, size = hashlib.sha256(), 0
+        descriptor = os.open(self.folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with open(descriptor, "wb", buffering=0) as target:
+            for chunk in iter(lambda: next(events), None):
+                write_all(target, chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        self.form.files.append(StoredFile(path, size, digest.hexdigest()))
+
+    def make_folders(self, path: str) -> None:
+        parent = path.rpartition("/")[0]
+        if parent not in self.folders:
+            (self.folder / parent).mkdir(parents=True, exist_ok=True)
+            self.folders |= {parent, *(str(above) for above in PurePosixPath(parent).parents)}
+
+
+def write_all(target: IO[bytes], data: bytes) -> None:
+    """Write all of `data` to an unbuffered file: a raw write may take only a part of it."""
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
+
+
+def fsync_path(path: str | Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
+    """Make `folder` with the files `paths` in it durable, and its entry in its parent."""
+    if len(paths) > 32:  # one call for the whole file system is cheaper than thousands
+        sync_file_system(folder)
+        return
+    for path in paths:
+        fsync_path(folder / path)
+    inner = {parent for path in paths for parent in PurePosixPath(path).parents}
+    for parent in sorted(inner, key=lambda parent: -len(parent.parts)):
+        fsync_path(folder / parent)
+    fsync_path(folder.parent)
+
+
+def sync_file_system(path: Path) -> None:
+    """Write everything of the file system that holds `path` to disk: syncfs(2)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if libc().syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs failed", str(path))
+    finally:
+        os.close(descriptor)
+
+
+@functools.lru_cache(maxsize=1)
+def libc() -> ctypes.CDLL:
+    """Return the C library of this process, for what Python has no name for."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Put `data` at `path` durably: after a crash there is the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as target:
+        target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
+    os.rename(temporary, path)
+    fsync_path(path.parent)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Return the space that an ordinary user can still fill on the file system of `folder`."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, onerror=unlock_and_retry)
+
+
+def unlock_and_retry(remove: Callable[[str], Any], path: str, _: Any) -> None:
+    """Give back the rights that a script took from its own folder, and remove again."""
+    with contextlib.suppress(OSError):
+        os.chmod(os.path.dirname(path), 0o700)
+    with contextlib.suppress(OSError):
+        if not os.path.islink(path):
+            os.chmod(path, 0o700)
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error)
+
+
+class DigestWriter:
+    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. zipfile seeks nothing in it."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self.target, self.digest, self.size = target, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.target.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.target.flush()
+
+
+@dataclass
+class Archive:
+    """A finished ZIP: an open file at its beginning, its size in bytes, its SHA-256 (hex)."""
+
+    file: IO[bytes]
+    size: int
+    sha256: str
+
+
+class ZipPacker:
+    """Packs a folder as it stands into a ZIP (APPNOTE 6.3.10): nothing is followed out of it, nothing is lost silently.
+
+    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files and links that
+    lead out are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
+    """
+
+    def __init__(self, spool: IO[bytes]) -> None:
+        self.spool, self.writer = spool, DigestWriter(spool)
+        self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
+        self.names: set[str] = set()
+        self.left_out: list[str] = []
+        self.own = ".joborch"
+
+    def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
+        while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
+            self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
+        for root, folders, files in os.walk(os.fsencode(folder), onerror=self.note_error):
+            inside = os.path.relpath(root, os.fsencode(folder))
+            links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+            for name in sorted(files + links):
+                path = name if inside == b"." else os.path.join(inside, name)
+                self.add_path(os.path.join(root, name), os.fsdecode(path), unchanged or {})
+            folders[:] = sorted(set(folders) - set(links))
+            if not files and not folders and not links and inside != b".":
+                self.add_empty(os.fsdecode(inside))
+
+    def note_error(self, error: OSError) -> None:
+        self.left_out.append(f"{os.fsdecode(error.filename or '')}: {os.strerror(error.errno or 0)}")
+
+    def add_path(self, path: bytes, name: str, unchanged: Mapping[str, Sequence[int]]) -> None:
+        try:
+            state = os.lstat(path)
+            if stat.S_ISLNK(state.st_mode):
+                self.add_link(path, name, state)
+            elif not stat.S_ISREG(state.st_mode):
+                self.left_out.append(f"{name}: neither a file, a folder nor a link")
+            elif list(unchanged.get(name, ())) != [state.st_size, state.st_mtime_ns]:
+                self.add_file(path, name)
+        except FileNotFoundError:
+            return  # it went while we walked
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.left_out.append(f"{name}: {os.strerror(error.errno or 0)}")
+
+    def add_file(self, path: bytes, name: str) -> None:
+        # O_NONBLOCK: a fifo put in the file's place since the lstat must not hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as source:
+            state = os.fstat(source.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise OSError(errno.EINVAL, "not a file")
+            probe = source.read(256 * KIB)
+            entry = self.entry(name, state.st_mtime, 0o100000 | stat.S_IMODE(state.st_mode))
+            entry.compress_type = worthwhile_compression(probe)
+            with self.zip.open(entry, "w", force_zip64=True) as target:
+                target.write(probe)
+                for chunk in iter(lambda: source.read(CHUNK_BYTES), b""):
+                    target.write(chunk)
+
+    def add_link(self, path: bytes, name: str, state: os.stat_result) -> None:
+        target = os.readlink(path)
+        inside = os.path.normpath(os.path.join(os.path.dirname(os.fsencode(name)), target))
+        if target.startswith(b"/") or inside == b".." or inside.startswith(b"../"):
+            self.left_out.append(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
+            return
+        self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
+
+    def add_empty(self, name: str) -> None:
+        self.zip.writestr(self.entry(name + "/", time.time(), 0o040755), b"")
+
+    def add_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Pack a file of our own, below `.joborch/`."""
+        entry = self.entry(f"{self.own}/{name}", time.time(), 0o100644)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        with self.zip.open(entry, "w", force_zip64=True) as target:
+            for chunk in chunks:
+                target.write(chunk)
+
+    def entry(self, name: str, mtime: float, mode: int) -> zipfile.ZipInfo:
+        """Return the header of one member. Names that are not UTF-8 are percent-encoded, and stay apart."""
+        safe = name
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
+        while safe in self.names:
+            safe += "~"
+        self.names.add(safe)
+        moment = time.localtime(max(mtime, 0))[:6]
+        entry = zipfile.ZipInfo(safe, moment if 1980 <= moment[0] <= 2107 else EPOCH_ZIP)
+        entry.external_attr = mode << 16
+        entry.create_system = 3
+        # zipfile takes the level of each member from here; 3.13 made it public.
+        setattr(entry, "_compresslevel" if hasattr(entry, "_compresslevel") else "compress_level", 1)
+        return entry
+
+    def finish(self) -> Archive:
+        """Write what was left out and the directory; return the archive, to be read from its beginning."""
+        if self.left_out:
+            lines = "".join(line + "\n" for line in self.left_out)
+            self.add_chunks("left-out.txt", [lines.encode("utf-8", "replace")])
+        self.zip.close()
+        self.spool.flush()
+        self.spool.seek(0)
+        return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest())
+
+
+def worthwhile_compression(probe: bytes) -> int:
+    """Return STORED where a first part of a file shrinks by less than a tenth, else DEFLATED."""
+    import zlib
+
+    return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
+
+
+def kept_output(path: Path, limit_bytes: int) -> Iterator[bytes]:
+    """Yield an output stream: whole up to `limit_bytes`, else its first and last half, with one line between."""
+    with open(path, "rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        half = limit_bytes // 2
+        first = size if size <= limit_bytes else half
+        yield from file_chunks(source, first)
+        if size > limit_bytes:
+            yield f"\n[joborch: {size - 2 * half} bytes left out]\n".encode()
+            source.seek(size - half)
+            yield from file_chunks(source, half)
+
+
+def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
+    """Yield the next `count` bytes of a file, or what there is of them."""
+    while count > 0:
+        chunk = source.read(min(count, CHUNK_BYTES))
+        if not chunk:
+            return
+        count -= len(chunk)
+        yield chunk
+
+
+def punch_middle(path: Path, limit_bytes: int) -> None:
+    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
+
+    Raises OSError where the file system has no holes.
+    """
+    keep_size, punch_hole, block = 1, 2, 4096
+    size = os.stat(path).st_size
+    begin = -(-(limit_bytes // 2) // block) * block
+    end = (size - limit_bytes // 2) // block * block
+    if size <= limit_bytes or end <= begin:
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
+        if libc().fallocate64(descriptor, *arguments) != 0:
+            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
+    finally:
+        os.close(descriptor)
+
+
+class DataFolder:
+    """The folders of one process: `jobs/UUID` (inputs or payloads), `results/UUID.zip`, `tmp`, and the lock.
+
+    One process a folder: a second one is refused with the first one's pid.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
+        self.receiving: set[str] = set()  # uuids of uploads under way, which have no row yet
+
+    def open(self) -> None:
+        """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
+        try:
+            for folder in (self.jobs, self.results, self.tmp):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held as long as the process lives
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.seek(0)
+            owner = self.lock.read().strip() or "unknown"
+            raise ConfigError(f"DATA_PATH {str(self.path)!r} is in use by process {owner}: stop it, or give another folder") from error
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
+        for leftover in self.tmp.iterdir():
+            remove_tree(leftover)
+        # requests unpacks its certificates and waitress spools bodies here: same file system, swept at each start.
+        tempfile.tempdir = str(self.tmp)
+
+    def job(self, job_uuid: str) -> Path:
+        return self.jobs / job_uuid
+
+    def result(self, job_uuid: str) -> Path:
+        return self.results / f"{job_uuid}.zip"
+
+    def spool(self) -> IO[bytes]:
+        """Return an anonymous file that stays in memory while it is small."""
+        return cast("IO[bytes]", tempfile.SpooledTemporaryFile(MEMORY_SPOOL_BYTES, dir=str(self.tmp)))
+
+
+# == 5. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+BEGIN;
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL,
+    user_id INTEGER,
+    service TEXT,
+    name TEXT,
+    status TEXT NOT NULL,
+    reason TEXT NOT NULL DEFAULT '',
+    cause TEXT,
+    exit_code INTEGER,
+    signal INTEGER,
+    priority INTEGER NOT NULL DEFAULT 0,
+    cpus INTEGER NOT NULL DEFAULT 1,
+    memory INTEGER,
+    timeout REAL,
+    retries INTEGER NOT NULL DEFAULT 0,
+    return_inputs INTEGER NOT NULL DEFAULT 1,
+    attempt INTEGER NOT NULL DEFAULT 1,
+    client TEXT,
+    dest_id TEXT,
+    remote_id TEXT,
+    handle TEXT,
+    idempotency_key TEXT,
+    request_digest TEXT,
+    result_size INTEGER,
+    result_sha256 TEXT,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    ended_at REAL,
+    not_before REAL,
+    fetched_at REAL,
+    kill_requested_at REAL,
+    kill_cause TEXT,
+    moves INTEGER NOT NULL DEFAULT 0,
+    changed INTEGER
+);
+CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
+CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_user ON jobs(user_id, id);
+CREATE INDEX jobs_service ON jobs(service, id);
+CREATE INDEX jobs_status ON jobs(status, id);
+CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
+CREATE INDEX jobs_queued ON jobs(service, user_id, id) WHERE status = 'Queued' AND not_before IS NULL;
+CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
+CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_client ON jobs(client, id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_ended ON jobs(ended_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(ended_at) WHERE status = 'Cleaned';
+CREATE TABLE history (
+    job_id INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    at REAL NOT NULL,
+    source TEXT,
+    target TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    PRIMARY KEY (job_id, number)
+) WITHOUT ROWID;
+CREATE TABLE attempts (
+    job_id INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    client TEXT,
+    dest_id TEXT,
+    started_at REAL,
+    ended_at REAL,
+    exit_code INTEGER,
+    signal INTEGER,
+    reason TEXT,
+    cause TEXT,
+    PRIMARY KEY (job_id, attempt)
+) WITHOUT ROWID;
+CREATE TABLE eligible (
+    service TEXT NOT NULL,
+    head INTEGER NOT NULL,
+    user_id INTEGER NOT NULL,
+    PRIMARY KEY (service, head)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX eligible_user ON eligible(service, user_id);
+CREATE TABLE heartbeat (at REAL NOT NULL);
+INSERT INTO heartbeat VALUES (0);
+PRAGMA user_version = 1;
+COMMIT;
+"""
+
+JOB_ADD = """
+INSERT INTO jobs (uuid, user_id, service, name, status, reason, cpus, memory, timeout, retries, return_inputs, attempt,
+                  remote_id, idempotency_key, request_digest, created_at, moves, changed)
+VALUES (:uuid, :user_id, :service, :name, :status, :reason, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
+        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed)
+"""
+JOB_MOVE = """
+UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
+                attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
+                ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
+                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed
+ WHERE id = :id AND status = :source
+"""
+JOB_GET = "SELECT * FROM jobs WHERE id = :id"
+JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
+JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
+JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
+JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
+JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
+JOB_FETCHED = "UPDATE jobs SET fetched_at = :now WHERE id = :id AND fetched_at IS NULL"
+JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
+KILL_WISH = """
+UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
+ WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
+"""
+HISTORY_ADD = """
+INSERT INTO history (job_id, number, at, source, target, reason, attempt)
+SELECT id, moves, :now, :source, :to, :reason, attempt FROM jobs WHERE id = :id
+"""
+HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
+ATTEMPT_ADD = """
+INSERT OR REPLACE INTO attempts (job_id, attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause)
+VALUES (:id, :attempt, :client, :dest_id, :started_at, :now, :exit_code, :signal, :reason, :cause)
+"""
+ATTEMPTS_GET = """
+SELECT attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause
+  FROM attempts WHERE job_id = :id ORDER BY attempt
+"""
+BUSY_OF_USER = """
+SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
+   AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_OF_SERVICE = """
+SELECT count(*) FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_OF_CLIENT = """
+SELECT count(*) FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
+"""
+PINNED_AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
+ ORDER BY id
+"""
+KILLS_AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+   AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
+"""
+CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
+QUEUED_HEAD = """
+SELECT min(id) FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL
+"""
+QUEUED_BEFORE = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND id < :id LIMIT 10000)
+"""
+QUEUED_BEFORE_IN_SERVICE = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_status
+ WHERE status = 'Queued' AND id < :id AND service = :service LIMIT 10000)
+"""
+QUEUED_USERS = """
+WITH RECURSIVE pair(service, user_id) AS (
+    SELECT * FROM (SELECT service, user_id FROM jobs INDEXED BY jobs_queued
+                    WHERE status = 'Queued' AND not_before IS NULL ORDER BY service, user_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.service FROM jobs j INDEXED BY jobs_queued
+             WHERE j.status = 'Queued' AND j.not_before IS NULL AND (j.service, j.user_id) > (pair.service, pair.user_id)
+             ORDER BY j.service, j.user_id LIMIT 1),
+           (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
+             WHERE j.status = 'Queued' AND j.not_before IS NULL AND (j.service, j.user_id) > (pair.service, pair.user_id)
+             ORDER BY j.service, j.user_id LIMIT 1)
+      FROM pair WHERE pair.service IS NOT NULL
+) SELECT service, user_id FROM pair WHERE service IS NOT NULL
+"""
+QUEUED_OF_SERVICE = """
+SELECT * FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND created_at < :before ORDER BY user_id, id LIMIT 1000
+"""
+DELAYED_DUE = """
+SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
+ WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
+"""
+ELIGIBLE_SET = "INSERT OR REPLACE INTO eligible (service, head, user_id) VALUES (:service, :head, :user_id)"
+ELIGIBLE_CLEAR = "DELETE FROM eligible WHERE service = :service AND user_id = :user_id"
+ELIGIBLE_EMPTY = "DELETE FROM eligible"
+ELIGIBLE_HEADS = "SELECT head, user_id FROM eligible WHERE service = :service ORDER BY head LIMIT :limit"
+PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
+COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
+CHANGED_SINCE = """
+SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since ORDER BY changed LIMIT 1000
+"""
+CHANGED_ALL = """
+SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND status <> 'Cleaned' ORDER BY changed
+"""
+CHANGED_LAST = "SELECT coalesce(max(changed), 0) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
+ENDED_BEFORE = """
+SELECT * FROM jobs INDEXED BY jobs_ended
+ WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND ended_at < :before ORDER BY ended_at LIMIT 500
+"""
+CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND ended_at < :before LIMIT 500"
+FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
+FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
+FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
+JOBS_PAGE = """
+SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_OF_USER = """
+SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
+   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_IN_STATUS = """
+SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
+   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_OF_SERVICE = """
+SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
+"""
+HEARTBEAT = "UPDATE heartbeat SET at = :now"
+
+
+# == 6. Store ==  A status changes in one statement, and its history row in the same transaction.
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: a job of the server, or a payload of a client (a job that may have no user and no service)."""
+
+    id: int
+    uuid: str
+    user_id: int | None
+    service: str | None
+    name: str | None
+    status: Status
+    reason: str
+    cause: str | None
+    exit_code: int | None
+    signal: int | None
+    priority: int
+    cpus: int
+    memory: int | None  # MiB
+    timeout: float | None  # seconds of run time
+    retries: int
+    return_inputs: int
+    attempt: int
+    client: str | None  # server: the name of its Address
+    dest_id: str | None  # server: the payload's id at its client
+    remote_id: str | None  # client: the job's id at its server
+    handle: str | None  # client: what the executor calls it
+    idempotency_key: str | None
+    request_digest: str | None
+    result_size: int | None  # bytes
+    result_sha256: str | None
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    not_before: float | None  # a new attempt waits until then
+    fetched_at: float | None  # client: a server has the result
+    kill_requested_at: float | None  # a wish is a column, not a state
+    kill_cause: str | None
+    moves: int
+    changed: int | None  # client: number of its last change, for /events
+
+    @property
+    def mark(self) -> str:
+        """What tells this attempt from every other one, everywhere."""
+        return f"{self.uuid}.{self.attempt}"
+
+
+MOVABLE = (
+    "cause",
+    "exit_code",
+    "signal",
+    "attempt",
+    "client",
+    "dest_id",
+    "started_at",
+    "ended_at",
+    "not_before",
+    "result_size",
+    "result_sha256",
+)
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a row needs at its birth."""
+
+    uuid: str
+    user_id: int | None = None
+    service: str | None = None
+    name: str | None = None
+    cpus: int = 1
+    memory: int | None = None
+    timeout: float | None = None
+    retries: int = 0
+    return_inputs: int = 1
+    attempt: int = 1
+    remote_id: str | None = None
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+class Changes:
+    """Tells waiting threads that something in the Store has changed: a number that grows, and a condition."""
+
+    def __init__(self) -> None:
+        self.number, self.condition, self.closed = 0, threading.Condition(), False
+
+    def announce(self) -> None:
+        with self.condition:
+            self.number += 1
+            self.condition.notify_all()
+
+    def close(self) -> None:
+        """Wake everybody for good: the process ends."""
+        self.closed = True
+        self.announce()
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        """Return the number once it is not `seen` any more, or after `timeout_s` seconds."""
+        with self.condition:
+            if self.number == seen and not self.closed and timeout_s > 0:
+                self.condition.wait(timeout_s)
+            return self.number
+
+
+class Ticket:
+    """One piece of work that waits to be part of a transaction, and what came of it."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
+        self.work, self.durable = work, durable
+        self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
+
+
+class Store:
+    """The database of one process.
+
+    Writes go through one connection, and those that wait meanwhile share a transaction: one fsync serves them all.
+    Reads have a connection for each thread, but where the database is in memory or on a network file system, which has
+    no shared memory for WAL.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        self.path, self.mode, self.clock = path, mode, clock or Clock()
+        self.changes = Changes()
+        self.limits: Mapping[str, Service] = {}
+        self.alone = path == ":memory:" or on_network(path)
+        self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
+        self.readers: list[sqlite3.Connection] = []
+        self.synchronous = ""
+        try:
+            self.db = self.connect()
+            self.migrate()
+            self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
+            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
+        except sqlite3.Error as error:
+            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): give a file that joborch made, or a new one") from error
+
+    def connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        if self.alone:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        return db
+
+    def migrate(self) -> None:
+        """Make the schema, or refuse one that a newer program made."""
+        version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
+                "run that version, or give another file"
+            )
+        if version == 0:
+            self.db.executescript(SCHEMA)
+
+    def close(self) -> None:
+        """End the connections. Threads that still read get an error, which ends them."""
+        with self.lock:
+            for db in [*self.readers, self.db]:
+                db.close()
+
+    # -- reading --
+
+    def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        """Return all rows of one query; StorageError where the database cannot be read."""
+        try:
+            if self.alone:
+                with self.lock:
+                    return self.db.execute(sql, values).fetchall()
+            return self.reader().execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"the database cannot be read: {error}") from error
+
+    def reader(self) -> sqlite3.Connection:
+        db = getattr(self.local, "db", None)
+        if db is None:
+            db = self.connect()
+            db.execute("PRAGMA query_only = 1")
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
+            self.local.db = db
+            with self.lock:
+                self.readers.append(db)
+        return cast(sqlite3.Connection, db)
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """Return the rows of a query over jobs, as jobs."""
+        return [as_job(row) for row in self.read(sql, **values)]
+
+    def job(self, sql: str, **values: Any) -> Job | None:
+        rows = self.jobs(sql, **values)
+        return rows[0] if rows else None
+
+    def get(self, job_id: int) -> Job | None:
+        """Return a job, or None."""
+        return self.job(JOB_GET, id=job_id)
+
+    def number(self, sql: str, **values: Any) -> int:
+        """Return the one number that a query gives; None counts as 0."""
+        return int(self.read(sql, **values)[0][0] or 0)
+
+    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
+        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given."""
+        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
+        if user_id is not None:
+            return self.jobs(JOBS_PAGE_OF_USER, **values)
+        if status is not None:
+            return self.jobs(JOBS_PAGE_IN_STATUS, **values)
+        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
+
+    # -- writing --
+
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
+        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
+
+        Raises StorageError where the database cannot be written; whatever `work` raises undoes its part alone.
+        """
+        ticket = Ticket(work, durable)
+        self.waiting.append(ticket)
+        with self.lock:
+            if not ticket.done:
+                self.commit_waiting()
+        if ticket.error is not None:
+            raise ticket.error
+        return cast(T, ticket.value)
+
+    def commit_waiting(self) -> None:
+        """Commit all that waits, in one transaction."""
+        batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        try:
+            self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
+            self.db.execute("BEGIN IMMEDIATE")
+            for ticket in batch:
+                self.run_ticket(ticket)
+            self.db.execute("COMMIT")
+        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            for ticket in batch:
+                ticket.error = StorageError(f"the database cannot be written: {error}")
+        for ticket in batch:
+            ticket.done = True
+        self.changes.announce()
+
+    def run_ticket(self, ticket: Ticket) -> None:
+        self.db.execute("SAVEPOINT ticket")
+        try:
+            ticket.value = ticket.work(self.db)
+        except sqlite3.OperationalError:
+            raise  # the disk or a lock: it concerns the whole transaction
+        except Exception as error:  # noqa: BLE001 - it is raised again where the work came from
+            ticket.error = error
+            self.db.execute("ROLLBACK TO ticket")
+        self.db.execute("RELEASE ticket")
+
+    def set_synchronous(self, level: str) -> None:
+        if level != self.synchronous:
+            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
+            self.synchronous = level
+
+    def next_change(self) -> int | None:
+        """Return the next number for a client's /events; called inside a transaction. The server has none."""
+        if self.mode == "server":
+            return None
+        self.last_change += 1
+        return self.last_change
+
+    def add(self, new: NewJob, reason: str) -> Job:
+        """Store a new job durably, Queued or Prepared. sqlite3.IntegrityError where its mark or key exists."""
+        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
+
+        def insert(db: sqlite3.Connection) -> Job:
+            values = {**dataclasses.asdict(new), "status": status.value, "reason": reason, "changed": self.next_change()}
+            values["created_at"] = self.clock.wall()
+            job_id = db.execute(JOB_ADD, values).lastrowid
+            db.execute(HISTORY_ADD, {"id": job_id, "now": values["created_at"], "source": None, "to": status.value, "reason": reason})
+            job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
+            self.refresh_eligible(db, job)
+            return job
+
+        job = self.write(insert, durable=self.mode == "server")
+        log.info("job %d %s (service=%s user=%s)", job.id, status, job.service, job.user_id)
+        return job
+
+    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
+        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
+
+        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
+        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
+        """
+        durable = durable or (self.mode == "server" and to in ENDED)
+        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
+        if moved:
+            log.info(
+                "job %d %s -> %s (service=%s user=%s)%s",
+                job.id,
+                job.status,
+                to,
+                job.service,
+                job.user_id,
+                ": " + one_line(reason) if reason else "",
+            )
+        return moved
+
+    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        """Make one move inside a transaction: see `move`."""
+        if (job.status, to) not in MOVES[self.mode]:
+            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
+        now = self.clock.wall()
+        if to in ENDED and job.status not in ENDED:
+            changes.setdefault("ended_at", now)
+        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, changed=self.next_change())
+        if db.execute(JOB_MOVE, values).rowcount != 1:
+            return False
+        if values["attempt"] != job.attempt:
+            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
+            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
+        db.execute(HISTORY_ADD, {"id": job.id, "now": now, "source": job.status.value, "to": to.value, "reason": reason})
+        if not (job.status in BUSY and to in BUSY):
+            self.refresh_eligible(db, job)
+        return True
+
+    def refresh_eligible(self, db: sqlite3.Connection, job: Job) -> None:
+        """Keep up `eligible`: one row for each user who has queued work for a service and is under quota."""
+        service = self.limits.get(job.service or "")
+        if self.mode != "server" or service is None:
+            return
+        pair = {"service": job.service, "user_id": job.user_id}
+        head = db.execute(QUEUED_HEAD, pair).fetchone()[0]
+        db.execute(ELIGIBLE_CLEAR, pair)
+        if head is not None and db.execute(BUSY_OF_USER, pair).fetchone()[0] < service.runs_per_user:
+            db.execute(ELIGIBLE_SET, {**pair, "head": head})
+
+    def set_limits(self, services: Mapping[str, Service]) -> None:
+        """Take the quotas of these services, and make `eligible` anew for them."""
+        self.limits = services
+
+        def rebuild(db: sqlite3.Connection) -> None:
+            db.execute(ELIGIBLE_EMPTY)
+            for service, user_id in db.execute(QUEUED_USERS).fetchall():
+                head = db.execute(QUEUED_HEAD, {"service": service, "user_id": user_id}).fetchone()[0]
+                self.refresh_eligible(db, as_job(db.execute(JOB_GET, {"id": head}).fetchone()))
+
+        self.write(rebuild)
+
+    def claim(self, job_id: int, client: str, room: int) -> Job | None:
+        """Move a queued job to Processing for `client`, if quota, service limit and `room` at the client still allow it.
+
+        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
+        """
+
+        def take(db: sqlite3.Connection) -> Job | None:
+            job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
+            service = self.limits[job.service or ""]
+            pair = {"service": job.service, "user_id": job.user_id}
+            full = (
+                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] >= room
+                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
+                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+            )
+            if full or job.status is not Status.QUEUED:
+                return None
+            if job.kill_requested_at is not None:
+                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                return None
+            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
+            return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
+
+        job = self.write(take)
+        if job:
+            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
+        return job
+
+    def admit_due(self) -> int:
+        """Let new attempts whose back-off is over be claimed; return how many."""
+        due = self.read(DELAYED_DUE, now=self.clock.wall())
+
+        def admit(db: sqlite3.Connection) -> None:
+            for row in due:
+                db.execute(JOB_ADMIT, {"id": row["id"]})
+                self.refresh_eligible(db, as_job(db.execute(JOB_GET, {"id": row["id"]}).fetchone()))
+
+        if due:
+            self.write(admit, durable=False)
+        return len(due)
+
+    def wish_end(self, job_id: int, cause: Cause) -> bool:
+        """Note durably that a job shall end; return whether that is news."""
+        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
+        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
+
+    def note(self, sql: str, **values: Any) -> None:
+        """Write a column that is not a status, without waiting for the disk."""
+        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
+
+    def forget(self, job_ids: Sequence[int]) -> None:
+        """Delete rows and history of cleaned jobs."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, FORGET_JOB):
+                    db.execute(sql, {"id": job_id})
+
+        self.write(delete, durable=False)
+
+    def check(self) -> None:
+        """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
+        self.note(HEARTBEAT, now=self.clock.wall())
+        self.check_identity()
+
+    def check_identity(self) -> None:
+        """Raise StorageError where the database file was removed: what is written then goes nowhere."""
+        if self.identity is not None:
+            try:
+                gone = os.stat(self.path)[stat.ST_INO] != self.identity
+            except OSError:
+                gone = True
+            if gone:
+                raise StorageError("the database file was removed or replaced under the running program: restart it")
+
+
+def as_job(row: sqlite3.Row) -> Job:
+    """Return a row of jobs as a Job."""
+    values = dict(row)
+    values["status"] = Status(values["status"])
+    return Job(**values)
+
+
+def on_network(path: str) -> bool:
+    """Tell whether a path lies on a network file system, by the longest mount point in /proc/mounts."""
+    kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
+    real, best, kind = os.path.realpath(path), "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        _, point, found = line.split(" ")[:3]
+        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+            best, kind = point, found
+    return kind.startswith(kinds)
+
+
+# == 7. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+
+# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
+# It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
+# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder.
+WRAPPER = r"""# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT
+cd "$1" || exit 1
+set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
+echo $$ 2>/dev/null >"started.$2" || exit 0
+set +C
+set -m
+trap : TERM INT HUP                                # a handler, not '': ignored signals would be inherited
+cd work || exit 1
+bash ./run.sh </dev/null >>../stdout 2>>../stderr &
+pid=$!
+while :; do
+    wait $pid; status=$?
+    kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
+done
+if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
+printf '{"status": %d, "left": %d}' $status $left >../exit.json
+"""
+
+SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a started payload. `alive` with nothing else, or how it ended."""
+
+    alive: bool
+    exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
+    children_left: bool = False
+    cause: Cause | None = None  # set where there is no exit status
+    reason: str = ""
+
+
+class Executor(Protocol):
+    """The seam for what runs payloads; a handle is a text that survives a restart of the client."""
+
+    def start(self, job: Job) -> str:
+        """Start the attempt and return its handle. The row says Running before this is called."""
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Return the handles, by mark, of attempts whose start was cut off by a crash; what is missing never ran."""
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+        """Return what became of these payloads, by id: one call to a batch system for all of them."""
+
+    def cancel(self, job: Job) -> None:
+        """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
+
+    def collect(self, job: Job) -> None:
+        """Bring the outputs into the work folder; nothing to do where the folder is shared."""
+
+
+def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return what the script sees: the client's environment without secrets, and our own words."""
+    kept = {name: value for name, value in inherited.items() if not SECRET_NAMES.search(name)}
+    ours = {
+        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
+        "JOBORCH_ATTEMPT": str(job.attempt),
+        "JOBORCH_SERVICE": job.service or "",
+        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
+        "JOBORCH_CPUS": str(job.cpus),
+        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
+        "JOBORCH_MARK": job.mark,
+        "TMPDIR": str(folder / "tmp"),
+    }
+    return {**kept, **ours}
+
+
+def read_exit(folder: Path) -> Fate | None:
+    """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
+    try:
+        with open(folder / "exit.json", "rb") as file:
+            said = json.loads(file.read(200))
+            os.fsync(file.fileno())  # it outranks all we know: on disk before a row is moved by it
+        return Fate(False, int(said["status"]), bool(said["left"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def boot_id() -> str:
+    """Return what tells this boot of the machine from every other (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def process_start(pid: int) -> str | None:
+    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None for none or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What /proc says of one process."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    start: str
+
+
+def all_processes() -> list[Process]:
+    """Return every process that is not a zombie."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        fields = text.rpartition(")")[2].split()
+        if fields[0] not in ("Z", "X"):
+            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19]))
+    return found
+
+
+def bears_mark(pid: int, mark: bytes, folder: bytes) -> bool:
+    """Tell whether a process has the attempt's mark in its environment, or works in its folder."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if mark in file.read():
+                return True
+    except OSError:
+        pass  # it ended, or is another user's
+    try:
+        where = os.readlink(f"/proc/{pid}/cwd".encode())
+    except OSError:
+        return False
+    return where == folder or where.startswith(folder + b"/")
+
+
+def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
+    """Return all processes of an attempt: by session, group, parent, environment mark and work folder."""
+    everything = all_processes()
+    mark, place = f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)
+    found = {process.pid for process in everything if process.session == wrapper_pid or bears_mark(process.pid, mark, place)}
+    groups = {process.group for process in everything if process.pid in found}
+    grown = -1
+    while grown != len(found):
+        grown = len(found)
+        found |= {process.pid for process in everything if process.parent in found or process.group in groups}
+    return [process for process in everything if process.pid in found and process.pid != os.getpid()]
+
+
+def signal_all(processes: Iterable[Process], number: int) -> None:
+    """Send a signal to each of these processes; one that has ended is fine."""
+    for process in processes:
+        # ProcessLookupError: it has ended; PermissionError: it became another user, which no mark of ours can do
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, number)
+
+
+class LocalExecutor:
+    """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
+
+    def __init__(self, data: DataFolder, kill_grace_s: float) -> None:
+        self.data, self.kill_grace_s = data, kill_grace_s
+        self.boot = boot_id()
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.wrapper = data.path / "wrapper.sh"
+        write_atomic(self.wrapper, WRAPPER.encode())
+
+    def start(self, job: Job) -> str:
+        folder = self.data.job(job.mark)
+        (folder / "tmp").mkdir(exist_ok=True)
+        # close_fds=False: all of ours are close-on-exec already, and so vfork stays cheap.
+        child = subprocess.Popen(
+            ["bash", str(self.wrapper), str(folder), str(job.attempt)],
+            env=payload_environment(job, folder, os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=False,
+            start_new_session=True,
+        )
+        self.children[child.pid] = child
+        return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        handles = {}
+        for job in jobs:
+            pid = self.claimed_pid(job)
+            if pid is not None:
+                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}"
+        return handles
+
+    def claimed_pid(self, job: Job) -> int | None:
+        """Return the process id that the wrapper wrote into its claim; 0 where a crash left the claim empty."""
+        try:
+            text = (self.data.job(job.mark) / f"started.{job.attempt}").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return None
+        return int(text) if text.strip().isdigit() else 0
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+        for child in list(self.children.values()):
+            if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
+                del self.children[child.pid]
+        return {job.id: self.fate(job) for job in jobs}
+
+    def fate(self, job: Job) -> Fate:
+        folder = self.data.job(job.mark)
+        ended = read_exit(folder)
+        if ended:
+            return ended
+        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
+        if boot != self.boot:
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine was restarted while the script ran")
+        if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
+            return Fate(True)
+        return read_exit(folder) or self.fate_without_exit(job, folder)
+
+    def fate_without_exit(self, job: Job, folder: Path) -> Fate:
+        """Judge a payload whose wrapper, as far as the handle knows it, is gone without an exit file."""
+        claimed = self.claimed_pid(job)
+        if claimed and bears_mark(claimed, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)):
+            return Fate(True)  # the handle names a second wrapper, which lost the claim to the first
+        if not folder.exists():
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+        if claimed is None:
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the wrapper could not be started")
+        reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
+        return Fate(False, cause=Cause.USER, reason=reason)
+
+    def cancel(self, job: Job) -> None:
+        folder = self.data.job(job.mark)
+        pid = int((job.handle or "0").split(" ")[0]) or self.claimed_pid(job) or 0
+        signal_all(tree_of(job, folder, pid), signal.SIGTERM)
+        deadline = time.monotonic() + self.kill_grace_s
+        while time.monotonic() < deadline and self.still_there(job, folder, pid):
+            time.sleep(0.02)
+        for _ in range(200):
+            if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
+                return
+            # Stopped first: what forks faster than we look cannot fork any more.
+            signal_all(tree_of(job, folder, pid), signal.SIGSTOP)
+            signal_all(tree_of(job, folder, pid), signal.SIGKILL)
+            time.sleep(0.01)
+        raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
+
+    def still_there(self, job: Job, folder: Path, pid: int) -> list[Process]:
+        self.poll([])
+        return tree_of(job, folder, pid)
+
+    def collect(self, job: Job) -> None:
+        """The folder is this machine's own: the outputs are there."""
+
+
+EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
+    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s),
+}
+
+
+# == 8. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+
+
+class FilesBody:
+    """A multipart body that is read while it is sent: its length is known, its files are not in memory."""
+
+    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool) -> None:
+        self.boundary = secrets.token_hex(16)
+        self.folder, self.with_digests = folder, with_digests
+        self.digests: dict[str, str] = {}
+        self.parts = [(path, self.part_head(path), os.path.getsize(folder / path)) for path in paths]
+        digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
+        self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
+        self.digest_room = digest_bytes if with_digests else 0
+        ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
+        self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
+        self.chunks, self.rest = self.generate(), b""
+
+    def part_head(self, path: str) -> bytes:
+        """Return the header of one part: the NAME is the path (HTML 5 escapes), ours reads it exactly from X-Joborch-Path."""
+        escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
+        base = escaped.rpartition(b"/")[2]
+        exact = quote(os.fsencode(path)).encode()
+        disposition = b'Content-Disposition: form-data; name="' + escaped + b'"; filename="' + base + b'"'
+        lines = (b"--" + self.boundary.encode(), disposition, b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def generate(self) -> Iterator[bytes]:
+        for path, head, size in self.parts:
+            yield head
+            digest = hashlib.sha256()
+            with open(self.folder / path, "rb", buffering=0) as source:
+                for chunk in file_chunks(source, size):
+                    digest.update(chunk)
+                    yield chunk
+            self.digests[path] = digest.hexdigest()
+            yield b"\r\n"
+        if self.with_digests:
+            yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
+        yield f"--{self.boundary}--\r\n".encode()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next chunk of the body, at most `size` bytes; whole small bodies at once."""
+        size = size if size > 0 else CHUNK_BYTES
+        pieces, have = [self.rest], len(self.rest)
+        while have < size:
+            chunk = next(self.chunks, b"")
+            if not chunk:
+                break
+            pieces.append(chunk)
+            have += len(chunk)
+        data = b"".join(pieces)
+        self.rest = data[size:]
+        return data[:size]
+
+
+@dataclass
+class Heard:
+    """What the events of a client said: its state, and the payloads that changed."""
+
+    instance: str
+    next: int
+    slots: int
+    payloads: list[dict[str, Any]]
+
+
+@dataclass
+class Report:
+    """A payload that a client says has ended, waiting to be settled."""
+
+    job_id: int
+    payload: dict[str, Any]
+    due: float  # monotonic
+    failures: int = 0
+
+
+def backoff_s(failures: int) -> float:
+    """Return how long to wait after the n-th failure in a row: 1 s doubling to 30 s, with jitter."""
+    return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 10)) * uniform(0.75, 1.25))
+
+
+class Link:
+    """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
+
+    def __init__(self, address: Address, token: Callable[[], str], data: DataFolder, clock: Clock) -> None:
+        self.address, self.token, self.data, self.clock = address, token, data, clock
+        self.name = address.name
+        self.services: list[Service] = []
+        self.local, self.lock = threading.local(), threading.Lock()
+        self.slots = 1
+        self.legacy = not address.base_url  # a 2.2 client, which has no /events
+        self.heard_at: float | None = None  # monotonic
+        self.silent_since = clock.monotonic()
+        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.instance, self.since = "", 0
+        self.ended: dict[int, Report] = {}  # by job id
+        self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
+        self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
+
+    # -- health --
+
+    def held(self) -> bool:
+        """Tell whether the client is held back after a failure, or was never heard."""
+        return self.heard_at is None or self.clock.monotonic() < self.held_until
+
+    def heard(self) -> None:
+        """Note that the client answered: what waits for it is due again at once."""
+        if self.failures:
+            log.info("client %s answers again after %s", self.name, spoken(self.clock.monotonic() - self.silent_since))
+        self.heard_at = self.silent_since = self.clock.monotonic()
+        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+
+    def failed(self, error: object) -> None:
+        """Hold the client back, longer with each failure in a row."""
+        text = one_line(str(error))
+        if text != self.trouble:
+            log.warning("client %s: %s", self.name, text)
+        self.failures, self.trouble = self.failures + 1, text
+        self.held_until = self.clock.monotonic() + backoff_s(self.failures)
+
+    def silent_s(self) -> float:
+        return self.clock.monotonic() - self.silent_since
+
+    def room(self) -> int:
+        """Return how many jobs may be with the client at once: what runs, a few that wait there, what is to be fetched."""
+        if self.legacy:
+            return 1 << 30  # it queues by itself, and says nothing of its slots
+        return self.slots + max(self.slots, 4) + len(self.ended)
+
+    # -- calls --
+
+    def session(self) -> requests.Session:
+        """Return this thread's own session: a Session is not safe for threads."""
+        import requests
+
+        if not hasattr(self.local, "session"):
+            self.local.session = requests.Session()
+            self.local.session.trust_env = False
+        return cast("requests.Session", self.local.session)
+
+    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> requests.Response:
+        """Make one call. Raises NothingSent where no byte can have gone out, NoAnswer where an answer is missing."""
+        import requests
+
+        headers = options.pop("headers", {})
+        if self.token():
+            headers["Authorization"] = f"Bearer {self.token()}"
+        if self.legacy:
+            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
+        try:
+            return self.session().request(method, url, headers=headers, timeout=(CONNECT_TIMEOUT_S, read_timeout_s), **options)
+        except (requests.ConnectTimeout, requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
+        except requests.ConnectionError as error:
+            kind = NothingSent if "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error) else NoAnswer
+            raise kind(f"{'cannot be reached' if kind is NothingSent else 'did not answer'}: {plain_cause(error)}") from error
+        except requests.RequestException as error:
+            raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
+
+    def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
+        """Send the files of one attempt; return the payload's id at the client.
+
+        Raises NothingSent (it surely has nothing), NoAnswer (nobody knows) or Rejected (it never will).
+        """
+        body = FilesBody(folder, paths, with_digests=not self.legacy)
+        headers = {
+            "Content-Type": f"multipart/form-data; boundary={body.boundary}",
+            "X-Joborch-Job": str(job.id),
+            "X-Joborch-Uuid": job.uuid,
+            "X-Joborch-Attempt": str(job.attempt),
+            "X-Joborch-Service": quote(job.service or ""),
+            "X-Joborch-User": str(job.user_id),
+            "X-Joborch-Cpus": str(job.cpus),
+            **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
+            **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
+            **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
+        }
+        answer = self.call("POST", self.address.upload_url, data=body, headers=headers, stream=True)
+        with answer:
+            text = next(answer.iter_content(64 * KIB), b"")  # a 2.2 client echoes every input byte; the id comes first
+        return read_submit_answer(answer.status_code, text)
+
+    def events(self, wait_s: float) -> Heard:
+        """Wait for changes at the client: one long poll for all its payloads. Gone: it has no /events."""
+        url = f"{self.address.base_url}/events"
+        query = {"since": str(self.since), "instance": self.instance, "wait": f"{wait_s:g}"}
+        answer = self.call("GET", url, read_timeout_s=wait_s + 10, params=query)
+        if answer.status_code == 404:
+            raise Gone("no /events")
+        if answer.status_code != 200:
+            raise NothingSent(refused_text(answer.status_code, answer.content))
+        try:
+            said = answer.json()
+            return Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
+
+    def status(self, job: Job) -> dict[str, Any]:
+        """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
+        with self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job), stream=True) as answer:
+            if answer.status_code == 404:
+                raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+            if answer.status_code != 200:
+                raise NoAnswer(refused_text(answer.status_code, next(answer.iter_content(KIB), b"")))
+            if answer.headers.get("Content-Type", "").startswith("application/zip"):
+                return {"status": Status.COMPLETED.value}
+            try:
+                return dict(json.loads(answer.raw.read(64 * MIB, decode_content=True)))
+            except (ValueError, TypeError) as error:
+                raise NoAnswer("answers rubbish to /retrieve") from error
+
+    def fetch(self, job: Job, target: IO[bytes], partial: bool = False) -> tuple[int, str]:
+        """Write the ZIP of a payload to `target`; return size in bytes and SHA-256 (hex), verified where the client sent one.
+
+        Raises Gone where the client does not know the payload, NoAnswer where the transfer broke or is not what it said.
+        """
+        url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
+        try:
+            with self.call("GET", url, headers=named(job), stream=True) as answer:
+                if answer.status_code == 404:
+                    raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+                if answer.status_code != 200 or not answer.headers.get("Content-Type", "").startswith("application/zip"):
+                    raise NoAnswer(refused_text(answer.status_code, next(answer.iter_content(KIB), b"")))
+                return copy_verified(answer, target)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise NoAnswer(f"the transfer broke: {plain_cause(error)}") from error
+
+    def kill(self, job: Job) -> bool:
+        """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
+        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", headers=named(job))
+        if answer.status_code == 404:
+            raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        if answer.status_code not in (200, 202):
+            raise NoAnswer(refused_text(answer.status_code, answer.content[:KIB]))
+        return answer.status_code == 200
+
+    def ping(self) -> None:
+        """Make sure that a legacy client answers at all: any answer of its web server will do."""
+        parts = urlsplit(self.address.upload_url)
+        self.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10)
+
+
+def named(job: Job) -> dict[str, str]:
+    """Return the header that says which attempt a payload id is meant to be: a client that began anew gives ids again."""
+    return {"X-Joborch-Mark": job.mark}
+
+
+def plain_cause(error: BaseException) -> str:
+    """Return the innermost reason of a chain of network errors, as people say it."""
+    seen: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in seen:
+        seen.append(inner)
+        reason = getattr(inner, "reason", None)
+        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
+    for one in reversed(seen):
+        if isinstance(one, OSError) and one.errno:
+            return os.strerror(one.errno).lower() if one.errno > 0 else "its name is not known"
+    text = re.sub(r"<[^>]*>:? ?", "", str(seen[-1]))
+    return one_line(text or type(seen[-1]).__name__, 120)
+
+
+def refused_text(status: int, body: bytes) -> str:
+    """Return one sentence on an answer that is an error."""
+    message = ""
+    with contextlib.suppress(ValueError, AttributeError):
+        message = str(json.loads(body).get("message", ""))
+    hint = ": set SERVICE_<NAME>_TOKEN to the client's token" if status in (401, 403) and not message else ""
+    return f"answered {status}" + (f": {one_line(message)}" if message else hint)
+
+
+def read_submit_answer(status: int, text: bytes) -> str:
+    """Return the payload id of an answer to /submit, or raise what the answer means."""
+    if status in (200, 201):
+        match = re.match(rb'\s*\{\s*"id"\s*:\s*(\d+)', text) or re.search(rb'"id"\s*:\s*(\d+)', text)
+        if not match:
+            raise NoAnswer("answered rubbish to /submit")
+        return match[1].decode()
+    if status in (400, 409, 413, 415, 422):
+        raise Rejected(refused_text(status, text))
+    if status in (401, 403, 404, 405, 429, 503, 507):
+        raise NothingSent(refused_text(status, text))
+    raise NoAnswer(refused_text(status, text))
+
+
+def copy_verified(answer: requests.Response, target: IO[bytes]) -> tuple[int, str]:
+    """Copy a response's body to `target`; NoAnswer where length or digest are not what its headers said."""
+    digest, size = hashlib.sha256(), 0
+    read = functools.partial(answer.raw.read, CHUNK_BYTES)
+    try:
+        for chunk in iter(read, b""):
+            target.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoAnswer(f"the transfer broke after {size} bytes: {plain_cause(error)}") from error
+    promised = answer.headers.get("Content-Length")
+    if promised is not None and int(promised) != size:
+        raise NoAnswer(f"the transfer broke: {size} of {promised} bytes came")
+    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+    if said and base64.b64decode(said[1]) != digest.digest():
+        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
+    return size, digest.hexdigest()
+
+
+def repr_digest(sha256_hex: str) -> str:
+    """Return a Repr-Digest header (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
+# == 9. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first queued job of a user who is under quota: what a service could run next."""
+
+    service: str
+    job_id: int
+    user_id: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The figures that decide about one queued job."""
+
+    runs_of_user: int
+    runs_per_user: int
+    runs_of_service: int
+    max_runs: int
+    queued_before: int  # of the same user
+
+
+def choose_head(heads: Iterable[Head]) -> Head | None:
+    """Return the head that runs next: strict arrival, over all services that the client serves."""
+    return min(heads, key=lambda head: head.job_id, default=None)
+
+
+def attempts_left(job: Job) -> bool:
+    """Tell whether an infrastructure failure of this attempt may be followed by another attempt."""
+    return job.attempt <= job.retries and job.kill_requested_at is None
+
+
+def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -> str:
+    """Return one sentence on what a queued job waits for. `troubles` says, by client, why it cannot be used now."""
+    before = f" and {standing.queued_before} jobs of yours stand before it" if standing.queued_before else ""
+    if standing.runs_of_user >= standing.runs_per_user:
+        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{before}"
+    if standing.runs_of_service >= standing.max_runs:
+        return f"all {standing.max_runs} runs of {service} are in use{before}"
+    if troubles and all(troubles.values()):
+        return f"no client for {service} answers: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
+    return f"it is next for a free place at a client for {service}{before}"
+
+
+# == 10. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+
+
+class Loop:
+    """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
+
+    A tick returns whether there may be more to do. What it raises is logged, and it is tried again a period later.
+    """
+
+    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, threads: int = 1) -> None:
+        self.name, self.tick, self.period_s = name, tick, period_s
+        self.condition, self.calls, self.stopped = threading.Condition(), 0, False
+        self.threads = [threading.Thread(target=self.run, name=f"{name}-{n}", daemon=True) for n in range(threads)]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """Let one thread tick now; one that finds work wakes the next."""
+        with self.condition:
+            self.calls = min(self.calls + 1, len(self.threads))
+            self.condition.notify()
+
+    def stop(self) -> None:
+        with self.condition:
+            self.stopped = True
+            self.condition.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def run(self) -> None:
+        while not self.stopped:
+            more = False
+            try:
+                more = self.tick()
+            except Exception:
+                if not self.stopped:  # the store closes under those that come late
+                    log.exception("%s: the tick failed; tried again in %s", self.name, spoken(self.period_s))
+            if more:
+                self.wake()
+            self.sleep()
+
+    def sleep(self) -> None:
+        with self.condition:
+            if not self.calls and not self.stopped:
+                self.condition.wait(self.period_s)
+            self.calls = max(0, self.calls - 1)
+
+
+class Parking:
+    """A bounded number of places for callers that wait, so that uploads never starve."""
+
+    def __init__(self, places: int) -> None:
+        self.free = threading.BoundedSemaphore(places)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[bool]:
+        """Hold a place for the block; yields False where all are taken."""
+        taken = self.free.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.free.release()
+
+
+class Node:
+    """One process, server or client: its settings, its store, its folders, its loops."""
+
+    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
+        self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
+        self.loops: dict[str, Loop] = {}
+        self.waiters, self.places = Parking(PARKING_PLACES), Parking(EVENTS_PLACES)
+        self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
+        self.started = self.clock.monotonic()
+        self.stopping = threading.Event()
+
+    def folder(self, job: Job) -> Path:
+        """Return where a job's files are: one folder a job on the server, one an attempt on a client."""
+        return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
+
+    def wake(self, name: str) -> None:
+        """Wake the loops called `name`, or `name:...`."""
+        for key, loop in self.loops.items():
+            if key == name or key.startswith(name + ":"):
+                loop.wake()
+
+    def start(self) -> None:
+        for loop in self.loops.values():
+            loop.start()
+
+    def stop(self) -> None:
+        """End the loops and wake everybody who waits; payloads are left alone."""
+        self.stopping.set()
+        for loop in self.loops.values():
+            loop.stop()
+        self.store.changes.close()
+        deadline = time.monotonic() + 1
+        for loop in self.loops.values():
+            loop.join(max(0.0, deadline - time.monotonic()))
+
+    def cpu_load(self) -> float:
+        """Return the CPU use of this machine in percent since the last call, by /proc/stat."""
+        fields = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        total, idle = sum(fields), fields[3] + fields[4]
+        last_total, last_idle = getattr(self, "last_cpu", (0, 0))
+        if total - last_total >= 10:  # clock ticks; closer together says nothing
+            self.last_cpu = (total, idle)
+            self.last_load = round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
+        return float(getattr(self, "last_load", 0.0))
+
+    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool]) -> T | None:
+        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`."""
+        deadline = self.clock.monotonic() + timeout_s
+        while True:
+            seen = self.store.changes.number
+            found = look()
+            remaining = deadline - self.clock.monotonic()
+            if found is not None or remaining <= 0 or self.stopping.is_set() or left():
+                return found
+            self.store.changes.wait(seen, min(remaining, 2.0))
+
+
+def clean_tick(node: Node) -> bool:
+    """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
+    now, age = node.clock.wall(), node.config.max_age_s
+    more = False
+    for job in node.store.jobs(ENDED_BEFORE, before=now - age):
+        unfetched = node.config.mode == "client" and job.fetched_at is None
+        if unfetched and (job.ended_at or now) > now - 4 * age:
+            continue
+        remove_tree(node.folder(job))
+        remove_tree(node.data.result(job.uuid))
+        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
+    old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
+    if old:
+        node.store.forget(old)
+    return more or bool(old)
+
+
+def sweep(node: Node) -> None:
+    """Remove folders and results that no row speaks of: a crash came between files and row. In the background."""
+    for folder in (node.data.jobs, node.data.results):
+        for path in folder.iterdir():
+            if node.stopping.is_set():
+                return
+            if path.stem in node.data.receiving:
+                continue
+            job = node.store.job(JOB_BY_UUID, uuid=path.stem)
+            if path.stem not in node.data.receiving and (job is None or job.status is Status.CLEANED):
+                log.info("%s belongs to no job: removed", path.name)
+                remove_tree(path)
+
+
+# == 11. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
+
+
+def client_token_file() -> Path | None:
+    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
+    try:
+        return Path(default_folder("config")) / "client-token"
+    except ConfigError:
+        return None
+
+
+def client_token(service: Service) -> str:
+    """Return the token for a service's clients: its setting, else what a client of the same user made here."""
+    if service.token:
+        return service.token
+    path = client_token_file()
+    try:  # read again each time: the client may start later
+        return path.read_text(encoding="ascii").strip() if path else ""
+    except OSError:
+        return ""
+
+
+class Server(Node):
+    """A server: its services, and a link to each client."""
+
+    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
+        super().__init__(config, store, data, clock)
+        self.services = config.services
+        self.links: dict[str, Link] = {}
+        store.set_limits(self.services)
+        for service in self.services.values():
+            for address in service.addresses:
+                link = self.links.get(address.name)
+                if link is None:
+                    link = Link(address, functools.partial(client_token, service), data, self.clock)
+                    self.links[address.name] = link
+                link.services.append(service)
+        self.make_loops()
+
+    def make_loops(self) -> None:
+        config = self.config
+        for name, link in self.links.items():
+            self.loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, self, link), config.get_interval_s)
+            self.loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, self, link), config.send_interval_s, 3)
+            self.loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, self, link), config.get_interval_s, 3)
+            self.loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, self, link), config.get_interval_s)
+        self.loops["watch"] = Loop("watch", functools.partial(watch_tick, self), 1.0)
+        self.loops["clean"] = Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s)
+
+    def troubles(self, service: Service) -> dict[str, str]:
+        """Return why each client of a service cannot be used now, by name; an empty text where it can."""
+        found = {}
+        for address in service.addresses:
+            link = self.links[address.name]
+            why = f"{link.trouble} ({spoken(link.silent_s())} ago)" if link.trouble else "was not asked yet"
+            found[link.name] = why if link.held() else ""
+        return found
+
+
+def send_tick(server: Server, link: Link) -> bool:
+    """Send one job to one client; True where there was one."""
+    if link.held():
+        return False
+    job = claim_next(server, link)
+    if job is None:
+        return False
+    server.wake(f"send:{link.name}")  # another lane looks for the next while this one sends
+    send_job(server, link, job)
+    return True
+
+
+def claim_next(server: Server, link: Link) -> Job | None:
+    """Return a job to send: one that is pinned to this client by a lost answer, else the next one that fits."""
+    for job in server.store.jobs(PINNED_AT_CLIENT, client=link.name):
+        with link.lock:
+            due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
+            if due:
+                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
+        if due:
+            return job
+    heads = [
+        Head(service.name, row["head"], row["user_id"])
+        for service in link.services
+        for row in server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1)
+    ]
+    chosen = choose_head(heads)
+    return server.store.claim(chosen.job_id, link.name, link.room()) if chosen else None
+
+
+def send_job(server: Server, link: Link, job: Job) -> None:
+    """Send a claimed job, and write down what came of it."""
+    folder = server.data.job(job.uuid)
+    try:
+        paths = sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+        returned = server.services[job.service or ""].return_inputs
+        dest_id = link.submit(job, folder, paths, returned)
+    except NothingSent as error:
+        link.failed(error)
+        if job.status is Status.PROCESSING:
+            server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+            kill_queued(server, job.id)
+        return
+    except Rejected as error:
+        link.heard()
+        server.store.move(job, Status.INVALID, f"{link.name} refuses it: {error}", cause=Cause.USER.value)
+        return
+    except (NoAnswer, OSError) as error:
+        link.failed(error)
+        lose_answer(server, link, job, error)
+        return
+    link.heard()
+    server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    server.wake(f"kill:{link.name}")
+
+
+def kill_queued(server: Server, job_id: int) -> None:
+    """Move a job that shall end, and is with no client, to its end."""
+    job = server.store.get(job_id)
+    if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
+        server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+
+
+def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
+    """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
+
+    A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
+    """
+    if job.status is Status.PROCESSING:
+        server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+    with link.lock:
+        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+    current = server.store.get(job.id)
+    if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
+        new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+
+
+def new_attempt(server: Server, job: Job, reason: str) -> None:
+    """After an infrastructure failure: queue another attempt, or give up where none is left."""
+    if attempts_left(job):
+        changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
+        due = server.clock.wall() + backoff_s(job.attempt)
+        server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
+    else:
+        note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
+        server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
+
+
+def get_tick(server: Server, link: Link) -> bool:
+    """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
+    if link.failures and server.clock.monotonic() < link.held_until:
+        return False
+    try:
+        if link.legacy:
+            return poll_tick(server, link)
+        fresh = link.since == 0
+        heard = link.events(0 if fresh else EVENTS_WAIT_S)
+    except Gone:
+        link.legacy = True
+        log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
+        return True
+    except (NothingSent, NoAnswer) as error:
+        link.failed(error)
+        return False
+    link.heard()
+    take_in(server, link, heard, fresh)
+    server.wake(f"send:{link.name}")
+    return True
+
+
+def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
+    """Take in what a client's events said; at a first contact, also what they did not say."""
+    if link.instance not in ("", heard.instance):
+        log.info("client %s began anew: what it has is asked again", link.name)
+        link.instance, link.since = heard.instance, 0
+        return
+    link.instance, link.slots, link.since = heard.instance, heard.slots, max(heard.next, link.since)
+    for payload in heard.payloads:
+        report(server, link, payload)
+    if fresh:
+        link.since = max(link.since, 1)
+        look_for_lost(server, link, {str(payload.get("uuid")) for payload in heard.payloads})
+
+
+def report(server: Server, link: Link, payload: Mapping[str, Any]) -> None:
+    """Move a job on by what its client says of its payload."""
+    job = server.store.job(JOB_BY_UUID, uuid=str(payload.get("uuid")))
+    if job is None:
+        return
+    status = str(payload.get("status"))
+    ours = job.attempt == payload.get("attempt") and job.client == link.name and job.status in BUSY
+    if not ours:
+        if status in (Status.PREPARED.value, Status.RUNNING.value):
+            end_stray(link, job, payload)
+        return
+    if job.dest_id is None:  # its answer is lost, or still under way: this is as good
+        server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
+        job = server.store.get(job.id) or job
+    if status == Status.RUNNING.value and job.status is not Status.RUNNING:
+        server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at"))
+    elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
+        server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
+    elif status not in (Status.PREPARED.value, Status.RUNNING.value):
+        with link.lock:
+            link.ended[job.id] = Report(job.id, dict(payload), 0.0)
+        server.wake(f"fetch:{link.name}")
+
+
+def end_stray(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """End a payload of an attempt that was given up: it came back late."""
+    log.warning("job %d: attempt %s still runs at %s and is ended there", job.id, payload.get("attempt"), link.name)
+    try:
+        link.kill(dataclasses.replace(job, dest_id=str(payload.get("id")), attempt=int(str(payload.get("attempt")))))
+    except (NothingSent, NoAnswer, Gone) as error:
+        log.warning("job %d: %s %s", job.id, link.name, error)
+
+
+def look_for_lost(server: Server, link: Link, named: Collection[str]) -> None:
+    """Ask for each job that should be with a client and was not named in its full list."""
+    for job in server.store.jobs(AT_CLIENT, client=link.name):
+        if job.dest_id and job.uuid not in named:
+            with link.lock:
+                link.ended[job.id] = Report(job.id, {"status": "?"}, 0.0)
+            server.wake(f"fetch:{link.name}")
+
+
+def poll_tick(server: Server, link: Link) -> bool:
+    """Ask a 2.2 client about each job that is due, with growing pauses; make sure that it answers at all."""
+    jobs = [job for job in server.store.jobs(AT_CLIENT, client=link.name) if job.dest_id]
+    now = server.clock.monotonic()
+    if link.heard_at is None or (not jobs and now - link.heard_at > 10):
+        link.ping()
+        link.heard()
+        server.wake(f"send:{link.name}")
+    for job in jobs:
+        due, pause = link.poll_due.get(job.id, (0.0, 0.2))
+        if due > now or job.id in link.ended:
+            continue
+        link.poll_due[job.id] = (now + pause, min(pause * 1.5, 5.0))
+        poll_job(server, link, job)
+    with link.lock:
+        known = {job.id for job in jobs}
+        link.poll_due = {key: value for key, value in link.poll_due.items() if key in known}
+    return False
+
+
+def poll_job(server: Server, link: Link, job: Job) -> None:
+    """Ask a 2.2 client about one job."""
+    try:
+        payload = link.status(job)
+    except Gone as error:
+        new_attempt(server, job, str(error))
+        return
+    link.heard()
+    report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
+
+
+def fetch_tick(server: Server, link: Link) -> bool:
+    """Settle one job whose payload has ended; True where there was one."""
+    now = server.clock.monotonic()
+    with link.lock:
+        due = next((found for found in link.ended.values() if found.due <= now), None)
+        if due is None:
+            return False
+        due.due = now + 3600  # ours: no other lane takes it
+    server.wake(f"fetch:{link.name}")
+    settled = False
+    try:
+        job = server.store.get(due.job_id)
+        settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
+    finally:
+        with link.lock:
+            if settled:
+                link.ended.pop(due.job_id, None)
+            else:
+                due.failures += 1
+                due.due = server.clock.monotonic() + backoff_s(due.failures)
+    if settled:
+        server.wake("send")  # quota and places are free, at this client or another
+    return True
+
+
+def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
+    """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
+    try:
+        if found.payload["status"] == "?":
+            found.payload.update(link.status(job))
+        status = found.payload["status"]
+        if status in (Status.PREPARED.value, Status.RUNNING.value):
+            return True  # not ended after all: its events will say more
+        if status == Status.COMPLETED.value:
+            fetch_result(server, link, job)
+        elif status == Status.CLEANED.value:
+            new_attempt(server, job, f"{link.name} has no result of it any more")
+        elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
+            new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
+        else:
+            fetch_failure(server, link, job, found.payload)
+    except Gone as error:
+        new_attempt(server, job, str(error))
+    except (NothingSent, NoAnswer) as error:
+        become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
+        return False
+    except OSError as error:
+        become_unknown(server, job, f"the result could not be stored: {os.strerror(error.errno or 0)}")
+        return False
+    return True
+
+
+def become_unknown(server: Server, job: Job, reason: str) -> None:
+    """Move a job to Unknown for what cannot be known now; it heals by itself."""
+    if job.status in (Status.SUBMITTED, Status.RUNNING):
+        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
+
+
+def fetch_result(server: Server, link: Link, job: Job) -> None:
+    """Bring a result to its place: file, digest, fsync, rename; then the row."""
+    size, digest = store_archive(server, link, job, partial=False)
+    reason = "run.sh ended with exit status 0"
+    server.store.move(job, Status.COMPLETED, reason, exit_code=0, result_size=size, result_sha256=digest)
+
+
+def store_archive(server: Server, link: Link, job: Job, partial: bool) -> tuple[int, str]:
+    """Fetch a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return."""
+    descriptor, name = tempfile.mkstemp(dir=server.data.tmp)
+    try:
+        with open(descriptor, "wb", buffering=0) as target:
+            size, digest = link.fetch(job, target, partial)
+            os.fsync(target.fileno())
+        os.rename(name, server.data.result(job.uuid))
+    except BaseException:
+        os.unlink(name)
+        raise
+    fsync_path(server.data.results)
+    return size, digest
+
+
+def fetch_failure(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
+    to = Status(payload["status"])
+    size, digest = None, None
+    with contextlib.suppress(Gone):  # nothing is left of it: its end counts all the same
+        size, digest = store_archive(server, link, job, partial=True)
+    reason = payload.get("reason") or f"the client says {to}"
+    cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
+    changes: dict[str, Any] = {name: payload.get(name) for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    server.store.move(job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
+
+
+def kill_tick(server: Server, link: Link) -> bool:
+    """Ask a client to end the jobs that shall end; its events tell when they have."""
+    now = server.clock.monotonic()
+    for job in server.store.jobs(KILLS_AT_CLIENT, client=link.name):
+        if link.kill_due.get(job.id, 0.0) > now:
+            continue
+        link.kill_due[job.id] = now + 2.0
+        try:
+            link.kill(job)
+            link.heard()
+        except Gone as error:
+            new_attempt(server, job, str(error))
+        except (NothingSent, NoAnswer) as error:
+            link.failed(error)
+            return False
+    return False
+
+
+def watch_tick(server: Server) -> bool:
+    """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
+    if server.store.admit_due():
+        server.wake("send")
+    for link in server.links.values():
+        if link.silent_s() > SILENT_AFTER_S:
+            for job in server.store.jobs(AT_CLIENT, client=link.name):
+                judge_silence(server, link, job)
+    for service in server.services.values():
+        fail_unreachable(server, service)
+    return False
+
+
+def judge_silence(server: Server, link: Link, job: Job) -> None:
+    """A silent client's job is Unknown; after LOST_AFTER it is tried elsewhere, or has failed."""
+    if link.silent_s() > server.services[job.service or ""].lost_after_s:
+        if job.status is Status.PROCESSING:
+            server.store.move(job, Status.UNKNOWN, f"{link.name} is silent")
+            job = server.store.get(job.id) or job
+        new_attempt(server, job, f"{link.name} is silent since {spoken(link.silent_s())}: {link.trouble}")
+    elif job.status in (Status.SUBMITTED, Status.RUNNING):
+        become_unknown(server, job, f"{link.name} {link.trouble}")
+
+
+def fail_unreachable(server: Server, service: Service) -> None:
+    """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
+    links = [server.links[address.name] for address in service.addresses]
+    if min(link.silent_s() for link in links) <= service.unreachable_after_s:
+        return
+    before = server.clock.wall() - service.unreachable_after_s
+    for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
+        reason = f"client unreachable: no client of {service.name} answered for {spoken(service.unreachable_after_s)}"
+        server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+
+
+# == 12. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+
+
+class Client(Node):
+    """A client: its executor, and which payloads are being ended."""
+
+    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
+        super().__init__(config, store, data, clock)
+        self.executor = EXECUTORS[config.executor](data, config)
+        # With a database in memory, payload ids begin again: servers tell by this that theirs mean nothing any more.
+        self.instance = secrets.token_hex(8) if store.identity is None else str(store.identity)
+        self.ending, self.lock = cast("set[int]", set()), threading.Lock()
+        self.holes = True  # the file system can punch them, as far as we know
+        self.loops = {
+            "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
+            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
+            "limit": Loop("limit", functools.partial(limit_tick, self), config.run_interval_s),
+            "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
+        }
+
+
+def run_tick(client: Client) -> bool:
+    """Take in what ended, and start what a slot is free for."""
+    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    fates = client.executor.poll(running)
+    ended = [job for job in running if not fates[job.id].alive]
+    for job in ended:
+        if job.kill_cause is None:
+            finish(client, job, fates[job.id])
+    free = client.config.slots - len(running) + len(ended)
+    if free > 0:
+        for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=free):
+            begin(client, job)
+    return bool(ended)
+
+
+def begin(client: Client, job: Job) -> None:
+    """Start one payload: the mark is stored before, the handle after."""
+    problem = why_not_runnable(client.data.job(job.mark) / "work" / "run.sh")
+    if problem:
+        client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
+        return
+    if not client.store.move(job, Status.RUNNING, "", started_at=client.clock.wall()):
+        return
+    try:
+        handle = client.executor.start(job)
+    except OSError as error:
+        reason = f"the client could not start it: {os.strerror(error.errno or 0)}"
+        running = client.store.get(job.id) or job
+        client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+        return
+    client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+
+
+def why_not_runnable(script: Path) -> str:
+    """Return why a payload's run.sh cannot be run, or an empty text."""
+    if not script.is_file():
+        return "there is no run.sh: upload a bash script of that name"
+    if script.stat().st_size == 0:
+        return "run.sh is empty: it has 0 bytes"
+    return ""
+
+
+def finish(client: Client, job: Job, fate: Fate) -> None:
+    """Move an ended payload to its end, with a reason that a person understands."""
+    folder = client.data.job(job.mark)
+    client.executor.collect(job)
+    started, ended = run_times(folder, job)
+    changes: dict[str, Any] = {"started_at": started, "ended_at": ended}
+    if fate.exit_status is None:
+        client.store.move(job, Status.FAILED, fate.reason, cause=str(fate.cause), **changes)
+    elif fate.exit_status == 0:
+        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
+        client.store.move(job, Status.COMPLETED, reason, exit_code=0, **changes)
+    else:
+        number = fate.exit_status - 128 if 128 < fate.exit_status < 193 else None
+        reason = failure_text(fate.exit_status, number, ended - started, folder)
+        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, exit_code=fate.exit_status, signal=number, **changes)
+
+
+def run_times(folder: Path, job: Job) -> tuple[float, float]:
+    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone."""
+    times = []
+    for name in (f"started.{job.attempt}", "exit.json"):
+        try:
+            times.append(os.stat(folder / name).st_mtime)
+        except OSError:
+            times.append(job.started_at or time.time() if not times else time.time())
+    return times[0], max(times)
+
+
+def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
+    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
+    how = f"run.sh ended with exit status {status}"
+    if number is not None:
+        how += f" (as by signal {signal_name(number)})"
+    text = f"{how} after {spoken(seconds)}"
+    words = last_line(folder / "stderr")
+    if words:
+        text += f'; last line of standard error: "{words}"'
+    with contextlib.suppress(OSError), open(folder / "work" / "run.sh", "rb") as script:
+        if b"\r\n" in script.read(64 * KIB):
+            text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
+    return text
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text file that is not blank, made safe to show."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
+
+
+def end_tick(client: Client) -> bool:
+    """End one payload that shall end; True where there was one."""
+    job = take_for_ending(client)
+    if job is None:
+        return False
+    try:
+        if job.status is Status.RUNNING:
+            client.executor.cancel(job)
+        folder, (started, ended) = client.data.job(job.mark), run_times(client.data.job(job.mark), job)
+        if job.kill_cause == Cause.LIMIT.value:
+            reason = f"run.sh was ended at its time limit of {spoken(job.timeout or 0)}"
+            words = last_line(folder / "stderr")
+            reason += f'; last line of standard error: "{words}"' if words else ""
+            client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
+        else:
+            client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
+    except StillRunning as error:
+        log.error("%s; it is tried again", error)
+        return False
+    finally:
+        with client.lock:
+            client.ending.discard(job.id)
+    client.wake("run")
+    return True
+
+
+def take_for_ending(client: Client) -> Job | None:
+    """Return a payload that shall end and that no other thread is ending."""
+    for status in (Status.RUNNING, Status.PREPARED):
+        for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
+            with client.lock:
+                if job.kill_requested_at is not None and job.id not in client.ending:
+                    client.ending.add(job.id)
+                    return job
+    return None
+
+
+def limit_tick(client: Client) -> bool:
+    """Keep running payloads within their limits: run time, and the size of their output streams."""
+    for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
+        over = job.timeout and job.started_at and client.clock.wall() - job.started_at > job.timeout
+        if over and client.store.wish_end(job.id, Cause.LIMIT):
+            client.wake("end")
+        for stream in ("stdout", "stderr"):
+            bound_output(client, client.data.job(job.mark) / stream)
+    return False
+
+
+def bound_output(client: Client, path: Path) -> None:
+    """Free the middle of an output stream that has outgrown its limit."""
+    if not client.holes:
+        return
+    try:
+        punch_middle(path, client.config.log_limit_bytes)
+    except FileNotFoundError:
+        return  # the wrapper has not come that far
+    except OSError as error:
+        client.holes = False
+        log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
+
+
+def adopt(client: Client) -> None:
+    """At the start of a client: find again what it started before, or start what provably never ran."""
+    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    if client.store.identity is None:
+        end_orphans(client)
+    cut_off = [job for job in running if job.handle is None]
+    handles = client.executor.find(cut_off)
+    for job in cut_off:
+        if job.mark not in handles:
+            log.warning("payload %d was marked and never started: it is started now", job.id)
+        handle = handles.get(job.mark) or client.executor.start(job)
+        client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+    if running:
+        log.info("%d payloads were running when the client ended: taken up again", len(running))
+
+
+def end_orphans(client: Client) -> None:
+    """With a database in memory nothing is known of payloads that an earlier run left: they are ended and removed."""
+    for folder in client.data.jobs.iterdir():
+        for process in all_processes():
+            if bears_mark(process.pid, f"JOBORCH_MARK={folder.name}\0".encode(), os.fsencode(folder)):
+                signal_all([process], signal.SIGKILL)
+        remove_tree(folder)
+
+
+# == 13. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One thing that a route takes: where it stands, its JSON type, and what it means."""
+
+    name: str
+    place: str  # path, query, header or form
+    kind: str  # string, integer, number, boolean or file
+    help: str
+    example: Any = None
+    required: bool = False
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Gives:
+    """One answer of a route: what it means, its content type ("" for none) and a real example."""
+
+    meaning: str
+    content: str = ""
+    example: Any = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a handler sees of a request."""
+
+    environ: Mapping[str, Any]
+
+    @functools.cached_property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True))
+
+    @property
+    def method(self) -> str:
+        return str(self.environ["REQUEST_METHOD"])
+
+    @property
+    def stream(self) -> IO[bytes]:
+        return cast("IO[bytes]", self.environ["wsgi.input"])
+
+    @property
+    def length(self) -> int:
+        return int(self.environ.get("CONTENT_LENGTH") or 0)
+
+    def header(self, name: str) -> str:
+        key = name.upper().replace("-", "_")
+        return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
+
+    def left(self) -> bool:
+        """Tell whether the caller has closed the connection."""
+        gone = self.environ.get("waitress.client_disconnected")
+        return bool(gone and gone())
+
+    def whole(self, name: str, default: int, least: int, most: int) -> int:
+        """Return a whole number of the query; Refusal 400 names the parameter and its bounds."""
+        text = self.query.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"-?\d{1,19}", text) or not least <= int(text) <= most:
+            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+        return int(text)
+
+    def seconds(self, name: str) -> float:
+        """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; Refusal 400."""
+        text = self.query.get(name, "0")
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text):
+            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, {WAIT_LIMIT_S:g} at most", name)
+        return min(float(text), WAIT_LIMIT_S)
+
+
+@dataclass
+class Answer:
+    """What a handler gives: a JSON value, bytes, an open file, or nothing; a status; further headers."""
+
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> Answer:
+        said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
+        return cls(said, refusal.status, dict(refusal.headers))
+
+
+Handler = Callable[..., Answer]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One declaration: it makes the Bottle route, the OpenAPI entry, the access rule and the test's check."""
+
+    method: str
+    path: str  # with <name> for its parts that vary
+    mode: str  # server, client, or both in one text
+    who: str  # anyone or caller
+    summary: str
+    takes: tuple[Parameter, ...]
+    gives: Mapping[int, Gives]
+    handler: Handler
+
+    @property
+    def takes_form(self) -> bool:
+        return any(parameter.place == "form" for parameter in self.takes)
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile("^" + re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path) + "$")
+
+
+ROUTES: list[Route] = []
+
+
+def route(
+    method: str, path: str, mode: str, *, who: str = "caller", takes: Sequence[Parameter] = (), gives: Mapping[int, Gives]
+) -> Callable[[Handler], Handler]:
+    """Declare a route. The first sentence of the handler's docstring is its summary."""
+
+    def declare(handler: Handler) -> Handler:
+        summary = (handler.__doc__ or "").strip().split("\n")[0]
+        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler))
+        return handler
+
+    return declare
+
+
+def find_route(mode: str, method: str, path: str) -> Route:
+    """Return the route of a request; Refusal 404 or 405."""
+    wanted = "GET" if method == "HEAD" else method
+    here = [found for found in ROUTES if mode in found.mode.split() and found.pattern.match(path)]
+    for found in here:
+        if found.method == wanted:
+            return found
+    if here:
+        allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
+        raise Refusal(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
+    raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
+
+
+def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
+    """Let a caller through who shows a token, or who may call without; Refusal 401 or 403.
+
+    `headers` are those of the request, in CGI spelling (AUTHORIZATION). Cross-site requests are refused where no token
+    was shown, and foreign host names where loopback alone lets a caller in: any web page could else run scripts here.
+    """
+    if node.tokens:
+        kind, _, shown = headers.get("AUTHORIZATION", "").partition(" ")
+        fits = [hmac.compare_digest(shown.strip().encode("latin-1", "replace"), token.encode()) for token in node.tokens]
+        if kind.lower() != "bearer" or not any(fits):
+            what = "the token is wrong" if shown else "a token is needed"
+            raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+        return
+    host = headers.get("HOST", "")
+    origin = headers.get("ORIGIN")
+    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and urlsplit(origin).netloc != host):
+        raise Refusal(403, "a page of another site may not call this server: show a token")
+    if node.config.allow_anonymous:
+        return
+    name = urlsplit(f"//{host}").hostname or ""
+    if not is_loopback(name) and name not in [known.strip().lower() for known in node.config.hosts.split(",")]:
+        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
+    if peer_uid() not in (os.getuid(), 0):
+        raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
+
+
+def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Return the user id that owns the other end of a connection on this machine, by /proc/net/tcp (proc(5)); None where unknown."""
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        try:
+            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
+            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except (OSError, ValueError):
+            continue
+        for line in lines:
+            fields = line.split()
+            if (fields[1], fields[2]) == wanted:
+                return int(fields[7])
+    return None
+
+
+def tcp_hex(family: int, host: str, port: int) -> str:
+    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
+    mapped = "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host
+    packed = socket.inet_pton(family, mapped)
+    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
+    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
+
+
+def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
+    """Refuse a body before it is read: 411, 413 or 507."""
+    if not found.takes_form:
+        if length > MIB or chunked:
+            raise Refusal(413, "no body is expected here")
+        return
+    if not length and not chunked:
+        raise Refusal(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
+    limit = node.config.max_upload_bytes
+    if length > limit:
+        raise Refusal(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
+    if free_bytes(node.data.path) - 2 * length < node.config.min_free_bytes:
+        raise Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
+
+
+def make_app(node: Node) -> bottle.Bottle:
+    """Return the WSGI application of one node: a Bottle with the routes of its mode."""
+    import bottle
+
+    app = bottle.Bottle()
+    for declared in ROUTES:
+        if node.config.mode in declared.mode.split():
+            app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
+    app.default_error_handler = plain_error
+    return app
+
+
+def plain_error(error: Any) -> bytes:
+    """Return the JSON body of an error that Bottle itself made."""
+    import bottle
+
+    bottle.response.content_type = JSON_TYPE
+    return json.dumps({"message": one_line(str(error.body or error.status_line))}).encode()
+
+
+def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPResponse:
+    """Run one handler; whatever it raises becomes an answer without traceback and path."""
+    import bottle
+
+    request = Request(bottle.request.environ)
+    try:
+        answer = declared.handler(node, request, **arguments)
+    except Refusal as refusal:
+        answer = Answer.of(refusal)
+    except StorageError as error:
+        log.error("%s %s: %s", request.method, declared.path, error)
+        answer = Answer({"message": "the database cannot be used now: try again soon"}, 503, {"Retry-After": "5"})
+    except OSError as error:
+        log.exception("%s %s", request.method, declared.path)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        answer = Answer.of(
+            Refusal(507, "the disk is full: try again later", Retry_After="60") if full else Refusal(500, "internal error: see the log")
+        )
+    except Exception:
+        log.exception("%s %s", request.method, declared.path)
+        answer = Answer.of(Refusal(500, "internal error: see the log"))
+    body, headers = answer.body, dict(answer.headers)
+    if isinstance(body, (dict, list, int, float, str)):
+        body = json.dumps(body).encode()
+        headers.setdefault("Content-Type", JSON_TYPE)
+    if isinstance(body, bytes):
+        headers.setdefault("Content-Length", str(len(body)))
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
+
+
+def make_parser_class(node: Node) -> Any:
+    """Return a parser of waitress that judges a request as soon as its headers are there."""
+    import waitress.parser
+    import waitress.utilities
+
+    class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        def __init__(self, adj: Any, channel: Any) -> None:
+            super().__init__(adj)
+            self.channel = channel
+
+        def parse_header(self, header_plus: bytes) -> None:
+            super().parse_header(header_plus)
+            try:
+                found = find_route(node.config.mode, self.command, self.path)
+                if found.who != "anyone":
+                    check_caller(node, self.headers, self.channel.uid)
+                check_size(node, found, self.content_length, self.chunked)
+            except Refusal as refusal:
+                self.error = waitress.utilities.Error(refusal.message)
+                self.error.refusal = refusal
+                self.completed, self.expect_continue = True, False
+
+    return Parser
+
+
+def make_error_task_class() -> Any:
+    """Return a task of waitress that gives every error as JSON; the connection ends after it."""
+    import waitress.task
+
+    class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
+        def execute(self) -> None:
+            error = self.request.error
+            refusal = getattr(error, "refusal", None) or Refusal(error.code, one_line(f"{error.reason}: {error.body}".lower()))
+            answer = Answer.of(refusal)
+            body = json.dumps(answer.body).encode()
+            self.status = f"{answer.status} {reason_phrase(answer.status)}"
+            self.response_headers.extend([("Content-Type", JSON_TYPE), *answer.headers.items()])
+            self.set_close_on_finish()
+            self.content_length = len(body)
+            self.channel.lingers = True
+            self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
+
+    return ErrorTask
+
+
+class Turns:
+    """What our connections add to those of waitress: they know whose they are, send in turns, and end with patience."""
+
+    turn_bytes, lingers, linger_until, known_uid = 0, False, 0.0, cast("int | None", None)
+
+    def uid(self) -> int | None:
+        """Return the user at the other end, or None where that cannot be told."""
+        connection: Any = self
+        if self.known_uid is None:
+            self.known_uid = tcp_uid(connection.addr[:2], connection.socket.getsockname()[:2])
+        return self.known_uid
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send, but at most 4 MiB a turn: one big download must not keep all others waiting."""
+        parent: Any = super()
+        sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
+        self.turn_bytes += sent
+        return sent
+
+    def handle_write(self) -> None:
+        """Send what waits; after a refusal, say that no more comes, and let the caller finish sending."""
+        connection: Any = self
+        parent: Any = super()
+        self.turn_bytes = 0
+        if self.lingers and connection.close_when_flushed and not connection.total_outbufs_len:
+            # Closed with bytes unread, TCP would reset the connection and take our answer with it.
+            connection.close_when_flushed, self.linger_until = False, time.monotonic() + 2
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_WR)
+        else:
+            parent.handle_write()
+
+    def readable(self) -> bool:
+        """Tell whether more is to be read."""
+        parent: Any = super()
+        return bool(self.linger_until or parent.readable())
+
+    def handle_read(self) -> None:
+        """Read; what a refused caller still sends is thrown away for a while."""
+        connection: Any = self
+        parent: Any = super()
+        if not self.linger_until:
+            parent.handle_read()
+        elif time.monotonic() > self.linger_until or not connection.recv(MIB):
+            connection.handle_close()
+
+
+def make_channel_class(node: Node) -> Any:
+    """Return the class of our connections, for waitress."""
+    import waitress.channel
+
+    parser_class = make_parser_class(node)
+
+    class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
+        error_task_class = make_error_task_class()
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.parser_class = functools.partial(parser_class, channel=self)
+
+    return Channel
+
+
+def make_http_server(node: Node, app: Any) -> Any:
+    """Return a waitress server that listens for `node`; ConfigError where the address cannot be had."""
+    import waitress.server
+
+    config = node.config
+    options: dict[str, Any] = {
+        "threads": WORKER_THREADS + PARKING_PLACES + EVENTS_PLACES,
+        "connection_limit": 2000,  # the default of 100 would lock everybody out behind 100 who wait
+        "asyncore_use_poll": True,
+        "channel_request_lookahead": 1,  # so that callers who left while they waited are noticed
+        "recv_bytes": 256 * KIB,
+        "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
+        "max_request_header_size": 64 * KIB,
+        "channel_timeout": 120,
+        "backlog": 1024,
+        "ident": "joborch",
+        "clear_untrusted_proxy_headers": True,
+    }
+    try:
+        server = waitress.server.create_server(app, host=config.host, port=config.port, **options)
+    except (OSError, ValueError) as error:
+        why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
+        remedy = "give another PORT or JOBORCH_HOST"
+        raise ConfigError(f"PORT is {config.port}: cannot listen on {config.host}:{config.port} ({why}); {remedy}") from error
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # callers that wait are normal here
+    for listener in [server, *getattr(server, "map", {}).values()]:  # one for each address of a host name
+        if hasattr(listener, "channel_class"):
+            listener.channel_class = make_channel_class(node)
+    return server
+
+
+def reason_phrase(status: int) -> str:
+    """Return what HTTP calls a status code."""
+    import http
+
+    return http.HTTPStatus(status).phrase
+
+
+def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
+    """Return an open file: whole, a part of it (RFC 9110 Range, If-Range), or 304 for who has it already."""
+    tag = f'"{archive.sha256}"'
+    said = {
+        "Content-Type": ZIP_TYPE,
+        "ETag": tag,
+        "Accept-Ranges": "bytes",
+        "Repr-Digest": repr_digest(archive.sha256),
+        "Content-Disposition": f'attachment; filename="{filename}"',
+        **headers,
+    }
+    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
+    if tag in known or "*" in known:
+        archive.file.close()
+        return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
+    span = byte_range(request.header("Range"), archive.size) if request.header("If-Range") in ("", tag) else None
+    if span is None:
+        return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
+    begin, end = span
+    if begin >= end:
+        archive.file.close()
+        raise Refusal(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
+    archive.file.seek(begin)
+    return Answer(
+        archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
+    )
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """Return (begin, end) of a single byte range, an empty one where it lies outside, None where there is none to obey."""
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip())
+    if not match or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        return (max(0, size - int(match[2])), size) if int(match[2]) else (size, size)
+    last = int(match[2]) if match[2] else size - 1
+    if last < int(match[1]):
+        return None
+    return int(match[1]), min(last + 1, size)
+
+
+# What several routes answer.
+EXAMPLE_ERROR = {"message": "user_id is missing: give the whole number of a user, as in -F user_id=1", "field": "user_id"}
+BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
+NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
+NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
+TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
+NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
+KEY_USED = Gives(
+    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
+)
+NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
+DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
+CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
+RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
+PARTS = {
+    206: Gives("the part that Range asked for", ZIP_TYPE),
+    304: Gives("you have it already (If-None-Match)"),
+    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
+}
+
+
+# == 14. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+
+EXAMPLE_JOB: dict[str, Any] = {
+    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
+    "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None, "timeout": None,
+    "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
+    "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
+    "ended_at": None, "queue_position": 1, "waiting_for": "it is next for a free place at a client for example",
+    "result": None, "attempts": [],
+    "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
+}  # fmt: skip
+EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
+EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5}
+
+ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1)
+IDEMPOTENCY_KEY = Parameter(
+    "Idempotency-Key",
+    "header",
+    "string",
+    "of your choice; a repeat with the same key answers the first answer and starts nothing",
+    "run-2026-11-24-a",
+)
+
+
+def job_id_of(text: str) -> int:
+    """Return a job id from a path; Refusal 400 where it is no number, 404 where no job can have it."""
+    if not re.fullmatch(r"-?\d{1,30}", text):
+        raise Refusal(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
+    if not 1 <= int(text) < 2**63:
+        raise Refusal(404, f"no job has the id {text}")
+    return int(text)
+
+
+def known_job(node: Node, text: str) -> Job:
+    """Return a job by the id of a path; Refusal 400 or 404."""
+    job = node.store.get(job_id_of(text))
+    if job is None:
+        raise Refusal(404, f"no job has the id {text}")
+    return job
+
+
+def standing_of(server: Server, job: Job) -> Standing:
+    """Return the figures that decide about a queued job now."""
+    service = server.services.get(job.service or "")
+    pair = {"service": job.service, "user_id": job.user_id}
+    return Standing(
+        server.store.number(BUSY_OF_USER, **pair),
+        service.runs_per_user if service else 0,
+        server.store.number(BUSY_OF_SERVICE, service=job.service),
+        service.max_runs if service else 0,
+        server.store.number(QUEUED_BEFORE, **pair, id=job.id),
+    )
+
+
+def waiting_text(server: Server, job: Job) -> str | None:
+    """Return what a job waits for, or None where it does not wait."""
+    if job.status is Status.QUEUED:
+        service = server.services.get(job.service or "")
+        if service is None:
+            return f"service {job.service} is not configured any more"
+        if job.not_before is not None:
+            left = max(0.0, job.not_before - server.clock.wall())
+            return f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}"
+        return why_waiting(service.name, standing_of(server, job), server.troubles(service))
+    link = server.links.get(job.client or "")
+    if job.status is Status.UNKNOWN:
+        return job.reason
+    if job.status in BUSY and link and link.trouble:
+        return f"{link.name} {link.trouble}"
+    return None
+
+
+def job_summary(server: Server, job: Job) -> dict[str, Any]:
+    """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
+    result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
+    return {
+        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
+        "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal, "priority": job.priority,
+        "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries, "after": [], "attempt": job.attempt,
+        "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
+        "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
+        "queue_position": None, "waiting_for": None, "result": result,
+    }  # fmt: skip
+
+
+def job_json(server: Server, job: Job) -> dict[str, Any]:
+    """Return the whole job in JSON."""
+    said = job_summary(server, job)
+    said["waiting_for"] = waiting_text(server, job)
+    said["message"] = said["waiting_for"] or job.reason
+    if job.status is Status.QUEUED:
+        before = server.store.number(QUEUED_BEFORE_IN_SERVICE, service=job.service, id=job.id)
+        said["queue_position"] = before + 1 if before < 10_000 else None
+    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)]
+    if job.client is not None:
+        rows.append(
+            {
+                name: getattr(job, name)
+                for name in ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")
+            }
+        )
+    said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
+    said["history"] = [
+        {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
+        for row in server.store.read(HISTORY_GET, id=job.id)
+    ]
+    return said
+
+
+# -- upload --
+
+FORM_FIELDS = (
+    Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True),
+    Parameter("user_id", "form", "integer", "whose job it is", 1, required=True, least=-(2**63), most=2**63 - 1),
+    Parameter("service", "form", "string", "which service runs it", "example", required=True),
+    Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob"),
+    Parameter("timeout", "form", "number", "run time limit in seconds", 3600),
+    Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
+    Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000),
+    Parameter("memory", "form", "integer", "memory the script needs, in MiB", 2048, least=1, most=2**31),
+)
+FIELD_NAMES = tuple(parameter.name for parameter in FORM_FIELDS)
+
+
+def whole_field(fields: Mapping[str, str], name: str) -> int | None:
+    """Return a whole number of the form, or None where it is absent; Refusal 400 names field and bounds."""
+    parameter = next(known for known in FORM_FIELDS if known.name == name)
+    text = fields.get(name, "").strip()
+    if not text and not parameter.required:
+        return None
+    if name not in fields:
+        raise Refusal(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
+    least, most = parameter.least or 0, parameter.most or 0
+    if not re.fullmatch(r"[+-]?\d{1,19}", text) or not least <= int(text) <= most:
+        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+    return int(text)
+
+
+def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
+    """Return the run time limit of a job: its own, but never above its service's."""
+    text = fields.get("timeout", "").strip()
+    if not text:
+        return service.timeout_s
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,3})?", text) or float(text) <= 0:
+        raise Refusal(400, f"timeout is {one_line(text, 40)!r}: give seconds above 0, as in -F timeout=3600", "timeout")
+    if service.timeout_s is not None and float(text) > service.timeout_s:
+        raise Refusal(400, f"timeout is {text}: service {service.name} allows at most {service.timeout_s:g} seconds", "timeout")
+    return float(text)
+
+
+def service_field(server: Server, fields: Mapping[str, str]) -> Service:
+    """Return the service that a form names; Refusal 400 lists the known ones."""
+    name = fields.get("service", "").strip().lower()
+    known = ", ".join(sorted(server.services))
+    if not name:
+        raise Refusal(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
+    if name not in server.services:
+        raise Refusal(400, f"service {one_line(name, 80)!r} is not known: give one of {known}", "service")
+    return server.services[name]
+
+
+def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
+    """Return the row for a received form; Refusal 400 names the first field that cannot be used."""
+    fields = form.fields
+    user_id = whole_field(fields, "user_id")
+    service = service_field(server, fields)
+    if not form.files:
+        raise Refusal(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
+    name = fields.get("name", "").strip() or None
+    if name and (len(name) > 200 or not name.isprintable()):
+        raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
+    retries = whole_field(fields, "retries")
+    return NewJob(
+        uuid=job_uuid,
+        user_id=user_id,
+        service=service.name,
+        name=name,
+        cpus=whole_field(fields, "cpus") or 1,
+        memory=whole_field(fields, "memory"),
+        timeout=timeout_field(fields, service),
+        retries=service.retries if retries is None else retries,
+        return_inputs=int(service.return_inputs),
+        idempotency_key=key or None,
+        request_digest=form_digest(form) if key else None,
+    )
+
+
+def form_digest(form: Form) -> str:
+    """Return a digest of what a form says, whatever its boundary and order."""
+    files = sorted((file.path, file.size, file.sha256) for file in form.files)
+    return hashlib.sha256(json.dumps([sorted(form.fields.items()), files]).encode()).hexdigest()
+
+
+def field_warnings(fields: Mapping[str, str]) -> list[str]:
+    """Return a sentence on each field of a form that is not known."""
+    return [
+        f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, FIELD_NAMES)}"
+        for name in fields
+        if name not in FIELD_NAMES
+    ]
+
+
+@contextlib.contextmanager
+def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
+    """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
+    node.data.receiving.add(key)
+    try:
+        folder.mkdir()
+        yield
+    except BaseException:
+        remove_tree(folder)
+        raise
+    finally:
+        node.data.receiving.discard(key)
+
+
+UPLOAD_GIVES = {201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 422: KEY_USED, **RECEIVING}
+
+
+@route("POST", "/upload", "server", takes=(*FORM_FIELDS, IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
+def upload(server: Server, request: Request) -> Answer:
+    """Queue a job: send its files and say whose it is and which service runs it."""
+    key = request.header("Idempotency-Key").strip()
+    if len(key) > 255 or not key.isprintable():
+        raise Refusal(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
+    job_uuid = str(uuid.uuid4())
+    folder = server.data.job(job_uuid)
+    with receiving(server, folder, job_uuid):
+        form = FormReader(folder).read(request.stream, request.header("Content-Type"), request.length)
+        new = new_job(server, form, job_uuid, key)
+        earlier = earlier_job(server, new)
+        if earlier is None:
+            fsync_tree(folder, [file.path for file in form.files])
+            server.store.check_identity()
+            try:
+                job = server.store.add(new, "uploaded")
+            except sqlite3.IntegrityError:
+                earlier = earlier_job(server, new)
+                if earlier is None:
+                    raise
+    if earlier is not None:
+        remove_tree(folder)
+        return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
+    server.wake("send")
+    said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
+    return Answer(said, 201, {"Location": f"/jobs/{job.id}"})
+
+
+def earlier_job(server: Server, new: NewJob) -> Job | None:
+    """Return the job that an Idempotency-Key already stands for; Refusal 422 where it was another request."""
+    if not new.idempotency_key:
+        return None
+    job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
+    if job and job.request_digest != new.request_digest:
+        raise Refusal(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
+    return job
+
+
+# -- looking --
+
+
+def stored_archive(server: Server, job: Job) -> Archive:
+    """Open the result of an ended job; Refusal 500 where the disk has lost it."""
+    try:
+        file = open(server.data.result(job.uuid), "rb")  # noqa: SIM115 - the web server closes it
+    except FileNotFoundError as error:
+        log.error("job %d: its result is missing on disk", job.id)
+        raise Refusal(500, "the result of this job is missing on the server's disk") from error
+    return Archive(file, os.fstat(file.fileno()).st_size, job.result_sha256 or "0" * 64)
+
+
+DOWNLOAD_GIVES = {
+    200: Gives("completed: the result (with JOBORCH_COMPAT=2.2 also a short JSON in every other state)", ZIP_TYPE),
+    202: Gives("queued or running; Retry-After says when to ask again", JSON_TYPE, EXAMPLE_JOB),
+    204: Gives("failed, invalid, killed or cleaned; X-Job-Status says which"),
+    400: BAD,
+    404: NOT_FOUND,
+    **PARTS,
+}
+
+
+@route("GET", "/download/<job_id>", "server", takes=(ID,), gives=DOWNLOAD_GIVES)
+def download(server: Server, request: Request, job_id: str) -> Answer:
+    """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
+    job = known_job(server, job_id)
+    headers = {"X-Job-Status": job.status.value}
+    if job.status is Status.COMPLETED:
+        return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
+    if server.config.compat == "2.2" and request.method == "GET":
+        said = {"id": job.id, "status": job.status.value, "message": waiting_text(server, job) or job.reason or str(job.status)}
+        return Answer(said, 200, headers)
+    if job.status in OVER:
+        return Answer(None, 204, headers)
+    headers["Retry-After"] = "1"
+    return Answer(job_json(server, job) if request.method == "GET" else {}, 202, headers)
+
+
+AS_IT_STANDS = "the job as it stands: from its client while it runs, from the store once it ended, its inputs while it is queued"
+
+
+@route(
+    "GET",
+    "/download_partial/<job_id>",
+    "server",
+    takes=(ID,),
+    gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
+)
+def download_partial(server: Server, request: Request, job_id: str) -> Answer:
+    """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
+    job = known_job(server, job_id)
+    headers = {"X-Job-Status": job.status.value}
+    if job.status is Status.CLEANED:
+        raise Refusal(404, f"the files of job {job.id} were cleaned")
+    name = f"job-{job.id}-partial.zip"
+    if job.result_sha256 is not None:
+        return file_answer(request, stored_archive(server, job), name, headers)
+    link = server.links.get(job.client or "")
+    if job.status in BUSY and job.dest_id and link:
+        return file_answer(request, running_archive(server, link, job), name, headers)
+    packer = ZipPacker(server.data.spool())
+    packer.add_folder(server.folder(job))
+    return file_answer(request, packer.finish(), name, headers)
+
+
+def running_archive(server: Server, link: Link, job: Job) -> Archive:
+    """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
+    spool = server.data.spool()
+    try:
+        size, digest = link.fetch(job, spool, partial=True)
+    except (NothingSent, NoAnswer, Gone) as error:
+        spool.close()
+        raise Refusal(503, f"{link.name} {error}", Retry_After="5") from error
+    spool.seek(0)
+    return Archive(spool, size, digest)
+
+
+WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
+SINCE = Parameter("since", "query", "string", "the status you know; the answer comes as soon as it is another", "Queued")
+
+
+@route(
+    "GET",
+    "/jobs/<job_id>",
+    "server",
+    takes=(ID, WAIT, SINCE),
+    gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
+)
+def show_job(server: Server, request: Request, job_id: str) -> Answer:
+    """Show a job: state, reason, attempts, history, and what it waits for."""
+    wait_s = request.seconds("wait")
+    job = known_job(server, job_id)
+    since = request.query.get("since", job.status.value)
+    if since not in Status._value2member_map_:
+        names = ", ".join(status.value for status in Status if status is not Status.PREPARED)
+        raise Refusal(400, f"since is {one_line(since, 40)!r}: give one of {names}", "since")
+    if wait_s and job.status.value == since:
+        with server.waiters.place() as parked:
+            if not parked:
+                return Answer(job_json(server, job), 200, {"Retry-After": "1"})
+            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left)
+        job = known_job(server, job_id)
+    return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
+
+
+def status_other_than(server: Server, job_id: int, since: str) -> str | None:
+    """Return a job's status where it is not `since` any more; an empty text where the row is gone."""
+    rows = server.store.read(JOB_STATUS, id=job_id)
+    if not rows:
+        return ""
+    return None if rows[0]["status"] == since else str(rows[0]["status"])
+
+
+LIST_FILTERS = (
+    Parameter("user_id", "query", "integer", "jobs of this user alone", 1),
+    Parameter("service", "query", "string", "jobs of this service alone", "example"),
+    Parameter("status", "query", "string", "jobs in this state alone", "Running"),
+    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000),
+    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1),
+)
+PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
+
+
+@route("GET", "/jobs", "server", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD})
+def list_jobs(server: Server, request: Request) -> Answer:
+    """List jobs, newest first, a page at a time."""
+    limit, before = request.whole("limit", 100, 1, 1000), request.whole("before", 2**63 - 1, 1, 2**63 - 1)
+    user_id = request.whole("user_id", 0, -(2**63), 2**63 - 1) if "user_id" in request.query else None
+    status, service = request.query.get("status"), request.query.get("service")
+    if status is not None and status not in Status._value2member_map_:
+        raise Refusal(400, f"status is {one_line(status, 40)!r}: give one of {', '.join(known.value for known in Status)}", "status")
+    if service is not None and service.lower() not in server.services:
+        raise Refusal(400, f"service {one_line(service, 40)!r} is not known: give one of {', '.join(server.services)}", "service")
+    jobs = server.store.page(before, limit + 1, user_id, service.lower() if service else None, status)
+    following = jobs[limit - 1].id if len(jobs) > limit else None
+    return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
+
+
+TERMINATE_GIVES = {
+    200: Gives("nothing of it runs any more", JSON_TYPE, {"id": 42, "status": "Killed", "message": "terminated on request"}),
+    202: Gives(
+        "its client is away", JSON_TYPE, {"id": 42, "status": "Unknown", "message": "it will be ended as soon as gpu1:9000 answers"}
+    ),
+    400: BAD,
+    404: NOT_FOUND,
+    409: Gives("it had ended another way", JSON_TYPE, EXAMPLE_JOB),
+}
+
+
+@route("POST", "/terminate/<job_id>", "server", takes=(ID,), gives=TERMINATE_GIVES)
+def terminate(server: Server, request: Request, job_id: str) -> Answer:
+    """End a job, in whatever state it is; repeating it is harmless."""
+    job = known_job(server, job_id)
+    if job.status not in OVER:
+        server.store.wish_end(job.id, Cause.CANCELLED)
+        kill_queued(server, job.id)
+        job = known_job(server, job_id)
+    if job.status not in OVER:
+        server.wake(f"kill:{job.client}")
+        with server.places.place() as parked:
+            link = server.links.get(job.client or "")
+            patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left)
+        kill_queued(server, job.id)
+        job = known_job(server, job_id)
+    if job.status is Status.KILLED:
+        return Answer({"id": job.id, "status": job.status.value, "message": job.reason}, 200, {"X-Job-Status": job.status.value})
+    if job.status in OVER:
+        return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
+    message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
+    return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
+
+
+def over_or_queued(server: Server, job_id: int) -> Job | None:
+    """Return a job that is with no client any more, else None."""
+    job = server.store.get(job_id)
+    return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
+
+
+EXAMPLE_CLIENT = {"name": "127.0.0.1:9000", "reachable": True, "slots": 2, "trouble": ""}
+EXAMPLE_SERVICE = {"name": "example", "runs_per_user": 5, "max_runs": 10, "running": 0, "clients": [EXAMPLE_CLIENT]}
+SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
+
+
+@route("GET", "/services", "server", gives={200: SERVICES})
+def show_services(server: Server, request: Request) -> Answer:
+    """Show the services: limits, how much of them is in use, and which clients answer."""
+    said = []
+    for service in server.services.values():
+        troubles = server.troubles(service)
+        clients = [
+            {"name": name, "reachable": not why, "slots": server.links[name].slots, "trouble": why} for name, why in troubles.items()
+        ]
+        running = server.store.number(BUSY_OF_SERVICE, service=service.name)
+        said.append(
+            {
+                "name": service.name,
+                "runs_per_user": service.runs_per_user,
+                "max_runs": service.max_runs,
+                "running": running,
+                "clients": clients,
+            }
+        )
+    return Answer({"services": said})
+
+
+# == 15. Client routes ==  The HTTP contract of the client, and what both modes answer.
+
+
+def payload_json(client: Client, job: Job) -> dict[str, Any]:
+    """Return a payload as the reference's client shows it: six fields, always."""
+    pid = int((job.handle or "0").split(" ")[0]) if job.status is Status.RUNNING else 0
+    killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
+    return {"id": job.id, "input": {}, "status": job.status.value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
+
+
+def event_json(job: Job) -> dict[str, Any]:
+    """Return what our server wants to know of a payload."""
+    names = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
+    return {name: getattr(job, name) for name in names}
+
+
+def known_payload(client: Client, request: Request, text: str) -> Job:
+    """Return a payload; Refusal 404 also where the caller means another attempt by this id."""
+    job = known_job(client, text)
+    meant = request.header("X-Joborch-Mark")
+    if meant and meant != job.mark:
+        raise Refusal(404, f"payload {job.id} is another job's: this client began anew")
+    return job
+
+
+PAYLOAD_ID = Parameter("job_id", "path", "integer", "the id of a payload", 1, required=True, least=1)
+MARK = Parameter(
+    "X-Joborch-Mark",
+    "header",
+    "string",
+    "uuid and attempt that the id is meant to be; 404 where it is another",
+    "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1",
+)
+SUBMIT_HEADERS = (
+    Parameter("X-Joborch-Job", "header", "string", "the job's id at its server", "42"),
+    Parameter(
+        "X-Joborch-Uuid",
+        "header",
+        "string",
+        "with the attempt, the key: a repeat answers the first payload",
+        "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
+    ),
+    Parameter("X-Joborch-Attempt", "header", "integer", "number of the attempt", 1, least=1, most=1_000_000),
+    Parameter("X-Joborch-Service", "header", "string", "the service, percent-encoded", "example"),
+    Parameter("X-Joborch-User", "header", "integer", "the user", 1, least=-(2**63), most=2**63 - 1),
+    Parameter("X-Joborch-Cpus", "header", "integer", "cores it needs", 1, least=1, most=1_000_000),
+    Parameter("X-Joborch-Memory", "header", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
+    Parameter("X-Joborch-Timeout", "header", "number", "run time limit in seconds", 3600),
+    Parameter("X-Joborch-Return-Inputs", "header", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
+)
+
+
+def whole_header(request: Request, name: str) -> int | None:
+    """Return a whole number of a header, or None where it is absent; Refusal 400."""
+    text, parameter = request.header(name).strip(), next(known for known in SUBMIT_HEADERS if known.name == name)
+    if not text:
+        return None
+    least, most = parameter.least or 0, parameter.most or 0
+    if not re.fullmatch(r"-?\d{1,19}", text) or not least <= int(text) <= most:
+        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+    return int(text)
+
+
+def new_payload(request: Request) -> NewJob:
+    """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
+    job_uuid, timeout = request.header("X-Joborch-Uuid").lower(), request.header("X-Joborch-Timeout")
+    if job_uuid and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", job_uuid):
+        raise Refusal(400, "X-Joborch-Uuid is not a UUID", "X-Joborch-Uuid")
+    if timeout and not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", timeout):
+        raise Refusal(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
+    return NewJob(
+        uuid=job_uuid or str(uuid.uuid4()),
+        user_id=whole_header(request, "X-Joborch-User"),
+        service=one_line(unquote_to_bytes(request.header("X-Joborch-Service")).decode("utf-8", "replace"), 200) or None,
+        cpus=whole_header(request, "X-Joborch-Cpus") or 1,
+        memory=whole_header(request, "X-Joborch-Memory"),
+        timeout=float(timeout) if timeout else None,
+        return_inputs=0 if request.header("X-Joborch-Return-Inputs") == "0" else 1,
+        attempt=whole_header(request, "X-Joborch-Attempt") or 1,
+        remote_id=one_line(request.header("X-Joborch-Job"), 40) or None,
+    )
+
+
+PAYLOAD_FILE = Parameter("file", "form", "file", "the part's NAME is the relative path, its filename the base name", required=True)
+SUBMIT_GIVES = {200: Gives("the payload is taken", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
+
+
+@route("POST", "/submit", "client", takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
+def submit(client: Client, request: Request) -> Answer:
+    """Take the files of one payload; it runs as soon as a slot is free."""
+    new = new_payload(request)
+    mark = f"{new.uuid}.{new.attempt}"
+    job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+    if job is not None:
+        return Answer(payload_json(client, job))
+    folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
+    with receiving(client, folder, mark):
+        (folder / "work").mkdir()
+        form = FormReader(folder / "work", by_name=True).read(request.stream, request.header("Content-Type"), request.length)
+        check_digests(form)
+        if not form.files:
+            raise Refusal(400, "there is no file: send at least run.sh", "file")
+        if not new.return_inputs:
+            remember_inputs(folder, form)
+        job = place_payload(client, folder, new)
+    client.wake("run")
+    return Answer(payload_json(client, job))
+
+
+def check_digests(form: Form) -> None:
+    """Compare what came with the digests that our server sent after the files; Refusal 503 makes it send again."""
+    sent = form.fields.pop(DIGESTS_FIELD, None)
+    try:
+        digests = json.loads(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
+    except ValueError as error:
+        raise Refusal(400, "the digests cannot be read") from error
+    if digests != {file.path: file.sha256 for file in form.files}:
+        raise Refusal(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+
+
+def remember_inputs(folder: Path, form: Form) -> None:
+    """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
+    states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
+    text = json.dumps({path: [state.st_size, state.st_mtime_ns] for path, state in states.items()})
+    (folder / "inputs.json").write_text(text, encoding="utf-8")
+
+
+def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
+    """Put received files in their place, then the row; of two deliveries of one attempt, one wins and both get its payload."""
+    place = client.data.job(f"{new.uuid}.{new.attempt}")
+    with client.lock:  # between the files and the row nobody else may come
+        job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+        if job is not None:
+            remove_tree(folder)
+            return job
+        remove_tree(place)  # a crash left it without a row: it never ran
+        os.rename(folder, place)
+        try:
+            return client.store.add(new, "submitted")
+        except BaseException:
+            remove_tree(place)
+            raise
+
+
+def pack_payload(client: Client, job: Job) -> Archive:
+    """Return a payload's work folder as it stands, with its output streams below `.joborch/`."""
+    folder = client.folder(job)
+    packer = ZipPacker(client.data.spool())
+    unchanged = {}
+    if not job.return_inputs and (folder / "inputs.json").exists():
+        unchanged = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+    packer.add_folder(folder / "work", unchanged)
+    for stream in ("stdout", "stderr"):
+        if (folder / stream).exists():
+            packer.add_chunks(stream, kept_output(folder / stream, client.config.log_limit_bytes))
+    return packer.finish()
+
+
+RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
+
+
+@route("GET", "/retrieve/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, **PARTS})
+def retrieve(client: Client, request: Request, job_id: str) -> Answer:
+    """Fetch the result of a payload, or its state."""
+    job = known_payload(client, request, job_id)
+    if job.status is not Status.COMPLETED:
+        return Answer(payload_json(client, job))
+    archive = pack_payload(client, job)
+    client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+    return file_answer(request, archive, f"payload-{job.id}.zip", {})
+
+
+WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
+
+
+@route("GET", "/retrieve_partial/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, **PARTS})
+def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
+    """Fetch the work folder of a payload as it stands."""
+    job = known_payload(client, request, job_id)
+    if job.status is Status.CLEANED:
+        raise Refusal(404, f"the files of payload {job.id} were cleaned")
+    archive = pack_payload(client, job)
+    if job.status in ENDED:
+        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+    return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
+
+
+KILL_GIVES = {
+    200: Gives("nothing of it runs any more", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Killed", "killed": True}),
+    202: Gives("it is being ended", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Running", "killed": True}),
+    400: BAD,
+    404: NOT_FOUND,
+}
+
+
+@route("POST", "/kill/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
+def kill(client: Client, request: Request, job_id: str) -> Answer:
+    """End a payload and everything it started."""
+    job = known_payload(client, request, job_id)
+    if job.status not in OVER:
+        client.store.wish_end(job.id, Cause.CANCELLED)
+        client.wake("end")
+        with client.places.place() as parked:
+            client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left)
+        job = known_payload(client, request, job_id)
+    return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
+
+
+def over(node: Node, job_id: int) -> Job | None:
+    """Return a job that is over, else None."""
+    job = node.store.get(job_id)
+    return job if job is None or job.status in OVER else None
+
+
+EVENTS_TAKES = (
+    Parameter(
+        "since", "query", "integer", "the `next` of your last answer; 0 asks for all that was not fetched", 0, least=0, most=2**63 - 1
+    ),
+    Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3"),
+    Parameter("wait", "query", "number", "wait for a change, at most so many seconds", 25),
+)
+EXAMPLE_EVENT = {
+    "id": 1,
+    "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
+    "attempt": 1,
+    "status": "Completed",
+    "reason": "run.sh ended with exit status 0",
+    "cause": None,
+    "exit_code": 0,
+    "signal": None,
+    "started_at": 1795510800.0,
+    "ended_at": 1795510803.5,
+}
+EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "slots": 2, "payloads": [EXAMPLE_EVENT]}
+CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
+TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
+
+
+@route("GET", "/events", "client", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
+def events(client: Client, request: Request) -> Answer:
+    """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
+    since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
+    if request.query.get("instance", client.instance) not in ("", client.instance):
+        since, wait_s = 0, 0.0
+    if since == 0:
+        jobs = [job for job in client.store.jobs(CHANGED_ALL) if job.fetched_at is None]
+        last = client.store.last_change
+    else:
+        with client.places.place() as parked:
+            if not parked and wait_s:
+                raise Refusal(503, "too many callers wait here: try again", Retry_After="1")
+            jobs = client.wait_until(lambda: client.store.jobs(CHANGED_SINCE, since=since) or None, wait_s, request.left) or []
+            if jobs and wait_s and all(job.status in (Status.PREPARED, Status.RUNNING) for job in jobs):
+                time.sleep(EVENTS_SETTLE_S)
+                jobs = client.store.jobs(CHANGED_SINCE, since=since)
+        last = max((job.changed or 0 for job in jobs), default=since)
+    return Answer({"instance": client.instance, "next": last, "slots": client.config.slots, "payloads": [event_json(job) for job in jobs]})
+
+
+@route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
+def load(client: Client, request: Request) -> Answer:
+    """Tell how busy this machine is."""
+    return Answer(client.cpu_load())
+
+
+# -- both --
+
+
+HEALTHY = Gives("all is well", JSON_TYPE, EXAMPLE_HEALTH)
+UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status": "error", "database": "error"})
+
+
+@route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
+def health(node: Node, request: Request) -> Answer:
+    """Tell whether the process works: the database is read and written."""
+    said: dict[str, Any] = {"status": "ok", "database": "ok", "version": __version__, "mode": node.config.mode}
+    said["uptime_s"] = round(node.clock.monotonic() - node.started, 1)
+    try:
+        node.store.check()
+        if isinstance(node, Client):
+            counts = {
+                name: node.store.number(COUNT_IN, status=status.value)
+                for name, status in (("running", Status.RUNNING), ("queued", Status.PREPARED))
+            }
+            said.update(executor=node.config.executor, slots=node.config.slots, **counts)
+    except StorageError as error:
+        log.error("health: %s", error)
+        return Answer({**said, "status": "error", "database": "error"}, 503, {"Retry-After": "5"})
+    return Answer(said)
+
+
+PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
+
+
+@route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to the documentation")})
+def ping(node: Node, request: Request) -> Answer:
+    """Answer."""
+    if prefers_html(request.header("Accept")):
+        return Answer(None, 302, {"Location": "/swagger-ui/"})
+    return Answer({"message": "pong"})
+
+
+def prefers_html(accept: str) -> bool:
+    """Tell whether an Accept header names text/html before anything else."""
+    return accept.split(",")[0].split(";")[0].strip() == "text/html"
+
+
+# == 16. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+
+SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
+SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
+SWAGGER_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>joborch</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="stylesheet" href="swagger-ui.css"><link rel="icon" href="favicon-32x32.png"></head>
+<body><div id="swagger-ui"></div><script src="swagger-ui-bundle.js"></script><script src="start.js"></script></body>
+</html>
+"""
+SWAGGER_START = 'SwaggerUIBundle({url: "/api-docs/openapi.json", dom_id: "#swagger-ui", validatorUrl: null});\n'
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def package_file(package: str, path: str) -> bytes:
+    """Return a file of an installed or packed package, without importing the package."""
+    spec: Any = importlib.util.find_spec(package)
+    return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
+
+
+def openapi(mode: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of one mode, made from the declared routes."""
+    paths: dict[str, dict[str, Any]] = {}
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = re.sub(r"<(\w+)>", r"{\1}", declared.path)
+            paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
+            if declared.method == "GET":
+                head = openapi_operation(declared)
+                head["operationId"] += "_head"
+                head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
+                paths[path]["head"] = head
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"joborch {mode}", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
+        "paths": paths,
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def openapi_operation(declared: Route) -> dict[str, Any]:
+    """Return one operation of the description."""
+    operation: dict[str, Any] = {
+        "operationId": declared.handler.__name__,
+        "summary": declared.summary,
+        "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
+        "security": [{}] if declared.who == "anyone" else [{}, {"token": []}],
+    }
+    if declared.who != "anyone":
+        for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
+            operation["responses"].setdefault(
+                str(code),
+                openapi_response(Gives(text, JSON_TYPE, {"message": "a token is needed: send the header Authorization: Bearer TOKEN"})),
+            )
+    plain = [parameter for parameter in declared.takes if parameter.place != "form"]
+    if plain:
+        operation["parameters"] = [openapi_parameter(parameter) for parameter in plain]
+    if declared.takes_form:
+        operation["requestBody"] = openapi_form([parameter for parameter in declared.takes if parameter.place == "form"])
+    return operation
+
+
+def openapi_response(said: Gives) -> dict[str, Any]:
+    """Return one answer of an operation, with its example."""
+    response: dict[str, Any] = {"description": said.meaning}
+    if said.content == JSON_TYPE:
+        response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
+    elif said.content:
+        response["content"] = {said.content: {}}
+    return response
+
+
+def openapi_schema_of(example: Any) -> dict[str, Any]:
+    """Return the JSON type of an example; an object's fields may hold null, and there may be more of them."""
+    return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
+
+
+def openapi_parameter(parameter: Parameter) -> dict[str, Any]:
+    """Return one parameter of an operation, with its example."""
+    return {
+        "name": parameter.name,
+        "in": parameter.place,
+        "required": parameter.required,
+        "description": parameter.help,
+        "schema": openapi_schema(parameter),
+        "example": parameter.example,
+    }
+
+
+def openapi_schema(parameter: Parameter) -> dict[str, Any]:
+    """Return the JSON schema of a parameter."""
+    if parameter.kind == "file":
+        return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
+    bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
+    return {"type": parameter.kind, **bounds}
+
+
+def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """Return the request body of a route that takes a form."""
+    properties = {parameter.name: {**openapi_schema(parameter), "description": parameter.help} for parameter in parameters}
+    for parameter in parameters:
+        if parameter.example is not None:
+            properties[parameter.name]["examples"] = [parameter.example]
+    schema = {"type": "object", "properties": properties, "required": [parameter.name for parameter in parameters if parameter.required]}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+def routes_table(mode: str) -> str:
+    """Return the README's table of routes, in Markdown."""
+    rows = ["| method and path | what it does | answers |", "|---|---|---|"]
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = declared.path.replace("<job_id>", "ID")
+            codes = ", ".join(str(code) for code in sorted(declared.gives))
+            rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
+    return "\n".join(rows)
+
+
+@route(
+    "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
+)
+def show_openapi(node: Node, request: Request) -> Answer:
+    """Describe the HTTP interface as OpenAPI 3.1."""
+    return Answer(openapi(node.config.mode))
+
+
+@route("GET", "/swagger", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
+def swagger_redirect(node: Node, request: Request) -> Answer:
+    """Send a browser to Swagger UI."""
+    return Answer(None, 302, {"Location": "/swagger-ui/"})
+
+
+@route("GET", "/swagger-ui", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
+def swagger_slash(node: Node, request: Request) -> Answer:
+    """Send a browser to Swagger UI."""
+    return Answer(None, 302, {"Location": "/swagger-ui/"})
+
+
+@route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
+def swagger_page(node: Node, request: Request) -> Answer:
+    """Show Swagger UI, from inside this file: no other address is asked."""
+    return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
+
+
+SWAGGER_NAME = Parameter("name", "path", "string", "a file of Swagger UI", "swagger-ui.css", required=True)
+SWAGGER_GIVES = {200: Gives("the file", "text/css"), 404: Gives("no such file", JSON_TYPE, {"message": "Swagger UI has no such file"})}
+
+
+@route("GET", "/swagger-ui/<name>", "server client", who="anyone", takes=(SWAGGER_NAME,), gives=SWAGGER_GIVES)
+def swagger_file(node: Node, request: Request, name: str) -> Answer:
+    """Serve one file of Swagger UI."""
+    if name == "start.js":
+        return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
+    if name not in SWAGGER_FILES:
+        raise Refusal(404, "Swagger UI has no such file")
+    return Answer(
+        package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
+        200,
+        {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"},
+    )
+
+
+# == 17. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXAMPLES = {
+    "server": "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
+    "client": "  joborch client --slots 4\n  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
+    "demo": "  joborch demo --keep",
+    "config": "  joborch config server\n  joborch config client --json",
+    "version": "  joborch version --json",
+}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: at, level, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {"at": rfc3339(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def set_up_logging(config: Config) -> None:
+    """Log to standard error, as text or as one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def hide_from_payloads() -> None:
+    """Make this process undumpable (prctl(2)): no payload of the same user can read its memory or environment."""
+    pr_set_dumpable = 4
+    if libc().prctl(pr_set_dumpable, 0, 0, 0, 0) != 0:
+        log.warning("this process cannot be made undumpable: payloads of the same user could read its token")
+
+
+def ensure_client_token(config: Config) -> Config:
+    """Return the configuration with a token: the one set, else the one made at the first start, mode 0600."""
+    if config.token or config.allow_anonymous:
+        return config
+    path = client_token_file()
+    if path is None:
+        raise ConfigError(
+            "JOBORCH_TOKEN is not set and this user has no home folder to keep one in: set JOBORCH_TOKEN or JOBORCH_TOKEN_FILE"
+        )
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
+            log.info("made a token for callers in %s", path)
+        return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): set JOBORCH_TOKEN") from error
+
+
+def open_node(config: Config) -> Node:
+    """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
+    data = DataFolder(config.data_path)
+    data.open()
+    try:
+        os.makedirs(os.path.dirname(config.db_path) or ".", exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
+    store = Store(config.db_path, config.mode)
+    if config.mode == "client":
+        client = Client(config, store, data)
+        adopt(client)
+        return client
+    server = Server(config, store, data)
+    for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
+        store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
+    return server
+
+
+def serve(config: Config) -> int:
+    """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
+    set_up_logging(config)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    if config.mode == "client":
+        config = ensure_client_token(config)
+        hide_from_payloads()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
+    node = open_node(config)
+    http_server = make_http_server(node, make_app(node))
+    node.start()
+    threading.Thread(target=http_server.run, name="http", daemon=True).start()
+    threading.Thread(target=sweep, args=(node,), name="sweep", daemon=True).start()
+    greet(node, http_server)
+    try:
+        listen_for_signals(node, wake_read)
+    finally:
+        node.stop()
+        node.store.close()
+    log.info("%s ended", config.mode)
+    return EXIT_DONE
+
+
+def greet(node: Node, http_server: Any) -> None:
+    """Log where the process listens, and what it needs to be of use."""
+    config = node.config
+    port = getattr(http_server, "effective_port", None) or config.port
+    log.info("joborch %s %s listens on http://%s:%s (data in %s)", __version__, config.mode, config.host, port, config.data_path)
+    if isinstance(node, Server):
+        if "example" in node.services and not any(name.startswith("SERVICE_") for name in os.environ):
+            log.info("no SERVICE_* is set: service example is served by a client at http://127.0.0.1:9000")
+        for service in node.services.values():
+            log.info(
+                "service %s: %s (per user %d, in all %d)",
+                service.name,
+                ", ".join(address.name for address in service.addresses),
+                service.runs_per_user,
+                service.max_runs,
+            )
+    else:
+        log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+
+
+def listen_for_signals(node: Node, wake_read: int) -> None:
+    """Wait for INT or TERM; the end of a child wakes the runner."""
+    while True:
+        select.select([wake_read], [], [])
+        numbers = os.read(wake_read, 512)
+        if signal.SIGINT in numbers or signal.SIGTERM in numbers:
+            return
+        node.wake("run")
+
+
+def config_rows(config: Config) -> list[tuple[str, str, str]]:
+    """Return (name, value, source) of every effective setting; secrets are masked."""
+    rows = []
+    for setting in SETTINGS:
+        if config.mode in setting.modes.split():
+            value = getattr(config, setting.field)
+            shown = "***" if setting.secret and value else str(int(value) if isinstance(value, bool) else value)
+            rows.append((setting.name, shown, config.sources[setting.name]))
+    for service in config.services.values():
+        for setting in SERVICE_SETTINGS:
+            if hasattr(service, setting.field) and setting.name != "TOKEN":
+                value = getattr(service, setting.field)
+                rows.append(
+                    (
+                        f"SERVICE_{service.name.upper()}_{setting.name}",
+                        "" if value is None else str(int(value) if isinstance(value, bool) else value),
+                        "service",
+                    )
+                )
+        rows.append(
+            (
+                f"SERVICE_{service.name.upper()}_CLIENTS",
+                ", ".join(address.base_url or address.upload_url for address in service.addresses),
+                "service",
+            )
+        )
+        rows.append((f"SERVICE_{service.name.upper()}_TOKEN", "***" if service.token else "", "service"))
+    return rows
+
+
+def command_config(config: Config, as_json: bool) -> int:
+    """Print the effective settings."""
+    rows = config_rows(config)
+    if as_json:
+        print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}, indent=2))
+        return EXIT_DONE
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, source in rows:
+        print(f"{name:<{width}}  {value or '-'}  ({source})")
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def bundled_packages() -> dict[str, str]:
+    """Return the versions of the packages in use: of the .pyz, else those installed."""
+    loader: Any = globals().get("__loader__")
+    if hasattr(loader, "archive"):
+        return dict(json.loads(loader.get_data(os.path.join(loader.archive, "bundled.json"))))
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("bottle", "waitress", "requests", "platformdirs", "multipart")}
+
+
+def command_version(as_json: bool) -> int:
+    """Print the versions of all that runs here."""
+    said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
+    print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
+    return EXIT_DONE
+
+
+# -- demo --
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def example_file(name: str) -> bytes:
+    """Return a file of the example, from the .pyz or from beside this module."""
+    loader: Any = globals().get("__loader__")
+    if hasattr(loader, "archive"):
+        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
+    return (Path(__file__).parent / "example" / name).read_bytes()
+
+
+class Demo:
+    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {"server": free_port(), "client": free_port()}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.base = f"http://127.0.0.1:{self.ports['server']}"
+
+    def start(self, mode: str) -> None:
+        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
+        self.token = token
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
+        }
+        ours = {
+            "PORT": str(self.ports[mode]),
+            "DATA_PATH": str(self.folder / mode),
+            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
+            **(
+                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
+                if mode == "server"
+                else {}
+            ),
+            "JOBORCH_MIN_FREE": "0",
+        }
+        with open(self.folder / f"{mode}.log", "ab") as log_file:
+            program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
+            self.processes.append(
+                subprocess.Popen(
+                    program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+                )
+            )
+
+    def wait_ready(self, mode: str) -> None:
+        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
+        import requests
+
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"http://127.0.0.1:{self.ports[mode]}/health", timeout=2).ok:
+                    return
+            time.sleep(0.05)
+        tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
+        raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
+
+    def run_example(self) -> dict[str, Any]:
+        """Send the example and wait for its end; return the job."""
+        import requests
+
+        files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
+        answer = requests.post(f"{self.base}/upload", files=files, data={"user_id": "1", "service": "example"}, timeout=30)
+        answer.raise_for_status()
+        job: dict[str, Any] = answer.json()
+        say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
+        deadline = time.monotonic() + 60
+        while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
+            query = {"wait": "10", "since": job["status"]}
+            job = requests.get(f"{self.base}/jobs/{job['id']}", params=query, timeout=30).json()
+            say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
+        return job
+
+    def summary(self, job: Mapping[str, Any]) -> str:
+        """Download the result and return its one-line summary."""
+        import requests
+
+        answer = requests.get(f"{self.base}/download/{job['id']}", timeout=30)
+        answer.raise_for_status()
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as result:
+            say(f"downloaded the result: {len(answer.content)} bytes, {len(result.namelist())} files")
+            return result.read("summary.txt").decode().strip()
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(10)
+
+
+def say(text: str) -> None:
+    """Print one step of the demo."""
+    print(f"  {text}", flush=True)
+
+
+def command_demo(keep: bool) -> int:
+    """Show the whole way of a job: exit status 0 where it was completed."""
+    started = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
+    demo = Demo(folder)
+    finished = False
+    try:
+        print("joborch demo: a server and a client, and a protein structure sent through them")
+        for mode in ("client", "server"):
+            demo.start(mode)
+        for mode in ("client", "server"):
+            demo.wait_ready(mode)
+            say(f"{mode} answers at http://127.0.0.1:{demo.ports[mode]}")
+        job = demo.run_example()
+        if job["status"] != Status.COMPLETED.value:
+            raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
+        print(f"result: {demo.summary(job)}")
+        print(f"done in {spoken(time.monotonic() - started)}")
+        finished = True
+    finally:
+        if not (keep and finished):
+            demo.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+    if keep:
+        pids = " ".join(str(process.pid) for process in demo.processes)
+        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); end them with: kill {pids}")
+    else:
+        program = os.path.basename(sys.argv[0])
+        print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")
+    return EXIT_DONE
+
+
+# -- the command line --
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser: words, flags of every setting, and an example each."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "joborch",
+        description="Turns any machine into a job server or a compute client.",
+        formatter_class=raw,
+        epilog="first time: joborch demo",
+    )
+    parser.add_argument("--version", action="version", version=f"joborch {__version__}")
+    words = parser.add_subparsers(dest="command", metavar="COMMAND")
+    helps = {
+        "server": "run a server until INT or TERM",
+        "client": "run a client until INT or TERM; running payloads go on and are found again at the next start",
+        "demo": "start both in a temporary folder and send the example through them",
+        "config": "print the effective settings, each with its source; secrets masked",
+        "version": "print the versions of joborch, Python, SQLite and the bundled packages",
+    }
+    for name, text in helps.items():
+        word = words.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}"
+        )
+        if name in ("server", "client", "config"):
+            add_setting_flags(word, name)
+        if name == "config":
+            word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="whose settings (default: server)")
+        if name in ("config", "version"):
+            word.add_argument("--json", action="store_true", help="print JSON")
+        if name == "demo":
+            word.add_argument("--keep", action="store_true", help="leave both running")
+    return parser
+
+
+def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
+    """Give a command the flags of its settings, from SETTINGS."""
+    word.add_argument("--env-file", metavar="FILE", help="read KEY=VALUE lines from FILE; the environment goes before it")
+    for setting in SETTINGS:
+        if mode == "config" or mode in setting.modes.split():
+            default = "" if not setting.default or "(default" in setting.help else f" (default: {setting.default})"
+            word.add_argument(
+                setting.flag, dest=setting.field, metavar="VALUE", help=f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
+            )
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run the command that was given; return its exit status."""
+    if arguments.command == "version":
+        return command_version(arguments.json)
+    if arguments.command == "demo":
+        return command_demo(arguments.keep)
+    mode = arguments.mode if arguments.command == "config" else arguments.command
+    config = load_config(mode, vars(arguments), os.environ)
+    return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; see `joborch --help`."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.command:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        return run_command(arguments)
+    except ConfigError as error:
+        print(f"joborch: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except JoborchError as error:
+        print(f"joborch: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

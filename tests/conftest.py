@@ -1,0 +1,91 @@
+"""Fixtures of the black-box tests: pairs and single processes, ended with all that they started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Pair, Process, end_all_below
+
+MakePair = Callable[..., Pair]
+MakeProcess = Callable[..., Process]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """One server and client for all tests that break nothing; the quota never binds."""
+    limits = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100"}
+    shared = Pair(tmp_path_factory.mktemp("pair"), limits, {"JOBORCH_SLOTS": "8", "JOBORCH_LOG_LIMIT": "1M"})
+    try:
+        yield shared.start()
+    finally:
+        shared.close()
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Iterator[MakePair]:
+    """Makes pairs of a test's own (not started), which end with the test."""
+    made: list[Pair] = []
+
+    def make(**options: object) -> Pair:
+        folder = options.pop("folder", tmp_path / f"pair{len(made)}")
+        made.append(Pair(folder, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def own_pair(make_pair: MakePair) -> Pair:
+    """A started pair of a test's own, to be killed and restarted at will."""
+    return make_pair().start()
+
+
+@pytest.fixture
+def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
+    """Makes single processes of a test's own (not started), which end with the test."""
+    made: list[Process] = []
+
+    def make(role: str, settings: dict[str, str | None] | None = None, **options: object) -> Process:
+        folder = options.pop("folder", tmp_path / f"{role}{len(made)}")
+        made.append(Process(role, folder, settings, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users of the machine can reach (pytest's own are closed to them)."""
+    folder = Path(tempfile.mkdtemp(prefix="joborch-open-"))
+    folder.chmod(0o755)
+    yield folder
+    end_all_below(folder)
+    subprocess.run(["chmod", "-R", "u+rwX", str(folder)], check=True)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A joborch.pyz of this run, built from the source as it is now."""
+    archive = tmp_path_factory.mktemp("pyz") / "joborch.pyz"
+    command = [sys.executable, "build_zipapp.py", "--output", str(archive)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return archive
+
+
+@pytest.fixture
+def root() -> None:
+    """Marks a test that only root can run."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it runs processes as another user of the machine")

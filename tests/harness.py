@@ -1,0 +1,569 @@
+"""What the black-box tests share: real processes, requests built byte by byte, and conditions waited for.
+
+Nothing in here imports joborch: it is started as a user starts it, and spoken to over its sockets.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+from pythons import pythons
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "joborch.py"
+EXAMPLE = ROOT / "example"
+BOUNDARY = "----joborch-tests"
+NOBODY_UID = 65534
+STRANGER_UID = 65533
+ENDED = {"Completed", "Failed", "Invalid", "Killed", "Cleaned"}
+LIMIT_S = 30.0
+PAUSE_S = 0.02
+T = TypeVar("T")
+
+
+# == Waiting ==
+
+
+def wait_for(condition: Callable[[], T], limit_s: float = LIMIT_S, what: str = "the condition") -> T:
+    """Return the first true value of `condition`; fail after `limit_s`, saying what never came true."""
+    end = time.monotonic() + limit_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not come true within {limit_s:g} s; last value: {value!r}")
+        time.sleep(PAUSE_S)
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses, below the range from which the kernel gives out ports by itself."""
+    for _ in range(200):
+        port = random.randrange(12_000, 32_000)
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port found")
+
+
+# == Processes of the machine ==
+
+
+def alive(pid: int) -> bool:
+    """Whether `pid` is a process that still runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def processes_below(folder: Path) -> list[int]:
+    """The running processes whose current folder is `folder` or lies below it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                here = str((entry / "cwd").readlink()).replace(" (deleted)", "")
+            except OSError:
+                continue
+            if (here + "/").startswith(f"{folder}/") and alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+def end_all_below(folder: Path) -> None:
+    """Kill what a test left running below its own folder."""
+    for pid in processes_below(folder):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def disk_bytes(folder: Path) -> int:
+    """What the files below `folder` take on the disk (holes do not count)."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+# == joborch as a process ==
+
+
+def clean_environment(home: Path | None) -> dict[str, str]:
+    """The environment of a freshly logged-in user whose home is `home` (None: one without a home)."""
+    environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
+    if home is not None:
+        environment["HOME"] = str(home)
+        for name, folder in (("CONFIG", ".config"), ("DATA", ".local/share"), ("CACHE", ".cache"), ("STATE", ".state")):
+            environment[f"XDG_{name}_HOME"] = str(home / folder)
+    return environment
+
+
+def from_source() -> list[str]:
+    """The command that runs joborch.py of this repository with the tests' own interpreter."""
+    return [sys.executable, str(SOURCE)]
+
+
+class Process:
+    """One `server` or `client` of joborch, with a folder of its own for home, data and log.
+
+    `settings` are environment variables on top of PORT, DATA_PATH and what keeps tests quick; None leaves one out.
+    `user` is the uid it runs as (needs root). A stopped or killed one can be started again on the same folder.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        folder: Path,
+        settings: Mapping[str, str | None] | None = None,
+        *,
+        program: Sequence[str] | None = None,
+        arguments: Sequence[str] = (),
+        home: bool = True,
+        user: int | None = None,
+        port: int | None = None,
+        home_folder: Path | None = None,
+    ) -> None:
+        self.role, self.folder, self.user = role, folder, user
+        self.program = list(program or from_source())
+        self.arguments = list(arguments)
+        self.port = port or free_port()
+        self.home = (home_folder or folder / "home") if home else None
+        self.data = folder / "data"
+        self.log_path = folder / "log"
+        self.settings = dict(settings or {})
+        self.process: subprocess.Popen[bytes] | None = None
+        self.api = requests.Session()
+        self.api.trust_env = False
+        self._make_folders()
+
+    def _make_folders(self) -> None:
+        for path in (self.folder, self.data, *([self.home] if self.home else [])):
+            path.mkdir(parents=True, exist_ok=True)
+            if self.user is not None:
+                os.chown(path, self.user, self.user)
+
+    @property
+    def url(self) -> str:
+        """The base URL on loopback."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """Everything that it wrote so far, over all its starts."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running process."""
+        assert self.process is not None, f"the {self.role} was never started"
+        return self.process.pid
+
+    def environment(self) -> dict[str, str]:
+        """What the process gets as its environment, and nothing else."""
+        chosen: dict[str, str | None] = {
+            "PORT": str(self.port),
+            "DATA_PATH": str(self.data),
+            "JOBORCH_MIN_FREE": "1M",
+            "JOBORCH_KILL_GRACE": "1",
+        }
+        chosen.update(self.settings)
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return {**clean_environment(self.home), **given}
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start the process without waiting until it answers."""
+        identity: dict[str, Any] = {}
+        if self.user is not None:
+            identity = {"user": self.user, "group": self.user, "extra_groups": []}
+        command = [*self.program, self.role, *self.arguments]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=self.environment(),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **identity,
+            )
+        return self.process
+
+    def start(self, limit_s: float = LIMIT_S) -> Process:
+        """Start the process and wait until GET /health answers 200."""
+        self.spawn()
+        wait_for(self._healthy, limit_s, f"/health of the {self.role} on port {self.port}")
+        return self
+
+    def _healthy(self) -> bool:
+        assert self.process is not None
+        code = self.process.poll()
+        assert code is None, f"the {self.role} ended with status {code} at its start:\n{self.log[-3000:]}"
+        try:
+            return self.api.get(f"{self.url}/health", timeout=5).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def start_refused(self, limit_s: float = LIMIT_S) -> tuple[int, str]:
+        """Start the process and wait until it gives up; return its exit status and what it said."""
+        before = len(self.log)
+        process = self.spawn()
+        try:
+            return process.wait(limit_s), self.log[before:]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the {self.role} started although it had to refuse:\n{self.log[before:]}") from None
+
+    def stop(self, limit_s: float = LIMIT_S) -> int:
+        """Ask it to end (TERM) and return its exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(
+                f"the {self.role} did not end within {limit_s:g} s of TERM:\n{self.log[-3000:]}"
+            ) from None
+
+    def kill(self) -> None:
+        """End it with SIGKILL, as the kernel does when memory is short."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(LIMIT_S)
+
+    def restart(self, limit_s: float = LIMIT_S) -> Process:
+        """End it where it runs, and start it again on the same folder and port."""
+        if self.running():
+            self.stop()
+        return self.start(limit_s)
+
+    def running(self) -> bool:
+        """Whether the process runs now."""
+        return self.process is not None and self.process.poll() is None
+
+    def close(self) -> None:
+        """End it whatever its state, with all that it started in its folder."""
+        self.api.close()
+        if self.running():
+            self.kill()
+        end_all_below(self.folder)
+
+    # -- speaking with it --
+
+    def call(self, method: str, path: str, **options: Any) -> requests.Response:
+        """One request, never redirected, with a limit on silence."""
+        options.setdefault("timeout", 90)
+        options.setdefault("allow_redirects", False)
+        return self.api.request(method, self.url + path, **options)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        """GET `path`."""
+        return self.call("GET", path, **options)
+
+    def head(self, path: str, **options: Any) -> requests.Response:
+        """HEAD `path`."""
+        return self.call("HEAD", path, **options)
+
+    def post(self, path: str, **options: Any) -> requests.Response:
+        """POST to `path`."""
+        return self.call("POST", path, **options)
+
+    def job(self, number: int) -> dict[str, Any]:
+        """The whole job as GET /jobs/ID tells it."""
+        answer = self.get(f"/jobs/{number}")
+        assert answer.status_code == 200, f"GET /jobs/{number}: {answer.status_code} {answer.text}"
+        return dict(answer.json())
+
+    def jobs(self, **filters: Any) -> list[dict[str, Any]]:
+        """The jobs of one page of GET /jobs (the largest)."""
+        answer = self.get("/jobs", params={"limit": 1000, **filters})
+        assert answer.status_code == 200, f"GET /jobs: {answer.status_code} {answer.text}"
+        return list(answer.json()["jobs"])
+
+    def files(self) -> set[str]:
+        """What stands below the data folder, without the database's own files."""
+        return {
+            str(path.relative_to(self.data))
+            for path in self.data.rglob("*")
+            if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$", path.name)
+        }
+
+
+def open_python() -> str:
+    """An interpreter that other users of the machine may run too."""
+    for path in (sys.executable, "/usr/bin/python3", *map(str, pythons().values())):
+        try:
+            done = subprocess.run([path, "-c", ""], user=NOBODY_UID, group=NOBODY_UID, extra_groups=[], check=False)
+        except OSError:
+            continue
+        if done.returncode == 0:
+            return path
+    raise AssertionError("no Python on this machine that another user may run")
+
+
+def open_program(folder: Path, pyz: Path) -> list[str]:
+    """The command that runs a copy of the .pyz in `folder` as any user of the machine."""
+    copy = Path(shutil.copy(pyz, folder))
+    copy.chmod(0o644)
+    return [open_python(), str(copy)]
+
+
+class Pair:
+    """A server and a client, wired with an address and a token."""
+
+    TOKEN = "a-token-for-tests-only"
+
+    def __init__(
+        self,
+        folder: Path,
+        server: Mapping[str, str | None] | None = None,
+        client: Mapping[str, str | None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.folder = folder
+        self.client = Process("client", folder / "client", {"JOBORCH_TOKEN": self.TOKEN, **(client or {})}, **options)
+        self.server = Process("server", folder / "server", {**self.wiring(), **(server or {})}, **options)
+
+    def wiring(self) -> dict[str, str | None]:
+        """The settings with which a server reaches this client."""
+        return {"SERVICE_EXAMPLE_CLIENTS": self.client.url, "SERVICE_EXAMPLE_TOKEN": self.TOKEN}
+
+    def start(self) -> Pair:
+        """Start both, side by side, and wait until both answer."""
+        self.client.spawn()
+        self.server.spawn()
+        for process in (self.client, self.server):
+            wait_for(process._healthy, LIMIT_S, f"/health of the {process.role}")
+        return self
+
+    def close(self) -> None:
+        """End both and all that they started."""
+        self.server.close()
+        self.client.close()
+        end_all_below(self.folder)
+
+
+# == Requests, byte by byte ==
+
+
+def part(disposition: str | bytes, content: bytes) -> bytes:
+    """One part of a multipart form, whose Content-Disposition is given as it goes over the wire."""
+    raw = disposition.encode() if isinstance(disposition, str) else disposition
+    return b"--" + BOUNDARY.encode() + b"\r\nContent-Disposition: " + raw + b"\r\n\r\n" + content + b"\r\n"
+
+
+def file_part(name: str, content: bytes, field: str = "file") -> bytes:
+    """A file part as browsers and curl send it."""
+    escaped = name.replace("\\", "\\\\").replace('"', "%22")
+    return part(f'form-data; name="{field}"; filename="{escaped}"', content)
+
+
+def field_part(name: str, value: str | bytes) -> bytes:
+    """A text field."""
+    return part(f'form-data; name="{name}"', value.encode() if isinstance(value, str) else value)
+
+
+def form(parts: Iterable[bytes], boundary: str = BOUNDARY) -> bytes:
+    """The body of a multipart form."""
+    return b"".join(parts) + f"--{boundary}--\r\n".encode()
+
+
+def form_type(boundary: str = BOUNDARY) -> dict[str, str]:
+    """The header that goes with `form`."""
+    return {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+
+
+def post_form(server: Process, parts: Iterable[bytes], **headers: str) -> requests.Response:
+    """POST a form to /upload; headers are named with underscores."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return server.post("/upload", data=form(parts), headers={**form_type(), **named})
+
+
+def upload(
+    server: Process, files: Mapping[str, bytes], *, headers: Mapping[str, str] | None = None, **fields: Any
+) -> requests.Response:
+    """Upload `files` by name; `user_id` is 1, `service` is example unless told otherwise; None leaves a field out."""
+    chosen = {"user_id": 1, "service": "example", **fields}
+    parts = [file_part(name, content) for name, content in files.items()]
+    parts += [field_part(name, str(value)) for name, value in chosen.items() if value is not None]
+    return server.post("/upload", data=form(parts), headers={**form_type(), **(headers or {})})
+
+
+def submit(server: Process, script: str, files: Mapping[str, bytes] | None = None, **fields: Any) -> int:
+    """Upload a script (and files beside it); return the id of the job."""
+    answer = upload(server, {"run.sh": script.encode(), **(files or {})}, **fields)
+    assert answer.status_code == 201, f"upload: {answer.status_code} {answer.text}"
+    return int(answer.json()["id"])
+
+
+def wait_status(server: Process, number: int, *wanted: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
+    """Return the job once its status is one of `wanted`; fail at once where it ended in another way."""
+    end = time.monotonic() + limit_s
+    job = server.job(number)
+    while job["status"] not in wanted:
+        assert job["status"] not in ENDED, f"job {number} was to be {wanted}: {json.dumps(job, indent=1)}"
+        left_s = end - time.monotonic()
+        assert left_s > 0, f"job {number} was to be {wanted} within {limit_s:g} s: {json.dumps(job, indent=1)}"
+        query = {"wait": f"{min(left_s, 10):.1f}", "since": job["status"]}
+        answer = server.get(f"/jobs/{number}", params=query)
+        job = answer.json() if answer.status_code == 200 else server.job(number)
+        if answer.status_code != 200:
+            time.sleep(PAUSE_S)
+    return job
+
+
+def run_to_end(server: Process, script: str, files: Mapping[str, bytes] | None = None, **fields: Any) -> dict[str, Any]:
+    """Run a script as a job and return the job in whatever way it ended."""
+    return wait_status(server, submit(server, script, files, **fields), *ENDED)
+
+
+def raw_exchange(port: int, request: bytes, *, half_close: bool = False, limit_s: float = 15) -> bytes:
+    """Send bytes as they are and return all that comes back until the other side closes (or stays silent too long)."""
+    with closing(socket.create_connection(("127.0.0.1", port), timeout=limit_s)) as line:
+        try:
+            line.sendall(request)
+            if half_close:
+                line.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # It answered and closed before it had read everything: the answer is still there to be read.
+        return read_all(line)
+
+
+def read_all(line: socket.socket) -> bytes:
+    """What comes over `line` until it is closed or reset; fails where it stays open and silent."""
+    received = b""
+    while True:
+        try:
+            chunk = line.recv(65536)
+        except ConnectionResetError:
+            return received
+        if not chunk:
+            return received
+        received += chunk
+
+
+def raw_head(method: str, path: str, port: int, *lines: str) -> bytes:
+    """The head of a request, which asks to close the line after the answer."""
+    head = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close", *lines]
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n"
+
+
+def parse_answer(received: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers (lower case) and body of a raw answer."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    assert first.startswith("HTTP/1."), f"not an HTTP answer: {received[:200]!r}"
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return int(first.split()[1]), headers, body
+
+
+# == Results ==
+
+
+class Archive:
+    """A ZIP that came as an answer: names, contents and links."""
+
+    def __init__(self, content: bytes) -> None:
+        self.zip = zipfile.ZipFile(io.BytesIO(content))
+        assert self.zip.testzip() is None, "a member of the ZIP is damaged"
+        names = [entry.filename for entry in self.zip.infolist()]
+        assert len(names) == len(set(names)), f"a name stands twice in the ZIP: {names}"
+
+    def names(self) -> set[str]:
+        """All names of files and links, without folders."""
+        return {entry.filename for entry in self.zip.infolist() if not entry.is_dir()}
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.zip.read(name)
+
+    def text(self, name: str) -> str:
+        """One file, as text."""
+        return self.zip.read(name).decode()
+
+    def is_link(self, name: str) -> bool:
+        """Whether a member is stored as a symbolic link."""
+        return stat.S_ISLNK(self.zip.getinfo(name).external_attr >> 16)
+
+    def own_files(self) -> set[str]:
+        """The names that are the script's, without what joborch adds."""
+        return {name for name in self.names() if not name.startswith(".joborch/")}
+
+
+def download(server: Process, number: int) -> Archive:
+    """The result of a completed job; its digest is checked on the way."""
+    answer = server.get(f"/download/{number}")
+    assert answer.status_code == 200, f"GET /download/{number}: {answer.status_code} {answer.text[:300]}"
+    assert answer.headers["Repr-Digest"] == repr_digest(answer.content)
+    return Archive(answer.content)
+
+
+def partial(server: Process, number: int) -> Archive:
+    """The job as it stands, by GET /download_partial/ID."""
+    answer = server.get(f"/download_partial/{number}")
+    assert answer.status_code == 200, f"GET /download_partial/{number}: {answer.status_code} {answer.text[:300]}"
+    return Archive(answer.content)
+
+
+def repr_digest(content: bytes) -> str:
+    """The value of Repr-Digest (RFC 9530) for `content`."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+def assert_error(answer: requests.Response, code: int | Sequence[int], *words: str) -> dict[str, Any]:
+    """The answer is an error as the contract has it: code, JSON, a message with `words`, nothing of our insides."""
+    codes = [code] if isinstance(code, int) else list(code)
+    assert answer.status_code in codes, f"{answer.status_code} instead of {codes}: {answer.text[:500]}"
+    return assert_error_body(answer.headers.get("Content-Type", ""), answer.content, *words)
+
+
+def assert_error_body(content_type: str, content: bytes, *words: str) -> dict[str, Any]:
+    """The body of an error: JSON with a message that names `words`, without traceback or path of the server."""
+    assert content_type.startswith("application/json"), f"{content_type!r}: {content[:300]!r}"
+    body = json.loads(content)
+    message = body["message"]
+    assert isinstance(message, str)
+    assert len(message) > 5, message
+    for word in words:
+        assert word.lower() in (message + " " + str(body.get("field"))).lower(), f"{word!r} is not in {body}"
+    for inside in ("Traceback", str(ROOT), "site-packages", '.py"', "/data/"):
+        assert inside not in content.decode(), body
+    return dict(body)
+
+
+@contextmanager
+def nothing_left(server: Process) -> Iterator[None]:
+    """Whatever happens inside leaves no row and no file on the server."""
+    rows, files = [job["id"] for job in server.jobs()], server.files()
+    yield
+    assert [job["id"] for job in server.jobs()] == rows, "a row was left behind"
+    wait_for(lambda: server.files() <= files, 10, f"nothing new below {server.data}")

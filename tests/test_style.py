@@ -1,0 +1,333 @@
+"""joborch.py reads from top to bottom, each section on what stands above it; SQL is in the Store, no failure silent.
+
+The checks are functions of a source text, so that each is tried on a text that breaks its rule (second half) as well as
+on joborch.py (first half). They return what is wrong, one line each, with its line number.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import symtable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+MODULE = Path(__file__).resolve().parent.parent / "joborch.py"
+FUNCTION_LINES = 40
+SECTION_LINES = 500
+STORE = {"Statements", "Store"}
+
+BANNER = re.compile(r"^# == (\d+)\. (.+?) ==  (.+)$")
+ALMOST_BANNER = re.compile(r"^# *==+ *\d")
+# In the docstring a section is "5. Store", ended by two blanks, a comma, a colon or the end of the line.
+LISTED = re.compile(r"(?<!\S)(\d+)\. (\S.*?)(?=  |,|:|$)", re.MULTILINE)
+SENTENCE = re.compile(r"^[A-Z`].*[.!?]$")
+SQL = re.compile(r"\b(SELECT\s|INSERT\s+(OR\s+\w+\s+)?INTO\b|UPDATE\s+(OR\s+\w+\s+)?\w+\s+SET\b|DELETE\s+FROM\b)")
+SUPPRESSES_ALL = re.compile(r"(contextlib\.)?suppress\(.*\b(Base)?Exception\b")
+EXECUTES = {"execute", "executemany", "executescript"}
+
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+Definition = (*Function, ast.ClassDef)
+
+
+class Section(NamedTuple):
+    """A part of the module: its number, title and promise, and its lines from the banner on."""
+
+    number: int
+    title: str
+    promise: str
+    first_line: int
+    last_line: int
+
+
+# == What a source says ==
+
+
+def sections(source: str) -> list[Section]:
+    """The sections of `source` in the order of their banners."""
+    lines = source.splitlines()
+    found = [(line, match) for line, text in enumerate(lines, 1) if (match := BANNER.match(text))]
+    ends = [line - 1 for line, _ in found[1:]] + [len(lines)]
+    return [Section(int(match[1]), match[2], match[3], line, end) for (line, match), end in zip(found, ends)]
+
+
+def section_at(parts: Iterable[Section], line: int) -> int:
+    """The number of the section that holds `line`; 0 before the first banner, where the imports are."""
+    return next((part.number for part in parts if part.first_line <= line <= part.last_line), 0)
+
+
+def defined_names(statement: ast.stmt) -> Iterator[str]:
+    """The module-level names that a top-level statement binds, also below `if` and `try`; imports do not count."""
+    if isinstance(statement, Definition):
+        yield statement.name
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+    else:
+        for block in ("body", "handlers", "orelse", "finalbody"):
+            for inner in getattr(statement, block, []):
+                yield from defined_names(inner)
+
+
+def used_names(statement: ast.stmt) -> set[str]:
+    """The names that a top-level statement looks up in the module, anywhere in its body; locals are none of them."""
+
+    def globals_of(table: symtable.SymbolTable) -> Iterator[str]:
+        at_top = table.get_type() == "module"
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and (at_top or symbol.is_global()):
+                yield symbol.get_name()
+        for child in table.get_children():
+            yield from globals_of(child)
+
+    return set(globals_of(symtable.symtable(ast.unparse(statement), "statement", "exec")))
+
+
+def strings_of(tree: ast.Module) -> Iterator[ast.Constant]:
+    """The string constants of `tree` but its docstrings."""
+    documented = (ast.Module, *Definition)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node
+
+
+# == The rules ==
+
+
+def banner_faults(source: str) -> list[str]:
+    """Banners are numbered from 1 on, promise a sentence, and the module's docstring lists them by the same numbers."""
+    parts = sections(source)
+    faults = [
+        f"{line}: a banner is '# == 5. Store ==  A promise.': {text}"
+        for line, text in enumerate(source.splitlines(), 1)
+        if ALMOST_BANNER.match(text) and not BANNER.match(text)
+    ]
+    if not parts or [part.number for part in parts] != list(range(1, len(parts) + 1)):
+        faults.append(f"sections are not numbered 1, 2, 3...: {[part.number for part in parts]}")
+    faults += [f"{part.first_line}: no sentence: {part.promise}" for part in parts if not SENTENCE.match(part.promise)]
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    # By number, since the list may stand in two columns.
+    listed = sorted((int(number), title) for number, title in LISTED.findall(docstring))
+    banners = [(part.number, part.title) for part in parts]
+    if listed != banners:
+        faults.append(f"the docstring lists {listed}, the banners say {banners}")
+    return faults
+
+
+def order_faults(source: str) -> list[str]:
+    """Each top-level statement uses names of its own section and of earlier ones alone."""
+    parts, body = sections(source), ast.parse(source).body
+    home: dict[str, int] = {}
+    for statement in body:
+        for name in defined_names(statement):
+            home.setdefault(name, section_at(parts, statement.lineno))
+    faults = []
+    for statement in body:
+        here = section_at(parts, statement.lineno)
+        late = sorted(name for name in used_names(statement) if home.get(name, 0) > here)
+        faults += [f"{statement.lineno}: section {here} uses {name} of section {home[name]}" for name in late]
+    return faults
+
+
+def guard_faults(source: str) -> list[str]:
+    """The module ends with `if __name__ == "__main__":`, and `main` stands in the last section."""
+    parts, body = sections(source), ast.parse(source).body
+    faults = []
+    last = body[-1]
+    if not isinstance(last, ast.If) or ast.unparse(last.test) != "__name__ == '__main__'":
+        faults.append(f"{last.lineno}: the last statement is not the __main__ guard")
+    mains = [section_at(parts, node.lineno) for node in body if isinstance(node, Function) and node.name == "main"]
+    if mains != [len(parts)]:
+        faults.append(f"main is defined in sections {mains}, not once in the last, {len(parts)}")
+    return faults
+
+
+def statement_faults(source: str) -> list[str]:
+    """What is executed is a constant: no f-string, no concatenation, no formatting."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args):
+            continue
+        if node.func.attr in EXECUTES and any(map(is_composed, ast.walk(node.args[0]))):
+            faults.append(f"{node.lineno}: composed SQL: {ast.unparse(node.args[0])}")
+    return faults
+
+
+def is_composed(node: ast.AST) -> bool:
+    """Whether `node` makes a text out of others."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in {"format", "join"}
+    return isinstance(node, (ast.JoinedStr, ast.BinOp))
+
+
+def sql_faults(source: str) -> list[str]:
+    """SQL stands in the Store alone, and there in no f-string."""
+    parts, tree = sections(source), ast.parse(source)
+    store = {part.number for part in parts if part.title in STORE}
+    composed = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    sql = [node for node in strings_of(tree) if SQL.search(node.value)]
+    faults = [f"{node.lineno}: SQL outside the Store" for node in sql if section_at(parts, node.lineno) not in store]
+    return faults + [f"{node.lineno}: SQL in an f-string" for node in sql if id(node) in composed]
+
+
+def silence_faults(source: str) -> list[str]:
+    """No bare except, and nothing that catches every Exception and then does nothing."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            idle = all(isinstance(inner, (ast.Pass, ast.Continue)) or is_ellipsis(inner) for inner in node.body)
+            if not caught or (idle and re.search(r"\b(Base)?Exception\b", caught)):
+                faults.append(f"{node.lineno}: silent except {caught}")
+        elif isinstance(node, ast.Call) and SUPPRESSES_ALL.match(ast.unparse(node)):
+            faults.append(f"{node.lineno}: silent {ast.unparse(node)}")
+    return faults
+
+
+def is_ellipsis(node: ast.stmt) -> bool:
+    """Whether `node` is the statement `...`."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is ...
+
+
+def length_faults(source: str) -> list[str]:
+    """Functions have FUNCTION_LINES lines at most, docstring included, and sections SECTION_LINES."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
+    spans = [(node.name, node.lineno, node.end_lineno or node.lineno, FUNCTION_LINES) for node in functions]
+    spans += [(part.title, part.first_line, part.last_line, SECTION_LINES) for part in sections(source)]
+    return [
+        f"{first}: {name} has {last - first + 1} lines, {most} at most"
+        for name, first, last, most in spans
+        if last - first + 1 > most
+    ]
+
+
+def docstring_faults(source: str) -> list[str]:
+    """Every public function and class of the module has a docstring, and so has the module."""
+    tree = ast.parse(source)
+    public = [node for node in tree.body if isinstance(node, Definition) and not node.name.startswith("_")]
+    faults = [] if ast.get_docstring(tree) else ["1: the module has no docstring"]
+    return faults + [f"{node.lineno}: {node.name} has no docstring" for node in public if not ast.get_docstring(node)]
+
+
+Rule = Callable[[str], list[str]]
+RULES: list[Rule] = [
+    banner_faults,
+    order_faults,
+    guard_faults,
+    statement_faults,
+    sql_faults,
+    silence_faults,
+    length_faults,
+    docstring_faults,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_joborch_keeps_the_rule(rule: Rule) -> None:
+    faults = rule(MODULE.read_text(encoding="utf-8"))
+    assert not faults, "\n".join(["", *(f"{MODULE.name}:{fault}" for fault in faults)])
+
+
+# == The rules bite ==
+
+GOOD = '''"""A program.
+
+  1. Vocabulary  The words.
+  2. Store       The rows.
+  3. Commands    The end.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+# == 1. Vocabulary ==  Every word means one thing.
+
+LIMIT = 5
+
+
+class Row:
+    """A row."""
+
+    store = "main"
+
+
+# == 2. Store ==  All SQL of the program stands here.
+
+GET = "SELECT * FROM jobs WHERE id = :id"
+
+
+def get(database: sqlite3.Connection, main: int) -> Row | None:
+    """The row; `main` is a local name here."""
+    store = [main for main in range(LIMIT)]
+    return database.execute(GET, {"id": main}).fetchone() or again(database, store)
+
+
+def again(database, store):
+    """Uses `get`, of its own section."""
+    return get(database, len(store)) if store else None
+
+
+# == 3. Commands ==  What a person types is read here.
+
+
+def main() -> int:
+    """Select from the table, INSERT INTO nothing."""
+    try:
+        get(sqlite3.connect(":memory:"), 1)
+    except KeyError:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+'''
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_good_module_breaks_no_rule(rule: Rule) -> None:
+    assert rule(GOOD) == []
+
+
+BAD: list[tuple[Rule, str, str, str]] = [
+    (banner_faults, "here.\n\nGET", "here\n\nGET", "no sentence"),
+    (banner_faults, "# == 2. Store ==  All", "# == 2. Store == All", "a banner is"),
+    (banner_faults, "# == 3. Commands", "# == 4. Commands", "numbered"),
+    (banner_faults, "  2. Store   ", "  2. Storage ", "the docstring lists"),
+    (banner_faults, "  3. Commands    The end.\n", "", "the docstring lists"),
+    (order_faults, 'store = "main"', "store = GET", "section 1 uses GET of section 2"),
+    (order_faults, "if store else None", "if store else main()", "section 2 uses main of section 3"),
+    (order_faults, "class Row:", "class Row(Base if GET else object):", "section 1 uses GET of section 2"),
+    (order_faults, "LIMIT = 5", "LIMIT: dict[str, get] = 5", "section 1 uses get of section 2"),
+    (order_faults, '"""A row."""', '"""A row."""\n    def go(self):\n        return [get for _ in self]', "uses get"),
+    (guard_faults, 'if __name__ == "__main__":', "if True:", "guard"),
+    (guard_faults, "def main()", "def start()", "main is defined"),
+    (statement_faults, "execute(GET,", 'execute(f"{GET}",', "composed SQL"),
+    (statement_faults, "execute(GET,", "executemany(GET + LIMIT,", "composed SQL"),
+    (statement_faults, "execute(GET,", 'execute("%s" % GET,', "composed SQL"),
+    (statement_faults, "execute(GET,", 'executescript("{}".format(GET),', "composed SQL"),
+    (sql_faults, "return 0", 'return "SELECT 1"', "outside the Store"),
+    (sql_faults, "return 0", 'return "UPDATE jobs SET x = 1"', "outside the Store"),
+    (sql_faults, "LIMIT = 5", 'LIMIT = "DELETE FROM jobs"', "outside the Store"),
+    (sql_faults, 'GET = "', 'GET = f"', "f-string"),
+    (silence_faults, "except KeyError", "except", "silent"),
+    (silence_faults, "except KeyError", "except (ValueError, Exception)", "silent"),
+    (silence_faults, "return 0", "with contextlib.suppress(Exception): pass", "silent"),
+    (length_faults, "    return 0", "    print()\n" * FUNCTION_LINES + "    return 0", "main has"),
+    (length_faults, "LIMIT = 5", "LIMIT = 5\n" * SECTION_LINES, "Vocabulary has"),
+    (docstring_faults, '"""A row."""', "", "Row has no docstring"),
+    (docstring_faults, '"""Uses `get`, of its own section."""', "", "again has no docstring"),
+]
+
+
+@pytest.mark.parametrize(("rule", "good", "bad", "said"), BAD)
+def test_a_broken_rule_is_found(rule: Rule, good: str, bad: str, said: str) -> None:
+    source = GOOD.replace(good, bad)
+    assert source != GOOD
+    assert said in "\n".join(rule(source))
