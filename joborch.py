@@ -89,7 +89,7 @@ PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encod
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 WAIT_LIMIT_S = 60.0  # the longest `?wait=`
-EVENTS_WAIT_S = 25.0  # a long poll of a client; below the time-outs of common proxies
+EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: most no-op jobs have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
@@ -196,9 +196,16 @@ def read_text(text: str) -> str:
     return text
 
 
+def read_token(text: str) -> str:
+    """Take a bearer token, or several with commas between."""
+    if not re.fullmatch(r"[!-~]{1,4096}", text):
+        raise ValueError("give printable ASCII without blanks")
+    return text
+
+
 def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
     """Return a whole number; ValueError outside `least` to `most`."""
-    if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise ValueError(f"give a whole number from {least} to {most}")
     return int(text)
 
@@ -215,7 +222,7 @@ def read_positive(text: str) -> int:
 
 def read_seconds(text: str) -> float:
     """Return seconds: a number alone, or one with s, m, h or d."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhd]?)", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhd]?)", text)
     if not match:
         raise ValueError("give seconds, or a number with s, m, h or d, as in 90 or 24h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
@@ -230,7 +237,7 @@ def read_period(text: str) -> float:
 
 def read_bytes(text: str) -> int:
     """Return bytes: a number alone, or one with K, M or G (powers of 1,024)."""
-    match = re.fullmatch(r"(\d{1,15})([KMGkmg]?)(?:i?[Bb])?", text)
+    match = re.fullmatch(r"([0-9]{1,15})([KMGkmg]?)(?:i?[Bb])?", text)
     if not match:
         raise ValueError("give bytes, or a number with K, M or G, as in 512M")
     return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
@@ -284,7 +291,7 @@ SETTINGS: tuple[Setting, ...] = (
         "172800",
         "how long a job's files are kept after it ENDED; a client keeps unfetched results four times as long",
     ),
-    Setting("JOBORCH_TOKEN", "token", read_text, "", "bearer token that callers must show (client: made at the first start)", secret=True),
+    Setting("JOBORCH_TOKEN", "token", read_token, "", "bearer token that callers must show (client: made at the first start)", secret=True),
     Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
     Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
@@ -320,7 +327,7 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "base URLs separated by commas: the short form of the three, and the way to name several",
         "server",
     ),
-    Setting("TOKEN", "token", read_text, "", "token for these clients", "server", secret=True),
+    Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
     Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
     Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
     Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
@@ -480,8 +487,8 @@ def check_url(url: str, shown_name: str) -> None:
 def read_token_file(path: str, shown_name: str) -> str:
     """Return the token that a file holds; ConfigError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_token(Path(path).read_text(encoding="utf-8").strip())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
@@ -590,7 +597,7 @@ def check_config(config: Config) -> None:
 
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address means this machine alone."""
-    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.\d+\.\d+\.\d+", host))
+    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
 
 
 def settings_table() -> str:
@@ -811,7 +818,9 @@ class FormReader:
             for event in events:
                 self.part(event, events)
         except multipart.ParserLimitReached as error:
-            raise Refusal(413, f"the form is over a limit ({error}): at most {PARTS_LIMIT} parts") from error
+            if "segment count" in str(error).lower():
+                raise Refusal(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
+            raise Refusal(413, f"a part's head is too long: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
         except multipart.MultipartError as error:
             raise Refusal(400, f"the form cannot be read: {error}") from error
         return self.form
@@ -924,24 +933,23 @@ def remove_tree(path: Path) -> None:
     """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
     if path.is_symlink() or path.is_file():
         path.unlink()
-    elif path.exists():
-        shutil.rmtree(path, onerror=unlock_and_retry)
-
-
-def unlock_and_retry(remove: Callable[[str], Any], path: str, _: Any) -> None:
-    """Give back the rights that a script took from its own folder, and remove again."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-    with contextlib.suppress(OSError):
-        if not os.path.islink(path):
-            os.chmod(path, 0o700)
+        return
     try:
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        elif os.path.lexists(path):
-            os.unlink(path)
-    except OSError as error:
-        log.warning("%s cannot be removed: %s", path, error)
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        take_back_rights(path)
+        shutil.rmtree(path)
+
+
+def take_back_rights(folder: Path) -> None:
+    """Make a folder and all folders in it ours to read and change again."""
+    os.chmod(folder, 0o700)
+    for root, names, _ in os.walk(folder):
+        for name in names:
+            if not os.path.islink(os.path.join(root, name)):
+                os.chmod(os.path.join(root, name), 0o700)
 
 
 class DigestWriter:
@@ -1142,6 +1150,7 @@ class DataFolder:
 
     def open(self) -> None:
         """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
+        self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
         try:
             for folder in (self.jobs, self.results, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -1258,8 +1267,8 @@ CREATE TABLE eligible (
     PRIMARY KEY (service, head)
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX eligible_user ON eligible(service, user_id);
-CREATE TABLE heartbeat (at REAL NOT NULL);
-INSERT INTO heartbeat VALUES (0);
+CREATE TABLE heartbeat (at REAL NOT NULL, instance TEXT NOT NULL);
+INSERT INTO heartbeat VALUES (0, lower(hex(randomblob(8))));
 PRAGMA user_version = 1;
 COMMIT;
 """
@@ -1375,7 +1384,7 @@ SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed
 CHANGED_ALL = """
 SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND status <> 'Cleaned' ORDER BY changed
 """
-CHANGED_LAST = "SELECT coalesce(max(changed), 0) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
+CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
  WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND ended_at < :before ORDER BY ended_at LIMIT 500
@@ -1399,6 +1408,7 @@ JOBS_PAGE_OF_SERVICE = """
 SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
 """
 HEARTBEAT = "UPDATE heartbeat SET at = :now"
+INSTANCE = "SELECT instance FROM heartbeat"
 
 
 # == 6. Store ==  A status changes in one statement, and its history row in the same transaction.
@@ -1529,7 +1539,6 @@ class Store:
         self.limits: Mapping[str, Service] = {}
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.readers: list[sqlite3.Connection] = []
         self.synchronous = ""
         try:
             self.db = self.connect()
@@ -1560,10 +1569,9 @@ class Store:
             self.db.executescript(SCHEMA)
 
     def close(self) -> None:
-        """End the connections. Threads that still read get an error, which ends them."""
+        """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
         with self.lock:
-            for db in [*self.readers, self.db]:
-                db.close()
+            self.db.close()
 
     # -- reading --
 
@@ -1584,8 +1592,6 @@ class Store:
             db.execute("PRAGMA query_only = 1")
             db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
             self.local.db = db
-            with self.lock:
-                self.readers.append(db)
         return cast(sqlite3.Connection, db)
 
     def jobs(self, sql: str, **values: Any) -> list[Job]:
@@ -1853,21 +1859,23 @@ def on_network(path: str) -> bool:
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
 # wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder.
 WRAPPER = r"""# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT
+umask @UMASK@
 cd "$1" || exit 1
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
 echo $$ 2>/dev/null >"started.$2" || exit 0
 set +C
 set -m
 trap : TERM INT HUP                                # a handler, not '': ignored signals would be inherited
+exec 9>exit.json                                   # opened now: the script may take away its folders' rights
 cd work || exit 1
-bash ./run.sh </dev/null >>../stdout 2>>../stderr &
+bash ./run.sh </dev/null >>../stdout 2>>../stderr 9>&- &
 pid=$!
 while :; do
     wait $pid; status=$?
     kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
 done
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
-printf '{"status": %d, "left": %d}' $status $left >../exit.json
+printf '{"status": %d, "left": %d}' $status $left >&9
 """
 
 SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
@@ -1905,7 +1913,8 @@ class Executor(Protocol):
 
 def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return what the script sees: the client's environment without secrets, and our own words."""
-    kept = {name: value for name, value in inherited.items() if not SECRET_NAMES.search(name)}
+    own = {setting.name for setting in SETTINGS}  # PORT of the client is not the port of a script
+    kept = {name: value for name, value in inherited.items() if name not in own and not SECRET_NAMES.search(name)}
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -1926,15 +1935,17 @@ def read_exit(folder: Path) -> Fate | None:
             said = json.loads(file.read(200))
             os.fsync(file.fileno())  # it outranks all we know: on disk before a row is moved by it
         return Fate(False, int(said["status"]), bool(said["left"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    except (ValueError, KeyError, TypeError):
-        return None
+    except PermissionError:
+        os.chmod(folder, 0o700)  # the script took it from its parent folder
+        return None  # the next look finds it
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the machine from every other (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    """Return what tells this boot of the machine from every other (random(4)), and this container by the start of its process 1."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}.{process_start(1) or 0}"
 
 
 def process_start(pid: int) -> str | None:
@@ -1993,7 +2004,9 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
     """Return all processes of an attempt: by session, group, parent, environment mark and work folder."""
     everything = all_processes()
     mark, place = f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)
-    found = {process.pid for process in everything if process.session == wrapper_pid or bears_mark(process.pid, mark, place)}
+    # Process 1 and kernel threads may have session and group 0, which are nobody's.
+    everything = [process for process in everything if process.pid != 1 and process.group != 0]
+    found = {process.pid for process in everything if process.session == wrapper_pid != 0 or bears_mark(process.pid, mark, place)}
     groups = {process.group for process in everything if process.pid in found}
     grown = -1
     while grown != len(found):
@@ -2017,8 +2030,9 @@ class LocalExecutor:
         self.data, self.kill_grace_s = data, kill_grace_s
         self.boot = boot_id()
         self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.wrapper = data.path / "wrapper.sh"
-        write_atomic(self.wrapper, WRAPPER.encode())
+        write_atomic(self.wrapper, WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode())
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -2034,6 +2048,7 @@ class LocalExecutor:
             start_new_session=True,
         )
         self.children[child.pid] = child
+        self.seen.add(job.mark)
         return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
@@ -2041,7 +2056,8 @@ class LocalExecutor:
         for job in jobs:
             pid = self.claimed_pid(job)
             if pid is not None:
-                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}"
+                ours = pid and bears_mark(pid, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
+                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
         return handles
 
     def claimed_pid(self, job: Job) -> int | None:
@@ -2062,29 +2078,48 @@ class LocalExecutor:
         folder = self.data.job(job.mark)
         ended = read_exit(folder)
         if ended:
+            self.seen.discard(job.mark)
             return ended
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine was restarted while the script ran")
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
+            self.seen.add(job.mark)
             return Fate(True)
         return read_exit(folder) or self.fate_without_exit(job, folder)
 
     def fate_without_exit(self, job: Job, folder: Path) -> Fate:
         """Judge a payload whose wrapper, as far as the handle knows it, is gone without an exit file."""
-        claimed = self.claimed_pid(job)
-        if claimed and bears_mark(claimed, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)):
-            return Fate(True)  # the handle names a second wrapper, which lost the claim to the first
+        claimed, mark = self.claimed_pid(job), f"JOBORCH_MARK={job.mark}\0".encode()
+        # The handle may name a second wrapper, which lost the claim to the first; 0: the claim is not written to the end.
+        suspects = [process.pid for process in all_processes()] if claimed == 0 else [claimed or 0]
+        if any(pid and bears_mark(pid, mark, os.fsencode(folder)) for pid in suspects):
+            return Fate(True)
         if not folder.exists():
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
         if claimed is None:
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the wrapper could not be started")
+        if job.mark not in self.seen:
+            reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
         reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
         return Fate(False, cause=Cause.USER, reason=reason)
 
+    def own_wrapper(self, job: Job) -> int:
+        """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
+        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
+        if boot != self.boot:
+            return 0
+        if pid == "0":
+            claimed = self.claimed_pid(job) or 0
+            ours = claimed and bears_mark(claimed, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
+            return claimed if ours else 0
+        # No number is given out again while its session has members: where the leader is gone, what is left is ours.
+        return int(pid) if process_start(int(pid)) in (None, start) else 0
+
     def cancel(self, job: Job) -> None:
         folder = self.data.job(job.mark)
-        pid = int((job.handle or "0").split(" ")[0]) or self.claimed_pid(job) or 0
+        pid = self.own_wrapper(job)
         signal_all(tree_of(job, folder, pid), signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
         while time.monotonic() < deadline and self.still_there(job, folder, pid):
@@ -2159,7 +2194,7 @@ class FilesBody:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next chunk of the body, at most `size` bytes; whole small bodies at once."""
+        """Return the next part of the body, at most `size` bytes; small bodies in one piece."""
         size = size if size > 0 else CHUNK_BYTES
         pieces, have = [self.rest], len(self.rest)
         while have < size:
@@ -2170,7 +2205,7 @@ class FilesBody:
             have += len(chunk)
         data = b"".join(pieces)
         self.rest = data[size:]
-        return data[:size]
+        return data[:size] if self.rest else data
 
 
 @dataclass
@@ -2205,7 +2240,7 @@ class Link:
         self.address, self.token, self.data, self.clock = address, token, data, clock
         self.name = address.name
         self.services: list[Service] = []
-        self.local, self.lock = threading.local(), threading.Lock()
+        self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots = 1
         self.legacy = not address.base_url  # a 2.2 client, which has no /events
         self.heard_at: float | None = None  # monotonic
@@ -2216,6 +2251,10 @@ class Link:
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
+
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what a 2.2 client's calls take turns by: it may number from 1 again, so none may overtake a submit."""
+        return self.one_at_a_time if self.legacy else contextlib.nullcontext()
 
     # -- health --
 
@@ -2256,6 +2295,10 @@ class Link:
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
             self.local.session.trust_env = False
+            adapter = requests.adapters.HTTPAdapter()
+            adapter.init_poolmanager(2, 2, blocksize=CHUNK_BYTES)  # else bodies are sent 16 KiB at a time
+            for scheme in ("http://", "https://"):
+                self.local.session.mount(scheme, adapter)
         return cast("requests.Session", self.local.session)
 
     def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> requests.Response:
@@ -2394,7 +2437,7 @@ def refused_text(status: int, body: bytes) -> str:
 def read_submit_answer(status: int, text: bytes) -> str:
     """Return the payload id of an answer to /submit, or raise what the answer means."""
     if status in (200, 201):
-        match = re.match(rb'\s*\{\s*"id"\s*:\s*(\d+)', text) or re.search(rb'"id"\s*:\s*(\d+)', text)
+        match = re.match(rb'\s*\{\s*"id"\s*:\s*([0-9]+)', text) or re.search(rb'"id"\s*:\s*([0-9]+)', text)
         if not match:
             raise NoAnswer("answered rubbish to /submit")
         return match[1].decode()
@@ -2484,12 +2527,16 @@ class Loop:
     """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
 
     A tick returns whether there may be more to do. What it raises is logged, and it is tried again a period later.
+    Only the first thread looks without being woken: idle threads cost nothing.
     """
 
     def __init__(self, name: str, tick: Callable[[], bool], period_s: float, threads: int = 1) -> None:
         self.name, self.tick, self.period_s = name, tick, period_s
         self.condition, self.calls, self.stopped = threading.Condition(), 0, False
-        self.threads = [threading.Thread(target=self.run, name=f"{name}-{n}", daemon=True) for n in range(threads)]
+        self.threads = [
+            threading.Thread(target=self.run, args=(None if number else period_s,), name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
 
     def start(self) -> None:
         for thread in self.threads:
@@ -2511,7 +2558,8 @@ class Loop:
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def run(self) -> None:
+    def run(self, patience_s: float | None) -> None:
+        """Tick until stopped; `patience_s` is the longest sleep, None for ever."""
         while not self.stopped:
             more = False
             try:
@@ -2521,12 +2569,13 @@ class Loop:
                     log.exception("%s: the tick failed; tried again in %s", self.name, spoken(self.period_s))
             if more:
                 self.wake()
-            self.sleep()
+            self.sleep(patience_s)
 
-    def sleep(self) -> None:
+    def sleep(self, patience_s: float | None) -> None:
+        """Sleep until a call comes, or for `patience_s` seconds."""
         with self.condition:
             if not self.calls and not self.stopped:
-                self.condition.wait(self.period_s)
+                self.condition.wait(patience_s)
             self.calls = max(0, self.calls - 1)
 
 
@@ -2702,17 +2751,20 @@ def send_tick(server: Server, link: Link) -> bool:
     if job is None:
         return False
     server.wake(f"send:{link.name}")  # another lane looks for the next while this one sends
-    send_job(server, link, job)
+    with link.turn():
+        send_job(server, link, job)
     return True
 
 
 def claim_next(server: Server, link: Link) -> Job | None:
     """Return a job to send: one that is pinned to this client by a lost answer, else the next one that fits."""
     for job in server.store.jobs(PINNED_AT_CLIENT, client=link.name):
+        if link.legacy:
+            new_attempt(server, job, f"{link.name} cannot say whether it has the job")
+            continue
         with link.lock:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
-            if due:
-                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
+            link.resend_due = {job.id: server.clock.monotonic() + 2 * READ_TIMEOUT_S} if due else link.resend_due
         if due:
             return job
     heads = [
@@ -2729,6 +2781,8 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     folder = server.data.job(job.uuid)
     try:
         paths = sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+        if link.legacy:
+            check_base_names(paths)
         returned = server.services[job.service or ""].return_inputs
         dest_id = link.submit(job, folder, paths, returned)
     except NothingSent as error:
@@ -2746,8 +2800,18 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         lose_answer(server, link, job, error)
         return
     link.heard()
+    if link.legacy:
+        give_up_older_ids(server, link, int(dest_id))
     server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
     server.wake(f"kill:{link.name}")
+
+
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -2755,6 +2819,13 @@ def kill_queued(server: Server, job_id: int) -> None:
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
         server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+
+
+def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
+    """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
+    for job in server.store.jobs(AT_CLIENT, client=link.name):
+        if job.dest_id and int(job.dest_id) >= newest:
+            new_attempt(server, job, f"{link.name} began anew and knows nothing of it")
 
 
 def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
@@ -2796,6 +2867,7 @@ def get_tick(server: Server, link: Link) -> bool:
         log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
         return True
     except (NothingSent, NoAnswer) as error:
+        link.since = 0  # when it is back, it tells all it has
         link.failed(error)
         return False
     link.heard()
@@ -2809,12 +2881,11 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
     if link.instance not in ("", heard.instance):
         log.info("client %s began anew: what it has is asked again", link.name)
         link.instance, link.since = heard.instance, 0
-        return
+        return  # the next tick asks for all
     link.instance, link.slots, link.since = heard.instance, heard.slots, max(heard.next, link.since)
     for payload in heard.payloads:
         report(server, link, payload)
     if fresh:
-        link.since = max(link.since, 1)
         look_for_lost(server, link, {str(payload.get("uuid")) for payload in heard.payloads})
 
 
@@ -2833,7 +2904,7 @@ def report(server: Server, link: Link, payload: Mapping[str, Any]) -> None:
         server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
         job = server.store.get(job.id) or job
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
-        server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at"))
+        server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
@@ -2882,11 +2953,15 @@ def poll_tick(server: Server, link: Link) -> bool:
 
 def poll_job(server: Server, link: Link, job: Job) -> None:
     """Ask a 2.2 client about one job."""
-    try:
-        payload = link.status(job)
-    except Gone as error:
-        new_attempt(server, job, str(error))
-        return
+    with link.turn():
+        current = server.store.get(job.id)
+        if current is None or current.dest_id != job.dest_id or current.status not in BUSY:
+            return
+        try:
+            payload = link.status(job)
+        except Gone as error:
+            new_attempt(server, current, str(error))
+            return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
@@ -2902,8 +2977,9 @@ def fetch_tick(server: Server, link: Link) -> bool:
     server.wake(f"fetch:{link.name}")
     settled = False
     try:
-        job = server.store.get(due.job_id)
-        settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
+        with link.turn():
+            job = server.store.get(due.job_id)
+            settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
     finally:
         with link.lock:
             if settled:
@@ -2925,7 +3001,7 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         if status in (Status.PREPARED.value, Status.RUNNING.value):
             return True  # not ended after all: its events will say more
         if status == Status.COMPLETED.value:
-            fetch_result(server, link, job)
+            fetch_result(server, link, job, found.payload)
         elif status == Status.CLEANED.value:
             new_attempt(server, job, f"{link.name} has no result of it any more")
         elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
@@ -2949,11 +3025,12 @@ def become_unknown(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
 
 
-def fetch_result(server: Server, link: Link, job: Job) -> None:
+def fetch_result(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """Bring a result to its place: file, digest, fsync, rename; then the row."""
     size, digest = store_archive(server, link, job, partial=False)
-    reason = "run.sh ended with exit status 0"
-    server.store.move(job, Status.COMPLETED, reason, exit_code=0, result_size=size, result_sha256=digest)
+    reason = payload.get("reason") or "run.sh ended with exit status 0"
+    started = payload.get("started_at") or job.started_at
+    server.store.move(job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
 
 
 def store_archive(server: Server, link: Link, job: Job, partial: bool) -> tuple[int, str]:
@@ -3006,7 +3083,7 @@ def watch_tick(server: Server) -> bool:
     if server.store.admit_due():
         server.wake("send")
     for link in server.links.values():
-        if link.silent_s() > SILENT_AFTER_S:
+        if link.failures and link.silent_s() > SILENT_AFTER_S:
             for job in server.store.jobs(AT_CLIENT, client=link.name):
                 judge_silence(server, link, job)
     for service in server.services.values():
@@ -3028,7 +3105,7 @@ def judge_silence(server: Server, link: Link, job: Job) -> None:
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
     links = [server.links[address.name] for address in service.addresses]
-    if min(link.silent_s() for link in links) <= service.unreachable_after_s:
+    if any(not link.failures or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.clock.wall() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
@@ -3045,9 +3122,9 @@ class Client(Node):
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         super().__init__(config, store, data, clock)
         self.executor = EXECUTORS[config.executor](data, config)
-        # With a database in memory, payload ids begin again: servers tell by this that theirs mean nothing any more.
-        self.instance = secrets.token_hex(8) if store.identity is None else str(store.identity)
-        self.ending, self.lock = cast("set[int]", set()), threading.Lock()
+        # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
+        self.instance = str(store.read(INSTANCE)[0]["instance"])
+        self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.holes = True  # the file system can punch them, as far as we know
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
@@ -3232,7 +3309,11 @@ def adopt(client: Client) -> None:
     for job in cut_off:
         if job.mark not in handles:
             log.warning("payload %d was marked and never started: it is started now", job.id)
-        handle = handles.get(job.mark) or client.executor.start(job)
+        try:
+            handle = handles.get(job.mark) or client.executor.start(job)
+        except OSError as error:
+            log.error("payload %d could not be started: %s", job.id, error)
+            continue  # the runner finds that it does not run
         client.store.note(JOB_HANDLE, id=job.id, handle=handle)
     if running:
         log.info("%d payloads were running when the client ended: taken up again", len(running))
@@ -3309,14 +3390,14 @@ class Request:
         text = self.query.get(name)
         if text is None:
             return default
-        if not re.fullmatch(r"-?\d{1,19}", text) or not least <= int(text) <= most:
+        if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
             raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
         return int(text)
 
     def seconds(self, name: str) -> float:
         """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; Refusal 400."""
         text = self.query.get(name, "0")
-        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text):
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
             raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, {WAIT_LIMIT_S:g} at most", name)
         return min(float(text), WAIT_LIMIT_S)
 
@@ -3406,11 +3487,11 @@ def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], 
     origin = headers.get("ORIGIN")
     if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and urlsplit(origin).netloc != host):
         raise Refusal(403, "a page of another site may not call this server: show a token")
+    name, known = urlsplit(f"//{host}").hostname or "", [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
+    if (known or not node.config.allow_anonymous) and not is_loopback(name) and name not in known:
+        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
     if node.config.allow_anonymous:
         return
-    name = urlsplit(f"//{host}").hostname or ""
-    if not is_loopback(name) and name not in [known.strip().lower() for known in node.config.hosts.split(",")]:
-        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
     if peer_uid() not in (os.getuid(), 0):
         raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
 
@@ -3510,6 +3591,8 @@ def make_parser_class(node: Node) -> Any:
     import waitress.utilities
 
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        content_length: Any
+
         def __init__(self, adj: Any, channel: Any) -> None:
             super().__init__(adj)
             self.channel = channel
@@ -3524,7 +3607,8 @@ def make_parser_class(node: Node) -> Any:
             except Refusal as refusal:
                 self.error = waitress.utilities.Error(refusal.message)
                 self.error.refusal = refusal
-                self.completed, self.expect_continue = True, False
+                # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
+                self.completed, self.expect_continue, self.content_length = True, False, 0
 
     return Parser
 
@@ -3680,15 +3764,14 @@ def file_answer(request: Request, archive: Archive, filename: str, headers: Mapp
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:
     """Return (begin, end) of a single byte range, an empty one where it lies outside, None where there is none to obey."""
-    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip())
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header.strip())
     if not match or not (match[1] or match[2]):
         return None
     if not match[1]:
         return (max(0, size - int(match[2])), size) if int(match[2]) else (size, size)
-    last = int(match[2]) if match[2] else size - 1
-    if last < int(match[1]):
+    if match[2] and int(match[2]) < int(match[1]):
         return None
-    return int(match[1]), min(last + 1, size)
+    return int(match[1]), min(int(match[2] or size) + 1, size)
 
 
 # What several routes answer.
@@ -3738,7 +3821,7 @@ IDEMPOTENCY_KEY = Parameter(
 
 def job_id_of(text: str) -> int:
     """Return a job id from a path; Refusal 400 where it is no number, 404 where no job can have it."""
-    if not re.fullmatch(r"-?\d{1,30}", text):
+    if not re.fullmatch(r"-?[0-9]{1,30}", text):
         raise Refusal(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
     if not 1 <= int(text) < 2**63:
         raise Refusal(404, f"no job has the id {text}")
@@ -3845,7 +3928,7 @@ def whole_field(fields: Mapping[str, str], name: str) -> int | None:
     if name not in fields:
         raise Refusal(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
     least, most = parameter.least or 0, parameter.most or 0
-    if not re.fullmatch(r"[+-]?\d{1,19}", text) or not least <= int(text) <= most:
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
@@ -3855,7 +3938,7 @@ def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
     text = fields.get("timeout", "").strip()
     if not text:
         return service.timeout_s
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,3})?", text) or float(text) <= 0:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text) or float(text) <= 0:
         raise Refusal(400, f"timeout is {one_line(text, 40)!r}: give seconds above 0, as in -F timeout=3600", "timeout")
     if service.timeout_s is not None and float(text) > service.timeout_s:
         raise Refusal(400, f"timeout is {text}: service {service.name} allows at most {service.timeout_s:g} seconds", "timeout")
@@ -4235,7 +4318,7 @@ def whole_header(request: Request, name: str) -> int | None:
     if not text:
         return None
     least, most = parameter.least or 0, parameter.most or 0
-    if not re.fullmatch(r"-?\d{1,19}", text) or not least <= int(text) <= most:
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
@@ -4245,7 +4328,7 @@ def new_payload(request: Request) -> NewJob:
     job_uuid, timeout = request.header("X-Joborch-Uuid").lower(), request.header("X-Joborch-Timeout")
     if job_uuid and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", job_uuid):
         raise Refusal(400, "X-Joborch-Uuid is not a UUID", "X-Joborch-Uuid")
-    if timeout and not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", timeout):
+    if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
         raise Refusal(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
     return NewJob(
         uuid=job_uuid or str(uuid.uuid4()),
@@ -4307,7 +4390,7 @@ def remember_inputs(folder: Path, form: Form) -> None:
 def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
     """Put received files in their place, then the row; of two deliveries of one attempt, one wins and both get its payload."""
     place = client.data.job(f"{new.uuid}.{new.attempt}")
-    with client.lock:  # between the files and the row nobody else may come
+    with client.placing:  # between the files and the row nobody else may come
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
             remove_tree(folder)
@@ -4325,6 +4408,8 @@ def pack_payload(client: Client, job: Job) -> Archive:
     """Return a payload's work folder as it stands, with its output streams below `.joborch/`."""
     folder = client.folder(job)
     packer = ZipPacker(client.data.spool())
+    if not (folder / "work").is_symlink() and not os.access(folder / "work", os.R_OK | os.X_OK):
+        os.chmod(folder / "work", 0o700)  # the script took its own folder's rights away
     unchanged = {}
     if not job.return_inputs and (folder / "inputs.json").exists():
         unchanged = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
@@ -4422,8 +4507,8 @@ def events(client: Client, request: Request) -> Answer:
     if request.query.get("instance", client.instance) not in ("", client.instance):
         since, wait_s = 0, 0.0
     if since == 0:
+        last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
         jobs = [job for job in client.store.jobs(CHANGED_ALL) if job.fetched_at is None]
-        last = client.store.last_change
     else:
         with client.places.place() as parked:
             if not parked and wait_s:
@@ -4835,7 +4920,13 @@ def bundled_packages() -> dict[str, str]:
         return dict(json.loads(loader.get_data(os.path.join(loader.archive, "bundled.json"))))
     from importlib import metadata
 
-    return {name: metadata.version(name) for name in ("bottle", "waitress", "requests", "platformdirs", "multipart")}
+    found = {}
+    for name in ("bottle", "waitress", "requests", "platformdirs", "multipart"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
 
 
 def command_version(as_json: bool) -> int:

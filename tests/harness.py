@@ -251,9 +251,7 @@ class Process:
             return self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(
-                f"the {self.role} did not end within {limit_s:g} s of TERM:\n{self.log[-3000:]}"
-            ) from None
+            raise AssertionError(f"the {self.role} did not end within {limit_s:g} s of TERM:\n{self.log[-3000:]}") from None
 
     def kill(self) -> None:
         """End it with SIGKILL, as the kernel does when memory is short."""
@@ -311,11 +309,11 @@ class Process:
         return list(answer.json()["jobs"])
 
     def files(self) -> set[str]:
-        """What stands below the data folder, without the database's own files."""
+        """What stands below the data folder, without the database's own files and the certificates out of the .pyz."""
         return {
             str(path.relative_to(self.data))
             for path in self.data.rglob("*")
-            if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$", path.name)
+            if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$|cacert\.pem$", path.name)
         }
 
 
@@ -383,8 +381,8 @@ def part(disposition: str | bytes, content: bytes) -> bytes:
 
 
 def file_part(name: str, content: bytes, field: str = "file") -> bytes:
-    """A file part as browsers and curl send it."""
-    escaped = name.replace("\\", "\\\\").replace('"', "%22")
+    """A file part as browsers and today's curl send it."""
+    escaped = name.replace('"', "%22")
     return part(f'form-data; name="{field}"; filename="{escaped}"', content)
 
 
@@ -409,9 +407,7 @@ def post_form(server: Process, parts: Iterable[bytes], **headers: str) -> reques
     return server.post("/upload", data=form(parts), headers={**form_type(), **named})
 
 
-def upload(
-    server: Process, files: Mapping[str, bytes], *, headers: Mapping[str, str] | None = None, **fields: Any
-) -> requests.Response:
+def upload(server: Process, files: Mapping[str, bytes], *, headers: Mapping[str, str] | None = None, **fields: Any) -> requests.Response:
     """Upload `files` by name; `user_id` is 1, `service` is example unless told otherwise; None leaves a field out."""
     chosen = {"user_id": 1, "service": "example", **fields}
     parts = [file_part(name, content) for name, content in files.items()]

@@ -1,0 +1,173 @@
+"""What the running processes answer agrees with the OpenAPI document that they give out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from harness import EXAMPLE, Pair, Process, free_port, run_to_end
+from hypothesis import HealthCheck, given, settings
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+DOCUMENT = "/api-docs/openapi.json"
+METHODS = ("get", "head", "post", "put", "delete", "patch")
+SERVER_ROUTES = {
+    ("post", "/upload"),
+    ("get", "/download/{}"),
+    ("head", "/download/{}"),
+    ("get", "/download_partial/{}"),
+    ("post", "/terminate/{}"),
+    ("get", "/jobs"),
+    ("get", "/jobs/{}"),
+    ("get", "/services"),
+    ("get", "/health"),
+    ("get", "/"),
+}
+CLIENT_ROUTES = {
+    ("post", "/submit"),
+    ("get", "/retrieve/{}"),
+    ("get", "/retrieve_partial/{}"),
+    ("post", "/kill/{}"),
+    ("get", "/load"),
+    ("get", "/health"),
+    ("get", "/"),
+}
+
+
+@pytest.fixture(scope="module")
+def document(pair: Pair) -> dict[str, Any]:
+    """The server's own description."""
+    answer = pair.server.get(DOCUMENT)
+    assert answer.headers["Content-Type"].startswith("application/json")
+    return dict(answer.json())
+
+
+def bare(path: str) -> str:
+    """A path with its parameters' names left out."""
+    return re.sub(r"{\w+}", "{}", path)
+
+
+def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """All operations of a document, by method and bare path."""
+    paths = document["paths"].items()
+    return {(method, bare(path)): item[method] for path, item in paths for method in METHODS if method in item}
+
+
+def test_document_is_valid(document: dict[str, Any]) -> None:
+    """OpenAPI 3.1, by its own schema."""
+    assert document["openapi"].startswith("3.1")
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_every_route_of_the_contract_is_described(document: dict[str, Any]) -> None:
+    """With a summary, an example and its codes; names are unique."""
+    described = operations(document)
+    assert set(described) >= SERVER_ROUTES, SERVER_ROUTES - set(described)
+    names = [operation["operationId"] for operation in described.values()]
+    assert len(names) == len(set(names))
+    for key, operation in described.items():
+        assert operation.get("summary") or operation.get("description"), key
+        assert "example" in json.dumps(operation) or not answers_json(operation), f"{key} has no example"
+        assert any(code.startswith(("2", "3")) for code in operation["responses"]), key
+
+
+def answers_json(operation: dict[str, Any]) -> bool:
+    """Whether any answer of the operation is JSON (a page or a ZIP needs no example)."""
+    return any("application/json" in answer.get("content", {}) for answer in operation["responses"].values())
+
+
+def test_upload_is_described_with_its_fields(document: dict[str, Any]) -> None:
+    """Fields and codes of the most important route."""
+    upload = operations(document)["post", "/upload"]
+    text = json.dumps(upload["requestBody"]["content"]["multipart/form-data"]) + json.dumps(document.get("components"))
+    for field in ("user_id", "service", "timeout", "retries", "name", "cpus", "memory"):
+        assert f'"{field}"' in text, field
+    assert {"201", "400", "413", "422", "507"} <= set(upload["responses"])
+
+
+def test_examples_are_real(document: dict[str, Any]) -> None:
+    """Nobody is helped by `string` and 0."""
+    assert '"example": "string"' not in json.dumps(document)
+
+
+# == schemathesis ==
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server with some jobs, whose later jobs stay queued (its client is gone): what is found is the HTTP side's."""
+    pair = Pair(tmp_path_factory.mktemp("fuzzed"))
+    try:
+        pair.start()
+        for script in ("echo done > out.txt", "exit 3"):
+            run_to_end(pair.server, script, {"2oob.pdb": (EXAMPLE / "2oob.pdb").read_bytes()})
+        pair.client.close()
+        yield pair.server
+    finally:
+        pair.close()
+
+
+@pytest.fixture(scope="module")
+def api(fuzzed: Process) -> Any:
+    """The description of the running server, as schemathesis reads it."""
+    return schemathesis.openapi.from_url(fuzzed.url + DOCUMENT)
+
+
+GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+WITHOUT_PARAMETERS = {"/", "/health", "/services"}
+# Which services there are stands in no document: a string that fits the schema may be refused there.
+NEEDS_A_KNOWN_SERVICE = {"/upload", "/jobs"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        *[(method, path, GOOD) for method, path in sorted(SERVER_ROUTES)],
+        *[(method, path, BAD) for method, path in sorted(SERVER_ROUTES) if path not in WITHOUT_PARAMETERS],
+    ],
+)
+def test_answers_agree_with_the_document(api: Any, method: str, path: str, mode: GenerationMode) -> None:
+    """Whatever is sent, good or bad: the answer's code, type, headers and shape are described, and it is no 500."""
+    (full,) = [name for name in api if bare(name) == path]
+    left_out = [positive_data_acceptance] if path in NEEDS_A_KNOWN_SERVICE else []
+    calls = api[full][method.upper()].as_strategy(generation_mode=mode)
+
+    @given(calls)
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    def holds(case: Any) -> None:
+        if case.query and "wait" in case.query:
+            case.query["wait"] = "0"
+        case.call_and_validate(timeout=20, excluded_checks=left_out)
+
+    holds()
+
+
+def test_the_server_survived(fuzzed: Process) -> None:
+    """After all that it is well, and nothing went wrong inside."""
+    assert fuzzed.get("/health").json()["status"] == "ok"
+    assert "Traceback" not in fuzzed.log
+
+
+# == The client's side ==
+
+
+def test_client_is_described_too(tmp_path: Path) -> None:
+    """Where a client gives out a document, it names its routes and is valid."""
+    client = Process("client", tmp_path, {"JOBORCH_TOKEN": "t", "PORT": str(free_port())})
+    client.port = int(client.settings["PORT"] or 0)
+    try:
+        client.start()
+        answer = client.get(DOCUMENT, headers={"Authorization": "Bearer t"})
+        assert answer.status_code == 200
+        OpenAPIV31SpecValidator(answer.json()).validate()
+        described = set(operations(answer.json()))
+        assert described >= CLIENT_ROUTES, CLIENT_ROUTES - described
+    finally:
+        client.close()

@@ -1,0 +1,348 @@
+"""The README is true: its quick start runs as it stands, its tables are what the code prints, its links lead somewhere.
+
+`python tests/test_readme.py --write` writes the parts between markers anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+from urllib.request import urlopen
+
+import pytest
+from harness import LIMIT_S, ROOT, clean_environment, end_all_below, wait_for
+
+sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
+import joborch
+
+README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
+GENERATED: Mapping[str, Callable[[], str]] = {
+    "diagram": lambda: f"```mermaid\n{joborch.diagram()}\n```",
+    "settings": joborch.settings_table,
+    "routes server": lambda: joborch.routes_table("server"),
+    "routes client": lambda: joborch.routes_table("client"),
+}
+REMEDY = "run: .venv-test/bin/python tests/test_readme.py --write"
+
+PORTS = {"server": 5000, "client": 9000}
+STARTS = re.compile(r"python3 joborch\.pyz (server|client)$")  # a line that goes on running in its terminal
+ASKS_FOR_CODES = re.compile(r"curl -I \S+ +# (?P<codes>.*)")
+LEFT_OUT_OF_THE_COPY = shutil.ignore_patterns(".*", "__pycache__", "joborch.pyz", "bench.jsonl")
+
+
+# == What the README says ==
+
+
+def section(markdown: str, title: str) -> str:
+    """The text below the heading `## title`, up to the next heading of its rank."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", markdown, re.MULTILINE | re.DOTALL)
+    assert found, f"the README has no section {title!r}"
+    return found[1]
+
+
+def shell_blocks(markdown: str) -> list[list[str]]:
+    """The shell lines of each ```sh block, without blank lines and pure comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    return [[line for line in block.splitlines() if line.strip() and not line.startswith("#")] for block in blocks]
+
+
+def quick_start(markdown: str) -> list[list[str]]:
+    """The blocks that a newcomer types one after another: the first command, then the quick start."""
+    return [shell_blocks(section(markdown, "Two commands"))[0], *shell_blocks(section(markdown, "Quick start"))]
+
+
+def refreshed(markdown: str) -> str:
+    """`markdown` with every generated part as the code prints it now."""
+    for name, make in GENERATED.items():
+        parts = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert len(parts.findall(markdown)) == 1, f"the README needs one pair of markers <!-- {name} --> <!-- /{name} -->"
+        text = f"\n{make()}\n\n"
+        markdown = parts.sub(lambda found, text=text: found[1] + text + found[2], markdown)
+    return markdown
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def links(markdown: str) -> Iterator[str]:
+    """The targets of all links and pictures of a document that stay in the repository."""
+    prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"", prose):
+        link = target[0] or target[1]
+        if not re.match(r"[a-z]+:", link):
+            yield unquote(link)
+
+
+# == The quick start, typed by a process in a network of its own ==
+
+
+class Typed(NamedTuple):
+    """One line that was typed: its exit status (None: it runs on), and all that it wrote to the terminal, each time."""
+
+    line: str
+    status: int | None
+    outputs: list[str]
+
+
+def set_loopback_up() -> None:
+    """Switch on the loopback device of this network namespace (netdevice(7): SIOCSIFFLAGS, IFF_UP)."""
+    set_flags, up = 0x8914, 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", b"lo", up))
+
+
+def answers(port: int) -> bool:
+    """Whether the process on `port` is up."""
+    with suppress(OSError):
+        return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    return False
+
+
+class Newcomer:
+    """Types the lines of the README in terminals that open in `folder`; waits as a person would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = clean_environment(folder / "home")
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def type_all(self, blocks: list[list[str]]) -> Iterator[Typed]:
+        """Type all lines, in a new terminal where the last one is taken; end what still runs at the last."""
+        here = self.folder
+        try:
+            for line in (line for block in blocks for line in block):
+                if line.startswith("cd "):
+                    here = here / line[len("cd ") :]
+                elif STARTS.match(line):
+                    yield self.start(line, here)
+                    here = self.folder
+                else:
+                    yield self.type_one(line, here)
+        finally:
+            for process in self.running:
+                process.terminate()
+            statuses = [process.wait(LIMIT_S) for process in self.running]
+        yield Typed("Ctrl-C", max(statuses), [])
+
+    def start(self, line: str, here: Path) -> Typed:
+        """Type a line that runs on, and wait until it answers."""
+        log_path = self.folder / f"terminal{len(self.running)}.log"
+        with log_path.open("wb") as log:
+            command = ["bash", "-c", f"exec {line}"]
+            self.running.append(subprocess.Popen(command, cwd=here, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        role = line.split()[-1]
+        wait_for(lambda: answers(PORTS[role]), what=f"an answer of the {role}")
+        return Typed(line, self.running[-1].poll(), [log_path.read_text()])
+
+    def type_one(self, line: str, here: Path) -> Typed:
+        """Type a line that ends; ask for a state again while the answer is 202, as long as the README says that it may be."""
+        outputs: list[str] = []
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            done = subprocess.run(
+                ["bash", "-c", line], cwd=here, env=self.environment, stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=90,
+            )  # fmt: skip
+            outputs.append(done.stdout + done.stderr)
+            waits = "# 202" in line and " 202 " in done.stdout.partition("\n")[0] and time.monotonic() < deadline
+            if not waits:
+                return Typed(line, done.returncode, outputs)
+            time.sleep(0.1)
+
+
+def private_network() -> list[str]:
+    """The command before another that gives it a network of its own, where the default ports are free; else skip."""
+    command = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    if shutil.which("unshare") is None:
+        pytest.skip("the quick start runs on ports 5000 and 9000, in a network of its own: needs unshare (util-linux)")
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True)
+    if tried.returncode != 0:
+        pytest.skip(f"the quick start runs on ports 5000 and 9000, in a network of its own: needs root ({tried.stderr.strip()})")
+    return command
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tuple[Path, list[Typed]]]:
+    """A copy of the repository in which the quick start was typed, and what came of each line.
+
+    `pyz` is asked for because its build fetches the packages: a network of one's own leads nowhere.
+    """
+    folder = tmp_path_factory.mktemp("newcomer") / "joborch"
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT_OF_THE_COPY, symlinks=True)
+    command = [*private_network(), sys.executable, str(Path(__file__).resolve()), "--type-quick-start", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        yield folder, [Typed(*json.loads(line)) for line in done.stdout.splitlines()]
+    finally:
+        end_all_below(folder)
+
+
+def only(typed: list[Typed], start: str) -> Typed:
+    """The one line that starts with `start`."""
+    found = [each for each in typed if each.line.startswith(start)]
+    assert len(found) == 1, f"{len(found)} lines of the quick start begin with {start!r}"
+    return found[0]
+
+
+@pytest.mark.timeout(300)
+def test_every_line_of_the_quick_start_runs(terminal: tuple[Path, list[Typed]]) -> None:
+    """Each ends with 0; what runs on does so until it is ended, and then ends with 0, too."""
+    _, typed = terminal
+    assert len(typed) > 12, typed
+    for line, status, outputs in typed:
+        assert status == (None if STARTS.match(line) else 0), f"{line}\n{''.join(outputs)}"
+
+
+@pytest.mark.timeout(300)
+def test_the_first_command_shows_the_contacts(terminal: tuple[Path, list[Typed]]) -> None:
+    """The demo ends with the summary of the structure."""
+    demo = only(terminal[1], "python3 build_zipapp.py && python3 joborch.pyz demo").outputs[0]
+    assert "result: 2oob: 36 residue pairs of chains A and B" in demo
+
+
+@pytest.mark.timeout(300)
+def test_uploads_of_the_quick_start_are_jobs_1_and_2(terminal: tuple[Path, list[Typed]]) -> None:
+    """The ids in the lines after them are right, and no field was unknown."""
+    uploads = [each for each in terminal[1] if each.line.endswith("localhost:5000/upload")]
+    jobs = [json.loads(re.search(r"\{.*\}", each.outputs[0])[0]) for each in uploads]  # type: ignore[index]
+    assert [(job["id"], job["warnings"]) for job in jobs] == [(1, []), (2, [])]
+
+
+@pytest.mark.timeout(300)
+def test_codes_are_those_in_the_comments(terminal: tuple[Path, list[Typed]]) -> None:
+    """Each `curl -I` shows only codes that its comment names, and the last of them at the end."""
+    asked = [(each, found) for each in terminal[1] if (found := ASKS_FOR_CODES.match(each.line))]
+    named = [re.findall(r"\b\d{3}\b", found["codes"]) for _, found in asked]
+    shown = [[output.split()[1] for output in each.outputs] for each, _ in asked]
+    assert named == [["202", "200"], ["204"], ["404"]]
+    for expected, codes in zip(named, shown, strict=True):
+        assert set(codes) <= set(expected) and codes[-1] == expected[-1], (expected, codes)
+
+
+@pytest.mark.timeout(300)
+def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
+    """The summary is in the result; the sleeping job gave what it had, and was ended."""
+    folder, typed = terminal
+    assert "36 residue pairs" in only(typed, "cat result/summary.txt").outputs[0]
+    assert {"run.sh", "2oob.pdb", ".joborch/stdout"} <= set(zipfile.ZipFile(folder / "example/result.zip").namelist())
+    assert "run.sh" in zipfile.ZipFile(folder / "example/partial.zip").namelist()
+    assert '"status": "Killed"' in only(typed, "curl -X POST localhost:5000/terminate/2").outputs[0]
+
+
+def test_curl_as_in_the_reference() -> None:
+    """The lines that users of job-orchestrator know, word for word."""
+    lines = [line.partition("   ")[0] for block in quick_start(README.read_text()) for line in block]
+    known = [
+        "curl -F file=@run.sh -F file=@2oob.pdb -F user_id=1 -F service=example localhost:5000/upload",
+        "curl -I localhost:5000/download/1",
+        "curl -o result.zip localhost:5000/download/1",
+    ]
+    assert [line for line in lines if line in known] == known
+
+
+def test_the_second_command_is_there() -> None:
+    """`tests/run`: it cannot be run from within itself."""
+    assert shell_blocks(section(README.read_text(), "Two commands"))[1] == ["tests/run"]
+    assert os.access(ROOT / "tests" / "run", os.X_OK)
+
+
+# == Tables, names and links ==
+
+
+def test_generated_parts_are_what_the_code_prints() -> None:
+    """The diagram, the settings and the routes."""
+    markdown = README.read_text()
+    assert markdown == refreshed(markdown), REMEDY
+
+
+def test_every_setting_and_command_is_named() -> None:
+    """In the README, whose tables may not be the only place that could forget one."""
+    markdown = README.read_text()
+    settings = [setting.name for setting in joborch.SETTINGS]
+    settings += [f"SERVICE_<NAME>_{setting.name}" for setting in joborch.SERVICE_SETTINGS]
+    assert [name for name in settings if f"`{name}`" not in markdown] == []
+    assert [name for name in joborch.EXAMPLES if f"`python3 joborch.pyz {name}`" not in markdown] == []
+
+
+def test_every_name_in_capitals_exists() -> None:
+    """What the documents call a setting or a variable is one of the program or of the compose file."""
+    known = (ROOT / "joborch.py").read_text() + (ROOT / "docker-compose.yml").read_text()
+    for document in DOCUMENTS:
+        names = set(re.findall(r"\bJOBORCH_[A-Z_]+[A-Z]", document.read_text()))
+        assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", known)] == [], document.name
+
+
+def test_every_state_and_cause_is_explained() -> None:
+    """In the README: a payload's own state, Prepared, is in the picture only."""
+    states = section(README.read_text(), "States").partition("<!-- diagram -->")[0]
+    assert [status for status in joborch.SERVER_MOVES if str(status[1]) not in states] == []
+    trouble = section(README.read_text(), "When things go wrong")
+    assert [cause for cause in joborch.Cause if f"| `{cause}` |" not in trouble] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Files and headings that the documents point to."""
+    for link in links(document.read_text()):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), f"{document.name} points to {link}, which is not there"
+        assert not anchor or anchor in anchors(target.read_text()), f"{document.name}: {link} is no heading"
+
+
+# == The checks themselves ==
+
+
+def test_a_part_that_was_changed_is_found() -> None:
+    """A row less, or a marker less, does not go unseen."""
+    markdown = README.read_text()
+    row = joborch.settings_table().splitlines()[2] + "\n"
+    assert refreshed(markdown.replace(row, "")) == refreshed(markdown) != markdown.replace(row, "")
+    with pytest.raises(AssertionError, match="markers"):
+        refreshed(markdown.replace("<!-- settings -->", ""))
+
+
+def test_links_are_found_where_they_stand() -> None:
+    """Links and pictures, but neither other addresses nor code."""
+    text = "[a](b.md#c-d) ![e](f%20g.svg) [h](https://example.org) `[i](j)`\n```sh\n[k](l)\n```\n# C, `D`!\n"
+    assert list(links(text)) == ["b.md#c-d", "f g.svg"]
+    assert anchors(text) == {"c-d"}
+
+
+def main() -> None:
+    """Write the generated parts anew; or, in a network of its own, type the quick start (for the tests above)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--write", action="store_true", help="write the parts of README.md between markers anew")
+    ways.add_argument("--type-quick-start", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        README.write_text(refreshed(README.read_text()))
+        return
+    set_loopback_up()
+    for typed in Newcomer(arguments.type_quick_start).type_all(quick_start(README.read_text())):
+        print(json.dumps(typed), flush=True)
+
+
+if __name__ == "__main__":
+    main()
