@@ -51,6 +51,7 @@ import platform
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -90,7 +91,7 @@ NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 WAIT_LIMIT_S = 60.0  # the longest `?wait=`
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
-EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: most no-op jobs have ended by then
+EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -289,24 +290,50 @@ SETTINGS: tuple[Setting, ...] = (
         "max_age_s",
         read_seconds,
         "172800",
-        "how long a job's files are kept after it ENDED; a client keeps unfetched results four times as long",
+        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long",
     ),
-    Setting("JOBORCH_TOKEN", "token", read_token, "", "bearer token that callers must show (client: made at the first start)", secret=True),
+    Setting(
+        "JOBORCH_TOKEN",
+        "token",
+        read_token,
+        "",
+        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
+        secret=True,
+    ),
     Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
     Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
     Setting("JOBORCH_SLOTS", "slots", read_positive, str(os.cpu_count() or 1), "payloads that run at once (default: cores)", "client"),
     Setting("JOBORCH_EXECUTOR", "executor", one_of("local"), "local", "what runs the payloads", "client"),
-    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "from TERM to KILL", "client"),
+    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
     Setting(
         "JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail", "client"
     ),
-    Setting("JOBORCH_RUN_INTERVAL", "run_interval_s", read_period, "0.5", "the longest the runner sleeps when nothing wakes it", "client"),
     Setting(
-        "JOBORCH_SEND_INTERVAL", "send_interval_s", read_period, "0.5", "the longest the sender sleeps when nothing wakes it", "server"
+        "JOBORCH_RUN_INTERVAL",
+        "run_interval_s",
+        read_period,
+        "0.5",
+        "seconds that the runner sleeps at most when nothing wakes it",
+        "client",
     ),
-    Setting("JOBORCH_GET_INTERVAL", "get_interval_s", read_period, "0.5", "the longest the getter sleeps when nothing wakes it", "server"),
-    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks"),
+    Setting(
+        "JOBORCH_SEND_INTERVAL",
+        "send_interval_s",
+        read_period,
+        "0.5",
+        "seconds that the sender sleeps at most when nothing wakes it",
+        "server",
+    ),
+    Setting(
+        "JOBORCH_GET_INTERVAL",
+        "get_interval_s",
+        read_period,
+        "0.5",
+        "seconds that the getter sleeps at most when nothing wakes it",
+        "server",
+    ),
+    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
@@ -331,7 +358,7 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
     Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
     Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
     Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
-    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit (default: none)", "server"),
+    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit in seconds (default: none)", "server"),
     Setting(
         "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
     ),
@@ -347,7 +374,12 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "server",
     ),
     Setting(
-        "LOST_AFTER", "lost_after_s", read_period, "3600", "how long a client may be silent before its jobs get a new attempt", "server"
+        "LOST_AFTER",
+        "lost_after_s",
+        read_period,
+        "3600",
+        "seconds that a client may be silent before its jobs get a new attempt",
+        "server",
     ),
 )
 
@@ -492,6 +524,9 @@ def read_token_file(path: str, shown_name: str) -> str:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
+EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
+
+
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
     """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
@@ -507,6 +542,8 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     for address in addresses:
         for url in (address.upload_url, address.download_url, address.terminate_url):
             check_url(url, prefix + ("CLIENTS" if bases else "UPLOAD_URL"))
+    if not addresses and name == "example":
+        addresses = (client_address(EXAMPLE_CLIENT_URL),)
     if not addresses:
         raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
     token = str(values["token"] or "")
@@ -524,7 +561,7 @@ def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
         if found:
             texts.setdefault(found[0], {})[found[1].name] = text
     if not texts:
-        texts = {"example": {"CLIENTS": "http://127.0.0.1:9000"}}
+        texts = {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
@@ -579,6 +616,8 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     if not values["token"] and values["token_file"]:
         values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
     services = read_services(merged) if mode == "server" else {}
+    for name in filter(lambda name: split_service_name(name.upper()), merged):
+        sources[name.upper()] = "environment" if name in environment else "--env-file"
     config = Config(mode=mode, services=services, sources=sources, warnings=unknown_names(merged), **values)
     check_config(config)
     return config
@@ -1140,8 +1179,11 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
 class DataFolder:
     """The folders of one process: `jobs/UUID` (inputs or payloads), `results/UUID.zip`, `tmp`, and the lock.
 
-    One process a folder: a second one is refused with the first one's pid.
+    One process a folder: a second one is refused with the first one's pid. What belongs to no job is removed from it, so
+    a folder that holds other things of these names is refused.
     """
+
+    LOCK = "joborch.lock"
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -1152,9 +1194,10 @@ class DataFolder:
         """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
         self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
         try:
+            self.refuse_foreign()
             for folder in (self.jobs, self.results, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held as long as the process lives
+            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
@@ -1171,6 +1214,14 @@ class DataFolder:
             remove_tree(leftover)
         # requests unpacks its certificates and waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a folder whose `tmp`, `jobs` or `results` were not made by joborch: DATA_PATH=/var would empty /var/tmp."""
+        for folder in (self.jobs, self.results, self.tmp):
+            if folder.exists() and not (self.path / self.LOCK).exists():
+                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / self.LOCK).touch()
 
     def job(self, job_uuid: str) -> Path:
         return self.jobs / job_uuid
@@ -1327,6 +1378,10 @@ AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
 """
+ALL_BUSY = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id
+"""
 PINNED_AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
@@ -1379,7 +1434,8 @@ ELIGIBLE_HEADS = "SELECT head, user_id FROM eligible WHERE service = :service OR
 PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
 COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
 CHANGED_SINCE = """
-SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since ORDER BY changed LIMIT 1000
+SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
+ ORDER BY changed LIMIT 1000
 """
 CHANGED_ALL = """
 SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND status <> 'Cleaned' ORDER BY changed
@@ -1535,7 +1591,7 @@ class Store:
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes = Changes()
+        self.changes, self.noun = Changes(), "job" if mode == "server" else "payload"
         self.limits: Mapping[str, Service] = {}
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
@@ -1690,7 +1746,7 @@ class Store:
             return job
 
         job = self.write(insert, durable=self.mode == "server")
-        log.info("job %d %s (service=%s user=%s)", job.id, status, job.service, job.user_id)
+        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, status, job.service, job.user_id)
         return job
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
@@ -1702,15 +1758,8 @@ class Store:
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
         if moved:
-            log.info(
-                "job %d %s -> %s (service=%s user=%s)%s",
-                job.id,
-                job.status,
-                to,
-                job.service,
-                job.user_id,
-                ": " + one_line(reason) if reason else "",
-            )
+            because = ": " + one_line(reason) if reason else ""
+            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
         return moved
 
     def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
@@ -1866,7 +1915,8 @@ echo $$ 2>/dev/null >"started.$2" || exit 0
 set +C
 set -m
 trap : TERM INT HUP                                # a handler, not '': ignored signals would be inherited
-exec 9>exit.json                                   # opened now: the script may take away its folders' rights
+printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+exec 9<>exit.json                                  # and it is open: the script may take away its folders' rights
 cd work || exit 1
 bash ./run.sh </dev/null >>../stdout 2>>../stderr 9>&- &
 pid=$!
@@ -2099,6 +2149,9 @@ class LocalExecutor:
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
         if claimed is None:
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the wrapper could not be started")
+        with contextlib.suppress(OSError):
+            if os.path.getsize(folder / "exit.json") == 0:
+                return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the client's disk is full: the script was not started")
         if job.mark not in self.seen:
             reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
@@ -2233,11 +2286,19 @@ def backoff_s(failures: int) -> float:
     return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 10)) * uniform(0.75, 1.25))
 
 
+def client_token_file() -> Path | None:
+    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
+    try:
+        return Path(default_folder("config")) / "client-token"
+    except ConfigError:
+        return None
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
-    def __init__(self, address: Address, token: Callable[[], str], data: DataFolder, clock: Clock) -> None:
-        self.address, self.token, self.data, self.clock = address, token, data, clock
+    def __init__(self, address: Address, data: DataFolder, clock: Clock) -> None:
+        self.address, self.data, self.clock = address, data, clock
         self.name = address.name
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
@@ -2255,6 +2316,17 @@ class Link:
     def turn(self) -> contextlib.AbstractContextManager[Any]:
         """Return what a 2.2 client's calls take turns by: it may number from 1 again, so none may overtake a submit."""
         return self.one_at_a_time if self.legacy else contextlib.nullcontext()
+
+    def token(self) -> str:
+        """Return what to show this client: the setting of one of its services, else what a client of this user made here."""
+        for service in self.services:
+            if service.token:
+                return service.token
+        path = client_token_file()
+        try:  # read again each time: the client may start later
+            return path.read_text(encoding="ascii").strip() if path else ""
+        except OSError:
+            return ""
 
     # -- health --
 
@@ -2306,8 +2378,9 @@ class Link:
         import requests
 
         headers = options.pop("headers", {})
-        if self.token():
-            headers["Authorization"] = f"Bearer {self.token()}"
+        token = self.token()
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         if self.legacy:
             headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
         try:
@@ -2422,7 +2495,8 @@ def plain_cause(error: BaseException) -> str:
         if isinstance(one, OSError) and one.errno:
             return os.strerror(one.errno).lower() if one.errno > 0 else "its name is not known"
     text = re.sub(r"<[^>]*>:? ?", "", str(seen[-1]))
-    return one_line(text or type(seen[-1]).__name__, 120)
+    text = one_line(text or type(seen[-1]).__name__, 120)
+    return text[:1].lower() + text[1:]
 
 
 def refused_text(status: int, body: bytes) -> str:
@@ -2430,8 +2504,9 @@ def refused_text(status: int, body: bytes) -> str:
     message = ""
     with contextlib.suppress(ValueError, AttributeError):
         message = str(json.loads(body).get("message", ""))
-    hint = ": set SERVICE_<NAME>_TOKEN to the client's token" if status in (401, 403) and not message else ""
-    return f"answered {status}" + (f": {one_line(message)}" if message else hint)
+    if status in (401, 403):
+        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
+    return f"answered {status}" + (f": {one_line(message)}" if message else "")
 
 
 def read_submit_answer(status: int, text: bytes) -> str:
@@ -2498,9 +2573,9 @@ class Standing:
     queued_before: int  # of the same user
 
 
-def choose_head(heads: Iterable[Head]) -> Head | None:
-    """Return the head that runs next: strict arrival, over all services that the client serves."""
-    return min(heads, key=lambda head: head.job_id, default=None)
+def in_turn(heads: Iterable[Head]) -> list[Head]:
+    """Return heads in the order in which they are to run: strict arrival, over all services that the client serves."""
+    return sorted(heads, key=lambda head: head.job_id)
 
 
 def attempts_left(job: Job) -> bool:
@@ -2510,7 +2585,8 @@ def attempts_left(job: Job) -> bool:
 
 def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -> str:
     """Return one sentence on what a queued job waits for. `troubles` says, by client, why it cannot be used now."""
-    before = f" and {standing.queued_before} jobs of yours stand before it" if standing.queued_before else ""
+    count = standing.queued_before
+    before = "" if not count else " and 1 job of yours stands before it" if count == 1 else f" and {count} jobs of yours stand before it"
     if standing.runs_of_user >= standing.runs_per_user:
         return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{before}"
     if standing.runs_of_service >= standing.max_runs:
@@ -2687,25 +2763,6 @@ def sweep(node: Node) -> None:
 # == 11. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
 
 
-def client_token_file() -> Path | None:
-    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
-    try:
-        return Path(default_folder("config")) / "client-token"
-    except ConfigError:
-        return None
-
-
-def client_token(service: Service) -> str:
-    """Return the token for a service's clients: its setting, else what a client of the same user made here."""
-    if service.token:
-        return service.token
-    path = client_token_file()
-    try:  # read again each time: the client may start later
-        return path.read_text(encoding="ascii").strip() if path else ""
-    except OSError:
-        return ""
-
-
 class Server(Node):
     """A server: its services, and a link to each client."""
 
@@ -2718,7 +2775,7 @@ class Server(Node):
             for address in service.addresses:
                 link = self.links.get(address.name)
                 if link is None:
-                    link = Link(address, functools.partial(client_token, service), data, self.clock)
+                    link = Link(address, data, self.clock)
                     self.links[address.name] = link
                 link.services.append(service)
         self.make_loops()
@@ -2732,6 +2789,11 @@ class Server(Node):
             self.loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, self, link), config.get_interval_s)
         self.loops["watch"] = Loop("watch", functools.partial(watch_tick, self), 1.0)
         self.loops["clean"] = Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s)
+
+    def service(self, job: Job) -> Service:
+        """Return the service of a job; one that is not configured any more has the default limits."""
+        name = job.service or ""
+        return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
 
     def troubles(self, service: Service) -> dict[str, str]:
         """Return why each client of a service cannot be used now, by name; an empty text where it can."""
@@ -2764,7 +2826,8 @@ def claim_next(server: Server, link: Link) -> Job | None:
             continue
         with link.lock:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
-            link.resend_due = {job.id: server.clock.monotonic() + 2 * READ_TIMEOUT_S} if due else link.resend_due
+            if due:
+                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
         if due:
             return job
     heads = [
@@ -2772,8 +2835,11 @@ def claim_next(server: Server, link: Link) -> Job | None:
         for service in link.services
         for row in server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1)
     ]
-    chosen = choose_head(heads)
-    return server.store.claim(chosen.job_id, link.name, link.room()) if chosen else None
+    for head in in_turn(heads):  # where the limit of one service is reached, another's job can run
+        claimed = server.store.claim(head.job_id, link.name, link.room())
+        if claimed is not None:
+            return claimed
+    return None
 
 
 def send_job(server: Server, link: Link, job: Job) -> None:
@@ -2783,7 +2849,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         paths = sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
         if link.legacy:
             check_base_names(paths)
-        returned = server.services[job.service or ""].return_inputs
+        returned = server.service(job).return_inputs
         dest_id = link.submit(job, folder, paths, returned)
     except NothingSent as error:
         link.failed(error)
@@ -2800,6 +2866,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         lose_answer(server, link, job, error)
         return
     link.heard()
+    link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
     server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
@@ -2840,6 +2907,14 @@ def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
         new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+
+
+def payload_gone(server: Server, job: Job, reason: str) -> None:
+    """The client answers and does not know the payload: nothing of it runs any more."""
+    if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
+        server.store.move(job, Status.KILLED, f"terminated on request; {reason}", cause=Cause.CANCELLED.value)
+    else:
+        new_attempt(server, job, reason)
 
 
 def new_attempt(server: Server, job: Job, reason: str) -> None:
@@ -2960,7 +3035,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
         try:
             payload = link.status(job)
         except Gone as error:
-            new_attempt(server, current, str(error))
+            payload_gone(server, current, str(error))
             return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
@@ -3009,7 +3084,7 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         else:
             fetch_failure(server, link, job, found.payload)
     except Gone as error:
-        new_attempt(server, job, str(error))
+        payload_gone(server, job, str(error))
     except (NothingSent, NoAnswer) as error:
         become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
         return False
@@ -3071,7 +3146,7 @@ def kill_tick(server: Server, link: Link) -> bool:
             link.kill(job)
             link.heard()
         except Gone as error:
-            new_attempt(server, job, str(error))
+            payload_gone(server, job, str(error))
         except (NothingSent, NoAnswer) as error:
             link.failed(error)
             return False
@@ -3082,24 +3157,27 @@ def watch_tick(server: Server) -> bool:
     """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
     if server.store.admit_due():
         server.wake("send")
-    for link in server.links.values():
-        if link.failures and link.silent_s() > SILENT_AFTER_S:
-            for job in server.store.jobs(AT_CLIENT, client=link.name):
-                judge_silence(server, link, job)
+    for job in server.store.jobs(ALL_BUSY):
+        link = server.links.get(job.client or "")
+        if link is None:
+            judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
+        elif link.failures and link.silent_s() > SILENT_AFTER_S:
+            judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
     for service in server.services.values():
         fail_unreachable(server, service)
     return False
 
 
-def judge_silence(server: Server, link: Link, job: Job) -> None:
+def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> None:
     """A silent client's job is Unknown; after LOST_AFTER it is tried elsewhere, or has failed."""
-    if link.silent_s() > server.services[job.service or ""].lost_after_s:
-        if job.status is Status.PROCESSING:
-            server.store.move(job, Status.UNKNOWN, f"{link.name} is silent")
-            job = server.store.get(job.id) or job
-        new_attempt(server, job, f"{link.name} is silent since {spoken(link.silent_s())}: {link.trouble}")
-    elif job.status in (Status.SUBMITTED, Status.RUNNING):
-        become_unknown(server, job, f"{link.name} {link.trouble}")
+    if silent_s <= server.service(job).lost_after_s:
+        if job.status in (Status.SUBMITTED, Status.RUNNING):
+            become_unknown(server, job, trouble)
+        return
+    if job.status is Status.PROCESSING:
+        server.store.move(job, Status.UNKNOWN, trouble)
+        job = server.store.get(job.id) or job
+    new_attempt(server, job, f"{trouble}, and so for {spoken(silent_s)}")
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
@@ -3577,7 +3655,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         answer = Answer.of(Refusal(500, "internal error: see the log"))
     body, headers = answer.body, dict(answer.headers)
     if isinstance(body, (dict, list, int, float, str)):
-        body = json.dumps(body).encode()
+        body = json.dumps(body).encode() + b"\n"
         headers.setdefault("Content-Type", JSON_TYPE)
     if isinstance(body, bytes):
         headers.setdefault("Content-Length", str(len(body)))
@@ -4040,7 +4118,7 @@ def upload(server: Server, request: Request) -> Answer:
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
     server.wake("send")
     said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
-    return Answer(said, 201, {"Location": f"/jobs/{job.id}"})
+    return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
 
 def earlier_job(server: Server, new: NewJob) -> Job | None:
@@ -4153,7 +4231,7 @@ def show_job(server: Server, request: Request, job_id: str) -> Answer:
     if wait_s and job.status.value == since:
         with server.waiters.place() as parked:
             if not parked:
-                return Answer(job_json(server, job), 200, {"Retry-After": "1"})
+                return Answer(job_json(server, job), 200, {"Retry-After": "1", "X-Job-Status": job.status.value})
             server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left)
         job = known_job(server, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
@@ -4514,11 +4592,16 @@ def events(client: Client, request: Request) -> Answer:
             if not parked and wait_s:
                 raise Refusal(503, "too many callers wait here: try again", Retry_After="1")
             jobs = client.wait_until(lambda: client.store.jobs(CHANGED_SINCE, since=since) or None, wait_s, request.left) or []
-            if jobs and wait_s and all(job.status in (Status.PREPARED, Status.RUNNING) for job in jobs):
-                time.sleep(EVENTS_SETTLE_S)
+            if jobs and wait_s:
+                client.wait_until(lambda: any_ended(client, since), EVENTS_SETTLE_S, request.left)
                 jobs = client.store.jobs(CHANGED_SINCE, since=since)
         last = max((job.changed or 0 for job in jobs), default=since)
     return Answer({"instance": client.instance, "next": last, "slots": client.config.slots, "payloads": [event_json(job) for job in jobs]})
+
+
+def any_ended(client: Client, since: int) -> bool | None:
+    """Return True where a payload has ended since then, else None."""
+    return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in client.store.jobs(CHANGED_SINCE, since=since)) or None
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
@@ -4845,7 +4928,7 @@ def greet(node: Node, http_server: Any) -> None:
     port = getattr(http_server, "effective_port", None) or config.port
     log.info("joborch %s %s listens on http://%s:%s (data in %s)", __version__, config.mode, config.host, port, config.data_path)
     if isinstance(node, Server):
-        if "example" in node.services and not any(name.startswith("SERVICE_") for name in os.environ):
+        if not any(name.startswith("SERVICE_") for name in config.sources):
             log.info("no SERVICE_* is set: service example is served by a client at http://127.0.0.1:9000")
         for service in node.services.values():
             log.info(
@@ -4869,34 +4952,31 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
         node.wake("run")
 
 
+def shown_value(value: Any) -> str:
+    """Return a setting's value as a person would write it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
 def config_rows(config: Config) -> list[tuple[str, str, str]]:
     """Return (name, value, source) of every effective setting; secrets are masked."""
     rows = []
     for setting in SETTINGS:
         if config.mode in setting.modes.split():
             value = getattr(config, setting.field)
-            shown = "***" if setting.secret and value else str(int(value) if isinstance(value, bool) else value)
-            rows.append((setting.name, shown, config.sources[setting.name]))
+            rows.append((setting.name, "***" if setting.secret and value else shown_value(value), setting.name))
     for service in config.services.values():
+        prefix = f"SERVICE_{service.name.upper()}_"
+        urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
+        shown = {"CLIENTS": urls, "TOKEN": "***" if service.token else ""}
         for setting in SERVICE_SETTINGS:
-            if hasattr(service, setting.field) and setting.name != "TOKEN":
-                value = getattr(service, setting.field)
-                rows.append(
-                    (
-                        f"SERVICE_{service.name.upper()}_{setting.name}",
-                        "" if value is None else str(int(value) if isinstance(value, bool) else value),
-                        "service",
-                    )
-                )
-        rows.append(
-            (
-                f"SERVICE_{service.name.upper()}_CLIENTS",
-                ", ".join(address.base_url or address.upload_url for address in service.addresses),
-                "service",
-            )
-        )
-        rows.append((f"SERVICE_{service.name.upper()}_TOKEN", "***" if service.token else "", "service"))
-    return rows
+            if setting.name in shown or hasattr(service, setting.field):
+                name = prefix + setting.name
+                rows.append((name, shown.get(setting.name) or shown_value(getattr(service, setting.field, "")), name))
+    return [(name, value, config.sources.get(key, "default")) for name, value, key in rows]
 
 
 def command_config(config: Config, as_json: bool) -> int:
@@ -5068,7 +5148,7 @@ def command_demo(keep: bool) -> int:
         pids = " ".join(str(process.pid) for process in demo.processes)
         print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); end them with: kill {pids}")
     else:
-        program = os.path.basename(sys.argv[0])
+        program = shlex.quote(sys.argv[0])
         print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")
     return EXIT_DONE
 
@@ -5146,6 +5226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JoborchError as error:
         print(f"joborch: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except ModuleNotFoundError as error:
+        print(
+            f"joborch: the package {error.name} is missing: run joborch.pyz, which has it, or pip install -r requirements.lock",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

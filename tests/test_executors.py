@@ -1,0 +1,565 @@
+"""The wrapper and the local executor: one start an attempt, found again after a crash, ended with all its processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import alive, end_all_below, processes_below, wait_for
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_files import data  # noqa: F401 - a fixture
+from test_states import BOUNDED, HandClock, new_job
+
+import joborch
+from joborch import Cause, DataFolder, Fate, Job, LocalExecutor, Process, StillRunning, Store, read_exit, tree_of
+
+GRACE_S = 0.5
+
+
+@pytest.fixture(autouse=True)
+def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may signal a process that is not in a session of a payload's own, whatever fault it finds."""
+    real, own = joborch.signal_all, os.getsid(0)
+
+    def guarded(processes: Iterable[Process], number: int) -> None:
+        chosen = list(processes)
+        strangers = [process for process in chosen if process.pid == 1 or process.session in (0, own)]
+        assert not strangers, f"signal {number} for processes that are no payload's: {strangers[:5]}"
+        real(chosen, number)
+
+    monkeypatch.setattr(joborch, "signal_all", guarded)
+
+
+class Bench:
+    """Payloads in a data folder, and the executor that runs them."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        self.data = folder
+        self.store = Store(":memory:", "client", HandClock())
+        self.executor = LocalExecutor(folder, GRACE_S)
+
+    def payload(self, script: str | None, **changes: Any) -> Job:
+        """A payload whose files are in place."""
+        job = self.store.add(new_job(**changes), "submitted")
+        work = self.data.job(job.mark) / "work"
+        work.mkdir(parents=True)
+        if script is not None:
+            (work / "run.sh").write_text(script)
+        return job
+
+    def start(self, script: str, **changes: Any) -> Job:
+        """A payload that was started, with its handle."""
+        job = self.payload(script, **changes)
+        return dataclasses.replace(job, handle=self.executor.start(job))
+
+    def folder(self, job: Job) -> Path:
+        """Where a payload's files, streams and exit file are."""
+        return self.data.job(job.mark)
+
+    def end(self, job: Job) -> Fate:
+        """Wait for the wrapper to end; return what the executor says then."""
+        pid = int((job.handle or "").split()[0])
+        if pid in self.executor.children:
+            self.executor.children[pid].wait(30)
+        return self.executor.poll([job])[job.id]
+
+    def run(self, script: str, **changes: Any) -> tuple[Job, Fate]:
+        """Run a script to its end."""
+        job = self.start(script, **changes)
+        return job, self.end(job)
+
+    def signalled(self, script: str) -> Job:
+        """A running payload that has come to the word READY in its script."""
+        job = self.payload(script.replace("READY", "echo > ../ready"))
+        os.mkfifo(self.folder(job) / "ready")
+        job = dataclasses.replace(job, handle=self.executor.start(job))
+        (self.folder(job) / "ready").read_text()
+        return job
+
+
+@pytest.fixture
+def bench(data: DataFolder) -> Iterator[Bench]:  # noqa: F811 - the fixture
+    """A bench; what it started is ended."""
+    made = Bench(data)
+    yield made
+    end_all_below(data.path)
+    for child in made.executor.children.values():
+        child.wait(30)
+    made.store.close()
+
+
+def wrapped(bench: Bench, job: Job, **options: Any) -> subprocess.Popen[bytes]:
+    """The wrapper as a process of this test."""
+    command = ["bash", str(bench.executor.wrapper), str(bench.folder(job)), str(job.attempt)]
+    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
+
+
+# == The wrapper ==
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("true", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("no-such-command", 127),
+        ("kill -TERM $$", 143),
+        ("kill -KILL $$", 137),
+        ("kill -9 0", 137),
+        ("set -e; false; echo never", 1),
+        ("trap 'echo \"$?\" > .orchestrator.exit' EXIT; exit 4", 4),
+        ("exec >&- 2>&-; exit 5", 5),
+        ("chmod 000 .; chmod 000 ..; exit 6", 6),
+        ("kill -STOP 0; exit 7", 7),
+    ],
+)
+def test_exit_status(script: str, status: int, bench: Bench) -> None:
+    """Whatever the script does to itself; one that is stopped is waited for until it goes on and ends."""
+    job = bench.start(script)
+    if "STOP" in script:
+        wait_for(lambda: "T" in states_below(bench.folder(job)), what="the script to stop")
+        for pid in processes_below(bench.folder(job)):
+            os.kill(pid, signal.SIGCONT)
+    assert bench.end(job) == Fate(False, status, False)
+
+
+def states_below(folder: Path) -> set[str]:
+    """The states (proc(5)) of the processes that work below a folder."""
+    return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in processes_below(folder)}
+
+
+def test_a_stopped_script_costs_no_processor(bench: Bench) -> None:
+    job = bench.start("kill -STOP $$")
+    pid = int((job.handle or "").split()[0])
+    wait_for(lambda: "T" in states_below(bench.folder(job)), what="the script to stop")
+
+    def switches() -> list[int]:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return [int(line.split()[1]) for line in lines if "ctxt_switches" in line]
+
+    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S", 5, "the wrapper to sleep")
+    before = switches()
+    bench.executor.poll([job])
+    assert switches() == before, "the wrapper waits for the end, not in circles"
+
+
+def test_streams_work_folder_and_what_the_script_sees(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    monkeypatch.setenv("PORT", "9000")
+    monkeypatch.setenv("KEPT", "é 1")
+    job, fate = bench.run(
+        "echo out; echo err >&2; cat; pwd; umask; env", user_id=7, service="s", remote_id="42", cpus=3, memory=100, attempt=2
+    )
+    assert fate.exit_status == 0
+    folder = bench.folder(job)
+    assert (folder / "stderr").read_text() == "err\n"
+    first, where, umask, *lines = (folder / "stdout").read_text().splitlines()
+    assert (first, where) == ("out", str(folder / "work"))
+    assert int(umask, 8) == bench.data.umask, "the script's umask is the one the client was started with"
+    seen = dict(line.split("=", 1) for line in lines)
+    assert {name: value for name, value in seen.items() if name.startswith("JOBORCH")} == {
+        "JOBORCH_JOB_ID": "42", "JOBORCH_ATTEMPT": "2", "JOBORCH_SERVICE": "s", "JOBORCH_USER_ID": "7", "JOBORCH_CPUS": "3",
+        "JOBORCH_MEMORY": "100", "JOBORCH_MARK": job.mark,
+    }  # fmt: skip
+    assert seen["TMPDIR"] == str(folder / "tmp")
+    assert Path(seen["TMPDIR"]).is_dir()
+    assert seen["KEPT"] == "é 1"
+    assert not {"MY_TOKEN", "PORT"} & set(seen)
+    assert sorted(path.name for path in (folder / "work").iterdir()) == ["run.sh"], "only the script's own is in the result"
+
+
+def test_an_attempt_is_claimed_by_one_wrapper(bench: Bench) -> None:
+    """Ten at once for the same attempt: the script runs once; another attempt has a claim of its own."""
+    job = bench.payload("echo ran >> ../../count-$JOBORCH_ATTEMPT")
+    others = [wrapped(bench, job, env={**os.environ, "JOBORCH_ATTEMPT": "1"}) for _ in range(10)]
+    for other in others:
+        assert other.wait(30) == 0
+    assert (bench.data.jobs / "count-1").read_text() == "ran\n"
+    winner = int((bench.folder(job) / "started.1").read_text())
+    assert winner in [other.pid for other in others]
+    assert read_exit(bench.folder(job)) == Fate(False, 0, False)
+
+
+def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
+    """TERM, INT and HUP reach the script, if it is told; the wrapper stays to write down how it ended."""
+    job = bench.signalled("trap 'echo got it; exit 9' TERM\nREADY\nwhile :; do read -t 0.05 <> <(:); done")
+    pid = int((job.handle or "").split()[0])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(pid, number)
+    assert bench.executor.poll([job])[job.id] == Fate(True)
+    for process in tree_of(job, bench.folder(job), pid):
+        if process.pid != pid:
+            os.kill(process.pid, signal.SIGTERM)
+    assert bench.end(job).exit_status == 9
+    assert (bench.folder(job) / "stdout").read_text() == "got it\n"
+
+
+def test_signals_are_not_ignored_in_the_script(bench: Bench) -> None:
+    """What a parent ignores its children ignore too, and could never be ended gently."""
+    job, _ = bench.run("grep SigIgn /proc/self/status")
+    ignored = int((bench.folder(job) / "stdout").read_text().split()[1], 16)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        assert not ignored >> (number - 1) & 1, number.name
+
+
+def test_what_the_script_leaves_running_is_ended(bench: Bench) -> None:
+    job, fate = bench.run("bash -c 'while :; do read -t 1 <> <(:); done' & disown; exit 0")
+    assert fate == Fate(False, 0, True)
+    wait_for(lambda: not processes_below(bench.folder(job)), what="the rest of its group to end")
+
+
+def test_a_folder_that_went_before_the_wrapper_came(bench: Bench) -> None:
+    job = bench.payload("true")
+    joborch.remove_tree(bench.folder(job))
+    assert wrapped(bench, job).wait(30) == 1
+    assert bench.executor.poll([job])[job.id].cause is Cause.INFRASTRUCTURE
+
+
+# == What it left ==
+
+
+@given(st.integers(0, 255), st.booleans(), st.integers(0, 60))
+@example(0, False, 0)
+@BOUNDED
+def test_an_exit_file_counts_when_it_is_whole(status: int, left: bool, cut: int) -> None:
+    """The wrapper writes it in one go into a place of blanks; a crash may leave any beginning of it."""
+    text = '{"status": %d, "left": %d}' % (status, left)
+    folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"joborch-test-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / "exit.json").write_text(text[:cut].ljust(60))
+        assert read_exit(folder) == (Fate(False, status, left) if cut >= len(text) else None)
+        (folder / "exit.json").write_text(text[:cut])
+        assert read_exit(folder) == (Fate(False, status, left) if cut >= len(text) else None)
+    finally:
+        joborch.remove_tree(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 60, b"\xff\xfe", b"[]", b"3", b"null", b'{"status": null, "left": 0}', b'{"left": 0}', b"{" * 200]
+)
+def test_rubbish_in_an_exit_file_is_no_end(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "exit.json").write_bytes(content)
+    assert read_exit(tmp_path) is None
+    assert read_exit(tmp_path / "none") is None
+
+
+def soon(call: Callable[[], Any], folder: Path) -> Any:
+    """What `call` returns; fails where it hangs on a fifo in `folder` (and lets it go on)."""
+    got: list[Any] = []
+
+    def run() -> None:
+        try:
+            got.append(call())
+        except Exception as error:  # noqa: BLE001 - shown by the assertion of the caller
+            got.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5)
+    hangs = thread.is_alive()
+    for pipe in folder.rglob("*") if hangs else ():
+        if pipe.is_fifo():
+            os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+    thread.join(5)
+    assert not hangs, "it hangs on a fifo"
+    return got[0]
+
+
+@pytest.mark.parametrize("made", ["mkdir", "mkfifo", "ln -s /dev/zero", "ln -s exit.json", "ln -s ..", "touch"])
+def test_a_script_that_puts_something_else_in_the_exit_files_place(made: str, bench: Bench) -> None:
+    """One payload must not stop the runner of all."""
+    hostile, _ = bench.run(f"rm -f ../exit.json; {made} ../exit.json; exit 0")
+    other = bench.start("exit 3")
+    bench.end(other)
+    fates = soon(lambda: bench.executor.poll([hostile, other]), bench.folder(hostile))
+    assert isinstance(fates, dict), fates
+    assert fates[other.id] == Fate(False, 3, False)
+    assert not fates[hostile.id].alive
+
+
+def test_a_script_that_takes_the_rights_of_its_folders(bench: Bench) -> None:
+    job, _ = bench.run("chmod 000 .. . ../exit.json; exit 3")
+    bench.executor.poll([job])
+    assert bench.executor.poll([job])[job.id] == Fate(False, 3, False)
+
+
+# == Fates ==
+
+
+def test_alive_until_the_wrapper_has_ended(bench: Bench) -> None:
+    job = bench.signalled("READY\nread < ../go")
+    os.mkfifo(bench.folder(job) / "go")
+    assert bench.executor.poll([job])[job.id] == Fate(True)
+    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True), "for a client that was started again, too"
+
+
+def test_the_exit_file_outranks_the_process(bench: Bench) -> None:
+    """Process ids are used again, files are not."""
+    job = bench.payload("true")
+    (bench.folder(job) / "exit.json").write_text('{"status": 4, "left": 0}')
+    for handle in (None, f"{os.getpid()} {joborch.process_start(os.getpid())} {bench.executor.boot}", "1 1 another-boot"):
+        fate = bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id]
+        assert fate == Fate(False, 4, False)
+
+
+def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) -> None:
+    job = bench.payload("true")
+    (bench.folder(job) / "started.1").write_text(f"{os.getpid()}\n")
+    handle = f"{os.getpid()} 1 {bench.executor.boot}"
+    assert not bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id].alive
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "word"),
+    [
+        ("reboot", Cause.INFRASTRUCTURE, "restarted"),
+        ("folder", Cause.INFRASTRUCTURE, "folder was removed"),
+        ("wrapper", Cause.USER, "killed"),
+        ("claim", Cause.INFRASTRUCTURE, ""),
+        ("empty claim", Cause.INFRASTRUCTURE, ""),
+        ("full disk", Cause.INFRASTRUCTURE, "disk is full"),
+        ("restart", Cause.INFRASTRUCTURE, "while it was away"),
+    ],
+)
+def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, word: str, bench: Bench) -> None:
+    """By the script's own doing: its failure. By that of the machine: another attempt."""
+    job = bench.signalled("READY\nread < ../go")
+    pid = int((job.handle or "").split()[0])
+    for process in tree_of(job, bench.folder(job), pid):
+        os.kill(process.pid, signal.SIGKILL)
+    bench.executor.children[pid].wait(30)
+    folder, executor = bench.folder(job), bench.executor
+    if what == "reboot":
+        job = dataclasses.replace(job, handle=f"{pid} 1 another-boot")
+    elif what == "folder":
+        joborch.remove_tree(folder)
+    elif what == "claim":
+        (folder / "started.1").unlink()
+    elif what == "empty claim":
+        (folder / "started.1").write_bytes(b"")
+        executor = LocalExecutor(bench.data, 0)
+    elif what == "full disk":
+        (folder / "exit.json").write_bytes(b"")
+    elif what == "restart":
+        executor = LocalExecutor(bench.data, 0)
+    fate = executor.poll([job])[job.id]
+    assert (fate.alive, fate.exit_status, fate.cause) == (False, None, cause)
+    assert word in fate.reason
+
+
+# == Found again ==
+
+
+def test_find_tells_what_was_started_from_what_never_ran(bench: Bench) -> None:
+    never, running, ended = bench.payload("true"), bench.signalled("READY\nread < ../go"), bench.run("true")[0]
+    cut_off = [dataclasses.replace(job, handle=None) for job in (never, running, ended)]
+    found = LocalExecutor(bench.data, 0).find(cut_off)
+    assert set(found) == {running.mark, ended.mark}
+    assert found[running.mark] == running.handle
+    fates = LocalExecutor(bench.data, 0).poll([dataclasses.replace(job, handle=found.get(job.mark)) for job in (running, ended)])
+    assert fates == {running.id: Fate(True), ended.id: Fate(False, 0, False)}
+
+
+@pytest.mark.parametrize("claim", ["", "\n", "12 34", "x", "-1", "\x00\x00", str(os.getpid())])
+def test_find_is_not_misled_by_a_claim(claim: str, bench: Bench) -> None:
+    """It was claimed, so it must not be started again; whose number that is has to be seen."""
+    job = bench.payload("true")
+    (bench.folder(job) / "started.1").write_text(claim)
+    handle = bench.executor.find([job])[job.mark]
+    assert not bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id].alive
+
+
+def test_a_second_start_of_an_attempt_finds_the_first(bench: Bench) -> None:
+    """A crash between start and handle, and a start that was too much: the script has run once, and is still seen."""
+    job = bench.signalled("echo ran >> ../../count\nREADY\nread < ../go")
+    second = dataclasses.replace(job, handle=bench.executor.start(job))
+    bench.executor.children[int((second.handle or "").split()[0])].wait(30)
+    assert bench.executor.poll([second])[job.id] == Fate(True)
+    bench.executor.cancel(second)
+    assert (bench.data.jobs / "count").read_text() == "ran\n"
+    assert not processes_below(bench.data.path)
+
+
+# == Ended as a whole ==
+
+TREES = {
+    "obedient": "READY\nread < ../go",
+    "deaf": "trap '' TERM\nREADY\nwhile :; do read -t 0.1 <> <(:); done",
+    "own session": "setsid bash -c 'READY; read < ../go' & wait",
+    "own session, deaf": "setsid bash -c \"trap '' TERM; READY; while :; do read -t 0.1 <> <(:); done\" & wait",
+    "daemon": "(setsid bash -c '(READY; read < ../go) &' &)\nread < ../go",
+    "elsewhere": "(cd /; setsid bash -c '(echo > $OLDPWD/../ready; read < $OLDPWD/../go) &' &)\nread < ../go",
+    "forking": "f() { (f) & read -t 0.05 <> <(:); }\nset +m\nREADY\nfor i in 1 2 3; do (setsid bash -c 'read < ../go' &); done; read < ../go",
+    "stopped": "READY\nkill -STOP 0",
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> None:
+    bench_job = bench.payload(TREES[tree].replace("READY", "echo > ../ready"))
+    for name in ("ready", "go"):
+        os.mkfifo(bench.folder(bench_job) / name)
+    job = dataclasses.replace(bench_job, handle=bench.executor.start(bench_job))
+    bystander = bench.signalled("READY\nread < ../go")
+    (bench.folder(job) / "ready").read_text()
+    pids = {process.pid for process in tree_of(job, bench.folder(job), int((job.handle or "").split()[0]))}
+    assert len(pids) >= 2
+    bench.executor.cancel(job)
+    assert not [pid for pid in pids if alive(pid)]
+    assert not processes_below(bench.folder(job))
+    assert not bench.executor.poll([job])[job.id].alive
+    bench.executor.cancel(job)
+    assert bench.executor.poll([bystander])[bystander.id] == Fate(True)
+    assert os.getpid() not in pids
+
+
+def test_cancel_lets_the_script_tidy_up(bench: Bench) -> None:
+    job = bench.signalled("trap 'echo tidy > tidied; exit 0' TERM\nREADY\nwhile :; do read -t 0.05 <> <(:); done")
+    bench.executor.kill_grace_s = 30
+    bench.executor.cancel(job)
+    assert (bench.folder(job) / "work/tidied").read_text() == "tidy\n"
+
+
+def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
+    """No handle, or one of another boot or another process: nothing is signalled (see `strangers_are_safe`)."""
+    job = bench.payload("true")
+    for handle in (None, f"0 0 {bench.executor.boot}", f"{os.getpid()} 1 {bench.executor.boot}", f"{os.getpid()} 1 boot"):
+        bench.executor.cancel(dataclasses.replace(job, handle=handle))
+    (bench.folder(job) / "started.1").write_text(f"{os.getpid()}\n")
+    bench.executor.cancel(job)
+
+
+def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = bench.signalled("READY\nread < ../go")
+    monkeypatch.setattr(joborch, "signal_all", lambda *_: None)
+    monkeypatch.setattr(joborch.time, "sleep", lambda _: None)
+    bench.executor.kill_grace_s = 0
+    with pytest.raises(StillRunning, match=f"payload {job.id}"):
+        bench.executor.cancel(job)
+
+
+def test_process_1_and_kernel_threads_are_nobodys(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In containers process 1 and what is brought in from outside have session and group 0."""
+    machine = [
+        Process(1, 0, 0, 0, "1"), Process(2, 0, 0, 0, "1"), Process(50, 1, 0, 0, "2"), Process(60, 1, 60, 60, "3"), Process(61, 60, 60, 60, "4"),
+    ]  # fmt: skip
+    monkeypatch.setattr(joborch, "all_processes", lambda: machine)
+    job = bench.payload("true")
+    assert tree_of(job, bench.folder(job), 0) == []
+    assert {process.pid for process in tree_of(job, bench.folder(job), 60)} == {60, 61}
+
+
+def test_a_tree_is_all_that_hangs_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By session, by group, by parent; strangers, and we ourselves, are not of it."""
+    machine = [
+        Process(os.getpid(), 1, 5, 5, "1"), Process(100, os.getpid(), 100, 100, "2"), Process(101, 100, 101, 100, "3"),
+        Process(102, 101, 102, 102, "4"), Process(103, 1, 102, 102, "5"), Process(104, 103, 104, 104, "6"), Process(200, 1, 200, 200, "7"),
+    ]  # fmt: skip
+    monkeypatch.setattr(joborch, "all_processes", lambda: machine)
+    job = bench.payload("true")
+    assert {process.pid for process in tree_of(job, bench.folder(job), 100)} == {100, 101, 102, 103, 104}
+
+
+# == Processes ==
+
+
+def test_processes_are_known_by_number_and_start() -> None:
+    own = next(process for process in joborch.all_processes() if process.pid == os.getpid())
+    assert own == Process(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0), joborch.process_start(os.getpid()) or "")
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert joborch.process_start(child.pid) is None, "a zombie runs no more"
+    assert child.pid not in [process.pid for process in joborch.all_processes()]
+    child.wait()
+    assert joborch.process_start(child.pid) is None
+
+
+def test_a_name_with_brackets_and_blanks_hides_nothing(tmp_path: Path) -> None:
+    odd = tmp_path / ") S 1 1 ("
+    odd.symlink_to("/bin/cat")
+    with subprocess.Popen([str(odd)], stdin=subprocess.PIPE) as child:
+        found = next(process for process in joborch.all_processes() if process.pid == child.pid)
+        assert (found.parent, found.session) == (os.getpid(), os.getsid(0))
+        child.communicate()
+
+
+def test_a_mark_is_seen_in_environment_and_folder(tmp_path: Path) -> None:
+    inside = tmp_path / "uuid.1"
+    inside.mkdir()
+    (tmp_path / "uuid.10").mkdir()
+    mark, folder = b"JOBORCH_MARK=uuid.1\0", os.fsencode(inside)
+    for environment, where, wanted in (
+        ({"JOBORCH_MARK": "uuid.1"}, "/", True),
+        ({"JOBORCH_MARK": "uuid.10"}, "/", False),
+        ({}, str(inside), True),
+        ({}, str(tmp_path / "uuid.10"), False),
+        ({}, str(tmp_path), False),
+    ):
+        with subprocess.Popen(["/bin/cat"], env=environment, cwd=where, stdin=subprocess.PIPE) as child:
+            assert joborch.bears_mark(child.pid, mark, folder) is wanted, (environment, where)
+            child.communicate()
+    assert not joborch.bears_mark(child.pid, mark, folder), "it has ended"
+
+
+def test_signalling_what_has_ended_is_fine() -> None:
+    child = subprocess.Popen(["true"], start_new_session=True)
+    child.wait()
+    joborch.signal_all([Process(child.pid, 1, child.pid, child.pid, "1")], signal.SIGTERM)
+
+
+def test_the_boot_is_the_same_all_the_time() -> None:
+    assert joborch.boot_id() == joborch.boot_id()
+    assert len(joborch.boot_id()) > 30
+    assert " " not in joborch.boot_id(), "it is the last word of a handle"
+
+
+SECRET = st.sampled_from(
+    ["JOBORCH_X", "SERVICE_A_TOKEN", "MY_TOKEN", "github_token", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DB_PASSWD", "API_KEY", "APIKEY"]
+)
+
+
+@BOUNDED
+@given(st.dictionaries(st.text(st.characters(exclude_characters="=\0", exclude_categories=["Cs"]), min_size=1), st.just("v")), SECRET)
+def test_no_secret_is_passed_on(environment: dict[str, str], secret: str) -> None:
+    store = Store(":memory:", "client", HandClock())
+    job = store.add(new_job(user_id=None, service=None), "")
+    store.close()
+    seen = joborch.payload_environment(job, Path("/f"), {**environment, secret: "hidden", "MAX_AGE": "hidden"})
+    assert "hidden" not in seen.values()
+    ours = {
+        "JOBORCH_JOB_ID",
+        "JOBORCH_ATTEMPT",
+        "JOBORCH_SERVICE",
+        "JOBORCH_USER_ID",
+        "JOBORCH_CPUS",
+        "JOBORCH_MEMORY",
+        "JOBORCH_MARK",
+        "TMPDIR",
+    }
+    plain = {name for name in environment if not joborch.SECRET_NAMES.search(name)}
+    assert plain - {setting.name for setting in joborch.SETTINGS} | ours == set(seen)
+    assert (seen["JOBORCH_JOB_ID"], seen["JOBORCH_USER_ID"], seen["JOBORCH_MEMORY"]) == (str(job.id), "", "")
+
+
+def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
+    config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {})
+    for name, make in joborch.EXECUTORS.items():
+        made = make(bench.data, config)
+        for method in ("start", "find", "poll", "cancel", "collect"):
+            assert callable(getattr(made, method)), f"{name} lacks {method}"
+
+
+def test_fates_are_in_json_what_the_wrapper_says(bench: Bench) -> None:
+    job, _ = bench.run("exit 200")
+    assert json.loads((bench.folder(job) / "exit.json").read_text()) == {"status": 200, "left": 0}
