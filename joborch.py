@@ -100,6 +100,7 @@ EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at o
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
+OUTPUT_STREAMS = ("stdout", "stderr")
 DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
 
 log = logging.getLogger("joborch")
@@ -3254,10 +3255,25 @@ def why_not_runnable(script: Path) -> str:
     return ""
 
 
+def bound_output(client: Client, path: Path) -> None:
+    """Free the middle of an output stream that has outgrown its limit."""
+    if not client.holes:
+        return
+    try:
+        punch_middle(path, client.config.log_limit_bytes)
+    except FileNotFoundError:
+        return  # the wrapper has not come that far
+    except OSError as error:
+        client.holes = False
+        log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
+
+
 def finish(client: Client, job: Job, fate: Fate) -> None:
     """Move an ended payload to its end, with a reason that a person understands."""
     folder = client.data.job(job.mark)
     client.executor.collect(job)
+    for stream in OUTPUT_STREAMS:
+        bound_output(client, folder / stream)
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended}
     if fate.exit_status is None:
@@ -3359,22 +3375,9 @@ def limit_tick(client: Client) -> bool:
         over = job.timeout and job.started_at and client.clock.wall() - job.started_at > job.timeout
         if over and client.store.wish_end(job.id, Cause.LIMIT):
             client.wake("end")
-        for stream in ("stdout", "stderr"):
+        for stream in OUTPUT_STREAMS:
             bound_output(client, client.data.job(job.mark) / stream)
     return False
-
-
-def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that has outgrown its limit."""
-    if not client.holes:
-        return
-    try:
-        punch_middle(path, client.config.log_limit_bytes)
-    except FileNotFoundError:
-        return  # the wrapper has not come that far
-    except OSError as error:
-        client.holes = False
-        log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
 
 
 def adopt(client: Client) -> None:
@@ -3421,6 +3424,7 @@ class Parameter:
     required: bool = False
     least: int | None = None
     most: int | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -4210,7 +4214,8 @@ def running_archive(server: Server, link: Link, job: Job) -> Archive:
 
 
 WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
-SINCE = Parameter("since", "query", "string", "the status you know; the answer comes as soon as it is another", "Queued")
+STATUS_NAMES = tuple(status.value for status in Status)
+SINCE = Parameter("since", "query", "string", "the status you know; the answer comes once it is another", "Queued", choices=STATUS_NAMES)
 
 
 @route(
@@ -4248,7 +4253,7 @@ def status_other_than(server: Server, job_id: int, since: str) -> str | None:
 LIST_FILTERS = (
     Parameter("user_id", "query", "integer", "jobs of this user alone", 1),
     Parameter("service", "query", "string", "jobs of this service alone", "example"),
-    Parameter("status", "query", "string", "jobs in this state alone", "Running"),
+    Parameter("status", "query", "string", "jobs in this state alone", "Running", choices=STATUS_NAMES),
     Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000),
     Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1),
 )
@@ -4492,7 +4497,7 @@ def pack_payload(client: Client, job: Job) -> Archive:
     if not job.return_inputs and (folder / "inputs.json").exists():
         unchanged = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
     packer.add_folder(folder / "work", unchanged)
-    for stream in ("stdout", "stderr"):
+    for stream in OUTPUT_STREAMS:
         if (folder / stream).exists():
             packer.add_chunks(stream, kept_output(folder / stream, client.config.log_limit_bytes))
     return packer.finish()
@@ -4750,7 +4755,7 @@ def openapi_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.kind == "file":
         return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
     bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
-    return {"type": parameter.kind, **bounds}
+    return {"type": parameter.kind, **bounds, **({"enum": list(parameter.choices)} if parameter.choices else {})}
 
 
 def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:

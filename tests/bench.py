@@ -749,9 +749,7 @@ def write_noise(path: Path, size: int) -> None:
 def moments(job: Json) -> dict[str, float]:
     """When a job came into each state, in seconds of the epoch."""
     moves: list[dict[str, str]] = job["history"]
-    return {
-        move["to"]: datetime.datetime.fromisoformat(move["at"].replace("Z", "+00:00")).timestamp() for move in moves
-    }
+    return {move["to"]: datetime.datetime.fromisoformat(move["at"].replace("Z", "+00:00")).timestamp() for move in moves}
 
 
 def hop_times(site: Site, source: Path) -> dict[str, float]:
@@ -1037,10 +1035,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows as lines with aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        parts = [
-            cell.rjust(width) if 2 <= at <= 3 else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths))
-        ]
+        parts = [cell.rjust(width) if 2 <= at <= 3 else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths))]
         yield "  ".join(parts).rstrip()
 
 
@@ -1055,11 +1050,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def footnotes(names: Sequence[str], facts: Json) -> Iterator[str]:
     """What the ratios are to, and the machine."""
     rows = [row for row in BENCHMARKS if row.name in names and row.against]
-    yield (
-        "Each figure is the median of several runs. Ratios are to: "
-        + "; ".join(f"{row.name}: {row.against}" for row in rows)
-        + "."
-    )
+    yield ("Each figure is the median of several runs. Ratios are to: " + "; ".join(f"{row.name}: {row.against}" for row in rows) + ".")
     yield (
         "{cpu}, {cores} cores, {memory_gib} GiB; Linux {kernel}, {file_system}; Python {python}, "
         "SQLite {sqlite}; {version}; {date}.".format(**facts)
@@ -1085,20 +1076,12 @@ def measure(benchmark: Benchmark, place: Place, quick: bool) -> list[Figure]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     names = [benchmark.name for benchmark in BENCHMARKS]
-    parser = argparse.ArgumentParser(
-        description="Measure joborch.", epilog="example: python tests/bench.py latency idle --quick"
-    )
+    parser = argparse.ArgumentParser(description="Measure joborch.", epilog="example: python tests/bench.py latency idle --quick")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure, all by default: {', '.join(names)}")
-    parser.add_argument(
-        "--pyz", type=Path, default=REPOSITORY / "joborch.pyz", help="the program (joborch.pyz or joborch.py)"
-    )
+    parser.add_argument("--pyz", type=Path, default=REPOSITORY / "joborch.pyz", help="the program (joborch.pyz or joborch.py)")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs it")
-    parser.add_argument(
-        "--dir", type=Path, default=Path(tempfile.gettempdir()), help="the folder, and so the file system, to use"
-    )
-    parser.add_argument(
-        "--json", type=Path, default=REPOSITORY / "bench.jsonl", help="where one JSON line a figure is added"
-    )
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="the folder, and so the file system, to use")
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "bench.jsonl", help="where one JSON line a figure is added")
     parser.add_argument("--quick", action="store_true", help="small sizes: a look, not a measurement")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args()
@@ -1112,14 +1095,17 @@ def arguments() -> argparse.Namespace:
 
 
 def interrupt(*_: object) -> None:
-    """TERM ends this program as Ctrl-C does: by way of every `finally`."""
+    """INT and TERM end this program by way of every `finally`, which a second signal must not cut short."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
     """Measure what was asked for; 1 where something could not be measured."""
     given = arguments()
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     place = Place(given.pyz.resolve(), given.python, given.dir)
     facts = machine(place)
     found: list[Figure] = []
