@@ -47,7 +47,7 @@ CACHE = "build/wheels"
 
 SWAGGER = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = ("LICENSE", "favicon-32x32.png", "swagger-ui-bundle.js", "swagger-ui.css")
-DATA = {"certifi/cacert.pem", *(SWAGGER + name for name in SWAGGER_FILES)}
+DATA = {SWAGGER + name for name in SWAGGER_FILES}
 # The package of Swagger UI's files imports Django, which we neither have nor need: in the archive it is a bare package.
 EMPTIED = {"drf_spectacular_sidecar/__init__.py"}
 LEFT_OUT = re.compile(r"[^/]+\.(dist-info|data)/|drf_spectacular_sidecar/apps\.py$|.*/tests/")

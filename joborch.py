@@ -21,12 +21,12 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary          7. Executors       13. HTTP
-     2. Configuration       8. Links           14. Server routes
-     3. States              9. Scheduling      15. Client routes
-     4. Files              10. Loops           16. Page and documents
-     5. Statements         11. Server          17. Commands
-     6. Store              12. Client
+     1. Vocabulary              7. Store                  13. Client
+     2. Configuration           8. Executors              14. HTTP
+     3. States                  9. Links                  15. Server routes
+     4. Files                  10. Scheduling             16. Client routes
+     5. Archives               11. Loops                  17. Page and documents
+     6. Statements             12. Server                 18. Commands
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, Optional, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
-    import requests
+    import urllib3
 
 __version__ = "0.1.0"
 
@@ -96,6 +96,7 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
@@ -760,27 +761,43 @@ class Form:
     fields: dict[str, str] = field(default_factory=dict)
 
 
+def shown(name: str) -> str:
+    """Return a file name as a message shows it."""
+    return repr(one_line(name, 80))
+
+
 def check_path(path: str) -> str:
     """Return a relative POSIX path that stays in its folder; Refusal 400 says which rule another one breaks."""
     name = re.sub(r"^(\./)+", "", path)
     parts = name.split("/")
-    shown = repr(one_line(name, 80))
     if not name:
         raise Refusal(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
     if any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise Refusal(400, f"file name {shown} holds a control character: use printable ones", "file")
+        raise Refusal(400, f"file name {shown(name)} holds a control character: use printable ones", "file")
     if name.startswith("/"):
-        raise Refusal(400, f"file name {shown} is absolute: give a relative path", "file")
+        raise Refusal(400, f"file name {shown(name)} is absolute: give a relative path", "file")
     if ".." in parts:
-        raise Refusal(400, f"file name {shown} has '..' in it: give a path that stays in its folder", "file")
+        raise Refusal(400, f"file name {shown(name)} has '..' in it: give a path that stays in its folder", "file")
     if "" in parts or "." in parts:
-        raise Refusal(400, f"file name {shown} has an empty part or a '.': write inputs/a.pdb", "file")
+        raise Refusal(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
     if len(parts) > DEPTH_LIMIT + 1:
-        raise Refusal(400, f"file name {shown} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
-    if len(os.fsencode(name)) > PATH_LIMIT_BYTES or any(len(os.fsencode(part)) > NAME_LIMIT_BYTES for part in parts):
+        raise Refusal(400, f"file name {shown(name)} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
+    if len(name) > NAME_LIMIT_BYTES // 4 and is_too_long(parts):
         limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
-        raise Refusal(400, f"file name {shown} is too long: {limits}", "file")
+        raise Refusal(400, f"file name {shown(name)} is too long: {limits}", "file")
     return name
+
+
+def is_too_long(parts: Sequence[str]) -> bool:
+    """Tell whether a path, given by its parts, is over the limits of file systems."""
+    sizes = [len(os.fsencode(part)) for part in parts]
+    return max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES
+
+
+def parents_of(path: str) -> set[str]:
+    """Return the folders above a relative path: `a` and `a/b` for `a/b/c`."""
+    parts = path.split("/")
+    return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
 
 
 class Tree:
@@ -792,7 +809,7 @@ class Tree:
 
     def add(self, path: str) -> None:
         """Take in `path`; Refusal 400 where it clashes with an earlier one."""
-        parents = {str(parent) for parent in PurePosixPath(path).parents} - {"."}
+        parents = parents_of(path)
         if path in self.files:
             raise Refusal(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
         if path in self.folders or parents & self.files:
@@ -840,7 +857,7 @@ class FormReader:
     """Streams a multipart form: files to disk below `folder` as they come, text fields to memory."""
 
     def __init__(self, folder: Path, by_name: bool = False) -> None:
-        self.folder, self.by_name = folder, by_name
+        self.folder, self.root, self.by_name = folder, str(folder), by_name
         self.form, self.tree, self.folders = Form(), Tree(), {""}
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
@@ -891,7 +908,7 @@ class FormReader:
         self.tree.add(path)
         self.make_folders(path)
         digest, size = hashlib.sha256(), 0
-        descriptor = os.open(self.folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb", buffering=0) as target:
             for chunk in iter(lambda: next(events), None):
                 write_all(target, chunk)
@@ -903,7 +920,7 @@ class FormReader:
         parent = path.rpartition("/")[0]
         if parent not in self.folders:
             (self.folder / parent).mkdir(parents=True, exist_ok=True)
-            self.folders |= {parent, *(str(above) for above in PurePosixPath(parent).parents)}
+            self.folders |= parents_of(path)
 
 
 def write_all(target: IO[bytes], data: bytes) -> None:
@@ -927,11 +944,11 @@ def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
     if len(paths) > 32:  # one call for the whole file system is cheaper than thousands
         sync_file_system(folder)
         return
-    for path in paths:
-        fsync_path(folder / path)
-    inner = {parent for path in paths for parent in PurePosixPath(path).parents}
-    for parent in sorted(inner, key=lambda parent: -len(parent.parts)):
-        fsync_path(folder / parent)
+    root = str(folder)
+    inner = set().union(*(parents_of(path) for path in paths))
+    for path in [*paths, *sorted(inner, key=lambda inner_path: -inner_path.count("/"))]:
+        fsync_path(f"{root}/{path}")
+    fsync_path(root)
     fsync_path(folder.parent)
 
 
@@ -990,6 +1007,67 @@ def take_back_rights(folder: Path) -> None:
         for name in names:
             if not os.path.islink(os.path.join(root, name)):
                 os.chmod(os.path.join(root, name), 0o700)
+
+
+class DataFolder:
+    """The folders of one process: `jobs/UUID` (inputs or payloads), `results/UUID.zip`, `tmp`, and the lock.
+
+    One process a folder: a second one is refused with the first one's pid. What belongs to no job is removed from it, so
+    a folder that holds other things of these names is refused.
+    """
+
+    LOCK = "joborch.lock"
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
+        self.receiving: set[str] = set()  # uuids of uploads under way, which have no row yet
+
+    def open(self) -> None:
+        """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
+        self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
+        try:
+            self.refuse_foreign()
+            for folder in (self.jobs, self.results, self.tmp):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.seek(0)
+            owner = self.lock.read().strip() or "unknown"
+            raise ConfigError(f"DATA_PATH {str(self.path)!r} is in use by process {owner}: stop it, or give another folder") from error
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
+        for leftover in self.tmp.iterdir():
+            remove_tree(leftover)
+        # waitress spools bodies here: same file system, swept at each start.
+        tempfile.tempdir = str(self.tmp)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a folder whose `tmp`, `jobs` or `results` were not made by joborch: DATA_PATH=/var would empty /var/tmp."""
+        for folder in (self.jobs, self.results, self.tmp):
+            if folder.exists() and not (self.path / self.LOCK).exists():
+                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / self.LOCK).touch()
+
+    def job(self, job_uuid: str) -> Path:
+        return self.jobs / job_uuid
+
+    def result(self, job_uuid: str) -> Path:
+        return self.results / f"{job_uuid}.zip"
+
+    def spool(self) -> IO[bytes]:
+        """Return an anonymous file that stays in memory while it is small."""
+        return cast("IO[bytes]", tempfile.SpooledTemporaryFile(MEMORY_SPOOL_BYTES, dir=str(self.tmp)))
+
+
+# == 5. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 class DigestWriter:
@@ -1177,65 +1255,7 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
         os.close(descriptor)
 
 
-class DataFolder:
-    """The folders of one process: `jobs/UUID` (inputs or payloads), `results/UUID.zip`, `tmp`, and the lock.
-
-    One process a folder: a second one is refused with the first one's pid. What belongs to no job is removed from it, so
-    a folder that holds other things of these names is refused.
-    """
-
-    LOCK = "joborch.lock"
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
-        self.receiving: set[str] = set()  # uuids of uploads under way, which have no row yet
-
-    def open(self) -> None:
-        """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
-        self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
-        try:
-            self.refuse_foreign()
-            for folder in (self.jobs, self.results, self.tmp):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "unknown"
-            raise ConfigError(f"DATA_PATH {str(self.path)!r} is in use by process {owner}: stop it, or give another folder") from error
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
-        for leftover in self.tmp.iterdir():
-            remove_tree(leftover)
-        # requests unpacks its certificates and waitress spools bodies here: same file system, swept at each start.
-        tempfile.tempdir = str(self.tmp)
-
-    def refuse_foreign(self) -> None:
-        """Refuse a folder whose `tmp`, `jobs` or `results` were not made by joborch: DATA_PATH=/var would empty /var/tmp."""
-        for folder in (self.jobs, self.results, self.tmp):
-            if folder.exists() and not (self.path / self.LOCK).exists():
-                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / self.LOCK).touch()
-
-    def job(self, job_uuid: str) -> Path:
-        return self.jobs / job_uuid
-
-    def result(self, job_uuid: str) -> Path:
-        return self.results / f"{job_uuid}.zip"
-
-    def spool(self) -> IO[bytes]:
-        """Return an anonymous file that stays in memory while it is small."""
-        return cast("IO[bytes]", tempfile.SpooledTemporaryFile(MEMORY_SPOOL_BYTES, dir=str(self.tmp)))
-
-
-# == 5. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 6. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 1
 
@@ -1468,11 +1488,10 @@ HEARTBEAT = "UPDATE heartbeat SET at = :now"
 INSTANCE = "SELECT instance FROM heartbeat"
 
 
-# == 6. Store ==  A status changes in one statement, and its history row in the same transaction.
+# == 7. Store ==  A status changes in one statement, and its history row in the same transaction.
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One row: a job of the server, or a payload of a client (a job that may have no user and no service)."""
 
     id: int
@@ -1516,6 +1535,7 @@ class Job:
         return f"{self.uuid}.{self.attempt}"
 
 
+STATUS_AT = Job._fields.index("status")
 MOVABLE = (
     "cause",
     "exit_code",
@@ -1698,17 +1718,26 @@ class Store:
         try:
             self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
             self.db.execute("BEGIN IMMEDIATE")
-            for ticket in batch:
-                self.run_ticket(ticket)
+            if len(batch) == 1:
+                batch[0].value = batch[0].work(self.db)
+            else:
+                for ticket in batch:
+                    self.run_ticket(ticket)
             self.db.execute("COMMIT")
         except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             for ticket in batch:
-                ticket.error = StorageError(f"the database cannot be written: {error}")
+                ticket.error = self.why_not(error, alone=len(batch) == 1)
         for ticket in batch:
             ticket.done = True
         self.changes.announce()
+
+    @staticmethod
+    def why_not(error: BaseException, alone: bool) -> BaseException:
+        """Return what a thread is told whose transaction failed: its own error where it was alone, else that of the storage."""
+        own = alone and not isinstance(error, sqlite3.OperationalError)
+        return error if own else StorageError(f"the database cannot be written: {error}")
 
     def run_ticket(self, ticket: Ticket) -> None:
         self.db.execute("SAVEPOINT ticket")
@@ -1738,7 +1767,7 @@ class Store:
         status = Status.QUEUED if self.mode == "server" else Status.PREPARED
 
         def insert(db: sqlite3.Connection) -> Job:
-            values = {**dataclasses.asdict(new), "status": status.value, "reason": reason, "changed": self.next_change()}
+            values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change()}
             values["created_at"] = self.clock.wall()
             job_id = db.execute(JOB_ADD, values).lastrowid
             db.execute(HISTORY_ADD, {"id": job_id, "now": values["created_at"], "source": None, "to": status.value, "reason": reason})
@@ -1789,9 +1818,10 @@ class Store:
             return
         pair = {"service": job.service, "user_id": job.user_id}
         head = db.execute(QUEUED_HEAD, pair).fetchone()[0]
-        db.execute(ELIGIBLE_CLEAR, pair)
         if head is not None and db.execute(BUSY_OF_USER, pair).fetchone()[0] < service.runs_per_user:
-            db.execute(ELIGIBLE_SET, {**pair, "head": head})
+            db.execute(ELIGIBLE_SET, {**pair, "head": head})  # replaces the user's row: one a user and service
+        else:
+            db.execute(ELIGIBLE_CLEAR, pair)
 
     def set_limits(self, services: Mapping[str, Service]) -> None:
         """Take the quotas of these services, and make `eligible` anew for them."""
@@ -1883,9 +1913,9 @@ class Store:
 
 def as_job(row: sqlite3.Row) -> Job:
     """Return a row of jobs as a Job."""
-    values = dict(row)
-    values["status"] = Status(values["status"])
-    return Job(**values)
+    values = list(row)
+    values[STATUS_AT] = Status(values[STATUS_AT])
+    return Job._make(values)
 
 
 def on_network(path: str) -> bool:
@@ -1903,7 +1933,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 7. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 8. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
@@ -1962,10 +1992,14 @@ class Executor(Protocol):
         """Bring the outputs into the work folder; nothing to do where the folder is shared."""
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the client's environment without secrets and without its own settings: its PORT is not a script's."""
+    own = {setting.name for setting in SETTINGS}
+    return {name: value for name, value in environment.items() if name not in own and not SECRET_NAMES.search(name)}
+
+
 def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return what the script sees: the client's environment without secrets, and our own words."""
-    own = {setting.name for setting in SETTINGS}  # PORT of the client is not the port of a script
-    kept = {name: value for name, value in inherited.items() if name not in own and not SECRET_NAMES.search(name)}
+    """Return what the script sees: what it inherits, and our own words."""
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -1976,7 +2010,7 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
         "JOBORCH_MARK": job.mark,
         "TMPDIR": str(folder / "tmp"),
     }
-    return {**kept, **ours}
+    return {**inherited, **ours}
 
 
 def read_exit(folder: Path) -> Fate | None:
@@ -1984,7 +2018,6 @@ def read_exit(folder: Path) -> Fate | None:
     try:
         with open(folder / "exit.json", "rb") as file:
             said = json.loads(file.read(200))
-            os.fsync(file.fileno())  # it outranks all we know: on disk before a row is moved by it
         return Fate(False, int(said["status"]), bool(said["left"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -2079,7 +2112,7 @@ class LocalExecutor:
 
     def __init__(self, data: DataFolder, kill_grace_s: float) -> None:
         self.data, self.kill_grace_s = data, kill_grace_s
-        self.boot = boot_id()
+        self.boot, self.inherited = boot_id(), without_secrets(os.environ)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.wrapper = data.path / "wrapper.sh"
@@ -2091,7 +2124,7 @@ class LocalExecutor:
         # close_fds=False: all of ours are close-on-exec already, and so vfork stays cheap.
         child = subprocess.Popen(
             ["bash", str(self.wrapper), str(folder), str(job.attempt)],
-            env=payload_environment(job, folder, os.environ),
+            env=payload_environment(job, folder, self.inherited),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -2127,12 +2160,12 @@ class LocalExecutor:
 
     def fate(self, job: Job) -> Fate:
         folder = self.data.job(job.mark)
+        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         ended = read_exit(folder)
-        if ended:
+        if ended and boot == self.boot:
             self.seen.discard(job.mark)
             return ended
-        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:
+        if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
@@ -2200,7 +2233,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 8. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 9. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 class FilesBody:
@@ -2311,7 +2344,9 @@ class Link:
         self.instance, self.since = "", 0
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
+        self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.may_have_pinned = True  # jobs that a lost answer, or a crash while they were sent, ties to this client
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
 
     def turn(self) -> contextlib.AbstractContextManager[Any]:
@@ -2361,22 +2396,17 @@ class Link:
 
     # -- calls --
 
-    def session(self) -> requests.Session:
-        """Return this thread's own session: a Session is not safe for threads."""
-        import requests
+    @functools.cached_property
+    def pool(self) -> urllib3.PoolManager:
+        """The connections to this client; threads may share them."""
+        import urllib3
 
-        if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-            self.local.session.trust_env = False
-            adapter = requests.adapters.HTTPAdapter()
-            adapter.init_poolmanager(2, 2, blocksize=CHUNK_BYTES)  # else bodies are sent 16 KiB at a time
-            for scheme in ("http://", "https://"):
-                self.local.session.mount(scheme, adapter)
-        return cast("requests.Session", self.local.session)
+        return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
 
-    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> requests.Response:
-        """Make one call. Raises NothingSent where no byte can have gone out, NoAnswer where an answer is missing."""
-        import requests
+    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
+        """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer."""
+        import urllib3
+        from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError, SSLError
 
         headers = options.pop("headers", {})
         token = self.token()
@@ -2384,14 +2414,12 @@ class Link:
             headers["Authorization"] = f"Bearer {token}"
         if self.legacy:
             headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
-            return self.session().request(method, url, headers=headers, timeout=(CONNECT_TIMEOUT_S, read_timeout_s), **options)
-        except (requests.ConnectTimeout, requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            return self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
+        except (NewConnectionError, ConnectTimeoutError, LocationValueError, SSLError) as error:
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
-        except requests.ConnectionError as error:
-            kind = NothingSent if "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error) else NoAnswer
-            raise kind(f"{'cannot be reached' if kind is NothingSent else 'did not answer'}: {plain_cause(error)}") from error
-        except requests.RequestException as error:
+        except (HTTPError, OSError) as error:
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
 
     def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
@@ -2402,6 +2430,7 @@ class Link:
         body = FilesBody(folder, paths, with_digests=not self.legacy)
         headers = {
             "Content-Type": f"multipart/form-data; boundary={body.boundary}",
+            "Content-Length": str(len(body)),
             "X-Joborch-Job": str(job.id),
             "X-Joborch-Uuid": job.uuid,
             "X-Joborch-Attempt": str(job.attempt),
@@ -2412,39 +2441,42 @@ class Link:
             **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
-        answer = self.call("POST", self.address.upload_url, data=body, headers=headers, stream=True)
-        with answer:
-            text = next(answer.iter_content(64 * KIB), b"")  # a 2.2 client echoes every input byte; the id comes first
-        return read_submit_answer(answer.status_code, text)
+        answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
+        return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
-    def events(self, wait_s: float) -> Heard:
-        """Wait for changes at the client: one long poll for all its payloads. Gone: it has no /events."""
-        url = f"{self.address.base_url}/events"
-        query = {"since": str(self.since), "instance": self.instance, "wait": f"{wait_s:g}"}
-        answer = self.call("GET", url, read_timeout_s=wait_s + 10, params=query)
-        if answer.status_code == 404:
+    def events(self, wait_s: float, done: Sequence[str]) -> Heard:
+        """Wait for changes at the client: one long poll for all its payloads. Gone: it has no /events.
+
+        `done` are payloads whose results are safe here: the client need not keep them for us any longer.
+        """
+        query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}"
+        answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
+        text = read_some(answer, 256 * MIB)
+        if answer.status == 404:
             raise Gone("no /events")
-        if answer.status_code != 200:
-            raise NothingSent(refused_text(answer.status_code, answer.content))
+        if answer.status != 200:
+            raise NothingSent(refused_text(answer.status, text))
         try:
-            said = answer.json()
+            said = json.loads(text)
             return Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
         except (ValueError, KeyError, TypeError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
-        with self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job), stream=True) as answer:
-            if answer.status_code == 404:
-                raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
-            if answer.status_code != 200:
-                raise NoAnswer(refused_text(answer.status_code, next(answer.iter_content(KIB), b"")))
-            if answer.headers.get("Content-Type", "").startswith("application/zip"):
-                return {"status": Status.COMPLETED.value}
-            try:
-                return dict(json.loads(answer.raw.read(64 * MIB, decode_content=True)))
-            except (ValueError, TypeError) as error:
-                raise NoAnswer("answers rubbish to /retrieve") from error
+        answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job))
+        if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
+            answer.close()
+            return {"status": Status.COMPLETED.value}
+        text = read_some(answer, 64 * MIB)
+        if answer.status == 404:
+            raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        if answer.status != 200:
+            raise NoAnswer(refused_text(answer.status, text))
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise NoAnswer("answers rubbish to /retrieve") from error
 
     def fetch(self, job: Job, target: IO[bytes], partial: bool = False) -> tuple[int, str]:
         """Write the ZIP of a payload to `target`; return size in bytes and SHA-256 (hex), verified where the client sent one.
@@ -2452,31 +2484,28 @@ class Link:
         Raises Gone where the client does not know the payload, NoAnswer where the transfer broke or is not what it said.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
-        try:
-            with self.call("GET", url, headers=named(job), stream=True) as answer:
-                if answer.status_code == 404:
-                    raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
-                if answer.status_code != 200 or not answer.headers.get("Content-Type", "").startswith("application/zip"):
-                    raise NoAnswer(refused_text(answer.status_code, next(answer.iter_content(KIB), b"")))
-                return copy_verified(answer, target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise NoAnswer(f"the transfer broke: {plain_cause(error)}") from error
+        answer = self.call("GET", url, headers=named(job))
+        if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
+            return copy_verified(answer, target)
+        text = read_some(answer, KIB)
+        if answer.status == 404:
+            raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        raise NoAnswer(refused_text(answer.status, text))
 
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
         answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", headers=named(job))
-        if answer.status_code == 404:
+        text = read_some(answer, KIB)
+        if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
-        if answer.status_code not in (200, 202):
-            raise NoAnswer(refused_text(answer.status_code, answer.content[:KIB]))
-        return answer.status_code == 200
+        if answer.status not in (200, 202):
+            raise NoAnswer(refused_text(answer.status, text))
+        return answer.status == 200
 
     def ping(self) -> None:
         """Make sure that a legacy client answers at all: any answer of its web server will do."""
         parts = urlsplit(self.address.upload_url)
-        self.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10)
+        read_some(self.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10), KIB)
 
 
 def named(job: Job) -> dict[str, str]:
@@ -2524,19 +2553,31 @@ def read_submit_answer(status: int, text: bytes) -> str:
     raise NoAnswer(refused_text(status, text))
 
 
-def copy_verified(answer: requests.Response, target: IO[bytes]) -> tuple[int, str]:
+def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
+    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        text = answer.read(limit_bytes)
+        if answer.read(1):
+            answer.close()  # more than we want: the connection is of no further use
+        answer.release_conn()
+        return text
+    except (HTTPError, OSError) as error:
+        raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
+
+
+def copy_verified(answer: urllib3.BaseHTTPResponse, target: IO[bytes]) -> tuple[int, str]:
     """Copy a response's body to `target`; NoAnswer where length or digest are not what its headers said."""
     digest, size = hashlib.sha256(), 0
-    read = functools.partial(answer.raw.read, CHUNK_BYTES)
-    try:
-        for chunk in iter(read, b""):
-            target.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoAnswer(f"the transfer broke after {size} bytes: {plain_cause(error)}") from error
+    while True:
+        chunk = read_chunk(answer, size)
+        if not chunk:
+            break
+        target.write(chunk)
+        digest.update(chunk)
+        size += len(chunk)
+    answer.release_conn()
     promised = answer.headers.get("Content-Length")
     if promised is not None and int(promised) != size:
         raise NoAnswer(f"the transfer broke: {size} of {promised} bytes came")
@@ -2546,12 +2587,22 @@ def copy_verified(answer: requests.Response, target: IO[bytes]) -> tuple[int, st
     return size, digest.hexdigest()
 
 
+def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
+    """Return the next part of a body, an empty one at its end; NoAnswer where the transfer broke."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        return answer.read(CHUNK_BYTES)
+    except (HTTPError, OSError) as error:
+        raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
+
+
 def repr_digest(sha256_hex: str) -> str:
     """Return a Repr-Digest header (RFC 9530)."""
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
-# == 9. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+# == 10. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
 
 
 @dataclass(frozen=True)
@@ -2597,7 +2648,7 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -
     return f"it is next for a free place at a client for {service}{before}"
 
 
-# == 10. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 11. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -2644,9 +2695,8 @@ class Loop:
             except Exception:
                 if not self.stopped:  # the store closes under those that come late
                     log.exception("%s: the tick failed; tried again in %s", self.name, spoken(self.period_s))
-            if more:
-                self.wake()
-            self.sleep(patience_s)
+            if not more:
+                self.sleep(patience_s)
 
     def sleep(self, patience_s: float | None) -> None:
         """Sleep until a call comes, or for `patience_s` seconds."""
@@ -2761,7 +2811,7 @@ def sweep(node: Node) -> None:
                 remove_tree(path)
 
 
-# == 11. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
+# == 12. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
 
 
 class Server(Node):
@@ -2813,15 +2863,19 @@ def send_tick(server: Server, link: Link) -> bool:
     job = claim_next(server, link)
     if job is None:
         return False
-    server.wake(f"send:{link.name}")  # another lane looks for the next while this one sends
+    more = any(server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1) for service in link.services)
+    if more:
+        server.wake(f"send:{link.name}")  # another lane takes the next while this one sends
     with link.turn():
         send_job(server, link, job)
-    return True
+    return more
 
 
 def claim_next(server: Server, link: Link) -> Job | None:
     """Return a job to send: one that is pinned to this client by a lost answer, else the next one that fits."""
-    for job in server.store.jobs(PINNED_AT_CLIENT, client=link.name):
+    pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
+    link.may_have_pinned = bool(pinned)
+    for job in pinned:
         if link.legacy:
             new_attempt(server, job, f"{link.name} cannot say whether it has the job")
             continue
@@ -2903,6 +2957,7 @@ def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
     """
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+    link.may_have_pinned = True
     with link.lock:
         link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
     current = server.store.get(job.id)
@@ -2937,7 +2992,9 @@ def get_tick(server: Server, link: Link) -> bool:
         if link.legacy:
             return poll_tick(server, link)
         fresh = link.since == 0
-        heard = link.events(0 if fresh else EVENTS_WAIT_S)
+        done = link.settled[:200]
+        heard = link.events(0 if fresh else EVENTS_WAIT_S, done)
+        del link.settled[: len(done)]
     except Gone:
         link.legacy = True
         log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
@@ -2948,7 +3005,8 @@ def get_tick(server: Server, link: Link) -> bool:
         return False
     link.heard()
     take_in(server, link, heard, fresh)
-    server.wake(f"send:{link.name}")
+    if fresh or link.ended:
+        server.wake(f"send:{link.name}")  # it is back, or has room again
     return True
 
 
@@ -2993,7 +3051,7 @@ def end_stray(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """End a payload of an attempt that was given up: it came back late."""
     log.warning("job %d: attempt %s still runs at %s and is ended there", job.id, payload.get("attempt"), link.name)
     try:
-        link.kill(dataclasses.replace(job, dest_id=str(payload.get("id")), attempt=int(str(payload.get("attempt")))))
+        link.kill(job._replace(dest_id=str(payload.get("id")), attempt=int(str(payload.get("attempt")))))
     except (NothingSent, NoAnswer, Gone) as error:
         log.warning("job %d: %s %s", job.id, link.name, error)
 
@@ -3050,7 +3108,9 @@ def fetch_tick(server: Server, link: Link) -> bool:
         if due is None:
             return False
         due.due = now + 3600  # ours: no other lane takes it
-    server.wake(f"fetch:{link.name}")
+        more = any(found.due <= now for found in link.ended.values())
+    if more:
+        server.wake(f"fetch:{link.name}")
     settled = False
     try:
         with link.turn():
@@ -3064,6 +3124,8 @@ def fetch_tick(server: Server, link: Link) -> bool:
                 due.failures += 1
                 due.due = server.clock.monotonic() + backoff_s(due.failures)
     if settled:
+        if job and job.dest_id and not link.legacy:
+            link.settled.append(job.dest_id)
         server.wake("send")  # quota and places are free, at this client or another
     return True
 
@@ -3103,18 +3165,30 @@ def become_unknown(server: Server, job: Job, reason: str) -> None:
 
 def fetch_result(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """Bring a result to its place: file, digest, fsync, rename; then the row."""
-    size, digest = store_archive(server, link, job, partial=False)
+    size, digest = store_archive(server, link, job, payload, partial=False)
     reason = payload.get("reason") or "run.sh ended with exit status 0"
     started = payload.get("started_at") or job.started_at
     server.store.move(job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
 
 
-def store_archive(server: Server, link: Link, job: Job, partial: bool) -> tuple[int, str]:
+def unpack_inline(payload: Mapping[str, Any], target: IO[bytes]) -> tuple[int, str] | None:
+    """Write the ZIP that came with the news of a payload's end; None where none came, or another than was sent."""
+    if "archive" not in payload:
+        return None
+    data = base64.b64decode(str(payload["archive"]))
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != payload.get("sha256"):
+        return None
+    target.write(data)
+    return len(data), digest
+
+
+def store_archive(server: Server, link: Link, job: Job, payload: Mapping[str, Any], partial: bool) -> tuple[int, str]:
     """Fetch a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return."""
     descriptor, name = tempfile.mkstemp(dir=server.data.tmp)
     try:
         with open(descriptor, "wb", buffering=0) as target:
-            size, digest = link.fetch(job, target, partial)
+            size, digest = unpack_inline(payload, target) or link.fetch(job, target, partial)
             os.fsync(target.fileno())
         os.rename(name, server.data.result(job.uuid))
     except BaseException:
@@ -3129,7 +3203,7 @@ def fetch_failure(server: Server, link: Link, job: Job, payload: Mapping[str, An
     to = Status(payload["status"])
     size, digest = None, None
     with contextlib.suppress(Gone):  # nothing is left of it: its end counts all the same
-        size, digest = store_archive(server, link, job, partial=True)
+        size, digest = store_archive(server, link, job, payload, partial=True)
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes: dict[str, Any] = {name: payload.get(name) for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
@@ -3192,7 +3266,7 @@ def fail_unreachable(server: Server, service: Service) -> None:
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 12. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 13. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 class Client(Node):
@@ -3225,7 +3299,7 @@ def run_tick(client: Client) -> bool:
     if free > 0:
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=free):
             begin(client, job)
-    return bool(ended)
+    return False
 
 
 def begin(client: Client, job: Job) -> None:
@@ -3409,7 +3483,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 13. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 14. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -3539,10 +3613,16 @@ def route(
     return declare
 
 
+@functools.lru_cache(maxsize=2)
+def routes_of(mode: str) -> tuple[Route, ...]:
+    """Return the routes of one mode."""
+    return tuple(found for found in ROUTES if mode in found.mode.split())
+
+
 def find_route(mode: str, method: str, path: str) -> Route:
     """Return the route of a request; Refusal 404 or 405."""
     wanted = "GET" if method == "HEAD" else method
-    here = [found for found in ROUTES if mode in found.mode.split() and found.pattern.match(path)]
+    here = [found for found in routes_of(mode) if found.pattern.match(path)]
     for found in here:
         if found.method == wanted:
             return found
@@ -3621,9 +3701,9 @@ def make_app(node: Node) -> bottle.Bottle:
     import bottle
 
     app = bottle.Bottle()
-    for declared in ROUTES:
-        if node.config.mode in declared.mode.split():
-            app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
+    app.config["json.enable"] = False  # handlers give bytes
+    for declared in routes_of(node.config.mode):
+        app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
     app.default_error_handler = plain_error
     return app
 
@@ -3794,7 +3874,7 @@ def make_http_server(node: Node, app: Any) -> Any:
         "channel_timeout": 120,
         "backlog": 1024,
         "ident": "joborch",
-        "clear_untrusted_proxy_headers": True,
+        "clear_untrusted_proxy_headers": False,  # nothing here believes them
     }
     try:
         server = waitress.server.create_server(app, host=config.host, port=config.port, **options)
@@ -3877,7 +3957,7 @@ PARTS = {
 }
 
 
-# == 14. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 15. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -3970,7 +4050,7 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
     if job.status is Status.QUEUED:
         before = server.store.number(QUEUED_BEFORE_IN_SERVICE, service=job.service, id=job.id)
         said["queue_position"] = before + 1 if before < 10_000 else None
-    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)]
+    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
         rows.append(
             {
@@ -4343,7 +4423,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-# == 15. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 16. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -4513,7 +4593,8 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
     archive = pack_payload(client, job)
-    client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+    if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
+        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}.zip", {})
 
 
@@ -4527,7 +4608,7 @@ def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of payload {job.id} were cleaned")
     archive = pack_payload(client, job)
-    if job.status in ENDED:
+    if job.status in ENDED and not request.header("X-Joborch-Mark"):
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
 
@@ -4564,7 +4645,8 @@ EVENTS_TAKES = (
         "since", "query", "integer", "the `next` of your last answer; 0 asks for all that was not fetched", 0, least=0, most=2**63 - 1
     ),
     Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3"),
-    Parameter("wait", "query", "number", "wait for a change, at most so many seconds", 25),
+    Parameter("wait", "query", "number", "wait for a change, at most so many seconds", 10),
+    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2"),
 )
 EXAMPLE_EVENT = {
     "id": 1,
@@ -4587,6 +4669,8 @@ TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait 
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
+    if request.query.get("instance", "") == client.instance:
+        confirm(client, request.query.get("done", ""))
     if request.query.get("instance", client.instance) not in ("", client.instance):
         since, wait_s = 0, 0.0
     if since == 0:
@@ -4601,7 +4685,37 @@ def events(client: Client, request: Request) -> Answer:
                 client.wait_until(lambda: any_ended(client, since), EVENTS_SETTLE_S, request.left)
                 jobs = client.store.jobs(CHANGED_SINCE, since=since)
         last = max((job.changed or 0 for job in jobs), default=since)
-    return Answer({"instance": client.instance, "next": last, "slots": client.config.slots, "payloads": [event_json(job) for job in jobs]})
+    payloads = [event_json(job) for job in jobs]
+    if since:
+        ended = [(job, said) for job, said in zip(jobs, payloads) if job.status in ENDED and job.fetched_at is None]
+        for job, said in ended[:INLINE_PAYLOADS]:
+            said.update(inline_archive(client, job))
+    return Answer({"instance": client.instance, "next": last, "slots": client.config.slots, "payloads": payloads})
+
+
+def inline_archive(client: Client, job: Job) -> dict[str, str]:
+    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
+    folder = client.folder(job)
+    try:
+        entries = [*os.scandir(folder / "work")]
+        plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries) if plain else 0
+        size += sum(os.path.getsize(folder / stream) for stream in OUTPUT_STREAMS)
+        if not plain or size > INLINE_LIMIT_BYTES:
+            return {}
+        archive = pack_payload(client, job)
+        with archive.file:
+            return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
+    except OSError:
+        return {}  # the server fetches it, and hears what is wrong
+
+
+def confirm(client: Client, done: str) -> None:
+    """Note that a server has the results of these payloads, by ids with commas between."""
+    ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
+    if ids:
+        now = client.clock.wall()
+        client.store.write(lambda db: [db.execute(JOB_FETCHED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
 
 
 def any_ended(client: Client, since: int) -> bool | None:
@@ -4657,7 +4771,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 16. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 17. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -4823,7 +4937,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 17. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 18. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -5006,7 +5120,7 @@ def bundled_packages() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("bottle", "waitress", "requests", "platformdirs", "multipart"):
+    for name in ("bottle", "waitress", "urllib3", "platformdirs", "multipart"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -5077,12 +5191,12 @@ class Demo:
 
     def wait_ready(self, mode: str) -> None:
         """Wait until a process answers; JoborchError shows the end of its log where it does not."""
-        import requests
+        import urllib3
 
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"http://127.0.0.1:{self.ports[mode]}/health", timeout=2).ok:
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
                     return
             time.sleep(0.05)
         tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
@@ -5090,28 +5204,28 @@ class Demo:
 
     def run_example(self) -> dict[str, Any]:
         """Send the example and wait for its end; return the job."""
-        import requests
+        import urllib3
 
         files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
-        answer = requests.post(f"{self.base}/upload", files=files, data={"user_id": "1", "service": "example"}, timeout=30)
-        answer.raise_for_status()
+        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
         job: dict[str, Any] = answer.json()
+        if answer.status != 201:
+            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
         say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
         deadline = time.monotonic() + 60
         while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
             query = {"wait": "10", "since": job["status"]}
-            job = requests.get(f"{self.base}/jobs/{job['id']}", params=query, timeout=30).json()
+            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
             say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
         return job
 
     def summary(self, job: Mapping[str, Any]) -> str:
         """Download the result and return its one-line summary."""
-        import requests
+        import urllib3
 
-        answer = requests.get(f"{self.base}/download/{job['id']}", timeout=30)
-        answer.raise_for_status()
-        with zipfile.ZipFile(io.BytesIO(answer.content)) as result:
-            say(f"downloaded the result: {len(answer.content)} bytes, {len(result.namelist())} files")
+        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
+        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
+            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
             return result.read("summary.txt").decode().strip()
 
     def stop(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ import pytest
 from harness import alive, end_all_below, processes_below, wait_for
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_files import data  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, new_job
+from test_files import data_fixture  # noqa: F401 - a fixture
+from test_states import BOUNDED, HandClock, changed, new_job
 
 import joborch
 from joborch import Cause, DataFolder, Fate, Job, LocalExecutor, Process, StillRunning, Store, read_exit, tree_of
@@ -59,7 +58,7 @@ class Bench:
     def start(self, script: str, **changes: Any) -> Job:
         """A payload that was started, with its handle."""
         job = self.payload(script, **changes)
-        return dataclasses.replace(job, handle=self.executor.start(job))
+        return changed(job, handle=self.executor.start(job))
 
     def folder(self, job: Job) -> Path:
         """Where a payload's files, streams and exit file are."""
@@ -78,16 +77,19 @@ class Bench:
         return job, self.end(job)
 
     def signalled(self, script: str) -> Job:
-        """A running payload that has come to the word READY in its script."""
-        job = self.payload(script.replace("READY", "echo > ../ready"))
-        os.mkfifo(self.folder(job) / "ready")
-        job = dataclasses.replace(job, handle=self.executor.start(job))
+        """A running payload that has come to READY in its script; at BLOCK it waits for ever."""
+        job = self.payload(script.replace("READY", "echo > $OUR/ready").replace("BLOCK", "exec 3<> $OUR/go; read -u 3"))
+        script_file = self.folder(job) / "work/run.sh"
+        script_file.write_text(f"export OUR={self.folder(job)}\n{script_file.read_text()}")
+        for name in ("ready", "go"):
+            os.mkfifo(self.folder(job) / name)
+        job = changed(job, handle=self.executor.start(job))
         (self.folder(job) / "ready").read_text()
         return job
 
 
-@pytest.fixture
-def bench(data: DataFolder) -> Iterator[Bench]:  # noqa: F811 - the fixture
+@pytest.fixture(name="bench")
+def bench_fixture(data: DataFolder) -> Iterator[Bench]:
     """A bench; what it started is ended."""
     made = Bench(data)
     yield made
@@ -147,7 +149,7 @@ def test_a_stopped_script_costs_no_processor(bench: Bench) -> None:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return [int(line.split()[1]) for line in lines if "ctxt_switches" in line]
 
-    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S", 5, "the wrapper to sleep")
+    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S", 2, "the wrapper to sleep")
     before = switches()
     bench.executor.poll([job])
     assert switches() == before, "the wrapper waits for the end, not in circles"
@@ -157,6 +159,7 @@ def test_streams_work_folder_and_what_the_script_sees(bench: Bench, monkeypatch:
     monkeypatch.setenv("MY_TOKEN", "secret")
     monkeypatch.setenv("PORT", "9000")
     monkeypatch.setenv("KEPT", "é 1")
+    bench.executor = LocalExecutor(bench.data, GRACE_S)
     job, fate = bench.run(
         "echo out; echo err >&2; cat; pwd; umask; env", user_id=7, service="s", remote_id="42", cpus=3, memory=100, attempt=2
     )
@@ -192,7 +195,7 @@ def test_an_attempt_is_claimed_by_one_wrapper(bench: Bench) -> None:
 
 def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
     """TERM, INT and HUP reach the script, if it is told; the wrapper stays to write down how it ended."""
-    job = bench.signalled("trap 'echo got it; exit 9' TERM\nREADY\nwhile :; do read -t 0.05 <> <(:); done")
+    job = bench.signalled("trap 'echo got it; exit 9' TERM\nsleep 1000 &\nREADY\nwait")
     pid = int((job.handle or "").split()[0])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
@@ -213,7 +216,7 @@ def test_signals_are_not_ignored_in_the_script(bench: Bench) -> None:
 
 
 def test_what_the_script_leaves_running_is_ended(bench: Bench) -> None:
-    job, fate = bench.run("bash -c 'while :; do read -t 1 <> <(:); done' & disown; exit 0")
+    job, fate = bench.run("sleep 1000 & disown; exit 0")
     assert fate == Fate(False, 0, True)
     wait_for(lambda: not processes_below(bench.folder(job)), what="the rest of its group to end")
 
@@ -233,7 +236,7 @@ def test_a_folder_that_went_before_the_wrapper_came(bench: Bench) -> None:
 @BOUNDED
 def test_an_exit_file_counts_when_it_is_whole(status: int, left: bool, cut: int) -> None:
     """The wrapper writes it in one go into a place of blanks; a crash may leave any beginning of it."""
-    text = '{"status": %d, "left": %d}' % (status, left)
+    text = f'{{"status": {status}, "left": {left:d}}}'
     folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"joborch-test-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     try:
@@ -279,9 +282,10 @@ def soon(call: Callable[[], Any], folder: Path) -> Any:
 @pytest.mark.parametrize("made", ["mkdir", "mkfifo", "ln -s /dev/zero", "ln -s exit.json", "ln -s ..", "touch"])
 def test_a_script_that_puts_something_else_in_the_exit_files_place(made: str, bench: Bench) -> None:
     """One payload must not stop the runner of all."""
-    hostile, _ = bench.run(f"rm -f ../exit.json; {made} ../exit.json; exit 0")
+    hostile = bench.start(f"rm -f ../exit.json; {made} ../exit.json; exit 0")
+    bench.executor.children[int((hostile.handle or "").split()[0])].wait(30)
     other = bench.start("exit 3")
-    bench.end(other)
+    bench.executor.children[int((other.handle or "").split()[0])].wait(30)
     fates = soon(lambda: bench.executor.poll([hostile, other]), bench.folder(hostile))
     assert isinstance(fates, dict), fates
     assert fates[other.id] == Fate(False, 3, False)
@@ -298,8 +302,7 @@ def test_a_script_that_takes_the_rights_of_its_folders(bench: Bench) -> None:
 
 
 def test_alive_until_the_wrapper_has_ended(bench: Bench) -> None:
-    job = bench.signalled("READY\nread < ../go")
-    os.mkfifo(bench.folder(job) / "go")
+    job = bench.signalled("READY\nBLOCK")
     assert bench.executor.poll([job])[job.id] == Fate(True)
     assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True), "for a client that was started again, too"
 
@@ -308,8 +311,8 @@ def test_the_exit_file_outranks_the_process(bench: Bench) -> None:
     """Process ids are used again, files are not."""
     job = bench.payload("true")
     (bench.folder(job) / "exit.json").write_text('{"status": 4, "left": 0}')
-    for handle in (None, f"{os.getpid()} {joborch.process_start(os.getpid())} {bench.executor.boot}", "1 1 another-boot"):
-        fate = bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id]
+    for handle in (None, f"{os.getpid()} {joborch.process_start(os.getpid())} {bench.executor.boot}"):
+        fate = bench.executor.poll([changed(job, handle=handle)])[job.id]
         assert fate == Fate(False, 4, False)
 
 
@@ -317,7 +320,7 @@ def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) 
     job = bench.payload("true")
     (bench.folder(job) / "started.1").write_text(f"{os.getpid()}\n")
     handle = f"{os.getpid()} 1 {bench.executor.boot}"
-    assert not bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id].alive
+    assert not bench.executor.poll([changed(job, handle=handle)])[job.id].alive
 
 
 @pytest.mark.parametrize(
@@ -334,14 +337,14 @@ def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) 
 )
 def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, word: str, bench: Bench) -> None:
     """By the script's own doing: its failure. By that of the machine: another attempt."""
-    job = bench.signalled("READY\nread < ../go")
+    job = bench.signalled("READY\nBLOCK")
     pid = int((job.handle or "").split()[0])
     for process in tree_of(job, bench.folder(job), pid):
         os.kill(process.pid, signal.SIGKILL)
     bench.executor.children[pid].wait(30)
     folder, executor = bench.folder(job), bench.executor
     if what == "reboot":
-        job = dataclasses.replace(job, handle=f"{pid} 1 another-boot")
+        job = changed(job, handle=f"{pid} 1 another-boot")
     elif what == "folder":
         joborch.remove_tree(folder)
     elif what == "claim":
@@ -362,12 +365,12 @@ def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, wo
 
 
 def test_find_tells_what_was_started_from_what_never_ran(bench: Bench) -> None:
-    never, running, ended = bench.payload("true"), bench.signalled("READY\nread < ../go"), bench.run("true")[0]
-    cut_off = [dataclasses.replace(job, handle=None) for job in (never, running, ended)]
+    never, running, ended = bench.payload("true"), bench.signalled("READY\nBLOCK"), bench.run("true")[0]
+    cut_off = [changed(job, handle=None) for job in (never, running, ended)]
     found = LocalExecutor(bench.data, 0).find(cut_off)
     assert set(found) == {running.mark, ended.mark}
     assert found[running.mark] == running.handle
-    fates = LocalExecutor(bench.data, 0).poll([dataclasses.replace(job, handle=found.get(job.mark)) for job in (running, ended)])
+    fates = LocalExecutor(bench.data, 0).poll([changed(job, handle=found.get(job.mark)) for job in (running, ended)])
     assert fates == {running.id: Fate(True), ended.id: Fate(False, 0, False)}
 
 
@@ -377,13 +380,13 @@ def test_find_is_not_misled_by_a_claim(claim: str, bench: Bench) -> None:
     job = bench.payload("true")
     (bench.folder(job) / "started.1").write_text(claim)
     handle = bench.executor.find([job])[job.mark]
-    assert not bench.executor.poll([dataclasses.replace(job, handle=handle)])[job.id].alive
+    assert not bench.executor.poll([changed(job, handle=handle)])[job.id].alive
 
 
 def test_a_second_start_of_an_attempt_finds_the_first(bench: Bench) -> None:
     """A crash between start and handle, and a start that was too much: the script has run once, and is still seen."""
-    job = bench.signalled("echo ran >> ../../count\nREADY\nread < ../go")
-    second = dataclasses.replace(job, handle=bench.executor.start(job))
+    job = bench.signalled("echo ran >> ../../count\nREADY\nBLOCK")
+    second = changed(job, handle=bench.executor.start(job))
     bench.executor.children[int((second.handle or "").split()[0])].wait(30)
     assert bench.executor.poll([second])[job.id] == Fate(True)
     bench.executor.cancel(second)
@@ -394,38 +397,44 @@ def test_a_second_start_of_an_attempt_finds_the_first(bench: Bench) -> None:
 # == Ended as a whole ==
 
 TREES = {
-    "obedient": "READY\nread < ../go",
-    "deaf": "trap '' TERM\nREADY\nwhile :; do read -t 0.1 <> <(:); done",
-    "own session": "setsid bash -c 'READY; read < ../go' & wait",
-    "own session, deaf": "setsid bash -c \"trap '' TERM; READY; while :; do read -t 0.1 <> <(:); done\" & wait",
-    "daemon": "(setsid bash -c '(READY; read < ../go) &' &)\nread < ../go",
-    "elsewhere": "(cd /; setsid bash -c '(echo > $OLDPWD/../ready; read < $OLDPWD/../go) &' &)\nread < ../go",
-    "forking": "f() { (f) & read -t 0.05 <> <(:); }\nset +m\nREADY\nfor i in 1 2 3; do (setsid bash -c 'read < ../go' &); done; read < ../go",
-    "stopped": "READY\nkill -STOP 0",
+    "obedient": "READY\nBLOCK",
+    "deaf": "trap '' TERM\nREADY\nBLOCK",
+    "own session": "setsid bash -c 'READY; BLOCK' & wait",
+    "own session, deaf": "setsid bash -c \"trap '' TERM; READY; BLOCK\" & wait",
+    "daemon": "(setsid bash -c '(READY; BLOCK) &' &)\nBLOCK",
+    "elsewhere": "(cd /; setsid bash -c '(READY; BLOCK) &' &)\nBLOCK",
+    "elsewhere, without its environment": "setsid env -i OUR=$OUR bash -c 'cd /; ((BLOCK) &); READY; BLOCK' & wait",
+    "many": "for i in 1 2 3 4 5; do (setsid bash -c 'BLOCK' &) & done; set +m; wait; READY; BLOCK",
+    "stopped": "(kill -STOP $BASHPID) &\nREADY\nBLOCK",
 }
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> None:
-    bench_job = bench.payload(TREES[tree].replace("READY", "echo > ../ready"))
-    for name in ("ready", "go"):
-        os.mkfifo(bench.folder(bench_job) / name)
-    job = dataclasses.replace(bench_job, handle=bench.executor.start(bench_job))
-    bystander = bench.signalled("READY\nread < ../go")
-    (bench.folder(job) / "ready").read_text()
-    pids = {process.pid for process in tree_of(job, bench.folder(job), int((job.handle or "").split()[0]))}
-    assert len(pids) >= 2
+    job, bystander = bench.signalled(TREES[tree]), bench.signalled("READY\nBLOCK")
+    others = [process.pid for process in joborch.all_processes() if holds_open(process.pid, bench.folder(job) / "go")]
+    assert others
     bench.executor.cancel(job)
-    assert not [pid for pid in pids if alive(pid)]
+    left = [pid for pid in others if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes of the payload that ran on"
     assert not processes_below(bench.folder(job))
     assert not bench.executor.poll([job])[job.id].alive
     bench.executor.cancel(job)
     assert bench.executor.poll([bystander])[bystander.id] == Fate(True)
-    assert os.getpid() not in pids
+
+
+def holds_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open: what it is called and where it works does not matter."""
+    try:
+        return any(entry.readlink() == path for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
 
 
 def test_cancel_lets_the_script_tidy_up(bench: Bench) -> None:
-    job = bench.signalled("trap 'echo tidy > tidied; exit 0' TERM\nREADY\nwhile :; do read -t 0.05 <> <(:); done")
+    job = bench.signalled("trap 'echo tidy > tidied; exit 0' TERM\nsleep 1000 &\nREADY\nwait")
     bench.executor.kill_grace_s = 30
     bench.executor.cancel(job)
     assert (bench.folder(job) / "work/tidied").read_text() == "tidy\n"
@@ -435,13 +444,13 @@ def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
     """No handle, or one of another boot or another process: nothing is signalled (see `strangers_are_safe`)."""
     job = bench.payload("true")
     for handle in (None, f"0 0 {bench.executor.boot}", f"{os.getpid()} 1 {bench.executor.boot}", f"{os.getpid()} 1 boot"):
-        bench.executor.cancel(dataclasses.replace(job, handle=handle))
+        bench.executor.cancel(changed(job, handle=handle))
     (bench.folder(job) / "started.1").write_text(f"{os.getpid()}\n")
     bench.executor.cancel(job)
 
 
 def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = bench.signalled("READY\nread < ../go")
+    job = bench.signalled("READY\nBLOCK")
     monkeypatch.setattr(joborch, "signal_all", lambda *_: None)
     monkeypatch.setattr(joborch.time, "sleep", lambda _: None)
     bench.executor.kill_grace_s = 0
@@ -451,9 +460,8 @@ def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: 
 
 def test_process_1_and_kernel_threads_are_nobodys(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """In containers process 1 and what is brought in from outside have session and group 0."""
-    machine = [
-        Process(1, 0, 0, 0, "1"), Process(2, 0, 0, 0, "1"), Process(50, 1, 0, 0, "2"), Process(60, 1, 60, 60, "3"), Process(61, 60, 60, 60, "4"),
-    ]  # fmt: skip
+    figures = [(1, 0, 0, 0), (2, 0, 0, 0), (50, 1, 0, 0), (60, 1, 60, 60), (61, 60, 60, 60)]
+    machine = [Process(*each, start="1") for each in figures]
     monkeypatch.setattr(joborch, "all_processes", lambda: machine)
     job = bench.payload("true")
     assert tree_of(job, bench.folder(job), 0) == []
@@ -462,10 +470,9 @@ def test_process_1_and_kernel_threads_are_nobodys(bench: Bench, monkeypatch: pyt
 
 def test_a_tree_is_all_that_hangs_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """By session, by group, by parent; strangers, and we ourselves, are not of it."""
-    machine = [
-        Process(os.getpid(), 1, 5, 5, "1"), Process(100, os.getpid(), 100, 100, "2"), Process(101, 100, 101, 100, "3"),
-        Process(102, 101, 102, 102, "4"), Process(103, 1, 102, 102, "5"), Process(104, 103, 104, 104, "6"), Process(200, 1, 200, 200, "7"),
-    ]  # fmt: skip
+    own = os.getpid()
+    figures = [(own, 1, 5, 5), (100, own, 100, 100), (101, 100, 101, 100), (102, 101, 102, 102), (103, 1, 102, 102), (104, 103, 104, 104)]
+    machine = [Process(*each, start="1") for each in [*figures, (200, 1, 200, 200)]]
     monkeypatch.setattr(joborch, "all_processes", lambda: machine)
     job = bench.payload("true")
     assert {process.pid for process in tree_of(job, bench.folder(job), 100)} == {100, 101, 102, 103, 104}
@@ -506,7 +513,11 @@ def test_a_mark_is_seen_in_environment_and_folder(tmp_path: Path) -> None:
         ({}, str(tmp_path / "uuid.10"), False),
         ({}, str(tmp_path), False),
     ):
-        with subprocess.Popen(["/bin/cat"], env=environment, cwd=where, stdin=subprocess.PIPE) as child:
+        with subprocess.Popen(["/bin/cat"], env=environment, cwd=where, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdin and child.stdout
+            child.stdin.write(b"it runs\n")
+            child.stdin.flush()
+            child.stdout.readline()
             assert joborch.bears_mark(child.pid, mark, folder) is wanted, (environment, where)
             child.communicate()
     assert not joborch.bears_mark(child.pid, mark, folder), "it has ended"
@@ -535,7 +546,8 @@ def test_no_secret_is_passed_on(environment: dict[str, str], secret: str) -> Non
     store = Store(":memory:", "client", HandClock())
     job = store.add(new_job(user_id=None, service=None), "")
     store.close()
-    seen = joborch.payload_environment(job, Path("/f"), {**environment, secret: "hidden", "MAX_AGE": "hidden"})
+    inherited = joborch.without_secrets({**environment, secret: "hidden", "MAX_AGE": "hidden"})
+    seen = joborch.payload_environment(job, Path("/f"), inherited)
     assert "hidden" not in seen.values()
     ours = {
         "JOBORCH_JOB_ID",

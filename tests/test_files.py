@@ -41,8 +41,8 @@ def new_folder() -> Iterator[Path]:
         joborch.remove_tree(path)
 
 
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataFolder]:
+@pytest.fixture(name="data")
+def data_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataFolder]:
     """An opened data folder; what it changes of the process is changed back."""
     monkeypatch.setattr(tempfile, "tempdir", None)
     umask = os.umask(0o022)
@@ -736,8 +736,8 @@ def test_rights_that_a_script_took_are_taken_back(tmp_path: Path, monkeypatch: p
 
 
 def test_data_folder_has_its_places_and_begins_with_an_empty_tmp(tmp_path: Path, data: DataFolder) -> None:
-    assert {path.name for path in data.path.iterdir()} == {"jobs", "results", "tmp", "lock"}
-    assert (data.path / "lock").read_text() == f"{os.getpid()}\n"
+    assert {path.name for path in data.path.iterdir()} == {"jobs", "results", "tmp", DataFolder.LOCK}
+    assert (data.path / DataFolder.LOCK).read_text() == f"{os.getpid()}\n"
     assert tempfile.gettempdir() == str(data.tmp)
     assert data.job("u.1") == data.jobs / "u.1"
     assert data.result("u") == data.results / "u.zip"
@@ -761,7 +761,7 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(data: DataFolder)
     code = f"import joborch; joborch.DataFolder({str(data.path)!r}).open()"
     second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"is in use by process {os.getpid()}: stop it, or give another folder" in second.stderr
-    assert (data.path / "lock").read_text() == f"{os.getpid()}\n", "the refused one wrote nothing"
+    assert (data.path / DataFolder.LOCK).read_text() == f"{os.getpid()}\n", "the refused one wrote nothing"
 
 
 def test_a_data_folder_that_cannot_be_made(tmp_path: Path, data: DataFolder) -> None:

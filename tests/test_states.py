@@ -57,6 +57,11 @@ def new_job(**changes: Any) -> joborch.NewJob:
     return dataclasses.replace(joborch.NewJob(str(uuid.uuid4()), user_id=1, service="example", retries=2), **changes)
 
 
+def changed(job: joborch.Job, **changes: Any) -> joborch.Job:
+    """A job as it would be with other columns."""
+    return job._replace(**changes)
+
+
 def tried(call: Callable[[], T], error: type[E]) -> T | E:
     """What `call` returns, or the error with which it refuses."""
     try:

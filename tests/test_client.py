@@ -1,0 +1,1148 @@
+"""The client's ticks and routes, and both halves together: a payload is started once, ends once, and its end is told."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import wsgiref.util
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import BOUNDARY, alive, disk_bytes, end_all_below, field_part, file_part, form, free_port, part, processes_below, wait_for
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from test_executors import soon, strangers_are_safe  # noqa: F401 - a fixture
+from test_files import data_fixture  # noqa: F401 - a fixture
+from test_server import no_long_polls  # noqa: F401 - a fixture
+from test_states import HandClock, new_job
+from test_store import together
+from waitress import wasyncore
+
+import joborch
+from joborch import (
+    BUSY,
+    OVER,
+    Cause,
+    Client,
+    DataFolder,
+    FilesBody,
+    Job,
+    Server,
+    Status,
+    StillRunning,
+    Store,
+    adopt,
+    clean_tick,
+    end_tick,
+    limit_tick,
+    load_config,
+    run_tick,
+    sweep,
+)
+
+UUID = "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0"
+
+# == Requests without a socket ==
+
+
+@dataclasses.dataclass
+class Said:
+    """An answer of the application."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body, read as JSON."""
+        return json.loads(self.body)
+
+
+def ask(node: joborch.Node, method: str, path: str, body: bytes = b"", **headers: str) -> Said:
+    """One request to a node's application; headers are named with underscores."""
+    path, _, query = path.partition("?")
+    path = path.encode().decode("latin-1")  # WSGI has bytes in texts (PEP 3333)
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "wsgi.input": io.BytesIO(body)}
+    environ["CONTENT_LENGTH"] = str(len(body))
+    for name, value in headers.items():
+        environ[name.upper() if name == "Content_Type" else "HTTP_" + name.upper()] = value
+    wsgiref.util.setup_testing_defaults(environ)
+    got: list[Any] = []
+    chunks = joborch.make_app(node)(environ, lambda status, said, _=None: got.extend((status, said)))
+    content = b"".join(chunks)
+    if hasattr(chunks, "close"):
+        chunks.close()
+    return Said(int(got[0].split()[0]), {name: str(value) for name, value in got[1]}, content)
+
+
+def submit(node: joborch.Node, parts: list[bytes], **headers: str) -> Said:
+    """POST /submit with these parts."""
+    return ask(node, "POST", "/submit", form(parts), Content_Type=f"multipart/form-data; boundary={BOUNDARY}", **headers)
+
+
+@contextlib.contextmanager
+def serving(node: joborch.Node) -> Iterator[str]:
+    """Serve a node on its port by waitress, in this process."""
+    http = joborch.make_http_server(node, joborch.make_app(node))
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.effective_port}"
+    finally:
+        node.stopping.set()
+        node.store.changes.close()
+        http.trigger.pull_trigger(lambda: wasyncore.close_all(http._map))
+        thread.join(20)
+        http.task_dispatcher.shutdown(timeout=20)
+        assert not thread.is_alive()
+
+
+# == A client whose ticks a test calls ==
+
+
+class Yard:
+    """A client in this process, and a clock that a test moves."""
+
+    def __init__(self, folder: DataFolder, **changes: str) -> None:
+        self.data, self.clock = folder, HandClock(time.time())
+        self.environment = {"DATA_PATH": str(folder.path), "JOBORCH_TOKEN": "t", "JOBORCH_SLOTS": "2", "JOBORCH_KILL_GRACE": "0.3"}
+        self.environment.update({"DB_PATH": str(folder.path / "client.db"), **changes})
+        self.children: list[Any] = []
+        self.open()
+
+    def open(self) -> None:
+        """Open the store and make the client, as at a start; the loops are not started."""
+        config = load_config("client", {}, self.environment)
+        self.store = Store(config.db_path, "client", self.clock)
+        self.client = Client(config, self.store, self.data, self.clock)
+
+    def restart(self) -> None:
+        """The client is killed and started again; what it started goes on."""
+        self.children += self.client.executor.children.values()  # type: ignore[attr-defined]
+        self.store.close()
+        self.open()
+        adopt(self.client)
+
+    def close(self) -> None:
+        """End all."""
+        end_all_below(self.data.path)
+        for child in [*self.children, *self.client.executor.children.values()]:  # type: ignore[attr-defined]
+            child.wait(30)
+        self.store.close()
+
+    def submit(self, script: str | None = "true", files: dict[str, bytes] | None = None, **headers: str) -> Job:
+        """A payload as a server submits it. READY and BLOCK in its script: see `ready`."""
+        parts = [file_part(name, content) for name, content in (files or {}).items()]
+        if script is not None:
+            script = script.replace("READY", "echo > $TMPDIR/../ready").replace("BLOCK", "exec 3<> $TMPDIR/../go; read -u 3")
+            parts.append(file_part("run.sh", script.encode()))
+        said = submit(self.client, parts, **headers)
+        assert said.status == 200, said
+        job = self[said.json["id"]]
+        for name in ("ready", "go"):
+            os.mkfifo(self.folder(job) / name)
+        return job
+
+    def __getitem__(self, job: Job | int) -> Job:
+        found = self.store.get(job if isinstance(job, int) else job.id)
+        assert found is not None
+        return found
+
+    def folder(self, job: Job) -> Path:
+        """Where a payload's files are."""
+        return self.data.job(job.mark)
+
+    def ready(self, job: Job) -> Job:
+        """Start it where a slot is free, and wait until its script has come to READY."""
+        run_tick(self.client)
+        assert self[job].status is Status.RUNNING
+        (self.folder(job) / "ready").read_text()
+        return self[job]
+
+    def go(self, job: Job) -> None:
+        """Let a script go on that waits at BLOCK."""
+        with self.opened(job):
+            self.wait(job)
+
+    @contextlib.contextmanager
+    def opened(self, job: Job) -> Iterator[None]:
+        """Have a line to read where a script waits at BLOCK; it stays there while the fifo is open."""
+        pipe = os.open(self.folder(job) / "go", os.O_RDWR)
+        try:
+            os.write(pipe, b"go\n")
+            yield
+        finally:
+            os.close(pipe)
+
+    def wait(self, job: Job) -> None:
+        """Wait until the wrapper has ended."""
+        pid = int((self[job].handle or "0").split()[0])
+        children = {child.pid: child for child in [*self.children, *self.client.executor.children.values()]}  # type: ignore[attr-defined]
+        if pid in children:
+            children[pid].wait(30)
+
+    def run(self, job: Job) -> Job:
+        """Run a payload to its end."""
+        run_tick(self.client)
+        self.wait(job)
+        run_tick(self.client)
+        return self[job]
+
+    def zip(self, job: Job, path: str = "retrieve") -> zipfile.ZipFile:
+        """What /retrieve or /retrieve_partial gives."""
+        said = ask(self.client, "GET", f"/{path}/{job.id}")
+        assert (said.status, said.headers["Content-Type"]) == (200, "application/zip"), said
+        return zipfile.ZipFile(io.BytesIO(said.body))
+
+    def events(self, query: str = "since=0") -> dict[str, Any]:
+        """GET /events."""
+        said = ask(self.client, "GET", f"/events?{query}")
+        assert said.status == 200, said
+        return dict(said.json)
+
+
+@pytest.fixture(name="yard")
+def yard_fixture(data: DataFolder) -> Iterator[Yard]:
+    """A client with two slots."""
+    made = Yard(data)
+    yield made
+    made.close()
+
+
+# == Submitting ==
+
+
+def test_a_payload_has_six_fields_of_fixed_types(yard: Yard) -> None:
+    """A 2.2 server reads all of them, in every state."""
+    wanted = {"id": int, "input": dict, "status": str, "loc": str, "pid": int, "killed": bool}
+    job = yard.submit("READY; BLOCK")
+    for status in ("Prepared", "Running", "Killed"):
+        said = ask(yard.client, "GET", f"/retrieve/{job.id}").json
+        assert {name: type(value) for name, value in said.items()} == wanted
+        assert (said["id"], said["status"], said["killed"]) == (job.id, status, status == "Killed")
+        assert (said["pid"] > 0) == (status == "Running")
+        if status == "Prepared":
+            yard.ready(job)
+        else:
+            yard.store.wish_end(job.id, Cause.CANCELLED)
+            end_tick(yard.client)
+
+
+def test_headers_become_columns(yard: Yard) -> None:
+    said = submit(
+        yard.client, [file_part("run.sh", b"true")], X_Joborch_Job="42", X_Joborch_Uuid=UUID.upper(), X_Joborch_Attempt="3",
+        X_Joborch_Service="%C3%A9%0Ax", X_Joborch_User="-7", X_Joborch_Cpus="2", X_Joborch_Memory="100", X_Joborch_Timeout="1.5",
+        X_Joborch_Return_Inputs="0",
+    )  # fmt: skip
+    job = yard[said.json["id"]]
+    assert (job.mark, job.remote_id, job.service, job.user_id) == (f"{UUID}.3", "42", "é x", -7)
+    assert (job.cpus, job.memory, job.timeout, job.return_inputs) == (2, 100, 1.5, 0)
+    bare = yard[submit(yard.client, [file_part("run.sh", b"true")]).json["id"]]
+    assert (bare.attempt, bare.user_id, bare.service, bare.cpus, bare.timeout, bare.return_inputs) == (1, None, None, 1, None, 1)
+    assert yard.folder(bare).name == bare.mark
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X_Joborch_Uuid": "../../etc"},
+        {"X_Joborch_Uuid": UUID + "x"},
+        {"X_Joborch_Attempt": "0"},
+        {"X_Joborch_Attempt": "x"},
+        {"X_Joborch_Cpus": "-1"},
+        {"X_Joborch_User": "1e3"},
+        {"X_Joborch_Timeout": "soon"},
+        {"X_Joborch_Timeout": "-1"},
+    ],
+)
+def test_headers_that_cannot_be_used(headers: dict[str, str], yard: Yard) -> None:
+    said = submit(yard.client, [file_part("run.sh", b"true")], **headers)
+    assert said.status == 400
+    assert said.json["field"].replace("-", "_") in headers
+    assert yard.store.page(99, 9, None, None, None) == []
+
+
+def leavings(yard: Yard) -> list[str]:
+    """What lies in the folders of payloads and transfers."""
+    return [path.name for folder in (yard.data.jobs, yard.data.tmp) for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ([], 400),
+        ([field_part("", "text")], 400),
+        ([file_part("run.sh", b"x"), file_part("run.sh", b"x")], 400),
+        ([file_part("run.sh", b"x"), file_part("run.sh/x", b"x")], 400),
+        ([file_part("../run.sh", b"x")], 400),
+        ([file_part("run.sh", b"x"), field_part(joborch.DIGESTS_FIELD, "{")], 400),
+        ([file_part("run.sh", b"x"), field_part(joborch.DIGESTS_FIELD, '{"run.sh": "00"}')], 503),
+        ([file_part("run.sh", b"x"), field_part(joborch.DIGESTS_FIELD, "{}")], 503),
+        ([file_part("run.sh", b"x"), field_part(joborch.DIGESTS_FIELD, "[" * 60_000)], 400),
+    ],
+)
+def test_what_is_refused_leaves_nothing(parts: list[bytes], status: int, yard: Yard) -> None:
+    said = submit(yard.client, parts, X_Joborch_Uuid=UUID)
+    assert said.status == status, said
+    assert leavings(yard) == []
+    assert yard.store.page(99, 9, None, None, None) == []
+    assert yard.data.receiving == set()
+    assert submit(yard.client, [file_part("run.sh", b"x")], X_Joborch_Uuid=UUID).status == 200
+
+
+def test_one_attempt_that_comes_many_times_is_one_payload(yard: Yard) -> None:
+    ids = list[int]()
+    together(6, lambda _: ids.append(submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID).json["id"]))
+    assert len(set(ids)) == 1
+    assert leavings(yard) == [f"{UUID}.1"]
+    other = submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID, X_Joborch_Attempt="2")
+    assert other.json["id"] not in ids
+
+
+def test_a_repeat_answers_the_payload_as_it_is(yard: Yard) -> None:
+    """Also when it has ended; and never starts it again."""
+    job = yard.submit("echo ran >> ../../count", X_Joborch_Uuid=UUID)
+    yard.run(job)
+    said = submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID)
+    assert (said.json["id"], said.json["status"]) == (job.id, "Completed")
+    run_tick(yard.client)
+    assert (yard.data.jobs / "count").read_text() == "ran\n"
+
+
+def test_files_that_a_crash_left_without_a_row_are_replaced(yard: Yard) -> None:
+    old = yard.data.job(f"{UUID}.1")
+    (old / "work").mkdir(parents=True)
+    (old / "started.1").write_text("1\n")
+    (old / "work/old").write_bytes(b"x")
+    job = yard.run(yard.submit("echo new", X_Joborch_Uuid=UUID))
+    assert job.status is Status.COMPLETED
+    assert set(yard.zip(job).namelist()) == {"run.sh", ".joborch/stdout", ".joborch/stderr"}
+
+
+def test_a_database_that_cannot_be_written_leaves_no_files(yard: Yard) -> None:
+    pages = yard.store.db.execute("PRAGMA page_count").fetchone()[0]
+    yard.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    yard.store.db.execute(f"PRAGMA max_page_count = {pages}")
+    for _ in range(500):
+        said = submit(yard.client, [file_part("run.sh", b"x")], X_Joborch_Service="s" * 200)
+        if said.status != 200:
+            break
+    assert said.status == 503
+    assert "database" in said.json["message"]
+    assert len(leavings(yard)) == len(yard.store.page(1 << 40, 1000, None, None, None))
+
+
+# == Running ==
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "cause", "figures", "words"),
+    [
+        ("true", Status.COMPLETED, None, (0, None), ["exit status 0"]),
+        ("echo oops >&2; echo; exit 3", Status.FAILED, "user", (3, None), ["exit status 3", 'standard error: "oops"']),
+        ("kill -SEGV $$", Status.FAILED, "user", (139, 11), ["SIGSEGV"]),
+        ("exit 200", Status.FAILED, "user", (200, None), ["exit status 200"]),
+        ("sleep 1000 & disown", Status.COMPLETED, None, (0, None), ["left running"]),
+        ("echo a\r\nfalse\r\nexit 4\r\n", Status.FAILED, "user", None, ["CRLF"]),
+        ("printf 'a\\033[31m\\377\\n' >&2; exit 1", Status.FAILED, "user", (1, None), ["a [31m\ufffd"]),
+        ("kill -9 $PPID; exit 1", Status.FAILED, "user", (None, None), ["the wrapper was killed"]),
+        ("", Status.INVALID, "user", (None, None), ["empty"]),
+        (None, Status.INVALID, "user", (None, None), ["no run.sh"]),
+    ],
+)
+def test_how_a_payload_ends(script: str | None, status: Status, cause: str | None, figures: Any, words: list[str], yard: Yard) -> None:
+    job = yard.run(yard.submit(script, {"other": b""}))
+    assert (job.status, job.cause) == (status, cause), job.reason
+    assert figures is None or (job.exit_code, job.signal) == figures
+    assert all(word in job.reason for word in words), job.reason
+    assert job.reason.isprintable()
+    if status is not Status.INVALID:
+        assert job.started_at and job.ended_at and 0 <= job.ended_at - job.started_at < 60
+    assert not processes_below(yard.folder(job))
+
+
+def test_no_more_payloads_run_than_there_are_slots(yard: Yard) -> None:
+    """The oldest first; each slot is filled as soon as it is free."""
+    jobs = [yard.submit("READY; BLOCK") for _ in range(4)]
+    run_tick(yard.client)
+    run_tick(yard.client)
+    assert [yard[job].status for job in jobs] == [Status.RUNNING] * 2 + [Status.PREPARED] * 2
+    yard.ready(jobs[0])
+    yard.go(jobs[0])
+    run_tick(yard.client)
+    assert [yard[job].status for job in jobs] == [Status.COMPLETED, Status.RUNNING, Status.RUNNING, Status.PREPARED]
+
+
+def test_a_payload_is_started_once_however_many_ticks_there_are(yard: Yard) -> None:
+    jobs = [yard.submit("echo $JOBORCH_MARK >> ../../count") for _ in range(2)]
+    together(4, lambda _: run_tick(yard.client))
+    for job in jobs:
+        yard.run(job)
+    assert sorted((yard.data.jobs / "count").read_text().split()) == sorted(job.mark for job in jobs)
+    assert {yard[job].status for job in jobs} == {Status.COMPLETED}
+
+
+def test_files_that_were_removed_by_hand_are_no_fault_of_the_user(yard: Yard) -> None:
+    job = yard.submit("true")
+    joborch.remove_tree(yard.folder(job))
+    job = yard.run(job)
+    assert (job.status, job.cause) == (Status.FAILED, "infrastructure"), job.reason
+
+
+def test_a_payload_that_cannot_be_started(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, other = yard.submit("true"), yard.submit("true")
+    real = yard.client.executor.start
+
+    def start(started: Job) -> str:
+        if started.id == job.id:
+            raise OSError(12, "Cannot allocate memory")
+        return real(started)
+
+    monkeypatch.setattr(yard.client.executor, "start", start)
+    yard.run(other)
+    assert (yard[job].status, yard[job].cause) == (Status.FAILED, "infrastructure")
+    assert "annot allocate memory" in yard[job].reason
+    assert yard[other].status is Status.COMPLETED
+
+
+HOSTILE = {
+    "a fifo for a script": "rm run.sh; mkfifo run.sh; exit 1",
+    "a fifo for standard error": "rm ../stderr; mkfifo ../stderr; exit 1",
+    "a folder for standard error": "rm ../stderr; mkdir ../stderr; exit 1",
+    "a fifo for the exit file": "rm ../exit.json; mkfifo ../exit.json; exit 1",
+    "a folder for the exit file": "rm ../exit.json; mkdir ../exit.json; exit 1",
+    "a link for the exit file": "ln -sf exit.json ../exit.json; exit 1",
+    "nothing at all": "rm -rf ../* .[a-z]*; exit 1",
+}
+
+
+@pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_payload_stops_no_other(script: str, yard: Yard) -> None:
+    hostile, other = yard.submit(script), yard.submit("echo fine")
+    run_tick(yard.client)
+    for job in (hostile, other):
+        yard.wait(job)
+    got = soon(lambda: run_tick(yard.client), yard.data.jobs)
+    assert not isinstance(got, Exception), got
+    assert yard[other].status is Status.COMPLETED
+    soon(lambda: run_tick(yard.client), yard.data.jobs)
+    assert yard[hostile].status is Status.FAILED
+    soon(lambda: ask(yard.client, "GET", f"/retrieve_partial/{hostile.id}"), yard.data.jobs)
+    assert yard.submit("true").status is Status.PREPARED
+
+
+# == Ending ==
+
+
+def test_what_shall_end_is_ended_with_all_its_processes(yard: Yard) -> None:
+    job, other = yard.submit("setsid bash -c 'READY; BLOCK' & wait"), yard.submit("READY; BLOCK")
+    yard.ready(job)
+    yard.ready(other)
+    assert yard.store.wish_end(job.id, Cause.CANCELLED)
+    assert end_tick(yard.client)
+    assert not end_tick(yard.client)
+    assert (yard[job].status, yard[job].cause) == (Status.KILLED, "cancelled")
+    assert not processes_below(yard.folder(job))
+    assert yard[other].status is Status.RUNNING
+    run_tick(yard.client)
+    assert (yard[job].status, yard[other].status) == (Status.KILLED, Status.RUNNING)
+
+
+def test_what_has_not_started_never_does(yard: Yard) -> None:
+    job = yard.submit("echo ran > ../../ran")
+    yard.store.wish_end(job.id, Cause.CANCELLED)
+    end_tick(yard.client)
+    run_tick(yard.client)
+    assert yard[job].status is Status.KILLED
+    assert not (yard.data.jobs / "ran").exists()
+
+
+def test_a_wish_that_comes_between_row_and_start(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row says Running, nothing runs yet: an end that is told then must not be followed by a start."""
+    job = yard.submit("READY; BLOCK")
+    real, ending = yard.client.executor.start, list[threading.Thread]()
+
+    def start(started: Job) -> str:
+        yard.store.wish_end(job.id, Cause.CANCELLED)
+        ending.append(threading.Thread(target=end_tick, args=(yard.client,)))
+        ending[0].start()
+        ending[0].join(3)
+        return real(started)
+
+    monkeypatch.setattr(yard.client.executor, "start", start)
+    run_tick(yard.client)
+    ending[0].join(20)
+    for _ in range(3):
+        end_tick(yard.client)
+        run_tick(yard.client)
+    assert yard[job].status is Status.KILLED
+    assert not processes_below(yard.folder(job))
+
+
+def test_what_does_not_end_is_tried_again(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = yard.ready(yard.submit("READY; BLOCK"))
+    yard.store.wish_end(job.id, Cause.CANCELLED)
+
+    def refuse(_: Job) -> None:
+        raise StillRunning("payload 1: its processes do not end after KILL")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(yard.client.executor, "cancel", refuse)
+        assert not end_tick(yard.client)
+    assert yard[job].status is Status.RUNNING
+    assert end_tick(yard.client)
+    assert yard[job].status is Status.KILLED
+
+
+def test_two_ends_at_once(yard: Yard) -> None:
+    jobs = [yard.submit("trap '' TERM; READY; BLOCK") for _ in range(2)]
+    for job in jobs:
+        yard.ready(job)
+        yard.store.wish_end(job.id, Cause.CANCELLED)
+    together(2, lambda _: end_tick(yard.client))
+    assert {yard[job].status for job in jobs} == {Status.KILLED}
+
+
+def test_a_payload_over_its_time_is_ended_and_says_so(yard: Yard) -> None:
+    job = yard.ready(yard.submit("echo busy >&2; READY; BLOCK", X_Joborch_Timeout="60"))
+    unlimited = yard.ready(yard.submit("READY; BLOCK"))
+    yard.clock.pass_s(59)
+    limit_tick(yard.client)
+    assert not end_tick(yard.client)
+    yard.clock.pass_s(2)
+    limit_tick(yard.client)
+    limit_tick(yard.client)
+    assert end_tick(yard.client)
+    assert (yard[job].status, yard[job].cause) == (Status.FAILED, "limit")
+    assert "time limit of 60 s" in yard[job].reason and '"busy"' in yard[job].reason
+    assert ask(yard.client, "GET", f"/retrieve/{job.id}").json["killed"] is False
+    assert yard[unlimited].status is Status.RUNNING
+
+
+def test_a_script_that_ended_in_time_is_not_called_too_slow(yard: Yard) -> None:
+    """Its end stands on disk; that the client looks late is not its fault."""
+    job = yard.ready(yard.submit("READY; BLOCK", X_Joborch_Timeout="60"))
+    yard.go(job)
+    yard.clock.pass_s(3600)
+    limit_tick(yard.client)
+    run_tick(yard.client)
+    end_tick(yard.client)
+    assert yard[job].status is Status.COMPLETED, yard[job].reason
+
+
+def test_output_is_bounded_while_it_is_written(data: DataFolder) -> None:
+    yard = Yard(data, JOBORCH_LOG_LIMIT="64K")
+    loud, hostile = yard.submit("head -c 4M /dev/zero; READY; BLOCK"), yard.submit("ln -sf /dev/null ../stdout; READY; BLOCK")
+    yard.ready(hostile)
+    yard.ready(loud)
+    for _ in range(2):
+        limit_tick(yard.client)
+    kept = disk_bytes(yard.folder(loud))
+    with (yard.folder(loud) / "stdout").open("rb") as output:
+        head = output.read(32 * 1024)
+    yard.close()
+    assert kept < 256 * 1024, "one payload that hides its output from us must not free all others of their bound"
+    assert head == b"\0" * 32 * 1024
+
+
+# == Started again ==
+
+
+def test_payloads_are_taken_up_as_they_are(yard: Yard) -> None:
+    running, ends = yard.submit("READY; BLOCK"), yard.submit("READY; BLOCK; exit 3")
+    yard.ready(running)
+    yard.ready(ends)
+    pid = int((yard[ends].handle or "").split()[0])
+    yard.store.close()
+    with yard.opened(ends):
+        yard.client.executor.children[pid].wait(30)  # type: ignore[attr-defined]
+    yard.restart()
+    run_tick(yard.client)
+    assert [yard[job].status for job in (running, ends)] == [Status.RUNNING, Status.FAILED]
+    assert yard[ends].exit_code == 3
+    yard.go(running)
+    wait_for(lambda: run_tick(yard.client), what="the payload to end")
+    assert yard[running].status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("when", ["before the start", "after the start"])
+def test_a_crash_about_the_start(when: str, yard: Yard) -> None:
+    """The mark is in the row, the handle is not: what never ran is started, what ran is found; once, in both cases."""
+    job = yard.submit("echo ran >> ../../count; READY; BLOCK")
+    yard.store.move(job, Status.RUNNING, "", started_at=yard.clock.wall())
+    if when == "after the start":
+        yard.client.executor.start(yard[job])
+        (yard.folder(job) / "ready").read_text()
+    yard.restart()
+    if when == "before the start":
+        (yard.folder(job) / "ready").read_text()
+    run_tick(yard.client)
+    assert yard[job].status is Status.RUNNING
+    assert (yard.data.jobs / "count").read_text() == "ran\n"
+    yard.go(job)
+    wait_for(lambda: run_tick(yard.client), what="the payload to end")
+    assert yard[job].status is Status.COMPLETED
+
+
+def test_a_folder_that_went_while_the_client_was_down_stops_no_start(yard: Yard) -> None:
+    job, other = yard.submit("true"), yard.submit("true")
+    yard.store.move(job, Status.RUNNING, "", started_at=yard.clock.wall())
+    joborch.remove_tree(yard.folder(job))
+    yard.restart()
+    yard.run(other)
+    assert (yard[job].status, yard[job].cause) == (Status.FAILED, "infrastructure")
+    assert yard[other].status is Status.COMPLETED
+
+
+def test_what_shall_end_is_not_started_again(yard: Yard) -> None:
+    job = yard.submit("echo ran > ../../ran; READY; BLOCK")
+    yard.store.move(job, Status.RUNNING, "", started_at=yard.clock.wall())
+    yard.store.wish_end(job.id, Cause.CANCELLED)
+    yard.restart()
+    end_tick(yard.client)
+    assert yard[job].status is Status.KILLED
+    assert not (yard.data.jobs / "ran").exists()
+
+
+def test_with_a_database_in_memory_orphans_are_ended(data: DataFolder) -> None:
+    yard = Yard(data, DB_PATH=":memory:")
+    job = yard.ready(yard.submit("setsid bash -c 'READY; BLOCK' & wait"))
+    pids, instance = processes_below(yard.folder(job)), yard.client.instance
+    assert len(pids) >= 2
+    yard.restart()
+    wait_for(lambda: not any(map(alive, pids)), what="the orphans to end")
+    assert leavings(yard) == []
+    assert yard.client.instance != instance
+    assert yard.submit("true").id == 1
+    yard.close()
+
+
+def test_the_instance_is_that_of_the_database(yard: Yard) -> None:
+    before = yard.client.instance
+    yard.restart()
+    assert yard.client.instance == before
+    yard.store.close()
+    Path(yard.environment["DB_PATH"]).unlink()
+    yard.open()
+    assert yard.client.instance != before
+
+
+# == Events ==
+
+
+def statuses(said: dict[str, Any]) -> list[tuple[int, str]]:
+    """Payloads and their states, as events tell them."""
+    return [(payload["id"], payload["status"]) for payload in said["payloads"]]
+
+
+def test_events_tell_all_that_was_not_fetched_and_then_what_changes(yard: Yard) -> None:
+    jobs = [yard.submit("true"), yard.submit("exit 3"), yard.submit("true")]
+    yard.run(jobs[0])
+    yard.run(jobs[1])
+    yard.zip(jobs[0])
+    first = yard.events("since=0")
+    assert statuses(first) == [(jobs[1].id, "Failed"), (jobs[2].id, "Running")]
+    assert (first["instance"], first["slots"]) == (yard.client.instance, 2)
+    assert yard.events(f"since={first['next']}")["payloads"] == []
+    yard.wait(jobs[2])
+    run_tick(yard.client)
+    then = yard.events(f"since={first['next']}&wait=20")
+    assert statuses(then) == [(jobs[2].id, "Completed")]
+    assert then["next"] > first["next"]
+    (told,) = then["payloads"]
+    assert (told["uuid"], told["attempt"], told["exit_code"], told["cause"]) == (jobs[2].uuid, 1, 0, None)
+
+
+def test_a_small_result_comes_with_the_news(yard: Yard) -> None:
+    """Whole, with its digest; one that is large, or more than plain files, is to be fetched."""
+    scripts = [
+        "echo out",
+        "echo err >&2; exit 3",
+        "head -c 100000 /dev/zero",
+        "mkdir d",
+        "ln -s run.sh link",
+        "rm -r $PWD",
+        "touch {1..20}",
+    ]
+    since = yard.events()["next"]
+    jobs = [yard.run(yard.submit(script)) for script in scripts]
+    told = {payload["id"]: payload for payload in yard.events(f"since={since}")["payloads"]}
+    assert ["archive" in told[job.id] for job in jobs] == [True, True, False, False, False, False, False]
+    content = base64.b64decode(told[jobs[0].id]["archive"])
+    assert hashlib.sha256(content).hexdigest() == told[jobs[0].id]["sha256"]
+    read = zipfile.ZipFile(io.BytesIO(content))
+    assert (read.testzip(), read.read(".joborch/stdout")) == (None, b"out\n")
+    assert yard[jobs[0]].fetched_at is None, "that it was sent is not that it arrived"
+
+
+def test_what_a_server_confirms_need_not_be_kept_for_it(yard: Yard) -> None:
+    """By the ids of this instance alone; rubbish among them is passed over."""
+    jobs = [yard.run(yard.submit()) for _ in range(3)]
+    ids = ",".join(str(job.id) for job in jobs[:2])
+    yard.events(f"since=0&instance=another&done={ids}")
+    yard.events(f"since=0&done={ids}")
+    assert [yard[job].fetched_at for job in jobs] == [None] * 3
+    yard.events(f"since=0&instance={yard.client.instance}&done={ids},x,-1,,99999999999999999999,12345")
+    assert [yard[job].fetched_at is not None for job in jobs] == [True, True, False]
+    assert statuses(yard.events()) == [(jobs[2].id, "Completed")]
+
+
+def test_a_payload_that_runs_cannot_be_confirmed(yard: Yard) -> None:
+    """Nobody has a result that is not there yet."""
+    job = yard.ready(yard.submit("READY; BLOCK"))
+    yard.events(f"since=0&instance={yard.client.instance}&done={job.id}")
+    yard.go(job)
+    run_tick(yard.client)
+    assert statuses(yard.events()) == [(job.id, "Completed")]
+
+
+def test_a_caller_who_knew_another_instance_is_told_all(yard: Yard) -> None:
+    job = yard.run(yard.submit("true"))
+    assert statuses(yard.events("since=1000&instance=another&wait=20")) == [(job.id, "Completed")]
+
+
+def test_a_caller_waits_for_a_change(yard: Yard) -> None:
+    job, got = yard.submit("true"), list[Any]()
+    since = yard.events()["next"]
+    waiter = threading.Thread(target=lambda: got.append(yard.events(f"since={since}&wait=30")))
+    waiter.start()
+    wait_for(lambda: yard.store.changes.condition._waiters, what="the caller to wait")  # type: ignore[attr-defined]
+    yard.run(job)
+    waiter.join(20)
+    assert statuses(got[0]) == [(job.id, "Completed")], "that it started is not worth an answer of its own"
+
+
+def test_nothing_is_lost_between_the_list_and_its_number(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that comes while a list is made is in the list, or in the next one."""
+    job = yard.submit("true")
+    yard.store.move(job, Status.RUNNING, "")
+    real = Store.jobs
+
+    def jobs(store: Store, sql: str, **values: Any) -> list[Job]:
+        monkeypatch.setattr(Store, "jobs", real)
+        found = real(store, sql, **values)
+        yard.store.move(yard[job], Status.COMPLETED, "meanwhile")
+        return found
+
+    monkeypatch.setattr(Store, "jobs", jobs)
+    first = yard.events("since=0")
+    told = statuses(first) + statuses(yard.events(f"since={first['next']}"))
+    assert (job.id, "Completed") in told
+
+
+def test_no_more_callers_wait_than_there_are_places(yard: Yard) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(joborch.EVENTS_PLACES):
+            assert stack.enter_context(yard.client.places.place())
+        assert ask(yard.client, "GET", "/events?since=1&wait=20").status == 503
+        assert ask(yard.client, "GET", "/events?since=1&wait=0").status == 200
+
+
+# == Results ==
+
+
+def test_a_result_is_the_work_folder_and_the_streams(yard: Yard) -> None:
+    job = yard.run(yard.submit("echo out; echo err >&2; mkdir d; mv in d/", {"in": b"x"}))
+    read = yard.zip(job)
+    assert {name: read.read(name) for name in read.namelist() if name != "run.sh"} == {
+        "d/in": b"x", ".joborch/stdout": b"out\n", ".joborch/stderr": b"err\n",
+    }  # fmt: skip
+    assert yard[job].fetched_at is not None
+
+
+def test_unchanged_inputs_stay_out_where_the_service_says_so(yard: Yard) -> None:
+    script = "echo more >> changed; echo new > new; rm gone"
+    files = {"same": b"x", "changed": b"x", "gone": b"x", "two words": b"x"}
+    read = yard.zip(yard.run(yard.submit(script, files, X_Joborch_Return_Inputs="0")))
+    assert {name for name in read.namelist() if not name.startswith(".joborch/")} == {"changed", "new"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"same": 3}', '{"same": null}', "[" * 60_000])
+def test_a_list_of_inputs_that_the_script_spoiled(content: str, yard: Yard) -> None:
+    """The result is told all the same."""
+    job = yard.run(yard.submit(f"printf %s '{content[:100]}' > ../inputs.json", {"same": b"x"}, X_Joborch_Return_Inputs="0"))
+    (yard.folder(job) / "inputs.json").write_text(content)
+    assert "same" in yard.zip(job).namelist()
+
+
+@pytest.mark.parametrize("made", ["mkfifo", "mkdir", "ln -s /etc/passwd", "ln -s ../started.1", "ln -s stdout"])
+def test_streams_that_the_script_replaced_are_not_followed(made: str, yard: Yard) -> None:
+    job = yard.run(yard.submit(f"rm ../stdout; {made} ../stdout; echo kept > file"))
+    got = soon(lambda: yard.zip(job), yard.data.jobs)
+    assert isinstance(got, zipfile.ZipFile), got
+    assert got.read("file") == b"kept\n"
+    assert ".joborch/stdout" not in got.namelist() or got.read(".joborch/stdout") == b""
+
+
+@pytest.mark.parametrize("made", ["ln -s /etc", "mkfifo", "touch", "true"])
+def test_a_work_folder_that_the_script_replaced_is_not_followed(made: str, yard: Yard) -> None:
+    job = yard.run(yard.submit(f"cd ..; rm -r work; {made} work; echo out"))
+    got = soon(lambda: yard.zip(job), yard.data.jobs)
+    assert isinstance(got, zipfile.ZipFile), got
+    assert {name for name in got.namelist() if not name.startswith(".joborch/")} == set()
+    assert got.read(".joborch/stdout") == b"out\n"
+
+
+def test_a_payload_id_of_another_attempt_is_not_known(yard: Yard) -> None:
+    job = yard.run(yard.submit("true"))
+    for method, path in (("GET", "retrieve"), ("GET", "retrieve_partial"), ("POST", "kill")):
+        assert ask(yard.client, method, f"/{path}/{job.id}", X_Joborch_Mark=f"{job.uuid}.2").status == 404
+        assert ask(yard.client, method, f"/{path}/{job.id}", X_Joborch_Mark=job.mark).status == 200
+        assert ask(yard.client, method, f"/{path}/99").status == 404
+
+
+def test_kill_answers_when_nothing_runs_any_more(yard: Yard) -> None:
+    job = yard.ready(yard.submit("READY; BLOCK"))
+    loop = yard.client.loops["end"]
+    loop.start()
+    said = ask(yard.client, "POST", f"/kill/{job.id}")
+    assert (said.status, said.json["status"], said.json["killed"]) == (200, "Killed", True)
+    assert not processes_below(yard.folder(job))
+    loop.stop()
+    loop.join(20)
+    done = yard.run(yard.submit("true"))
+    said = ask(yard.client, "POST", f"/kill/{done.id}")
+    assert (said.status, said.json["status"], said.json["killed"]) == (200, "Completed", False)
+
+
+def test_health_counts_payloads(yard: Yard) -> None:
+    yard.ready(yard.submit("READY; BLOCK"))
+    yard.submit("true")
+    said = ask(yard.client, "GET", "/health").json
+    assert (said["status"], said["executor"], said["slots"], said["running"], said["queued"]) == ("ok", "local", 2, 1, 1)
+    yard.store.db.execute("DROP TABLE heartbeat")
+    said = ask(yard.client, "GET", "/health")
+    assert (said.status, said.json["status"], said.json["database"]) == (503, "error", "error")
+
+
+# == Cleaning ==
+
+
+def test_results_that_nobody_fetched_are_kept_four_times_as_long(yard: Yard) -> None:
+    fetched, not_fetched, running = yard.run(yard.submit()), yard.run(yard.submit()), yard.ready(yard.submit("READY; BLOCK"))
+    yard.zip(fetched)
+    yard.clock.pass_s(172_900)
+    clean_tick(yard.client)
+    assert [yard[job].status for job in (fetched, not_fetched, running)] == [Status.CLEANED, Status.COMPLETED, Status.RUNNING]
+    assert not yard.folder(fetched).exists()
+    yard.clock.pass_s(3 * 172_800)
+    clean_tick(yard.client)
+    assert [yard[job].status for job in (not_fetched, running)] == [Status.CLEANED, Status.RUNNING]
+    assert ask(yard.client, "GET", f"/retrieve/{fetched.id}").json["status"] == "Cleaned"
+    assert ask(yard.client, "GET", f"/retrieve_partial/{fetched.id}").status == 404
+
+
+def test_many_that_nobody_fetched_keep_no_other_from_being_cleaned(yard: Yard) -> None:
+    """One of two servers is away for days: what the other has fetched goes all the same."""
+    jobs = [yard.store.add(new_job(), "submitted") for _ in range(510)]
+    for job in jobs:
+        yard.store.move(job, Status.FAILED, "")
+        yard.clock.pass_s(0.001)
+    yard.store.note(joborch.JOB_FETCHED, id=jobs[-1].id, now=yard.clock.wall())
+    yard.clock.pass_s(172_900)
+    clean_tick(yard.client)
+    assert yard[jobs[-1]].status is Status.CLEANED
+
+
+def test_sweep_never_touches_a_payload_that_has_not_ended(yard: Yard) -> None:
+    """Also where another attempt of the same job was cleaned here, or has not ended."""
+    early = yard.submit("READY; BLOCK", X_Joborch_Uuid=UUID)
+    yard.ready(early)
+    late = yard.run(yard.submit("true", X_Joborch_Uuid=UUID, X_Joborch_Attempt="2"))
+    joborch.remove_tree(yard.folder(late))
+    yard.store.move(late, Status.CLEANED, "")
+    sweep(yard.client)
+    assert yard.folder(early).exists()
+    assert yard[early].status is Status.RUNNING
+
+
+def test_sweep_leaves_what_is_being_received(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the files and the row there is a moment; the sweeper may come in it."""
+    real = yard.store.add
+
+    def add(*arguments: Any) -> Job:
+        sweep(yard.client)
+        return real(*arguments)
+
+    monkeypatch.setattr(yard.store, "add", add)
+    job = yard.submit("true")
+    assert yard.run(job).status is Status.COMPLETED
+
+
+def test_sweep_removes_what_a_crash_left(yard: Yard) -> None:
+    job = yard.submit("true")
+    (yard.data.jobs / f"{UUID}.1").mkdir()
+    sweep(yard.client)
+    assert [path.name for path in yard.data.jobs.iterdir()] == [job.mark]
+
+
+# == Both halves ==
+
+
+def test_the_way_of_a_job_tick_by_tick(tmp_path: Path, data: DataFolder) -> None:
+    """Each tick does its one step, and done twice does no harm."""
+    with Halves(tmp_path / "halves") as halves:
+        job = halves.upload("echo out; echo $JOBORCH_JOB_ID > id; cat 'in put'", **{"in put": b"content"})
+        link = halves.link
+        assert not joborch.send_tick(halves.server, link)
+        joborch.get_tick(halves.server, link)
+        assert joborch.send_tick(halves.server, link)
+        assert halves[job].status is Status.SUBMITTED
+        halves.yard.run(halves.payload(job))
+        for _ in range(2):
+            joborch.get_tick(halves.server, link)
+        assert joborch.fetch_tick(halves.server, link)
+        assert not joborch.fetch_tick(halves.server, link)
+        done = halves[job]
+        assert (done.status, done.exit_code, done.client) == (Status.COMPLETED, 0, link.name)
+        content = zipfile.ZipFile(halves.server.data.result(job.uuid))
+        assert content.read("id") == b"%d\n" % job.id
+        assert content.read(".joborch/stdout") == b"out\ncontent"
+        assert done.started_at is not None
+        assert done.result_sha256 == hashlib.sha256(halves.server.data.result(job.uuid).read_bytes()).hexdigest()
+        targets = [row["target"] for row in halves.server.store.read(joborch.HISTORY_GET, id=job.id)]
+        assert targets == ["Queued", "Processing", "Submitted", "Completed"]
+
+
+class Halves:
+    """A server and a client in one process, over a real socket; a test calls the ticks of both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved = tempfile.tempdir, os.umask(0o022)
+        self.stack = contextlib.ExitStack()
+        self.log = folder / "ran"
+
+    def __enter__(self) -> Halves:
+        server_data, client_data = (DataFolder(str(self.folder / name)) for name in ("server", "client"))
+        for data in (server_data, client_data):
+            data.open()
+        self.yard = Yard(client_data, PORT=str(free_port()), JOBORCH_MIN_FREE="0")
+        self.clock = self.yard.clock
+        self.environment = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.yard.environment['PORT']}", "SERVICE_EXAMPLE_TOKEN": "t"}
+        self.environment.update({"DATA_PATH": str(server_data.path), "SERVICE_EXAMPLE_RUNS_PER_USER": "2", "SERVICE_EXAMPLE_MAX_RUNS": "3"})
+        self.server_data = server_data
+        self.open_server()
+        self.open_client()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+        self.yard.close()
+        self.server.store.close()
+        for data in (self.server_data, self.yard.data):
+            data.lock.close()
+        tempfile.tempdir = self.saved[0]
+        os.umask(self.saved[1])
+
+    def open_server(self) -> None:
+        """Start the server: what was being sent is Unknown, as `open_node` has it."""
+        store = Store(str(self.server_data.path / "server.db"), "server", self.clock)
+        self.server = Server(load_config("server", {}, self.environment), store, self.server_data, self.clock)
+        for job in store.jobs(joborch.CUT_OFF_SENDING):
+            store.move(job, Status.UNKNOWN, "the server was restarted")
+
+    def open_client(self) -> None:
+        """Serve the client."""
+        self.stack.enter_context(serving(self.yard.client))
+
+    def close_client(self) -> None:
+        """Serve it no more."""
+        self.stack.close()
+
+    @property
+    def link(self) -> joborch.Link:
+        """The way to the client."""
+        (found,) = self.server.links.values()
+        return found
+
+    def __getitem__(self, job: Job) -> Job:
+        found = self.server.store.get(job.id)
+        assert found is not None
+        return found
+
+    def payload(self, job: Job) -> Job:
+        """The job's payload at the client."""
+        found = self.yard.store.job(joborch.JOB_BY_MARK, uuid=job.uuid, attempt=self[job].attempt)
+        assert found is not None
+        return found
+
+    def upload(self, script: str, user_id: int = 1, **files: bytes) -> Job:
+        """A queued job; its script notes that it ran."""
+        new = new_job(user_id=user_id)
+        folder = self.server_data.job(new.uuid)
+        folder.mkdir()
+        noted = f"echo $JOBORCH_MARK >> {self.log}\n{script}\n"
+        for name, content in {"run.sh": noted.encode(), **files}.items():
+            (folder / name).write_bytes(content)
+        return self.server.store.add(new, "uploaded")
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Ticks of both halves in any order, with restarts, ends and time between: every job ends once, each attempt ran once."""
+
+    jobs = Bundle("jobs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="joborch-test-"))
+        self.halves = Halves(self.folder).__enter__()
+        self.client_is_up = True
+        self.wished: set[int] = set()
+
+    @rule(
+        target=jobs,
+        script=st.sampled_from(["true", "exit 3", "exec 3<> $TMPDIR/go; read -u 3", "kill -9 $PPID"]),
+        user_id=st.integers(1, 2),
+    )
+    def upload(self, script: str, user_id: int) -> Job:
+        """A job: one that succeeds, one that fails, one that goes on until it is ended, one that ends its wrapper."""
+        if "read" in script:
+            script = "mkfifo $TMPDIR/go; " + script
+        return self.halves.upload(script, user_id)
+
+    @rule(tick=st.sampled_from(["send", "get", "fetch", "kill", "watch"]))
+    def server_tick(self, tick: str) -> None:
+        """One tick of the server."""
+        halves = self.halves
+        if tick == "watch":
+            joborch.watch_tick(halves.server)
+        else:
+            getattr(joborch, f"{tick}_tick")(halves.server, halves.link)
+
+    @rule(tick=st.sampled_from(["run", "end", "limit"]))
+    def client_tick(self, tick: str) -> None:
+        """One tick of the client."""
+        if self.client_is_up:
+            getattr(joborch, f"{tick}_tick")(self.halves.yard.client)
+
+    @rule()
+    def one_payload_ends(self) -> None:
+        """Wait for those that end by themselves."""
+        for payload in self.halves.yard.store.jobs(joborch.PAYLOADS_IN, status="Running", limit=99) if self.client_is_up else ():
+            if not (self.halves.yard.folder(payload) / "tmp/go").exists():
+                self.halves.yard.wait(payload)
+
+    @rule(job=jobs)
+    def terminate(self, job: Job) -> None:
+        """Somebody asks for the end of a job."""
+        if self.halves.server.store.wish_end(job.id, Cause.CANCELLED):
+            self.wished.add(job.id)
+        joborch.kill_queued(self.halves.server, job.id)
+
+    @rule(seconds=st.sampled_from([1.0, 20.0, 100.0]))
+    def time_goes_by(self, seconds: float) -> None:
+        """For both."""
+        self.halves.clock.pass_s(seconds)
+
+    @rule()
+    def restart_the_server(self) -> None:
+        """It is killed and started again."""
+        self.halves.server.store.close()
+        self.halves.open_server()
+
+    @rule()
+    def restart_the_client(self) -> None:
+        """It is killed, or started again."""
+        if self.client_is_up:
+            self.halves.close_client()
+        else:
+            self.halves.yard.restart()
+            self.halves.open_client()
+        self.client_is_up = not self.client_is_up
+
+    @invariant()
+    def quotas_hold(self) -> None:
+        """At every step."""
+        busy = [job for job in self.halves.server.store.page(1 << 40, 1000, None, None, None) if job.status in BUSY]
+        assert len(busy) <= 3
+        assert all(count <= 2 for count in Counter(job.user_id for job in busy).values())
+
+    def drain(self) -> list[Job]:
+        """Let all come to its end: endless scripts are terminated first."""
+        halves = self.halves
+        if not self.client_is_up:
+            self.restart_the_client()
+        for _ in range(400):
+            jobs = halves.server.store.page(1 << 40, 1000, None, None, None)
+            if all(job.status in OVER for job in jobs):
+                return jobs
+            for job in jobs:
+                if b"mkfifo" in (halves.server_data.job(job.uuid) / "run.sh").read_bytes():
+                    self.terminate(job)
+            for tick in ("watch", "get", "send", "kill", "fetch"):
+                self.server_tick(tick)
+            for tick in ("run", "end", "limit"):
+                self.client_tick(tick)
+            self.one_payload_ends()
+            self.time_goes_by(1.0)
+        raise AssertionError(f"not all came to an end: {[(job.id, str(job.status), job.reason) for job in jobs]}")
+
+    def teardown(self) -> None:
+        """All comes to an end, and the ends are true."""
+        try:
+            jobs = self.drain()
+            ran = Counter(self.halves.log.read_text().split() if self.halves.log.exists() else ())
+            assert set(ran.values()) <= {1}, f"attempts that ran more than once: {ran}"
+            for job in jobs:
+                self.check(job, ran)
+            assert not processes_below(self.halves.yard.data.jobs)
+        finally:
+            self.halves.__exit__()
+            shutil.rmtree(self.folder)
+
+    def check(self, job: Job, ran: Counter[str]) -> None:
+        """What a job's end says of it."""
+        script = (self.halves.server_data.job(job.uuid) / "run.sh").read_text()
+        if job.status is Status.COMPLETED:
+            assert "true" in script
+            assert ran[job.mark] == 1
+            content = self.halves.server_data.result(job.uuid).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == job.result_sha256
+            assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+        elif job.status is Status.KILLED:
+            assert job.id in self.wished
+        else:
+            assert job.status is Status.FAILED
+            assert "true" not in script or job.cause == "infrastructure"
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(deadline=None, max_examples=12, stateful_step_count=40)
+
+
+def test_what_our_server_sends_is_what_our_client_takes(yard: Yard, tmp_path: Path) -> None:
+    """Also names that need every escape there is."""
+    files = {"run.sh": b"true", 'quo"te é': b"1", "d/%22 back\\": b"2", "a b;c=d": b"3"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    body = FilesBody(tmp_path, list(files), with_digests=True)
+    kind = f"multipart/form-data; boundary={body.boundary}"
+    said = ask(yard.client, "POST", "/submit", b"".join(iter(body.read, b"")), Content_Type=kind)
+    assert said.status == 200, said
+    work = yard.folder(yard[said.json["id"]]) / "work"
+    assert {str(path.relative_to(work)): path.read_bytes() for path in work.rglob("*") if path.is_file()} == files
+
+
+def test_a_payload_by_a_part_name_alone(yard: Yard) -> None:
+    said = submit(
+        yard.client, [part('form-data; name="d/run.sh"', b"true"), part("form-data; name*=utf-8''run.sh; filename=\"x\"", b"true")]
+    )
+    assert said.status == 200
+    assert yard.run(yard[said.json["id"]]).status is Status.COMPLETED

@@ -1,0 +1,569 @@
+"""What the server sends a client, and what it makes of each answer: has the client the job, has it not, or does nobody know?"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import free_port
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from test_files import CONTENTS, NAMES, Trickle, data_fixture, fit, new_folder, on_disk  # noqa: F401 - a fixture
+from test_states import BOUNDED, HandClock, a_service, changed, new_job, tried
+
+import joborch
+from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer, NothingSent, Rejected, Store
+
+# == A client that says what it is told to say ==
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request as it arrived."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def reply(status: int, body: Any = b"", **headers: str) -> bytes:
+    """An answer byte by byte: JSON unless the body is bytes; headers are named with underscores."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    said = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
+    said.update({name.replace("_", "-"): value for name, value in headers.items()})
+    lines = [f"HTTP/1.1 {status} Because", *(f"{name}: {value}" for name, value in said.items() if value)]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def zip_reply(body: bytes, **headers: str) -> bytes:
+    """A result."""
+    return reply(200, body, Content_Type="application/zip", **headers)
+
+
+Said = bytes  # what goes over the line, whole or not; empty: the line is closed without an answer
+
+
+class Peer:
+    """An HTTP server on loopback. `says` maps the beginning of a path to the answers to give, the last one for ever."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, list[Said | Callable[[Asked], Said]]] = {}
+        self.asked: list[Asked] = []
+        self.silent = threading.Event()  # set: it never answers until it is closed
+        self.closing = threading.Event()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"peer": self}))
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        """End it; who connects then is refused."""
+        self.closing.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer_to(self, asked: Asked) -> Said:
+        """The next answer for a request, 404 where nothing is to be said."""
+        self.asked.append(asked)
+        if self.silent.is_set():
+            self.closing.wait(60)
+        for path, answers in self.says.items():
+            if asked.path.startswith(path):
+                said = answers[0] if len(answers) == 1 else answers.pop(0)
+                return said if isinstance(said, bytes) else said(asked)
+        return reply(404)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Gives the peer's answers."""
+
+    peer: Peer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Any request."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        said = self.peer.answer_to(Asked(self.command, self.path, dict(self.headers), body))
+        self.close_connection = True
+        self.wfile.write(said)
+
+    def do_POST(self) -> None:
+        """The same."""
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(name="peer")
+def peer_fixture() -> Iterator[Peer]:
+    """A peer, closed with the test."""
+    made = Peer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def link(peer: Peer, data: DataFolder) -> Link:
+    """A link to the peer."""
+    return make_link(peer.url, data)
+
+
+def make_link(url: str, data: DataFolder) -> Link:
+    """A link to a client of ours below this URL."""
+    made = Link(joborch.client_address(url), data, HandClock())
+    made.services.append(a_service(token="a-token"))
+    return made
+
+
+@pytest.fixture
+def job(data: DataFolder) -> Job:
+    """A job with two files, that is payload 7 at its client."""
+    store = Store(":memory:", "server", HandClock())
+    made = store.add(new_job(service="é s", user_id=-3, cpus=2, memory=100, timeout=1.5), "uploaded")
+    store.close()
+    folder = data.job(made.uuid)
+    (folder / "d").mkdir(parents=True)
+    (folder / "run.sh").write_bytes(b"echo\n")
+    (folder / "d/in put").write_bytes(b"\0" * 100)
+    return changed(made, dest_id="7")
+
+
+def submit(link: Link, job: Job) -> str:
+    """Send the job's two files."""
+    return link.submit(job, link.data.job(job.uuid), ["d/in put", "run.sh"], return_inputs=True)
+
+
+# == Bodies ==
+
+ALL_NAMES = st.lists(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=9), min_size=1, max_size=3
+)
+
+
+@BOUNDED
+@given(
+    st.dictionaries(
+        NAMES | st.sampled_from(['quo"te', "%22", "back\\", 'a\\"b', "é/ö", "x" * 255, joborch.DIGESTS_FIELD]),
+        CONTENTS,
+        min_size=1,
+        max_size=5,
+    ),
+    st.lists(st.integers(1, 300), max_size=5),
+    st.booleans(),
+)
+@example({"a/" * 16 + "é" * 100: b""}, [1], True)
+def test_a_body_is_as_long_as_it_says_and_is_read_back(files: dict[str, bytes], sizes: list[int], with_digests: bool) -> None:
+    """Whatever the pieces in which it is read and in which it arrives."""
+    assume(fit(list(files)))
+    with new_folder() as folder:
+        for name, content in files.items():
+            (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "out" / name).write_bytes(content)
+        (folder / "in").mkdir()
+        body = FilesBody(folder / "out", list(files), with_digests)
+        assert body, "requests sends nothing for a body that is false"
+        content = b"".join(iter(lambda: body.read(sizes[0] if sizes else -1), b""))
+        assert len(content) == len(body)
+        kind = f"multipart/form-data; boundary={body.boundary}"
+        form = FormReader(folder / "in", by_name=True).read(Trickle(content, sizes), kind, len(content))
+        assert on_disk(folder / "in") == files
+        digests = {file.path: file.sha256 for file in form.files}
+        assert digests == {name: hashlib.sha256(text).hexdigest() for name, text in files.items()}
+        if with_digests:
+            assert json.loads(form.fields.pop(joborch.DIGESTS_FIELD)) == digests
+        assert form.fields == {}
+
+
+def test_a_body_is_not_held_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "big").open("wb") as big:
+        big.truncate(1 << 40)
+    body = FilesBody(tmp_path, ["big"], with_digests=True)
+    assert len(body) > 1 << 40
+    assert [len(body.read(1 << 16)) for _ in range(3)] == [1 << 16] * 3
+    assert len(body.read()) <= 2 * joborch.CHUNK_BYTES
+
+
+# == Submitting ==
+
+
+def test_submit_sends_all_that_the_client_needs(link: Link, peer: Peer, job: Job, tmp_path: Path) -> None:
+    peer.says["/submit"] = [reply(200, {"id": 12, "input": {}})]
+    assert submit(link, job) == "12"
+    (asked,) = peer.asked
+    form = FormReader(tmp_path, by_name=True).read(io.BytesIO(asked.body), asked.headers["Content-Type"], len(asked.body))
+    assert {file.path: file.size for file in form.files} == {"run.sh": 5, "d/in put": 100}
+    said = {name: value for name, value in asked.headers.items() if name.startswith("X-Joborch-")}
+    assert said == {
+        "X-Joborch-Job": str(job.id), "X-Joborch-Uuid": job.uuid, "X-Joborch-Attempt": "1", "X-Joborch-Service": "%C3%A9%20s",
+        "X-Joborch-User": "-3", "X-Joborch-Cpus": "2", "X-Joborch-Memory": "100", "X-Joborch-Timeout": "1.5",
+    }  # fmt: skip
+    assert asked.headers["Authorization"] == "Bearer a-token"
+    assert "chunked" not in asked.headers.get("Transfer-Encoding", "")
+
+
+def test_a_22_client_gets_what_it_understands(link: Link, peer: Peer, job: Job) -> None:
+    """No digests, which it would take for a file; a new connection for each call."""
+    link.legacy = True
+    peer.says["/submit"] = [reply(200, {"id": 1})]
+    submit(link, job)
+    assert joborch.DIGESTS_FIELD.encode() not in peer.asked[0].body
+    assert peer.asked[0].headers["Connection"] == "close"
+
+
+ACCEPTED = reply(200, {"id": 123, "input": {"run.sh": [1, 2, 3]}, "status": "Prepared"})
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (ACCEPTED, "123"),
+        (reply(201, {"id": 123}), "123"),
+        (reply(200, b' {\n "id" : 123 }'), "123"),
+        (reply(200, {"status": "Prepared", "id": 123}), "123"),
+        (reply(200, b"<html>"), NoAnswer),
+        (reply(200, {}), NoAnswer),
+        (reply(200, {"id": None}), NoAnswer),
+        (reply(200, {"id": "x"}), NoAnswer),
+        (reply(200, b"[" * 100_000), NoAnswer),
+        (reply(500), NoAnswer),
+        (reply(502, b"<html>bad gateway"), NoAnswer),
+        (reply(302, b"", Location="http://127.0.0.1:1/"), NoAnswer),
+        *[(reply(status), Rejected) for status in (400, 409, 413, 415, 422)],
+        *[(reply(status), NothingSent) for status in (401, 403, 404, 405, 429, 503, 507)],
+        (b"", NoAnswer),
+        (b"rubbish\r\n\r\n", NoAnswer),
+        (b"HTTP/1.1 200", NoAnswer),
+        (ACCEPTED[:60], NoAnswer),
+        (ACCEPTED[: ACCEPTED.index(b"123") + 1], NoAnswer),
+        (ACCEPTED[: ACCEPTED.index(b"123") + 3], NoAnswer),
+    ],
+)
+def test_what_an_answer_to_submit_means(said: bytes, wanted: Any, link: Link, peer: Peer, job: Job) -> None:
+    """An id; or: it has it not, it never will, nobody knows. A redirection is not followed with the files."""
+    peer.says["/submit"] = [said]
+    got = tried_to_submit(link, job)
+    assert got == wanted if isinstance(wanted, str) else type(got) is wanted, got
+
+
+def tried_to_submit(link: Link, job: Job) -> str | joborch.JoborchError:
+    """The payload's id, or what the sender makes of the failure: an error of the line counts as no answer."""
+    try:
+        return submit(link, job)
+    except OSError as error:
+        return NoAnswer(str(error))
+    except joborch.JoborchError as error:
+        return error
+
+
+CHUNKED = (
+    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n9\r\n{"id": 12\r\n3\r\n3, \r\nb\r\n"input": 1}\r\n0\r\n\r\n'
+)
+
+
+@pytest.mark.parametrize("cut", [None, CHUNKED.index(b"\r\n3\r\n"), CHUNKED.index(b"3, \r\n")])
+def test_an_id_that_comes_in_two_pieces(cut: int | None, link: Link, peer: Peer, job: Job) -> None:
+    """Half an id is that of another payload."""
+    peer.says["/submit"] = [CHUNKED[:cut]]
+    got = tried_to_submit(link, job)
+    assert got == "123" if cut is None else type(got) is NoAnswer, got
+
+
+def test_of_an_endless_echo_only_the_beginning_is_read(link: Link, peer: Peer, job: Job) -> None:
+    """A 2.2 client echoes every byte of the input as a number."""
+    peer.says["/submit"] = [b'HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n{"id": 123, "input": {"run.sh": [' + b"1, " * 100_000]
+    assert submit(link, job) == "123"
+
+
+@BOUNDED
+@given(st.integers(0, 10**12), st.sampled_from([", ", "}", " }", "\n,"]), st.integers(0, 40))
+def test_an_id_is_read_whole_or_not_at_all(number: int, after: str, cut: int) -> None:
+    text = f'{{"id": {number}{after}'.encode()
+    got = tried(lambda: joborch.read_submit_answer(200, text[:cut]), NoAnswer)
+    assert isinstance(got, NoAnswer) or got == str(number), (text[:cut], got)
+    if cut >= len(text):
+        assert got == str(number)
+
+
+def test_a_client_that_is_not_there_has_nothing(peer: Peer, job: Job, data: DataFolder) -> None:
+    for url in (f"http://127.0.0.1:{free_port()}", "http://no-such-host.invalid:9000"):
+        with pytest.raises(NothingSent, match=r"cannot be reached: (connection refused|its name is not known)"):
+            submit(make_link(url, data), job)
+
+
+def test_a_client_that_hangs_may_have_it(link: Link, peer: Peer, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joborch.Link.call, "__defaults__", (0.2,))
+    peer.silent.set()
+    with pytest.raises(NoAnswer, match="did not answer"):
+        submit(link, job)
+
+
+def test_a_client_that_hangs_up_while_it_is_sent(job: Job, data: DataFolder) -> None:
+    """Bytes went out: nobody knows, though most clients will have thrown them away."""
+    with (data.job(job.uuid) / "run.sh").open("wb") as big:
+        big.truncate(50 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            line, _ = listener.accept()
+            line.recv(1000)
+            line.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        with pytest.raises(NoAnswer, match="did not answer"):
+            submit(make_link(f"http://127.0.0.1:{listener.getsockname()[1]}", data), job)
+
+
+RUBBISH = b"this is no record of TLS, neither at the beginning nor later on " * 2
+
+
+def answer_with_rubbish(listener: socket.socket, context: ssl.SSLContext) -> None:
+    """Take one connection and the beginning of a request under TLS, and answer with rubbish."""
+    line, _ = listener.accept()
+    with contextlib.suppress(OSError), line, context.wrap_socket(line, server_side=True) as safe:
+        safe.recv(100)
+        os.write(safe.fileno(), RUBBISH)
+        safe.recv(100)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl to make a certificate")
+def test_a_line_that_fails_under_tls(job: Job, data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of TLS says nothing about when it came: once bytes of the request went out, nobody knows."""
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(["openssl", "req", *words, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer_with_rubbish, args=(listener, context), daemon=True).start()
+        got = tried_to_submit(make_link(f"https://127.0.0.1:{listener.getsockname()[1]}", data), job)
+    assert type(got) is NoAnswer, got
+
+
+# == Asking, fetching, ending ==
+
+EVENTS = {"instance": "i", "next": 7, "slots": 2, "payloads": [{"id": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (reply(200, EVENTS), joborch.Heard("i", 7, 2, [{"id": 1}])),
+        (reply(404), Gone),
+        (reply(401), NothingSent),
+        (reply(500), NothingSent),
+        (reply(503, {"message": "too many callers wait here"}), NothingSent),
+        (reply(200, b"<html>"), NothingSent),
+        (reply(200, b"\xff"), NothingSent),
+        (reply(200, []), NothingSent),
+        (reply(200, {**EVENTS, "next": "x"}), NothingSent),
+        (reply(200, {**EVENTS, "next": None}), NothingSent),
+        (reply(200, b'{"instance": 1, "next": 1e999, "slots": 1, "payloads": []}'), NothingSent),
+        (reply(200, {**EVENTS, "payloads": {"a": 1}}), NothingSent),
+        (reply(200, {**EVENTS, "payloads": [1]}), NothingSent),
+        (reply(200, {**EVENTS, "payloads": None}), NothingSent),
+        (reply(200, b"[" * 100_000), NothingSent),
+        (reply(200, EVENTS)[:-5], NoAnswer),
+        (b"", NoAnswer),
+    ],
+)
+def test_events(said: bytes, wanted: Any, link: Link, peer: Peer) -> None:
+    peer.says["/events"] = [said]
+    link.since, link.instance = 3, "b"
+    got = tried(lambda: link.events(1.5, ["4", "5"]), joborch.JoborchError)
+    assert got == wanted if isinstance(wanted, joborch.Heard) else type(got) is wanted, got
+    assert peer.asked[0].path == "/events?since=3&instance=b&wait=1.5&done=4,5"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (reply(200, {"id": 7, "status": "Running"}), {"id": 7, "status": "Running"}),
+        (zip_reply(b"PK"), {"status": "Completed"}),
+        (reply(404), Gone),
+        (reply(500), NoAnswer),
+        (reply(200, b"<html>"), NoAnswer),
+        (reply(200, 3), NoAnswer),
+        (reply(200, {}), NoAnswer),
+        (reply(200, {"status": 3}), NoAnswer),
+        (reply(200, {"status": "Dancing"}), NoAnswer),
+        (reply(200, b"[" * 100_000), NoAnswer),
+        (reply(200, {"status": "Running"})[:-3], NoAnswer),
+        (b"", NoAnswer),
+    ],
+)
+def test_status(said: bytes, wanted: Any, link: Link, peer: Peer, job: Job) -> None:
+    """A state that nobody knows is no state."""
+    peer.says["/retrieve/7"] = [said]
+    got = tried(lambda: link.status(job), joborch.JoborchError)
+    assert got == wanted if isinstance(wanted, dict) else type(got) is wanted, got
+    assert peer.asked[0].headers["X-Joborch-Mark"] == job.mark
+
+
+RESULT = b"PK" + bytes(range(256)) * 20
+
+
+def digest_of(content: bytes) -> str:
+    """Repr-Digest, made by hand."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (zip_reply(RESULT, Repr_Digest=digest_of(RESULT)), None),
+        (zip_reply(RESULT, Repr_Digest=f"md5=:AAAA:, {digest_of(RESULT)}"), None),
+        (zip_reply(RESULT), None),
+        (zip_reply(RESULT, Content_Length=""), None),
+        (zip_reply(RESULT, Repr_Digest=digest_of(RESULT + b"x")), NoAnswer),
+        (zip_reply(RESULT, Repr_Digest="sha-256=:abc:"), NoAnswer),
+        (zip_reply(RESULT, Repr_Digest=digest_of(RESULT), Content_Length="")[:-1], NoAnswer),
+        (zip_reply(RESULT)[:-1], NoAnswer),
+        (zip_reply(RESULT)[:-5000], NoAnswer),
+        (zip_reply(RESULT, Content_Length="x"), NoAnswer),
+        (reply(200, {"status": "Running"}), NoAnswer),
+        (reply(404), Gone),
+        (reply(503), NoAnswer),
+        (b"", NoAnswer),
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_fetch(said: bytes, wanted: Any, partial: bool, link: Link, peer: Peer, job: Job) -> None:
+    """What came is what was sent, or it is fetched again."""
+    peer.says["/retrieve_partial/7" if partial else "/retrieve/7"] = [said]
+    target = io.BytesIO()
+    got = tried(lambda: link.fetch(job, target, partial), joborch.JoborchError)
+    if wanted is None:
+        assert got == (len(RESULT), hashlib.sha256(RESULT).hexdigest())
+        assert target.getvalue() == RESULT
+    else:
+        assert type(got) is wanted, got
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_of_ours_is_no_fault_of_the_client(number: int, link: Link, peer: Peer, job: Job) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(number, "full")
+
+    peer.says["/retrieve/7"] = [zip_reply(RESULT)]
+    with pytest.raises(OSError, match="full") as caught:
+        link.fetch(job, Full())
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [(reply(200), True), (reply(202), False), (reply(404), Gone), (reply(500), NoAnswer), (reply(401), NoAnswer), (b"", NoAnswer)],
+)
+def test_kill(said: bytes, wanted: Any, link: Link, peer: Peer, job: Job) -> None:
+    peer.says["/kill/7"] = [said]
+    got = tried(lambda: link.kill(job), joborch.JoborchError)
+    assert got is wanted or type(got) is wanted
+    assert (peer.asked[0].method, peer.asked[0].headers["X-Joborch-Mark"]) == ("POST", job.mark)
+
+
+def test_any_answer_to_a_ping_will_do(link: Link, peer: Peer) -> None:
+    link.ping()
+    peer.says["/"] = [b""]
+    with pytest.raises(NoAnswer):
+        link.ping()
+    assert [asked.path for asked in peer.asked] == ["/", "/"]
+
+
+def test_a_wrong_token_is_told_with_its_remedy(link: Link, peer: Peer, job: Job) -> None:
+    peer.says["/submit"] = [reply(401, {"message": "the token is wrong"})]
+    with pytest.raises(NothingSent, match="SERVICE_<NAME>_TOKEN"):
+        submit(link, job)
+
+
+def test_the_token_is_read_again_each_time(peer: Peer, data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a service's setting, else what a client of this user wrote down: it may start later."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    link = make_link(peer.url, data)
+    link.services = [a_service(token=""), a_service("b", token="")]
+    assert link.token() == ""
+    file = joborch.client_token_file()
+    assert file is not None
+    file.parent.mkdir(parents=True)
+    file.write_text("of-the-client\n")
+    assert link.token() == "of-the-client"
+    link.services.append(a_service("c", token="of-a-service"))
+    assert link.token() == "of-a-service"
+
+
+# == Health ==
+
+
+@BOUNDED
+@given(st.integers(1, 10**6))
+def test_back_off_doubles_to_half_a_minute(failures: int) -> None:
+    """1 s at first, 30 s at most, with jitter."""
+    plain = min(30.0, 2.0 ** min(failures - 1, 5))
+    waits = {joborch.backoff_s(failures) for _ in range(20)}
+    assert all(plain / 2 <= wait <= min(30.0, plain * 1.5) for wait in waits), waits
+    assert len(waits) > 1, "without jitter all come back at once"
+
+
+def test_a_link_is_held_back_after_failures_and_free_when_it_is_heard(link: Link) -> None:
+    clock = link.clock
+    assert isinstance(clock, HandClock)
+    assert link.held(), "it was never heard"
+    link.heard()
+    assert not link.held()
+    holds = []
+    for _ in range(8):
+        link.failed("no\nanswer")
+        holds.append(link.held_until - clock.monotonic())
+        assert link.held()
+    assert link.trouble == "no answer"
+    assert 0.5 <= holds[0] <= 1.5 and 15 <= holds[-1] <= 45
+    clock.pass_s(100)
+    assert not link.held(), "it is tried again"
+    assert link.silent_s() == 100
+    link.heard()
+    assert (link.failures, link.trouble, link.silent_s(), link.held()) == (0, "", 0, False)
+
+
+def test_room(link: Link) -> None:
+    """All slots, some that wait beside them so that no slot is ever idle, and what has ended and is to be fetched."""
+    link.slots = 2
+    assert link.room() == 6
+    link.slots = 8
+    assert link.room() == 16
+    link.ended[1] = joborch.Report(1, {}, 0.0)
+    assert link.room() == 17
+
+
+def test_causes_are_said_in_plain_words() -> None:
+    outer, inner = ValueError("outer"), ConnectionRefusedError(errno.ECONNREFUSED, "x")
+    outer.__cause__ = inner
+    assert joborch.plain_cause(outer) == "connection refused"
+    loop = ValueError("<Object at 0x1234>: Went\nround")
+    loop.__context__ = KeyError("x")
+    loop.__context__.__context__ = loop
+    assert joborch.plain_cause(loop).isprintable()
+    assert "0x" not in joborch.plain_cause(ValueError("<Object at 0x1234>: went round"))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'"x"', b"\xff", b'{"message": 3}', b'{"message": "a\\nb"}', b"[" * 100_000])
+def test_refusals_are_one_sentence(body: bytes) -> None:
+    assert joborch.refused_text(500, body).isprintable()
+    assert joborch.refused_text(500, body).startswith("answered 500")

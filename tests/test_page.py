@@ -1,0 +1,224 @@
+"""What describes the program: OpenAPI of both modes, with examples that are like the real answers; the page, its files, the tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from test_client import Said, Yard, ask, yard_fixture  # noqa: F401 - a fixture
+from test_files import data_fixture  # noqa: F401 - a fixture
+from test_http import desk_fixture  # noqa: F401 - a fixture
+from test_links import peer_fixture  # noqa: F401 - a fixture
+from test_server import Desk
+from test_states import tried
+
+import joborch
+from joborch import JSON_TYPE, ROUTES, Gives, Refusal, Route, Status, openapi
+
+MODES = ("server", "client")
+OF_MODE = [(mode, declared) for mode in MODES for declared in ROUTES if mode in declared.mode.split()]
+
+
+def name_of(value: Any) -> str | None:
+    """What a route is called in a test's name."""
+    return f"{value.method} {value.path}" if isinstance(value, Route) else None
+
+
+def operations(mode: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Path, method and operation of everything described."""
+    for path, item in openapi(mode)["paths"].items():
+        for method, operation in item.items():
+            yield path, method, operation
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_description_is_valid(mode: str) -> None:
+    """OpenAPI 3.1 by its own schema, and JSON."""
+    document = openapi(mode)
+    assert document["openapi"].startswith("3.1")
+    OpenAPIV31SpecValidator(json.loads(json.dumps(document))).validate()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_declared_route_is_described_once_and_nothing_else(mode: str) -> None:
+    declared = {(re.sub(r"<(\w+)>", r"{\1}", found.path), found.method.lower()) for kind, found in OF_MODE if kind == mode}
+    declared |= {(path, "head") for path, method in declared if method == "get"}
+    assert {(path, method) for path, method, _ in operations(mode)} == declared
+    names = [operation["operationId"] for _, _, operation in operations(mode)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("mode", "declared"), OF_MODE, ids=name_of)
+def test_every_json_answer_has_an_example(mode: str, declared: Route) -> None:
+    """And every answer a meaning; a status that is an error has an example that is one."""
+    assert declared.gives
+    assert len(declared.summary) > 5 and declared.summary.endswith(".")
+    for code, said in declared.gives.items():
+        assert said.meaning, code
+        assert (said.example is not None) == (said.content == JSON_TYPE), code
+        if said.content == JSON_TYPE and code >= 400 and (declared.path, code) not in {("/terminate/<job_id>", 409), ("/health", 503)}:
+            assert set(said.example) <= {"message", "field"} and len(said.example["message"]) > 5
+        if code in (204, 302, 304):
+            assert said.content == ""
+    if "<job_id>" in declared.path:
+        assert {400, 404} <= set(declared.gives)
+
+
+@pytest.mark.parametrize(("mode", "declared"), OF_MODE, ids=name_of)
+def test_every_parameter_is_explained_and_has_an_example_within_its_bounds(mode: str, declared: Route) -> None:
+    kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
+    for parameter in declared.takes:
+        assert len(parameter.help) > 3, parameter.name
+        if parameter.kind == "file":
+            continue
+        assert isinstance(parameter.example, kinds[parameter.kind]), parameter.name  # type: ignore[arg-type]
+        if parameter.kind == "integer":
+            assert (parameter.least is None or parameter.example >= parameter.least) and (parameter.most or 2**63) >= parameter.example
+    in_path = {parameter.name for parameter in declared.takes if parameter.place == "path"}
+    assert in_path == set(re.findall(r"<(\w+)>", declared.path))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_may_call_is_described(mode: str) -> None:
+    """Routes for callers name the token, and the two codes with which they refuse; the others do neither."""
+    for kind, declared in OF_MODE:
+        if kind != mode:
+            continue
+        operation = openapi(mode)["paths"][re.sub(r"<(\w+)>", r"{\1}", declared.path)][declared.method.lower()]
+        assert ({"token": []} in operation["security"]) == (declared.who == "caller")
+        assert ({"401", "403"} <= set(operation["responses"])) == (declared.who == "caller")
+    free = {declared.path for kind, declared in OF_MODE if declared.who == "anyone"}
+    assert free == {"/", "/health", "/load", "/api-docs/openapi.json", "/swagger", "/swagger-ui", "/swagger-ui/", "/swagger-ui/<name>"}
+
+
+def test_a_head_is_described_without_bodies() -> None:
+    for _, method, operation in operations("server"):
+        if method == "head":
+            assert all(set(answer) == {"description"} for answer in operation["responses"].values())
+
+
+def test_uploads_are_described_as_a_form() -> None:
+    schema = openapi("server")["paths"]["/upload"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(schema["required"]) == {"file", "user_id", "service"}
+    assert set(schema["properties"]) == set(joborch.FIELD_NAMES)
+    assert schema["properties"]["file"]["items"] == {"type": "string", "format": "binary"}
+
+
+# == Examples are like the real answers ==
+
+
+def shape(value: Any) -> Any:
+    """The fields of an answer, without their values."""
+    return {name: shape(inner) if isinstance(inner, dict) else None for name, inner in value.items()} if isinstance(value, dict) else None
+
+
+def example(method: str, path: str, mode: str, code: int = 200) -> Any:
+    """The example of an answer."""
+    found = next(declared for kind, declared in OF_MODE if (kind, declared.method, declared.path) == (mode, method, path))
+    return found.gives[code].example
+
+
+def test_the_servers_examples_are_like_its_answers(desk: Desk) -> None:
+    job = desk.upload()
+    assert shape(ask(desk.server, "GET", f"/jobs/{job.id}").json) == shape(example("GET", "/jobs/<job_id>", "server"))
+    whole = example("GET", "/jobs/<job_id>", "server")
+    assert set(ask(desk.server, "GET", f"/jobs/{job.id}").json["history"][0]) == set(whole["history"][0])
+    listed = ask(desk.server, "GET", "/jobs").json
+    assert set(listed) == set(example("GET", "/jobs", "server"))
+    assert set(listed["jobs"][0]) <= set(example("GET", "/jobs", "server")["jobs"][0])
+    services = ask(desk.server, "GET", "/services").json["services"]
+    wanted = example("GET", "/services", "server")["services"]
+    assert (shape(services[0]), shape(services[0]["clients"][0])) == (shape(wanted[0]), shape(wanted[0]["clients"][0]))
+    assert shape(ask(desk.server, "GET", "/health").json) == shape(example("GET", "/health", "server"))
+    assert ask(desk.server, "GET", "/").json == example("GET", "/", "server")
+    desk.store.move(job, Status.KILLED, "")
+    assert shape(ask(desk.server, "POST", f"/terminate/{job.id}").json) == shape(example("POST", "/terminate/<job_id>", "server"))
+
+
+def test_the_clients_examples_are_like_its_answers(yard: Yard) -> None:
+    job = yard.submit("true")
+    assert shape(ask(yard.client, "GET", f"/retrieve/{job.id}").json) == shape(example("GET", "/retrieve/<job_id>", "client"))
+    yard.run(job)
+    events, wanted = yard.events(), example("GET", "/events", "client")
+    assert (set(events), set(events["payloads"][0])) == (set(wanted), set(wanted["payloads"][0]))
+    assert isinstance(ask(yard.client, "GET", "/load").json, float)
+    assert set(ask(yard.client, "GET", "/health").json) >= set(example("GET", "/health", "client"))
+    said = ask(yard.client, "POST", f"/kill/{job.id}")
+    assert shape(said.json) == shape(example("POST", "/kill/<job_id>", "client"))
+
+
+def test_errors_are_like_their_examples(desk: Desk) -> None:
+    for path, code in (("/jobs/99", 404), ("/jobs/x", 400), ("/jobs?limit=0", 400), ("/download/99", 404)):
+        said = ask(desk.server, "GET", path)
+        assert said.status == code
+        assert set(said.json) <= set(joborch.EXAMPLE_ERROR)
+
+
+# == Assets ==
+
+
+@pytest.mark.parametrize("name", [*joborch.SWAGGER_FILES, "start.js"])
+def test_swagger_ui_is_served_from_inside(name: str, desk: Desk) -> None:
+    said = ask(desk.server, "GET", f"/swagger-ui/{name}")
+    kind = {"css": "text/css", "js": "text/javascript", "png": "image/png"}[name.rpartition(".")[2]]
+    assert (said.status, said.headers["Content-Type"]) == (200, kind)
+    assert int(said.headers["Content-Length"]) == len(said.body) > 50
+    if name == "favicon-32x32.png":
+        assert said.body.startswith(b"\x89PNG")
+
+
+def test_the_page_names_only_files_that_are_served_and_no_other_address(desk: Desk) -> None:
+    said = ask(desk.server, "GET", "/swagger-ui/")
+    page = said.body.decode()
+    named = re.findall(r'(?:href|src)="([^"]+)"', page)
+    assert named
+    for name in named:
+        assert ask(desk.server, "GET", f"/swagger-ui/{name}").status == 200, name
+    assert "//" not in page.replace("<!doctype", "")
+    assert "default-src 'self'" in said.headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in said.headers["Content-Security-Policy"]
+    start = ask(desk.server, "GET", "/swagger-ui/start.js").body.decode()
+    (document,) = re.findall(r'url: "([^"]+)"', start)
+    assert ask(desk.server, "GET", document).json == openapi("server")
+
+
+@pytest.mark.parametrize("name", ["index.html", "swagger-ui.css.map", "..", "%2e%2e", "", "swagger-initializer.js"])
+def test_no_other_file_is_served(name: str, desk: Desk) -> None:
+    said = tried(lambda: joborch.swagger_file(desk.server, joborch.Request({}), name), Refusal)
+    assert isinstance(said, Refusal) and said.status == 404
+
+
+@pytest.mark.parametrize("path", ["/swagger", "/swagger-ui"])
+def test_redirections(path: str, desk: Desk) -> None:
+    said: Said = ask(desk.server, "GET", path)
+    assert (said.status, said.headers["Location"]) == (302, "/swagger-ui/")
+
+
+def test_the_client_is_described_too(yard: Yard) -> None:
+    assert ask(yard.client, "GET", "/api-docs/openapi.json").json == openapi("client")
+    assert ask(yard.client, "GET", "/swagger-ui/").status == 200
+
+
+def test_a_packages_file_is_read_without_importing_it() -> None:
+    assert b"def" in joborch.package_file("bottle", "bottle.py")
+    with pytest.raises(OSError, match="nothing"):
+        joborch.package_file("bottle", "nothing")
+
+
+# == Tables ==
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_readmes_table_of_routes(mode: str) -> None:
+    rows = joborch.routes_table(mode).splitlines()[2:]
+    assert len(rows) == len([1 for kind, _ in OF_MODE if kind == mode])
+    assert all(row.count("|") == 4 and "<job_id>" not in row for row in rows)
+
+
+def test_an_example_that_is_no_object_is_a_number() -> None:
+    assert joborch.openapi_schema_of(12.5) == {"type": "number"}
+    assert joborch.openapi_response(Gives("a ZIP", joborch.ZIP_TYPE))["content"] == {joborch.ZIP_TYPE: {}}
