@@ -185,6 +185,23 @@ def one_line(text: str, limit: int = 300) -> str:
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 
+def parse_json(text: bytes | str) -> Any:
+    """Return what a JSON text of somebody else says; ValueError where it is none, or nested to confuse."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def host_of(url: str) -> tuple[str, str]:
+    """Return (host with port, host name) of a URL; empty texts where it is none."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname or ""
+    except ValueError:
+        return "", ""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -201,7 +218,7 @@ def read_text(text: str) -> str:
 
 def read_token(text: str) -> str:
     """Take a bearer token, or several with commas between."""
-    if not re.fullmatch(r"[!-~]{1,4096}", text):
+    if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
         raise ValueError("give printable ASCII without blanks")
     return text
 
@@ -513,8 +530,14 @@ def reference_address(name: str, values: Mapping[str, Any]) -> Address | None:
 
 def check_url(url: str, shown_name: str) -> None:
     """Refuse what is not an http or https URL with a host."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
+    except ValueError:
+        fits = False
+    if fits and "@" in parts.netloc:
+        raise ConfigError(f"{shown_name} holds a user or password: leave them out, and give the client's token as SERVICE_<NAME>_TOKEN")
+    if not fits:
         raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
 
 
@@ -567,6 +590,15 @@ def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
+def nearest_suffix(name: str) -> str:
+    """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
+    suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
+    tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
+    scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
+    best = max(scores, key=lambda suffix: scores[suffix])
+    return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
+
+
 def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Return one warning for each variable that bears our prefix and is not known."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
@@ -576,8 +608,7 @@ def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
         if ours:
             warnings.append(f"{name} is not a setting{nearest(name, known)}")
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            suffixes = [setting.name for setting in SERVICE_SETTINGS]
-            warnings.append(f"{name} is not a setting of a service{nearest(name.rpartition('_')[2], suffixes)}")
+            warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
     return tuple(warnings)
 
 
@@ -597,12 +628,12 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
     """
     from_file = read_env_file(arguments["env_file"] or "") if arguments.get("env_file") else {}
-    merged = {**from_file, **environment}
+    merged = {**from_file, **{name: text for name, text in environment.items() if text}}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for setting in SETTINGS:
         given = arguments.get(setting.field)
-        if given is not None:
+        if given:
             text, sources[setting.name] = given, f"flag {setting.flag}"
         elif environment.get(setting.name):
             text, sources[setting.name] = environment[setting.name], "environment"
@@ -610,7 +641,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
             text, sources[setting.name] = from_file[setting.name], "--env-file"
         else:
             text, sources[setting.name] = setting.default, "default"
-        shown = setting.flag if given is not None else setting.name
+        shown = setting.flag if given else setting.name
         values[setting.field] = read_setting(setting, text, shown) if text else ""
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
@@ -968,6 +999,15 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return open(descriptor, "rb")
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Put `data` at `path` durably: after a crash there is the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -1107,14 +1147,15 @@ class ZipPacker:
         self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
         self.names: set[str] = set()
         self.left_out: list[str] = []
-        self.own = ".joborch"
+        self.own, self.root = ".joborch", b""
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
+        self.root = os.fsencode(os.path.realpath(folder))
         while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
             self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-        for root, folders, files in os.walk(os.fsencode(folder), onerror=self.note_error):
-            inside = os.path.relpath(root, os.fsencode(folder))
+        for root, folders, files in os.walk(self.root, onerror=self.note_error):
+            inside = os.path.relpath(root, self.root)
             links = [name for name in folders if os.path.islink(os.path.join(root, name))]
             for name in sorted(files + links):
                 path = name if inside == b"." else os.path.join(inside, name)
@@ -1124,7 +1165,8 @@ class ZipPacker:
                 self.add_empty(os.fsdecode(inside))
 
     def note_error(self, error: OSError) -> None:
-        self.left_out.append(f"{os.fsdecode(error.filename or '')}: {os.strerror(error.errno or 0)}")
+        inside = os.path.relpath(os.fsencode(error.filename or self.root), self.root)
+        self.left_out.append(f"{os.fsdecode(inside)}: {os.strerror(error.errno or 0)}")
 
     def add_path(self, path: bytes, name: str, unchanged: Mapping[str, Sequence[int]]) -> None:
         try:
@@ -1149,18 +1191,20 @@ class ZipPacker:
             state = os.fstat(source.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            probe = source.read(256 * KIB)
+            probe = source.read(min(256 * KIB, state.st_size))
             entry = self.entry(name, state.st_mtime, 0o100000 | stat.S_IMODE(state.st_mode))
             entry.compress_type = worthwhile_compression(probe)
             with self.zip.open(entry, "w", force_zip64=True) as target:
                 target.write(probe)
-                for chunk in iter(lambda: source.read(CHUNK_BYTES), b""):
+                for chunk in file_chunks(source, state.st_size - len(probe)):  # what is appended meanwhile stays out
                     target.write(chunk)
 
     def add_link(self, path: bytes, name: str, state: os.stat_result) -> None:
         target = os.readlink(path)
-        inside = os.path.normpath(os.path.join(os.path.dirname(os.fsencode(name)), target))
-        if target.startswith(b"/") or inside == b".." or inside.startswith(b"../"):
+        real = os.path.realpath(path)  # by way of what other links it may go
+        lexical = os.path.normpath(os.path.join(os.path.dirname(os.fsencode(name)), target))
+        outside = real != self.root and not real.startswith(self.root + b"/")
+        if target.startswith(b"/") or outside or lexical == b".." or lexical.startswith(b"../"):
             self.left_out.append(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
             return
         self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
@@ -1186,8 +1230,7 @@ class ZipPacker:
         while safe in self.names:
             safe += "~"
         self.names.add(safe)
-        moment = time.localtime(max(mtime, 0))[:6]
-        entry = zipfile.ZipInfo(safe, moment if 1980 <= moment[0] <= 2107 else EPOCH_ZIP)
+        entry = zipfile.ZipInfo(safe, zip_time(mtime))
         entry.external_attr = mode << 16
         entry.create_system = 3
         # zipfile takes the level of each member from here; 3.13 made it public.
@@ -1197,12 +1240,21 @@ class ZipPacker:
     def finish(self) -> Archive:
         """Write what was left out and the directory; return the archive, to be read from its beginning."""
         if self.left_out:
-            lines = "".join(line + "\n" for line in self.left_out)
+            lines = "".join(one_line(line, 5000) + "\n" for line in self.left_out)
             self.add_chunks("left-out.txt", [lines.encode("utf-8", "replace")])
         self.zip.close()
         self.spool.flush()
         self.spool.seek(0)
         return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest())
+
+
+def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
+    """Return a file's time as a ZIP can say it: local time, 1980 to 2107."""
+    try:
+        year, month, day, hour, minute, second = time.localtime(mtime)[:6]
+    except (OverflowError, OSError, ValueError):
+        return EPOCH_ZIP
+    return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
 
 
 def worthwhile_compression(probe: bytes) -> int:
@@ -1214,7 +1266,7 @@ def worthwhile_compression(probe: bytes) -> int:
 
 def kept_output(path: Path, limit_bytes: int) -> Iterator[bytes]:
     """Yield an output stream: whole up to `limit_bytes`, else its first and last half, with one line between."""
-    with open(path, "rb") as source:
+    with open_regular(path) as source:
         size = os.fstat(source.fileno()).st_size
         half = limit_bytes // 2
         first = size if size <= limit_bytes else half
@@ -1241,12 +1293,13 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
     Raises OSError where the file system has no holes.
     """
     keep_size, punch_hole, block = 1, 2, 4096
-    size = os.stat(path).st_size
+    state = os.lstat(path)
+    size = state.st_size
     begin = -(-(limit_bytes // 2) // block) * block
     end = (size - limit_bytes // 2) // block * block
-    if size <= limit_bytes or end <= begin:
+    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
         return
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
         if libc().fallocate64(descriptor, *arguments) != 0:
@@ -1356,7 +1409,7 @@ UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exi
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
                 result_sha256 = :result_sha256, moves = moves + 1, changed = :changed
- WHERE id = :id AND status = :source
+ WHERE id = :id AND status = :source AND attempt = :expected
 """
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
@@ -1364,7 +1417,10 @@ JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
 JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
 JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
-JOB_FETCHED = "UPDATE jobs SET fetched_at = :now WHERE id = :id AND fetched_at IS NULL"
+JOB_FETCHED = """
+UPDATE jobs SET fetched_at = :now
+ WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
+"""
 JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
 KILL_WISH = """
 UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
@@ -1464,7 +1520,8 @@ SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND status 
 CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
- WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND ended_at < :before ORDER BY ended_at LIMIT 500
+ WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND ended_at < :before
+   AND (fetched_at IS NOT NULL OR ended_at < :unfetched_before) ORDER BY ended_at LIMIT 500
 """
 CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND ended_at < :before LIMIT 500"
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
@@ -1725,8 +1782,9 @@ class Store:
                     self.run_ticket(ticket)
             self.db.execute("COMMIT")
         except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
             for ticket in batch:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
         for ticket in batch:
@@ -1736,16 +1794,16 @@ class Store:
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
         """Return what a thread is told whose transaction failed: its own error where it was alone, else that of the storage."""
-        own = alone and not isinstance(error, sqlite3.OperationalError)
+        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
         return error if own else StorageError(f"the database cannot be written: {error}")
 
     def run_ticket(self, ticket: Ticket) -> None:
         self.db.execute("SAVEPOINT ticket")
         try:
             ticket.value = ticket.work(self.db)
-        except sqlite3.OperationalError:
-            raise  # the disk or a lock: it concerns the whole transaction
-        except Exception as error:  # noqa: BLE001 - it is raised again where the work came from
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise  # the disk or a lock: it concerns the whole transaction
             ticket.error = error
             self.db.execute("ROLLBACK TO ticket")
         self.db.execute("RELEASE ticket")
@@ -1800,7 +1858,7 @@ class Store:
         if to in ENDED and job.status not in ENDED:
             changes.setdefault("ended_at", now)
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, changed=self.next_change())
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, changed=self.next_change(), expected=job.attempt)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         if values["attempt"] != job.attempt:
@@ -1845,15 +1903,15 @@ class Store:
             job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
             service = self.limits[job.service or ""]
             pair = {"service": job.service, "user_id": job.user_id}
+            if job.status is Status.QUEUED and job.kill_requested_at is not None:
+                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                return None
             full = (
                 db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] >= room
                 or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
                 or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
             )
-            if full or job.status is not Status.QUEUED:
-                return None
-            if job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+            if full or job.status is not Status.QUEUED or job.not_before is not None:
                 return None
             self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
             return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
@@ -1951,6 +2009,7 @@ exec 9<>exit.json                                  # and it is open: the script 
 cd work || exit 1
 bash ./run.sh </dev/null >>../stdout 2>>../stderr 9>&- &
 pid=$!
+set +m                                             # else wait returns when run.sh is stopped, too
 while :; do
     wait $pid; status=$?
     kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
@@ -2016,14 +2075,15 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
 def read_exit(folder: Path) -> Fate | None:
     """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
     try:
-        with open(folder / "exit.json", "rb") as file:
+        with open_regular(folder / "exit.json") as file:
             said = json.loads(file.read(200))
         return Fate(False, int(said["status"]), bool(said["left"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
     except PermissionError:
-        os.chmod(folder, 0o700)  # the script took it from its parent folder
-        return None  # the next look finds it
+        with contextlib.suppress(OSError):
+            os.chmod(folder, 0o700)  # the script took it from its parent folder; the next look finds it
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, not finished, or something that the script put in its place
 
 
 def boot_id() -> str:
@@ -2091,10 +2151,10 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
     # Process 1 and kernel threads may have session and group 0, which are nobody's.
     everything = [process for process in everything if process.pid != 1 and process.group != 0]
     found = {process.pid for process in everything if process.session == wrapper_pid != 0 or bears_mark(process.pid, mark, place)}
-    groups = {process.group for process in everything if process.pid in found}
     grown = -1
     while grown != len(found):
         grown = len(found)
+        groups = {process.group for process in everything if process.pid in found}
         found |= {process.pid for process in everything if process.parent in found or process.group in groups}
     return [process for process in everything if process.pid in found and process.pid != os.getpid()]
 
@@ -2313,11 +2373,43 @@ class Report:
     payload: dict[str, Any]
     due: float  # monotonic
     failures: int = 0
+    taken: bool = False  # a lane settles it now
+    newer: Report | None = None  # what the client said of the job meanwhile
+
+
+PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
+
+
+def clean_payload(said: Any) -> dict[str, Any] | None:
+    """Return what a client says of a payload, every field of the right type, or None where it is rubbish.
+
+    `status` is a payload's; `reason`, `cause`, `exit_code`, `signal`, `started_at`, `archive` and `sha256` may be None.
+    """
+    if not isinstance(said, dict) or said.get("status") not in {state.value for state in PAYLOAD_STATES}:
+        return None
+    kinds: dict[str, Any] = {
+        "started_at": (int, float),
+        "reason": str,
+        "cause": str,
+        "exit_code": int,
+        "signal": int,
+        "archive": str,
+        "sha256": str,
+    }
+    clean = {name: said[name] for name, kind in kinds.items() if isinstance(said.get(name), kind) and not isinstance(said[name], bool)}
+    if clean.get("cause") not in {cause.value for cause in Cause}:
+        clean.pop("cause", None)
+    if not 0 <= clean.get("started_at", 0) < 1e11:
+        clean.pop("started_at")
+    clean.update(status=said["status"], uuid=str(said.get("uuid")), attempt=said.get("attempt"), id=str(said.get("id")))
+    clean["reason"] = one_line(clean.get("reason", ""), 1000)
+    return clean
 
 
 def backoff_s(failures: int) -> float:
     """Return how long to wait after the n-th failure in a row: 1 s doubling to 30 s, with jitter."""
-    return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 10)) * uniform(0.75, 1.25))
+    doubled: float = BACKOFF_FIRST_S * 2 ** min(max(failures, 1) - 1, 10)
+    return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
 
 
 def client_token_file() -> Path | None:
@@ -2374,6 +2466,11 @@ class Link:
         """Note that the client answered: what waits for it is due again at once."""
         if self.failures:
             log.info("client %s answers again after %s", self.name, spoken(self.clock.monotonic() - self.silent_since))
+            with self.lock:  # what is due again is tried at once when its peer is heard of
+                self.resend_due.clear()
+                self.kill_due.clear()
+                for found in self.ended.values():
+                    found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
 
@@ -2406,7 +2503,7 @@ class Link:
     def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
         """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer."""
         import urllib3
-        from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError, SSLError
+        from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
         headers = options.pop("headers", {})
         token = self.token()
@@ -2417,9 +2514,11 @@ class Link:
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
             return self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
-        except (NewConnectionError, ConnectTimeoutError, LocationValueError, SSLError) as error:
+        except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         except (HTTPError, OSError) as error:
+            if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
+                raise NothingSent("cannot be reached: its TLS certificate is not trusted here") from error
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
 
     def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
@@ -2457,9 +2556,12 @@ class Link:
         if answer.status != 200:
             raise NothingSent(refused_text(answer.status, text))
         try:
-            said = json.loads(text)
-            return Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
-        except (ValueError, KeyError, TypeError) as error:
+            said = parse_json(text)
+            heard = Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
+            if not all(isinstance(payload, dict) for payload in heard.payloads) or not re.fullmatch(r"[\w.-]{1,64}", heard.instance):
+                raise ValueError("payloads that are none")
+            return heard
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
     def status(self, job: Job) -> dict[str, Any]:
@@ -2474,9 +2576,12 @@ class Link:
         if answer.status != 200:
             raise NoAnswer(refused_text(answer.status, text))
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+            said = clean_payload(parse_json(text))
+        except ValueError as error:
             raise NoAnswer("answers rubbish to /retrieve") from error
+        if said is None:
+            raise NoAnswer("answers rubbish to /retrieve")
+        return said
 
     def fetch(self, job: Job, target: IO[bytes], partial: bool = False) -> tuple[int, str]:
         """Write the ZIP of a payload to `target`; return size in bytes and SHA-256 (hex), verified where the client sent one.
@@ -2533,7 +2638,7 @@ def refused_text(status: int, body: bytes) -> str:
     """Return one sentence on an answer that is an error."""
     message = ""
     with contextlib.suppress(ValueError, AttributeError):
-        message = str(json.loads(body).get("message", ""))
+        message = str(parse_json(body).get("message", ""))
     if status in (401, 403):
         return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
     return f"answered {status}" + (f": {one_line(message)}" if message else "")
@@ -2542,7 +2647,7 @@ def refused_text(status: int, body: bytes) -> str:
 def read_submit_answer(status: int, text: bytes) -> str:
     """Return the payload id of an answer to /submit, or raise what the answer means."""
     if status in (200, 201):
-        match = re.match(rb'\s*\{\s*"id"\s*:\s*([0-9]+)', text) or re.search(rb'"id"\s*:\s*([0-9]+)', text)
+        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # followed by something: half an id is another's
         if not match:
             raise NoAnswer("answered rubbish to /submit")
         return match[1].decode()
@@ -2563,7 +2668,7 @@ def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
             answer.close()  # more than we want: the connection is of no further use
         answer.release_conn()
         return text
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
         raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
 
 
@@ -2579,10 +2684,10 @@ def copy_verified(answer: urllib3.BaseHTTPResponse, target: IO[bytes]) -> tuple[
         size += len(chunk)
     answer.release_conn()
     promised = answer.headers.get("Content-Length")
-    if promised is not None and int(promised) != size:
+    if promised is not None and promised != str(size):
         raise NoAnswer(f"the transfer broke: {size} of {promised} bytes came")
     said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-    if said and base64.b64decode(said[1]) != digest.digest():
+    if said and said[1] != base64.b64encode(digest.digest()).decode():
         raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
     return size, digest.hexdigest()
 
@@ -2593,7 +2698,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
 
     try:
         return answer.read(CHUNK_BYTES)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
@@ -2784,12 +2889,14 @@ def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     now, age = node.clock.wall(), node.config.max_age_s
     more = False
-    for job in node.store.jobs(ENDED_BEFORE, before=now - age):
-        unfetched = node.config.mode == "client" and job.fetched_at is None
-        if unfetched and (job.ended_at or now) > now - 4 * age:
+    unfetched_age = age if node.config.mode == "server" else 4 * age
+    for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
+        try:
+            remove_tree(node.folder(job))
+            remove_tree(node.data.result(job.uuid))
+        except OSError as error:
+            log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
             continue
-        remove_tree(node.folder(job))
-        remove_tree(node.data.result(job.uuid))
         more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
@@ -2803,12 +2910,18 @@ def sweep(node: Node) -> None:
         for path in folder.iterdir():
             if node.stopping.is_set():
                 return
-            if path.stem in node.data.receiving:
-                continue
-            job = node.store.job(JOB_BY_UUID, uuid=path.stem)
-            if path.stem not in node.data.receiving and (job is None or job.status is Status.CLEANED):
-                log.info("%s belongs to no job: removed", path.name)
+            job, key = row_of(node, path), re.sub(r"[.]zip$", "", path.name)
+            if key not in node.data.receiving and (job is None or job.status is Status.CLEANED):
+                log.info("%s belongs to no %s: removed", path.name, node.store.noun)
                 remove_tree(path)
+
+
+def row_of(node: Node, path: Path) -> Job | None:
+    """Return the job whose files are at `path`: `UUID`, `UUID.zip` on a server, `UUID.ATTEMPT` on a client."""
+    job_uuid, _, rest = path.name.partition(".")
+    if node.config.mode == "client" and rest.isdigit():
+        return node.store.job(JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
+    return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
 # == 12. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
@@ -2868,7 +2981,7 @@ def send_tick(server: Server, link: Link) -> bool:
         server.wake(f"send:{link.name}")  # another lane takes the next while this one sends
     with link.turn():
         send_job(server, link, job)
-    return more
+    return True
 
 
 def claim_next(server: Server, link: Link) -> Job | None:
@@ -2902,6 +3015,10 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     folder = server.data.job(job.uuid)
     try:
         paths = sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+        if not paths:
+            reason = "its files are missing on the server's disk: somebody removed them"
+            end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+            return
         if link.legacy:
             check_base_names(paths)
         returned = server.service(job).return_inputs
@@ -3023,15 +3140,20 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         look_for_lost(server, link, {str(payload.get("uuid")) for payload in heard.payloads})
 
 
-def report(server: Server, link: Link, payload: Mapping[str, Any]) -> None:
+def report(server: Server, link: Link, said: Any) -> None:
     """Move a job on by what its client says of its payload."""
-    job = server.store.job(JOB_BY_UUID, uuid=str(payload.get("uuid")))
+    payload = clean_payload(said)
+    if payload is None:
+        log.warning("client %s says rubbish of a payload: %s", link.name, one_line(str(said)))
+        return
+    job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
     if job is None:
         return
-    status = str(payload.get("status"))
+    status = str(payload["status"])
     ours = job.attempt == payload.get("attempt") and job.client == link.name and job.status in BUSY
     if not ours:
-        if status in (Status.PREPARED.value, Status.RUNNING.value):
+        stray = status in (Status.PREPARED.value, Status.RUNNING.value) and isinstance(payload["attempt"], int)
+        if stray and payload["attempt"] <= job.attempt:
             end_stray(link, job, payload)
         return
     if job.dest_id is None:  # its answer is lost, or still under way: this is as good
@@ -3042,9 +3164,18 @@ def report(server: Server, link: Link, payload: Mapping[str, Any]) -> None:
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
-        with link.lock:
-            link.ended[job.id] = Report(job.id, dict(payload), 0.0)
-        server.wake(f"fetch:{link.name}")
+        note_end(server, link, Report(job.id, dict(payload), 0.0))
+
+
+def note_end(server: Server, link: Link, found: Report) -> None:
+    """Note that a payload has ended, for the lanes that settle it; one that is being settled keeps the news for later."""
+    with link.lock:
+        earlier = link.ended.get(found.job_id)
+        if earlier is not None and earlier.taken:
+            earlier.newer = found
+        else:
+            link.ended[found.job_id] = found
+    server.wake(f"fetch:{link.name}")
 
 
 def end_stray(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -3060,9 +3191,7 @@ def look_for_lost(server: Server, link: Link, named: Collection[str]) -> None:
     """Ask for each job that should be with a client and was not named in its full list."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
         if job.dest_id and job.uuid not in named:
-            with link.lock:
-                link.ended[job.id] = Report(job.id, {"status": "?"}, 0.0)
-            server.wake(f"fetch:{link.name}")
+            note_end(server, link, Report(job.id, {"status": "?"}, 0.0))
 
 
 def poll_tick(server: Server, link: Link) -> bool:
@@ -3104,30 +3233,43 @@ def fetch_tick(server: Server, link: Link) -> bool:
     """Settle one job whose payload has ended; True where there was one."""
     now = server.clock.monotonic()
     with link.lock:
-        due = next((found for found in link.ended.values() if found.due <= now), None)
-        if due is None:
+        waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
+        if not waiting:
             return False
-        due.due = now + 3600  # ours: no other lane takes it
-        more = any(found.due <= now for found in link.ended.values())
-    if more:
+        due, due.taken = waiting[0], True
+    if len(waiting) > 1:
         server.wake(f"fetch:{link.name}")
-    settled = False
+    settled, job = False, server.store.get(due.job_id)
     try:
         with link.turn():
-            job = server.store.get(due.job_id)
             settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
     finally:
-        with link.lock:
-            if settled:
-                link.ended.pop(due.job_id, None)
-            else:
-                due.failures += 1
-                due.due = server.clock.monotonic() + backoff_s(due.failures)
+        give_back(server, link, due, settled)
     if settled:
-        if job and job.dest_id and not link.legacy:
-            link.settled.append(job.dest_id)
+        confirm_later(server, link, job)
         server.wake("send")  # quota and places are free, at this client or another
     return True
+
+
+def confirm_later(server: Server, link: Link, job: Job | None) -> None:
+    """Let the client know with the next call that a job's result is safe here, if it is."""
+    current = server.store.get(job.id) if job else None
+    if job and current and current.status in OVER and current.client == link.name and current.dest_id == job.dest_id and not link.legacy:
+        link.settled.append(str(job.dest_id))
+
+
+def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
+    """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
+    with link.lock:
+        if due.newer is not None:
+            link.ended[due.job_id] = due.newer
+        elif settled:
+            link.ended.pop(due.job_id, None)
+        else:
+            due.failures, due.taken = due.failures + 1, False
+            due.due = server.clock.monotonic() + backoff_s(due.failures)
+    if due.newer is not None:
+        server.wake(f"fetch:{link.name}")
 
 
 def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
@@ -3157,6 +3299,15 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     return True
 
 
+def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
+    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
+    current: Job | None = job
+    while current is not None and current.status in BUSY and current.attempt == job.attempt:
+        if server.store.move(current, to, reason, **changes):
+            return
+        current = server.store.get(job.id)
+
+
 def become_unknown(server: Server, job: Job, reason: str) -> None:
     """Move a job to Unknown for what cannot be known now; it heals by itself."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
@@ -3168,14 +3319,17 @@ def fetch_result(server: Server, link: Link, job: Job, payload: Mapping[str, Any
     size, digest = store_archive(server, link, job, payload, partial=False)
     reason = payload.get("reason") or "run.sh ended with exit status 0"
     started = payload.get("started_at") or job.started_at
-    server.store.move(job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
+    end_busy(server, job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
 
 
 def unpack_inline(payload: Mapping[str, Any], target: IO[bytes]) -> tuple[int, str] | None:
     """Write the ZIP that came with the news of a payload's end; None where none came, or another than was sent."""
     if "archive" not in payload:
         return None
-    data = base64.b64decode(str(payload["archive"]))
+    try:
+        data = base64.b64decode(str(payload["archive"]))
+    except ValueError:
+        return None
     digest = hashlib.sha256(data).hexdigest()
     if digest != payload.get("sha256"):
         return None
@@ -3207,12 +3361,14 @@ def fetch_failure(server: Server, link: Link, job: Job, payload: Mapping[str, An
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes: dict[str, Any] = {name: payload.get(name) for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
-    server.store.move(job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
+    end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
 def kill_tick(server: Server, link: Link) -> bool:
     """Ask a client to end the jobs that shall end; its events tell when they have."""
     now = server.clock.monotonic()
+    if link.held():
+        return False
     for job in server.store.jobs(KILLS_AT_CLIENT, client=link.name):
         if link.kill_due.get(job.id, 0.0) > now:
             continue
@@ -3289,25 +3445,43 @@ class Client(Node):
 
 def run_tick(client: Client) -> bool:
     """Take in what ended, and start what a slot is free for."""
-    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     fates = client.executor.poll(running)
     ended = [job for job in running if not fates[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
             finish(client, job, fates[job.id])
-    free = client.config.slots - len(running) + len(ended)
+    free = client.config.slots - len(everything) + len(ended)
     if free > 0:
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=free):
             begin(client, job)
-    return False
+    return bool(ended)
 
 
 def begin(client: Client, job: Job) -> None:
     """Start one payload: the mark is stored before, the handle after."""
-    problem = why_not_runnable(client.data.job(job.mark) / "work" / "run.sh")
+    work = client.data.job(job.mark) / "work"
+    if not work.is_dir():
+        reason = "its files are missing on the client's disk: somebody removed them"
+        client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+        return
+    problem = why_not_runnable(work / "run.sh")
     if problem:
         client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
         return
+    with client.lock:
+        client.ending.add(job.id)  # nobody ends it between row and handle: there would be nothing to end yet
+    try:
+        launch(client, job)
+    finally:
+        with client.lock:
+            client.ending.discard(job.id)
+    client.wake("end")
+
+
+def launch(client: Client, job: Job) -> None:
+    """Start one payload that can run, unless it is not Prepared any more."""
     if not client.store.move(job, Status.RUNNING, "", started_at=client.clock.wall()):
         return
     try:
@@ -3381,7 +3555,7 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
-    with contextlib.suppress(OSError), open(folder / "work" / "run.sh", "rb") as script:
+    with contextlib.suppress(OSError), open_regular(folder / "work" / "run.sh") as script:
         if b"\r\n" in script.read(64 * KIB):
             text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
     return text
@@ -3398,7 +3572,7 @@ def signal_name(number: int) -> str:
 def last_line(path: Path) -> str:
     """Return the last line of a text file that is not blank, made safe to show."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
             lines = file.read().decode("utf-8", "replace").split("\n")
     except OSError:
@@ -3412,6 +3586,10 @@ def end_tick(client: Client) -> bool:
     if job is None:
         return False
     try:
+        fate = client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
+        if fate.exit_status is not None:  # it was quicker than the wish
+            finish(client, job, fate)
+            return True
         if job.status is Status.RUNNING:
             client.executor.cancel(job)
         folder, (started, ended) = client.data.job(job.mark), run_times(client.data.job(job.mark), job)
@@ -3459,7 +3637,7 @@ def adopt(client: Client) -> None:
     running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     if client.store.identity is None:
         end_orphans(client)
-    cut_off = [job for job in running if job.handle is None]
+    cut_off = [job for job in running if job.handle is None and job.kill_requested_at is None]
     handles = client.executor.find(cut_off)
     for job in cut_off:
         if job.mark not in handles:
@@ -3647,9 +3825,9 @@ def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], 
         return
     host = headers.get("HOST", "")
     origin = headers.get("ORIGIN")
-    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and urlsplit(origin).netloc != host):
+    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and host_of(origin)[0] != host):
         raise Refusal(403, "a page of another site may not call this server: show a token")
-    name, known = urlsplit(f"//{host}").hostname or "", [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
+    name, known = host_of(f"//{host}")[1], [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
     if (known or not node.config.allow_anonymous) and not is_loopback(name) and name not in known:
         raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
     if node.config.allow_anonymous:
@@ -3911,7 +4089,8 @@ def file_answer(request: Request, archive: Archive, filename: str, headers: Mapp
     if tag in known or "*" in known:
         archive.file.close()
         return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
-    span = byte_range(request.header("Range"), archive.size) if request.header("If-Range") in ("", tag) else None
+    wanted = request.method == "GET" and request.header("If-Range") in ("", tag)  # RFC 9110: only GET has ranges
+    span = byte_range(request.header("Range"), archive.size) if wanted else None
     if span is None:
         return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
     begin, end = span
@@ -4536,7 +4715,7 @@ def check_digests(form: Form) -> None:
     """Compare what came with the digests that our server sent after the files; Refusal 503 makes it send again."""
     sent = form.fields.pop(DIGESTS_FIELD, None)
     try:
-        digests = json.loads(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
+        digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
     except ValueError as error:
         raise Refusal(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
@@ -4567,19 +4746,35 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
             raise
 
 
+def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
+    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
+    try:
+        with open_regular(folder / "inputs.json") as file:
+            noted = parse_json(file.read())
+    except (OSError, ValueError):
+        return {}
+    items = noted.items() if isinstance(noted, dict) else ()
+    return {path: state for path, state in items if isinstance(state, list)}
+
+
 def pack_payload(client: Client, job: Job) -> Archive:
     """Return a payload's work folder as it stands, with its output streams below `.joborch/`."""
     folder = client.folder(job)
-    packer = ZipPacker(client.data.spool())
-    if not (folder / "work").is_symlink() and not os.access(folder / "work", os.R_OK | os.X_OK):
-        os.chmod(folder / "work", 0o700)  # the script took its own folder's rights away
-    unchanged = {}
-    if not job.return_inputs and (folder / "inputs.json").exists():
-        unchanged = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    packer.add_folder(folder / "work", unchanged)
+    packer, work = ZipPacker(client.data.spool()), folder / "work"
+    if work.is_symlink() or not work.is_dir():
+        packer.left_out.append("the work folder: the script removed it, or put something else in its place")
+    else:
+        if not os.access(work, os.R_OK | os.X_OK):
+            os.chmod(work, 0o700)  # the script took its own folder's rights away
+        packer.add_folder(work, {} if job.return_inputs else unchanged_inputs(folder))
     for stream in OUTPUT_STREAMS:
-        if (folder / stream).exists():
-            packer.add_chunks(stream, kept_output(folder / stream, client.config.log_limit_bytes))
+        try:
+            open_regular(folder / stream).close()
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
+            continue
+        packer.add_chunks(stream, kept_output(folder / stream, client.config.log_limit_bytes))
     return packer.finish()
 
 
@@ -4696,6 +4891,8 @@ def events(client: Client, request: Request) -> Answer:
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
     """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
     folder = client.folder(job)
+    if (folder / "work").is_symlink():
+        return {}
     try:
         entries = [*os.scandir(folder / "work")]
         plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
@@ -4986,7 +5183,7 @@ def ensure_client_token(config: Config) -> Config:
         )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or not path.read_text(encoding="ascii").strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
             log.info("made a token for callers in %s", path)
         return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
@@ -5103,10 +5300,9 @@ def command_config(config: Config, as_json: bool) -> int:
     rows = config_rows(config)
     if as_json:
         print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}, indent=2))
-        return EXIT_DONE
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, source in rows:
-        print(f"{name:<{width}}  {value or '-'}  ({source})")
+    else:
+        width = max(len(name) for name, _, _ in rows)
+        print("\n".join(f"{name:<{width}}  {value or '-'}  ({source})" for name, value, source in rows))
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return EXIT_DONE

@@ -176,9 +176,7 @@ def test_the_lock_file_reads_back_as_written() -> None:
     assert write_lock(read_lock(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "bottle==0.13.4\n", f"bottle>=1 \\\n    --hash=sha256:{'0' * 64}\n"]
-)
+@pytest.mark.parametrize("text", ["", "# nothing\n", "bottle==0.13.4\n", f"bottle>=1 \\\n    --hash=sha256:{'0' * 64}\n"])
 def test_a_lock_file_without_digests_is_refused(text: str) -> None:
     with pytest.raises(BuildError, match="--lock"):
         read_lock(text)

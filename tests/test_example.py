@@ -13,10 +13,7 @@ import pytest
 EXAMPLE = Path(__file__).resolve().parent.parent / "example"
 LIMIT_ANGSTROM = 5.5
 AWKS = [awk for awk in (["mawk"], ["gawk"], ["original-awk"], ["busybox", "awk"]) if shutil.which(awk[0])]
-SUMMARY = (
-    "2oob: 36 residue pairs of chains A and B lie within 5.5 Angstrom; "
-    "closest are A ASP 933 and B ALA 46 at 2.76 Angstrom\n"
-)
+SUMMARY = "2oob: 36 residue pairs of chains A and B lie within 5.5 Angstrom; closest are A ASP 933 and B ALA 46 at 2.76 Angstrom\n"
 
 Residue = tuple[str, str, str]  # chain, name, number with insertion code
 
@@ -71,9 +68,7 @@ def test_the_36_known_pairs(awk: list[str], tmp_path: Path) -> None:
     assert len(expected) == 36
     rows = table(tmp_path)
     assert {row[0] for row in rows} == {"2oob"}
-    assert {(tuple(row[1:4]), tuple(row[4:7])): row[7] for row in rows} == {
-        pair: f"{distance:.2f}" for pair, distance in expected.items()
-    }
+    assert {(tuple(row[1:4]), tuple(row[4:7])): row[7] for row in rows} == {pair: f"{distance:.2f}" for pair, distance in expected.items()}
     assert len(rows) == 36
 
 

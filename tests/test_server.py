@@ -380,10 +380,7 @@ def test_an_attempt_that_was_given_up_and_comes_back_is_ended(desk: Desk, peer: 
     assert (desk[job].status, desk[job].attempt) == (Status.QUEUED, 2)
 
 
-RUBBISH: list[Any] = [
-    3,
-    None,
-    [],
+RUBBISH: list[dict[str, Any]] = [
     {},
     {"uuid": 3},
     {"uuid": None, "status": "Running"},
@@ -402,11 +399,10 @@ RUBBISH: list[Any] = [
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=str)
-def test_rubbish_about_one_payload_stops_no_other(rubbish: Any, desk: Desk, peer: Peer) -> None:
+def test_rubbish_about_one_payload_stops_no_other(rubbish: dict[str, Any], desk: Desk, peer: Peer) -> None:
     """Neither what a client says of the next one, nor what it says next, nor what a caller asks about this one."""
     strange, plain = desk.with_client(Status.SUBMITTED), desk.with_client(Status.SUBMITTED, user_id=2)
-    said = event(strange, **rubbish) if isinstance(rubbish, dict) else rubbish
-    peer.says["/events"] = [events(said, event(plain, status="Running"))]
+    peer.says["/events"] = [events(event(strange, **rubbish), event(plain, status="Running"))]
     peer.says["/retrieve"] = [zip_reply(RESULT)]
     get_tick(desk.server, desk.link)
     get_tick(desk.server, desk.link)
@@ -462,7 +458,7 @@ def test_a_restarted_server_asks_for_what_it_is_not_told_of(desk: Desk, peer: Pe
     assert peer.asked[-1].headers["X-Joborch-Mark"] == job.mark
 
 
-@pytest.mark.parametrize("said", [b"", reply(500), reply(200, b"<html>"), events(next="x"), events()[:-4]])
+@pytest.mark.parametrize("said", [b"", reply(500), reply(200, b"<html>"), events(next="x"), events(3), events()[:-4]])
 def test_a_client_that_answers_nothing_of_use_is_held_back_and_tried_again(said: bytes, desk: Desk, peer: Peer) -> None:
     peer.says["/events"] = [said, events()]
     get_tick(desk.server, desk.link)

@@ -199,11 +199,7 @@ def length_faults(source: str) -> list[str]:
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
     spans = [(node.name, node.lineno, node.end_lineno or node.lineno, FUNCTION_LINES) for node in functions]
     spans += [(part.title, part.first_line, part.last_line, SECTION_LINES) for part in sections(source)]
-    return [
-        f"{first}: {name} has {last - first + 1} lines, {most} at most"
-        for name, first, last, most in spans
-        if last - first + 1 > most
-    ]
+    return [f"{first}: {name} has {last - first + 1} lines, {most} at most" for name, first, last, most in spans if last - first + 1 > most]
 
 
 def docstring_faults(source: str) -> list[str]:
