@@ -3003,6 +3003,8 @@ def claim_next(server: Server, link: Link) -> Job | None:
         for service in link.services
         for row in server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1)
     ]
+    if not heads or server.store.number(BUSY_OF_CLIENT, client=link.name) >= link.room():
+        return None  # a look costs less than a claim that comes to nothing
     for head in in_turn(heads):  # where the limit of one service is reached, another's job can run
         claimed = server.store.claim(head.job_id, link.name, link.room())
         if claimed is not None:
@@ -4042,7 +4044,7 @@ def make_http_server(node: Node, app: Any) -> Any:
 
     config = node.config
     options: dict[str, Any] = {
-        "threads": WORKER_THREADS + PARKING_PLACES + EVENTS_PLACES,
+        "threads": WORKER_THREADS + EVENTS_PLACES + (PARKING_PLACES if config.mode == "server" else 0),
         "connection_limit": 2000,  # the default of 100 would lock everybody out behind 100 who wait
         "asyncore_use_poll": True,
         "channel_request_lookahead": 1,  # so that callers who left while they waited are noticed
@@ -5165,6 +5167,13 @@ def set_up_logging(config: Config) -> None:
     logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
+def bound_memory() -> None:
+    """Let all threads share two arenas of glibc's malloc(3): one each would keep what each of sixty once needed."""
+    m_arena_max = -8
+    with contextlib.suppress(AttributeError):  # another C library has no such knob
+        libc().mallopt(m_arena_max, 2)
+
+
 def hide_from_payloads() -> None:
     """Make this process undumpable (prctl(2)): no payload of the same user can read its memory or environment."""
     pr_set_dumpable = 4
@@ -5213,6 +5222,7 @@ def open_node(config: Config) -> Node:
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
     set_up_logging(config)
+    bound_memory()
     for warning in config.warnings:
         log.warning("%s", warning)
     if config.mode == "client":

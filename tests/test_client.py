@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BOUNDARY, alive, disk_bytes, end_all_below, field_part, file_part, form, free_port, part, processes_below, wait_for
+from harness import BOUNDARY, alive, disk_bytes, field_part, file_part, form, free_port, part, processes_below, wait_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from test_executors import soon, strangers_are_safe  # noqa: F401 - a fixture
+from test_executors import end_payloads, soon, strangers_are_safe  # noqa: F401 - a fixture
 from test_files import data_fixture  # noqa: F401 - a fixture
 from test_server import no_long_polls  # noqa: F401 - a fixture
 from test_states import HandClock, new_job
@@ -140,7 +140,7 @@ class Yard:
 
     def close(self) -> None:
         """End all."""
-        end_all_below(self.data.path)
+        end_payloads(self.data.path)
         for child in [*self.children, *self.client.executor.children.values()]:  # type: ignore[attr-defined]
             child.wait(30)
         self.store.close()
@@ -382,7 +382,7 @@ def test_how_a_payload_ends(script: str | None, status: Status, cause: str | Non
     assert job.reason.isprintable()
     if status is not Status.INVALID:
         assert job.started_at and job.ended_at and 0 <= job.ended_at - job.started_at < 60
-    assert not processes_below(yard.folder(job))
+    wait_for(lambda: not processes_below(yard.folder(job)), what="what was killed to be gone")
 
 
 def test_no_more_payloads_run_than_there_are_slots(yard: Yard) -> None:

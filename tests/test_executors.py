@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_files import data_fixture  # noqa: F401 - a fixture
 from test_states import BOUNDED, HandClock, changed, new_job
+from test_store import together
 
 import joborch
 from joborch import Cause, DataFolder, Fate, Job, LocalExecutor, Process, StillRunning, Store, read_exit, tree_of
@@ -36,6 +38,12 @@ def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
         real(chosen, number)
 
     monkeypatch.setattr(joborch, "signal_all", guarded)
+
+
+def end_payloads(folder: Path) -> None:
+    """Kill all that works below a folder, also what was only being started."""
+    while processes_below(folder):
+        end_all_below(folder)
 
 
 class Bench:
@@ -93,7 +101,7 @@ def bench_fixture(data: DataFolder) -> Iterator[Bench]:
     """A bench; what it started is ended."""
     made = Bench(data)
     yield made
-    end_all_below(data.path)
+    end_payloads(data.path)
     for child in made.executor.children.values():
         child.wait(30)
     made.store.close()
@@ -361,6 +369,24 @@ def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, wo
     assert word in fate.reason
 
 
+def test_threads_that_look_at_once_do_not_trip_over_each_other(bench: Bench) -> None:
+    """The runner polls, and so does everybody who ends a payload; both may see that a child has ended."""
+    both = threading.Barrier(2)
+
+    class Ended:
+        pid = 4_000_000
+
+        def poll(self) -> int:
+            """Both threads are here before either goes on."""
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(2)
+            return 0
+
+    bench.executor.children[Ended.pid] = Ended()  # type: ignore[assignment]
+    together(2, lambda _: bench.executor.poll([]))
+    assert bench.executor.children == {}
+
+
 # == Found again ==
 
 
@@ -450,8 +476,9 @@ def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
 
 
 def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = bench.signalled("READY\nBLOCK")
+    job = bench.payload("true")
     monkeypatch.setattr(joborch, "signal_all", lambda *_: None)
+    monkeypatch.setattr(joborch, "tree_of", lambda *_: [Process(4_000_000, 1, 4_000_000, 4_000_000, "1")])
     monkeypatch.setattr(joborch.time, "sleep", lambda _: None)
     bench.executor.kill_grace_s = 0
     with pytest.raises(StillRunning, match=f"payload {job.id}"):

@@ -1071,6 +1071,25 @@ def test_sweep_removes_what_belongs_to_no_job(desk: Desk) -> None:
     assert {path.name for path in desk.data.results.iterdir()} == {f"{kept.uuid}.zip", "receiving.zip"}
 
 
+def test_sweep_and_an_upload_that_ends_meanwhile(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files before rows: between a look at the rows and one at what is being received, a job may have been stored."""
+    new = new_job()
+    desk.data.receiving.add(new.uuid)
+    desk.data.job(new.uuid).mkdir()
+    real = desk.store.job
+
+    def job(sql: str, **values: Any) -> Job | None:
+        found = real(sql, **values)
+        if new.uuid in desk.data.receiving:
+            desk.store.add(new, "uploaded")
+            desk.data.receiving.discard(new.uuid)
+        return found
+
+    monkeypatch.setattr(desk.store, "job", job)
+    sweep(desk.server)
+    assert desk.data.job(new.uuid).exists()
+
+
 def test_sweep_leaves_off_when_the_process_ends(desk: Desk) -> None:
     (desk.data.jobs / "stray").mkdir()
     desk.server.stopping.set()
