@@ -95,6 +95,7 @@ EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much late
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
+COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
@@ -130,6 +131,10 @@ class NothingSent(JoborchError):
 
 class NoAnswer(JoborchError):
     """Bytes went out and no answer came: nobody knows whether the client has the job."""
+
+
+class BadAnswer(NoAnswer):
+    """An answer came, but not one to what was asked: it says nothing of the other jobs there."""
 
 
 class Rejected(JoborchError):
@@ -2574,13 +2579,13 @@ class Link:
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         if answer.status != 200:
-            raise NoAnswer(refused_text(answer.status, text))
+            raise BadAnswer(refused_text(answer.status, text))
         try:
             said = clean_payload(parse_json(text))
         except ValueError as error:
-            raise NoAnswer("answers rubbish to /retrieve") from error
+            raise BadAnswer("answers rubbish to /retrieve") from error
         if said is None:
-            raise NoAnswer("answers rubbish to /retrieve")
+            raise BadAnswer("answers rubbish to /retrieve")
         return said
 
     def fetch(self, job: Job, target: IO[bytes], partial: bool = False) -> tuple[int, str]:
@@ -2828,13 +2833,40 @@ class Parking:
                 self.free.release()
 
 
+class Gate:
+    """Lets a few threads work at once: more of them only fight for the interpreter. One that waits steps out meanwhile."""
+
+    def __init__(self, places: int) -> None:
+        self.free, self.mine = threading.Semaphore(places), threading.local()
+
+    def __enter__(self) -> None:
+        self.free.acquire()
+        self.mine.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.mine.inside = False
+        self.free.release()
+
+    @contextlib.contextmanager
+    def stepped_out(self) -> Iterator[None]:
+        """Leave the gate for the block, if this thread is inside."""
+        inside = getattr(self.mine, "inside", False)
+        if inside:
+            self.__exit__()
+        try:
+            yield
+        finally:
+            if inside:
+                self.__enter__()
+
+
 class Node:
     """One process, server or client: its settings, its store, its folders, its loops."""
 
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
         self.loops: dict[str, Loop] = {}
-        self.waiters, self.places = Parking(PARKING_PLACES), Parking(EVENTS_PLACES)
+        self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
@@ -2882,7 +2914,8 @@ class Node:
             remaining = deadline - self.clock.monotonic()
             if found is not None or remaining <= 0 or self.stopping.is_set() or left():
                 return found
-            self.store.changes.wait(seen, min(remaining, 2.0))
+            with self.gate.stepped_out():
+                self.store.changes.wait(seen, min(remaining, 2.0))
 
 
 def clean_tick(node: Node) -> bool:
@@ -2910,8 +2943,10 @@ def sweep(node: Node) -> None:
         for path in folder.iterdir():
             if node.stopping.is_set():
                 return
-            job, key = row_of(node, path), re.sub(r"[.]zip$", "", path.name)
-            if key not in node.data.receiving and (job is None or job.status is Status.CLEANED):
+            if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
+                continue
+            job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
+            if job is None or job.status is Status.CLEANED:
                 log.info("%s belongs to no %s: removed", path.name, node.store.noun)
                 remove_tree(path)
 
@@ -3226,6 +3261,9 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
             payload = link.status(job)
         except Gone as error:
             payload_gone(server, current, str(error))
+            return
+        except BadAnswer as error:
+            become_unknown(server, current, f"{link.name} {error}")
             return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
@@ -3767,6 +3805,7 @@ class Route:
     takes: tuple[Parameter, ...]
     gives: Mapping[int, Gives]
     handler: Handler
+    quick: bool  # it only looks at the database: few at once, behind the gate
 
     @property
     def takes_form(self) -> bool:
@@ -3781,13 +3820,20 @@ ROUTES: list[Route] = []
 
 
 def route(
-    method: str, path: str, mode: str, *, who: str = "caller", takes: Sequence[Parameter] = (), gives: Mapping[int, Gives]
+    method: str,
+    path: str,
+    mode: str,
+    *,
+    who: str = "caller",
+    takes: Sequence[Parameter] = (),
+    gives: Mapping[int, Gives],
+    quick: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Declare a route. The first sentence of the handler's docstring is its summary."""
 
     def declare(handler: Handler) -> Handler:
         summary = (handler.__doc__ or "").strip().split("\n")[0]
-        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler))
+        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick))
         return handler
 
     return declare
@@ -3902,7 +3948,8 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
 
     request = Request(bottle.request.environ)
     try:
-        answer = declared.handler(node, request, **arguments)
+        with node.gate if declared.quick else contextlib.nullcontext():
+            answer = declared.handler(node, request, **arguments)
     except Refusal as refusal:
         answer = Answer.of(refusal)
     except StorageError as error:
@@ -4419,7 +4466,7 @@ DOWNLOAD_GIVES = {
 }
 
 
-@route("GET", "/download/<job_id>", "server", takes=(ID,), gives=DOWNLOAD_GIVES)
+@route("GET", "/download/<job_id>", "server", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
 def download(server: Server, request: Request, job_id: str) -> Answer:
     """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
     job = known_job(server, job_id)
@@ -4485,6 +4532,7 @@ SINCE = Parameter("since", "query", "string", "the status you know; the answer c
     "server",
     takes=(ID, WAIT, SINCE),
     gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
+    quick=True,
 )
 def show_job(server: Server, request: Request, job_id: str) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
@@ -4496,8 +4544,9 @@ def show_job(server: Server, request: Request, job_id: str) -> Answer:
         raise Refusal(400, f"since is {one_line(since, 40)!r}: give one of {names}", "since")
     if wait_s and job.status.value == since:
         with server.waiters.place() as parked:
-            if not parked:
-                return Answer(job_json(server, job), 200, {"Retry-After": "1", "X-Job-Status": job.status.value})
+            if not parked:  # without the parts that cost a further look: those who come again must not starve the others
+                headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
+                return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
             server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left)
         job = known_job(server, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
@@ -4521,7 +4570,7 @@ LIST_FILTERS = (
 PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
 
 
-@route("GET", "/jobs", "server", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD})
+@route("GET", "/jobs", "server", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
 def list_jobs(server: Server, request: Request) -> Answer:
     """List jobs, newest first, a page at a time."""
     limit, before = request.whole("limit", 100, 1, 1000), request.whole("before", 2**63 - 1, 1, 2**63 - 1)
@@ -4582,7 +4631,7 @@ EXAMPLE_SERVICE = {"name": "example", "runs_per_user": 5, "max_runs": 10, "runni
 SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
 
 
-@route("GET", "/services", "server", gives={200: SERVICES})
+@route("GET", "/services", "server", gives={200: SERVICES}, quick=True)
 def show_services(server: Server, request: Request) -> Answer:
     """Show the services: limits, how much of them is in use, and which clients answer."""
     said = []

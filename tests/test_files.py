@@ -70,6 +70,7 @@ PATHS = st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs"]), max_
 @example("/".join(["d"] * 17 + ["f"]))
 @example("/".join(["a" * 255] * 4))
 @example("/".join(["a" * 204] * 5))
+@example("/".join(["a" * 170] * 6))
 @example("./././a")
 @example("./../a")
 @example("a/")
@@ -650,7 +651,20 @@ def test_punching_the_middle_changes_nothing_that_is_shown(size: int, limit: int
         assert disk_bytes(folder) <= max(limit + 3 * 4096, 4096) or size <= limit + 2 * 4096
 
 
-# == Writing, removing ==
+# == Opening, writing, removing ==
+
+
+def test_what_a_script_may_have_replaced_is_opened_only_as_a_file(tmp_path: Path) -> None:
+    """Neither a link is followed, not even to a file, nor a fifo waited for."""
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    with joborch.open_regular(tmp_path / "file") as file:
+        assert file.read() == b"x"
+    for name in ("link", "folder", "fifo", "none"):
+        with pytest.raises(OSError, match=name):
+            joborch.open_regular(tmp_path / name)
 
 
 def test_write_all_goes_on_where_a_write_takes_a_part() -> None:

@@ -535,6 +535,21 @@ def test_rubbish_of_a_22_client_is_asked_again(said: bytes, desk22: Desk, peer: 
     assert desk22[job].status is Status.COMPLETED
 
 
+@pytest.mark.parametrize("said", [reply(200, {"id": 7, "status": "Unknown"}), reply(200, b"<html>"), reply(500)])
+def test_rubbish_about_one_payload_of_a_22_client_stops_no_other(said: bytes, desk22: Desk, peer: Peer) -> None:
+    """The next ones are asked for all the same."""
+    strange, plain = desk22.with_client(Status.SUBMITTED), desk22.with_client(Status.SUBMITTED, user_id=2)
+    desk22.store.move(plain, Status.RUNNING, "", dest_id="8")
+    peer.says["/out/7"] = [said]
+    peer.says["/out/8"] = [zip_reply(RESULT)]
+    for _ in range(6):
+        get_tick(desk22.server, desk22.link)
+        fetch_tick(desk22.server, desk22.link)
+        desk22.clock.pass_s(40)
+    assert desk22[plain].status is Status.COMPLETED
+    assert desk22[strange].status not in joborch.OVER
+
+
 # == Fetching ==
 
 
