@@ -21,12 +21,13 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary              7. Store                  13. Client
-     2. Configuration           8. Executors              14. HTTP
-     3. States                  9. Links                  15. Server routes
-     4. Files                  10. Scheduling             16. Client routes
-     5. Archives               11. Loops                  17. Page and documents
-     6. Statements             12. Server                 18. Commands
+     1. Vocabulary              8. Executors              15. HTTP
+     2. Configuration           9. Links                  16. Server routes
+     3. States                 10. Scheduling             17. Client routes
+     4. Files                  11. Loops                  18. Page and documents
+     5. Archives               12. Server                 19. Commands
+     6. Statements             13. Client
+     7. Store                  14. Access
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1474,6 +1476,10 @@ SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
    AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
 """
+KILLS_COUNT = """
+SELECT count(*) FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
+"""
 CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
 QUEUED_HEAD = """
 SELECT min(id) FROM jobs INDEXED BY jobs_queued
@@ -2360,6 +2366,14 @@ class FilesBody:
         return data[:size] if self.rest else data
 
 
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+
+
 @dataclass
 class Heard:
     """What the events of a client said: its state, and the payloads that changed."""
@@ -3079,15 +3093,8 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
     server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
-    server.wake(f"kill:{link.name}")
-
-
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+    if server.store.number(KILLS_COUNT, client=link.name):
+        server.wake(f"kill:{link.name}")
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -3293,8 +3300,8 @@ def fetch_tick(server: Server, link: Link) -> bool:
 
 def confirm_later(server: Server, link: Link, job: Job | None) -> None:
     """Let the client know with the next call that a job's result is safe here, if it is."""
-    current = server.store.get(job.id) if job else None
-    if job and current and current.status in OVER and current.client == link.name and current.dest_id == job.dest_id and not link.legacy:
+    current = server.store.get(job.id) if job and not link.legacy else None
+    if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
         link.settled.append(str(job.dest_id))
 
 
@@ -3701,7 +3708,89 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 14. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 14. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+
+
+def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
+    """Let a caller through who shows a token, or who may call without; Refusal 401 or 403.
+
+    `headers` are those of the request, in CGI spelling (AUTHORIZATION). Cross-site requests are refused where no token
+    was shown, and foreign host names where loopback alone lets a caller in: any web page could else run scripts here.
+    """
+    if node.tokens:
+        kind, _, shown = headers.get("AUTHORIZATION", "").partition(" ")
+        fits = [hmac.compare_digest(shown.strip().encode("latin-1", "replace"), token.encode()) for token in node.tokens]
+        if kind.lower() != "bearer" or not any(fits):
+            what = "the token is wrong" if shown else "a token is needed"
+            raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+        return
+    host = headers.get("HOST", "")
+    origin = headers.get("ORIGIN")
+    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and host_of(origin)[0] != host):
+        raise Refusal(403, "a page of another site may not call this server: show a token")
+    name, known = host_of(f"//{host}")[1], [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
+    if (known or not node.config.allow_anonymous) and not is_loopback(name) and name not in known:
+        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
+    if node.config.allow_anonymous:
+        return
+    if peer_uid() not in (os.getuid(), 0):
+        raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
+
+
+def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Return the user id that owns the other end of a connection on this machine, or None where that cannot be told.
+
+    By sock_diag(7), which looks at one socket; where that is not to be had by /proc/net/tcp (proc(5)), which lists all.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, struct.error):
+            return diagnosed_uid(family, peer, here)
+    return listed_uid(peer, here)
+
+
+def diagnosed_uid(family: int, peer: tuple[str, int], here: tuple[str, int]) -> int:
+    """Ask the kernel for the socket with these two ends, and return its user id; OSError where there is none."""
+    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
+    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
+    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
+    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
+        kernel.settimeout(1)
+        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
+        answer = kernel.recv(8192)
+    if struct.unpack_from("=IHHII", answer)[1] == error:
+        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
+    return int(struct.unpack_from("=I", answer, 16 + 4 + 48 + 12)[0])  # after header, state, ends and three counters
+
+
+def packed_address(family: int, host: str) -> bytes:
+    """Return an IP address in network order; an IPv4 one as IPv6 does where the family asks for it."""
+    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
+
+
+def listed_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Look for a connection in the lists of /proc/net, and return the user id of its other end."""
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        try:
+            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
+            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except (OSError, ValueError):
+            continue
+        for line in lines:
+            fields = line.split()
+            if (fields[1], fields[2]) == wanted:
+                return int(fields[7])
+    return None
+
+
+def tcp_hex(family: int, host: str, port: int) -> str:
+    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
+    packed = packed_address(family, host)
+    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
+    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
+
+
+# == 15. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -3858,55 +3947,6 @@ def find_route(mode: str, method: str, path: str) -> Route:
     raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
 
 
-def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
-    """Let a caller through who shows a token, or who may call without; Refusal 401 or 403.
-
-    `headers` are those of the request, in CGI spelling (AUTHORIZATION). Cross-site requests are refused where no token
-    was shown, and foreign host names where loopback alone lets a caller in: any web page could else run scripts here.
-    """
-    if node.tokens:
-        kind, _, shown = headers.get("AUTHORIZATION", "").partition(" ")
-        fits = [hmac.compare_digest(shown.strip().encode("latin-1", "replace"), token.encode()) for token in node.tokens]
-        if kind.lower() != "bearer" or not any(fits):
-            what = "the token is wrong" if shown else "a token is needed"
-            raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
-        return
-    host = headers.get("HOST", "")
-    origin = headers.get("ORIGIN")
-    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and host_of(origin)[0] != host):
-        raise Refusal(403, "a page of another site may not call this server: show a token")
-    name, known = host_of(f"//{host}")[1], [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
-    if (known or not node.config.allow_anonymous) and not is_loopback(name) and name not in known:
-        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
-    if node.config.allow_anonymous:
-        return
-    if peer_uid() not in (os.getuid(), 0):
-        raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
-
-
-def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id that owns the other end of a connection on this machine, by /proc/net/tcp (proc(5)); None where unknown."""
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        try:
-            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
-            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except (OSError, ValueError):
-            continue
-        for line in lines:
-            fields = line.split()
-            if (fields[1], fields[2]) == wanted:
-                return int(fields[7])
-    return None
-
-
-def tcp_hex(family: int, host: str, port: int) -> str:
-    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
-    mapped = "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host
-    packed = socket.inet_pton(family, mapped)
-    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
-    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
-
-
 def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
     """Refuse a body before it is read: 411, 413 or 507."""
     if not found.takes_form:
@@ -4025,7 +4065,7 @@ def make_error_task_class() -> Any:
 class Turns:
     """What our connections add to those of waitress: they know whose they are, send in turns, and end with patience."""
 
-    turn_bytes, lingers, linger_until, known_uid = 0, False, 0.0, cast("int | None", None)
+    turn_bytes, lingers, linger_until, known_uid, writing = 0, False, 0.0, cast("int | None", None), False
 
     def uid(self) -> int | None:
         """Return the user at the other end, or None where that cannot be told."""
@@ -4040,6 +4080,25 @@ class Turns:
         sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
         self.turn_bytes += sent
         return sent
+
+    def write_soon(self, data: Any) -> int:
+        """Take in what a worker has to say; it sends by itself what it can."""
+        connection: Any = self
+        parent: Any = super()
+        self.writing = True
+        try:
+            return int(parent.write_soon(data))
+        finally:
+            self.writing = False
+            if connection.total_outbufs_len:
+                connection.server.pull_trigger()
+
+    def writable(self) -> bool:
+        """Tell whether the I/O thread shall send: not while a worker does, or it would spin until the worker is done."""
+        connection: Any = self
+        parent: Any = super()
+        busy = self.writing and connection.total_outbufs_len <= connection.adj.outbuf_high_watermark
+        return not busy and bool(parent.writable())
 
     def handle_write(self) -> None:
         """Send what waits; after a refusal, say that no more comes, and let the caller finish sending."""
@@ -4185,7 +4244,7 @@ PARTS = {
 }
 
 
-# == 15. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 16. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -4653,7 +4712,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-# == 16. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 17. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -5019,7 +5078,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 17. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 18. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -5185,7 +5244,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 18. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 19. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
