@@ -3286,9 +3286,10 @@ def fetch_tick(server: Server, link: Link) -> bool:
         due, due.taken = waiting[0], True
     if len(waiting) > 1:
         server.wake(f"fetch:{link.name}")
-    settled, job = False, server.store.get(due.job_id)
+    settled, job = False, cast("Job | None", None)
     try:
         with link.turn():
+            job = server.store.get(due.job_id)
             settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
     finally:
         give_back(server, link, due, settled)
@@ -4080,6 +4081,14 @@ class Turns:
         sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
         self.turn_bytes += sent
         return sent
+
+    def service(self) -> None:
+        """Serve one request; the I/O thread hears at once of a connection that is to end, not a second later."""
+        connection: Any = self
+        parent: Any = super()
+        parent.service()
+        if connection.close_when_flushed:
+            connection.server.pull_trigger()
 
     def write_soon(self, data: Any) -> int:
         """Take in what a worker has to say; it sends by itself what it can."""
