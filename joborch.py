@@ -2226,7 +2226,7 @@ class LocalExecutor:
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
         for child in list(self.children.values()):
             if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
-                del self.children[child.pid]
+                self.children.pop(child.pid, None)  # another thread may have been quicker
         return {job.id: self.fate(job) for job in jobs}
 
     def fate(self, job: Job) -> Fate:

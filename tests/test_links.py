@@ -416,7 +416,7 @@ def test_status(said: bytes, wanted: Any, link: Link, peer: Peer, job: Job) -> N
     if isinstance(wanted, dict):
         fits = isinstance(got, dict) and all(got.get(name) == value for name, value in wanted.items() if name != "id")
     else:
-        fits = type(got) is wanted
+        fits = isinstance(got, wanted)
     assert fits, got
     assert peer.asked[0].headers["X-Joborch-Mark"] == job.mark
 
