@@ -301,6 +301,17 @@ def test_an_attempt_that_failed_is_archived(store: Store) -> None:
     assert (must(store.get(job.id)).client, must(store.get(job.id)).dest_id) == (None, None)
 
 
+def test_nothing_of_a_forgotten_job_stays(store: Store) -> None:
+    kept, gone = (moved(store, store.add(new_job(), "uploaded"), Status.PROCESSING, Status.UNKNOWN) for _ in range(2))
+    for job in (kept, gone):
+        assert store.move(job, Status.QUEUED, "again", attempt=2, client=None)
+        moved(store, job, Status.KILLED, Status.CLEANED)
+    store.forget([gone.id])
+    for table in ("history", "attempts"):
+        assert {row["job_id"] for row in store.read(f"SELECT job_id FROM {table}")} == {kept.id}
+    assert store.get(gone.id) is None
+
+
 @pytest.mark.parametrize(("mode", "levels"), [("server", {2}), ("client", {1})])
 def test_what_must_outlive_a_power_cut_is_written_with_full_sync(mode: str, levels: set[int], make_store: Callable[..., Store]) -> None:
     """On the server the new job, the claim and the end; a client's rows need no more than to be consistent."""
