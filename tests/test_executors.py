@@ -469,12 +469,14 @@ def test_cancel_lets_the_script_tidy_up(bench: Bench) -> None:
 
 
 def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
-    """No handle, or one of another boot or another process: nothing is signalled (see `strangers_are_safe`)."""
-    job = bench.payload("true")
-    for handle in (None, f"0 0 {bench.executor.boot}", f"{os.getpid()} 1 {bench.executor.boot}", f"{os.getpid()} 1 boot"):
+    """No handle, or one whose number another payload's wrapper has now: nobody is signalled (see `strangers_are_safe`)."""
+    job, bystander = bench.payload("true"), bench.signalled("READY\nBLOCK")
+    stranger = (bystander.handle or "").split()[0]
+    for handle in (None, f"0 0 {bench.executor.boot}", f"{stranger} 1 {bench.executor.boot}", f"{stranger} 1 another-boot"):
         bench.executor.cancel(changed(job, handle=handle))
-    (bench.folder(job) / "started.1").write_text(f"{os.getpid()}\n")
+    (bench.folder(job) / "started.1").write_text(f"{stranger}\n")
     bench.executor.cancel(job)
+    assert bench.executor.poll([bystander])[bystander.id] == Fate(True)
 
 
 def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +497,8 @@ def test_process_1_and_kernel_threads_are_nobodys(bench: Bench, monkeypatch: pyt
     job = bench.payload("true")
     assert tree_of(job, bench.folder(job), 0) == []
     assert {process.pid for process in tree_of(job, bench.folder(job), 60)} == {60, 61}
+    monkeypatch.setattr(joborch, "bears_mark", lambda pid, *_: pid == 50)  # an operator's shell, in the folder to look
+    assert tree_of(job, bench.folder(job), 0) == []
 
 
 def test_a_tree_is_all_that_hangs_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

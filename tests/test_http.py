@@ -138,9 +138,10 @@ def test_a_file_is_answered_whole_in_part_or_not_at_all(headers: dict[str, str],
     )
 
 
-def test_a_range_that_lies_outside() -> None:
+@pytest.mark.parametrize("asked", ["bytes=99-", f"bytes={len(RESULT)}-", "bytes=-0", "bytes=99-100"])
+def test_a_range_that_lies_outside(asked: str) -> None:
     file = io.BytesIO(RESULT)
-    refusal = tried(lambda: joborch.file_answer(requested(Range="bytes=99-"), Archive(file, len(RESULT), "0" * 64), "x", {}), Refusal)
+    refusal = tried(lambda: joborch.file_answer(requested(Range=asked), Archive(file, len(RESULT), "0" * 64), "x", {}), Refusal)
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.headers["Content-Range"]) == (416, f"bytes */{len(RESULT)}")
     assert file.closed

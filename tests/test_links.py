@@ -200,6 +200,17 @@ def test_a_body_is_not_held_in_memory(tmp_path: Path) -> None:
     assert len(body.read()) <= 2 * joborch.CHUNK_BYTES
 
 
+def test_a_file_that_grows_while_it_is_sent_is_sent_as_it_was(tmp_path: Path) -> None:
+    """The length was told before."""
+    (tmp_path / "file").write_bytes(b"12345")
+    body = FilesBody(tmp_path, ["file"], with_digests=True)
+    with (tmp_path / "file").open("ab") as more:
+        more.write(b"6789")
+    content = b"".join(iter(body.read, b""))
+    assert len(content) == len(body)
+    assert b"12345\r\n" in content
+
+
 # == Submitting ==
 
 

@@ -482,6 +482,7 @@ def test_a_job_does_not_stay_unknown_when_its_client_is_back(desk: Desk, peer: P
     assert desk[job].status is Status.UNKNOWN
     get_tick(desk.server, desk.link)
     assert desk[job].status is Status.RUNNING
+    assert "since=0" in peer.asked[-1].path, "all is asked for, not only what has changed"
 
 
 def test_without_events_a_client_is_polled(desk: Desk, peer: Peer) -> None:
