@@ -21,13 +21,13 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary              8. Executors              15. HTTP
-     2. Configuration           9. Links                  16. Server routes
-     3. States                 10. Scheduling             17. Client routes
-     4. Files                  11. Loops                  18. Page and documents
-     5. Archives               12. Server                 19. Commands
-     6. Statements             13. Client
-     7. Store                  14. Access
+     1. Vocabulary              8. Executors              15. Access
+     2. Configuration           9. Links                  16. HTTP
+     3. States                 10. Scheduling             17. Server routes
+     4. Files                  11. Loops                  18. Client routes
+     5. Archives               12. Server                 19. Page and documents
+     6. Statements             13. Ends                   20. Commands
+     7. Store                  14. Client
 """
 
 from __future__ import annotations
@@ -1057,7 +1057,7 @@ def take_back_rights(folder: Path) -> None:
 
 
 class DataFolder:
-    """The folders of one process: `jobs/UUID` (inputs or payloads), `results/UUID.zip`, `tmp`, and the lock.
+    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, and the lock.
 
     One process a folder: a second one is refused with the first one's pid. What belongs to no job is removed from it, so
     a folder that holds other things of these names is refused.
@@ -1103,11 +1103,12 @@ class DataFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / self.LOCK).touch()
 
-    def job(self, job_uuid: str) -> Path:
-        return self.jobs / job_uuid
+    def job(self, name: str) -> Path:
+        return self.jobs / name
 
-    def result(self, job_uuid: str) -> Path:
-        return self.results / f"{job_uuid}.zip"
+    def result(self, mark: str) -> Path:
+        """Return where the result of one attempt is: one that comes late cannot overwrite another's."""
+        return self.results / f"{mark}.zip"
 
     def spool(self) -> IO[bytes]:
         """Return an anonymous file that stays in memory while it is small."""
@@ -1149,8 +1150,9 @@ class ZipPacker:
     lead out are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
     """
 
-    def __init__(self, spool: IO[bytes]) -> None:
-        self.spool, self.writer = spool, DigestWriter(spool)
+    def __init__(self, spool: IO[bytes], at: float | None = None) -> None:
+        """`at` is the time of what has none of its own; with it, the same files make the same bytes."""
+        self.spool, self.writer, self.at = spool, DigestWriter(spool), time.time() if at is None else at
         self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
         self.names: set[str] = set()
         self.left_out: list[str] = []
@@ -1169,7 +1171,7 @@ class ZipPacker:
                 self.add_path(os.path.join(root, name), os.fsdecode(path), unchanged or {})
             folders[:] = sorted(set(folders) - set(links))
             if not files and not folders and not links and inside != b".":
-                self.add_empty(os.fsdecode(inside))
+                self.zip.writestr(self.entry(os.fsdecode(inside) + "/", self.at, 0o040755), b"")
 
     def note_error(self, error: OSError) -> None:
         inside = os.path.relpath(os.fsencode(error.filename or self.root), self.root)
@@ -1216,12 +1218,9 @@ class ZipPacker:
             return
         self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
 
-    def add_empty(self, name: str) -> None:
-        self.zip.writestr(self.entry(name + "/", time.time(), 0o040755), b"")
-
     def add_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
         """Pack a file of our own, below `.joborch/`."""
-        entry = self.entry(f"{self.own}/{name}", time.time(), 0o100644)
+        entry = self.entry(f"{self.own}/{name}", self.at, 0o100644)
         entry.compress_type = zipfile.ZIP_DEFLATED
         with self.zip.open(entry, "w", force_zip64=True) as target:
             for chunk in chunks:
@@ -2334,11 +2333,14 @@ class FilesBody:
     def generate(self) -> Iterator[bytes]:
         for path, head, size in self.parts:
             yield head
-            digest = hashlib.sha256()
+            digest, missing = hashlib.sha256(), size
             with open(self.folder / path, "rb", buffering=0) as source:
                 for chunk in file_chunks(source, size):
                     digest.update(chunk)
+                    missing -= len(chunk)
                     yield chunk
+            if missing:  # the length was told before: what follows would be taken for the rest of it
+                raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
             self.digests[path] = digest.hexdigest()
             yield b"\r\n"
         if self.with_digests:
@@ -2384,6 +2386,30 @@ class Heard:
     payloads: list[dict[str, Any]]
 
 
+class Transfer:
+    """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self.target = target
+        self.size, self.tag, self.digest = 0, "", hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Append to what is here."""
+        write_all(self.target, data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def begin(self, tag: str = "") -> None:
+        """Drop what is here: a whole file follows, whose ETag is `tag`."""
+        self.target.seek(0)
+        self.target.truncate()
+        self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
+
+    def wanted(self) -> dict[str, str]:
+        """Return the headers that ask for what is missing, of this very file (RFC 9110, If-Range)."""
+        return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
+
+
 @dataclass
 class Report:
     """A payload that a client says has ended, waiting to be settled."""
@@ -2394,6 +2420,7 @@ class Report:
     failures: int = 0
     taken: bool = False  # a lane settles it now
     newer: Report | None = None  # what the client said of the job meanwhile
+    part: Transfer | None = None  # what has come of its result
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
@@ -2602,18 +2629,32 @@ class Link:
             raise BadAnswer("answers rubbish to /retrieve")
         return said
 
-    def fetch(self, job: Job, target: IO[bytes], partial: bool = False) -> tuple[int, str]:
-        """Write the ZIP of a payload to `target`; return size in bytes and SHA-256 (hex), verified where the client sent one.
+    def fetch(self, job: Job, into: Transfer, partial: bool = False) -> None:
+        """Bring the ZIP of a payload; length and SHA-256 are verified where the client told them.
 
-        Raises Gone where the client does not know the payload, NoAnswer where the transfer broke or is not what it said.
+        A transfer that breaks goes on where it broke, as long as each call brings something. Raises Gone where the client
+        does not know the payload, NoAnswer where it broke for now: what came stays in `into`, for the next time.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
-        answer = self.call("GET", url, headers=named(job))
-        if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
-            return copy_verified(answer, target)
+        while True:
+            before = into.size
+            try:
+                return self.fetch_rest(job, url, into)
+            except NoAnswer as error:
+                if not into.tag or into.size <= before:
+                    raise
+                log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
+
+    def fetch_rest(self, job: Job, url: str, into: Transfer) -> None:
+        """Ask once for what is missing of a ZIP, and take in what comes."""
+        answer = self.call("GET", url, headers={**named(job), **into.wanted()})
+        if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
+            return take_rest(answer, into)
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        if answer.status == 416:  # it has become shorter than what is here
+            into.begin()
         raise NoAnswer(refused_text(answer.status, text))
 
     def kill(self, job: Job) -> bool:
@@ -2691,24 +2732,26 @@ def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
         raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
 
 
-def copy_verified(answer: urllib3.BaseHTTPResponse, target: IO[bytes]) -> tuple[int, str]:
-    """Copy a response's body to `target`; NoAnswer where length or digest are not what its headers said."""
-    digest, size = hashlib.sha256(), 0
-    while True:
-        chunk = read_chunk(answer, size)
-        if not chunk:
-            break
-        target.write(chunk)
-        digest.update(chunk)
-        size += len(chunk)
+def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
+    """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
+    begin = f"bytes {into.size}-"
+    if answer.status == 200:
+        into.begin(answer.headers.get("ETag", ""))
+    elif not answer.headers.get("Content-Range", "").startswith(begin):
+        answer.close()
+        into.begin()
+        raise NoAnswer("answered with another part of the result than was asked for")
+    before = into.size
+    for chunk in iter(lambda: read_chunk(answer, into.size), b""):
+        into.write(chunk)
     answer.release_conn()
     promised = answer.headers.get("Content-Length")
-    if promised is not None and promised != str(size):
-        raise NoAnswer(f"the transfer broke: {size} of {promised} bytes came")
+    if promised is not None and promised != str(into.size - before):
+        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
     said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-    if said and said[1] != base64.b64encode(digest.digest()).decode():
+    if said and said[1] != base64.b64encode(into.digest.digest()).decode():
+        into.begin()
         raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
-    return size, digest.hexdigest()
 
 
 def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
@@ -2716,7 +2759,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
     from urllib3.exceptions import HTTPError
 
     try:
-        return answer.read(CHUNK_BYTES)
+        return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
     except (HTTPError, OSError, ValueError) as error:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
@@ -2940,7 +2983,7 @@ def clean_tick(node: Node) -> bool:
     for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
         try:
             remove_tree(node.folder(job))
-            remove_tree(node.data.result(job.uuid))
+            remove_tree(node.data.result(job.mark))
         except OSError as error:
             log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
             continue
@@ -2960,20 +3003,21 @@ def sweep(node: Node) -> None:
             if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
                 continue
             job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
-            if job is None or job.status is Status.CLEANED:
+            given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
+            if job is None or job.status is Status.CLEANED or given_up:
                 log.info("%s belongs to no %s: removed", path.name, node.store.noun)
                 remove_tree(path)
 
 
 def row_of(node: Node, path: Path) -> Job | None:
-    """Return the job whose files are at `path`: `UUID`, `UUID.zip` on a server, `UUID.ATTEMPT` on a client."""
+    """Return the job whose files are at `path`: `UUID`, `UUID.ATTEMPT.zip` on a server, `UUID.ATTEMPT` on a client."""
     job_uuid, _, rest = path.name.partition(".")
     if node.config.mode == "client" and rest.isdigit():
         return node.store.job(JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 12. Server ==  A server's loops: it sends, hears, fetches, ends and judges; each tick moves jobs on by what the Store says.
+# == 12. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -2991,17 +3035,6 @@ class Server(Node):
                     link = Link(address, data, self.clock)
                     self.links[address.name] = link
                 link.services.append(service)
-        self.make_loops()
-
-    def make_loops(self) -> None:
-        config = self.config
-        for name, link in self.links.items():
-            self.loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, self, link), config.get_interval_s)
-            self.loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, self, link), config.send_interval_s, 3)
-            self.loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, self, link), config.get_interval_s, 3)
-            self.loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, self, link), config.get_interval_s)
-        self.loops["watch"] = Loop("watch", functools.partial(watch_tick, self), 1.0)
-        self.loops["clean"] = Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s)
 
     def service(self, job: Job) -> Service:
         """Return the service of a job; one that is not configured any more has the default limits."""
@@ -3124,6 +3157,21 @@ def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
         new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+
+
+def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
+    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
+    current: Job | None = job
+    while current is not None and current.status in BUSY and current.attempt == job.attempt:
+        if server.store.move(current, to, reason, **changes):
+            return
+        current = server.store.get(job.id)
+
+
+def become_unknown(server: Server, job: Job, reason: str) -> None:
+    """Move a job to Unknown for what cannot be known now; it heals by itself."""
+    if job.status in (Status.SUBMITTED, Status.RUNNING):
+        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
 
 
 def payload_gone(server: Server, job: Job, reason: str) -> None:
@@ -3276,6 +3324,9 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
+# == 13. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+
+
 def fetch_tick(server: Server, link: Link) -> bool:
     """Settle one job whose payload has ended; True where there was one."""
     now = server.clock.monotonic()
@@ -3308,6 +3359,8 @@ def confirm_later(server: Server, link: Link, job: Job | None) -> None:
 
 def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
     """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
+    if settled or due.newer is not None:
+        drop_part(due)
     with link.lock:
         if due.newer is not None:
             link.ended[due.job_id] = due.newer
@@ -3329,83 +3382,81 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         if status in (Status.PREPARED.value, Status.RUNNING.value):
             return True  # not ended after all: its events will say more
         if status == Status.COMPLETED.value:
-            fetch_result(server, link, job, found.payload)
+            fetch_result(server, link, job, found)
         elif status == Status.CLEANED.value:
             new_attempt(server, job, f"{link.name} has no result of it any more")
         elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
             new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
         else:
-            fetch_failure(server, link, job, found.payload)
+            fetch_failure(server, link, job, found)
     except Gone as error:
         payload_gone(server, job, str(error))
     except (NothingSent, NoAnswer) as error:
+        if found.part is not None and not found.part.wanted():
+            drop_part(found)  # it cannot be gone on with
         become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
         return False
     except OSError as error:
+        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk
         become_unknown(server, job, f"the result could not be stored: {os.strerror(error.errno or 0)}")
         return False
     return True
 
 
-def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
-    current: Job | None = job
-    while current is not None and current.status in BUSY and current.attempt == job.attempt:
-        if server.store.move(current, to, reason, **changes):
-            return
-        current = server.store.get(job.id)
-
-
-def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown for what cannot be known now; it heals by itself."""
-    if job.status in (Status.SUBMITTED, Status.RUNNING):
-        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
-
-
-def fetch_result(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+def fetch_result(server: Server, link: Link, job: Job, found: Report) -> None:
     """Bring a result to its place: file, digest, fsync, rename; then the row."""
-    size, digest = store_archive(server, link, job, payload, partial=False)
+    size, digest = store_archive(server, link, job, found, partial=False)
+    payload = found.payload
     reason = payload.get("reason") or "run.sh ended with exit status 0"
     started = payload.get("started_at") or job.started_at
     end_busy(server, job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
 
 
-def unpack_inline(payload: Mapping[str, Any], target: IO[bytes]) -> tuple[int, str] | None:
-    """Write the ZIP that came with the news of a payload's end; None where none came, or another than was sent."""
-    if "archive" not in payload:
-        return None
+def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
+    """Return the ZIP that came with the news of a payload's end; nothing where none came, or another than was sent."""
     try:
-        data = base64.b64decode(str(payload["archive"]))
+        data = base64.b64decode(str(payload.get("archive", "")))
     except ValueError:
-        return None
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != payload.get("sha256"):
-        return None
-    target.write(data)
-    return len(data), digest
+        return b""
+    return data if hashlib.sha256(data).hexdigest() == payload.get("sha256") else b""
 
 
-def store_archive(server: Server, link: Link, job: Job, payload: Mapping[str, Any], partial: bool) -> tuple[int, str]:
-    """Fetch a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return."""
-    descriptor, name = tempfile.mkstemp(dir=server.data.tmp)
-    try:
-        with open(descriptor, "wb", buffering=0) as target:
-            size, digest = unpack_inline(payload, target) or link.fetch(job, target, partial)
-            os.fsync(target.fileno())
-        os.rename(name, server.data.result(job.uuid))
-    except BaseException:
-        os.unlink(name)
-        raise
+def store_archive(server: Server, link: Link, job: Job, found: Report, partial: bool) -> tuple[int, str]:
+    """Bring a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return.
+
+    What came of a transfer that broke stays with the report, for the next time.
+    """
+    if found.part is None:
+        found.part = Transfer(cast("IO[bytes]", tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)))  # noqa: SIM115
+    part = found.part
+    data = inline_archive_of(found.payload)
+    if data:
+        part.begin()
+        part.write(data)
+    else:
+        link.fetch(job, part, partial)
+    os.fsync(part.target.fileno())
+    os.rename(part.target.name, server.data.result(job.mark))
     fsync_path(server.data.results)
-    return size, digest
+    drop_part(found)
+    return part.size, part.digest.hexdigest()
 
 
-def fetch_failure(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+def drop_part(found: Report) -> None:
+    """Let go of what came of a result: it is in its place, or of no use."""
+    if found.part is not None:
+        found.part.target.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(found.part.target.name)
+        found.part = None
+
+
+def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
     """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
-    to = Status(payload["status"])
+    payload, to = found.payload, Status(found.payload["status"])
     size, digest = None, None
     with contextlib.suppress(Gone):  # nothing is left of it: its end counts all the same
-        size, digest = store_archive(server, link, job, payload, partial=True)
+        size, digest = store_archive(server, link, job, found, partial=True)
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes: dict[str, Any] = {name: payload.get(name) for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
@@ -3470,7 +3521,20 @@ def fail_unreachable(server: Server, service: Service) -> None:
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 13. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+def make_server_loops(server: Server) -> dict[str, Loop]:
+    """Return the loops of a server, by name: four a client, each lane of its own, and two for all."""
+    config, loops = server.config, cast("dict[str, Loop]", {})
+    for name, link in server.links.items():
+        loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, server, link), config.get_interval_s)
+        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, 3)
+        loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, server, link), config.get_interval_s, 3)
+        loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, server, link), config.get_interval_s)
+    loops["watch"] = Loop("watch", functools.partial(watch_tick, server), 1.0)
+    loops["clean"] = Loop("clean", functools.partial(clean_tick, server), config.clean_interval_s)
+    return loops
+
+
+# == 14. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 class Client(Node):
@@ -3709,7 +3773,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 14. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 15. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -3791,7 +3855,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 15. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 16. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -4253,7 +4317,7 @@ PARTS = {
 }
 
 
-# == 16. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 17. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -4517,7 +4581,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
 def stored_archive(server: Server, job: Job) -> Archive:
     """Open the result of an ended job; Refusal 500 where the disk has lost it."""
     try:
-        file = open(server.data.result(job.uuid), "rb")  # noqa: SIM115 - the web server closes it
+        file = open(server.data.result(job.mark), "rb")  # noqa: SIM115 - the web server closes it
     except FileNotFoundError as error:
         log.error("job %d: its result is missing on disk", job.id)
         raise Refusal(500, "the result of this job is missing on the server's disk") from error
@@ -4580,13 +4644,14 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
 def running_archive(server: Server, link: Link, job: Job) -> Archive:
     """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
     spool = server.data.spool()
+    into = Transfer(spool)
     try:
-        size, digest = link.fetch(job, spool, partial=True)
+        link.fetch(job, into, partial=True)
     except (NothingSent, NoAnswer, Gone) as error:
         spool.close()
         raise Refusal(503, f"{link.name} {error}", Retry_After="5") from error
     spool.seek(0)
-    return Archive(spool, size, digest)
+    return Archive(spool, into.size, into.digest.hexdigest())
 
 
 WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
@@ -4721,7 +4786,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-# == 17. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 18. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -4879,7 +4944,7 @@ def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
 def pack_payload(client: Client, job: Job) -> Archive:
     """Return a payload's work folder as it stands, with its output streams below `.joborch/`."""
     folder = client.folder(job)
-    packer, work = ZipPacker(client.data.spool()), folder / "work"
+    packer, work = ZipPacker(client.data.spool(), job.ended_at), folder / "work"  # so that a transfer can be gone on with
     if work.is_symlink() or not work.is_dir():
         packer.left_out.append("the work folder: the script removed it, or put something else in its place")
     else:
@@ -5087,7 +5152,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 18. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 19. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -5253,7 +5318,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 19. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 20. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -5331,6 +5396,7 @@ def open_node(config: Config) -> Node:
         adopt(client)
         return client
     server = Server(config, store, data)
+    server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
         store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
     return server

@@ -922,11 +922,11 @@ def test_the_way_of_a_job_tick_by_tick(tmp_path: Path, data: DataFolder) -> None
             assert halves[job].status is Status.COMPLETED
         done = halves[job]
         assert (done.status, done.exit_code, done.client) == (Status.COMPLETED, 0, link.name)
-        content = zipfile.ZipFile(halves.server.data.result(job.uuid))
+        content = zipfile.ZipFile(halves.server.data.result(job.mark))
         assert content.read("id") == b"%d\n" % job.id
         assert content.read(".joborch/stdout") == b"out\ncontent"
         assert done.started_at is not None
-        assert done.result_sha256 == hashlib.sha256(halves.server.data.result(job.uuid).read_bytes()).hexdigest()
+        assert done.result_sha256 == hashlib.sha256(halves.server.data.result(job.mark).read_bytes()).hexdigest()
         targets = [row["target"] for row in halves.server.store.read(joborch.HISTORY_GET, id=job.id)]
         assert targets == ["Queued", "Processing", "Submitted", "Completed"]
 
@@ -1124,7 +1124,7 @@ class AnyOrder(RuleBasedStateMachine):
         if job.status is Status.COMPLETED:
             assert "true" in script
             assert ran[job.mark] == 1
-            content = self.halves.server_data.result(job.uuid).read_bytes()
+            content = self.halves.server_data.result(job.mark).read_bytes()
             assert hashlib.sha256(content).hexdigest() == job.result_sha256
             assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
         elif job.status is Status.KILLED:

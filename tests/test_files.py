@@ -781,7 +781,7 @@ def test_data_folder_has_its_places_and_begins_with_an_empty_tmp(tmp_path: Path,
     assert (data.path / DataFolder.LOCK).read_text() == f"{os.getpid()}\n"
     assert tempfile.gettempdir() == str(data.tmp)
     assert data.job("u.1") == data.jobs / "u.1"
-    assert data.result("u") == data.results / "u.zip"
+    assert data.result("u.1") == data.results / "u.1.zip"
     (data.tmp / "leftover").mkdir()
     (data.tmp / "leftover/file").write_bytes(b"x")
     (data.jobs / "kept").mkdir()

@@ -454,7 +454,7 @@ def in_state(desk: Desk, status: Status) -> Job:
         return desk.with_client(status)
     job = desk.with_client(Status.RUNNING)
     stored = {"result_size": len(RESULT), "result_sha256": hashlib.sha256(RESULT).hexdigest()}
-    desk.data.result(job.uuid).write_bytes(RESULT)
+    desk.data.result(job.mark).write_bytes(RESULT)
     end = status if status is not Status.CLEANED else Status.COMPLETED
     desk.store.move(job, end, f"to {end}", **(stored if end in (Status.COMPLETED, Status.FAILED) else {}))
     if status is Status.CLEANED:
@@ -584,7 +584,7 @@ def test_ids(path: str, status: int, desk: Desk) -> None:
 
 def test_a_result_that_is_missing_on_disk_is_said_to_be(desk: Desk) -> None:
     job = in_state(desk, Status.COMPLETED)
-    desk.data.result(job.uuid).unlink()
+    desk.data.result(job.mark).unlink()
     said = ask(desk.server, "GET", f"/download/{job.id}")
     assert said.status == 500
     assert "missing" in said.json["message"]

@@ -28,7 +28,7 @@ from test_files import CONTENTS, NAMES, Trickle, data_fixture, fit, new_folder, 
 from test_states import BOUNDED, HandClock, a_service, changed, new_job, tried
 
 import joborch
-from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer, NothingSent, Rejected, Store
+from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer, NothingSent, Rejected, Store, Transfer
 
 # == A client that says what it is told to say ==
 
@@ -464,12 +464,87 @@ def test_fetch(said: bytes, wanted: Any, partial: bool, link: Link, peer: Peer, 
     """What came is what was sent, or it is fetched again."""
     peer.says["/retrieve_partial/7" if partial else "/retrieve/7"] = [said]
     target = io.BytesIO()
-    got = tried(lambda: link.fetch(job, target, partial), joborch.JoborchError)
+    into = Transfer(target)
+    got = tried(lambda: link.fetch(job, into, partial), joborch.JoborchError)
     if wanted is None:
-        assert got == (len(RESULT), hashlib.sha256(RESULT).hexdigest())
+        assert (into.size, into.digest.hexdigest()) == (len(RESULT), hashlib.sha256(RESULT).hexdigest())
         assert target.getvalue() == RESULT
     else:
         assert type(got) is wanted, got
+
+
+def piece(begin: int, content: bytes, tag: str = '"t"', **headers: str) -> bytes:
+    """The answer to a Range: `content`, which begins at byte `begin`."""
+    span = {"Content_Range": f"bytes {begin}-{begin + len(content) - 1}/{len(RESULT)}", "ETag": tag, "Repr_Digest": digest_of(RESULT)}
+    return zip_reply(content, **{**span, **headers}).replace(b"200", b"206", 1)
+
+
+BROKEN = zip_reply(RESULT, ETag='"t"', Repr_Digest=digest_of(RESULT))[:-5000]
+CAME = len(RESULT) - 5000
+
+
+@pytest.mark.parametrize(
+    ("then", "asked"),
+    [
+        ([piece(CAME, RESULT[CAME:])], [CAME]),
+        ([piece(CAME, RESULT[CAME:])[:-100], piece(CAME + 4900, RESULT[-100:])], [CAME, CAME + 4900]),
+        ([zip_reply(RESULT, ETag='"u"', Repr_Digest=digest_of(RESULT))], [CAME]),  # it is another file by now
+        ([zip_reply(RESULT)], [CAME]),  # it does not know ranges
+    ],
+)
+def test_a_broken_transfer_goes_on_where_it_broke(then: list[bytes], asked: list[int], link: Link, peer: Peer, job: Job) -> None:
+    peer.says["/retrieve/7"] = [BROKEN, *then]
+    target = io.BytesIO()
+    into = Transfer(target)
+    link.fetch(job, into)
+    assert (target.getvalue(), into.digest.hexdigest()) == (RESULT, hashlib.sha256(RESULT).hexdigest())
+    first, *others = [call.headers for call in peer.asked]
+    assert "Range" not in first
+    assert [(call["Range"], call["If-Range"]) for call in others] == [(f"bytes={begin}-", '"t"') for begin in asked]
+
+
+@pytest.mark.parametrize(
+    ("then", "left"),
+    [
+        ([b""], CAME),  # nothing more comes now: what came is kept for the next time
+        ([reply(503)], CAME),
+        ([piece(CAME, b"\0" * 5000)], 0),  # the digest says that it is another
+        ([piece(0, RESULT)], 0),  # another part than was asked for
+        ([reply(416)], 0),
+    ],
+)
+def test_a_transfer_that_does_not_go_on(then: list[bytes], left: int, link: Link, peer: Peer, job: Job) -> None:
+    """The next time it goes on, or begins anew where what came is of no use."""
+    peer.says["/retrieve/7"] = [BROKEN, *then, piece(CAME, RESULT[CAME:]) if left else zip_reply(RESULT)]
+    target = io.BytesIO()
+    into = Transfer(target)
+    with pytest.raises(NoAnswer):
+        link.fetch(job, into)
+    assert into.size == left == len(target.getvalue())
+    link.fetch(job, into)
+    assert target.getvalue() == RESULT
+
+
+def test_what_broke_and_has_no_tag_begins_anew(link: Link, peer: Peer, job: Job) -> None:
+    """A 2.2 client has no tags: nobody knows whether what it packs next is the same file."""
+    peer.says["/retrieve/7"] = [zip_reply(RESULT)[:-5000], zip_reply(RESULT)]
+    target = io.BytesIO()
+    into = Transfer(target)
+    with pytest.raises(NoAnswer):
+        link.fetch(job, into)
+    link.fetch(job, into)
+    assert target.getvalue() == RESULT
+    assert ["Range" in call.headers for call in peer.asked] == [False, False]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_sent(link: Link, peer: Peer, job: Job, data: DataFolder) -> None:
+    """The length was told before: the client must not wait for the rest, nor take anything else for it."""
+    folder = data.job(job.uuid)
+    (folder / "run.sh").write_bytes(b"x" * 100)
+    body = FilesBody(folder, ["run.sh"], with_digests=True)
+    (folder / "run.sh").write_bytes(b"x" * 99)
+    with pytest.raises(OSError, match="became shorter"):
+        b"".join(iter(body.read, b""))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -480,7 +555,7 @@ def test_a_full_disk_of_ours_is_no_fault_of_the_client(number: int, link: Link, 
 
     peer.says["/retrieve/7"] = [zip_reply(RESULT)]
     with pytest.raises(OSError, match="full") as caught:
-        link.fetch(job, Full())
+        link.fetch(job, Transfer(Full()))
     assert caught.value.errno == number
 
 

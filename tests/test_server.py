@@ -560,7 +560,7 @@ def test_a_result_is_stored_with_its_digest(desk: Desk, peer: Peer) -> None:
     done = desk.settle(job, reason="run.sh ended with exit status 0", exit_code=0)
     assert (done.status, done.exit_code, done.cause, done.started_at) == (Status.COMPLETED, 0, None, 5.0)
     assert (done.result_size, done.result_sha256) == (len(RESULT), hashlib.sha256(RESULT).hexdigest())
-    assert desk.data.result(job.uuid).read_bytes() == RESULT
+    assert desk.data.result(job.mark).read_bytes() == RESULT
     assert desk.link.ended == {}
     assert desk.quiet()
 
@@ -574,7 +574,7 @@ def test_a_small_result_comes_with_the_news(status: str, desk: Desk, peer: Peer)
     job = desk.with_client(Status.RUNNING)
     done = desk.settle(job, status=status, **INLINE)
     assert (done.status.value, done.result_size, done.result_sha256) == (status, len(RESULT), INLINE["sha256"])
-    assert desk.data.result(job.uuid).read_bytes() == RESULT
+    assert desk.data.result(job.mark).read_bytes() == RESULT
     assert peer.asked == []
     assert desk.quiet()
 
@@ -598,7 +598,7 @@ def test_a_small_result_that_came_damaged_is_fetched(damage: dict[str, Any], des
     peer.says["/retrieve/7"] = [zip_reply(b"PK fetched", Repr_Digest=digest_of(b"PK fetched"))]
     done = desk.settle(job, **{**INLINE, **damage})
     assert done.status is Status.COMPLETED
-    assert desk.data.result(job.uuid).read_bytes() == b"PK fetched"
+    assert desk.data.result(job.mark).read_bytes() == b"PK fetched"
     assert hashlib.sha256(b"PK fetched").hexdigest() == done.result_sha256
 
 
@@ -670,7 +670,7 @@ def test_how_a_payload_ended_is_how_its_job_ends(
         assert ended.not_before and 0.5 <= ended.not_before - desk.clock.wall() <= 2
     else:
         assert ended.result_size == (len(RESULT) if partial != reply(404) else None)
-        assert desk.data.result(job.uuid).exists() == (partial != reply(404))
+        assert desk.data.result(job.mark).exists() == (partial != reply(404))
 
 
 def test_attempts_come_to_an_end(desk: Desk, peer: Peer) -> None:
@@ -731,7 +731,7 @@ def test_a_transfer_that_broke_is_repeated(said: bytes, desk: Desk, peer: Peer) 
     desk.clock.pass_s(3)
     assert fetch_tick(desk.server, desk.link)
     assert desk[job].status is Status.COMPLETED
-    assert desk.data.result(job.uuid).read_bytes() == RESULT
+    assert desk.data.result(job.mark).read_bytes() == RESULT
 
 
 def test_a_result_that_cannot_be_stored_is_fetched_again(desk: Desk, peer: Peer) -> None:
@@ -782,7 +782,7 @@ def test_a_result_that_is_reported_twice_is_the_one_of_its_digest(desk: Desk, pe
     while fetch_tick(desk.server, desk.link):
         pass
     assert done.status is Status.COMPLETED
-    assert hashlib.sha256(desk.data.result(job.uuid).read_bytes()).hexdigest() == desk[job].result_sha256
+    assert hashlib.sha256(desk.data.result(job.mark).read_bytes()).hexdigest() == desk[job].result_sha256
 
 
 def test_news_that_come_while_an_end_is_settled_are_not_lost(desk: Desk, peer: Peer) -> None:
@@ -1019,7 +1019,7 @@ def test_why_a_client_cannot_be_used(desk: Desk) -> None:
 def ended(desk: Desk, **changes: Any) -> Job:
     """A completed job with its result."""
     job = desk.with_client(Status.RUNNING, **changes)
-    desk.data.result(job.uuid).write_bytes(RESULT)
+    desk.data.result(job.mark).write_bytes(RESULT)
     desk.store.move(job, Status.COMPLETED, "", result_size=len(RESULT), result_sha256=hashlib.sha256(RESULT).hexdigest())
     return desk[job]
 
@@ -1037,7 +1037,7 @@ def test_jobs_are_cleaned_by_the_time_of_their_end(desk: Desk) -> None:
     assert clean_tick(desk.server)
     assert desk[job].status is Status.CLEANED
     assert not desk.data.job(job.uuid).exists()
-    assert not desk.data.result(job.uuid).exists()
+    assert not desk.data.result(job.mark).exists()
     assert desk[running].status is Status.RUNNING
     assert desk.data.job(running.uuid).exists()
     assert not clean_tick(desk.server)
@@ -1077,14 +1077,16 @@ def test_files_go_before_the_row_says_so(desk: Desk, monkeypatch: pytest.MonkeyP
 def test_sweep_removes_what_belongs_to_no_job(desk: Desk) -> None:
     kept, gone = ended(desk), ended(desk, user_id=2)
     desk.store.move(gone, Status.CLEANED, "")
-    for name in ("stray", "receiving"):
+    late, strays = kept._replace(attempt=kept.attempt + 1).mark, ("stray", "receiving")
+    desk.data.result(late).write_bytes(b"of an attempt that was given up")
+    for name in strays:
         (desk.data.jobs / name).mkdir()
         (desk.data.jobs / name / "file").write_bytes(b"x")
         desk.data.result(name).write_bytes(b"x")
     desk.data.receiving.add("receiving")
     sweep(desk.server)
     assert {path.name for path in desk.data.jobs.iterdir()} == {kept.uuid, "receiving"}
-    assert {path.name for path in desk.data.results.iterdir()} == {f"{kept.uuid}.zip", "receiving.zip"}
+    assert {path.name for path in desk.data.results.iterdir()} == {f"{kept.mark}.zip", "receiving.zip"}
 
 
 def test_sweep_and_an_upload_that_ends_meanwhile(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1229,8 +1231,11 @@ def test_wake_by_name(desk: Desk) -> None:
 
 
 def test_every_client_has_its_loops(desk: Desk) -> None:
-    name = desk.link.name
-    assert set(desk.server.loops) == {f"{each}:{name}" for each in ("get", "send", "fetch", "kill")} | {"watch", "clean"}
+    name, loops = desk.link.name, joborch.make_server_loops(desk.server)
+    assert set(loops) == {f"{each}:{name}" for each in ("get", "send", "fetch", "kill")} | {
+        "watch",
+        "clean",
+    }
 
 
 def test_parking_has_a_bounded_number_of_places() -> None:
