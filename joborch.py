@@ -97,6 +97,7 @@ EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much late
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
+SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
@@ -168,6 +169,16 @@ class Clock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def boot(self) -> tuple[str, float]:
+        """Return which boot of the machine this is (random(4)), and the seconds since it began, sleep included."""
+        return kernel_boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@functools.lru_cache(maxsize=1)
+def kernel_boot_id() -> str:
+    """Return what tells this boot of the machine from every other (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def rfc3339(wall: float | None) -> str | None:
@@ -1316,7 +1327,14 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
 
 # == 6. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
+CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
+CREATE INDEX jobs_unsynced ON jobs(id)
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+"""
 
 SCHEMA = """
 BEGIN;
@@ -1354,7 +1372,9 @@ CREATE TABLE jobs (
     kill_requested_at REAL,
     kill_cause TEXT,
     moves INTEGER NOT NULL DEFAULT 0,
-    changed INTEGER
+    changed INTEGER,
+    moved_at REAL NOT NULL DEFAULT 0,
+    synced INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -1366,9 +1386,7 @@ CREATE INDEX jobs_queued ON jobs(service, user_id, id) WHERE status = 'Queued' A
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
 CREATE INDEX jobs_client ON jobs(client, id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-CREATE INDEX jobs_ended ON jobs(ended_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(ended_at) WHERE status = 'Cleaned';
-CREATE TABLE history (
+@AGES@CREATE TABLE history (
     job_id INTEGER NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
@@ -1376,6 +1394,7 @@ CREATE TABLE history (
     target TEXT NOT NULL,
     reason TEXT NOT NULL,
     attempt INTEGER NOT NULL,
+    steady REAL NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
@@ -1398,23 +1417,48 @@ CREATE TABLE eligible (
     PRIMARY KEY (service, head)
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX eligible_user ON eligible(service, user_id);
-CREATE TABLE heartbeat (at REAL NOT NULL, instance TEXT NOT NULL);
-INSERT INTO heartbeat VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 1;
+CREATE TABLE heartbeat (
+    at REAL NOT NULL,
+    instance TEXT NOT NULL,
+    boot TEXT NOT NULL DEFAULT '',
+    boot_s REAL NOT NULL DEFAULT 0,
+    steady REAL NOT NULL DEFAULT 0
+);
+INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
+PRAGMA user_version = 2;
 COMMIT;
-"""
+""".replace("@AGES@", AGE_INDEXES)
+
+# From each version of the schema to the next.
+MIGRATIONS = {
+    1: """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE history ADD COLUMN steady REAL NOT NULL DEFAULT 0;
+ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
+ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
+ALTER TABLE heartbeat ADD COLUMN steady REAL NOT NULL DEFAULT 0;
+UPDATE jobs SET moved_at = coalesce(ended_at, started_at, created_at);
+UPDATE history SET steady = at;
+DROP INDEX jobs_ended;
+DROP INDEX jobs_cleaned;
+@AGES@PRAGMA user_version = 2;
+COMMIT;
+""".replace("@AGES@", AGE_INDEXES),
+}
 
 JOB_ADD = """
 INSERT INTO jobs (uuid, user_id, service, name, status, reason, cpus, memory, timeout, retries, return_inputs, attempt,
-                  remote_id, idempotency_key, request_digest, created_at, moves, changed)
+                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at)
 VALUES (:uuid, :user_id, :service, :name, :status, :reason, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
-        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed)
+        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at)
 """
 JOB_MOVE = """
 UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
-                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed
+                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
  WHERE id = :id AND status = :source AND attempt = :expected
 """
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
@@ -1423,6 +1467,7 @@ JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
 JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
 JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
+JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
@@ -1433,8 +1478,8 @@ UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
  WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
 """
 HISTORY_ADD = """
-INSERT INTO history (job_id, number, at, source, target, reason, attempt)
-SELECT id, moves, :now, :source, :to, :reason, attempt FROM jobs WHERE id = :id
+INSERT INTO history (job_id, number, at, source, target, reason, attempt, steady)
+SELECT id, moves, :now, :source, :to, :reason, attempt, moved_at FROM jobs WHERE id = :id
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
 ATTEMPT_ADD = """
@@ -1508,7 +1553,7 @@ WITH RECURSIVE pair(service, user_id) AS (
 """
 QUEUED_OF_SERVICE = """
 SELECT * FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND created_at < :before ORDER BY user_id, id LIMIT 1000
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND moved_at < :before ORDER BY user_id, id LIMIT 1000
 """
 DELAYED_DUE = """
 SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
@@ -1525,15 +1570,16 @@ SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed
  ORDER BY changed LIMIT 1000
 """
 CHANGED_ALL = """
-SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND status <> 'Cleaned' ORDER BY changed
+SELECT * FROM jobs INDEXED BY jobs_unfetched
+ WHERE changed IS NOT NULL AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed
 """
 CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
- WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND ended_at < :before
-   AND (fetched_at IS NOT NULL OR ended_at < :unfetched_before) ORDER BY ended_at LIMIT 500
+ WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
+   AND (fetched_at IS NOT NULL OR moved_at < :unfetched_before) ORDER BY moved_at LIMIT 500
 """
-CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND ended_at < :before LIMIT 500"
+CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
 FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
@@ -1551,7 +1597,14 @@ SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :befor
 JOBS_PAGE_OF_SERVICE = """
 SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
 """
-HEARTBEAT = "UPDATE heartbeat SET at = :now"
+UNSYNCED = """
+SELECT * FROM jobs INDEXED BY jobs_unsynced
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
+   AND moved_at <= :before ORDER BY id
+"""
+JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id"
+HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
+LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
 INSTANCE = "SELECT instance FROM heartbeat"
 
 
@@ -1589,12 +1642,14 @@ class Job(NamedTuple):
     created_at: float
     started_at: float | None
     ended_at: float | None
-    not_before: float | None  # a new attempt waits until then
+    not_before: float | None  # steady: a new attempt waits until then
     fetched_at: float | None  # client: a server has the result
     kill_requested_at: float | None  # a wish is a column, not a state
     kill_cause: str | None
     moves: int
     changed: int | None  # client: number of its last change, for /events
+    moved_at: float  # steady: its last change of status
+    synced: int  # client: its files have surely reached the disk
 
     @property
     def mark(self) -> str:
@@ -1687,6 +1742,7 @@ class Store:
         try:
             self.db = self.connect()
             self.migrate()
+            self.set_steady()
             self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
             self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
         except sqlite3.Error as error:
@@ -1711,6 +1767,27 @@ class Store:
             )
         if version == 0:
             self.db.executescript(SCHEMA)
+        for older in range(version, SCHEMA_VERSION) if version else ():
+            self.db.executescript(MIGRATIONS[older])
+        self.migrated_from = version
+
+    def set_steady(self) -> None:
+        """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
+        at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
+        now_boot, now_s = self.clock.boot()
+        self.rebooted = boot not in ("", now_boot)  # what had not been synced then may not have reached the disk
+        if boot != now_boot:
+            boot_s, steady = now_s, steady + max(0.0, self.clock.wall() - at)  # the first time: 0, and so wall time
+        self.steady_offset = float(steady - boot_s)
+        self.db.execute(HEARTBEAT, self.heartbeat())
+
+    def steady(self) -> float:
+        """Return the time by which ages and delays are counted, in seconds: it began as wall time; to set the clock does not change it."""
+        return self.clock.boot()[1] + self.steady_offset
+
+    def heartbeat(self) -> dict[str, Any]:
+        boot, boot_s = self.clock.boot()
+        return {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": boot_s + self.steady_offset}
 
     def close(self) -> None:
         """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
@@ -1836,7 +1913,7 @@ class Store:
 
         def insert(db: sqlite3.Connection) -> Job:
             values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change()}
-            values["created_at"] = self.clock.wall()
+            values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
             job_id = db.execute(JOB_ADD, values).lastrowid
             db.execute(HISTORY_ADD, {"id": job_id, "now": values["created_at"], "source": None, "to": status.value, "reason": reason})
             job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
@@ -1868,7 +1945,8 @@ class Store:
         if to in ENDED and job.status not in ENDED:
             changes.setdefault("ended_at", now)
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, changed=self.next_change(), expected=job.attempt)
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
+        values.update(changed=self.next_change(), moved_at=self.steady())
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         if values["attempt"] != job.attempt:
@@ -1933,7 +2011,7 @@ class Store:
 
     def admit_due(self) -> int:
         """Let new attempts whose back-off is over be claimed; return how many."""
-        due = self.read(DELAYED_DUE, now=self.clock.wall())
+        due = self.read(DELAYED_DUE, now=self.steady())
 
         def admit(db: sqlite3.Connection) -> None:
             for row in due:
@@ -1965,7 +2043,7 @@ class Store:
 
     def check(self) -> None:
         """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
-        self.note(HEARTBEAT, now=self.clock.wall())
+        self.note(HEARTBEAT, **self.heartbeat())
         self.check_identity()
 
     def check_identity(self) -> None:
@@ -2097,9 +2175,8 @@ def read_exit(folder: Path) -> Fate | None:
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the machine from every other (random(4)), and this container by the start of its process 1."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}.{process_start(1) or 0}"
+    """Return what tells this boot of the machine from every other, and this container by the start of its process 1."""
+    return f"{kernel_boot_id()}.{process_start(1) or 0}"
 
 
 def process_start(pid: int) -> str | None:
@@ -2977,7 +3054,8 @@ class Node:
 
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
-    now, age = node.clock.wall(), node.config.max_age_s
+    node.store.note(HEARTBEAT, **node.store.heartbeat())  # steady time goes on from here after another boot
+    now, age = node.store.steady(), node.config.max_age_s
     more = False
     unfetched_age = age if node.config.mode == "server" else 4 * age
     for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
@@ -3168,6 +3246,11 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         current = server.store.get(job.id)
 
 
+def because(reason: str | None) -> str:
+    """Return a reason as the second half of a sentence; nothing where there is none."""
+    return f": {reason}" if reason else ""
+
+
 def become_unknown(server: Server, job: Job, reason: str) -> None:
     """Move a job to Unknown for what cannot be known now; it heals by itself."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
@@ -3186,7 +3269,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
     """After an infrastructure failure: queue another attempt, or give up where none is left."""
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
-        due = server.clock.wall() + backoff_s(job.attempt)
+        due = server.store.steady() + backoff_s(job.attempt)
         server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
     else:
         note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
@@ -3384,7 +3467,7 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         if status == Status.COMPLETED.value:
             fetch_result(server, link, job, found)
         elif status == Status.CLEANED.value:
-            new_attempt(server, job, f"{link.name} has no result of it any more")
+            new_attempt(server, job, f"{link.name} has no result of it any more" + because(found.payload.get("reason")))
         elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
             new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
         else:
@@ -3515,7 +3598,7 @@ def fail_unreachable(server: Server, service: Service) -> None:
     links = [server.links[address.name] for address in service.addresses]
     if any(not link.failures or link.silent_s() <= service.unreachable_after_s for link in links):
         return
-    before = server.clock.wall() - service.unreachable_after_s
+    before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
         reason = f"client unreachable: no client of {service.name} answered for {spoken(service.unreachable_after_s)}"
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
@@ -3551,6 +3634,7 @@ class Client(Node):
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
             "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
             "limit": Loop("limit", functools.partial(limit_tick, self), config.run_interval_s),
+            "sync": Loop("sync", functools.partial(sync_tick, self), SYNC_AFTER_S),
             "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
         }
 
@@ -3603,7 +3687,7 @@ def launch(client: Client, job: Job) -> None:
         running = client.store.get(job.id) or job
         client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return
-    client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+    client.store.note(JOB_STARTED, id=job.id, handle=handle, now=client.store.steady())
 
 
 def why_not_runnable(script: Path) -> str:
@@ -3736,7 +3820,7 @@ def take_for_ending(client: Client) -> Job | None:
 def limit_tick(client: Client) -> bool:
     """Keep running payloads within their limits: run time, and the size of their output streams."""
     for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
-        over = job.timeout and job.started_at and client.clock.wall() - job.started_at > job.timeout
+        over = job.timeout and job.handle and client.store.steady() - job.moved_at > job.timeout
         if over and client.store.wish_end(job.id, Cause.LIMIT):
             client.wake("end")
         for stream in OUTPUT_STREAMS:
@@ -3746,22 +3830,49 @@ def limit_tick(client: Client) -> bool:
 
 def adopt(client: Client) -> None:
     """At the start of a client: find again what it started before, or start what provably never ran."""
-    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     if client.store.identity is None:
         end_orphans(client)
+    if client.store.rebooted:
+        distrust(client)
+    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     cut_off = [job for job in running if job.handle is None and job.kill_requested_at is None]
     handles = client.executor.find(cut_off)
     for job in cut_off:
         if job.mark not in handles:
             log.warning("payload %d was marked and never started: it is started now", job.id)
-        try:
-            handle = handles.get(job.mark) or client.executor.start(job)
-        except OSError as error:
-            log.error("payload %d could not be started: %s", job.id, error)
-            continue  # the runner finds that it does not run
-        client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+            start_marked(client, job)
+        else:
+            client.store.note(JOB_HANDLE, id=job.id, handle=handles[job.mark])
     if running:
         log.info("%d payloads were running when the client ended: taken up again", len(running))
+
+
+def start_marked(client: Client, job: Job) -> None:
+    """Start a payload whose row says Running already; its time begins now. What cannot be started, the runner finds not to run."""
+    try:
+        handle = client.executor.start(job)
+    except OSError as error:
+        log.error("payload %d could not be started: %s", job.id, error)
+    else:
+        client.store.note(JOB_STARTED, id=job.id, handle=handle, now=client.store.steady())
+
+
+def distrust(client: Client) -> None:
+    """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
+    reason = "the machine was restarted, and what had reached its disk is not known"
+    for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
+        client.store.move(job, Status.CLEANED, reason)
+    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
+        client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+
+
+def sync_tick(client: Client) -> bool:
+    """Bring results that nobody has fetched yet to the disk: one call for all of them."""
+    jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
+    if jobs:
+        sync_file_system(client.data.jobs)
+        client.store.write(lambda db: [db.execute(JOB_SYNCED, {"id": job.id}).rowcount for job in jobs])
+    return False
 
 
 def end_orphans(client: Client) -> None:
@@ -4378,7 +4489,7 @@ def waiting_text(server: Server, job: Job) -> str | None:
         if service is None:
             return f"service {job.service} is not configured any more"
         if job.not_before is not None:
-            left = max(0.0, job.not_before - server.clock.wall())
+            left = max(0.0, job.not_before - server.store.steady())
             return f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}"
         return why_waiting(service.name, standing_of(server, job), server.troubles(service))
     link = server.links.get(job.client or "")

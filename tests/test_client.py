@@ -553,6 +553,34 @@ def test_a_script_that_ended_in_time_is_not_called_too_slow(yard: Yard) -> None:
     assert yard[job].status is Status.COMPLETED, yard[job].reason
 
 
+@pytest.mark.parametrize("hours", [-100, -1, 1, 100])
+def test_whoever_sets_the_clock_ends_no_payload(hours: int, yard: Yard) -> None:
+    """The time limit counts what has passed, also over a restart of the client."""
+    job = yard.ready(yard.submit("READY; BLOCK", X_Joborch_Timeout="60"))
+    yard.clock.pass_s(30)
+    yard.clock.set_s(hours * 3600)
+    yard.restart()
+    limit_tick(yard.client)
+    assert not end_tick(yard.client)
+    yard.clock.pass_s(31)
+    limit_tick(yard.client)
+    assert end_tick(yard.client)
+    assert yard[job].cause == "limit"
+
+
+def test_the_time_of_a_payload_begins_when_it_is_started(yard: Yard) -> None:
+    """Not when the client, which then died for an hour, was about to start it."""
+    job = yard.submit("READY; BLOCK", X_Joborch_Timeout="60")
+    yard.store.move(job, Status.RUNNING, "", started_at=yard.clock.wall())
+    yard.clock.pass_s(3600)
+    yard.restart()
+    (yard.folder(job) / "ready").read_text()
+    limit_tick(yard.client)
+    assert not end_tick(yard.client)
+    yard.go(job)
+    yard.until(job, Status.COMPLETED)
+
+
 def test_output_is_bounded_while_it_is_written(data: DataFolder) -> None:
     yard = Yard(data, JOBORCH_LOG_LIMIT="64K")
     loud, hostile = yard.submit("head -c 4M /dev/zero; READY; BLOCK"), yard.submit("ln -sf /dev/null ../stdout; READY; BLOCK")
@@ -585,6 +613,39 @@ def test_payloads_are_taken_up_as_they_are(yard: Yard) -> None:
     assert yard[ends].exit_code == 3
     yard.go(running)
     yard.until(running, Status.COMPLETED)
+
+
+def test_after_another_boot_nothing_is_trusted_that_may_not_be_on_the_disk(yard: Yard) -> None:
+    """Files that were received or written shortly before the power went may be empty now: the server has another attempt made."""
+    old = yard.submit("echo old")
+    yard.until(old, Status.COMPLETED)
+    yard.clock.pass_s(joborch.SYNC_AFTER_S)
+    joborch.sync_tick(yard.client)
+    fresh, fetched = yard.submit("echo fresh"), yard.submit("echo fetched")
+    for job in (fresh, fetched):
+        yard.until(job, Status.COMPLETED)
+    joborch.confirm(yard.client, str(fetched.id))
+    waits = yard.submit("true")
+    yard.clock.reboot()
+    yard.restart()
+    assert (yard[waits].status, yard[waits].cause) == (Status.FAILED, "infrastructure")
+    assert yard[fresh].status is Status.CLEANED
+    assert "restarted" in yard[waits].reason and yard[waits].reason == yard[fresh].reason
+    assert [yard[job].status for job in (old, fetched)] == [Status.COMPLETED] * 2
+
+
+def test_results_that_nobody_fetches_are_brought_to_the_disk_once(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(joborch, "sync_file_system", synced.append)
+    job = yard.submit("true")
+    yard.until(job, Status.COMPLETED)
+    joborch.sync_tick(yard.client)
+    assert synced == [], "most are fetched at once"
+    yard.clock.pass_s(joborch.SYNC_AFTER_S)
+    for _ in range(2):
+        joborch.sync_tick(yard.client)
+    assert synced == [yard.data.jobs]
+    assert yard[job].synced == 1
 
 
 @pytest.mark.parametrize("when", ["before the start", "after the start"])

@@ -1047,12 +1047,39 @@ def test_rows_are_deleted_long_after(desk: Desk) -> None:
     job = ended(desk)
     desk.clock.pass_s(172_900)
     clean_tick(desk.server)
-    desk.clock.pass_s(362 * 86400)
+    desk.clock.pass_s(364 * 86400)
     clean_tick(desk.server)
-    assert desk.store.get(job.id) is not None
+    assert desk.store.get(job.id) is not None, "from the time when its files went"
     desk.clock.pass_s(2 * 86400)
     clean_tick(desk.server)
     assert desk.store.get(job.id) is None
+
+
+@pytest.mark.parametrize("hours", [-1000, -5, 5, 1000])
+def test_whoever_sets_the_clock_changes_no_age_and_no_delay(hours: int, desk: Desk, peer: Peer) -> None:
+    """No early cleaning, no early or endless back-off, no job that failed for a client that was away for a minute."""
+    done = ended(desk)
+    late, waiting = desk.with_client(Status.RUNNING, user_id=2), desk.upload(user_id=3)
+    joborch.new_attempt(desk.server, late, "lost")
+    desk.link.failed("refused")
+    desk.clock.set_s(hours * 3600)
+    for tick in (clean_tick, watch_tick):
+        tick(desk.server)
+    desk.restart()
+    desk.link.failed("refused")
+    for tick in (clean_tick, watch_tick):
+        tick(desk.server)
+    assert [desk[job].status for job in (done, late, waiting)] == [Status.COMPLETED, Status.QUEUED, Status.QUEUED]
+    assert desk[late].not_before is not None, "its back-off is not over"
+    desk.clock.pass_s(2)
+    watch_tick(desk.server)
+    assert desk[late].not_before is None
+    desk.clock.pass_s(48 * 3600)
+    clean_tick(desk.server)
+    assert desk[done].status is Status.CLEANED
+    desk.link.failed("refused")
+    watch_tick(desk.server)
+    assert desk[waiting].status is Status.FAILED
 
 
 def test_files_go_before_the_row_says_so(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,16 +29,27 @@ TABLES = {"server": SERVER_MOVES, "client": CLIENT_MOVES}
 
 
 class HandClock(joborch.Clock):
-    """Time that stands still until a test moves it; wall and monotonic time go together."""
+    """Time that stands still until a test moves it; wall and monotonic time go together unless somebody sets the clock."""
 
     def __init__(self, wall: float = 1_795_510_800.0) -> None:
-        self.now, self.beginning = wall, wall
+        self.now, self.beginning, self.off, self.boots = wall, wall, 0.0, 1
 
     def wall(self) -> float:
-        return self.now
+        return self.now + self.off
 
     def monotonic(self) -> float:
         return self.now - self.beginning + 1000.0
+
+    def boot(self) -> tuple[str, float]:
+        return f"boot-{self.boots}", self.monotonic()
+
+    def set_s(self, seconds: float) -> None:
+        """Set the clock forward, or back: wall time alone."""
+        self.off += seconds
+
+    def reboot(self) -> None:
+        """Switch the machine off and on: boot time begins anew."""
+        self.boots, self.beginning = self.boots + 1, self.now
 
     def pass_s(self, seconds: float) -> None:
         """Let time go by."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -526,8 +527,8 @@ def inserting(key: str, then: Exception | None = None) -> Callable[[sqlite3.Conn
     """A piece of work that stores a job of this key, and returns its key or raises after it."""
 
     def work(db: sqlite3.Connection) -> str:
-        values = {**dataclasses.asdict(new_job(idempotency_key=key)), "status": "Queued", "reason": "", "created_at": 0.0, "changed": None}
-        db.execute(joborch.JOB_ADD, values)
+        values = {**dataclasses.asdict(new_job(idempotency_key=key)), "status": "Queued", "reason": "", "created_at": 0.0}
+        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0})
         if then is not None:
             raise then
         return key
@@ -765,14 +766,76 @@ def test_network_file_systems_are_known_by_their_mount(kind: str, network: bool,
     assert joborch.on_network("/elsewhere/db") is False
 
 
+# == Clocks that lie, and older databases ==
+
+
+@pytest.mark.parametrize("hours", [-100_000, -5, 0, 5, 100_000])
+def test_steady_time_is_not_changed_by_who_sets_the_clock(hours: int, tmp_path: Path) -> None:
+    """Within a boot it goes on by the boot's clock, over restarts too; after another boot wall time decides, and never goes back."""
+    clock, path = HandClock(), str(tmp_path / "db")
+    store = Store(path, "server", clock)
+    begun = store.steady()
+    assert begun == pytest.approx(clock.wall()), "it begins as wall time, so that a person can read it"
+    clock.pass_s(10)
+    clock.set_s(hours * 3600)
+    assert store.steady() == pytest.approx(begun + 10)
+    store.close()
+    clock.pass_s(20)
+    store = Store(path, "server", clock)
+    assert not store.rebooted
+    assert store.steady() == pytest.approx(begun + 30)
+    store.check()
+    store.close()
+    clock.pass_s(100)
+    clock.set_s(hours * 3600)
+    clock.reboot()
+    store = Store(path, "server", clock)
+    assert store.rebooted
+    assert store.steady() == pytest.approx(begun + 30 + max(0, 100 + hours * 3600))
+    store.close()
+
+
+def schema_of(store: Store) -> dict[str, Any]:
+    """Tables with their columns, and indexes with their texts, as SQLite knows them."""
+    tables = [row["name"] for row in store.read("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    columns = {table: [tuple(row) for row in store.read(f"SELECT * FROM pragma_table_info('{table}')")] for table in tables}
+    indexes = store.read("SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+    return {**columns, **{row["name"]: re.sub(r"\s+", " ", row["sql"]) for row in indexes}}
+
+
+def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
+    """It has then what a new one has, and all its rows."""
+    path = tmp_path / "old"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript((Path(__file__).parent / "schema-1.sql").read_text())
+        for number, status, ended in ((1, "Queued", None), (2, "Completed", 1000.0)):
+            row = {"id": number, "uuid": str(number), "user_id": 1, "service": "example", "status": status, "created_at": 900.0 + number}
+            names = ", ".join([*row, "ended_at"])
+            db.execute(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * (len(row) + 1))})", [*row.values(), ended])
+            db.execute("INSERT INTO history VALUES (?, 1, 901.0, NULL, 'Queued', 'uploaded', 1)", [number])
+        db.commit()
+    old = Store(str(path), "server", HandClock())
+    assert schema_of(old) == schema_of(store)
+    assert [(job.id, job.status, job.moved_at, job.synced) for job in old.jobs("SELECT * FROM jobs ORDER BY id")] == [
+        (1, Status.QUEUED, 901.0, 0),
+        (2, Status.COMPLETED, 1000.0, 0),
+    ]
+    assert [row["steady"] for row in old.read("SELECT steady FROM history")] == [901.0, 901.0]
+    old.close()
+    again = Store(str(path), "server", HandClock())
+    assert again.number("PRAGMA user_version") == joborch.SCHEMA_VERSION
+    again.close()
+
+
 # == Every query goes by an index ==
 
 STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
-PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\) WHERE", joborch.SCHEMA))
+PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
 # What reads a whole table, and may: `heartbeat` has one row, `eligible` is made anew at a start, `pair` is the table that
 # QUEUED_USERS makes by itself, row by row.
-SCANS_MEANT = {"HEARTBEAT": "heartbeat", "INSTANCE": "heartbeat", "ELIGIBLE_EMPTY": "eligible", "QUEUED_USERS": "pair"}
+SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
+SCANS_MEANT.update(ELIGIBLE_EMPTY="eligible", QUEUED_USERS="pair")
 
 
 def plan(store: Store, sql: str) -> list[str]:
@@ -786,7 +849,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with thousands of queued jobs, most of one user, and with what ANALYZE learned from them."""
     store = Store(str(tmp_path_factory.mktemp("filled") / "db"), "server", HandClock())
     store.set_limits({"example": a_service()})
-    new = {**dataclasses.asdict(new_job()), "reason": "", "created_at": 0.0, "changed": None}
+    new = {**dataclasses.asdict(new_job()), "reason": "", "created_at": 0.0, "changed": None, "moved_at": 0.0}
 
     def fill(db: sqlite3.Connection) -> None:
         for number in range(5000):
@@ -839,7 +902,7 @@ def test_ends_are_found_by_time(store: Store) -> None:
     jobs = [moved(store, store.add(new_job(), ""), Status.KILLED) for _ in range(3)]
     store.clock.pass_s(100)  # type: ignore[attr-defined]
     late = moved(store, store.add(new_job(), ""), Status.PROCESSING, Status.FAILED)
-    assert store.jobs(joborch.ENDED_BEFORE, before=late.ended_at, unfetched_before=late.ended_at) == jobs
+    assert store.jobs(joborch.ENDED_BEFORE, before=late.moved_at, unfetched_before=late.moved_at) == jobs
     assert all(job.status in ENDED for job in store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12))
     moved(store, jobs[1], Status.CLEANED)
     assert [row["id"] for row in store.read(joborch.CLEANED_BEFORE, before=1e12)] == [jobs[1].id]
