@@ -66,7 +66,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -179,6 +179,19 @@ class Clock:
 def kernel_boot_id() -> str:
     """Return what tells this boot of the machine from every other (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+CRASH_AT = os.environ.get("JOBORCH_TEST_CRASH", "")  # in tests: the name of a crash point, or NAME:3 for its third pass
+crash_passes: Counter[str] = Counter()
+
+
+def crash_point(name: str) -> None:
+    """Mark a point between two writes, where a test lets the process die as by SIGKILL; nothing happens otherwise."""
+    if CRASH_AT:
+        crash_passes[name] += 1
+        wanted, _, number = CRASH_AT.partition(":")
+        if name == wanted and crash_passes[name] == int(number or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def rfc3339(wall: float | None) -> str | None:
@@ -1394,7 +1407,7 @@ CREATE INDEX jobs_client ON jobs(client, id) WHERE status IN ('Processing', 'Sub
     target TEXT NOT NULL,
     reason TEXT NOT NULL,
     attempt INTEGER NOT NULL,
-    steady REAL NOT NULL DEFAULT 0,
+    seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
@@ -1435,12 +1448,12 @@ MIGRATIONS = {
 BEGIN;
 ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE history ADD COLUMN steady REAL NOT NULL DEFAULT 0;
+ALTER TABLE history ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
 ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
 ALTER TABLE heartbeat ADD COLUMN steady REAL NOT NULL DEFAULT 0;
 UPDATE jobs SET moved_at = coalesce(ended_at, started_at, created_at);
-UPDATE history SET steady = at;
+UPDATE history SET seq = at * 1000000;
 DROP INDEX jobs_ended;
 DROP INDEX jobs_cleaned;
 @AGES@PRAGMA user_version = 2;
@@ -1478,8 +1491,8 @@ UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
  WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
 """
 HISTORY_ADD = """
-INSERT INTO history (job_id, number, at, source, target, reason, attempt, steady)
-SELECT id, moves, :now, :source, :to, :reason, attempt, moved_at FROM jobs WHERE id = :id
+INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
+SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
 ATTEMPT_ADD = """
@@ -1738,7 +1751,7 @@ class Store:
         self.limits: Mapping[str, Service] = {}
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.synchronous = ""
+        self.synchronous, self.last_seq = "", 0
         try:
             self.db = self.connect()
             self.migrate()
@@ -1867,7 +1880,9 @@ class Store:
             else:
                 for ticket in batch:
                     self.run_ticket(ticket)
+            crash_point("commit.begun")
             self.db.execute("COMMIT")
+            crash_point("commit.done")
         except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
             with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
                 if self.db.in_transaction:
@@ -1915,7 +1930,7 @@ class Store:
             values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change()}
             values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
             job_id = db.execute(JOB_ADD, values).lastrowid
-            db.execute(HISTORY_ADD, {"id": job_id, "now": values["created_at"], "source": None, "to": status.value, "reason": reason})
+            self.add_history(db, cast(int, job_id), values["created_at"], None, status, reason)
             job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
             self.refresh_eligible(db, job)
             return job
@@ -1952,10 +1967,16 @@ class Store:
         if values["attempt"] != job.attempt:
             archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
             db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
-        db.execute(HISTORY_ADD, {"id": job.id, "now": now, "source": job.status.value, "to": to.value, "reason": reason})
+        self.add_history(db, job.id, now, job.status, to, reason)
         if not (job.status in BUSY and to in BUSY):
             self.refresh_eligible(db, job)
         return True
+
+    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
+        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
+        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
+        db.execute(HISTORY_ADD, values)
 
     def refresh_eligible(self, db: sqlite3.Connection, job: Job) -> None:
         """Keep up `eligible`: one row for each user who has queued work for a service and is under quota."""
@@ -2268,6 +2289,7 @@ class LocalExecutor:
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
         (folder / "tmp").mkdir(exist_ok=True)
+        crash_point("run.prepared")
         # close_fds=False: all of ours are close-on-exec already, and so vfork stays cheap.
         child = subprocess.Popen(
             ["bash", str(self.wrapper), str(folder), str(job.attempt)],
@@ -2598,12 +2620,14 @@ class Link:
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
 
     def failed(self, error: object) -> None:
-        """Hold the client back, longer with each failure in a row."""
-        text = one_line(str(error))
+        """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
+        text, now = one_line(str(error)), self.clock.monotonic()
         if text != self.trouble:
             log.warning("client %s: %s", self.name, text)
-        self.failures, self.trouble = self.failures + 1, text
-        self.held_until = self.clock.monotonic() + backoff_s(self.failures)
+        self.trouble = text
+        if now >= self.held_until or not self.failures:
+            self.failures += 1
+            self.held_until = now + backoff_s(self.failures)
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -3061,14 +3085,18 @@ def clean_tick(node: Node) -> bool:
     for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
         try:
             remove_tree(node.folder(job))
+            crash_point("clean.folder")
             remove_tree(node.data.result(job.mark))
+            crash_point("clean.files")
         except OSError as error:
             log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
             continue
         more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
+        crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
         node.store.forget(old)
+        crash_point("clean.forgotten")
     return more or bool(old)
 
 
@@ -3168,6 +3196,7 @@ def claim_next(server: Server, link: Link) -> Job | None:
     for head in in_turn(heads):  # where the limit of one service is reached, another's job can run
         claimed = server.store.claim(head.job_id, link.name, link.room())
         if claimed is not None:
+            crash_point("claim.stored")
             return claimed
     return None
 
@@ -3185,10 +3214,12 @@ def send_job(server: Server, link: Link, job: Job) -> None:
             check_base_names(paths)
         returned = server.service(job).return_inputs
         dest_id = link.submit(job, folder, paths, returned)
+        crash_point("send.answered")
     except NothingSent as error:
         link.failed(error)
         if job.status is Status.PROCESSING:
             server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+            crash_point("send.refused")
             kill_queued(server, job.id)
         return
     except Rejected as error:
@@ -3204,6 +3235,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
     server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
         server.wake(f"kill:{link.name}")
 
@@ -3213,6 +3245,7 @@ def kill_queued(server: Server, job_id: int) -> None:
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
         server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+        crash_point("kill.queued")
 
 
 def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
@@ -3229,6 +3262,7 @@ def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
     """
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+        crash_point("send.lost")
     link.may_have_pinned = True
     with link.lock:
         link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
@@ -3271,6 +3305,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
         due = server.store.steady() + backoff_s(job.attempt)
         server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
+        crash_point("attempt.stored")
     else:
         note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
         server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
@@ -3286,6 +3321,7 @@ def get_tick(server: Server, link: Link) -> bool:
         fresh = link.since == 0
         done = link.settled[:200]
         heard = link.events(0 if fresh else EVENTS_WAIT_S, done)
+        crash_point("hear.answered")
         del link.settled[: len(done)]
     except Gone:
         link.legacy = True
@@ -3336,6 +3372,7 @@ def report(server: Server, link: Link, said: Any) -> None:
         job = server.store.get(job.id) or job
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
+        crash_point("hear.running")
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
@@ -3425,6 +3462,7 @@ def fetch_tick(server: Server, link: Link) -> bool:
         with link.turn():
             job = server.store.get(due.job_id)
             settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
+        crash_point("fetch.settled")
     finally:
         give_back(server, link, due, settled)
     if settled:
@@ -3518,9 +3556,13 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
         part.write(data)
     else:
         link.fetch(job, part, partial)
+    crash_point("fetch.received")
     os.fsync(part.target.fileno())
+    crash_point("fetch.synced")
     os.rename(part.target.name, server.data.result(job.mark))
+    crash_point("fetch.renamed")
     fsync_path(server.data.results)
+    crash_point("fetch.durable")
     drop_part(found)
     return part.size, part.digest.hexdigest()
 
@@ -3557,6 +3599,7 @@ def kill_tick(server: Server, link: Link) -> bool:
         link.kill_due[job.id] = now + 2.0
         try:
             link.kill(job)
+            crash_point("kill.asked")
             link.heard()
         except Gone as error:
             payload_gone(server, job, str(error))
@@ -3647,7 +3690,9 @@ def run_tick(client: Client) -> bool:
     ended = [job for job in running if not fates[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
+            crash_point("end.seen")
             finish(client, job, fates[job.id])
+            crash_point("end.stored")
     free = client.config.slots - len(everything) + len(ended)
     if free > 0:
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=free):
@@ -3680,6 +3725,7 @@ def launch(client: Client, job: Job) -> None:
     """Start one payload that can run, unless it is not Prepared any more."""
     if not client.store.move(job, Status.RUNNING, "", started_at=client.clock.wall()):
         return
+    crash_point("run.marked")
     try:
         handle = client.executor.start(job)
     except OSError as error:
@@ -3687,7 +3733,9 @@ def launch(client: Client, job: Job) -> None:
         running = client.store.get(job.id) or job
         client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return
+    crash_point("run.started")
     client.store.note(JOB_STARTED, id=job.id, handle=handle, now=client.store.steady())
+    crash_point("run.stored")
 
 
 def why_not_runnable(script: Path) -> str:
@@ -3782,13 +3830,19 @@ def end_tick(client: Client) -> bool:
     if job is None:
         return False
     try:
+        folder = client.data.job(job.mark)
+        begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         fate = client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
-        if fate.exit_status is not None:  # it was quicker than the wish
+        if fate.exit_status is not None and not begun.exists():  # it was quicker than the wish
             finish(client, job, fate)
             return True
         if job.status is Status.RUNNING:
+            with contextlib.suppress(OSError):
+                begun.touch()
+            crash_point("kill.begun")
             client.executor.cancel(job)
-        folder, (started, ended) = client.data.job(job.mark), run_times(client.data.job(job.mark), job)
+            crash_point("kill.ended")
+        started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
             reason = f"run.sh was ended at its time limit of {spoken(job.timeout or 0)}"
             words = last_line(folder / "stderr")
@@ -3796,6 +3850,7 @@ def end_tick(client: Client) -> bool:
             client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
+            crash_point("kill.stored")
     except StillRunning as error:
         log.error("%s; it is tried again", error)
         return False
@@ -3871,6 +3926,7 @@ def sync_tick(client: Client) -> bool:
     jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
+        crash_point("sync.done")
         client.store.write(lambda db: [db.execute(JOB_SYNCED, {"id": job.id}).rowcount for job in jobs])
     return False
 
@@ -4658,12 +4714,15 @@ def upload(server: Server, request: Request) -> Answer:
     with receiving(server, folder, job_uuid):
         form = FormReader(folder).read(request.stream, request.header("Content-Type"), request.length)
         new = new_job(server, form, job_uuid, key)
+        crash_point("upload.received")
         earlier = earlier_job(server, new)
         if earlier is None:
             fsync_tree(folder, [file.path for file in form.files])
+            crash_point("upload.synced")
             server.store.check_identity()
             try:
                 job = server.store.add(new, "uploaded")
+                crash_point("upload.stored")
             except sqlite3.IntegrityError:
                 earlier = earlier_job(server, new)
                 if earlier is None:
@@ -4846,6 +4905,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     job = known_job(server, job_id)
     if job.status not in OVER:
         server.store.wish_end(job.id, Cause.CANCELLED)
+        crash_point("kill.wished")
         kill_queued(server, job.id)
         job = known_job(server, job_id)
     if job.status not in OVER:
@@ -5001,7 +5061,9 @@ def submit(client: Client, request: Request) -> Answer:
             raise Refusal(400, "there is no file: send at least run.sh", "file")
         if not new.return_inputs:
             remember_inputs(folder, form)
+        crash_point("submit.received")
         job = place_payload(client, folder, new)
+    crash_point("submit.stored")
     client.wake("run")
     return Answer(payload_json(client, job))
 
@@ -5034,6 +5096,7 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
             return job
         remove_tree(place)  # a crash left it without a row: it never ran
         os.rename(folder, place)
+        crash_point("submit.renamed")
         try:
             return client.store.add(new, "submitted")
         except BaseException:
@@ -5117,6 +5180,7 @@ def kill(client: Client, request: Request, job_id: str) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
         client.store.wish_end(job.id, Cause.CANCELLED)
+        crash_point("kill.wished")
         client.wake("end")
         with client.places.place() as parked:
             client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left)
@@ -5208,6 +5272,7 @@ def confirm(client: Client, done: str) -> None:
     if ids:
         now = client.clock.wall()
         client.store.write(lambda db: [db.execute(JOB_FETCHED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
+        crash_point("events.confirmed")
 
 
 def any_ended(client: Client, since: int) -> bool | None:
@@ -5497,11 +5562,13 @@ def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
     data = DataFolder(config.data_path)
     data.open()
+    crash_point("start.locked")
     try:
         os.makedirs(os.path.dirname(config.db_path) or ".", exist_ok=True)
     except OSError as error:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
     store = Store(config.db_path, config.mode)
+    crash_point("start.opened")
     if config.mode == "client":
         client = Client(config, store, data)
         adopt(client)
@@ -5510,6 +5577,7 @@ def open_node(config: Config) -> Node:
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
         store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
+        crash_point("start.asked")
     return server
 
 

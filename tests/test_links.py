@@ -619,15 +619,18 @@ def test_a_link_is_held_back_after_failures_and_free_when_it_is_heard(link: Link
     link.heard()
     assert not link.held()
     holds = []
-    for _ in range(8):
-        link.failed("no\nanswer")
+    begun = clock.monotonic()
+    for number in range(1, 9):
+        for _ in range(5):
+            link.failed("no\nanswer")
+            assert link.held()
+        assert link.failures == number, "all calls that were under way fail at once: that is one failure"
         holds.append(link.held_until - clock.monotonic())
-        assert link.held()
+        clock.pass_s(holds[-1])
+        assert not link.held(), "it is tried again"
     assert link.trouble == "no answer"
     assert 0.5 <= holds[0] <= 1.5 and 15 <= holds[-1] <= 45
-    clock.pass_s(100)
-    assert not link.held(), "it is tried again"
-    assert link.silent_s() == 100
+    assert link.silent_s() == clock.monotonic() - begun
     link.heard()
     assert (link.failures, link.trouble, link.silent_s(), link.held()) == (0, "", 0, False)
 

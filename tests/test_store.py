@@ -820,7 +820,7 @@ def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
         (1, Status.QUEUED, 901.0, 0),
         (2, Status.COMPLETED, 1000.0, 0),
     ]
-    assert [row["steady"] for row in old.read("SELECT steady FROM history")] == [901.0, 901.0]
+    assert [row["seq"] for row in old.read("SELECT seq FROM history")] == [901_000_000] * 2
     old.close()
     again = Store(str(path), "server", HandClock())
     assert again.number("PRAGMA user_version") == joborch.SCHEMA_VERSION

@@ -1,0 +1,349 @@
+"""Crash anywhere: the server and the client die as by SIGKILL at every point between two writes, are started again, and die again.
+
+Each crash point of joborch.py is driven to in turn, on either side, in two real processes with jobs of every kind of end
+under way. Whatever died: all jobs come to exactly the end they should have, with the bytes they should have, and no script
+is started twice for one attempt. The history checker proves it from what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import requests
+from conftest import MakePair
+from harness import ENDED, SOURCE, Pair, Process, upload, wait_for
+from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
+
+BIG = random.Random(5).randbytes(300 * 1024)  # too large to travel with the news of its end
+LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "2", "SERVICE_EXAMPLE_MAX_RUNS": "6"}
+QUOTAS = {"example": Quota(2, 6)}
+LIMIT_S = 30.0
+
+
+def sha256(content: bytes) -> str:
+    """The digest of a member of a result."""
+    return hashlib.sha256(content).hexdigest()
+
+
+class Side:
+    """One process that is started again whenever it has died; its n-th start gets the n-th of `crashes`, later ones none."""
+
+    def __init__(self, process: Process, crashes: list[str]) -> None:
+        self.process, self.crashes, self.deaths, self.held = process, [*crashes], 0, False
+
+    def start(self) -> None:
+        """Start it with its next crash."""
+        self.process.settings["JOBORCH_TEST_CRASH"] = self.crashes.pop(0) if self.crashes else None
+        self.process.spawn()
+
+    def look(self) -> None:
+        """Start it again where it has died; whatever else ended it is a fault."""
+        if self.process.process is not None and self.process.process.poll() is not None and not self.held:
+            assert self.process.process.returncode == -signal.SIGKILL, self.process.log[-3000:]
+            self.deaths += 1
+            self.start()
+
+
+class Run:
+    """A pair of processes that die, and a user who does not give up: what was not answered is asked again."""
+
+    def __init__(self, pair: Pair, server: list[str], client: list[str]) -> None:
+        self.pair, self.server, self.client = pair, Side(pair.server, server), Side(pair.client, client)
+        self.marks, self.hold = pair.folder / "marks", pair.folder / "go"
+        self.expected: dict[int, Expected] = {}
+        self.terminated: list[int] = []
+        self.ended, self.failures = threading.Event(), []  # type: ignore[var-annotated]
+        self.keeper = threading.Thread(target=self.keep, daemon=True)
+
+    def keep(self) -> None:
+        """Start again who died, until the run is over."""
+        while not self.ended.wait(0.02):
+            for side in (self.client, self.server):
+                try:
+                    side.look()
+                except AssertionError as error:
+                    self.failures.append(error)
+                    self.ended.set()
+
+    def start(self) -> None:
+        """Start both and the keeper."""
+        for side in (self.client, self.server):
+            side.start()
+        self.keeper.start()
+
+    def stop(self) -> None:
+        """End the keeper; what it saw counts."""
+        self.ended.set()
+        self.keeper.join(30)
+        if self.failures:
+            raise self.failures[0]
+
+    def insist(self, call: Callable[[], Any], fits: Callable[[Any], bool], what: str) -> Any:
+        """Ask until an answer fits; a server that is dead now is asked again."""
+        end = time.monotonic() + LIMIT_S
+        last: Any = None
+        while time.monotonic() < end and not self.failures:
+            try:
+                last = call()
+                if fits(last):
+                    return last
+            except requests.RequestException as error:
+                last = error
+            time.sleep(0.02)
+        if self.failures:
+            raise self.failures[0]
+        said = last.text if isinstance(last, requests.Response) else last
+        logs = [f"{side.process.role}: {side.process.log[-2500:]}" for side in (self.server, self.client)]
+        raise AssertionError("\n".join([f"{what}: not within {LIMIT_S:g} s; the last answer: {said}", *logs]))
+
+    def submit(self, script: str, user_id: int, expected: Expected) -> int:
+        """Upload a script under a key of its own until that is answered with 201."""
+        key = f"key-{len(self.expected)}"
+        files = {"run.sh": (mark_lines(self.marks) + script).encode(), "data": BIG}
+        answer = self.insist(
+            lambda: upload(self.pair.server, files, user_id=user_id, headers={"Idempotency-Key": key}),
+            lambda said: said.status_code == 201,
+            "upload",
+        )
+        job = answer.json()
+        self.expected[job["id"]] = expected
+        return int(job["id"])
+
+    def job(self, number: int, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The job, once it fits."""
+        answer = self.insist(
+            lambda: self.pair.server.get(f"/jobs/{number}", timeout=20), lambda said: said.status_code == 200 and fits(said.json()), "job"
+        )
+        return dict(answer.json())
+
+    def terminate(self, number: int) -> None:
+        """Ask for the end of a job until it is so."""
+        self.terminated.append(number)
+        self.insist(
+            lambda: self.pair.server.post(f"/terminate/{number}", timeout=20), lambda said: said.status_code in (200, 409), "terminate"
+        )
+
+    def settle(self) -> None:
+        """Wait until every job has ended, then prove that all is as it should be."""
+        for number in self.expected:
+            self.job(number, lambda job: job["status"] in ENDED)
+        self.stop()
+        assert_proven(
+            gather(
+                self.pair.server.data / "joborch.db",
+                clients={"client": self.pair.client.data / "joborch.db"},
+                marks=[self.marks],
+                results=self.pair.server.data / "results",
+                expected=self.expected,
+                quotas=QUOTAS,
+                terminated=self.terminated,
+            )
+        )
+
+
+COMPLETED = {"ends": ["Completed"], "most_attempts": 1}
+WITH_DATA = {"run.sh": "", "data": sha256(BIG)}
+
+
+def ordinary(run: Run) -> None:
+    """Jobs of every kind of end: small, large, failing, terminated while it runs and while it is queued, and one that runs all the time."""
+    small = {"out": sha256(b"small\n"), "data": sha256(BIG)}
+    large = {"copy": sha256(BIG + BIG), "data": sha256(BIG)}
+    held = run.submit(f"while [ ! -e {run.hold} ]; do sleep 0.05; done; echo small > out", 2, Expected(members=small, **COMPLETED))
+    stopped = run.submit("sleep 600", 2, Expected(ends=["Killed"], causes=["cancelled"], most_attempts=1))
+    queued = run.submit("sleep 600", 2, Expected(ends=["Killed"], causes=["cancelled"], most_attempts=1))
+    run.submit("echo small > out", 1, Expected(members=small, **COMPLETED))
+    run.submit("cat data data > copy", 1, Expected(members=large, **COMPLETED))
+    run.submit("echo why >&2; exit 3", 3, Expected(ends=["Failed"], causes=["user"], most_attempts=1))
+    run.job(stopped, lambda job: job["status"] == "Running")
+    run.terminate(queued)
+    run.terminate(stopped)
+    run.job(held, lambda job: job["status"] == "Running")
+    run.hold.touch()
+
+
+def sides_of(point: str) -> list[str]:
+    """Which side passes a crash point."""
+    area = point.split(".")[0]
+    if area in ("upload", "claim", "send", "attempt", "hear", "fetch") or point in ("kill.queued", "kill.asked", "start.asked"):
+        return ["server"]
+    if area in ("submit", "run", "end", "events", "sync") or point in ("kill.begun", "kill.ended", "kill.stored"):
+        return ["client"]
+    return ["server", "client"]
+
+
+POINTS = sorted(set(re.findall(r'crash_point\("([\w.]+)"\)', SOURCE.read_text())))
+SPECIAL = ("send.refused", "send.lost", "attempt.stored", "start.asked", "sync.done")
+ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith("clean.") for side in sides_of(point)]
+COMMITS = [(side, f"commit.begun:{number}") for side in ("server", "client") for number in (2, 3, 4, 5, 7, 9, 12, 16)]
+
+
+@pytest.fixture
+def make_run(make_pair: MakePair) -> Iterator[Callable[..., Run]]:
+    """Makes a run (not started), which is over with the test."""
+    runs: list[Run] = []
+
+    def make(server: list[str], client: list[str], **settings: str) -> Run:
+        pair = make_pair(server={**LIMITS, **settings}, client={"JOBORCH_SLOTS": "6", "JOBORCH_KILL_GRACE": "0.2", **settings})
+        runs.append(Run(pair, server, client))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.ended.set()
+
+
+def test_the_points_are_found() -> None:
+    assert len(POINTS) > 35
+    assert {"upload.stored", "claim.stored", "run.marked", "fetch.renamed"} <= set(POINTS)
+
+
+@pytest.mark.parametrize(("side", "point"), ORDINARY + COMMITS)
+def test_a_crash_at_every_point(side: str, point: str, make_run: Callable[..., Run]) -> None:
+    """And once more at the same one, where the process passes it again after its restart."""
+    run = make_run(**{"server": [], "client": [], side: [point, point]})
+    run.start()
+    ordinary(run)
+    run.settle()
+    assert getattr(run, side).deaths >= 1, f"the {side} never came to {point}"
+
+
+@pytest.mark.parametrize("points", [("claim.stored", "submit.stored"), ("fetch.renamed", "run.started"), ("send.answered", "run.marked")])
+def test_both_sides_die(points: tuple[str, str], make_run: Callable[..., Run]) -> None:
+    run = make_run([points[0]] * 2, [points[1]] * 2)
+    run.start()
+    ordinary(run)
+    run.settle()
+    assert min(run.server.deaths, run.client.deaths) >= 1
+
+
+def test_a_crash_after_a_client_refused(make_run: Callable[..., Run]) -> None:
+    """The client is away when the job is to be sent."""
+    run = make_run(["send.refused"], [])
+    run.start()
+    wait_for(lambda: "example" in run.pair.server.log and run.pair.client._healthy(), what="both")
+    run.insist(lambda: run.pair.server.get("/services"), lambda said: said.json()["services"][0]["clients"][0]["reachable"], "heard")
+    run.client.held = True
+    run.pair.client.kill()
+    run.submit("echo small > out", 1, Expected(members={"out": sha256(b"small\n")}, **COMPLETED))
+    wait_for(lambda: run.server.deaths == 1, what="the death of the server")
+    run.client.start()
+    run.client.held = False
+    run.settle()
+
+
+def test_a_crash_after_an_answer_was_lost(make_run: Callable[..., Run]) -> None:
+    """The client dies with the job stored, before it answers; the server dies when it has noted so."""
+    run = make_run(["send.lost"], ["submit.stored"])
+    run.start()
+    run.submit("echo small > out", 1, Expected(members={"out": sha256(b"small\n")}, **COMPLETED))
+    run.settle()
+    assert (run.server.deaths, run.client.deaths) == (1, 1)
+
+
+def test_a_crash_while_what_was_sent_is_sorted_out(make_run: Callable[..., Run]) -> None:
+    run = make_run(["claim.stored", "start.asked", "start.asked"], [])
+    run.start()
+    run.submit("echo small > out", 1, Expected(members={"out": sha256(b"small\n")}, **COMPLETED))
+    run.settle()
+    assert run.server.deaths == 2
+
+
+def test_a_crash_after_an_attempt_was_given_up(make_run: Callable[..., Run]) -> None:
+    """The client lost its disk: one attempt more, and no second one for the same reason."""
+    run = make_run(["attempt.stored"], [])
+    run.start()
+    number = run.submit(
+        f"while [ ! -e {run.hold} ]; do sleep 0.05; done; echo small > out",
+        1,
+        Expected(ends=["Completed"], most_attempts=2, members={"out": sha256(b"small\n")}),
+    )
+    run.job(number, lambda job: job["status"] == "Running")
+    run.client.held = True
+    run.pair.client.close()
+    run.pair.client.data.rename(run.pair.folder / "lost")
+    run.pair.client.data.mkdir()
+    run.client.start()
+    run.client.held = False
+    wait_for(lambda: run.server.deaths == 1, what="the death of the server")
+    run.hold.touch()
+    run.settle()
+    assert {mark.attempt for mark in read_marks(run.marks)} == {1, 2}
+
+
+def test_a_crash_after_results_came_to_the_disk(make_run: Callable[..., Run]) -> None:
+    """The server is away, so that a result waits at the client until it is synced."""
+    run = make_run([], ["sync.done"])
+    run.start()
+    number = run.submit("cat data data > copy", 1, Expected(members={"copy": sha256(BIG + BIG)}, **COMPLETED))
+    run.job(number, lambda job: job["status"] in ("Submitted", "Running", "Completed"))
+    run.server.held = True
+    run.pair.server.kill()
+    wait_for(lambda: run.client.deaths == 1, what="the death of the client")
+    run.server.start()
+    run.server.held = False
+    run.settle()
+
+
+def is_empty(process: Process) -> bool:
+    """Whether no file of a job is left."""
+    return not process.files() - {"joborch.lock", "wrapper.sh", "jobs", "results", "tmp"}
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+@pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("clean.")])
+def test_a_crash_while_it_is_cleaned(side: str, point: str, make_run: Callable[..., Run]) -> None:
+    """What was begun is done to the end after the restart: no file and, in time, no row is left."""
+    run = make_run(**{"server": [], "client": [], side: [point, point]})
+    for process in (run.pair.server, run.pair.client):
+        keep = "0.5" if point == "clean.forgotten" else "1h"
+        process.settings.update(MAX_AGE="0.5", JOBORCH_CLEAN_INTERVAL="0.1", JOBORCH_KEEP_ROWS=keep)
+    run.start()
+    number = run.submit("echo small > out", 1, Expected())
+    run.insist(
+        lambda: run.pair.server.get(f"/jobs/{number}"), lambda said: said.status_code == 404 or said.json()["status"] == "Cleaned", "clean"
+    )
+    for process in (run.pair.server, run.pair.client):
+        wait_for(functools.partial(is_empty, process), what="no file")
+    wait_for(lambda: getattr(run, side).deaths >= 1, what=f"the {side} at {point}")
+    run.stop()
+    assert len(read_marks(run.marks)) == 2
+
+
+def test_killed_at_random(make_run: Callable[..., Run]) -> None:
+    """At whatever statement it is just then, over and over while jobs come."""
+    run, chance, stop = make_run([], []), random.Random(1), threading.Event()
+    run.start()
+
+    def shoot() -> None:
+        while not stop.is_set():
+            side = chance.choice([run.server, run.client])
+            with contextlib.suppress(AssertionError):  # it died before it answered
+                wait_for(lambda: stop.is_set() or side.process._healthy(), what="its start")  # noqa: B023
+            if not stop.wait(chance.uniform(0.05, 0.8)) and side.process.running():
+                side.process.process.kill()  # type: ignore[union-attr]
+
+    gun = threading.Thread(target=shoot, daemon=True)
+    gun.start()
+    try:
+        ordinary(run)
+        while run.server.deaths + run.client.deaths < 12:
+            text = f"{len(run.expected)}"
+            run.submit(
+                f"echo {text} > out", 4 + len(run.expected) % 3, Expected(members={"out": sha256(f"{text}\n".encode())}, **COMPLETED)
+            )
+    finally:
+        stop.set()
+        gun.join()
+    run.settle()
+    assert min(run.server.deaths, run.client.deaths) >= 2
