@@ -2127,6 +2127,7 @@ if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
 printf '{"status": %d, "left": %d}' $status $left >&9
 """
 
+CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
 SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
 
 
@@ -2267,6 +2268,24 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
     return [process for process in everything if process.pid in found and process.pid != os.getpid()]
 
 
+def marked_below(jobs: Path) -> set[str]:
+    """Return the marks of all payloads below `jobs` of which something runs, by environment and work folder: one look at /proc."""
+    place, found = os.fsencode(jobs) + b"/", set()
+    for process in all_processes():
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/environ", "rb") as file:
+            found.update(re.findall(rb"JOBORCH_MARK=([^\0]+)\0", file.read()))
+        with contextlib.suppress(OSError):
+            where = os.readlink(f"/proc/{process.pid}/cwd".encode())
+            found.update([where[len(place) :].split(b"/")[0]] if where.startswith(place) else [])
+    return {os.fsdecode(mark) for mark in found}
+
+
+def become_subreaper() -> bool:
+    """Have what payloads orphan become our child (prctl(2)): so it is found without a look at every process. False where that fails."""
+    pr_set_child_subreaper = 36
+    return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
+
+
 def signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to each of these processes; one that has ended is fine."""
     for process in processes:
@@ -2283,6 +2302,9 @@ class LocalExecutor:
         self.boot, self.inherited = boot_id(), without_secrets(os.environ)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
+        self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
+        self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
+        self.reaps_orphans = become_subreaper()
         self.wrapper = data.path / "wrapper.sh"
         write_atomic(self.wrapper, WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode())
 
@@ -2302,6 +2324,7 @@ class LocalExecutor:
         )
         self.children[child.pid] = child
         self.seen.add(job.mark)
+        self.own.add(job.mark)
         return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
@@ -2322,17 +2345,57 @@ class LocalExecutor:
         return int(text) if text.strip().isdigit() else 0
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+        """Return the fates; what an ended payload left running is ended first, and until then the payload counts as alive."""
+        orphans = self.reap()
+        fates = {job.id: self.fate(job) for job in jobs}
+        ended = [job for job in jobs if not fates[job.id].alive]
+        for job in self.left_running(ended, orphans):
+            self.untidy.add(job.mark)
+            fates[job.id] = Fate(True)
+        for job in ended:
+            if not fates[job.id].alive:
+                fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
+                for marks in (self.seen, self.own, self.untidy):
+                    marks.discard(job.mark)
+        return fates
+
+    def reap(self) -> bool:
+        """Take in the ends of our children and of orphans; tell whether there are orphans that live.
+
+        The main thread starts nothing but payloads: whatever else is its child was orphaned by one.
+        """
         for child in list(self.children.values()):
             if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
                 self.children.pop(child.pid, None)  # another thread may have been quicker
-        return {job.id: self.fate(job) for job in jobs}
+        if not self.reaps_orphans:
+            return True  # there may be some
+        alive = 0
+        for pid in map(int, Path(CHILDREN_FILE).read_text(encoding="ascii").split()):
+            if pid not in self.children:
+                with contextlib.suppress(ChildProcessError):  # another thread was quicker
+                    alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
+        return alive > 0
+
+    def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
+        """Kill what these payloads left running; return those that did."""
+        suspects = [job for job in ended if orphans or job.mark not in self.own]
+        marked = marked_below(self.data.jobs) if suspects else set()
+        left = []
+        for job in suspects:
+            wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
+            processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
+            processes = [process for process in processes if process.pid != wrapper]
+            if processes:
+                signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
+                signal_all(processes, signal.SIGKILL)
+                left.append(job)
+        return left
 
     def fate(self, job: Job) -> Fate:
         folder = self.data.job(job.mark)
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         ended = read_exit(folder)
         if ended and boot == self.boot:
-            self.seen.discard(job.mark)
             return ended
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
@@ -2390,7 +2453,7 @@ class LocalExecutor:
         raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
 
     def still_there(self, job: Job, folder: Path, pid: int) -> list[Process]:
-        self.poll([])
+        self.reap()
         return tree_of(job, folder, pid)
 
     def collect(self, job: Job) -> None:

@@ -232,6 +232,78 @@ def test_what_the_script_leaves_running_is_ended(bench: Bench) -> None:
     wait_for(lambda: not processes_below(bench.folder(job)), what="the rest of its group to end")
 
 
+def ended_tidily(bench: Bench, job: Job) -> Fate:
+    """What became of a payload, once nothing of it is left: as long as something runs, it counts as alive."""
+    wait_for(lambda: not bench.executor.poll([job])[job.id].alive or None, what="the end of the payload")
+    assert not processes_below(bench.folder(job))
+    assert job.mark not in joborch.marked_below(bench.data.jobs)
+    return read_exit(bench.folder(job)) or Fate(False)
+
+
+LEFT = {
+    "a session of its own": "setsid sleep 1000 &",
+    "a daemon": "(setsid bash -c 'sleep 1000 & sleep 1000 &' &) ; sleep 0.05",
+    "elsewhere": "(cd /; setsid sleep 1000 &)",
+    "without its environment": "(setsid env -i sleep 1000 &)",
+    "one that forks": "setsid bash -c 'for n in {1..40}; do sleep 1000 & done; wait' & sleep 0.05",
+    "deaf": "setsid bash -c 'trap \"\" TERM HUP; sleep 1000; sleep 1000' & sleep 0.05",
+}
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_what_left_the_scripts_group_is_ended_too(left: str, adopted: bool, bench: Bench) -> None:
+    """Also where the client was started again meanwhile, and the orphans are not its own."""
+    job = bench.start(f"{left}\nexit 0")
+    wait_for(lambda: read_exit(bench.folder(job)), what="the end of the script")
+    if adopted:
+        bench.executor.own.clear()
+    fates: list[Fate] = []
+    wait_for(lambda: fates.append(bench.executor.poll([job])[job.id]) or not fates[-1].alive, what="the end of the payload")
+    assert fates[-1] == Fate(False, 0, True), "and it says so"
+    assert not processes_below(bench.folder(job))
+    assert job.mark not in joborch.marked_below(bench.data.jobs)
+    assert bench.executor.untidy == bench.executor.own == set()
+
+
+def test_what_another_payload_has_orphaned_is_left_alone(bench: Bench) -> None:
+    other = bench.signalled("(setsid sleep 1000 &); READY; BLOCK")
+    _, fate = bench.run("exit 0")
+    assert fate == Fate(False, 0, False)
+    assert bench.executor.reap(), "there is an orphan"
+    assert other.mark in joborch.marked_below(bench.data.jobs)
+    assert bench.executor.poll([other])[other.id].alive
+    bench.executor.cancel(other)
+    assert other.mark not in joborch.marked_below(bench.data.jobs)
+
+
+@pytest.mark.parametrize("script", ["kill -9 $PPID; sleep 1000", "setsid sleep 1000 & kill -9 $PPID; sleep 1000"])
+def test_what_outlives_its_wrapper_is_ended(script: str, bench: Bench) -> None:
+    job = bench.start(script)
+    bench.executor.poll([job])
+    bench.end(job)
+    fates: list[Fate] = []
+    wait_for(lambda: fates.append(bench.executor.poll([job])[job.id]) or not fates[-1].alive, what="the end of the payload")
+    assert (fates[-1].cause, fates[-1].children_left) == (Cause.USER, True), "we looked on: it was the script"
+    assert job.mark not in joborch.marked_below(bench.data.jobs)
+
+
+def test_orphans_that_ended_are_not_left_as_zombies(bench: Bench) -> None:
+    """They are our children: nobody else takes in their ends."""
+    bench.run("for n in 1 2 3; do (setsid true &); done; sleep 0.1")
+    wait_for(lambda: not bench.executor.reap(), what="no orphan")
+    own = [int(pid) for pid in Path(joborch.CHILDREN_FILE).read_text().split()]
+    assert [pid for pid in own if not alive(pid)] == []
+
+
+def test_without_a_list_of_children_every_process_is_looked_at(bench: Bench) -> None:
+    """Some kernels have no /proc/PID/task/TID/children."""
+    bench.executor.reaps_orphans = False
+    job = bench.start("setsid sleep 1000 &")
+    bench.end(job)
+    assert ended_tidily(bench, job).exit_status == 0
+
+
 def test_a_folder_that_went_before_the_wrapper_came(bench: Bench) -> None:
     job = bench.payload("true")
     joborch.remove_tree(bench.folder(job))
