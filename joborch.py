@@ -25,9 +25,9 @@ The module is read from top to bottom; every section uses only what stands above
      2. Configuration           9. Links                  16. HTTP
      3. States                 10. Scheduling             17. Server routes
      4. Files                  11. Loops                  18. Client routes
-     5. Archives               12. Server                 19. Page and documents
-     6. Statements             13. Ends                   20. Commands
-     7. Store                  14. Client
+     5. Archives               12. Server                 19. Logs
+     6. Statements             13. Ends                   20. Page and documents
+     7. Store                  14. Client                 21. Commands
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
+LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
@@ -1142,6 +1143,9 @@ class DataFolder:
 # == 5. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
+STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
+
+
 class DigestWriter:
     """A file that only grows: passes what is written on, and keeps its SHA-256 and size. zipfile seeks nothing in it."""
 
@@ -1242,9 +1246,10 @@ class ZipPacker:
             return
         self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
 
-    def add_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "") -> None:
         """Pack a file of our own, below `.joborch/`."""
         entry = self.entry(f"{self.own}/{name}", self.at, 0o100644)
+        entry.comment = comment.encode()
         entry.compress_type = zipfile.ZIP_DEFLATED
         with self.zip.open(entry, "w", force_zip64=True) as target:
             for chunk in chunks:
@@ -1294,17 +1299,51 @@ def worthwhile_compression(probe: bytes) -> int:
     return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
 
 
-def kept_output(path: Path, limit_bytes: int) -> Iterator[bytes]:
-    """Yield an output stream: whole up to `limit_bytes`, else its first and last half, with one line between."""
+@dataclass(frozen=True)
+class Stream:
+    """An output stream as it is kept: the bytes that the script wrote, of which all up to `limit` stay, else the first and last half."""
+
+    size: int
+    limit: int
+
+    @property
+    def gap(self) -> tuple[int, int]:
+        """The first byte that was left out, and the first one kept after it; the same where all is kept."""
+        half = self.limit // 2
+        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
+
+    def line(self, begin: int) -> bytes:
+        """Return what stands for the bytes left out, from `begin` on."""
+        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
+
+    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
+        """Return at most about `room` bytes from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
+        first, second = self.gap
+        said = read_at(offset, min(room, first - offset)) if offset < first else b""
+        offset += len(said)
+        if first <= offset < second and len(said) < room:
+            said, offset = said + self.line(offset), second
+        if offset >= second and len(said) < room:
+            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
+            said, offset = said + more, offset + len(more)
+        return said, offset
+
+
+def kept_output(path: Path, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
+    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between."""
     with open_regular(path) as source:
-        size = os.fstat(source.fileno()).st_size
-        half = limit_bytes // 2
-        first = size if size <= limit_bytes else half
-        yield from file_chunks(source, first)
-        if size > limit_bytes:
-            yield f"\n[joborch: {size - 2 * half} bytes left out]\n".encode()
-            source.seek(size - half)
-            yield from file_chunks(source, half)
+        stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
+
+    def chunks() -> Iterator[bytes]:
+        first, second = stream.gap
+        with open_regular(path) as source:
+            yield from file_chunks(source, first)
+            if second > first:
+                yield stream.line(first)
+                source.seek(second)
+                yield from file_chunks(source, stream.size - second)
+
+    return stream, chunks()
 
 
 def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
@@ -2821,6 +2860,23 @@ class Link:
             into.begin()
         raise NoAnswer(refused_text(answer.status, text))
 
+    def logs(self, job: Job, stream: str, offset: int) -> tuple[bytes, int]:
+        """Return a part of an output stream, and the offset after it.
+
+        Raises Gone where the client does not know the payload, or shows no output (2.2).
+        """
+        url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
+        if self.legacy:
+            raise Gone(f"{self.name} shows no output while a script runs: it is a 2.2 client")
+        answer = self.call("GET", url, read_timeout_s=10, headers=named(job))
+        text = read_some(answer, 2 * LOG_PART_BYTES)
+        if answer.status == 404:
+            raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        following = answer.headers.get("X-Next-Offset", "")
+        if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following):
+            raise NoAnswer(refused_text(answer.status, text))
+        return text, int(following)
+
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
         answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", headers=named(job))
@@ -3696,7 +3752,8 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, trouble)
         job = server.store.get(job.id) or job
-    new_attempt(server, job, f"{trouble}, and so for {spoken(silent_s)}")
+    silence = f"{trouble}, and so for {spoken(silent_s)}"
+    new_attempt(server, job, silence if job.kill_requested_at is None else f"{silence}; should it come back, the job is ended there")
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
@@ -3929,9 +3986,14 @@ def take_for_ending(client: Client) -> Job | None:
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
-                if job.kill_requested_at is not None and job.id not in client.ending:
-                    client.ending.add(job.id)
-                    return job
+                if job.kill_requested_at is None or job.id in client.ending:
+                    continue
+                client.ending.add(job.id)
+            current = client.store.get(job.id)  # it may have been started since the list was read: its handle is to be seen
+            if current is not None and current.status not in OVER:
+                return current
+            with client.lock:
+                client.ending.discard(job.id)
     return None
 
 
@@ -5187,15 +5249,16 @@ def pack_payload(client: Client, job: Job) -> Archive:
     else:
         if not os.access(work, os.R_OK | os.X_OK):
             os.chmod(work, 0o700)  # the script took its own folder's rights away
-        packer.add_folder(work, {} if job.return_inputs else unchanged_inputs(folder))
+        whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
+        packer.add_folder(work, {} if whole else unchanged_inputs(folder))
     for stream in OUTPUT_STREAMS:
         try:
-            open_regular(folder / stream).close()
+            kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
             continue
-        packer.add_chunks(stream, kept_output(folder / stream, client.config.log_limit_bytes))
+        packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
     return packer.finish()
 
 
@@ -5391,7 +5454,136 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 19. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 19. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+
+TEXT_TYPE = "text/plain; charset=utf-8"
+STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
+OFFSET = Parameter("offset", "query", "integer", "bytes of the script's output that you have: X-Next-Offset of the last answer", 0, least=0)
+FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"))
+LOG_PART = Gives("output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins", TEXT_TYPE)
+NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
+
+
+class LogPart(NamedTuple):
+    """A part of an output stream: its bytes, and the offset after them."""
+
+    text: bytes
+    following: int
+
+
+def chosen_stream(request: Request) -> tuple[str, int]:
+    """Return the stream and the offset that a request names; Refusal 400."""
+    stream, offset = request.query.get("stream", OUTPUT_STREAMS[0]), request.whole("offset", 0, 0, 10**18)
+    if stream not in OUTPUT_STREAMS:
+        raise Refusal(400, f"stream is {one_line(stream, 40)!r}: give {' or '.join(OUTPUT_STREAMS)}", "stream")
+    return stream, offset
+
+
+@route("GET", "/logs/<job_id>", "client", takes=(PAYLOAD_ID, MARK, STREAM, OFFSET), gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND})
+def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
+    """Read a payload's output, also while it runs."""
+    job, (stream, offset) = known_payload(client, request, job_id), chosen_stream(request)
+    part = LogPart(b"", offset)
+    with contextlib.suppress(OSError), open_regular(client.folder(job) / stream) as source:  # the script has not come that far
+
+        def read_at(begin: int, count: int) -> bytes:
+            source.seek(begin)
+            return source.read(count)
+
+        kept = Stream(os.fstat(source.fileno()).st_size, client.config.log_limit_bytes)
+        part = LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
+    return Answer(part.text, 200, {"Content-Type": TEXT_TYPE, "X-Next-Offset": str(part.following)})
+
+
+def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
+    """Read a part of an ended job's output from its stored result; none where it never ran."""
+    if job.result_sha256 is None:
+        return LogPart(b"", offset)
+    with contextlib.closing(stored_archive(server, job).file) as file, zipfile.ZipFile(file) as result:
+        for entry in result.infolist():
+            said = re.fullmatch(STREAM_COMMENT.format("([0-9]+)", "([0-9]+)"), entry.comment.decode("latin-1"))
+            if said and entry.filename.endswith("/" + stream):
+                return part_of_entry(result, entry, Stream(int(said[1]), int(said[2])), offset)
+    return LogPart(b"", offset)  # a 2.2 client keeps no output
+
+
+def part_of_entry(result: zipfile.ZipFile, entry: zipfile.ZipInfo, kept: Stream, offset: int) -> LogPart:
+    """Read a part of an output stream from the member of a ZIP that holds what was kept of it."""
+    first, second = kept.gap
+    shorter = second - first - len(kept.line(first)) if second > first else 0  # by so much the member is, for what follows the gap
+
+    def read_at(begin: int, count: int) -> bytes:
+        with result.open(entry) as member:
+            member.seek(begin if begin < second else begin - shorter)
+            return member.read(count)
+
+    return LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
+
+
+def job_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
+    """Read a part of a job's output from wherever it is now; Refusal 404 or 503 where it is not to be had."""
+    if job.status is Status.CLEANED:
+        raise Refusal(404, f"the files of job {job.id} were cleaned")
+    link = server.links.get(job.client or "")
+    if job.status in ENDED:
+        return stored_log(server, job, stream, offset)
+    if job.dest_id is None or link is None:
+        return LogPart(b"", offset)  # it has not come to a client yet
+    try:
+        return LogPart(*link.logs(job, stream, offset))
+    except Gone as error:
+        raise Refusal(404, str(error)) from error
+    except (NothingSent, NoAnswer) as error:
+        raise Refusal(503, f"{link.name} {error}", Retry_After="5") from error
+
+
+@route(
+    "GET",
+    "/jobs/<job_id>/logs",
+    "server",
+    takes=(ID, STREAM, OFFSET, FOLLOW),
+    gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
+)
+def job_logs(server: Server, request: Request, job_id: str) -> Answer:
+    """Read a job's output, live while it runs; with follow=1 until it has ended."""
+    (stream, offset), job = chosen_stream(request), known_job(server, job_id)
+    follow = request.query.get("follow", "0")
+    if follow not in ("0", "1"):
+        raise Refusal(400, f"follow is {one_line(follow, 40)!r}: give 1 or 0", "follow")
+    headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
+    if follow == "1" and request.method == "GET":
+        place = contextlib.ExitStack()
+        if not place.enter_context(server.waiters.place()):
+            raise Refusal(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
+        return Answer(followed_log(server, request, job, stream, offset, place), 200, headers)
+    part = job_log(server, job, stream, offset)
+    return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
+
+
+def followed_log(
+    server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
+) -> Iterator[bytes]:
+    """Yield a job's output until it has ended, holding `place`; a new attempt begins with a line that says so."""
+    pause_s, attempt = 0.1, job.attempt
+    with place:
+        while not server.stopping.wait(pause_s) and not request.left():
+            current = server.store.get(job.id)
+            if current is None:
+                return
+            if current.attempt != attempt:
+                attempt, offset = current.attempt, 0
+                yield f"\n[joborch: attempt {attempt}]\n".encode()
+            part = LogPart(b"", offset)
+            with contextlib.suppress(Refusal):  # it cannot be had now, or will never be; the job's end is waited for
+                part = job_log(server, current, stream, offset)
+            pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
+            offset = part.following
+            yield part.text
+            if current.status in OVER and not part.text:
+                return
+
+
+# == 20. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -5557,7 +5749,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 20. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 21. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
