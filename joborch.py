@@ -21,13 +21,14 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary              8. Executors              15. Access
-     2. Configuration           9. Links                  16. HTTP
-     3. States                 10. Scheduling             17. Server routes
-     4. Files                  11. Loops                  18. Client routes
-     5. Archives               12. Server                 19. Logs
-     6. Statements             13. Ends                   20. Page and documents
-     7. Store                  14. Client                 21. Commands
+     1. Vocabulary              9. Executors              17. HTTP
+     2. Configuration          10. Links                  18. Server routes
+     3. States                 11. Scheduling             19. Client routes
+     4. Files                  12. Loops                  20. Logs
+     5. Archives               13. Server                 21. Page and documents
+     6. Statements             14. Ends                   22. Commands
+     7. Store                  15. Client
+     8. Backups                16. Access
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much late
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
+CHECK_PATIENCE_S = 0.5  # so long a start is held up by the check of the database; the rest is done in the background
+RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may have been given out since the backup
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
@@ -201,6 +204,11 @@ def rfc3339(wall: float | None) -> str | None:
         return None
     moment = datetime.fromtimestamp(wall, timezone.utc)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def time_stamp() -> str:
+    """Return the time in UTC as part of a file's name: 20261125-093000."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
 def spoken(seconds: float) -> str:
@@ -714,7 +722,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 3. States ==  The one table of legal moves: nothing changes its status in a way that is not listed here.
+# == 3. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -802,6 +810,94 @@ def diagram(moves: Sequence[tuple[Status, Status, str]] = SERVER_MOVES) -> str:
     """Return a table of moves as a Mermaid state diagram, for the README."""
     lines = [f"    {source} --> {to}" for source, to, _ in moves]
     return "\n".join(["stateDiagram-v2", "    [*] --> " + str(moves[0][0]), *lines])
+
+
+class Job(NamedTuple):
+    """One row: a job of the server, or a payload of a client (a job that may have no user and no service)."""
+
+    id: int
+    uuid: str
+    user_id: int | None
+    service: str | None
+    name: str | None
+    status: Status
+    reason: str
+    cause: str | None
+    exit_code: int | None
+    signal: int | None
+    priority: int
+    cpus: int
+    memory: int | None  # MiB
+    timeout: float | None  # seconds of run time
+    retries: int
+    return_inputs: int
+    attempt: int
+    client: str | None  # server: the name of its Address
+    dest_id: str | None  # server: the payload's id at its client
+    remote_id: str | None  # client: the job's id at its server
+    handle: str | None  # client: what the executor calls it
+    idempotency_key: str | None
+    request_digest: str | None
+    result_size: int | None  # bytes
+    result_sha256: str | None
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    not_before: float | None  # steady: a new attempt waits until then
+    fetched_at: float | None  # client: a server has the result
+    kill_requested_at: float | None  # a wish is a column, not a state
+    kill_cause: str | None
+    moves: int
+    changed: int | None  # client: number of its last change, for /events
+    moved_at: float  # steady: its last change of status
+    synced: int  # client: its files have surely reached the disk
+
+    @property
+    def mark(self) -> str:
+        """What tells this attempt from every other one, everywhere."""
+        return f"{self.uuid}.{self.attempt}"
+
+
+STATUS_AT = Job._fields.index("status")
+MOVABLE = (
+    "cause",
+    "exit_code",
+    "signal",
+    "attempt",
+    "client",
+    "dest_id",
+    "started_at",
+    "ended_at",
+    "not_before",
+    "result_size",
+    "result_sha256",
+)
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a row needs at its birth."""
+
+    uuid: str
+    user_id: int | None = None
+    service: str | None = None
+    name: str | None = None
+    cpus: int = 1
+    memory: int | None = None
+    timeout: float | None = None
+    retries: int = 0
+    return_inputs: int = 1
+    attempt: int = 1
+    remote_id: str | None = None
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+def as_job(row: sqlite3.Row) -> Job:
+    """Return a row of jobs as a Job."""
+    values = list(row)
+    values[STATUS_AT] = Status(values[STATUS_AT])
+    return Job._make(values)
 
 
 # == 4. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
@@ -1127,6 +1223,16 @@ class DataFolder:
                 raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / self.LOCK).touch()
+
+    def set_aside(self, known: Callable[[str], bool]) -> Path | None:
+        """Move what is in `jobs` and `results` and is not `known` by its name to a folder beside them; return that, None for nothing."""
+        aside, moved = self.path / f"unclaimed-{time_stamp()}", False
+        for folder in (self.jobs, self.results):
+            for path in [path for path in folder.iterdir() if not known(path.name)]:
+                (aside / folder.name).mkdir(parents=True, exist_ok=True)
+                os.rename(path, aside / folder.name / path.name)
+                moved = True
+        return aside if moved else None
 
     def job(self, name: str) -> Path:
         return self.jobs / name
@@ -1658,90 +1764,14 @@ JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id"
 HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
 LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
 INSTANCE = "SELECT instance FROM heartbeat"
+NEW_INSTANCE = "UPDATE heartbeat SET instance = lower(hex(randomblob(8)))"
+LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+SKIP_IDS = "INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq) VALUES (1, 'jobs', :last)"
+ALL_UUIDS = "SELECT uuid FROM jobs"
+DAMAGE = "PRAGMA quick_check(1)"
 
 
 # == 7. Store ==  A status changes in one statement, and its history row in the same transaction.
-
-
-class Job(NamedTuple):
-    """One row: a job of the server, or a payload of a client (a job that may have no user and no service)."""
-
-    id: int
-    uuid: str
-    user_id: int | None
-    service: str | None
-    name: str | None
-    status: Status
-    reason: str
-    cause: str | None
-    exit_code: int | None
-    signal: int | None
-    priority: int
-    cpus: int
-    memory: int | None  # MiB
-    timeout: float | None  # seconds of run time
-    retries: int
-    return_inputs: int
-    attempt: int
-    client: str | None  # server: the name of its Address
-    dest_id: str | None  # server: the payload's id at its client
-    remote_id: str | None  # client: the job's id at its server
-    handle: str | None  # client: what the executor calls it
-    idempotency_key: str | None
-    request_digest: str | None
-    result_size: int | None  # bytes
-    result_sha256: str | None
-    created_at: float
-    started_at: float | None
-    ended_at: float | None
-    not_before: float | None  # steady: a new attempt waits until then
-    fetched_at: float | None  # client: a server has the result
-    kill_requested_at: float | None  # a wish is a column, not a state
-    kill_cause: str | None
-    moves: int
-    changed: int | None  # client: number of its last change, for /events
-    moved_at: float  # steady: its last change of status
-    synced: int  # client: its files have surely reached the disk
-
-    @property
-    def mark(self) -> str:
-        """What tells this attempt from every other one, everywhere."""
-        return f"{self.uuid}.{self.attempt}"
-
-
-STATUS_AT = Job._fields.index("status")
-MOVABLE = (
-    "cause",
-    "exit_code",
-    "signal",
-    "attempt",
-    "client",
-    "dest_id",
-    "started_at",
-    "ended_at",
-    "not_before",
-    "result_size",
-    "result_sha256",
-)
-
-
-@dataclass(frozen=True)
-class NewJob:
-    """What a row needs at its birth."""
-
-    uuid: str
-    user_id: int | None = None
-    service: str | None = None
-    name: str | None = None
-    cpus: int = 1
-    memory: int | None = None
-    timeout: float | None = None
-    retries: int = 0
-    return_inputs: int = 1
-    attempt: int = 1
-    remote_id: str | None = None
-    idempotency_key: str | None = None
-    request_digest: str | None = None
 
 
 class Changes:
@@ -1790,15 +1820,36 @@ class Store:
         self.limits: Mapping[str, Service] = {}
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.synchronous, self.last_seq = "", 0
+        self.synchronous, self.last_seq, self.damage = "", 0, ""
         try:
             self.db = self.connect()
+            self.refuse_damaged(damage_of(self.db, CHECK_PATIENCE_S))
             self.migrate()
             self.set_steady()
             self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
             self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
         except sqlite3.Error as error:
-            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): give a file that joborch made, or a new one") from error
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
+                self.refuse_damaged(str(error))
+            or_restore = ", or put a backup in its place: joborch restore BACKUP" if mode == "server" else ""
+            way = "give a file that joborch made, or a new one"
+            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
+
+    def refuse_damaged(self, damage: str | None) -> None:
+        """Refuse a damaged database; ConfigError says the way out."""
+        if damage:
+            remedy = "move it away: its server has new attempts made of what ran here"
+            if self.mode == "server":
+                remedy = "put a backup in its place with: joborch restore BACKUP"
+            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {remedy}")
+
+    def look_for_damage(self) -> None:
+        """Check the whole database, in the background; one that is damaged takes no more jobs."""
+        if self.path == ":memory:":
+            return
+        self.damage = damage_of(self.reader()) or ""
+        if self.damage:
+            log.error("the database is damaged: %s; stop and put a backup in its place with: joborch restore BACKUP", self.damage)
 
     def connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
@@ -1821,7 +1872,7 @@ class Store:
             self.db.executescript(SCHEMA)
         for older in range(version, SCHEMA_VERSION) if version else ():
             self.db.executescript(MIGRATIONS[older])
-        self.migrated_from = version
+        self.migrated_from, self.is_new = version, version == 0
 
     def set_steady(self) -> None:
         """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
@@ -2106,8 +2157,20 @@ class Store:
         self.note(HEARTBEAT, **self.heartbeat())
         self.check_identity()
 
+    def renew(self) -> None:
+        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
+
+        def skip(db: sqlite3.Connection) -> None:
+            last = db.execute(LAST_ID).fetchone()
+            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
+            db.execute(NEW_INSTANCE)
+
+        self.write(skip)
+
     def check_identity(self) -> None:
-        """Raise StorageError where the database file was removed: what is written then goes nowhere."""
+        """Raise StorageError where the database is damaged, or its file was removed: what is written then goes nowhere."""
+        if self.damage:
+            raise StorageError(f"the database is damaged: {self.damage}")
         if self.identity is not None:
             try:
                 gone = os.stat(self.path)[stat.ST_INO] != self.identity
@@ -2117,11 +2180,19 @@ class Store:
                 raise StorageError("the database file was removed or replaced under the running program: restart it")
 
 
-def as_job(row: sqlite3.Row) -> Job:
-    """Return a row of jobs as a Job."""
-    values = list(row)
-    values[STATUS_AT] = Status(values[STATUS_AT])
-    return Job._make(values)
+def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
+    """Return what is wrong with a database's pages: an empty text where nothing is, None where patience ended before all was seen."""
+    deadline = None if patience_s is None else time.monotonic() + patience_s
+    db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
+    try:
+        said = db.execute(DAMAGE).fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if "interrupted" in str(error):
+            return None
+        raise
+    finally:
+        db.set_progress_handler(None, 0)
+    return "" if said == "ok" else str(said)
 
 
 def on_network(path: str) -> bool:
@@ -2139,7 +2210,70 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 8. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 8. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+
+
+def copy_database(source: str, target: Path) -> None:
+    """Copy a database, which may be in use, as of one instant to a new file; checked, and durable on return.
+
+    ConfigError where there is none, JoborchError where it cannot be read or is damaged.
+    """
+    if not os.path.isfile(source):
+        raise ConfigError(f"there is no database {source!r}: give the file, or set DB_PATH")
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        read_only = f"file:{quote(os.path.abspath(source))}?mode=ro"
+        old, new = sqlite3.connect(read_only, uri=True, timeout=10), sqlite3.connect(target)
+        with contextlib.closing(old), contextlib.closing(new):
+            old.backup(new)  # in one step: it holds up nobody who writes meanwhile
+            new.execute("PRAGMA journal_mode = DELETE")  # one plain file
+            damage = damage_of(new)
+        if damage:
+            raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
+        fsync_path(target)
+    except sqlite3.Error as error:
+        remove_tree(target)
+        held = ": the server that runs on it holds it alone, stop it first" if "locked" in str(error) else ""
+        raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
+    except BaseException:
+        remove_tree(target)
+        raise
+
+
+def back_up(db_path: str, target: Path) -> None:
+    """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    copy_database(db_path, fresh)
+    os.replace(fresh, target)
+    fsync_path(target.parent)
+
+
+def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, Path | None]:
+    """Put a backup in the place of a server's database. `data` is open, and so no server runs.
+
+    Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
+    """
+    fresh = Path(f"{db_path}.restoring")
+    remove_tree(fresh)
+    copy_database(backup, fresh)
+    store = Store(str(fresh), "server")
+    store.renew()
+    known = store.write(lambda db: {row["uuid"] for row in db.execute(ALL_UUIDS)})  # by the one connection whose end empties the WAL
+    store.close()
+    unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
+    kept = None
+    if os.path.exists(db_path):
+        kept = Path(f"{db_path}.replaced-{time_stamp()}")
+        os.link(db_path, kept)
+    for suffix in ("-wal", "-shm"):  # they belong to the old one
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(db_path + suffix, f"{kept}{suffix}")
+    os.replace(fresh, db_path)
+    fsync_path(os.path.dirname(db_path))
+    return kept, unclaimed
+
+
+# == 9. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
@@ -2504,7 +2638,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 9. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 10. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 class FilesBody:
@@ -2989,7 +3123,7 @@ def repr_digest(sha256_hex: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
-# == 10. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+# == 11. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
 
 
 @dataclass(frozen=True)
@@ -3035,7 +3169,7 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -
     return f"it is next for a free place at a client for {service}{before}"
 
 
-# == 11. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 12. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -3220,7 +3354,8 @@ def clean_tick(node: Node) -> bool:
 
 
 def sweep(node: Node) -> None:
-    """Remove folders and results that no row speaks of: a crash came between files and row. In the background."""
+    """Check the database; remove folders and results that no row speaks of: a crash came between files and row. In the background."""
+    node.store.look_for_damage()
     for folder in (node.data.jobs, node.data.results):
         for path in folder.iterdir():
             if node.stopping.is_set():
@@ -3242,7 +3377,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 12. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 13. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -3563,7 +3698,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 13. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 14. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -3780,7 +3915,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 14. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 15. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 class Client(Node):
@@ -4010,7 +4145,7 @@ def limit_tick(client: Client) -> bool:
 
 def adopt(client: Client) -> None:
     """At the start of a client: find again what it started before, or start what provably never ran."""
-    if client.store.identity is None:
+    if client.store.is_new:
         end_orphans(client)
     if client.store.rebooted:
         distrust(client)
@@ -4057,7 +4192,7 @@ def sync_tick(client: Client) -> bool:
 
 
 def end_orphans(client: Client) -> None:
-    """With a database in memory nothing is known of payloads that an earlier run left: they are ended and removed."""
+    """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
     for folder in client.data.jobs.iterdir():
         for process in all_processes():
             if bears_mark(process.pid, f"JOBORCH_MARK={folder.name}\0".encode(), os.fsencode(folder)):
@@ -4065,7 +4200,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 15. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 16. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -4147,7 +4282,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 16. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 17. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -4609,7 +4744,7 @@ PARTS = {
 }
 
 
-# == 17. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 18. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -5082,7 +5217,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-# == 18. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 19. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -5454,7 +5589,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 19. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 20. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -5583,7 +5718,7 @@ def followed_log(
                 return
 
 
-# == 20. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 21. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -5749,12 +5884,14 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 21. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 22. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
     "server": "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
     "client": "  joborch client --slots 4\n  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
+    "backup": "  joborch backup /backups/joborch-monday.db",
+    "restore": "  joborch restore /backups/joborch-monday.db",
     "demo": "  joborch demo --keep",
     "config": "  joborch config server\n  joborch config client --json",
     "version": "  joborch version --json",
@@ -5813,6 +5950,14 @@ def ensure_client_token(config: Config) -> Config:
         raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): set JOBORCH_TOKEN") from error
 
 
+def name_results(store: Store, data: DataFolder) -> None:
+    """Bring on the results of an older version, which called them UUID.zip."""
+    for path in data.results.iterdir():
+        job = store.job(JOB_BY_UUID, uuid=path.stem)
+        if job is not None:
+            os.rename(path, data.result(job.mark))
+
+
 def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
     data = DataFolder(config.data_path)
@@ -5828,6 +5973,11 @@ def open_node(config: Config) -> Node:
         client = Client(config, store, data)
         adopt(client)
         return client
+    unclaimed = data.set_aside(lambda name: False) if store.is_new else None
+    if unclaimed:
+        log.warning("the database is new, and the data folder holds files of jobs: they are kept in %s", unclaimed)
+    if store.migrated_from == 1:
+        name_results(store, data)
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
@@ -5932,6 +6082,32 @@ def command_config(config: Config, as_json: bool) -> int:
         print("\n".join(f"{name:<{width}}  {value or '-'}  ({source})" for name, value, source in rows))
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def command_backup(config: Config, file: str) -> int:
+    """Copy the database to a file."""
+    try:
+        back_up(config.db_path, Path(file))
+    except OSError as error:
+        raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
+    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); it holds no files of jobs, which are in {config.data_path}")
+    return EXIT_DONE
+
+
+def command_restore(config: Config, file: str) -> int:
+    """Put a backup in the place of the database."""
+    data = DataFolder(config.data_path)
+    data.open()
+    try:
+        kept, unclaimed = restore(config.db_path, data, file)
+    except OSError as error:
+        raise JoborchError(f"{config.db_path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
+    print(f"restored {config.db_path} from {file}; jobs that came after it must be sent again")
+    if kept:
+        print(f"the database that was there is {kept}")
+    if unclaimed:
+        print(f"files of jobs that the backup does not know are in {unclaimed}: remove them when nobody misses them")
     return EXIT_DONE
 
 
@@ -6112,6 +6288,8 @@ def make_parser() -> argparse.ArgumentParser:
     helps = {
         "server": "run a server until INT or TERM",
         "client": "run a client until INT or TERM; running payloads go on and are found again at the next start",
+        "backup": "copy the server's database to FILE, also while the server runs",
+        "restore": "put a backup in the place of the server's database; the server must not run, nothing is deleted",
         "demo": "start both in a temporary folder and send the example through them",
         "config": "print the effective settings, each with its source; secrets masked",
         "version": "print the versions of joborch, Python, SQLite and the bundled packages",
@@ -6120,7 +6298,9 @@ def make_parser() -> argparse.ArgumentParser:
         word = words.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}"
         )
-        if name in ("server", "client", "config"):
+        if name in ("backup", "restore"):
+            word.add_argument("file", metavar="FILE", help="the backup")
+        if name in ("server", "client", "config", "backup", "restore"):
             add_setting_flags(word, name)
         if name == "config":
             word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="whose settings (default: server)")
@@ -6135,7 +6315,8 @@ def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
     """Give a command the flags of its settings, from SETTINGS."""
     word.add_argument("--env-file", metavar="FILE", help="read KEY=VALUE lines from FILE; the environment goes before it")
     for setting in SETTINGS:
-        if mode == "config" or mode in setting.modes.split():
+        storage = mode in ("backup", "restore") and setting.field in ("data_path", "db_path")
+        if storage or mode == "config" or mode in setting.modes.split():
             default = "" if not setting.default or "(default" in setting.help else f" (default: {setting.default})"
             word.add_argument(
                 setting.flag, dest=setting.field, metavar="VALUE", help=f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
@@ -6148,8 +6329,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         return command_version(arguments.json)
     if arguments.command == "demo":
         return command_demo(arguments.keep)
-    mode = arguments.mode if arguments.command == "config" else arguments.command
+    mode = arguments.mode if arguments.command == "config" else "client" if arguments.command == "client" else "server"
     config = load_config(mode, vars(arguments), os.environ)
+    if arguments.command == "backup":
+        return command_backup(config, arguments.file)
+    if arguments.command == "restore":
+        return command_restore(config, arguments.file)
     return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
 
 

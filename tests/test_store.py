@@ -832,10 +832,10 @@ def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
 STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
-# What reads a whole table, and may: `heartbeat` has one row, `eligible` is made anew at a start, `pair` is the table that
-# QUEUED_USERS makes by itself, row by row.
+# What reads a whole table, and may: `heartbeat` and `sqlite_sequence` have one row, `eligible` is made anew at a start, a
+# restore reads all uuids, `pair` is the table that QUEUED_USERS makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
-SCANS_MEANT.update(ELIGIBLE_EMPTY="eligible", QUEUED_USERS="pair")
+SCANS_MEANT.update(ELIGIBLE_EMPTY="eligible", QUEUED_USERS="pair", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs")
 
 
 def plan(store: Store, sql: str) -> list[str]:
