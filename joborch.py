@@ -2819,6 +2819,7 @@ class Link:
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.strays: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
         self.may_have_pinned = True  # jobs that a lost answer, or a crash while they were sent, ties to this client
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
 
@@ -3619,7 +3620,7 @@ def report(server: Server, link: Link, said: Any) -> None:
     if not ours:
         stray = status in (Status.PREPARED.value, Status.RUNNING.value) and isinstance(payload["attempt"], int)
         if stray and payload["attempt"] <= job.attempt:
-            end_stray(link, job, payload)
+            end_stray(server, link, job, payload)
         return
     if job.dest_id is None:  # its answer is lost, or still under way: this is as good
         server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
@@ -3644,13 +3645,12 @@ def note_end(server: Server, link: Link, found: Report) -> None:
     server.wake(f"fetch:{link.name}")
 
 
-def end_stray(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """End a payload of an attempt that was given up: it came back late."""
-    log.warning("job %d: attempt %s still runs at %s and is ended there", job.id, payload.get("attempt"), link.name)
-    try:
-        link.kill(job._replace(dest_id=str(payload.get("id")), attempt=int(str(payload.get("attempt")))))
-    except (NothingSent, NoAnswer, Gone) as error:
-        log.warning("job %d: %s %s", job.id, link.name, error)
+def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Have a payload ended whose attempt was given up: it came back late."""
+    log.warning("job %d: attempt %s still runs at %s and is ended there", job.id, payload["attempt"], link.name)
+    stray = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
+    link.strays[stray.mark] = stray
+    server.wake(f"kill:{link.name}")
 
 
 def look_for_lost(server: Server, link: Link, named: Collection[str]) -> None:
@@ -3843,10 +3843,19 @@ def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
 
 
 def kill_tick(server: Server, link: Link) -> bool:
-    """Ask a client to end the jobs that shall end; its events tell when they have."""
+    """Ask a client to end the jobs that shall end, and attempts that were given up; its events tell when they have."""
     now = server.clock.monotonic()
     if link.held():
         return False
+    for stray in list(link.strays.values()):
+        try:
+            link.kill(stray)
+        except (NothingSent, NoAnswer) as error:
+            link.failed(error)
+            return False
+        except Gone:
+            log.info("job %d: %s knows nothing of attempt %d any more", stray.id, link.name, stray.attempt)
+        link.strays.pop(stray.mark, None)
     for job in server.store.jobs(KILLS_AT_CLIENT, client=link.name):
         if link.kill_due.get(job.id, 0.0) > now:
             continue

@@ -375,9 +375,38 @@ def test_an_attempt_that_was_given_up_and_comes_back_is_ended(desk: Desk, peer: 
     job = desk.with_client(Status.RUNNING)
     joborch.new_attempt(desk.server, job, "it was silent")
     peer.says["/events"] = [events(event(job, id=12, status="Running"))]
+    peer.says["/kill/12"] = [b"", reply(200)]
     get_tick(desk.server, desk.link)
-    assert [(asked.path, asked.headers["X-Joborch-Mark"]) for asked in peer.asked[1:]] == [("/kill/12", job.mark)]
+    kill_tick(desk.server, desk.link)
+    assert list(desk.link.strays) == [job.mark], "no answer: it is asked again"
+    desk.clock.pass_s(60)
+    for _ in range(2):
+        kill_tick(desk.server, desk.link)
+    assert [(asked.path, asked.headers["X-Joborch-Mark"]) for asked in peer.asked[1:]] == [("/kill/12", job.mark)] * 2
     assert (desk[job].status, desk[job].attempt) == (Status.QUEUED, 2)
+
+
+def test_a_result_of_an_attempt_that_was_given_up_is_not_taken(desk: Desk, peer: Peer) -> None:
+    """Not even where it was being fetched meanwhile: the next attempt's is there already."""
+    job = desk.with_client(Status.RUNNING)
+    peer.says["/retrieve/7"] = [lambda _: overtaken(desk, job)]
+    joborch.report(desk.server, desk.link, event(job))
+    fetch_tick(desk.server, desk.link)
+    done = desk[job]
+    assert (done.status, done.attempt, done.result_sha256) == (Status.COMPLETED, 2, "of the second")
+    assert desk.data.result(done.mark).read_bytes() == b"of the second"
+
+
+def overtaken(desk: Desk, job: Job) -> bytes:
+    """The first attempt's result, on its way while the second one comes to its end."""
+    joborch.new_attempt(desk.server, desk[job], "it was silent")
+    desk.clock.pass_s(60)
+    watch_tick(desk.server)
+    assert desk.store.claim(job.id, desk.link.name, 100)
+    assert desk.store.move(desk[job], Status.SUBMITTED, "", dest_id="8")
+    desk.data.result(desk[job].mark).write_bytes(b"of the second")
+    assert desk.store.move(desk[job], Status.COMPLETED, "", result_sha256="of the second")
+    return zip_reply(RESULT, Repr_Digest=digest_of(RESULT))
 
 
 RUBBISH: list[dict[str, Any]] = [
