@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -517,14 +518,14 @@ class Site:
         }
         return {**common, **{f"SERVICE_BENCH_{name}": value for name, value in service.items()}}
 
-    def start(self, mode: str) -> None:
-        """Start "server" or "client" and return once it answers."""
+    def start(self, mode: str, **settings: str) -> None:
+        """Start "server" or "client", with further settings, and return once it answers."""
         log = self.folder / f"{mode}.log"
         with log.open("wb") as output:
             self.processes[mode] = subprocess.Popen(
                 [self.place.python, str(self.place.program), mode],
                 cwd=self.folder,
-                env=environment(self.folder, **self.settings(mode)),
+                env=environment(self.folder, **self.settings(mode), **settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -953,6 +954,64 @@ def start(place: Place, size: int) -> Iterator[Measure]:
     yield Measure("bare python -c pass", statistics.median(bare), "ms")
 
 
+def multiply_job(site: Site, count: int) -> None:
+    """Let the only job of a server that is stopped be there so many times: row, history, result and folder."""
+    data = site.folder / "server"
+    (result,), (folder,) = (data / "results").iterdir(), (data / "jobs").iterdir()
+    with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
+        for table, key in (("jobs", "id"), ("history", "job_id")):
+            names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+            copied = ", ".join({key: "n", "uuid": "'copy-' || n"}.get(name, f"t.{name}") for name in names)
+            numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
+            db.execute(f"{numbers} INSERT INTO {table} SELECT {copied} FROM {table} t, numbers WHERE t.{key} = 1", [count])
+    for number in range(2, count + 2):
+        os.link(result, result.with_name(f"copy-{number}.1.zip"))
+        folder.with_name(f"copy-{number}").mkdir()
+
+
+def restart(place: Place, size: int) -> Iterator[Measure]:
+    """A server's start with many ended jobs, and a client's with many running payloads, of which one ended meanwhile."""
+    with running_site(place) as site:
+        with Caller(site.port) as caller:
+            wait_until_completed(caller, caller.ask(upload_request(NOOP)).json())
+        end(site.processes["server"])
+        multiply_job(site, size)
+        begin = time.perf_counter()
+        site.start("server")
+        yield Measure("server, ended jobs", (time.perf_counter() - begin) * 1000, "ms")
+    payloads = max(10, size // 100)
+    with temporary_folder(place) as folder:
+        site = Site(place, folder)
+        try:
+            site.start("client", JOBORCH_SLOTS=str(payloads))
+            site.start("server")
+            site.hold(payloads)
+            with Caller(site.port) as caller:
+                while len(caller.get("/jobs?status=Running&limit=1000")["jobs"]) < min(payloads, 1000):
+                    time.sleep(0.1)
+            site.processes["client"].kill()
+            site.processes["client"].wait()
+            pipe = os.open(site.fence, os.O_RDWR | os.O_NONBLOCK)
+            os.write(pipe, b"\n")
+            time.sleep(SETTLE_S)
+            begin = time.perf_counter()
+            site.start("client", JOBORCH_SLOTS=str(payloads))
+            answered = time.perf_counter() - begin
+            while running_payloads(site) != payloads - 1:
+                time.sleep(0.01)
+            yield Measure("client, running payloads, first /health", answered * 1000, "ms")
+            yield Measure("client, running payloads, all taken up", (time.perf_counter() - begin) * 1000, "ms")
+            os.close(pipe)
+        finally:
+            site.stop()
+
+
+def running_payloads(site: Site) -> int:
+    """How many payloads the client says that it runs."""
+    with Caller(site.ports["client"]) as caller:
+        return int(caller.get("/health")["running"])
+
+
 def idle(place: Place, size: int) -> Iterator[Measure]:
     """What both processes cost while nothing happens, after they have done some work."""
     with running_site(place) as site, Caller(site.port) as caller:
@@ -989,6 +1048,7 @@ BENCHMARKS = [
     Benchmark("polling", polling, 2, 1, 5, "seconds a slice", "a hello route of the same stack"),
     Benchmark("waiters", waiters, 300, 100, 3, "uploads", "no waiters"),
     Benchmark("start", start, 10, 3, 1, "starts", "python -c pass"),
+    Benchmark("restart", restart, 100_000, 2000, 1, "ended jobs; a hundredth as many running payloads", ""),
     Benchmark("idle", idle, 60, 10, 1, "seconds", ""),
 ]
 GOALS = {
@@ -1006,6 +1066,8 @@ GOALS = {
     ("waiters", "upload, p99"): Goal(most=100),
     ("start", "--version"): Goal(most=150),
     ("start", "first /health"): Goal(most=600),
+    ("restart", "server, ended jobs"): Goal(most=2000),
+    ("restart", "client, running payloads, all taken up"): Goal(most=2000),
     ("idle", "PSS, server"): Goal(most=45),
     ("idle", "PSS, client"): Goal(most=45),
     ("idle", "CPU, server"): Goal(most=0.2),
@@ -1051,7 +1113,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def footnotes(names: Sequence[str], facts: Json) -> Iterator[str]:
     """What the ratios are to, and the machine."""
     rows = [row for row in BENCHMARKS if row.name in names and row.against]
-    yield ("Each figure is the median of several runs. Ratios are to: " + "; ".join(f"{row.name}: {row.against}" for row in rows) + ".")
+    against = " Ratios are to: " + "; ".join(f"{row.name}: {row.against}" for row in rows) + "." if rows else ""
+    yield f"Each figure is the median of several runs.{against}"
     yield (
         "{cpu}, {cores} cores, {memory_gib} GiB; Linux {kernel}, {file_system}; Python {python}, "
         "SQLite {sqlite}; {version}; {date}.".format(**facts)
