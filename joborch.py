@@ -3603,7 +3603,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
     for payload in heard.payloads:
         report(server, link, payload)
     if fresh:
-        look_for_lost(server, link, {str(payload.get("uuid")) for payload in heard.payloads})
+        look_for_lost(server, link, {f"{payload.get('uuid')}.{payload.get('attempt')}" for payload in heard.payloads})
 
 
 def report(server: Server, link: Link, said: Any) -> None:
@@ -3621,6 +3621,8 @@ def report(server: Server, link: Link, said: Any) -> None:
         stray = status in (Status.PREPARED.value, Status.RUNNING.value) and isinstance(payload["attempt"], int)
         if stray and payload["attempt"] <= job.attempt:
             end_stray(server, link, job, payload)
+        elif not stray and (job.status in OVER or payload["attempt"] != job.attempt):
+            link.settled.append(payload["id"])  # its result is safe here, or of no use: the client need not keep it
         return
     if job.dest_id is None:  # its answer is lost, or still under way: this is as good
         server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
@@ -3641,6 +3643,7 @@ def note_end(server: Server, link: Link, found: Report) -> None:
         if earlier is not None and earlier.taken:
             earlier.newer = found
         else:
+            found.part = earlier.part if earlier is not None else None  # what has come of the result is not fetched again
             link.ended[found.job_id] = found
     server.wake(f"fetch:{link.name}")
 
@@ -3656,7 +3659,7 @@ def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) 
 def look_for_lost(server: Server, link: Link, named: Collection[str]) -> None:
     """Ask for each job that should be with a client and was not named in its full list."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and job.uuid not in named:
+        if job.dest_id and job.mark not in named:
             note_end(server, link, Report(job.id, {"status": "?"}, 0.0))
 
 
@@ -3734,16 +3737,17 @@ def confirm_later(server: Server, link: Link, job: Job | None) -> None:
 
 def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
     """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
-    if settled or due.newer is not None:
-        drop_part(due)
     with link.lock:
         if due.newer is not None:
+            due.newer.part, due.part = due.part, None
             link.ended[due.job_id] = due.newer
         elif settled:
             link.ended.pop(due.job_id, None)
         else:
             due.failures, due.taken = due.failures + 1, False
             due.due = server.clock.monotonic() + backoff_s(due.failures)
+    if settled:
+        drop_part(due)
     if due.newer is not None:
         server.wake(f"fetch:{link.name}")
 
@@ -4039,7 +4043,7 @@ def finish(client: Client, job: Job, fate: Fate) -> None:
         client.store.move(job, Status.COMPLETED, reason, exit_code=0, **changes)
     else:
         number = fate.exit_status - 128 if 128 < fate.exit_status < 193 else None
-        reason = failure_text(fate.exit_status, number, ended - started, folder)
+        reason = failure_text(fate.exit_status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
         client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, exit_code=fate.exit_status, signal=number, **changes)
 
 
@@ -4052,6 +4056,11 @@ def run_times(folder: Path, job: Job) -> tuple[float, float]:
         except OSError:
             times.append(job.started_at or time.time() if not times else time.time())
     return times[0], max(times)
+
+
+def run_seconds(started: float, ended: float, passed_s: float) -> float:
+    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
+    return ended - started if 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
 
 
 def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
