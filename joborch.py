@@ -21,14 +21,14 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary              9. Executors              17. HTTP
-     2. Configuration          10. Links                  18. Server routes
-     3. States                 11. Scheduling             19. Client routes
-     4. Files                  12. Loops                  20. Logs
-     5. Archives               13. Server                 21. Page and documents
-     6. Statements             14. Ends                   22. Commands
-     7. Store                  15. Client
-     8. Backups                16. Access
+     1. Vocabulary              9. Executors              17. Access
+     2. Configuration          10. Transfers              18. HTTP
+     3. States                 11. Links                  19. Server routes
+     4. Files                  12. Scheduling             20. Client routes
+     5. Archives               13. Loops                  21. Logs
+     6. Statements             14. Server                 22. Page and documents
+     7. Store                  15. Ends                   23. Commands
+     8. Backups                16. Client
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ FIELD_LIMIT_BYTES = 64 * KIB  # a text field of a form
 PARTS_LIMIT = 20_000  # parts of a form
 PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
-MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 WAIT_LIMIT_S = 60.0  # the longest `?wait=`
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
@@ -100,14 +99,21 @@ BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
 CHECK_PATIENCE_S = 0.5  # so long a start is held up by the check of the database; the rest is done in the background
 RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may have been given out since the backup
+HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
+PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
+PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
+RESERVE_BYTES = 4 * MIB  # of the data folder's disk, for the database when the disk is full
+INPUTS_LIMIT_BYTES = 32 * MIB  # of the list of a payload's inputs: 20,000 parts with the longest names
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
+DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
 OUTPUT_STREAMS = ("stdout", "stderr")
 DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
@@ -136,12 +142,20 @@ class NothingSent(JoborchError):
     """The client surely has nothing of the job: it may be sent again, to anybody."""
 
 
+class Refused(NothingSent):
+    """The client answers, and takes no job now: it is full, or wants another token."""
+
+
 class NoAnswer(JoborchError):
     """Bytes went out and no answer came: nobody knows whether the client has the job."""
 
 
 class BadAnswer(NoAnswer):
     """An answer came, but not one to what was asked: it says nothing of the other jobs there."""
+
+
+class InputsChanged(JoborchError):
+    """The files of a job are not those that were uploaded; what went out of them is no complete request."""
 
 
 class Rejected(JoborchError):
@@ -851,6 +865,7 @@ class Job(NamedTuple):
     changed: int | None  # client: number of its last change, for /events
     moved_at: float  # steady: its last change of status
     synced: int  # client: its files have surely reached the disk
+    inputs_sha256: str | None  # server: of the list of its files with their digests
 
     @property
     def mark(self) -> str:
@@ -891,6 +906,7 @@ class NewJob:
     remote_id: str | None = None
     idempotency_key: str | None = None
     request_digest: str | None = None
+    inputs_sha256: str | None = None
 
 
 def as_job(row: sqlite3.Row) -> Job:
@@ -945,6 +961,11 @@ def check_path(path: str) -> str:
         limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
         raise Refusal(400, f"file name {shown(name)} is too long: {limits}", "file")
     return name
+
+
+def inputs_digest(digests: Mapping[str, str]) -> str:
+    """Return the SHA-256 (hex) of a list of files, given with that of each."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def is_too_long(parts: Sequence[str]) -> bool:
@@ -1098,6 +1119,12 @@ def fsync_path(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def files_below(folder: Path) -> list[str]:
+    """Return the relative paths of all files below a folder, sorted."""
+    root = os.fsencode(folder)
+    return sorted(os.fsdecode(os.path.relpath(os.path.join(here, name), root)) for here, _, names in walk(root) for name in names)
+
+
 def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
     """Make `folder` with the files `paths` in it durable, and its entry in its parent."""
     if len(paths) > 32:  # one call for the whole file system is cheaper than thousands
@@ -1148,10 +1175,35 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     fsync_path(path.parent)
 
 
+def is_full(folder: str | Path) -> bool:
+    """Tell whether hardly a file more fits on the file system of `folder`: no block, or no inode (some have no such limit)."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
+
+
 def free_bytes(folder: str | Path) -> int:
     """Return the space that an ordinary user can still fill on the file system of `folder`."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize
+
+
+def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
+    """Yield each folder below `root` with the names of its folders and of all else in it, sorted; no link is followed.
+
+    os.walk(), but of any depth: before Python 3.12 it ends at a thousand levels.
+    """
+    waiting = [root]
+    while waiting:
+        here = waiting.pop()
+        try:
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(here))
+        except OSError as error:
+            if on_error is not None:
+                on_error(error)
+            continue
+        folders = [name for name, is_folder in entries if is_folder]
+        yield here, folders, [name for name, is_folder in entries if not is_folder]
+        waiting += [os.path.join(here, name) for name in reversed(folders)]
 
 
 def remove_tree(path: Path) -> None:
@@ -1163,18 +1215,24 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     except FileNotFoundError:
         return
-    except PermissionError:
-        take_back_rights(path)
-        shutil.rmtree(path)
+    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0 and path.exists():
+            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
 
-def take_back_rights(folder: Path) -> None:
-    """Make a folder and all folders in it ours to read and change again."""
-    os.chmod(folder, 0o700)
-    for root, names, _ in os.walk(folder):
-        for name in names:
-            if not os.path.islink(os.path.join(root, name)):
-                os.chmod(os.path.join(root, name), 0o700)
+def take_lock(file: IO[str], name: str, kind: str) -> None:
+    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        raise ConfigError(f"{name} is in use by process {owner}: stop it, or give another {kind}") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
 
 
 class DataFolder:
@@ -1202,15 +1260,7 @@ class DataFolder:
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "unknown"
-            raise ConfigError(f"DATA_PATH {str(self.path)!r} is in use by process {owner}: stop it, or give another folder") from error
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
+        take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
         for leftover in self.tmp.iterdir():
             remove_tree(leftover)
         # waitress spools bodies here: same file system, swept at each start.
@@ -1223,6 +1273,28 @@ class DataFolder:
                 raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / self.LOCK).touch()
+
+    def keep_reserve(self) -> None:
+        """Hold some of the disk back, where there is enough of it, for the database when scripts have filled the rest."""
+        path = self.path / "reserve"
+        if not path.exists() and free_bytes(self.path) > 4 * RESERVE_BYTES:
+            with contextlib.suppress(OSError), open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def drop_reserve(self) -> bool:
+        """Give the reserve free; tell whether there was one."""
+        try:
+            os.unlink(self.path / "reserve")
+        except OSError:
+            return False
+        log.warning("the disk is full: the last %d MiB, which were held back, go to the database", RESERVE_BYTES // MIB)
+        return True
+
+    def lock_database(self, path: str) -> None:
+        """Let no second process use a database that lies elsewhere; ConfigError where one does."""
+        if path != ":memory:" and os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
+            self.database_lock = open(f"{path}.lock", "a+")  # noqa: SIM115 - held as long as the process lives
+            take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
 
     def set_aside(self, known: Callable[[str], bool]) -> Path | None:
         """Move what is in `jobs` and `results` and is not `known` by its name to a folder beside them; return that, None for nothing."""
@@ -1242,8 +1314,8 @@ class DataFolder:
         return self.results / f"{mark}.zip"
 
     def spool(self) -> IO[bytes]:
-        """Return an anonymous file that stays in memory while it is small."""
-        return cast("IO[bytes]", tempfile.SpooledTemporaryFile(MEMORY_SPOOL_BYTES, dir=str(self.tmp)))
+        """Return a file without a name, which is gone when it is closed."""
+        return cast("IO[bytes]", tempfile.TemporaryFile(dir=str(self.tmp)))
 
 
 # == 5. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
@@ -1277,6 +1349,30 @@ class Archive:
     sha256: str
 
 
+class Unreadable(JoborchError):
+    """A file could not be read to its end: the archive that holds its beginning is of no use."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{shown(name)} cannot be read: {why}")
+        self.name, self.why = name, why
+
+
+class BrokenArchive(JoborchError):
+    """An archive could not be written to its end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.number = number
+
+
+def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """Yield the chunks of a file that is packed; Unreadable where its disk does not give them."""
+    try:
+        yield from chunks
+    except OSError as error:
+        raise Unreadable(name, os.strerror(error.errno or 0)) from error
+
+
 class ZipPacker:
     """Packs a folder as it stands into a ZIP (APPNOTE 6.3.10): nothing is followed out of it, nothing is lost silently.
 
@@ -1290,6 +1386,7 @@ class ZipPacker:
         self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
         self.names: set[str] = set()
         self.left_out: list[str] = []
+        self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
         self.own, self.root = ".joborch", b""
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -1297,14 +1394,12 @@ class ZipPacker:
         self.root = os.fsencode(os.path.realpath(folder))
         while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
             self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-        for root, folders, files in os.walk(self.root, onerror=self.note_error):
+        for root, folders, files in walk(self.root, self.note_error):
             inside = os.path.relpath(root, self.root)
-            links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-            for name in sorted(files + links):
+            for name in files:
                 path = name if inside == b"." else os.path.join(inside, name)
                 self.add_path(os.path.join(root, name), os.fsdecode(path), unchanged or {})
-            folders[:] = sorted(set(folders) - set(links))
-            if not files and not folders and not links and inside != b".":
+            if not files and not folders and inside != b".":
                 self.zip.writestr(self.entry(os.fsdecode(inside) + "/", self.at, 0o040755), b"")
 
     def note_error(self, error: OSError) -> None:
@@ -1323,8 +1418,6 @@ class ZipPacker:
         except FileNotFoundError:
             return  # it went while we walked
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
             self.left_out.append(f"{name}: {os.strerror(error.errno or 0)}")
 
     def add_file(self, path: bytes, name: str) -> None:
@@ -1334,13 +1427,23 @@ class ZipPacker:
             state = os.fstat(source.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            probe = source.read(min(256 * KIB, state.st_size))
+            if name in self.unreadable:
+                self.left_out.append(f"{name}: {self.unreadable[name]}")
+            else:
+                self.add_open_file(source, state, name)
+
+    def add_open_file(self, source: IO[bytes], state: os.stat_result, name: str) -> None:
+        """Pack what an open file holds. Where that fails half way, the whole archive is of no use: Unreadable, or BrokenArchive."""
+        try:
+            probe = b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), name))
             entry = self.entry(name, state.st_mtime, 0o100000 | stat.S_IMODE(state.st_mode))
             entry.compress_type = worthwhile_compression(probe)
             with self.zip.open(entry, "w", force_zip64=True) as target:
                 target.write(probe)
-                for chunk in file_chunks(source, state.st_size - len(probe)):  # what is appended meanwhile stays out
+                for chunk in readable(file_chunks(source, state.st_size - len(probe)), name):  # what is appended meanwhile stays out
                     target.write(chunk)
+        except OSError as error:
+            raise BrokenArchive(error.errno or 0) from error
 
     def add_link(self, path: bytes, name: str, state: os.stat_result) -> None:
         target = os.readlink(path)
@@ -1378,6 +1481,11 @@ class ZipPacker:
         setattr(entry, "_compresslevel" if hasattr(entry, "_compresslevel") else "compress_level", 1)
         return entry
 
+    def abandon(self) -> None:
+        """Let go of an archive that will not be finished."""
+        self.zip.fp = None  # else it would write its directory when it is collected
+        self.spool.close()
+
     def finish(self) -> Archive:
         """Write what was left out and the directory; return the archive, to be read from its beginning."""
         if self.left_out:
@@ -1387,6 +1495,28 @@ class ZipPacker:
         self.spool.flush()
         self.spool.seek(0)
         return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest())
+
+
+def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
+    """Pack what `fill` adds. A file that its disk does not give is left out and named; OSError where the archive cannot be written."""
+    unreadable: dict[str, str] = {}
+    while True:
+        packer = ZipPacker(spool(), at)
+        packer.unreadable = unreadable
+        try:
+            fill(packer)
+            return packer.finish()
+        except Unreadable as error:
+            packer.abandon()
+            if len(unreadable) >= UNREADABLE_LIMIT:
+                raise OSError(errno.EIO, str(error)) from error
+            unreadable[error.name] = error.why
+        except BrokenArchive as error:
+            packer.abandon()
+            raise OSError(error.number, "the archive cannot be written") from error
+        except BaseException:
+            packer.abandon()
+            raise
 
 
 def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
@@ -1532,7 +1662,8 @@ CREATE TABLE jobs (
     moves INTEGER NOT NULL DEFAULT 0,
     changed INTEGER,
     moved_at REAL NOT NULL DEFAULT 0,
-    synced INTEGER NOT NULL DEFAULT 0
+    synced INTEGER NOT NULL DEFAULT 0,
+    inputs_sha256 TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -1593,6 +1724,7 @@ MIGRATIONS = {
 BEGIN;
 ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN inputs_sha256 TEXT;
 ALTER TABLE history ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
 ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
@@ -1608,9 +1740,11 @@ COMMIT;
 
 JOB_ADD = """
 INSERT INTO jobs (uuid, user_id, service, name, status, reason, cpus, memory, timeout, retries, return_inputs, attempt,
-                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at)
+                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at,
+                  inputs_sha256)
 VALUES (:uuid, :user_id, :service, :name, :status, :reason, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
-        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at)
+        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at,
+        :inputs_sha256)
 """
 JOB_MOVE = """
 UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
@@ -1821,6 +1955,7 @@ class Store:
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
         self.synchronous, self.last_seq, self.damage = "", 0, ""
+        self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
         try:
             self.db = self.connect()
             self.refuse_damaged(damage_of(self.db, CHECK_PATIENCE_S))
@@ -1851,8 +1986,9 @@ class Store:
         if self.damage:
             log.error("the database is damaged: %s; stop and put a backup in its place with: joborch restore BACKUP", self.damage)
 
-    def connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+    def connect(self, mode: str = "rwc") -> sqlite3.Connection:
+        address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
+        db = sqlite3.connect(address, uri=self.path != ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         if self.alone:
             db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -1880,17 +2016,20 @@ class Store:
         now_boot, now_s = self.clock.boot()
         self.rebooted = boot not in ("", now_boot)  # what had not been synced then may not have reached the disk
         if boot != now_boot:
-            boot_s, steady = now_s, steady + max(0.0, self.clock.wall() - at)  # the first time: 0, and so wall time
+            # The first time it is 0, and so wall time. Moves may be later than the heartbeat, but not by more than its period.
+            boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
         self.steady_offset = float(steady - boot_s)
-        self.db.execute(HEARTBEAT, self.heartbeat())
+        self.beat(self.db)
 
     def steady(self) -> float:
         """Return the time by which ages and delays are counted, in seconds: it began as wall time; to set the clock does not change it."""
         return self.clock.boot()[1] + self.steady_offset
 
-    def heartbeat(self) -> dict[str, Any]:
+    def beat(self, db: sqlite3.Connection) -> None:
+        """Note from where steady time goes on after another boot."""
         boot, boot_s = self.clock.boot()
-        return {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": boot_s + self.steady_offset}
+        self.beaten_at = boot_s + self.steady_offset
+        db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
         """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
@@ -1912,7 +2051,7 @@ class Store:
     def reader(self) -> sqlite3.Connection:
         db = getattr(self.local, "db", None)
         if db is None:
-            db = self.connect()
+            db = self.connect("rw")  # where somebody removed the file, none is made in its place
             db.execute("PRAGMA query_only = 1")
             db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
             self.local.db = db
@@ -1950,6 +2089,14 @@ class Store:
 
         Raises StorageError where the database cannot be written; whatever `work` raises undoes its part alone.
         """
+        try:
+            return self.write_once(work, durable)
+        except StorageError as error:
+            if "full" not in str(error) or not self.make_room():
+                raise
+            return self.write_once(work, durable)
+
+    def write_once(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
         ticket = Ticket(work, durable)
         self.waiting.append(ticket)
         with self.lock:
@@ -1970,6 +2117,8 @@ class Store:
             else:
                 for ticket in batch:
                     self.run_ticket(ticket)
+            if self.steady() - self.beaten_at > HEARTBEAT_S:
+                self.beat(self.db)
             crash_point("commit.begun")
             self.db.execute("COMMIT")
             crash_point("commit.done")
@@ -1977,6 +2126,9 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    # Frames of a commit that failed may be whole in the WAL, and come true after a crash: others take their place.
+                    self.beat(self.db)
             for ticket in batch:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
         for ticket in batch:
@@ -2154,7 +2306,7 @@ class Store:
 
     def check(self) -> None:
         """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
-        self.note(HEARTBEAT, **self.heartbeat())
+        self.write(self.beat, durable=False)
         self.check_identity()
 
     def renew(self) -> None:
@@ -2278,6 +2430,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
 # wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder.
+# All that can fail for want of disk is done before `ready` goes into the claim: without it the script never began.
 WRAPPER = r"""# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT
 umask @UMASK@
 cd "$1" || exit 1
@@ -2287,15 +2440,18 @@ set +C
 set -m
 trap : TERM INT HUP                                # a handler, not '': ignored signals would be inherited
 printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
-exec 9<>exit.json                                  # and it is open: the script may take away its folders' rights
+exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
-bash ./run.sh </dev/null >>../stdout 2>>../stderr 9>&- &
+echo ready >>"../started.$2" || exit 1
+bash ./run.sh </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
 pid=$!
 set +m                                             # else wait returns when run.sh is stopped, too
 while :; do
     wait $pid; status=$?
     kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
 done
+wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
+[ $last -eq 127 ] || status=$last
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
 printf '{"status": %d, "left": %d}' $status $left >&9
 """
@@ -2359,8 +2515,9 @@ def read_exit(folder: Path) -> Fate | None:
     """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
     try:
         with open_regular(folder / "exit.json") as file:
-            said = json.loads(file.read(200))
-        return Fate(False, int(said["status"]), bool(said["left"]))
+            said = parse_json(file.read(200))
+        status, left = said["status"], said["left"]
+        return Fate(False, status, bool(left)) if type(status) is int and 0 <= status < 256 else None
     except PermissionError:
         with contextlib.suppress(OSError):
             os.chmod(folder, 0o700)  # the script took it from its parent folder; the next look finds it
@@ -2509,13 +2666,21 @@ class LocalExecutor:
                 handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
         return handles
 
-    def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id that the wrapper wrote into its claim; 0 where a crash left the claim empty."""
+    def claim(self, job: Job) -> str | None:
+        """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
         try:
-            text = (self.data.job(job.mark) / f"started.{job.attempt}").read_text(encoding="ascii", errors="replace")
-        except OSError:
+            with open_regular(self.data.job(job.mark) / f"started.{job.attempt}") as file:
+                return file.read(40).decode("ascii", "replace")
+        except FileNotFoundError:
             return None
-        return int(text) if text.strip().isdigit() else 0
+        except OSError:
+            return ""  # the script put something else in its place
+
+    def claimed_pid(self, job: Job) -> int | None:
+        """Return the process id in the wrapper's claim; 0 where it holds none, None where there is no claim."""
+        said = self.claim(job)
+        first = (said or "").split("\n")[0]
+        return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
         """Return the fates; what an ended payload left running is ended first, and until then the payload counts as alive."""
@@ -2565,32 +2730,30 @@ class LocalExecutor:
         return left
 
     def fate(self, job: Job) -> Fate:
-        folder = self.data.job(job.mark)
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        ended = read_exit(folder)
-        if ended and boot == self.boot:
-            return ended
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
-            return Fate(True)
-        return read_exit(folder) or self.fate_without_exit(job, folder)
+            return Fate(True)  # whatever the exit file says: the script may have written one
+        return self.fate_without_wrapper(job, self.data.job(job.mark))
 
-    def fate_without_exit(self, job: Job, folder: Path) -> Fate:
-        """Judge a payload whose wrapper, as far as the handle knows it, is gone without an exit file."""
+    def fate_without_wrapper(self, job: Job, folder: Path) -> Fate:
+        """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
         claimed, mark = self.claimed_pid(job), f"JOBORCH_MARK={job.mark}\0".encode()
-        # The handle may name a second wrapper, which lost the claim to the first; 0: the claim is not written to the end.
-        suspects = [process.pid for process in all_processes()] if claimed == 0 else [claimed or 0]
-        if any(pid and bears_mark(pid, mark, os.fsencode(folder)) for pid in suspects):
+        # The handle may name a second wrapper, which lost the claim to the first.
+        if claimed and bears_mark(claimed, mark, os.fsencode(folder)):
             return Fate(True)
-        if not folder.exists():
+        ended = read_exit(folder)
+        if ended:
+            return ended
+        if not folder.is_dir() or folder.is_symlink():
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
-        if claimed is None:
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the wrapper could not be started")
-        with contextlib.suppress(OSError):
-            if os.path.getsize(folder / "exit.json") == 0:
-                return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the client's disk is full: the script was not started")
+        if "ready" not in (self.claim(job) or ""):
+            if job.mark in marked_below(self.data.jobs):
+                return Fate(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
+            reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
+            return Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
         if job.mark not in self.seen:
             reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
@@ -2638,13 +2801,15 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 10. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 10. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
     """A multipart body that is read while it is sent: its length is known, its files are not in memory."""
 
-    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool) -> None:
+    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
+        """With `inputs_sha256`, other files than these end in InputsChanged before the body is complete."""
+        self.inputs_sha256 = inputs_sha256
         self.boundary = secrets.token_hex(16)
         self.folder, self.with_digests = folder, with_digests
         self.digests: dict[str, str] = {}
@@ -2678,6 +2843,8 @@ class FilesBody:
                 raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
             self.digests[path] = digest.hexdigest()
             yield b"\r\n"
+        if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
+            raise InputsChanged("its files on the server's disk are not those that were uploaded: somebody changed or removed some")
         if self.with_digests:
             yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
         yield f"--{self.boundary}--\r\n".encode()
@@ -2703,24 +2870,6 @@ class FilesBody:
         return data[:size] if self.rest else data
 
 
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
-
-
-@dataclass
-class Heard:
-    """What the events of a client said: its state, and the payloads that changed."""
-
-    instance: str
-    next: int
-    slots: int
-    payloads: list[dict[str, Any]]
-
-
 class Transfer:
     """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
 
@@ -2743,6 +2892,27 @@ class Transfer:
     def wanted(self) -> dict[str, str]:
         """Return the headers that ask for what is missing, of this very file (RFC 9110, If-Range)."""
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
+
+
+# == 11. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+
+
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+
+
+@dataclass
+class Heard:
+    """What the events of a client said: its state, and the payloads that changed."""
+
+    instance: str
+    next: int
+    slots: int
+    payloads: list[dict[str, Any]]
 
 
 @dataclass
@@ -2814,11 +2984,14 @@ class Link:
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.sending: set[int] = set()  # job ids that a lane holds, from before the claim until it is written down what came of it
+        self.accepted: dict[str, str] = {}  # payload ids by mark, until they are written down
         self.strays: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
         self.may_have_pinned = True  # jobs that a lost answer, or a crash while they were sent, ties to this client
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
@@ -2866,6 +3039,15 @@ class Link:
             self.failures += 1
             self.held_until = now + backoff_s(self.failures)
 
+    def refused(self, error: object) -> None:
+        """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
+        self.refusals, self.refusal = self.refusals + 1, one_line(str(error))
+        self.full_until = self.clock.monotonic() + backoff_s(self.refusals)
+
+    def takes_jobs(self) -> bool:
+        """Tell whether a job may be sent now."""
+        return not self.held() and self.clock.monotonic() >= self.full_until
+
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
@@ -2910,7 +3092,7 @@ class Link:
 
         Raises NothingSent (it surely has nothing), NoAnswer (nobody knows) or Rejected (it never will).
         """
-        body = FilesBody(folder, paths, with_digests=not self.legacy)
+        body = FilesBody(folder, paths, not self.legacy, job.inputs_sha256)
         headers = {
             "Content-Type": f"multipart/form-data; boundary={body.boundary}",
             "Content-Length": str(len(body)),
@@ -3069,7 +3251,7 @@ def read_submit_answer(status: int, text: bytes) -> str:
     if status in (400, 409, 413, 415, 422):
         raise Rejected(refused_text(status, text))
     if status in (401, 403, 404, 405, 429, 503, 507):
-        raise NothingSent(refused_text(status, text))
+        raise Refused(refused_text(status, text))
     raise NoAnswer(refused_text(status, text))
 
 
@@ -3124,7 +3306,7 @@ def repr_digest(sha256_hex: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
-# == 11. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+# == 12. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
 
 
 @dataclass(frozen=True)
@@ -3170,7 +3352,7 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -
     return f"it is next for a free place at a client for {service}{before}"
 
 
-# == 12. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 13. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -3182,7 +3364,7 @@ class Loop:
 
     def __init__(self, name: str, tick: Callable[[], bool], period_s: float, threads: int = 1) -> None:
         self.name, self.tick, self.period_s = name, tick, period_s
-        self.condition, self.calls, self.stopped = threading.Condition(), 0, False
+        self.condition, self.calls, self.stopped, self.trouble = threading.Condition(), 0, False, ""
         self.threads = [
             threading.Thread(target=self.run, args=(None if number else period_s,), name=f"{name}-{number}", daemon=True)
             for number in range(threads)
@@ -3214,11 +3396,21 @@ class Loop:
             more = False
             try:
                 more = self.tick()
-            except Exception:
-                if not self.stopped:  # the store closes under those that come late
-                    log.exception("%s: the tick failed; tried again in %s", self.name, spoken(self.period_s))
+                self.trouble = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged, and the loop goes on
+                self.complain(error)
             if not more:
                 self.sleep(patience_s)
+
+    def complain(self, error: Exception) -> None:
+        """Log what a tick raised, once as long as it is the same; a fault of the program with its traceback."""
+        text = one_line(f"{type(error).__name__}: {error}")
+        if text == self.trouble or self.stopped:  # the store closes under those that come late
+            return
+        self.trouble = text
+        known = isinstance(error, (StorageError, OSError))
+        said = str(error) if known else text
+        log.error("%s: %s; it is tried again, every %s", self.name, said, spoken(self.period_s), exc_info=None if known else error)
 
     def sleep(self, patience_s: float | None) -> None:
         """Sleep until a call comes, or for `patience_s` seconds."""
@@ -3332,7 +3524,8 @@ class Node:
 
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
-    node.store.note(HEARTBEAT, **node.store.heartbeat())  # steady time goes on from here after another boot
+    node.store.write(node.store.beat, durable=False)
+    node.data.keep_reserve()
     now, age = node.store.steady(), node.config.max_age_s
     more = False
     unfetched_age = age if node.config.mode == "server" else 4 * age
@@ -3378,7 +3571,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 13. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 14. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -3407,14 +3600,14 @@ class Server(Node):
         found = {}
         for address in service.addresses:
             link = self.links[address.name]
-            why = f"{link.trouble} ({spoken(link.silent_s())} ago)" if link.trouble else "was not asked yet"
-            found[link.name] = why if link.held() else ""
+            why = f"{link.trouble} ({spoken(link.silent_s())} ago)" if link.trouble else link.refusal or "was not asked yet"
+            found[link.name] = "" if link.takes_jobs() else why
         return found
 
 
 def send_tick(server: Server, link: Link) -> bool:
     """Send one job to one client; True where there was one."""
-    if link.held():
+    if not link.takes_jobs():
         return False
     job = claim_next(server, link)
     if job is None:
@@ -3422,8 +3615,11 @@ def send_tick(server: Server, link: Link) -> bool:
     more = any(server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1) for service in link.services)
     if more:
         server.wake(f"send:{link.name}")  # another lane takes the next while this one sends
-    with link.turn():
-        send_job(server, link, job)
+    try:
+        with link.turn():
+            send_job(server, link, job)
+    finally:
+        link.sending.discard(job.id)
     return True
 
 
@@ -3449,7 +3645,13 @@ def claim_next(server: Server, link: Link) -> Job | None:
     if not heads or server.store.number(BUSY_OF_CLIENT, client=link.name) >= link.room():
         return None  # a look costs less than a claim that comes to nothing
     for head in in_turn(heads):  # where the limit of one service is reached, another's job can run
-        claimed = server.store.claim(head.job_id, link.name, link.room())
+        link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
+        claimed = None
+        try:
+            claimed = server.store.claim(head.job_id, link.name, link.room())
+        finally:
+            if claimed is None:
+                link.sending.discard(head.job_id)
         if claimed is not None:
             crash_point("claim.stored")
             return claimed
@@ -3460,7 +3662,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     """Send a claimed job, and write down what came of it."""
     folder = server.data.job(job.uuid)
     try:
-        paths = sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+        paths = files_below(folder)
         if not paths:
             reason = "its files are missing on the server's disk: somebody removed them"
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
@@ -3470,12 +3672,12 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         returned = server.service(job).return_inputs
         dest_id = link.submit(job, folder, paths, returned)
         crash_point("send.answered")
+        link.accepted[job.mark] = dest_id
     except NothingSent as error:
-        link.failed(error)
-        if job.status is Status.PROCESSING:
-            server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
-            crash_point("send.refused")
-            kill_queued(server, job.id)
+        send_again(server, link, job, error)
+        return
+    except InputsChanged as error:
+        end_busy(server, job, Status.FAILED, str(error), cause=Cause.INFRASTRUCTURE.value)
         return
     except Rejected as error:
         link.heard()
@@ -3486,13 +3688,27 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         lose_answer(server, link, job, error)
         return
     link.heard()
+    link.refusals, link.refusal = 0, ""
     link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
     server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    link.accepted.pop(job.mark, None)
     crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
         server.wake(f"kill:{link.name}")
+
+
+def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
+    """The client surely has nothing of a job: leave it alone for a while, and queue the job again unless it is pinned there."""
+    if isinstance(error, Refused):
+        link.refused(error)
+    else:
+        link.failed(error)
+    if job.status is Status.PROCESSING:
+        server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+        crash_point("send.refused")
+        kill_queued(server, job.id)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -3533,6 +3749,16 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         if server.store.move(current, to, reason, **changes):
             return
         current = server.store.get(job.id)
+
+
+def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
+    reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
+        changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **changes)
+    else:
+        payload_gone(server, job, reason)
 
 
 def because(reason: str | None) -> str:
@@ -3599,9 +3825,16 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         log.info("client %s began anew: what it has is asked again", link.name)
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
-    link.instance, link.slots, link.since = heard.instance, heard.slots, max(heard.next, link.since)
+    link.instance, link.slots = heard.instance, heard.slots
+    trouble: StorageError | None = None
     for payload in heard.payloads:
-        report(server, link, payload)
+        try:
+            report(server, link, payload)
+        except StorageError as error:
+            trouble = error  # the others' news counts all the same
+    if trouble is not None:
+        raise trouble  # `since` stays: what could not be written down is told again
+    link.since = max(heard.next, link.since)
     if fresh:
         look_for_lost(server, link, {f"{payload.get('uuid')}.{payload.get('attempt')}" for payload in heard.payloads})
 
@@ -3701,7 +3934,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 14. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 15. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -3763,7 +3996,7 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         if status == Status.COMPLETED.value:
             fetch_result(server, link, job, found)
         elif status == Status.CLEANED.value:
-            new_attempt(server, job, f"{link.name} has no result of it any more" + because(found.payload.get("reason")))
+            settle_cleaned(server, link, job, found.payload)
         elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
             new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
         else:
@@ -3884,11 +4117,25 @@ def watch_tick(server: Server) -> bool:
         link = server.links.get(job.client or "")
         if link is None:
             judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
+        elif job.status is Status.PROCESSING and job.id not in link.sending:
+            sort_out(server, link, job)
         elif link.failures and link.silent_s() > SILENT_AFTER_S:
             judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
     for service in server.services.values():
         fail_unreachable(server, service)
     return False
+
+
+def sort_out(server: Server, link: Link, job: Job) -> None:
+    """Go on with a job whose sending ended when the database could not be written."""
+    dest_id = link.accepted.pop(job.mark, None)
+    if dest_id is not None:
+        server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+        return
+    reason = "what came of sending it could not be written down: it is asked again under the same key"
+    server.store.move(job, Status.UNKNOWN, reason)
+    link.may_have_pinned = True
+    server.wake(f"send:{link.name}")
 
 
 def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> None:
@@ -3928,7 +4175,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 15. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 16. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 class Client(Node):
@@ -3940,6 +4187,8 @@ class Client(Node):
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
+        self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
+        self.packings: dict[int, Any] = {}  # by payload id: results that are packed, or being packed
         self.holes = True  # the file system can punch them, as far as we know
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
@@ -3952,6 +4201,7 @@ class Client(Node):
 
 def run_tick(client: Client) -> bool:
     """Take in what ended, and start what a slot is free for."""
+    save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     fates = client.executor.poll(running)
@@ -4002,8 +4252,16 @@ def launch(client: Client, job: Job) -> None:
         client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return
     crash_point("run.started")
-    client.store.note(JOB_STARTED, id=job.id, handle=handle, now=client.store.steady())
+    client.unsaved[job.id] = (handle, client.store.steady())
+    save_handles(client)
     crash_point("run.stored")
+
+
+def save_handles(client: Client) -> None:
+    """Store the handles of what was started; StorageError where that is not possible now: it is done before anything is judged."""
+    for job_id, (handle, now) in list(client.unsaved.items()):
+        client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
+        client.unsaved.pop(job_id, None)
 
 
 def why_not_runnable(script: Path) -> str:
@@ -4153,7 +4411,7 @@ def take_for_ending(client: Client) -> Job | None:
 def limit_tick(client: Client) -> bool:
     """Keep running payloads within their limits: run time, and the size of their output streams."""
     for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
-        over = job.timeout and job.handle and client.store.steady() - job.moved_at > job.timeout
+        over = job.timeout and client.store.steady() - job.moved_at > job.timeout
         if over and client.store.wish_end(job.id, Cause.LIMIT):
             client.wake("end")
         for stream in OUTPUT_STREAMS:
@@ -4194,7 +4452,8 @@ def distrust(client: Client) -> None:
     """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
     reason = "the machine was restarted, and what had reached its disk is not known"
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
-        client.store.move(job, Status.CLEANED, reason)
+        if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
+            client.store.move(job, Status.CLEANED, reason)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
@@ -4218,7 +4477,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 16. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 17. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -4300,7 +4559,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 17. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 18. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -4507,10 +4766,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         answer = Answer({"message": "the database cannot be used now: try again soon"}, 503, {"Retry-After": "5"})
     except OSError as error:
         log.exception("%s %s", request.method, declared.path)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        answer = Answer.of(
-            Refusal(507, "the disk is full: try again later", Retry_After="60") if full else Refusal(500, "internal error: see the log")
-        )
+        answer = Answer.of(disk_refusal(node, error))
     except Exception:
         log.exception("%s %s", request.method, declared.path)
         answer = Answer.of(Refusal(500, "internal error: see the log"))
@@ -4522,6 +4778,15 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         headers.setdefault("Content-Length", str(len(body)))
     headers.setdefault("X-Content-Type-Options", "nosniff")
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
+
+
+def disk_refusal(node: Node, error: OSError) -> Refusal:
+    """Return what a caller is told of a disk that does not do its work: 507 where it is full, else 503."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Refusal(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
+    if error.errno in DISK_TROUBLES:
+        return Refusal(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
+    return Refusal(500, "internal error: see the log")
 
 
 def make_parser_class(node: Node) -> Any:
@@ -4544,10 +4809,21 @@ def make_parser_class(node: Node) -> Any:
                     check_caller(node, self.headers, self.channel.uid)
                 check_size(node, found, self.content_length, self.chunked)
             except Refusal as refusal:
-                self.error = waitress.utilities.Error(refusal.message)
-                self.error.refusal = refusal
-                # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
-                self.completed, self.expect_continue, self.content_length = True, False, 0
+                self.refuse(refusal)
+
+        def received(self, data: bytes) -> int:
+            try:
+                return int(super().received(data))
+            except OSError as error:  # of the file that a large body is spooled to
+                log.error("%s %s: the body cannot be kept: %s", self.command, self.path, error)
+                self.refuse(disk_refusal(node, error))
+                return len(data)
+
+        def refuse(self, refusal: Refusal) -> None:
+            self.error = waitress.utilities.Error(refusal.message)
+            self.error.refusal = refusal
+            # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
+            self.completed, self.expect_continue, self.content_length = True, False, 0
 
     return Parser
 
@@ -4762,7 +5038,7 @@ PARTS = {
 }
 
 
-# == 18. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 19. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -4946,6 +5222,7 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
         return_inputs=int(service.return_inputs),
         idempotency_key=key or None,
         request_digest=form_digest(form) if key else None,
+        inputs_sha256=inputs_digest({file.path: file.sha256 for file in form.files}),
     )
 
 
@@ -5084,9 +5361,8 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
     link = server.links.get(job.client or "")
     if job.status in BUSY and job.dest_id and link:
         return file_answer(request, running_archive(server, link, job), name, headers)
-    packer = ZipPacker(server.data.spool())
-    packer.add_folder(server.folder(job))
-    return file_answer(request, packer.finish(), name, headers)
+    archive = packed(server.data.spool, job.created_at, lambda packer: packer.add_folder(server.folder(job)))
+    return file_answer(request, archive, name, headers)
 
 
 def running_archive(server: Server, link: Link, job: Job) -> Archive:
@@ -5235,7 +5511,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-# == 19. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 20. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -5340,6 +5616,7 @@ def submit(client: Client, request: Request) -> Answer:
         if not new.return_inputs:
             remember_inputs(folder, form)
         crash_point("submit.received")
+        client.store.check_identity()
         job = place_payload(client, folder, new)
     crash_point("submit.stored")
     client.wake("run")
@@ -5386,7 +5663,7 @@ def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
     """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
     try:
         with open_regular(folder / "inputs.json") as file:
-            noted = parse_json(file.read())
+            noted = parse_json(file.read(INPUTS_LIMIT_BYTES))
     except (OSError, ValueError):
         return {}
     items = noted.items() if isinstance(noted, dict) else ()
@@ -5394,17 +5671,23 @@ def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
 
 
 def pack_payload(client: Client, job: Job) -> Archive:
-    """Return a payload's work folder as it stands, with its output streams below `.joborch/`."""
+    """Return a payload's work folder as it stands, with its output streams below `.joborch/`. OSError where it cannot be written."""
+    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
+    return packed(client.data.spool, job.ended_at, functools.partial(fill_archive, client, job))
+
+
+def fill_archive(client: Client, job: Job, packer: ZipPacker) -> None:
+    """Pack a payload's files."""
     folder = client.folder(job)
-    packer, work = ZipPacker(client.data.spool(), job.ended_at), folder / "work"  # so that a transfer can be gone on with
-    if work.is_symlink() or not work.is_dir():
+    work = folder / "work"
+    if folder.is_symlink() or work.is_symlink() or not work.is_dir():
         packer.left_out.append("the work folder: the script removed it, or put something else in its place")
     else:
         if not os.access(work, os.R_OK | os.X_OK):
             os.chmod(work, 0o700)  # the script took its own folder's rights away
         whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
         packer.add_folder(work, {} if whole else unchanged_inputs(folder))
-    for stream in OUTPUT_STREAMS:
+    for stream in OUTPUT_STREAMS if not folder.is_symlink() else ():
         try:
             kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
         except OSError as error:
@@ -5412,7 +5695,66 @@ def pack_payload(client: Client, job: Job) -> Archive:
                 packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
             continue
         packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
-    return packer.finish()
+
+
+class Packing:
+    """The archive of an ended payload, made once in a thread of its own, for all who ask for it."""
+
+    def __init__(self, client: Client, job: Job) -> None:
+        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("OSError | None", None)
+        self.used_at = client.clock.monotonic()
+        threading.Thread(target=self.pack, args=(client, job), name=f"pack-{job.id}", daemon=True).start()
+
+    def pack(self, client: Client, job: Job) -> None:
+        try:
+            self.archive = pack_payload(client, job)
+        except OSError as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+    def opened(self) -> Archive:
+        """Return the archive with a file position of its own."""
+        if self.error is not None or self.archive is None:
+            raise self.error or OSError(errno.EIO, "the result could not be packed")
+        again = open(f"/proc/self/fd/{self.archive.file.fileno()}", "rb")  # noqa: SIM115 - the web server closes it
+        return Archive(again, self.archive.size, self.archive.sha256)
+
+    def drop(self) -> None:
+        """Let go of the file, as soon as it is packed."""
+        if self.done.wait(0) and self.archive is not None:
+            self.archive.file.close()
+
+
+def forget_packings(client: Client) -> None:
+    """Let go of packed results that nobody has come for in a while."""
+    before = client.clock.monotonic() - PACKED_KEPT_S
+    drop_packings(client, [job_id for job_id, packing in list(client.packings.items()) if packing.used_at < before])
+
+
+def ended_archive(client: Client, job: Job) -> Archive:
+    """Return what an ended payload left. Refusal 503 while it is packed for longer than a caller would wait."""
+    forget_packings(client)
+    with client.lock:
+        packing = client.packings.get(job.id) or Packing(client, job)
+        client.packings[job.id] = packing
+        packing.used_at = client.clock.monotonic()
+    if not packing.done.wait(PACK_PATIENCE_S):
+        raise Refusal(503, "the result is being packed: come again", Retry_After="5")
+    try:
+        return packing.opened()
+    except BaseException:
+        drop_packings(client, [job.id])  # the next one tries anew
+        raise
+
+
+def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
+    """Let go of packed results that are safe elsewhere, or that nobody came for."""
+    with client.lock:
+        for job_id in job_ids:
+            packing = client.packings.get(job_id)
+            if packing is not None and packing.done.is_set():
+                client.packings.pop(job_id).drop()
 
 
 RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
@@ -5424,7 +5766,7 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
-    archive = pack_payload(client, job)
+    archive = ended_archive(client, job)
     if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}.zip", {})
@@ -5439,7 +5781,7 @@ def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of payload {job.id} were cleaned")
-    archive = pack_payload(client, job)
+    archive = ended_archive(client, job) if job.status in ENDED else pack_payload(client, job)
     if job.status in ENDED and not request.header("X-Joborch-Mark"):
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
@@ -5529,7 +5871,7 @@ def events(client: Client, request: Request) -> Answer:
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
     """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
     folder = client.folder(job)
-    if (folder / "work").is_symlink():
+    if folder.is_symlink() or (folder / "work").is_symlink():
         return {}
     try:
         entries = [*os.scandir(folder / "work")]
@@ -5552,6 +5894,7 @@ def confirm(client: Client, done: str) -> None:
         now = client.clock.wall()
         client.store.write(lambda db: [db.execute(JOB_FETCHED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
         crash_point("events.confirmed")
+        drop_packings(client, ids)
 
 
 def any_ended(client: Client, since: int) -> bool | None:
@@ -5587,7 +5930,7 @@ def health(node: Node, request: Request) -> Answer:
             said.update(executor=node.config.executor, slots=node.config.slots, **counts)
     except StorageError as error:
         log.error("health: %s", error)
-        return Answer({**said, "status": "error", "database": "error"}, 503, {"Retry-After": "5"})
+        return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})
     return Answer(said)
 
 
@@ -5607,7 +5950,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 20. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 21. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -5637,7 +5980,9 @@ def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
     """Read a payload's output, also while it runs."""
     job, (stream, offset) = known_payload(client, request, job_id), chosen_stream(request)
     part = LogPart(b"", offset)
-    with contextlib.suppress(OSError), open_regular(client.folder(job) / stream) as source:  # the script has not come that far
+    folder = client.folder(job)
+    # The script has not come that far, or has put something else in its place.
+    with contextlib.suppress(OSError), open_regular("/dev/null" if folder.is_symlink() else folder / stream) as source:
 
         def read_at(begin: int, count: int) -> bytes:
             source.seek(begin)
@@ -5736,7 +6081,7 @@ def followed_log(
                 return
 
 
-# == 21. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 22. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -5902,7 +6247,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 22. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 23. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -5983,9 +6328,12 @@ def open_node(config: Config) -> Node:
     crash_point("start.locked")
     try:
         os.makedirs(os.path.dirname(config.db_path) or ".", exist_ok=True)
+        data.lock_database(config.db_path)
     except OSError as error:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
     store = Store(config.db_path, config.mode)
+    data.keep_reserve()
+    store.make_room = data.drop_reserve
     crash_point("start.opened")
     if config.mode == "client":
         client = Client(config, store, data)
@@ -6117,6 +6465,7 @@ def command_restore(config: Config, file: str) -> int:
     """Put a backup in the place of the database."""
     data = DataFolder(config.data_path)
     data.open()
+    data.lock_database(config.db_path)
     try:
         kept, unclaimed = restore(config.db_path, data, file)
     except OSError as error:

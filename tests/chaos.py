@@ -354,6 +354,11 @@ class World:
             answer = requests.request(method, self.door.url + path, timeout=20, **options)
         except requests.RequestException:
             return None
+        if answer.headers.get("Content-Type", "").startswith("application/json"):
+            try:
+                answer.json()
+            except requests.JSONDecodeError:
+                return None
         return answer if "Content-Length" in answer.headers or answer.status_code == 204 else None
 
     def use(self, user_id: int, until: float) -> None:
@@ -381,14 +386,14 @@ class World:
         body = form([*parts, *(field_part(name, str(value)) for name, value in fields.items())])
         while not self.stop_all.is_set():
             answer = self.ask("POST", "/upload", data=body, headers={**form_type(), "Idempotency-Key": key})
-            if answer is not None and answer.status_code == 201:
+            if answer is not None and answer.status_code == 201 and answer.headers.get("Content-Type"):
                 job = int(answer.json()["id"])
                 with self.lock:
                     self.expected[job] = wish.expected
                     if wish.terminate_after_s is not None:
                         self.terminated.add(job)
                 return job
-            if answer is not None and answer.status_code not in (503, 507):
+            if answer is not None and answer.status_code not in (201, 503, 507):
                 self.wrong.append(f"upload: {answer.status_code} {answer.text[:300]}")
             self.stop_all.wait(0.3)
         return None
@@ -400,7 +405,7 @@ class World:
             if answer is not None and answer.status_code != 503:
                 self.wrong.append(f"job {job}: {answer.status_code} {answer.text[:300]}")
             return False
-        said = answer.json()
+        said = answer.json() if answer.headers.get("Content-Type") else {"status": ""}
         if said["status"] not in ENDED:
             return False
         if said["status"] == "Completed" and not self.result_fits(job, wish):

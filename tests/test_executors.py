@@ -200,7 +200,7 @@ def test_an_attempt_is_claimed_by_one_wrapper(bench: Bench) -> None:
     for other in others:
         assert other.wait(30) == 0
     assert (bench.data.jobs / "count-1").read_text() == "ran\n"
-    winner = int((bench.folder(job) / "started.1").read_text())
+    winner = bench.executor.claimed_pid(job)
     assert winner in [other.pid for other in others]
     assert read_exit(bench.folder(job)) == Fate(False, 0, False)
 
@@ -393,11 +393,18 @@ def test_alive_until_the_wrapper_has_ended(bench: Bench) -> None:
     assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True), "for a client that was started again, too"
 
 
-def test_the_exit_file_outranks_the_process(bench: Bench) -> None:
+def test_an_exit_file_counts_when_the_wrapper_is_gone(bench: Bench) -> None:
+    """A script can write one as well as the wrapper, and go on."""
+    job = bench.signalled("""echo '{"status": 0, "left": 0}' > ../exit.json; READY; BLOCK""")
+    assert bench.executor.poll([job])[job.id] == Fate(True)
+    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True)
+
+
+def test_the_exit_file_outranks_a_process_id(bench: Bench) -> None:
     """Process ids are used again, files are not."""
     job = bench.payload("true")
     (bench.folder(job) / "exit.json").write_text('{"status": 4, "left": 0}')
-    for handle in (None, f"{os.getpid()} {joborch.process_start(os.getpid())} {bench.executor.boot}"):
+    for handle in (None, f"{os.getpid()} 1 {bench.executor.boot}"):
         fate = bench.executor.poll([changed(job, handle=handle)])[job.id]
         assert fate == Fate(False, 4, False)
 
@@ -417,11 +424,14 @@ def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) 
         ("wrapper", Cause.USER, "killed"),
         ("claim", Cause.INFRASTRUCTURE, ""),
         ("empty claim", Cause.INFRASTRUCTURE, ""),
-        ("full disk", Cause.INFRASTRUCTURE, "disk is full"),
+        ("full disk", Cause.INFRASTRUCTURE, "disk is full: the script was not started"),
+        ("no ready", Cause.INFRASTRUCTURE, "was not started"),
         ("restart", Cause.INFRASTRUCTURE, "while it was away"),
     ],
 )
-def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, word: str, bench: Bench) -> None:
+def test_a_payload_that_is_gone_without_an_exit_file(
+    what: str, cause: Cause, word: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the script's own doing: its failure. By that of the machine: another attempt."""
     job = bench.signalled("READY\nBLOCK")
     pid = int((job.handle or "").split()[0])
@@ -437,8 +447,9 @@ def test_a_payload_that_is_gone_without_an_exit_file(what: str, cause: Cause, wo
     elif what == "empty claim":
         (folder / "started.1").write_bytes(b"")
         executor = LocalExecutor(bench.data, 0)
-    elif what == "full disk":
-        (folder / "exit.json").write_bytes(b"")
+    elif what in ("full disk", "no ready"):
+        (folder / "started.1").write_text(f"{pid}\n")
+        monkeypatch.setattr(joborch, "is_full", lambda _: what == "full disk")
     elif what == "restart":
         executor = LocalExecutor(bench.data, 0)
     fate = executor.poll([job])[job.id]

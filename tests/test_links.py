@@ -257,7 +257,7 @@ ACCEPTED = reply(200, {"id": 123, "input": {"run.sh": [1, 2, 3]}, "status": "Pre
         (reply(502, b"<html>bad gateway"), NoAnswer),
         (reply(302, b"", Location="http://127.0.0.1:1/"), NoAnswer),
         *[(reply(status), Rejected) for status in (400, 409, 413, 415, 422)],
-        *[(reply(status), NothingSent) for status in (401, 403, 404, 405, 429, 503, 507)],
+        *[(reply(status), joborch.Refused) for status in (401, 403, 404, 405, 429, 503, 507)],
         (b"", NoAnswer),
         (b"rubbish\r\n\r\n", NoAnswer),
         (b"HTTP/1.1 200", NoAnswer),

@@ -183,7 +183,7 @@ def test_what_becomes_of_a_job_that_is_sent(
     assert (sent.status, sent.attempt, sent.client is not None, sent.cause) == (status, attempt, client, cause)
     assert sent.dest_id == ("7" if status is Status.SUBMITTED else None)
     assert desk.link.name in desk.reasons(job)
-    assert desk.link.held() == (status in (Status.QUEUED, Status.UNKNOWN)), "a client that cannot be used is left alone for a while"
+    assert desk.link.takes_jobs() != (status in (Status.QUEUED, Status.UNKNOWN)), "a client that cannot be used is left alone for a while"
     assert not desk.send()
 
 
@@ -912,6 +912,7 @@ def silence(desk: Desk, seconds: float) -> None:
 def test_jobs_of_a_silent_client(before: Status, desk: Desk) -> None:
     """Unknown after a short while; a new attempt after LOST_AFTER; Failed where none is left."""
     jobs = [desk.with_client(before, retries=retries, user_id=retries) for retries in (0, 1)]
+    desk.link.sending |= {job.id for job in jobs if before is Status.PROCESSING}
     silence(desk, 10)
     assert {desk[job].status for job in jobs} == {before}
     silence(desk, 6)
@@ -1238,7 +1239,21 @@ def test_a_loop_goes_on_while_there_is_work_and_after_a_failure(run_loop: Callab
     loop.wake()
     tick.wait(1)
     assert "oops" in caplog.text
-    assert "the tick failed" in caplog.text
+    assert "it is tried again" in caplog.text and "Traceback" in caplog.text
+
+
+def test_a_loop_complains_once_of_the_same_trouble(run_loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk for an hour is one line of the log, without a traceback, and one more when it is full again."""
+    full = joborch.StorageError("the database cannot be written: disk is full")
+    tick = Ticker(full, full, full, False, full)
+    loop = run_loop(tick)
+    for _ in range(5):
+        tick.wait(1)
+        wait_for(lambda: sleeping(loop), what="the loop to sleep")
+        loop.wake()
+    tick.wait(1)
+    assert caplog.text.count("disk is full") == 2
+    assert "Traceback" not in caplog.text
 
 
 def test_a_call_that_comes_while_it_ticks_is_not_lost(run_loop: Callable[..., Loop]) -> None:
