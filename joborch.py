@@ -103,6 +103,7 @@ HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that i
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
 PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
 PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
@@ -1122,7 +1123,7 @@ def fsync_path(path: str | Path) -> None:
 def files_below(folder: Path) -> list[str]:
     """Return the relative paths of all files below a folder, sorted."""
     root = os.fsencode(folder)
-    return sorted(os.fsdecode(os.path.relpath(os.path.join(here, name), root)) for here, _, names in walk(root) for name in names)
+    return sorted(os.fsdecode(os.path.join(here, name)[len(root) + 1 :]) for here, _, names in walk(root) for name in names)
 
 
 def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
@@ -1235,6 +1236,39 @@ def take_lock(file: IO[str], name: str, kind: str) -> None:
     file.flush()
 
 
+class Spool:
+    """A file that stays in memory while it is small, so that it can be written where the disk is full, and has no name.
+
+    tempfile.SpooledTemporaryFile hides a full disk behind an AttributeError (before Python 3.12).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, cast("IO[bytes]", io.BytesIO())
+
+    def write(self, data: bytes) -> int:
+        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
+            self.move_to_disk()
+        return self.file.write(data)
+
+    def move_to_disk(self) -> None:
+        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it is closed by us
+        try:
+            larger.write(cast(io.BytesIO, self.file).getvalue())
+        except BaseException:
+            larger.close()
+            raise
+        self.file = cast("IO[bytes]", larger)
+
+    def again(self) -> IO[bytes]:
+        """Return another reader of the same bytes, with a position of its own."""
+        if isinstance(self.file, io.BytesIO):
+            return io.BytesIO(self.file.getvalue())
+        return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 class DataFolder:
     """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, and the lock.
 
@@ -1314,8 +1348,8 @@ class DataFolder:
         return self.results / f"{mark}.zip"
 
     def spool(self) -> IO[bytes]:
-        """Return a file without a name, which is gone when it is closed."""
-        return cast("IO[bytes]", tempfile.TemporaryFile(dir=str(self.tmp)))
+        """Return a file without a name, which is gone when it is closed; see Spool."""
+        return cast("IO[bytes]", Spool(self.tmp))
 
 
 # == 5. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
@@ -1342,11 +1376,12 @@ class DigestWriter:
 
 @dataclass
 class Archive:
-    """A finished ZIP: an open file at its beginning, its size in bytes, its SHA-256 (hex)."""
+    """A finished ZIP: an open file at its beginning, its size in bytes, its SHA-256 (hex); not `whole` where a disk gave not all."""
 
     file: IO[bytes]
     size: int
     sha256: str
+    whole: bool = True
 
 
 class Unreadable(JoborchError):
@@ -1395,11 +1430,10 @@ class ZipPacker:
         while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
             self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
         for root, folders, files in walk(self.root, self.note_error):
-            inside = os.path.relpath(root, self.root)
+            inside = root[len(self.root) + 1 :]
             for name in files:
-                path = name if inside == b"." else os.path.join(inside, name)
-                self.add_path(os.path.join(root, name), os.fsdecode(path), unchanged or {})
-            if not files and not folders and inside != b".":
+                self.add_path(os.path.join(root, name), os.fsdecode(os.path.join(inside, name)), unchanged or {})
+            if not files and not folders and inside:
                 self.zip.writestr(self.entry(os.fsdecode(inside) + "/", self.at, 0o040755), b"")
 
     def note_error(self, error: OSError) -> None:
@@ -1494,12 +1528,15 @@ class ZipPacker:
         self.zip.close()
         self.spool.flush()
         self.spool.seek(0)
-        return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest())
+        return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest(), not self.unreadable)
 
 
 def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds. A file that its disk does not give is left out and named; OSError where the archive cannot be written."""
-    unreadable: dict[str, str] = {}
+    """Pack what `fill` adds; OSError where the archive cannot be written.
+
+    A file that its disk does not give at the third time either is left out and named.
+    """
+    unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
     while True:
         packer = ZipPacker(spool(), at)
         packer.unreadable = unreadable
@@ -1510,7 +1547,9 @@ def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[Zip
             packer.abandon()
             if len(unreadable) >= UNREADABLE_LIMIT:
                 raise OSError(errno.EIO, str(error)) from error
-            unreadable[error.name] = error.why
+            tries[error.name] += 1
+            if tries[error.name] == 3:
+                unreadable[error.name] = error.why
         except BrokenArchive as error:
             packer.abandon()
             raise OSError(error.number, "the archive cannot be written") from error
@@ -5717,8 +5756,7 @@ class Packing:
         """Return the archive with a file position of its own."""
         if self.error is not None or self.archive is None:
             raise self.error or OSError(errno.EIO, "the result could not be packed")
-        again = open(f"/proc/self/fd/{self.archive.file.fileno()}", "rb")  # noqa: SIM115 - the web server closes it
-        return Archive(again, self.archive.size, self.archive.sha256)
+        return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
 
     def drop(self) -> None:
         """Let go of the file, as soon as it is packed."""
@@ -5743,9 +5781,9 @@ def ended_archive(client: Client, job: Job) -> Archive:
         raise Refusal(503, "the result is being packed: come again", Retry_After="5")
     try:
         return packing.opened()
-    except BaseException:
-        drop_packings(client, [job.id])  # the next one tries anew
-        raise
+    finally:
+        if packing.archive is None or not packing.archive.whole:
+            drop_packings(client, [job.id])  # the next one tries anew
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:

@@ -812,10 +812,17 @@ def test_a_data_folder_that_cannot_be_made(tmp_path: Path, data: DataFolder) -> 
             DataFolder(str(tmp_path / place)).open()
 
 
-def test_a_spool_is_in_tmp_and_has_no_name(data: DataFolder) -> None:
-    with data.spool() as spool:
-        spool.write(b"x" * joborch.CHUNK_BYTES)
+def test_a_small_spool_is_in_memory_and_a_large_one_in_tmp_without_a_name(data: DataFolder) -> None:
+    with contextlib.closing(data.spool()) as spool:
+        before = disk_bytes(data.path)
+        spool.write(b"x" * joborch.MEMORY_SPOOL_BYTES)
+        assert disk_bytes(data.path) == before
+        spool.write(b"y" * joborch.CHUNK_BYTES)
         spool.flush()
+        for part in (b"x", b"y"):
+            with spool.again() as other:  # type: ignore[attr-defined]
+                other.seek(joborch.MEMORY_SPOOL_BYTES if part == b"y" else 0)
+                assert other.read(1) == part
         assert list(data.tmp.iterdir()) == []
         assert str(Path(f"/proc/self/fd/{spool.fileno()}").readlink()).startswith(str(data.tmp))
         assert list(data.tmp.iterdir()) == [], "it has no name: a crash leaves nothing"
