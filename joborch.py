@@ -3229,7 +3229,7 @@ class Link:
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         following = answer.headers.get("X-Next-Offset", "")
-        if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following):
+        if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following) or "Content-Length" not in answer.headers:
             raise NoAnswer(refused_text(answer.status, text))
         return text, int(following)
 
@@ -3322,9 +3322,12 @@ def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
         into.write(chunk)
     answer.release_conn()
     promised = answer.headers.get("Content-Length")
+    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+    if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
+        into.begin()
+        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
     if promised is not None and promised != str(into.size - before):
         raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
-    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
     if said and said[1] != base64.b64encode(into.digest.digest()).decode():
         into.begin()
         raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
@@ -3457,6 +3460,18 @@ class Loop:
             if not self.calls and not self.stopped:
                 self.condition.wait(patience_s)
             self.calls = max(0, self.calls - 1)
+
+
+def each(items: Iterable[T], work: Callable[[T], object]) -> None:
+    """Do `work` for every item, also after one for which it failed; the first failure is raised at the end."""
+    failure: Exception | None = None
+    for item in items:
+        try:
+            work(item)
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 class Parking:
@@ -3865,14 +3880,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots = heard.instance, heard.slots
-    trouble: StorageError | None = None
-    for payload in heard.payloads:
-        try:
-            report(server, link, payload)
-        except StorageError as error:
-            trouble = error  # the others' news counts all the same
-    if trouble is not None:
-        raise trouble  # `since` stays: what could not be written down is told again
+    each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
     link.since = max(heard.next, link.since)
     if fresh:
         look_for_lost(server, link, {f"{payload.get('uuid')}.{payload.get('attempt')}" for payload in heard.payloads})
@@ -4152,17 +4160,20 @@ def watch_tick(server: Server) -> bool:
     """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
     if server.store.admit_due():
         server.wake("send")
-    for job in server.store.jobs(ALL_BUSY):
-        link = server.links.get(job.client or "")
-        if link is None:
-            judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
-        elif job.status is Status.PROCESSING and job.id not in link.sending:
-            sort_out(server, link, job)
-        elif link.failures and link.silent_s() > SILENT_AFTER_S:
-            judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
-    for service in server.services.values():
-        fail_unreachable(server, service)
+    each(server.store.jobs(ALL_BUSY), functools.partial(judge, server))
+    each(server.services.values(), functools.partial(fail_unreachable, server))
     return False
+
+
+def judge(server: Server, job: Job) -> None:
+    """Judge a job that is with a client by how long that has been silent."""
+    link = server.links.get(job.client or "")
+    if link is None:
+        judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
+    elif job.status is Status.PROCESSING and job.id not in link.sending:
+        sort_out(server, link, job)
+    elif link.failures and link.silent_s() > SILENT_AFTER_S:
+        judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
@@ -6315,7 +6326,7 @@ def set_up_logging(config: Config) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # half an answer is no news: links say so in a line
 
 
 def bound_memory() -> None:

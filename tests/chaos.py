@@ -545,6 +545,9 @@ def chaos(folder: Path, minutes: float, seed: int) -> list[str]:
             member.process.stop()
         world.prove()
         return list(world.report())
+    except AssertionError:
+        shutil.copytree(folder / "server", folder / "server-kept", symlinks=True, ignore_dangling_symlinks=True)  # its disk goes
+        raise
     finally:
         world.close()
 

@@ -622,8 +622,8 @@ class Proxy:
         with self.lock:
             was_open = self.opened.is_set()
             self.opened.clear()
-        if was_open:
-            self.listener.shutdown(socket.SHUT_RD)  # it stays bound, and wakes who accepts
+            if was_open:  # under the lock: who opens it meanwhile would find it closed for good
+                self.listener.shutdown(socket.SHUT_RD)  # it stays bound, and wakes who accepts
         if seconds:
             self.in_background(self.open_later, seconds)
 
