@@ -3904,9 +3904,12 @@ def report(server: Server, link: Link, said: Any) -> None:
         elif not stray and (job.status in OVER or payload["attempt"] != job.attempt):
             link.settled.append(payload["id"])  # its result is safe here, or of no use: the client need not keep it
         return
-    if job.dest_id is None:  # its answer is lost, or still under way: this is as good
+    while job.dest_id is None:  # its answer is lost, or still under way: this is as good
         server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
-        job = server.store.get(job.id) or job
+        current = server.store.get(job.id)  # a lane may have moved it meanwhile, to Unknown: then it is tried again from there
+        if current is None or current.attempt != job.attempt or current.status not in BUSY:
+            return
+        job = current
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")

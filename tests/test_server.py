@@ -359,6 +359,40 @@ def test_an_event_may_overtake_the_answer_to_submit(before: Status, desk: Desk, 
     assert (desk[job].status, desk[job].dest_id) == (Status.RUNNING, "12")
 
 
+def test_news_that_come_while_the_answer_is_being_lost(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane moves the job to Unknown between a look and a move: it must not become one that runs nowhere.
+
+    Found by seed 22 of tests/chaos.py: such a job could never be moved again, and kept the news of all others from being heard.
+    """
+    job = desk.with_client(Status.PROCESSING)
+    real = desk.store.job
+
+    def stale(sql: str, **values: Any) -> Job | None:
+        found = real(sql, **values)
+        if found and found.status is Status.PROCESSING:
+            desk.store.move(found, Status.UNKNOWN, "no answer")
+        return found
+
+    monkeypatch.setattr(desk.store, "job", stale)
+    for _ in range(2):
+        joborch.report(desk.server, desk.link, event(job, status="Running"))
+        assert (desk[job].status, desk[job].dest_id) == (Status.RUNNING, "7")
+
+
+def test_one_payload_that_cannot_be_taken_in_does_not_keep_the_others_waiting(
+    desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = desk.with_client(Status.SUBMITTED), desk.with_client(Status.SUBMITTED, user_id=2)
+    desk.store.move(good, Status.UNKNOWN, "", dest_id="8")
+    real = desk.store.move
+    monkeypatch.setattr(desk.store, "move", lambda job, *more, **changes: 1 / 0 if job.id == bad.id else real(job, *more, **changes))
+    peer.says["/events"] = [events(event(bad, status="Running"), event(good, id=8, status="Running"))]
+    with pytest.raises(ZeroDivisionError):
+        get_tick(desk.server, desk.link)
+    assert desk[good].status is Status.RUNNING
+    assert desk.link.since == 0, "what could not be taken in is told again"
+
+
 def test_events_of_others_are_passed_over(desk: Desk, peer: Peer) -> None:
     """Another server's payloads, and another client's: neither is moved, and only an attempt that was given up is ended."""
     job = desk.with_client(Status.RUNNING)
