@@ -3904,12 +3904,10 @@ def report(server: Server, link: Link, said: Any) -> None:
         elif not stray and (job.status in OVER or payload["attempt"] != job.attempt):
             link.settled.append(payload["id"])  # its result is safe here, or of no use: the client need not keep it
         return
-    while job.dest_id is None:  # its answer is lost, or still under way: this is as good
-        server.store.move(job, Status.SUBMITTED, f"{link.name} has it", dest_id=str(payload.get("id")))
-        current = server.store.get(job.id)  # a lane may have moved it meanwhile, to Unknown: then it is tried again from there
-        if current is None or current.attempt != job.attempt or current.status not in BUSY:
-            return
-        job = current
+    accepted = with_payload_id(server, link, job, payload["id"])
+    if accepted is None:
+        return
+    job = accepted
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
@@ -3917,6 +3915,17 @@ def report(server: Server, link: Link, said: Any) -> None:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, Report(job.id, dict(payload), 0.0))
+
+
+def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
+    """Return a job with its payload's id, which its client says though its answer is lost, or still under way; None where it left."""
+    current: Job | None = job
+    while current is not None and current.dest_id is None:
+        server.store.move(current, Status.SUBMITTED, f"{link.name} has it", dest_id=payload_id)
+        current = server.store.get(job.id)  # a lane may have moved it meanwhile, to Unknown: then it is tried again from there
+        if current is None or current.attempt != job.attempt or current.status not in BUSY:
+            return None
+    return current
 
 
 def note_end(server: Server, link: Link, found: Report) -> None:
