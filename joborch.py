@@ -117,6 +117,7 @@ JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
 DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
 OUTPUT_STREAMS = ("stdout", "stderr")
+OURS_HEADER = "X-Joborch"  # in each of our answers: a gateway between server and client has none
 DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
 
 log = logging.getLogger("joborch")
@@ -3019,6 +3020,7 @@ class Link:
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots = 1
+        self.ours = False  # it has answered as ours do
         self.legacy = not address.base_url  # a 2.2 client, which has no /events
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
@@ -3118,13 +3120,23 @@ class Link:
             headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
-            return self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
+            answer = self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
         except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         except (HTTPError, OSError) as error:
             if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
                 raise NothingSent("cannot be reached: its TLS certificate is not trusted here") from error
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
+        return self.its_own(answer)
+
+    def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
+        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
+        if OURS_HEADER in answer.headers:
+            self.ours = True
+        elif self.ours:
+            answer.close()
+            raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
+        return answer
 
     def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
         """Send the files of one attempt; return the payload's id at the client.
@@ -3141,6 +3153,7 @@ class Link:
             "X-Joborch-Service": quote(job.service or ""),
             "X-Joborch-User": str(job.user_id),
             "X-Joborch-Cpus": str(job.cpus),
+            **({} if self.legacy else {"X-Joborch-Digests": "1"}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
             **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
@@ -3280,6 +3293,11 @@ def refused_text(status: int, body: bytes) -> str:
     return f"answered {status}" + (f": {one_line(message)}" if message else "")
 
 
+def repr_digest(sha256_hex: str) -> str:
+    """Return a Repr-Digest header (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
 def read_submit_answer(status: int, text: bytes) -> str:
     """Return the payload id of an answer to /submit, or raise what the answer means."""
     if status in (200, 201):
@@ -3300,12 +3318,15 @@ def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
 
     try:
         text = answer.read(limit_bytes)
-        if answer.read(1):
+        whole = not answer.read(1)
+        if not whole:
             answer.close()  # more than we want: the connection is of no further use
         answer.release_conn()
-        return text
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
         raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
+    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(hashlib.sha256(text).hexdigest())):
+        raise NoAnswer("the answer broke: its digest is not the one that was sent")
+    return text
 
 
 def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
@@ -3341,11 +3362,6 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
     except (HTTPError, OSError, ValueError) as error:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
-
-
-def repr_digest(sha256_hex: str) -> str:
-    """Return a Repr-Digest header (RFC 9530)."""
-    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
 # == 12. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
@@ -4838,7 +4854,9 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         headers.setdefault("Content-Type", JSON_TYPE)
     if isinstance(body, bytes):
         headers.setdefault("Content-Length", str(len(body)))
-    headers.setdefault("X-Content-Type-Options", "nosniff")
+        if node.config.mode == "client" and body:
+            headers.setdefault("Repr-Digest", repr_digest(hashlib.sha256(body).hexdigest()))
+    headers.update({"X-Content-Type-Options": "nosniff", OURS_HEADER: __version__})
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
 
 
@@ -4901,7 +4919,7 @@ def make_error_task_class() -> Any:
             answer = Answer.of(refusal)
             body = json.dumps(answer.body).encode()
             self.status = f"{answer.status} {reason_phrase(answer.status)}"
-            self.response_headers.extend([("Content-Type", JSON_TYPE), *answer.headers.items()])
+            self.response_headers.extend([("Content-Type", JSON_TYPE), (OURS_HEADER, __version__), *answer.headers.items()])
             self.set_close_on_finish()
             self.content_length = len(body)
             self.channel.lingers = True
@@ -5621,6 +5639,7 @@ SUBMIT_HEADERS = (
     Parameter("X-Joborch-Cpus", "header", "integer", "cores it needs", 1, least=1, most=1_000_000),
     Parameter("X-Joborch-Memory", "header", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
     Parameter("X-Joborch-Timeout", "header", "number", "run time limit in seconds", 3600),
+    Parameter("X-Joborch-Digests", "header", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
     Parameter("X-Joborch-Return-Inputs", "header", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
 )
 
@@ -5671,10 +5690,7 @@ def submit(client: Client, request: Request) -> Answer:
     folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
     with receiving(client, folder, mark):
         (folder / "work").mkdir()
-        form = FormReader(folder / "work", by_name=True).read(request.stream, request.header("Content-Type"), request.length)
-        check_digests(form)
-        if not form.files:
-            raise Refusal(400, "there is no file: send at least run.sh", "file")
+        form = received_form(request, folder / "work")
         if not new.return_inputs:
             remember_inputs(folder, form)
         crash_point("submit.received")
@@ -5685,9 +5701,26 @@ def submit(client: Client, request: Request) -> Answer:
     return Answer(payload_json(client, job))
 
 
-def check_digests(form: Form) -> None:
+def received_form(request: Request, work: Path) -> Form:
+    """Receive a payload's files. Refusal 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
+    ours = bool(request.header("X-Joborch-Digests"))
+    try:
+        form = FormReader(work, by_name=True).read(request.stream, request.header("Content-Type"), request.length)
+        check_digests(form, ours)
+        if not form.files:
+            raise Refusal(400, "there is no file: send at least run.sh", "file")
+    except Refusal as refusal:
+        if ours and refusal.status == 400:
+            raise Refusal(503, f"the transfer broke: {refusal.message}", Retry_After="1") from refusal
+        raise
+    return form
+
+
+def check_digests(form: Form, wanted: bool) -> None:
     """Compare what came with the digests that our server sent after the files; Refusal 503 makes it send again."""
     sent = form.fields.pop(DIGESTS_FIELD, None)
+    if sent is None and wanted:
+        raise Refusal(503, "the transfer broke: the digests did not come", Retry_After="1")
     try:
         digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
     except ValueError as error:
@@ -5942,7 +5975,7 @@ def inline_archive(client: Client, job: Job) -> dict[str, str]:
         if not plain or size > INLINE_LIMIT_BYTES:
             return {}
         archive = pack_payload(client, job)
-        with archive.file:
+        with contextlib.closing(archive.file):
             return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
     except OSError:
         return {}  # the server fetches it, and hears what is wrong

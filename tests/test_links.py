@@ -223,7 +223,7 @@ def test_submit_sends_all_that_the_client_needs(link: Link, peer: Peer, job: Job
     said = {name: value for name, value in asked.headers.items() if name.startswith("X-Joborch-")}
     assert said == {
         "X-Joborch-Job": str(job.id), "X-Joborch-Uuid": job.uuid, "X-Joborch-Attempt": "1", "X-Joborch-Service": "%C3%A9%20s",
-        "X-Joborch-User": "-3", "X-Joborch-Cpus": "2", "X-Joborch-Memory": "100", "X-Joborch-Timeout": "1.5",
+        "X-Joborch-User": "-3", "X-Joborch-Cpus": "2", "X-Joborch-Memory": "100", "X-Joborch-Timeout": "1.5", "X-Joborch-Digests": "1",
     }  # fmt: skip
     assert asked.headers["Authorization"] == "Bearer a-token"
     assert "chunked" not in asked.headers.get("Transfer-Encoding", "")
