@@ -3779,6 +3779,9 @@ def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None
         server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
         crash_point("send.refused")
         kill_queued(server, job.id)
+    else:
+        with link.lock:
+            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -4179,6 +4182,7 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone as error:
             payload_gone(server, job, str(error))
         except (NothingSent, NoAnswer) as error:
+            link.kill_due.pop(job.id, None)  # as soon as it is tried again at all
             link.failed(error)
             return False
     return False

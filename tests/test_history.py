@@ -687,7 +687,6 @@ PLANTED_VALUES: dict[str, tuple[str, int | None, Callable[[Evidence], Evidence]]
     ),
     "started twice": ("starts", 2, lambda e: with_marks(e, start_of(e, 2))),
     "started twice by others": ("starts", 2, lambda e: with_marks(e, start_of(e, 2, pid=7))),
-    "ended twice": ("starts", 1, lambda e: with_marks(e, start_of(e, 1, what="end"))),
     "ended by another process": ("starts", 5, lambda e: with_marks(e, start_of(e, 5, what="end", pid=7))),
     "an unknown script": ("starts", None, lambda e: with_marks(e, Mark("nobody", 1, "start", 7))),
     "an unknown attempt": ("starts", 2, lambda e: with_marks(e, start_of(e, 2, attempt=2))),
