@@ -95,6 +95,7 @@ WAIT_LIMIT_S = 60.0  # the longest `?wait=`
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
 CHECK_PATIENCE_S = 0.5  # so long a start is held up by the check of the database; the rest is done in the background
@@ -3133,7 +3134,7 @@ class Link:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
         if OURS_HEADER in answer.headers:
             self.ours = True
-        elif self.ours:
+        elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
             raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
         return answer
@@ -6376,6 +6377,7 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # half an answer is no news: links say so in a line
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # nor is a caller who left
 
 
 def bound_memory() -> None:
