@@ -307,7 +307,7 @@ def test_a_crash_while_it_is_cleaned(side: str, point: str, make_run: Callable[.
     run = make_run(**{"server": [], "client": [], side: [point, point]})
     for process in (run.pair.server, run.pair.client):
         keep = "0.5" if point == "clean.forgotten" else "1h"
-        process.settings.update(MAX_AGE="0.5", JOBORCH_CLEAN_INTERVAL="0.1", JOBORCH_KEEP_ROWS=keep)
+        process.settings.update(MAX_AGE="2", JOBORCH_CLEAN_INTERVAL="0.1", JOBORCH_KEEP_ROWS=keep)
     run.start()
     number = run.submit("echo small > out", 1, Expected())
     run.insist(
