@@ -735,10 +735,11 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
     on_disk(own.server, disk)
     server, client = own.start().server, own.client
     gates = [tmp_path / f"gate{number}" for number in (0, 1, 1, 2, 2)]
-    numbers = [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates)]
+    numbers = [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[:3])]
+    for number in numbers:
+        wait_status(server, number, "Running")  # these three: lanes overtake each other
+    numbers += [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[3:], 3)]
     numbers += [submit(server, f"echo ran >> {marks}; echo done > result", user_id=user) for user in (5, 6)]
-    for number in numbers[:3]:
-        wait_status(server, number, "Running")
     wait_for(lambda: client.get("/health").json()["queued"] == 4, 20, "all at the client")
     disk.fill()
     os.kill(server.pid, signal.SIGSTOP)
