@@ -964,8 +964,9 @@ def multiply_job(site: Site, count: int) -> None:
             copied = ", ".join({key: "n", "uuid": "'copy-' || n"}.get(name, f"t.{name}") for name in names)
             numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
             db.execute(f"{numbers} INSERT INTO {table} SELECT {copied} FROM {table} t, numbers WHERE t.{key} = 1", [count])
+    content = result.read_bytes()
     for number in range(2, count + 2):
-        os.link(result, result.with_name(f"copy-{number}.1.zip"))
+        result.with_name(f"copy-{number}.1.zip").write_bytes(content)
         folder.with_name(f"copy-{number}").mkdir()
 
 
