@@ -1999,7 +1999,9 @@ class Store:
         self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
         try:
             self.db = self.connect()
-            self.refuse_damaged(damage_of(self.db, CHECK_PATIENCE_S))
+            found = damage_of(self.db, CHECK_PATIENCE_S)
+            self.checked = found is not None  # to the end, within the time that a start may take
+            self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
             self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
@@ -2014,18 +2016,21 @@ class Store:
     def refuse_damaged(self, damage: str | None) -> None:
         """Refuse a damaged database; ConfigError says the way out."""
         if damage:
-            remedy = "move it away: its server has new attempts made of what ran here"
-            if self.mode == "server":
-                remedy = "put a backup in its place with: joborch restore BACKUP"
-            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {remedy}")
+            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
+
+    def way_out(self) -> str:
+        """Return what to do about a damaged database."""
+        if self.mode == "server":
+            return "put a backup in its place with: joborch restore BACKUP"
+        return "move it away: its server has new attempts made of what ran here"
 
     def look_for_damage(self) -> None:
-        """Check the whole database, in the background; one that is damaged takes no more jobs."""
-        if self.path == ":memory:":
+        """Check the whole database in the background, unless the start has seen all of it; one that is damaged takes no more jobs."""
+        if self.checked:
             return
         self.damage = damage_of(self.reader()) or ""
         if self.damage:
-            log.error("the database is damaged: %s; stop and put a backup in its place with: joborch restore BACKUP", self.damage)
+            log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
 
     def connect(self, mode: str = "rwc") -> sqlite3.Connection:
         address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
@@ -3825,12 +3830,16 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         current = server.store.get(job.id)
 
 
+def known_of_end(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client said of how a payload ended, as changes of its job's row."""
+    return {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+
+
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
     reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
     if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
-        changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
-        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **changes)
+        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **known_of_end(payload))
     else:
         payload_gone(server, job, reason)
 
@@ -4154,7 +4163,7 @@ def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
         size, digest = store_archive(server, link, job, found, partial=True)
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
-    changes: dict[str, Any] = {name: payload.get(name) for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    changes = known_of_end(payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
@@ -4335,9 +4344,14 @@ def launch(client: Client, job: Job) -> None:
         client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return
     crash_point("run.started")
+    keep_handle(client, job, handle)
+    crash_point("run.stored")
+
+
+def keep_handle(client: Client, job: Job, handle: str) -> None:
+    """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
     client.unsaved[job.id] = (handle, client.store.steady())
     save_handles(client)
-    crash_point("run.stored")
 
 
 def save_handles(client: Client) -> None:
@@ -4528,7 +4542,7 @@ def start_marked(client: Client, job: Job) -> None:
     except OSError as error:
         log.error("payload %d could not be started: %s", job.id, error)
     else:
-        client.store.note(JOB_STARTED, id=job.id, handle=handle, now=client.store.steady())
+        keep_handle(client, job, handle)
 
 
 def distrust(client: Client) -> None:

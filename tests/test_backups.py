@@ -155,6 +155,20 @@ def test_damage_that_is_found_in_the_background_stops_uploads(desk: Desk, monkey
     assert joborch.damage_of(sqlite3.connect(database(desk)))
 
 
+@pytest.mark.parametrize(("mode", "way"), [("server", "joborch restore"), ("client", "move it away")])
+def test_what_the_start_has_not_seen_is_checked_in_the_background(
+    mode: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database that was seen to its end is not read a second time; what is found says the way out of its own mode."""
+    for found, wanted in (("", ""), (None, "page 3")):
+        answers = [found, "page 3"]
+        monkeypatch.setattr(joborch, "damage_of", lambda *_, answers=answers: answers.pop(0))
+        store = Store(str(tmp_path / f"db-{found}"), mode, HandClock())
+        store.look_for_damage()
+        assert (store.damage, way in caplog.text) == (wanted, bool(wanted))
+        store.close()
+
+
 def test_a_check_that_takes_too_long_is_given_up(desk: Desk) -> None:
     for _ in range(2000):
         desk.store.add(new_job(), "uploaded")
