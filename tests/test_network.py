@@ -125,15 +125,21 @@ class Net:
         assert not again, f"jobs {again} were started again later"
 
 
-@pytest.fixture(scope="module")
-def shared_net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
-    """One for all tests whose faults are over when they end."""
-    net = Net(tmp_path_factory.mktemp("net"))
+@contextlib.contextmanager
+def running(net: Net) -> Iterator[Net]:
+    """Start it for the block; at the end nothing may have been started again."""
     try:
         yield net.start()
     finally:
         net.close()
     net.check()
+
+
+@pytest.fixture(scope="module")
+def shared_net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    """One for all tests whose faults are over when they end."""
+    with running(Net(tmp_path_factory.mktemp("net"))) as net:
+        yield net
 
 
 @pytest.fixture
@@ -307,12 +313,8 @@ def test_a_fault_between_server_and_client(exchange: str, name: str, net: Net) -
 @pytest.fixture(scope="module")
 def second_net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     """Another one, which the tests of this section may leave deaf."""
-    net = Net(tmp_path_factory.mktemp("frail"), limit_s=5)
-    try:
-        yield net.start()
-    finally:
-        net.close()
-    net.check()
+    with running(Net(tmp_path_factory.mktemp("frail"), limit_s=5)) as net:
+        yield net
 
 
 @pytest.fixture
