@@ -21,14 +21,14 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary              9. Executors              17. Access
-     2. Configuration          10. Transfers              18. HTTP
-     3. States                 11. Links                  19. Server routes
-     4. Files                  12. Scheduling             20. Client routes
-     5. Archives               13. Loops                  21. Logs
-     6. Statements             14. Server                 22. Page and documents
-     7. Store                  15. Ends                   23. Commands
-     8. Backups                16. Client
+     1. Vocabulary             9. Backups               17. Access
+     2. Configuration         10. Executors             18. HTTP
+     3. States                11. Transfers             19. Server routes
+     4. Scheduling            12. Links                 20. Client routes
+     5. Files                 13. Loops                 21. Logs
+     6. Archives              14. Server                22. Page and documents
+     7. Statements            15. Ends                  23. Commands
+     8. Store                 16. Client
 """
 
 from __future__ import annotations
@@ -919,7 +919,53 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 4. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+# == 4. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first queued job of a user who is under quota: what a service could run next."""
+
+    service: str
+    job_id: int
+    user_id: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The figures that decide about one queued job."""
+
+    runs_of_user: int
+    runs_per_user: int
+    runs_of_service: int
+    max_runs: int
+    queued_before: int  # of the same user
+
+
+def in_turn(heads: Iterable[Head]) -> list[Head]:
+    """Return heads in the order in which they are to run: strict arrival, over all services that the client serves."""
+    return sorted(heads, key=lambda head: head.job_id)
+
+
+def attempts_left(job: Job) -> bool:
+    """Tell whether an infrastructure failure of this attempt may be followed by another attempt."""
+    return job.attempt <= job.retries and job.kill_requested_at is None
+
+
+def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -> str:
+    """Return one sentence on what a queued job waits for. `troubles` says, by client, why it cannot be used now."""
+    count = standing.queued_before
+    before = "" if not count else " and 1 job of yours stands before it" if count == 1 else f" and {count} jobs of yours stand before it"
+    if standing.runs_of_user >= standing.runs_per_user:
+        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{before}"
+    if standing.runs_of_service >= standing.max_runs:
+        return f"all {standing.max_runs} runs of {service} are in use{before}"
+    if troubles and all(troubles.values()):
+        return f"no client for {service} answers: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
+    return f"it is next for a free place at a client for {service}{before}"
+
+
+# == 5. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
 @dataclass(frozen=True)
@@ -1354,7 +1400,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp))
 
 
-# == 5. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 6. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -1654,7 +1700,7 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
         os.close(descriptor)
 
 
-# == 6. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 7. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 2
 
@@ -1946,7 +1992,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 7. Store ==  A status changes in one statement, and its history row in the same transaction.
+# == 8. Store ==  A status changes in one statement, and its history row in the same transaction.
 
 
 class Changes:
@@ -2408,7 +2454,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 8. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+# == 9. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
@@ -2471,7 +2517,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     return kept, unclaimed
 
 
-# == 9. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 10. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
@@ -2847,7 +2893,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 10. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 11. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -2940,7 +2986,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-# == 11. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 12. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def check_base_names(paths: Sequence[str]) -> None:
@@ -3368,52 +3414,6 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
     except (HTTPError, OSError, ValueError) as error:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
-
-
-# == 12. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
-
-
-@dataclass(frozen=True)
-class Head:
-    """The first queued job of a user who is under quota: what a service could run next."""
-
-    service: str
-    job_id: int
-    user_id: int
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The figures that decide about one queued job."""
-
-    runs_of_user: int
-    runs_per_user: int
-    runs_of_service: int
-    max_runs: int
-    queued_before: int  # of the same user
-
-
-def in_turn(heads: Iterable[Head]) -> list[Head]:
-    """Return heads in the order in which they are to run: strict arrival, over all services that the client serves."""
-    return sorted(heads, key=lambda head: head.job_id)
-
-
-def attempts_left(job: Job) -> bool:
-    """Tell whether an infrastructure failure of this attempt may be followed by another attempt."""
-    return job.attempt <= job.retries and job.kill_requested_at is None
-
-
-def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -> str:
-    """Return one sentence on what a queued job waits for. `troubles` says, by client, why it cannot be used now."""
-    count = standing.queued_before
-    before = "" if not count else " and 1 job of yours stands before it" if count == 1 else f" and {count} jobs of yours stand before it"
-    if standing.runs_of_user >= standing.runs_per_user:
-        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{before}"
-    if standing.runs_of_service >= standing.max_runs:
-        return f"all {standing.max_runs} runs of {service} are in use{before}"
-    if troubles and all(troubles.values()):
-        return f"no client for {service} answers: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
-    return f"it is next for a free place at a client for {service}{before}"
 
 
 # == 13. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
