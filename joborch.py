@@ -21,14 +21,15 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary             9. Backups               17. Access
-     2. Configuration         10. Executors             18. HTTP
-     3. States                11. Transfers             19. Server routes
-     4. Scheduling            12. Links                 20. Client routes
-     5. Files                 13. Loops                 21. Logs
-     6. Archives              14. Server                22. Page and documents
-     7. Statements            15. Ends                  23. Commands
-     8. Store                 16. Client
+     1. Vocabulary            10. Store                 19. Client
+     2. Settings              11. Backups               20. Access
+     3. Configuration         12. Executors             21. HTTP
+     4. States                13. Transfers             22. Server routes
+     5. Scheduling            14. Links                 23. Site routes
+     6. Files                 15. Loops                 24. Client routes
+     7. Archives              16. Server                25. Logs
+     8. Statements            17. Ends                  26. Page and documents
+     9. Database              18. Waiting               27. Commands
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -114,6 +116,7 @@ INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results 
 LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
+LANES = 3  # jobs that are sent to one client at once
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
 DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
@@ -167,6 +170,14 @@ class Rejected(JoborchError):
 
 class Gone(JoborchError):
     """The client answers, and does not know the payload."""
+
+
+class UnknownJob(JoborchError):
+    """A job to follow that is not there, or not this user's."""
+
+
+class QueueFull(JoborchError):
+    """A user has as many jobs queued as one may have."""
 
 
 class StillRunning(JoborchError):
@@ -265,7 +276,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-# == 2. Configuration ==  One table declares every setting; flags, environment, help and messages all come from it.
+# == 2. Settings ==  One table declares every setting; flags, environment, help and messages all come from it.
 
 
 def read_text(text: str) -> str:
@@ -318,6 +329,24 @@ def read_bytes(text: str) -> int:
     if not match:
         raise ValueError("give bytes, or a number with K, M or G, as in 512M")
     return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
+
+
+def read_weight(text: str) -> float:
+    """Return a weight: how large a user's share is, 1 being the usual."""
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0.001 <= float(text) <= 1_000_000:
+        raise ValueError("give a number from 0.001 to 1000000, as in 2 or 0.5")
+    return float(text)
+
+
+def read_weights(text: str) -> dict[int, float]:
+    """Return weights by user: pairs with commas between, as in 7=2,8=0.5."""
+    weights = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        user, equals, weight = pair.partition("=")
+        if not equals or not re.fullmatch(r"-?[0-9]{1,18}", user.strip()):
+            raise ValueError("give USER=WEIGHT with commas between, as in 7=2,8=0.5")
+        weights[int(user)] = read_weight(weight.strip())
+    return weights
 
 
 def read_switch(text: str) -> bool:
@@ -380,6 +409,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
     Setting("JOBORCH_SLOTS", "slots", read_positive, str(os.cpu_count() or 1), "payloads that run at once (default: cores)", "client"),
+    Setting(
+        "JOBORCH_MEMORY", "memory_bytes", read_bytes, "", "memory that payloads may ask for together (default: the machine's)", "client"
+    ),
     Setting("JOBORCH_EXECUTOR", "executor", one_of("local"), "local", "what runs the payloads", "client"),
     Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
     Setting(
@@ -409,6 +441,24 @@ SETTINGS: tuple[Setting, ...] = (
         "seconds that the getter sleeps at most when nothing wakes it",
         "server",
     ),
+    Setting(
+        "JOBORCH_SHARE_HALF_LIFE",
+        "share_half_life_s",
+        read_period,
+        "6h",
+        "policy share: after so long, half of what a user has used is forgotten",
+        "server",
+    ),
+    Setting("JOBORCH_AGEING", "ageing_s", read_period, "60", "policy priority: seconds of waiting that count as one point", "server"),
+    Setting("JOBORCH_WEIGHTS", "weights", read_weights, "", "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", "server"),
+    Setting(
+        "JOBORCH_MAX_QUEUED_PER_USER",
+        "max_queued_per_user",
+        read_positive,
+        "10000",
+        "jobs of one user that may be queued at once",
+        "server",
+    ),
     Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
@@ -434,6 +484,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
     Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
     Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
     Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
+    Setting(
+        "POLICY",
+        "policy",
+        one_of("share", "fifo", "priority"),
+        "share",
+        "who is next: least use, first come, or highest priority with ageing",
+        "server",
+    ),
     Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit in seconds (default: none)", "server"),
     Setting(
         "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
@@ -458,6 +516,9 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "server",
     ),
 )
+
+
+# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
 
 
 @dataclass(frozen=True)
@@ -485,6 +546,7 @@ class Service:
     token: str
     runs_per_user: int
     max_runs: int
+    policy: str
     timeout_s: float | None
     retries: int
     return_inputs: bool
@@ -507,12 +569,17 @@ class Config:
     allow_anonymous: bool
     hosts: str
     slots: int
+    memory_bytes: int
     executor: str
     kill_grace_s: float
     log_limit_bytes: int
     run_interval_s: float
     send_interval_s: float
     get_interval_s: float
+    share_half_life_s: float
+    ageing_s: float
+    weights: Mapping[int, float]
+    max_queued_per_user: int
     clean_interval_s: float
     keep_rows_s: float
     max_upload_bytes: int
@@ -669,6 +736,14 @@ def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def machine_memory_bytes() -> int:
+    """Return the memory of this machine, or of the control group that we are confined to where it has less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return memory
+
+
 def default_folder(kind: str) -> str:
     """Return the user's `data` or `config` folder for joborch; ConfigError where the user has no home."""
     import platformdirs
@@ -700,6 +775,8 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
             text, sources[setting.name] = setting.default, "default"
         shown = setting.flag if given else setting.name
         values[setting.field] = read_setting(setting, text, shown) if text else ""
+    values["weights"] = values["weights"] or {}
+    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
     values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
@@ -739,7 +816,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 3. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 4. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -781,6 +858,7 @@ SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
     (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a place at a client were free"),
     (Status.QUEUED, Status.KILLED, "terminated before dispatch"),
     (Status.QUEUED, Status.FAILED, "no client of the service answered for too long"),
+    (Status.QUEUED, Status.INVALID, "a job that it was to follow ended otherwise than Completed"),
     (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
     (Status.PROCESSING, Status.QUEUED, "the client surely has nothing of it"),
     (Status.PROCESSING, Status.UNKNOWN, "bytes went out and no answer came"),
@@ -869,6 +947,10 @@ class Job(NamedTuple):
     moved_at: float  # steady: its last change of status
     synced: int  # client: its files have surely reached the disk
     inputs_sha256: str | None  # server: of the list of its files with their digests
+    after_ids: str  # server: jobs that must be Completed first, commas between
+    blocked: int  # server: how many of these have not ended
+    arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
+    charged: float  # server: slot-seconds that its user is charged for this attempt
 
     @property
     def mark(self) -> str:
@@ -900,6 +982,7 @@ class NewJob:
     user_id: int | None = None
     service: str | None = None
     name: str | None = None
+    priority: int = 0
     cpus: int = 1
     memory: int | None = None
     timeout: float | None = None
@@ -910,6 +993,18 @@ class NewJob:
     idempotency_key: str | None = None
     request_digest: str | None = None
     inputs_sha256: str | None = None
+    after_ids: str = ""
+    blocked: int = 0
+
+    @property
+    def after(self) -> list[int]:
+        """The jobs that it is to follow."""
+        return ids_in(self.after_ids)
+
+
+def ids_in(text: str) -> list[int]:
+    """Return the ids of a text that holds some, with commas between."""
+    return [int(part) for part in text.split(",") if part]
 
 
 def as_job(row: sqlite3.Row) -> Job:
@@ -919,7 +1014,107 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 4. Scheduling ==  Pure functions of rows and limits: who is next, and why somebody waits.
+# == 5. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+
+NO_USE = float("-inf")  # the base-2 logarithm of no use at all
+HEADS_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
+UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
+HANDOVER_S = 0.2  # work that may wait at a client, so that its slots do not stand idle between two jobs
+FULL_QUEUE_RETRY_S = 60
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What turns depend on beside the rows and the services."""
+
+    half_life_s: float = 6 * 3600.0
+    ageing_s: float = 60.0
+    weights: Mapping[int, float] = field(default_factory=dict)  # by user; those in the store go before them
+
+
+class Waiting(NamedTuple):
+    """What a turn needs to know of a queued job."""
+
+    job_id: int
+    priority: int
+    arrived_at: float  # steady
+    cpus: int
+    memory: int | None  # MiB
+    timeout: float | None  # seconds
+
+
+@dataclass
+class Usage:
+    """What a user has used of a service, as the base-2 logarithm of slot-seconds; and how long his runs take.
+
+    A use u of now is kept as log2(u) + now / half-life. So it never has to be brought up to date: by the time a half-life
+    has passed, every new slot-second counts twice as much as it, and the order of users does not change while time passes.
+    """
+
+    use: float = NO_USE
+    runs: int = 0
+    mean_s: float = 0.0
+
+
+@dataclass
+class Pace:
+    """What is known of a service: how far its turns have come (the rank served last), and how long its runs take."""
+
+    level: float = NO_USE
+    runs: int = 0
+    mean_s: float = 0.0
+
+
+def with_run(known: Usage | Pace, run_s: float) -> None:
+    """Take one more run into a mean that follows the last twenty or so."""
+    known.runs += 1
+    known.mean_s += (run_s - known.mean_s) / min(known.runs, 20)
+
+
+def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
+    """Return a use after `slot_s` more slot-seconds at `now`; fewer where they are negative: given back, as far as there are some."""
+    if not slot_s:
+        return use
+    term = now / half_life_s + math.log2(abs(slot_s))
+    if slot_s > 0:
+        return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
+    return use + math.log2(1 - 2.0 ** (term - use)) if term < use else NO_USE
+
+
+def use_now(use: float, now: float, half_life_s: float) -> float:
+    """Return a use in slot-seconds, as it counts at `now`."""
+    return float(2.0 ** min(use - now / half_life_s, 1000.0))
+
+
+def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) -> float:
+    """Return the slot-seconds that a job is charged when its run begins, so that running slots count at once.
+
+    As long as the user's runs take, else those of the service; what it takes longer is charged as it runs.
+    """
+    expected = usage.mean_s if usage.runs else pace.mean_s if pace.runs else UNKNOWN_RUN_S
+    return job.cpus * min(expected, job.timeout or expected, half_life_s / 8)
+
+
+def welcomed(use: float, weight: float, level: float) -> float:
+    """Return the use of a user who comes back after idling: his credit is one half-life before the turn served last, not more."""
+    return max(use, level - 1 + math.log2(weight))
+
+
+def turn_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s: float) -> tuple[float, Waiting]:
+    """Return the rank of a user's turn for a service, the lowest being next, and the job that takes it.
+
+    `waiting` is the first job of each priority; with `share`, that of the highest suffices. No rank changes while time
+    passes. `priority` is one line for all: a point of priority is worth `ageing_s` seconds of waiting, so that a job is
+    overtaken only by such as come within (100 - its priority) times `ageing_s` after it, 200 minutes at most.
+    """
+    if policy == "priority":
+        first = min(waiting, key=lambda job: (job.arrived_at / ageing_s - job.priority, job.job_id))
+        return first.arrived_at / ageing_s - first.priority, first
+    highest = min(waiting, key=lambda job: (-job.priority, job.job_id))
+    return min(job.arrived_at for job in waiting) if policy == "fifo" else share_rank, highest
+
+
+# -- where --
 
 
 @dataclass(frozen=True)
@@ -928,7 +1123,124 @@ class Head:
 
     service: str
     job_id: int
-    user_id: int
+    cpus: int = 1
+    memory: int | None = None  # MiB
+    timeout: float | None = None  # seconds
+
+
+@dataclass(frozen=True)
+class Line:
+    """The heads of one service in the order of their turns, who serves it, and how much of it runs."""
+
+    service: str
+    clients: Collection[str]
+    busy: float  # the part of its limit that is in use
+    run_s: float | None  # how long a run takes, where that is known
+    heads: Iterable[Head]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A client that takes jobs now, as the scheduler sees it."""
+
+    name: str
+    slots: int
+    free: int  # slots; below 0 where jobs wait there
+    memory: int | None = None  # MiB; None: it does not say
+    free_memory: int | None = None
+    load: float = 0.0  # percent
+    failed_s_ago: float = float("inf")
+    queues: bool = False  # a 2.2 client: it says nothing of its slots, and queues by itself
+
+    def could_run(self, cpus: int, memory: int | None) -> bool:
+        """Tell whether so much would fit into it when it is empty."""
+        return self.queues or (cpus <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
+
+    def room(self, run_s: float | None) -> int:
+        """Return how many slots may be promised: those that are free, and for short runs some more, that none stands idle in between.
+
+        What waits there is work of HANDOVER_S at most: a newcomer's job waits for no more than that beyond what runs.
+        """
+        ahead = min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3))) if run_s is not None else 0
+        return 1 << 30 if self.queues else self.free + ahead
+
+    def preference(self) -> tuple[float, float, float, str]:
+        """Return what to choose it by, the lowest first: free slots, load, age of its last failure."""
+        return (-self.free, self.load, -self.failed_s_ago, self.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What runs at a client, and when its time limit ends it."""
+
+    cpus: int
+    memory: int
+    ends_at: float  # steady; infinity where it has no limit
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What is kept free at a client for a wide job: all of it until then, but for what is to spare."""
+
+    until: float  # steady; when it can begin at the latest, infinity where nobody knows
+    cpus: int
+    memory: float
+
+    def lets(self, head: Head, now: float) -> bool:
+        """Tell whether another job may go first: it will have ended by then, or needs only what is to spare (EASY backfilling)."""
+        ends_before = head.timeout is not None and now + head.timeout <= self.until < float("inf")
+        return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
+
+
+def reserve(head: Head, place: Place, runs: Iterable[Run]) -> Reservation:
+    """Return the earliest time by which enough will be free at a client for a job, and what is to spare of it then.
+
+    Where that hangs on a run without time limit, nothing is to spare: all that becomes free is kept until it suffices.
+    """
+    free, memory, until = place.free, float("inf") if place.free_memory is None else float(place.free_memory), 0.0
+    for run in sorted(runs, key=lambda run: run.ends_at):
+        if free >= head.cpus and memory >= (head.memory or 0):
+            break
+        free, memory, until = free + run.cpus, memory + run.memory, run.ends_at
+    if until == float("inf") or free < head.cpus:
+        return Reservation(float("inf"), 0, 0)
+    return Reservation(until, free - head.cpus, memory - (head.memory or 0))
+
+
+def fits(head: Head, place: Place, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
+    """Tell whether a job can be sent to a client now."""
+    memory_fits = head.memory is None or place.free_memory is None or head.memory <= place.free_memory
+    return head.cpus <= place.room(run_s) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
+
+
+def choose(
+    lines: Sequence[Line], places: Sequence[Place], runs_at: Callable[[str], Iterable[Run]], now: float
+) -> tuple[Head, Place] | None:
+    """Return the job that is next and the client that gets it, or None where nothing can be sent now.
+
+    Between services: the one of whose limit the least is in use. Within one: by turn. The first job that is too wide for
+    what is free reserves the client where it can begin first; others go before it only where they do not delay it.
+    """
+    reserved: dict[str, Reservation] = {}
+    for line in sorted(lines, key=lambda line: line.busy):
+        able = [place for place in places if place.name in line.clients]
+        if not any(place.room(line.run_s) > 0 for place in able):
+            continue
+        waits = False
+        for head in line.heads:
+            fitting = [place for place in able if fits(head, place, line.run_s, reserved.get(place.name), now)]
+            if fitting:
+                return head, min(fitting, key=Place.preference)
+            large = [place for place in able if place.could_run(head.cpus, head.memory) and place.name not in reserved]
+            if large and not waits:
+                waits = True
+                kept = {place.name: reserve(head, place, runs_at(place.name)) for place in large}
+                best = min(large, key=lambda place: (kept[place.name].until, *place.preference()))
+                reserved[best.name] = kept[best.name]
+    return None
+
+
+# -- why --
 
 
 @dataclass(frozen=True)
@@ -940,11 +1252,22 @@ class Standing:
     runs_of_service: int
     max_runs: int
     queued_before: int  # of the same user
+    users_before: int = 0  # whose turn comes first
+    cpus: int = 1
+    memory: int | None = None  # MiB
+
+    def before(self, with_others: bool = True) -> str:
+        """Return what stands before the job, as the end of a sentence; empty where nothing does."""
+        jobs = counted(self.queued_before, "job of yours", "jobs of yours")
+        users = counted(self.users_before if with_others else 0, "other user's turn", "other users' turns")
+        parts = [part for part in (jobs, users) if part]
+        verb = "stands" if len(parts) == 1 and parts[0].startswith("1 ") else "stand"
+        return f" and {' and '.join(parts)} {verb} before it" if parts else ""
 
 
-def in_turn(heads: Iterable[Head]) -> list[Head]:
-    """Return heads in the order in which they are to run: strict arrival, over all services that the client serves."""
-    return sorted(heads, key=lambda head: head.job_id)
+def counted(count: int, one: str, many: str) -> str:
+    """Return `1 job`, `5 jobs`, or nothing for none; beyond 10,000 nobody counts."""
+    return "" if not count else f"1 {one}" if count == 1 else f"{'more than ' if count >= 10_000 else ''}{count:,} {many}"
 
 
 def attempts_left(job: Job) -> bool:
@@ -952,20 +1275,62 @@ def attempts_left(job: Job) -> bool:
     return job.attempt <= job.retries and job.kill_requested_at is None
 
 
-def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str]) -> str:
-    """Return one sentence on what a queued job waits for. `troubles` says, by client, why it cannot be used now."""
-    count = standing.queued_before
-    before = "" if not count else " and 1 job of yours stands before it" if count == 1 else f" and {count} jobs of yours stand before it"
+def needs(cpus: int, memory: int | None) -> str:
+    """Return what a job asks for, as people say it."""
+    return counted(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
+
+
+def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[Place]) -> str:
+    """Return why no client of a service could ever run so much, or an empty text where one could, or may be."""
+    if not places or any(place.could_run(cpus, memory) for place in places):
+        return ""
+    largest = max(places, key=lambda place: (place.slots >= cpus, place.slots, place.memory or 0))
+    has = needs(largest.slots, largest.memory if memory else None)
+    return f"no client for {service} is large enough: it needs {needs(cpus, memory)}, and the largest, {largest.name}, has {has}"
+
+
+def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], places: Collection[Place]) -> str:
+    """Return one sentence on what a queued job waits for.
+
+    `troubles` says, by client, why it cannot be used now; `places` are those that can.
+    """
     if standing.runs_of_user >= standing.runs_per_user:
-        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{before}"
+        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{standing.before(with_others=False)}"
     if standing.runs_of_service >= standing.max_runs:
-        return f"all {standing.max_runs} runs of {service} are in use{before}"
+        return f"all {standing.max_runs} runs of {service} are in use{standing.before()}"
     if troubles and all(troubles.values()):
-        return f"no client for {service} answers: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
-    return f"it is next for a free place at a client for {service}{before}"
+        return f"no client for {service} takes jobs: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
+    too_large = too_large_text(service, standing.cpus, standing.memory, places)
+    if too_large:
+        return too_large
+    if places and all(place.free <= 0 and not place.queues for place in places):
+        slots, names = sum(place.slots for place in places), sorted(place.name for place in places)
+        where, taken = names[0] if len(names) == 1 else f"{len(names)} clients", "the only slot" if slots == 1 else f"all {slots} slots"
+        return f"{taken} of {where} {'is' if slots == 1 else 'are'} in use{standing.before()}"
+    if standing.before():
+        return f"it waits for its turn{standing.before()}"
+    if places and not any(place.queues or place.free >= standing.cpus for place in places):
+        best = max(places, key=lambda place: (place.could_run(standing.cpus, standing.memory), place.free))
+        has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
+        return f"it needs {needs(standing.cpus, None)} at once: {has}"
+    return f"it is next for a free place at a client for {service}"
 
 
-# == 5. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+def wait_estimate_s(position: int, standing: Standing, slots: int, run_s: float) -> float:
+    """Return how long a job waits as things stand: each round of runs takes `run_s`, the mean of past ones.
+
+    `position` counts the jobs that are before it, itself included; as many at once run as slots and limits let. It waits for
+    as many rounds as they take, and as its user's own limit takes for his.
+    """
+    at_once = max(1, min(slots, standing.max_runs))
+    free = max(0, at_once - standing.runs_of_service)
+    rounds = max(0, position - free + at_once - 1) // at_once
+    own_free = max(0, standing.runs_per_user - standing.runs_of_user)
+    own_rounds = max(0, standing.queued_before + 1 - own_free + standing.runs_per_user - 1) // standing.runs_per_user
+    return max(rounds, own_rounds) * run_s
+
+
+# == 6. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
 @dataclass(frozen=True)
@@ -1400,7 +1765,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp))
 
 
-# == 6. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 7. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -1700,9 +2065,9 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
         os.close(descriptor)
 
 
-# == 7. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 8. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
@@ -1711,7 +2076,54 @@ CREATE INDEX jobs_unsynced ON jobs(id)
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 """
 
-SCHEMA = """
+QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
+ WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
+CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+"""
+
+TURN_TABLES = """CREATE TABLE contenders (
+    service TEXT NOT NULL,
+    user_id INTEGER NOT NULL,
+    at_quota INTEGER NOT NULL,
+    rank REAL NOT NULL,
+    head INTEGER NOT NULL,
+    cpus INTEGER NOT NULL,
+    memory INTEGER,
+    timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX contenders_turn ON contenders(service, at_quota, rank, head);
+CREATE TABLE usage (
+    service TEXT NOT NULL,
+    user_id INTEGER NOT NULL,
+    used REAL NOT NULL,
+    runs INTEGER NOT NULL,
+    mean_s REAL NOT NULL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX usage_user ON usage(user_id);
+CREATE TABLE pace (
+    service TEXT PRIMARY KEY,
+    level REAL NOT NULL,
+    runs INTEGER NOT NULL,
+    mean_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
+CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE dependencies (
+    on_id INTEGER NOT NULL,
+    job_id INTEGER NOT NULL,
+    PRIMARY KEY (on_id, job_id)
+) WITHOUT ROWID;
+CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+INSERT INTO turns_made VALUES ('', 0);
+"""
+
+SCHEMA = (
+    """
 BEGIN;
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1750,7 +2162,11 @@ CREATE TABLE jobs (
     changed INTEGER,
     moved_at REAL NOT NULL DEFAULT 0,
     synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT
+    inputs_sha256 TEXT,
+    after_ids TEXT NOT NULL DEFAULT '',
+    blocked INTEGER NOT NULL DEFAULT 0,
+    arrived_at REAL NOT NULL DEFAULT 0,
+    charged REAL NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -1758,11 +2174,9 @@ CREATE INDEX jobs_user ON jobs(user_id, id);
 CREATE INDEX jobs_service ON jobs(service, id);
 CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
-CREATE INDEX jobs_queued ON jobs(service, user_id, id) WHERE status = 'Queued' AND not_before IS NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-CREATE INDEX jobs_client ON jobs(client, id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@AGES@CREATE TABLE history (
+@QUEUES@@AGES@CREATE TABLE history (
     job_id INTEGER NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
@@ -1786,14 +2200,7 @@ CREATE TABLE attempts (
     cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-CREATE TABLE eligible (
-    service TEXT NOT NULL,
-    head INTEGER NOT NULL,
-    user_id INTEGER NOT NULL,
-    PRIMARY KEY (service, head)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX eligible_user ON eligible(service, user_id);
-CREATE TABLE heartbeat (
+@TURNS@CREATE TABLE heartbeat (
     at REAL NOT NULL,
     instance TEXT NOT NULL,
     boot TEXT NOT NULL DEFAULT '',
@@ -1801,9 +2208,12 @@ CREATE TABLE heartbeat (
     steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 COMMIT;
-""".replace("@AGES@", AGE_INDEXES)
+""".replace("@QUEUES@", QUEUE_INDEXES)
+    .replace("@AGES@", AGE_INDEXES)
+    .replace("@TURNS@", TURN_TABLES)
+)
 
 # From each version of the schema to the next.
 MIGRATIONS = {
@@ -1823,15 +2233,28 @@ DROP INDEX jobs_cleaned;
 @AGES@PRAGMA user_version = 2;
 COMMIT;
 """.replace("@AGES@", AGE_INDEXES),
+    2: """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN after_ids TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN arrived_at REAL NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN charged REAL NOT NULL DEFAULT 0;
+UPDATE jobs SET arrived_at = created_at;
+DROP TABLE eligible;
+DROP INDEX jobs_queued;
+DROP INDEX jobs_client;
+@QUEUES@@TURNS@PRAGMA user_version = 3;
+COMMIT;
+""".replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
 }
 
 JOB_ADD = """
-INSERT INTO jobs (uuid, user_id, service, name, status, reason, cpus, memory, timeout, retries, return_inputs, attempt,
+INSERT INTO jobs (uuid, user_id, service, name, status, reason, priority, cpus, memory, timeout, retries, return_inputs, attempt,
                   remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at,
-                  inputs_sha256)
-VALUES (:uuid, :user_id, :service, :name, :status, :reason, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
+                  inputs_sha256, after_ids, blocked, arrived_at)
+VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
         :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at,
-        :inputs_sha256)
+        :inputs_sha256, :after_ids, :blocked, :moved_at)
 """
 JOB_MOVE = """
 UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
@@ -1878,8 +2301,12 @@ SELECT count(*) FROM jobs INDEXED BY jobs_busy
  WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
 """
 BUSY_OF_CLIENT = """
-SELECT count(*) FROM jobs INDEXED BY jobs_client
+SELECT coalesce(sum(cpus), 0) FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_BY_CLIENT = """
+SELECT client, count(*) AS jobs, sum(cpus) AS cpus, coalesce(sum(memory), 0) AS memory FROM jobs INDEXED BY jobs_client
+ WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') GROUP BY client
 """
 AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
@@ -1904,44 +2331,123 @@ SELECT count(*) FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
 """
 CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
-QUEUED_HEAD = """
-SELECT min(id) FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL
+WAITING_FIRST = """
+SELECT id, priority, arrived_at, cpus, memory, timeout FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+ ORDER BY priority DESC, id LIMIT 1
+"""
+WAITING_BY_PRIORITY = """
+WITH RECURSIVE level(priority, id) AS (
+    SELECT * FROM (SELECT priority, id FROM jobs INDEXED BY jobs_queued
+                    WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+                    ORDER BY priority DESC, id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1),
+           (SELECT j.id FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1)
+      FROM level WHERE level.priority IS NOT NULL
+) SELECT jobs.id, jobs.priority, arrived_at, cpus, memory, timeout FROM level JOIN jobs ON jobs.id = level.id
 """
 QUEUED_BEFORE = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND id < :id LIMIT 10000)
+SELECT (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
+         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+           AND priority > :priority LIMIT 10000))
+     + (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
+         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+           AND priority = :priority AND id < :id LIMIT 10000))
 """
-QUEUED_BEFORE_IN_SERVICE = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_status
- WHERE status = 'Queued' AND id < :id AND service = :service LIMIT 10000)
+QUEUED_IN_SERVICE = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 LIMIT 10000)
+"""
+QUEUED_PRIORITIES = """
+WITH RECURSIVE level(priority) AS (
+    SELECT * FROM (SELECT priority FROM jobs INDEXED BY jobs_line
+                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+                    ORDER BY priority LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_line
+             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority > level.priority ORDER BY j.priority LIMIT 1)
+      FROM level WHERE level.priority IS NOT NULL
+) SELECT priority FROM level WHERE priority IS NOT NULL
+"""
+QUEUED_EARLIER = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+   AND priority = :priority AND arrived_at < :before LIMIT 10000)
+"""
+QUEUED_OF_USER = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_waiting WHERE user_id = :user_id AND status = 'Queued' LIMIT :limit)
 """
 QUEUED_USERS = """
 WITH RECURSIVE pair(service, user_id) AS (
     SELECT * FROM (SELECT service, user_id FROM jobs INDEXED BY jobs_queued
-                    WHERE status = 'Queued' AND not_before IS NULL ORDER BY service, user_id LIMIT 1)
+                    WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY service, user_id LIMIT 1)
     UNION ALL
     SELECT (SELECT j.service FROM jobs j INDEXED BY jobs_queued
-             WHERE j.status = 'Queued' AND j.not_before IS NULL AND (j.service, j.user_id) > (pair.service, pair.user_id)
+             WHERE j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0 AND (j.service, j.user_id) > (pair.service, pair.user_id)
              ORDER BY j.service, j.user_id LIMIT 1),
            (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.status = 'Queued' AND j.not_before IS NULL AND (j.service, j.user_id) > (pair.service, pair.user_id)
+             WHERE j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0 AND (j.service, j.user_id) > (pair.service, pair.user_id)
              ORDER BY j.service, j.user_id LIMIT 1)
       FROM pair WHERE pair.service IS NOT NULL
 ) SELECT service, user_id FROM pair WHERE service IS NOT NULL
 """
 QUEUED_OF_SERVICE = """
 SELECT * FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND moved_at < :before ORDER BY user_id, id LIMIT 1000
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND moved_at < :before
+ ORDER BY user_id, priority DESC, id LIMIT 1000
 """
 DELAYED_DUE = """
 SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
  WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
 """
-ELIGIBLE_SET = "INSERT OR REPLACE INTO eligible (service, head, user_id) VALUES (:service, :head, :user_id)"
-ELIGIBLE_CLEAR = "DELETE FROM eligible WHERE service = :service AND user_id = :user_id"
-ELIGIBLE_EMPTY = "DELETE FROM eligible"
-ELIGIBLE_HEADS = "SELECT head, user_id FROM eligible WHERE service = :service ORDER BY head LIMIT :limit"
+CONTENDER_SET = """
+INSERT OR REPLACE INTO contenders (service, user_id, at_quota, rank, head, cpus, memory, timeout)
+VALUES (:service, :user_id, :at_quota, :rank, :head, :cpus, :memory, :timeout)
+"""
+CONTENDER_GET = "SELECT at_quota, rank, head FROM contenders WHERE service = :service AND user_id = :user_id"
+CONTENDER_CLEAR = "DELETE FROM contenders WHERE service = :service AND user_id = :user_id"
+CONTENDERS_EMPTY = "DELETE FROM contenders"
+CONTENDERS_NEXT = """
+SELECT head, user_id, rank, cpus, memory, timeout FROM contenders INDEXED BY contenders_turn
+ WHERE service = :service AND at_quota = 0 ORDER BY rank, head LIMIT :limit
+"""
+CONTENDERS_BEFORE = """
+SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn
+ WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
+"""
+CONTENDERS_COUNT = "SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn WHERE service = :service LIMIT 10000)"
+USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
+USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
+USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
+USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
+PACE_GET = "SELECT level, runs, mean_s FROM pace WHERE service = :service"
+PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, :level, :runs, :mean_s)"
+PACE_ALL = "SELECT service, level, runs, mean_s FROM pace"
+JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
+JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
+JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
+WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
+WEIGHT_SET = "INSERT OR REPLACE INTO users (user_id, weight) VALUES (:user_id, :weight)"
+DRAINED_ALL = "SELECT client, at FROM drained"
+DRAINED_SET = "INSERT OR IGNORE INTO drained (client, at) VALUES (:client, :at)"
+DRAINED_CLEAR = "DELETE FROM drained WHERE client = :client"
+DEPENDENCY_ADD = "INSERT OR IGNORE INTO dependencies (on_id, job_id) VALUES (:on_id, :job_id)"
+DEPENDENTS = """
+SELECT jobs.* FROM dependencies JOIN jobs ON jobs.id = dependencies.job_id
+ WHERE dependencies.on_id = :on_id AND jobs.status = 'Queued' ORDER BY dependencies.job_id
+"""
+DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
+DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
+JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
+WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Completed' LIMIT 1"
+TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
+TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
 PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
 COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
 CHANGED_SINCE = """
@@ -1992,7 +2498,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 8. Store ==  A status changes in one statement, and its history row in the same transaction.
+# == 9. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
 
 
 class Changes:
@@ -2027,7 +2533,7 @@ class Ticket:
         self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
 
 
-class Store:
+class Database:
     """The database of one process.
 
     Writes go through one connection, and those that wait meanwhile share a transaction: one fsync serves them all.
@@ -2037,11 +2543,10 @@ class Store:
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.noun = Changes(), "job" if mode == "server" else "payload"
-        self.limits: Mapping[str, Service] = {}
+        self.changes = Changes()
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.synchronous, self.last_seq, self.damage = "", 0, ""
+        self.synchronous, self.damage = "", ""
         self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
         try:
             self.db = self.connect()
@@ -2128,8 +2633,6 @@ class Store:
         with self.lock:
             self.db.close()
 
-    # -- reading --
-
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         """Return all rows of one query; StorageError where the database cannot be read."""
         try:
@@ -2149,32 +2652,9 @@ class Store:
             self.local.db = db
         return cast(sqlite3.Connection, db)
 
-    def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """Return the rows of a query over jobs, as jobs."""
-        return [as_job(row) for row in self.read(sql, **values)]
-
-    def job(self, sql: str, **values: Any) -> Job | None:
-        rows = self.jobs(sql, **values)
-        return rows[0] if rows else None
-
-    def get(self, job_id: int) -> Job | None:
-        """Return a job, or None."""
-        return self.job(JOB_GET, id=job_id)
-
     def number(self, sql: str, **values: Any) -> int:
         """Return the one number that a query gives; None counts as 0."""
         return int(self.read(sql, **values)[0][0] or 0)
-
-    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given."""
-        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
-        if user_id is not None:
-            return self.jobs(JOBS_PAGE_OF_USER, **values)
-        if status is not None:
-            return self.jobs(JOBS_PAGE_IN_STATUS, **values)
-        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
-
-    # -- writing --
 
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
         """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
@@ -2249,167 +2729,10 @@ class Store:
             self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
             self.synchronous = level
 
-    def next_change(self) -> int | None:
-        """Return the next number for a client's /events; called inside a transaction. The server has none."""
-        if self.mode == "server":
-            return None
-        self.last_change += 1
-        return self.last_change
-
-    def add(self, new: NewJob, reason: str) -> Job:
-        """Store a new job durably, Queued or Prepared. sqlite3.IntegrityError where its mark or key exists."""
-        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
-
-        def insert(db: sqlite3.Connection) -> Job:
-            values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change()}
-            values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
-            job_id = db.execute(JOB_ADD, values).lastrowid
-            self.add_history(db, cast(int, job_id), values["created_at"], None, status, reason)
-            job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
-            self.refresh_eligible(db, job)
-            return job
-
-        job = self.write(insert, durable=self.mode == "server")
-        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, status, job.service, job.user_id)
-        return job
-
-    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
-        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
-
-        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
-        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
-        """
-        durable = durable or (self.mode == "server" and to in ENDED)
-        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
-        if moved:
-            because = ": " + one_line(reason) if reason else ""
-            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
-        return moved
-
-    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        """Make one move inside a transaction: see `move`."""
-        if (job.status, to) not in MOVES[self.mode]:
-            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
-        now = self.clock.wall()
-        if to in ENDED and job.status not in ENDED:
-            changes.setdefault("ended_at", now)
-        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
-        values.update(changed=self.next_change(), moved_at=self.steady())
-        if db.execute(JOB_MOVE, values).rowcount != 1:
-            return False
-        if values["attempt"] != job.attempt:
-            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
-            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
-        self.add_history(db, job.id, now, job.status, to, reason)
-        if not (job.status in BUSY and to in BUSY):
-            self.refresh_eligible(db, job)
-        return True
-
-    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
-        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
-        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
-        db.execute(HISTORY_ADD, values)
-
-    def refresh_eligible(self, db: sqlite3.Connection, job: Job) -> None:
-        """Keep up `eligible`: one row for each user who has queued work for a service and is under quota."""
-        service = self.limits.get(job.service or "")
-        if self.mode != "server" or service is None:
-            return
-        pair = {"service": job.service, "user_id": job.user_id}
-        head = db.execute(QUEUED_HEAD, pair).fetchone()[0]
-        if head is not None and db.execute(BUSY_OF_USER, pair).fetchone()[0] < service.runs_per_user:
-            db.execute(ELIGIBLE_SET, {**pair, "head": head})  # replaces the user's row: one a user and service
-        else:
-            db.execute(ELIGIBLE_CLEAR, pair)
-
-    def set_limits(self, services: Mapping[str, Service]) -> None:
-        """Take the quotas of these services, and make `eligible` anew for them."""
-        self.limits = services
-
-        def rebuild(db: sqlite3.Connection) -> None:
-            db.execute(ELIGIBLE_EMPTY)
-            for service, user_id in db.execute(QUEUED_USERS).fetchall():
-                head = db.execute(QUEUED_HEAD, {"service": service, "user_id": user_id}).fetchone()[0]
-                self.refresh_eligible(db, as_job(db.execute(JOB_GET, {"id": head}).fetchone()))
-
-        self.write(rebuild)
-
-    def claim(self, job_id: int, client: str, room: int) -> Job | None:
-        """Move a queued job to Processing for `client`, if quota, service limit and `room` at the client still allow it.
-
-        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
-        """
-
-        def take(db: sqlite3.Connection) -> Job | None:
-            job = as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
-            service = self.limits[job.service or ""]
-            pair = {"service": job.service, "user_id": job.user_id}
-            if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
-                return None
-            full = (
-                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] >= room
-                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
-                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
-            )
-            if full or job.status is not Status.QUEUED or job.not_before is not None:
-                return None
-            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
-            return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
-
-        job = self.write(take)
-        if job:
-            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
-        return job
-
-    def admit_due(self) -> int:
-        """Let new attempts whose back-off is over be claimed; return how many."""
-        due = self.read(DELAYED_DUE, now=self.steady())
-
-        def admit(db: sqlite3.Connection) -> None:
-            for row in due:
-                db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.refresh_eligible(db, as_job(db.execute(JOB_GET, {"id": row["id"]}).fetchone()))
-
-        if due:
-            self.write(admit, durable=False)
-        return len(due)
-
-    def wish_end(self, job_id: int, cause: Cause) -> bool:
-        """Note durably that a job shall end; return whether that is news."""
-        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
-        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
-
-    def note(self, sql: str, **values: Any) -> None:
-        """Write a column that is not a status, without waiting for the disk."""
-        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
-
-    def forget(self, job_ids: Sequence[int]) -> None:
-        """Delete rows and history of cleaned jobs."""
-
-        def delete(db: sqlite3.Connection) -> None:
-            for job_id in job_ids:
-                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, FORGET_JOB):
-                    db.execute(sql, {"id": job_id})
-
-        self.write(delete, durable=False)
-
     def check(self) -> None:
         """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
         self.write(self.beat, durable=False)
         self.check_identity()
-
-    def renew(self) -> None:
-        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
-
-        def skip(db: sqlite3.Connection) -> None:
-            last = db.execute(LAST_ID).fetchone()
-            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
-            db.execute(NEW_INSTANCE)
-
-        self.write(skip)
 
     def check_identity(self) -> None:
         """Raise StorageError where the database is damaged, or its file was removed: what is written then goes nowhere."""
@@ -2434,6 +2757,8 @@ def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | 
         if "interrupted" in str(error):
             return None
         raise
+    except sqlite3.DatabaseError as error:  # damaged so badly that it cannot even be looked through
+        return str(error)
     finally:
         db.set_progress_handler(None, 0)
     return "" if said == "ok" else str(said)
@@ -2454,7 +2779,366 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 9. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+# == 10. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+
+
+class Store(Database):
+    """The jobs of one process: every move of a status is made here, and with it whose turn it is.
+
+    One class serves both modes: a payload of a client is a job that may have no user and no service.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        super().__init__(path, mode, clock)
+        self.noun = "job" if mode == "server" else "payload"
+        self.limits: Mapping[str, Service] = {}
+        self.sharing, self.last_seq = Sharing(), 0
+
+    # -- reading --
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """Return the rows of a query over jobs, as jobs."""
+        return [as_job(row) for row in self.read(sql, **values)]
+
+    def job(self, sql: str, **values: Any) -> Job | None:
+        rows = self.jobs(sql, **values)
+        return rows[0] if rows else None
+
+    def get(self, job_id: int) -> Job | None:
+        """Return a job, or None."""
+        return self.job(JOB_GET, id=job_id)
+
+    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
+        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given."""
+        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
+        if user_id is not None:
+            return self.jobs(JOBS_PAGE_OF_USER, **values)
+        if status is not None:
+            return self.jobs(JOBS_PAGE_IN_STATUS, **values)
+        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
+
+    @staticmethod
+    def row(db: sqlite3.Connection, job_id: int) -> Job:
+        """Return a job that is there, inside a transaction."""
+        return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
+
+    # -- writing --
+
+    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
+        """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
+
+        Raises sqlite3.IntegrityError where its mark or key exists, UnknownJob where it cannot follow what it names, and
+        QueueFull where its user has `most_queued` jobs queued.
+        """
+        job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
+        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
+        return job
+
+    def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
+        """Store a new job inside a transaction: see `add`."""
+        if most_queued and db.execute(QUEUED_OF_USER, {"user_id": new.user_id, "limit": most_queued}).fetchone()[0] >= most_queued:
+            raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
+        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
+        open_ids, broken = self.still_open(db, new)
+        values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change(), "blocked": len(open_ids)}
+        values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
+        job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
+        for on_id in open_ids:
+            db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
+        self.add_history(db, job_id, values["created_at"], None, status, reason)
+        job = self.row(db, job_id)
+        if broken:
+            self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
+            return self.row(db, job_id)
+        if self.mode == "server":
+            self.welcome(db, job)
+        self.refresh_turn(db, job)
+        return job
+
+    def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
+        """Return which of the jobs that a new one is to follow have not ended, and why it can never run, or an empty text."""
+        open_ids, broken = [], ""
+        for on_id in new.after:
+            row = db.execute(JOB_GET, {"id": on_id}).fetchone()
+            if row is None or row["user_id"] != new.user_id:
+                raise UnknownJob(f"user {new.user_id} has no job {on_id}")
+            earlier = as_job(row)
+            if earlier.status not in OVER:
+                open_ids.append(on_id)
+            elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
+                broken = broken or broken_chain(on_id, earlier.status)
+        return ([], broken) if broken else (open_ids, "")
+
+    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
+        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
+
+        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
+        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
+        """
+        durable = durable or (self.mode == "server" and to in ENDED)
+        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
+        if moved:
+            because = ": " + one_line(reason) if reason else ""
+            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
+        return moved
+
+    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        """Make one move inside a transaction, and what follows from it for jobs that wait for this one: see `move`."""
+        moved = self.move_row(db, job, to, reason, **changes)
+        if moved and self.mode == "server" and to in ENDED:
+            self.tell_dependents(db, job.id, to)
+        return moved
+
+    def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        if (job.status, to) not in MOVES[self.mode]:
+            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
+        now = self.clock.wall()
+        run_s = changes.pop("run_s", None)
+        if to in ENDED and job.status not in ENDED:
+            changes.setdefault("ended_at", now)
+        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
+        values.update(changed=self.next_change(), moved_at=self.steady())
+        if db.execute(JOB_MOVE, values).rowcount != 1:
+            return False
+        if values["attempt"] != job.attempt:
+            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
+            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
+        self.add_history(db, job.id, now, job.status, to, reason)
+        if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
+            self.account(db, job, to, run_s)
+        if not (job.status in BUSY and to in BUSY):
+            self.refresh_turn(db, job)
+        return True
+
+    def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
+        """Let the jobs that follow an ended one go on, or end them where it did not complete, and those that follow them."""
+        ended = [(job_id, to)]
+        while ended:
+            on_id, how = ended.pop()
+            for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
+                job = as_job(row)
+                if how is not Status.COMPLETED:
+                    self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
+                    ended.append((job.id, Status.INVALID))
+                elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
+                    self.welcome(db, job)
+                    self.refresh_turn(db, job)
+            db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
+
+    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
+        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
+        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
+        db.execute(HISTORY_ADD, values)
+
+    def next_change(self) -> int | None:
+        """Return the next number for a client's /events; called inside a transaction. The server has none."""
+        if self.mode == "server":
+            return None
+        self.last_change += 1
+        return self.last_change
+
+    def wish_end(self, job_id: int, cause: Cause) -> bool:
+        """Note durably that a job shall end; return whether that is news."""
+        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
+        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
+
+    def note(self, sql: str, **values: Any) -> None:
+        """Write a column that is not a status, without waiting for the disk."""
+        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
+
+    def forget(self, job_ids: Sequence[int]) -> None:
+        """Delete rows and history of cleaned jobs."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, DEPENDENCIES_FORGET, FORGET_JOB):
+                    db.execute(sql, {"id": job_id})
+
+        self.write(delete, durable=False)
+
+    def renew(self) -> None:
+        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
+
+        def skip(db: sqlite3.Connection) -> None:
+            last = db.execute(LAST_ID).fetchone()
+            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
+            db.execute(NEW_INSTANCE)
+
+        self.write(skip)
+
+    # -- turns --
+
+    def usage_of(self, db: sqlite3.Connection, job: Job) -> Usage:
+        row = db.execute(USAGE_GET, {"service": job.service, "user_id": job.user_id}).fetchone()
+        return Usage(*row) if row else Usage()
+
+    def pace_of(self, db: sqlite3.Connection, service: str | None) -> Pace:
+        row = db.execute(PACE_GET, {"service": service}).fetchone()
+        return Pace(*row) if row else Pace()
+
+    def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
+        """Return a user's weight: his own where one was stored, else that of the settings, else 1."""
+        row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
+        return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
+
+    def set_usage(self, db: sqlite3.Connection, job: Job, usage: Usage) -> None:
+        pair = {"service": job.service, "user_id": job.user_id}
+        db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
+
+    def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
+        db.execute(PACE_SET, {"service": service, "level": pace.level, "runs": pace.runs, "mean_s": pace.mean_s})
+
+    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
+        """Charge a user for a run that begins, or set right what he was charged for one that is over."""
+        now, half_life_s = self.steady(), self.sharing.half_life_s
+        usage, pace = self.usage_of(db, job), self.pace_of(db, job.service)
+        if to in BUSY:
+            charged = charge_in_advance(job, usage, pace, half_life_s)
+            pace.level = max(pace.level, usage.use - math.log2(self.weight_of(db, job.user_id)))
+            usage.use = used(usage.use, charged, now, half_life_s)
+        else:
+            before = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            if run_s is None:
+                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else before / job.cpus
+            elif to in (Status.COMPLETED, Status.FAILED):
+                with_run(usage, run_s)
+                with_run(pace, run_s)
+            charged = job.cpus * max(0.0, run_s)
+            usage.use = used(usage.use, charged - before, now, half_life_s)
+        db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
+        self.set_usage(db, job, usage)
+        self.set_pace(db, job.service, pace)
+
+    def charge_longer(self, job: Job) -> None:
+        """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
+        more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
+
+        def charge(db: sqlite3.Connection) -> None:
+            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
+            if db.execute(JOB_CHARGE, values).rowcount:
+                usage = self.usage_of(db, job)
+                usage.use = used(usage.use, more, self.steady(), self.sharing.half_life_s)
+                self.set_usage(db, job, usage)
+                self.refresh_turn(db, job)
+
+        self.write(charge, durable=False)
+
+    def welcome(self, db: sqlite3.Connection, job: Job) -> None:
+        """Bound the credit of a user who comes back after idling."""
+        pair = {"service": job.service, "user_id": job.user_id}
+        if db.execute(CONTENDER_GET, pair).fetchone() or db.execute(BUSY_OF_USER, pair).fetchone()[0]:
+            return
+        usage = self.usage_of(db, job)
+        use = welcomed(usage.use, self.weight_of(db, job.user_id), self.pace_of(db, job.service).level)
+        if use > usage.use:
+            usage.use = use
+            self.set_usage(db, job, usage)
+
+    def refresh_turn(self, db: sqlite3.Connection, job: Job) -> None:
+        """Keep up `contenders`: one row for each user who has work of a service that could run."""
+        service = self.limits.get(job.service or "")
+        if self.mode != "server" or service is None:
+            return
+        pair = {"service": job.service, "user_id": job.user_id}
+        sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
+        waiting = [Waiting(*row) for row in db.execute(sql, pair)]
+        if not waiting:
+            db.execute(CONTENDER_CLEAR, pair)
+            return
+        share_rank = self.usage_of(db, job).use - math.log2(self.weight_of(db, job.user_id)) if service.policy == "share" else 0.0
+        rank, head = turn_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
+        at_quota = db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+        values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
+        db.execute(CONTENDER_SET, {**pair, **values, "timeout": head.timeout})
+
+    def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
+        """Take these services and rules; where they are not those that `contenders` was made by, make it anew."""
+        self.limits, self.sharing = services, sharing or self.sharing
+        made = json.dumps([
+            sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
+            self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
+        ])  # fmt: skip
+        rules, half_life_s = self.read(TURNS_MADE)[0]
+        if rules != made:
+            self.write(lambda db: self.make_turns(db, made, half_life_s))
+
+    def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
+        """Make `contenders` anew; what was used by another half-life counts as much now as it did."""
+        now = self.steady()
+        shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
+        for row in db.execute(USAGE_ALL).fetchall() if shift else ():
+            db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
+        for row in db.execute(PACE_ALL).fetchall() if shift else ():
+            db.execute(PACE_SET, {**dict(row), "level": row["level"] + shift})
+        db.execute(CONTENDERS_EMPTY)
+        for pair in db.execute(QUEUED_USERS).fetchall():
+            self.refresh_turn(db, self.row(db, db.execute(WAITING_FIRST, dict(pair)).fetchone()[0]))
+        db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
+
+    def set_weight(self, user_id: int, weight: float) -> None:
+        """Store a user's weight durably; his turns follow it at once."""
+
+        def store(db: sqlite3.Connection) -> None:
+            db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
+            for service in self.limits:
+                row = db.execute(CONTENDER_GET, {"service": service, "user_id": user_id}).fetchone()
+                if row is not None:
+                    self.refresh_turn(db, self.row(db, row["head"]))
+
+        self.write(store)
+
+    # -- claims --
+
+    def claim(self, job_id: int, client: str, room: int) -> Job | None:
+        """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
+
+        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
+        """
+
+        def take(db: sqlite3.Connection) -> Job | None:
+            job = self.row(db, job_id)
+            service = self.limits[job.service or ""]
+            pair = {"service": job.service, "user_id": job.user_id}
+            if job.status is Status.QUEUED and job.kill_requested_at is not None:
+                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                return None
+            full = (
+                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
+                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
+                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+            )
+            if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
+                return None
+            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
+            return self.row(db, job_id)
+
+        job = self.write(take)
+        if job:
+            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
+        return job
+
+    def admit_due(self) -> int:
+        """Let new attempts whose back-off is over be claimed; return how many."""
+        due = self.read(DELAYED_DUE, now=self.steady())
+
+        def admit(db: sqlite3.Connection) -> None:
+            for row in due:
+                db.execute(JOB_ADMIT, {"id": row["id"]})
+                self.refresh_turn(db, self.row(db, row["id"]))
+
+        if due:
+            self.write(admit, durable=False)
+        return len(due)
+
+
+def broken_chain(on_id: int, how: Status) -> str:
+    """Return why a job can never run that was to follow one which ended otherwise than Completed."""
+    return f"job {on_id}, which it was to follow, ended as {how}"
+
+
+# == 11. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
@@ -2517,7 +3201,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     return kept, unclaimed
 
 
-# == 10. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 12. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
@@ -2893,7 +3577,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 11. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 13. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -2986,7 +3670,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-# == 12. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 14. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def check_base_names(paths: Sequence[str]) -> None:
@@ -3005,6 +3689,8 @@ class Heard:
     next: int
     slots: int
     payloads: list[dict[str, Any]]
+    memory: int | None = None  # MiB
+    load: float = 0.0  # percent
 
 
 @dataclass
@@ -3018,6 +3704,8 @@ class Report:
     taken: bool = False  # a lane settles it now
     newer: Report | None = None  # what the client said of the job meanwhile
     part: Transfer | None = None  # what has come of its result
+    cpus: int = 0  # slots and memory (MiB) that are free again
+    memory: int = 0
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
@@ -3032,6 +3720,7 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
         return None
     kinds: dict[str, Any] = {
         "started_at": (int, float),
+        "ended_at": (int, float),
         "reason": str,
         "cause": str,
         "exit_code": int,
@@ -3042,8 +3731,9 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     clean = {name: said[name] for name, kind in kinds.items() if isinstance(said.get(name), kind) and not isinstance(said[name], bool)}
     if clean.get("cause") not in {cause.value for cause in Cause}:
         clean.pop("cause", None)
-    if not 0 <= clean.get("started_at", 0) < 1e11:
-        clean.pop("started_at")
+    for name in ("started_at", "ended_at"):
+        if not 0 <= clean.get(name, 0) < 1e11:
+            clean.pop(name)
     clean.update(status=said["status"], uuid=str(said.get("uuid")), attempt=said.get("attempt"), id=str(said.get("id")))
     clean["reason"] = one_line(clean.get("reason", ""), 1000)
     return clean
@@ -3071,18 +3761,22 @@ class Link:
         self.name = address.name
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
-        self.slots = 1
+        self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
         self.ours = False  # it has answered as ours do
         self.legacy = not address.base_url  # a 2.2 client, which has no /events
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
+        self.drained = False  # somebody asked that it gets no more jobs
+        self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.failed_at = float("-inf")  # monotonic
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.outbox: deque[Job] = deque()  # claimed for it, until a lane takes them
         self.sending: set[int] = set()  # job ids that a lane holds, from before the claim until it is written down what came of it
         self.accepted: dict[str, str] = {}  # payload ids by mark, until they are written down
         self.strays: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
@@ -3127,28 +3821,48 @@ class Link:
         text, now = one_line(str(error)), self.clock.monotonic()
         if text != self.trouble:
             log.warning("client %s: %s", self.name, text)
-        self.trouble = text
+        self.trouble, self.failed_at, self.probing = text, now, True
         if now >= self.held_until or not self.failures:
             self.failures += 1
             self.held_until = now + backoff_s(self.failures)
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
-        self.refusals, self.refusal = self.refusals + 1, one_line(str(error))
+        self.refusals, self.refusal, self.probing = self.refusals + 1, one_line(str(error)), True
         self.full_until = self.clock.monotonic() + backoff_s(self.refusals)
+
+    def took_one(self) -> None:
+        """Note that it accepted a job: it is as good as any other again."""
+        self.heard()
+        self.refusals, self.refusal, self.probing = 0, "", False
 
     def takes_jobs(self) -> bool:
         """Tell whether a job may be sent now."""
-        return not self.held() and self.clock.monotonic() >= self.full_until
+        return not self.drained and not self.held() and self.clock.monotonic() >= self.full_until
+
+    def has_lane(self) -> bool:
+        """Tell whether a job that is claimed for it now would be sent at once."""
+        return len(self.sending) < (1 if self.probing else LANES)
+
+    def why_not(self) -> str:
+        """Return why it gets no jobs now, as the end of a sentence; an empty text where it does."""
+        if self.drained:
+            return "is drained: somebody asked that it gets no more jobs"
+        if self.takes_jobs():
+            return ""
+        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.refusal or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def room(self) -> int:
-        """Return how many jobs may be with the client at once: what runs, a few that wait there, what is to be fetched."""
-        if self.legacy:
-            return 1 << 30  # it queues by itself, and says nothing of its slots
-        return self.slots + max(self.slots, 4) + len(self.ended)
+    def place(self, cpus: int, memory: int) -> Place:
+        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more."""
+        with self.lock:
+            ended = list(self.ended.values())
+        free = self.slots - cpus + sum(found.cpus for found in ended)
+        free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
+        failed_s_ago = self.clock.monotonic() - self.failed_at
+        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, failed_s_ago, queues=self.legacy)
 
     # -- calls --
 
@@ -3228,6 +3942,8 @@ class Link:
         try:
             said = parse_json(text)
             heard = Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
+            heard.memory = None if said.get("memory") is None else int(said["memory"])
+            heard.load = float(said.get("load") or 0.0)
             if not all(isinstance(payload, dict) for payload in heard.payloads) or not re.fullmatch(r"[\w.-]{1,64}", heard.instance):
                 raise ValueError("payloads that are none")
             return heard
@@ -3416,7 +4132,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
-# == 13. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 15. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -3647,7 +4363,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 14. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 16. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -3657,7 +4373,7 @@ class Server(Node):
         super().__init__(config, store, data, clock)
         self.services = config.services
         self.links: dict[str, Link] = {}
-        store.set_limits(self.services)
+        store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
             for address in service.addresses:
                 link = self.links.get(address.name)
@@ -3665,42 +4381,116 @@ class Server(Node):
                     link = Link(address, data, self.clock)
                     self.links[address.name] = link
                 link.services.append(service)
+        for row in store.read(DRAINED_ALL):
+            if row["client"] in self.links:
+                self.links[row["client"]].drained = True
 
     def service(self, job: Job) -> Service:
         """Return the service of a job; one that is not configured any more has the default limits."""
         name = job.service or ""
         return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
 
+    def links_of(self, service: Service) -> list[Link]:
+        return [self.links[address.name] for address in service.addresses]
+
     def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service cannot be used now, by name; an empty text where it can."""
-        found = {}
-        for address in service.addresses:
-            link = self.links[address.name]
-            why = f"{link.trouble} ({spoken(link.silent_s())} ago)" if link.trouble else link.refusal or "was not asked yet"
-            found[link.name] = "" if link.takes_jobs() else why
-        return found
+        """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
+        return {link.name: link.why_not() for link in self.links_of(service)}
+
+    def places_of(self, links: Iterable[Link]) -> list[Place]:
+        """Return clients as the scheduler sees them now."""
+        busy = {row["client"]: row for row in self.store.read(BUSY_BY_CLIENT)}
+        return [link.place(busy[link.name]["cpus"], busy[link.name]["memory"]) if link.name in busy else link.place(0, 0) for link in links]
+
+    def drain(self, link: Link, drained: bool) -> None:
+        """Note durably that a client gets no more jobs, or gets some again."""
+        sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
+        self.store.write(lambda db: db.execute(sql, {"client": link.name, **values}).rowcount)
+        link.drained = drained
+
+
+def dispatch_tick(server: Server) -> bool:
+    """Claim the job that is next for the client that is to get it; True where there was one.
+
+    One thread does it for all clients, so that each choice sees those before it. A client has lanes of its own, and gets
+    a job only while one of them is free: one that hangs holds nobody up.
+    """
+    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
+    lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line] if places else []
+    chosen = choose(lines, places, functools.partial(runs_at, server), server.store.steady())
+    if chosen is None:
+        return False
+    head, place = chosen
+    link = server.links[place.name]
+    link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
+    claimed = None
+    try:
+        room = 1 << 30 if place.queues else server.store.number(BUSY_OF_CLIENT, client=link.name) + head.cpus
+        claimed = server.store.claim(head.job_id, link.name, room)
+    finally:
+        if claimed is None:
+            link.sending.discard(head.job_id)
+    if claimed is None:
+        return False
+    crash_point("claim.stored")
+    link.outbox.append(claimed)
+    server.wake(f"send:{link.name}")
+    return True
+
+
+def line_of(server: Server, service: Service) -> Line | None:
+    """Return the line of a service; None where nobody stands in it, or all its runs are in use."""
+    first = server.store.read(CONTENDERS_NEXT, service=service.name, limit=1)
+    busy = server.store.number(BUSY_OF_SERVICE, service=service.name) if first else 0
+    if not first or busy >= service.max_runs:
+        return None
+    clients = {address.name for address in service.addresses}
+    return Line(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads_of(server, service.name, first[0]))
+
+
+def heads_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Head]:
+    """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
+    yield Head(service, first["head"], first["cpus"], first["memory"], first["timeout"])
+    for row in server.store.read(CONTENDERS_NEXT, service=service, limit=HEADS_LOOKED_AT)[1:]:
+        yield Head(service, row["head"], row["cpus"], row["memory"], row["timeout"])
+
+
+def mean_run_s(server: Server, service: Service) -> float | None:
+    """Return how long runs of a service take, by the last ones; None where there were none."""
+    rows = server.store.read(PACE_GET, service=service.name)
+    return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
+
+
+def runs_at(server: Server, client: str) -> list[Run]:
+    """Return what runs at a client; a time limit begins when the run does."""
+    ended, runs = server.links[client].ended, []
+    for job in server.store.jobs(AT_CLIENT, client=client):
+        if job.id not in ended:
+            begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
+            runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
+    return runs
 
 
 def send_tick(server: Server, link: Link) -> bool:
     """Send one job to one client; True where there was one."""
-    if not link.takes_jobs():
-        return False
-    job = claim_next(server, link)
+    job = next_to_send(server, link)
     if job is None:
         return False
-    more = any(server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1) for service in link.services)
-    if more:
-        server.wake(f"send:{link.name}")  # another lane takes the next while this one sends
     try:
         with link.turn():
             send_job(server, link, job)
     finally:
         link.sending.discard(job.id)
+        server.wake("dispatch")  # a lane is free again
     return True
 
 
-def claim_next(server: Server, link: Link) -> Job | None:
-    """Return a job to send: one that is pinned to this client by a lost answer, else the next one that fits."""
+def next_to_send(server: Server, link: Link) -> Job | None:
+    """Return a job to send: one that was claimed for this client, else one that a lost answer ties to it."""
+    with contextlib.suppress(IndexError):
+        return link.outbox.popleft()
+    if link.held() or server.clock.monotonic() < link.full_until:
+        return None
     pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
     link.may_have_pinned = bool(pinned)
     for job in pinned:
@@ -3713,24 +4503,6 @@ def claim_next(server: Server, link: Link) -> Job | None:
                 link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
         if due:
             return job
-    heads = [
-        Head(service.name, row["head"], row["user_id"])
-        for service in link.services
-        for row in server.store.read(ELIGIBLE_HEADS, service=service.name, limit=1)
-    ]
-    if not heads or server.store.number(BUSY_OF_CLIENT, client=link.name) >= link.room():
-        return None  # a look costs less than a claim that comes to nothing
-    for head in in_turn(heads):  # where the limit of one service is reached, another's job can run
-        link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
-        claimed = None
-        try:
-            claimed = server.store.claim(head.job_id, link.name, link.room())
-        finally:
-            if claimed is None:
-                link.sending.discard(head.job_id)
-        if claimed is not None:
-            crash_point("claim.stored")
-            return claimed
     return None
 
 
@@ -3763,8 +4535,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         link.failed(error)
         lose_answer(server, link, job, error)
         return
-    link.heard()
-    link.refusals, link.refusal = 0, ""
+    link.took_one()
     link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
@@ -3832,7 +4603,14 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 
 def known_of_end(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a client said of how a payload ended, as changes of its job's row."""
-    return {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    return {**changes, **run_of(payload)}
+
+
+def run_of(payload: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say."""
+    started, ended = payload.get("started_at"), payload.get("ended_at")
+    return {"run_s": max(0.0, ended - started)} if started is not None and ended is not None else {}
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -3897,8 +4675,10 @@ def get_tick(server: Server, link: Link) -> bool:
         return False
     link.heard()
     take_in(server, link, heard, fresh)
+    if fresh:
+        server.wake(f"send:{link.name}")  # it is back
     if fresh or link.ended:
-        server.wake(f"send:{link.name}")  # it is back, or has room again
+        server.wake("dispatch")  # or has room again
     return True
 
 
@@ -3908,7 +4688,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         log.info("client %s began anew: what it has is asked again", link.name)
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
-    link.instance, link.slots = heard.instance, heard.slots
+    link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
     each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
     link.since = max(heard.next, link.since)
     if fresh:
@@ -3943,7 +4723,7 @@ def report(server: Server, link: Link, said: Any) -> None:
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
-        note_end(server, link, Report(job.id, dict(payload), 0.0))
+        note_end(server, link, Report(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
 
 
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
@@ -3992,6 +4772,7 @@ def poll_tick(server: Server, link: Link) -> bool:
         link.ping()
         link.heard()
         server.wake(f"send:{link.name}")
+        server.wake("dispatch")
     for job in jobs:
         due, pause = link.poll_due.get(job.id, (0.0, 0.2))
         if due > now or job.id in link.ended:
@@ -4022,7 +4803,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 15. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 17. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -4045,7 +4826,7 @@ def fetch_tick(server: Server, link: Link) -> bool:
         give_back(server, link, due, settled)
     if settled:
         confirm_later(server, link, job)
-        server.wake("send")  # quota and places are free, at this client or another
+        server.wake("dispatch")  # quota and places are free, at this client or another
     return True
 
 
@@ -4108,8 +4889,8 @@ def fetch_result(server: Server, link: Link, job: Job, found: Report) -> None:
     size, digest = store_archive(server, link, job, found, partial=False)
     payload = found.payload
     reason = payload.get("reason") or "run.sh ended with exit status 0"
-    started = payload.get("started_at") or job.started_at
-    end_busy(server, job, Status.COMPLETED, reason, exit_code=0, started_at=started, result_size=size, result_sha256=digest)
+    changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(payload)}
+    end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
 
 def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
@@ -4201,10 +4982,18 @@ def kill_tick(server: Server, link: Link) -> bool:
 def watch_tick(server: Server) -> bool:
     """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
     if server.store.admit_due():
-        server.wake("send")
-    each(server.store.jobs(ALL_BUSY), functools.partial(judge, server))
+        server.wake("dispatch")
+    busy = server.store.jobs(ALL_BUSY)
+    each(busy, functools.partial(judge, server))
+    each(busy, functools.partial(charge_if_longer, server))
     each(server.services.values(), functools.partial(fail_unreachable, server))
     return False
+
+
+def charge_if_longer(server: Server, job: Job) -> None:
+    """Charge for a run that takes longer than its user was charged for."""
+    if job.status is Status.RUNNING and job.cpus * (server.store.steady() - job.moved_at) > job.charged:
+        server.store.charge_longer(job)
 
 
 def judge(server: Server, job: Job) -> None:
@@ -4245,7 +5034,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
-    links = [server.links[address.name] for address in service.addresses]
+    links = server.links_of(service)
     if any(not link.failures or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
@@ -4255,19 +5044,110 @@ def fail_unreachable(server: Server, service: Service) -> None:
 
 
 def make_server_loops(server: Server) -> dict[str, Loop]:
-    """Return the loops of a server, by name: four a client, each lane of its own, and two for all."""
+    """Return the loops of a server, by name: four a client, each lane of its own, and three for all."""
     config, loops = server.config, cast("dict[str, Loop]", {})
     for name, link in server.links.items():
         loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, server, link), config.get_interval_s)
-        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, 3)
+        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, LANES)
         loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, server, link), config.get_interval_s, 3)
         loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, server, link), config.get_interval_s)
+    loops["dispatch"] = Loop("dispatch", functools.partial(dispatch_tick, server), config.send_interval_s)
     loops["watch"] = Loop("watch", functools.partial(watch_tick, server), 1.0)
     loops["clean"] = Loop("clean", functools.partial(clean_tick, server), config.clean_interval_s)
     return loops
 
 
-# == 16. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 18. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
+
+    waiting_for: str | None = None
+    position: int | None = None
+    wait_s: float | None = None
+
+
+def outlook_of(server: Server, job: Job) -> Outlook:
+    """Return what can be said of a job that waits."""
+    if job.status is not Status.QUEUED:
+        return Outlook(waiting_on_client(server, job))
+    service = server.services.get(job.service or "")
+    if service is None:
+        return Outlook(f"service {job.service} is not configured any more")
+    if job.blocked:
+        return Outlook(follows_text(server, job))
+    if job.not_before is not None:
+        left = max(0.0, job.not_before - server.store.steady())
+        return Outlook(f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}")
+    standing = standing_of(server, job, service)
+    places = server.places_of(link for link in server.links_of(service) if link.takes_jobs())
+    text = why_waiting(service.name, standing, server.troubles(service), places)
+    position = position_of(server, job, service, standing)
+    run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
+    if position is None or run_s is None or not slots or any(place.queues for place in places):
+        return Outlook(text, position)
+    return Outlook(text, position, wait_estimate_s(position, standing, slots, run_s))
+
+
+def waiting_on_client(server: Server, job: Job) -> str | None:
+    """Return what a job that is with a client waits for, or None."""
+    link = server.links.get(job.client or "")
+    if job.status is Status.UNKNOWN:
+        return job.reason
+    if job.status in BUSY and link and link.trouble:
+        return f"{link.name} {link.trouble}"
+    return None
+
+
+def follows_text(server: Server, job: Job) -> str:
+    """Return for which jobs a job waits that it is to follow: one of them by name, the others counted."""
+    open_jobs = [found for found in map(server.store.get, ids_in(job.after_ids)) if found is not None and found.status not in OVER]
+    if not open_jobs:
+        return "the jobs that it is to follow have just ended"
+    first = f"it follows job {open_jobs[0].id}, which is {open_jobs[0].status}"
+    more = counted(len(open_jobs) - 1, "other job", "other jobs")
+    return f"{first}, and {more}" if more else first
+
+
+def standing_of(server: Server, job: Job, service: Service) -> Standing:
+    """Return the figures that decide about a queued job now."""
+    pair = {"service": job.service, "user_id": job.user_id}
+    turn = server.store.read(CONTENDER_GET, **pair)
+    ahead = {"rank": turn[0]["rank"], "head": turn[0]["head"]} if turn else {}
+    return Standing(
+        server.store.number(BUSY_OF_USER, **pair),
+        service.runs_per_user,
+        server.store.number(BUSY_OF_SERVICE, service=job.service),
+        service.max_runs,
+        server.store.number(QUEUED_BEFORE, **pair, priority=job.priority, id=job.id),
+        server.store.number(CONTENDERS_BEFORE, service=job.service, **ahead) if ahead else 0,
+        job.cpus,
+        job.memory,
+    )
+
+
+def position_of(server: Server, job: Job, service: Service, standing: Standing) -> int | None:
+    """Return a job's place in its service's line, itself included; None beyond 10,000.
+
+    By arrival or priority it is counted. With shares it is what it will be if every user with jobs here has enough of them to
+    take each turn, and never more than all that is queued.
+    """
+    if service.policy == "share":
+        others = server.store.number(CONTENDERS_COUNT, service=service.name) - 1
+        before = standing.queued_before * (1 + max(0, others)) + standing.users_before
+        before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
+    else:
+        point_s = server.config.ageing_s if service.policy == "priority" else 0.0
+        before = 0
+        for row in server.store.read(QUEUED_PRIORITIES, service=service.name):
+            earlier = job.arrived_at + (row["priority"] - job.priority) * point_s
+            before += server.store.number(QUEUED_EARLIER, service=service.name, priority=row["priority"], before=earlier)
+    return max(0, before) + 1 if before < 9_999 else None
+
+
+# == 19. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 class Client(Node):
@@ -4303,24 +5183,36 @@ def run_tick(client: Client) -> bool:
             crash_point("end.seen")
             finish(client, job, fates[job.id])
             crash_point("end.stored")
-    free = client.config.slots - len(everything) + len(ended)
-    if free > 0:
-        for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=free):
-            begin(client, job)
+    start_what_fits(client, [job for job in everything if job not in ended])
     return bool(ended)
 
 
-def begin(client: Client, job: Job) -> None:
-    """Start one payload: the mark is stored before, the handle after."""
+def start_what_fits(client: Client, running: Sequence[Job]) -> None:
+    """Start payloads in the order in which they came, as slots and memory let; one that must wait is not overtaken.
+
+    What asks for more than there is runs alone.
+    """
+    slots, memory = client.config.slots, client.config.memory_bytes // MIB
+    used_slots, used_memory = sum(job.cpus for job in running), sum(job.memory or 0 for job in running)
+    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - used_slots)):
+        alone = not used_slots
+        if not alone and (used_slots + job.cpus > slots or used_memory + (job.memory or 0) > memory):
+            return
+        if begin(client, job):
+            used_slots, used_memory = used_slots + job.cpus, used_memory + (job.memory or 0)
+
+
+def begin(client: Client, job: Job) -> bool:
+    """Start one payload: the mark is stored before, the handle after. False where it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
         reason = "its files are missing on the client's disk: somebody removed them"
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
-        return
+        return False
     problem = why_not_runnable(work / "run.sh")
     if problem:
         client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
-        return
+        return False
     with client.lock:
         client.ending.add(job.id)  # nobody ends it between row and handle: there would be nothing to end yet
     try:
@@ -4329,6 +5221,7 @@ def begin(client: Client, job: Job) -> None:
         with client.lock:
             client.ending.discard(job.id)
     client.wake("end")
+    return True
 
 
 def launch(client: Client, job: Job) -> None:
@@ -4574,7 +5467,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 17. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 20. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -4656,7 +5549,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 18. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 21. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -4768,7 +5661,8 @@ class Route:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        return re.compile("^" + re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path) + "$")
+        part = re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path)
+        return re.compile("^" + re.sub(r"<(\w+):path>", r"(?P<\1>.+)", part) + "$")
 
 
 ROUTES: list[Route] = []
@@ -5137,19 +6031,22 @@ PARTS = {
 }
 
 
-# == 19. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 22. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None, "timeout": None,
     "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
     "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
-    "ended_at": None, "queue_position": 1, "waiting_for": "it is next for a free place at a client for example",
+    "ended_at": None, "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
+    "waiting_for": "it is next for a free place at a client for example",
     "result": None, "attempts": [],
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
 EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5}
+QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
+AFTER_LIMIT = 1000  # jobs that one may follow
 
 ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1)
 IDEMPOTENCY_KEY = Parameter(
@@ -5178,58 +6075,28 @@ def known_job(node: Node, text: str) -> Job:
     return job
 
 
-def standing_of(server: Server, job: Job) -> Standing:
-    """Return the figures that decide about a queued job now."""
-    service = server.services.get(job.service or "")
-    pair = {"service": job.service, "user_id": job.user_id}
-    return Standing(
-        server.store.number(BUSY_OF_USER, **pair),
-        service.runs_per_user if service else 0,
-        server.store.number(BUSY_OF_SERVICE, service=job.service),
-        service.max_runs if service else 0,
-        server.store.number(QUEUED_BEFORE, **pair, id=job.id),
-    )
-
-
-def waiting_text(server: Server, job: Job) -> str | None:
-    """Return what a job waits for, or None where it does not wait."""
-    if job.status is Status.QUEUED:
-        service = server.services.get(job.service or "")
-        if service is None:
-            return f"service {job.service} is not configured any more"
-        if job.not_before is not None:
-            left = max(0.0, job.not_before - server.store.steady())
-            return f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}"
-        return why_waiting(service.name, standing_of(server, job), server.troubles(service))
-    link = server.links.get(job.client or "")
-    if job.status is Status.UNKNOWN:
-        return job.reason
-    if job.status in BUSY and link and link.trouble:
-        return f"{link.name} {link.trouble}"
-    return None
-
-
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
     result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
     return {
         "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
         "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal, "priority": job.priority,
-        "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries, "after": [], "attempt": job.attempt,
+        "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
+        "after": ids_in(job.after_ids), "attempt": job.attempt,
         "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
         "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
-        "queue_position": None, "waiting_for": None, "result": result,
+        "queue_position": None, "estimated_start": None, "waiting_for": None, "result": result,
     }  # fmt: skip
 
 
 def job_json(server: Server, job: Job) -> dict[str, Any]:
     """Return the whole job in JSON."""
     said = job_summary(server, job)
-    said["waiting_for"] = waiting_text(server, job)
-    said["message"] = said["waiting_for"] or job.reason
-    if job.status is Status.QUEUED:
-        before = server.store.number(QUEUED_BEFORE_IN_SERVICE, service=job.service, id=job.id)
-        said["queue_position"] = before + 1 if before < 10_000 else None
+    outlook = outlook_of(server, job)
+    said["waiting_for"], said["queue_position"] = outlook.waiting_for, outlook.position
+    said["message"] = outlook.waiting_for or job.reason
+    if outlook.wait_s is not None:
+        said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
     rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
         rows.append(
@@ -5253,6 +6120,8 @@ FORM_FIELDS = (
     Parameter("user_id", "form", "integer", "whose job it is", 1, required=True, least=-(2**63), most=2**63 - 1),
     Parameter("service", "form", "string", "which service runs it", "example", required=True),
     Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob"),
+    Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100),
+    Parameter("after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41"),
     Parameter("timeout", "form", "number", "run time limit in seconds", 3600),
     Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
     Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000),
@@ -5287,6 +6156,25 @@ def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
     return float(text)
 
 
+def after_field(fields: Mapping[str, str]) -> str:
+    """Return the ids of the jobs that a new one is to follow, each once, with commas between; Refusal 400."""
+    ids = [text.strip() for text in fields.get("after", "").split(",") if text.strip()]
+    if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", text) for text in ids):
+        shown = one_line(fields["after"], 40)
+        raise Refusal(400, f"after is {shown!r}: give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42", "after")
+    return ",".join(map(str, sorted({int(text) for text in ids})))
+
+
+def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
+    """Refuse what no client of a service could ever run, where all of them have said how large they are; Refusal 400."""
+    links = server.links_of(service)
+    if all(link.heard_at is not None for link in links):
+        too_large = too_large_text(service.name, cpus, memory, server.places_of(links))
+        if too_large:
+            field = "cpus" if all(cpus > link.slots for link in links) else "memory"
+            raise Refusal(400, too_large, field)
+
+
 def service_field(server: Server, fields: Mapping[str, str]) -> Service:
     """Return the service that a form names; Refusal 400 lists the known ones."""
     name = fields.get("service", "").strip().lower()
@@ -5309,13 +6197,17 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     if name and (len(name) > 200 or not name.isprintable()):
         raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
     retries = whole_field(fields, "retries")
+    cpus, memory = whole_field(fields, "cpus") or 1, whole_field(fields, "memory")
+    refuse_too_large(server, service, cpus, memory)
     return NewJob(
         uuid=job_uuid,
         user_id=user_id,
         service=service.name,
         name=name,
-        cpus=whole_field(fields, "cpus") or 1,
-        memory=whole_field(fields, "memory"),
+        priority=whole_field(fields, "priority") or 0,
+        after_ids=after_field(fields),
+        cpus=cpus,
+        memory=memory,
         timeout=timeout_field(fields, service),
         retries=service.retries if retries is None else retries,
         return_inputs=int(service.return_inputs),
@@ -5354,7 +6246,13 @@ def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
         node.data.receiving.discard(key)
 
 
-UPLOAD_GIVES = {201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 422: KEY_USED, **RECEIVING}
+UPLOAD_GIVES = {
+    201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB),
+    400: BAD,
+    422: KEY_USED,
+    429: Gives("this user has too many jobs queued; Retry-After says when to try again", JSON_TYPE, QUEUE_FULL),
+    **RECEIVING,
+}
 
 
 @route("POST", "/upload", "server", takes=(*FORM_FIELDS, IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
@@ -5375,7 +6273,7 @@ def upload(server: Server, request: Request) -> Answer:
             crash_point("upload.synced")
             server.store.check_identity()
             try:
-                job = server.store.add(new, "uploaded")
+                job = stored(server, new)
                 crash_point("upload.stored")
             except sqlite3.IntegrityError:
                 earlier = earlier_job(server, new)
@@ -5384,9 +6282,20 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    server.wake("send")
+    server.wake("dispatch")
     said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
+
+
+def stored(server: Server, new: NewJob) -> Job:
+    """Store an uploaded job; Refusal 400 where it cannot follow what it names, 429 where its user has too many queued."""
+    try:
+        return server.store.add(new, "uploaded", server.config.max_queued_per_user)
+    except UnknownJob as error:
+        raise Refusal(400, f"after: {error}", "after") from error
+    except QueueFull as error:
+        message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have begun"
+        raise Refusal(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
 
 
 def earlier_job(server: Server, new: NewJob) -> Job | None:
@@ -5430,7 +6339,7 @@ def download(server: Server, request: Request, job_id: str) -> Answer:
     if job.status is Status.COMPLETED:
         return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
     if server.config.compat == "2.2" and request.method == "GET":
-        said = {"id": job.id, "status": job.status.value, "message": waiting_text(server, job) or job.reason or str(job.status)}
+        said = {"id": job.id, "status": job.status.value, "message": outlook_of(server, job).waiting_for or job.reason or str(job.status)}
         return Answer(said, 200, headers)
     if job.status in OVER:
         return Answer(None, 204, headers)
@@ -5583,34 +6492,139 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-EXAMPLE_CLIENT = {"name": "127.0.0.1:9000", "reachable": True, "slots": 2, "trouble": ""}
-EXAMPLE_SERVICE = {"name": "example", "runs_per_user": 5, "max_runs": 10, "running": 0, "clients": [EXAMPLE_CLIENT]}
+# == 23. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+
+EXAMPLE_CLIENT = {
+    "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
+    "load": 12.5, "jobs": 1, "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
+}  # fmt: skip
+EXAMPLE_SERVICE = {
+    "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
+    "mean_run_s": 12.5, "clients": [EXAMPLE_CLIENT],
+}  # fmt: skip
+EXAMPLE_USER = {
+    "user_id": 7, "weight": 2.0, "queued": 3,
+    "services": [{"name": "example", "used_slot_s": 42.5, "runs": 17, "mean_run_s": 2.5, "running": 1, "turns_before": 0}],
+}  # fmt: skip
 SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
+CLIENTS = Gives("clients, and why one is held back", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
+ONE_CLIENT = Gives("the client as it stands now", JSON_TYPE, EXAMPLE_CLIENT)
+NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
+ONE_USER = Gives("a user's weight, and what it is set against", JSON_TYPE, EXAMPLE_USER)
+CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
+USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=-(2**63), most=2**63 - 1)
+WEIGHT = Parameter("weight", "query", "number", "how large this user's share is, 1 being the usual", 2, required=True)
+
+
+def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
+    """Return clients in JSON, with why each gets no jobs now."""
+    busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
+    said = []
+    for link, place in zip(links, server.places_of(links)):
+        silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
+        held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
+        known = not link.legacy and link.heard_at is not None
+        said.append({
+            "name": link.name, "services": [service.name for service in link.services], "reachable": not link.held(),
+            "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
+            "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
+            "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
+            "held_for_s": round(held_for_s, 1),
+        })  # fmt: skip
+    return said
 
 
 @route("GET", "/services", "server", gives={200: SERVICES}, quick=True)
 def show_services(server: Server, request: Request) -> Answer:
-    """Show the services: limits, how much of them is in use, and which clients answer."""
+    """Show the services: policy, limits, how much of them is in use, how much is queued (to 10,000), and their clients."""
     said = []
     for service in server.services.values():
-        troubles = server.troubles(service)
-        clients = [
-            {"name": name, "reachable": not why, "slots": server.links[name].slots, "trouble": why} for name, why in troubles.items()
-        ]
-        running = server.store.number(BUSY_OF_SERVICE, service=service.name)
-        said.append(
-            {
-                "name": service.name,
-                "runs_per_user": service.runs_per_user,
-                "max_runs": service.max_runs,
-                "running": running,
-                "clients": clients,
-            }
-        )
+        mean_s, name = mean_run_s(server, service), service.name
+        said.append({
+            "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
+            "running": server.store.number(BUSY_OF_SERVICE, service=name), "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
+            "users_queued": server.store.number(CONTENDERS_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
+            "clients": clients_json(server, server.links_of(service)),
+        })  # fmt: skip
     return Answer({"services": said})
 
 
-# == 20. Client routes ==  The HTTP contract of the client, and what both modes answer.
+@route("GET", "/clients", "server", gives={200: CLIENTS}, quick=True)
+def show_clients(server: Server, request: Request) -> Answer:
+    """Show the clients: slots, memory, load, what they run, and why one is held back."""
+    return Answer({"clients": clients_json(server, [*server.links.values()])})
+
+
+def drain_client(server: Server, name: str, drained: bool) -> Answer:
+    """Have a client get no more jobs, or some again; Refusal 404 lists the known ones."""
+    link = server.links.get(name)
+    if link is None:
+        raise Refusal(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
+    server.drain(link, drained)
+    log.info("client %s is %s", link.name, "drained" if drained else "resumed")
+    server.wake("dispatch")
+    return Answer(clients_json(server, [link])[0])
+
+
+@route("POST", "/clients/<name:path>/drain", "server", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+def drain(server: Server, request: Request, name: str) -> Answer:
+    """Send a client no more jobs, until it is resumed; those that it has go on. A restart of the server does not change it."""
+    return drain_client(server, name, True)
+
+
+@route("POST", "/clients/<name:path>/resume", "server", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+def resume(server: Server, request: Request, name: str) -> Answer:
+    """Send a drained client jobs again."""
+    return drain_client(server, name, False)
+
+
+def user_of(text: str) -> int:
+    """Return a user's id from a path; Refusal 400."""
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise Refusal(400, f"{one_line(text, 40)!r} is not a user: give a whole number", "user_id")
+    return int(text)
+
+
+def user_answer(server: Server, user_id: int) -> Answer:
+    """Return what a user's turns depend on."""
+    now, services = server.store.steady(), []
+    for row in server.store.read(USAGE_OF_USER, user_id=user_id):
+        pair = {"service": row["service"], "user_id": user_id}
+        turn = server.store.read(CONTENDER_GET, **pair)
+        before = (
+            server.store.number(CONTENDERS_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
+        )
+        services.append({
+            "name": row["service"], "used_slot_s": round(use_now(row["used"], now, server.config.share_half_life_s), 3),
+            "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
+            "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
+        })  # fmt: skip
+    weights = server.store.read(WEIGHT_GET, user_id=user_id)
+    weight = weights[0]["weight"] if weights else server.config.weights.get(user_id, 1.0)
+    queued = server.store.number(QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
+    return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
+
+
+@route("GET", "/users/<user_id>", "server", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
+def show_user(server: Server, request: Request, user_id: str) -> Answer:
+    """Show a user's weight, what is queued, and what was used of each service as it counts now."""
+    return user_answer(server, user_of(user_id))
+
+
+@route("PUT", "/users/<user_id>", "server", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
+def set_user(server: Server, request: Request, user_id: str) -> Answer:
+    """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
+    user, text = user_of(user_id), request.query.get("weight", "")
+    try:
+        weight = read_weight(text)
+    except ValueError as error:
+        raise Refusal(400, f"weight is {one_line(text, 40)!r}: {error}", "weight") from error
+    server.store.set_weight(user, weight)
+    server.wake("dispatch")
+    return user_answer(server, user)
+
+
+# == 24. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -5948,7 +6962,7 @@ EXAMPLE_EVENT = {
     "started_at": 1795510800.0,
     "ended_at": 1795510803.5,
 }
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "slots": 2, "payloads": [EXAMPLE_EVENT]}
+EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "slots": 2, "memory": 16000, "load": 12.5, "payloads": [EXAMPLE_EVENT]}
 CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
@@ -5978,7 +6992,9 @@ def events(client: Client, request: Request) -> Answer:
         ended = [(job, said) for job, said in zip(jobs, payloads) if job.status in ENDED and job.fetched_at is None]
         for job, said in ended[:INLINE_PAYLOADS]:
             said.update(inline_archive(client, job))
-    return Answer({"instance": client.instance, "next": last, "slots": client.config.slots, "payloads": payloads})
+    memory, load = client.config.memory_bytes // MIB, client.cpu_load()
+    said = {"instance": client.instance, "next": last, "slots": client.config.slots, "memory": memory, "load": load, "payloads": payloads}
+    return Answer(said)
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
@@ -6040,7 +7056,7 @@ def health(node: Node, request: Request) -> Answer:
                 name: node.store.number(COUNT_IN, status=status.value)
                 for name, status in (("running", Status.RUNNING), ("queued", Status.PREPARED))
             }
-            said.update(executor=node.config.executor, slots=node.config.slots, **counts)
+            said.update(executor=node.config.executor, slots=node.config.slots, memory=node.config.memory_bytes // MIB, **counts)
     except StorageError as error:
         log.error("health: %s", error)
         return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})
@@ -6063,7 +7079,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 21. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 25. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -6194,7 +7210,7 @@ def followed_log(
                 return
 
 
-# == 22. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 26. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -6223,7 +7239,7 @@ def openapi(mode: str) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for declared in ROUTES:
         if mode in declared.mode.split():
-            path = re.sub(r"<(\w+)>", r"{\1}", declared.path)
+            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
             paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
             if declared.method == "GET":
                 head = openapi_operation(declared)
@@ -6310,7 +7326,7 @@ def routes_table(mode: str) -> str:
     rows = ["| method and path | what it does | answers |", "|---|---|---|"]
     for declared in ROUTES:
         if mode in declared.mode.split():
-            path = declared.path.replace("<job_id>", "ID")
+            path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
             codes = ", ".join(str(code) for code in sorted(declared.gives))
             rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
     return "\n".join(rows)
@@ -6360,7 +7376,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 23. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 27. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {

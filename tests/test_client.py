@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from test_executors import AT_HOME, end_payloads, soon, strangers_are_safe  # noqa: F401 - a fixture
 from test_files import data_fixture  # noqa: F401 - a fixture
-from test_server import no_long_polls  # noqa: F401 - a fixture
+from test_server import no_long_polls, send_next  # noqa: F401 - a fixture
 from test_states import HandClock, new_job
 from test_store import together
 from waitress import wasyncore
@@ -968,11 +968,11 @@ def test_the_way_of_a_job_tick_by_tick(tmp_path: Path, data: DataFolder) -> None
     with Halves(tmp_path / "halves") as halves:
         job = halves.upload("echo out; echo $JOBORCH_JOB_ID > id; cat 'in put'", **{"in put": b"content"})
         link = halves.link
-        joborch.send_tick(halves.server, link)
+        send_next(halves.server, link)
         assert halves[job].status is Status.QUEUED, "nothing is sent to whom was never heard"
         joborch.get_tick(halves.server, link)
         for _ in range(2):
-            joborch.send_tick(halves.server, link)
+            send_next(halves.server, link)
             assert halves[job].status is Status.SUBMITTED
         halves.yard.run(halves.payload(job))
         for _ in range(2):
@@ -1089,12 +1089,12 @@ class AnyOrder(RuleBasedStateMachine):
             script = "mkfifo $TMPDIR/go; " + script
         return self.halves.upload(script, user_id)
 
-    @rule(tick=st.sampled_from(["send", "get", "fetch", "kill", "watch"]))
+    @rule(tick=st.sampled_from(["dispatch", "send", "get", "fetch", "kill", "watch"]))
     def server_tick(self, tick: str) -> None:
         """One tick of the server."""
         halves = self.halves
-        if tick == "watch":
-            joborch.watch_tick(halves.server)
+        if tick in ("watch", "dispatch"):
+            getattr(joborch, f"{tick}_tick")(halves.server)
         else:
             getattr(joborch, f"{tick}_tick")(halves.server, halves.link)
 
@@ -1158,7 +1158,7 @@ class AnyOrder(RuleBasedStateMachine):
             for job in jobs:
                 if b"mkfifo" in (halves.server_data.job(job.uuid) / "run.sh").read_bytes():
                     self.terminate(job)
-            for tick in ("watch", "get", "send", "kill", "fetch"):
+            for tick in ("watch", "get", "dispatch", "send", "kill", "fetch"):
                 self.server_tick(tick)
             for tick in ("run", "end", "limit"):
                 self.client_tick(tick)

@@ -147,7 +147,8 @@ SPECIFIED_DEFAULTS = {
     "host": "127.0.0.1", "max_age_s": 172800, "allow_anonymous": False, "executor": "local", "send_interval_s": 0.5,
     "get_interval_s": 0.5, "run_interval_s": 0.5, "clean_interval_s": 60, "keep_rows_s": 365 * 86400, "max_upload_bytes": 10 * 2**30,
     "min_free_bytes": 2**30, "kill_grace_s": 10, "log_limit_bytes": 64 * 2**20, "compat": "1.2", "log_level": "info",
-    "log_format": "text", "token": "", "hosts": "",
+    "log_format": "text", "token": "", "hosts": "", "share_half_life_s": 21600, "ageing_s": 60, "weights": {},
+    "max_queued_per_user": 10_000,
 }  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def test_defaults_are_those_of_the_specification(home: Path) -> None:
     assert server.data_path == str(home / ".local/share/joborch/server")
     assert client.db_path == str(home / ".local/share/joborch/client/joborch.db")
     service = load(environment={"SERVICE_A_CLIENTS": "http://h:1"}).services["a"]
-    assert dataclasses.astuple(service)[3:] == (5, 10, None, 2, True, 86400.0, 3600.0)
+    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0)
 
 
 # == Which source counts ==
@@ -174,6 +175,7 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     joborch.read_switch: ("1", "1", "1"),
     joborch.read_text: ("a", "b", "c"),
     joborch.read_token: ("a", "b", "c"),
+    joborch.read_weights: ("7=2", "7=2,8=0.5", "9=1"),
 }
 WORDS = {"executor": ("local",) * 3, "compat": ("1.2", "2.2", "2.2"), "log_level": ("debug", "info", "error"), "log_format": ("json",) * 3}
 

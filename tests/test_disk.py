@@ -52,7 +52,7 @@ from test_client import submit as submit_payload
 from test_executors import AT_HOME
 from test_files import data_fixture  # noqa: F401 - a fixture
 from test_links import Asked, Peer, digest_of, peer_fixture, reply, zip_reply  # noqa: F401 - a fixture
-from test_server import Desk, event, events, no_long_polls  # noqa: F401 - a fixture
+from test_server import Desk, event, events, no_long_polls, send_next  # noqa: F401 - a fixture
 
 import joborch
 from joborch import (
@@ -67,7 +67,6 @@ from joborch import (
     kill_tick,
     limit_tick,
     run_tick,
-    send_tick,
     watch_tick,
 )
 
@@ -288,7 +287,7 @@ def test_a_result_whose_fsync_failed_is_fetched_again(fails: int, desk: Desk, pe
 def go_on(desk: Desk, seconds: int = 300) -> None:
     """Let all loops of a server tick for so long."""
     for _ in range(seconds):
-        for tick in (get_tick, send_tick, fetch_tick, kill_tick):
+        for tick in (get_tick, send_next, fetch_tick, kill_tick):
             tick(desk.server, desk.link)
         watch_tick(desk.server)
         desk.clock.pass_s(1)
@@ -311,7 +310,7 @@ def test_what_became_of_a_job_that_was_sent_cannot_be_stored(said: str, desk: De
     peer.says["/events"] = [events(next=1)]
     get_tick(desk.server, desk.link)
     with locks, pytest.raises(StorageError):
-        send_tick(desk.server, desk.link)
+        send_next(desk.server, desk.link)
     go_on(desk)
     assert desk[job].status is (Status.INVALID if said == "refused" else Status.SUBMITTED), desk[job]
     assert {(asked.headers["X-Joborch-Uuid"], asked.headers["X-Joborch-Attempt"]) for asked in peer.asked if asked.method == "POST"} == {
@@ -363,7 +362,7 @@ def test_a_client_that_is_full_for_an_hour_is_asked_less_and_less_often(code: in
 
     def long_poll(_: object) -> bytes:
         for _ in range(10):
-            send_tick(desk.server, desk.link)
+            send_next(desk.server, desk.link)
             desk.clock.pass_s(1)
         return events(next=1)
 

@@ -519,7 +519,7 @@ def test_terminate_in_every_state(status: Status, desk: Desk) -> None:
 FIELDS = [
     "id", "uuid", "user_id", "service", "name", "status", "reason", "cause", "exit_code", "signal", "priority", "cpus", "memory",
     "timeout", "retries", "after", "attempt", "client", "dest_id", "loc", "message", "created_at", "started_at", "ended_at",
-    "queue_position", "waiting_for", "result", "attempts", "history",
+    "queue_position", "estimated_start", "waiting_for", "result", "attempts", "history",
 ]  # fmt: skip
 
 
@@ -542,13 +542,15 @@ def test_places_in_the_queue_and_what_is_waited_for(desk: Desk) -> None:
     desk.restart(SERVICE_EXAMPLE_RUNS_PER_USER="1", SERVICE_EXAMPLE_MAX_RUNS="2")
     desk.with_client(Status.RUNNING, user_id=1)
     jobs = [desk.upload(user_id=user) for user in (1, 1, 2, 3)]
+    desk.link.slots = 4
     said = [ask(desk.server, "GET", f"/jobs/{job.id}").json for job in jobs]
-    assert [each["queue_position"] for each in said] == [1, 2, 3, 4]
+    assert [each["queue_position"] for each in said] == [3, 4, 1, 2], "who has used nothing goes before who runs one"
     assert said[0]["waiting_for"] == "1 of your 1 runs for example are in use"
     assert said[1]["waiting_for"] == "1 of your 1 runs for example are in use and 1 job of yours stands before it"
     assert said[2]["waiting_for"].startswith("it is next")
+    assert said[3]["waiting_for"] == "it waits for its turn and 1 other user's turn stands before it"
     desk.with_client(Status.RUNNING, user_id=4)
-    assert ask(desk.server, "GET", f"/jobs/{jobs[3].id}").json["waiting_for"] == "all 2 runs of example are in use"
+    assert ask(desk.server, "GET", f"/jobs/{jobs[3].id}").json["waiting_for"].startswith("all 2 runs of example are in use")
     desk.link.failed("cannot be reached: connection refused")
     assert "connection refused" in ask(desk.server, "GET", "/jobs/1").json["waiting_for"]
 

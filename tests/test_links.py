@@ -637,13 +637,36 @@ def test_a_link_is_held_back_after_failures_and_free_when_it_is_heard(link: Link
 
 
 def test_room(link: Link) -> None:
-    """All slots, some that wait beside them so that no slot is ever idle, and what has ended and is to be fetched."""
-    link.slots = 2
-    assert link.room() == 6
-    link.slots = 8
-    assert link.room() == 16
-    link.ended[1] = joborch.Report(1, {}, 0.0)
-    assert link.room() == 17
+    """What its jobs ask for is taken, and what has ended and is to be fetched is free again."""
+    link.slots, link.memory = 4, 1000
+    assert (link.place(3, 600).free, link.place(3, 600).free_memory) == (1, 400)
+    link.ended[1] = joborch.Report(1, {}, 0.0, cpus=2, memory=100)
+    assert (link.place(3, 600).free, link.place(3, 600).free_memory) == (3, 500)
+    link.memory = None
+    assert link.place(3, 600).free_memory is None
+
+
+def test_after_a_failure_it_gets_one_job_until_it_has_taken_one(link: Link) -> None:
+    assert link.has_lane()
+    link.sending |= {1, 2}
+    assert link.has_lane(), "there are three lanes"
+    link.failed("connection refused")
+    link.heard()
+    assert not link.has_lane(), "it answers again: that it takes jobs is to be seen"
+    link.sending.clear()
+    assert link.has_lane()
+    link.took_one()
+    link.sending |= {1, 2}
+    assert link.has_lane()
+    link.refused("503")
+    assert not link.has_lane()
+
+
+def test_a_drained_client_gets_no_jobs(link: Link) -> None:
+    link.heard()
+    assert link.takes_jobs() and not link.why_not()
+    link.drained = True
+    assert not link.takes_jobs() and link.why_not().startswith("is drained")
 
 
 def test_causes_are_said_in_plain_words() -> None:

@@ -45,7 +45,7 @@ def test_the_description_is_valid(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_declared_route_is_described_once_and_nothing_else(mode: str) -> None:
-    declared = {(re.sub(r"<(\w+)>", r"{\1}", found.path), found.method.lower()) for kind, found in OF_MODE if kind == mode}
+    declared = {(re.sub(r"<(\w+)(:path)?>", r"{\1}", found.path), found.method.lower()) for kind, found in OF_MODE if kind == mode}
     declared |= {(path, "head") for path, method in declared if method == "get"}
     assert {(path, method) for path, method, _ in operations(mode)} == declared
     names = [operation["operationId"] for _, _, operation in operations(mode)]
@@ -79,7 +79,7 @@ def test_every_parameter_is_explained_and_has_an_example_within_its_bounds(mode:
         if parameter.kind == "integer":
             assert (parameter.least is None or parameter.example >= parameter.least) and (parameter.most or 2**63) >= parameter.example
     in_path = {parameter.name for parameter in declared.takes if parameter.place == "path"}
-    assert in_path == set(re.findall(r"<(\w+)>", declared.path))
+    assert in_path == set(re.findall(r"<(\w+)(?::path)?>", declared.path))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -88,7 +88,7 @@ def test_who_may_call_is_described(mode: str) -> None:
     for kind, declared in OF_MODE:
         if kind != mode:
             continue
-        operation = openapi(mode)["paths"][re.sub(r"<(\w+)>", r"{\1}", declared.path)][declared.method.lower()]
+        operation = openapi(mode)["paths"][re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)][declared.method.lower()]
         assert ({"token": []} in operation["security"]) == (declared.who == "caller")
         assert ({"401", "403"} <= set(operation["responses"])) == (declared.who == "caller")
     free = {declared.path for kind, declared in OF_MODE if declared.who == "anyone"}

@@ -1,26 +1,136 @@
-"""Who is next, who may try again, and what somebody is told who waits: pure functions, tried on tables."""
+"""Whose turn it is, which client gets the job, who may try again, and what somebody is told who waits: pure functions.
+
+They are tried on tables, on random figures, and as the rules of a machine that plays a whole site.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_states import BOUNDED, HandClock, new_job
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from test_states import BOUNDED, HandClock, a_service, new_job
 
 import joborch
-from joborch import Cause, Head, Standing, Store, attempts_left, in_turn, why_waiting
-
-HEADS = st.lists(
-    st.builds(Head, st.sampled_from("abc"), st.integers(1, 10**12), st.integers(-3, 3)), max_size=8, unique_by=lambda head: head.job_id
+from joborch import (
+    BUSY,
+    NO_USE,
+    Cause,
+    Head,
+    Line,
+    Place,
+    Run,
+    Sharing,
+    Standing,
+    Status,
+    Store,
+    Waiting,
+    attempts_left,
+    choose,
+    reserve,
+    turn_of,
+    use_now,
+    used,
+    wait_estimate_s,
+    welcomed,
+    why_waiting,
 )
+
+NOW, HALF_LIFE_S = 1_795_510_800.0, 6 * 3600.0
+FOREVER = float("inf")
+
+# == Use ==
 
 
 @BOUNDED
-@given(HEADS)
-def test_jobs_run_in_the_order_in_which_they_came(heads: list[Head]) -> None:
-    turn = in_turn(iter(heads))
-    assert sorted(map(repr, turn)) == sorted(map(repr, heads)), "nobody is left out, nobody comes twice"
-    assert [head.job_id for head in turn] == sorted(head.job_id for head in heads)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e5)), max_size=10), st.floats(0, 1e6))
+def test_use_decays_by_its_half_life(runs: list[tuple[float, float]], later_s: float) -> None:
+    """Each run counts half after a half-life, a quarter after two; in which order they are written down does not matter."""
+    end, use = NOW + 1e6 + later_s, NO_USE
+    for begin, slot_s in runs:
+        use = used(use, slot_s, NOW + begin, HALF_LIFE_S)
+    wanted = sum(slot_s * 2 ** (-(end - NOW - begin) / HALF_LIFE_S) for begin, slot_s in runs)
+    assert use_now(use, end, HALF_LIFE_S) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+@BOUNDED
+@given(st.floats(0.001, 1e6), st.floats(0.001, 1e6))
+def test_what_is_given_back_was_never_used(first: float, second: float) -> None:
+    use = used(used(NO_USE, first, NOW, HALF_LIFE_S), second, NOW, HALF_LIFE_S)
+    assert use_now(used(use, -second, NOW, HALF_LIFE_S), NOW, HALF_LIFE_S) == pytest.approx(first, rel=1e-3, abs=1e-3 * second)
+    assert used(use, -3 * (first + second), NOW, HALF_LIFE_S) == NO_USE, "there is no negative use"
+
+
+@BOUNDED
+@given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.floats(0, 1e7))
+def test_the_order_of_users_does_not_change_while_time_passes(one: float, other: float, later_s: float) -> None:
+    """That is why a rank can stand in an index."""
+    assume(abs(math.log2(one / other)) > 1e-6)
+    ranks = [used(NO_USE, slot_s, NOW, HALF_LIFE_S) for slot_s in (one, other)]
+    uses = [use_now(rank, NOW + later_s, HALF_LIFE_S) for rank in ranks]
+    assert (ranks[0] < ranks[1]) == (one < other)
+    assert (uses[0] < uses[1]) == (one < other) or uses[0] == uses[1]
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
+def test_who_comes_back_has_no_more_credit_than_a_half_life(weight: float) -> None:
+    level = used(NO_USE, 1000.0, NOW, HALF_LIFE_S)
+    back = welcomed(NO_USE, weight, level)
+    assert use_now(back, NOW, HALF_LIFE_S) == pytest.approx(500.0 * weight, rel=1e-6)
+    more = used(NO_USE, 900.0 * weight, NOW, HALF_LIFE_S)
+    assert welcomed(more, weight, level) == more, "who has used more than that keeps it"
+    assert welcomed(NO_USE, weight, NO_USE) == NO_USE
+
+
+def test_all_that_come_at_once_are_equal() -> None:
+    """A newcomer is measured by the turn served last, not by the newcomer before: else the last of a crowd would be first."""
+    level = used(NO_USE, 1000.0, NOW, HALF_LIFE_S)
+    assert len({welcomed(NO_USE, 1.0, level) for _ in range(50)}) == 1
+
+
+# == Turns ==
+
+JOBS = st.lists(
+    st.builds(Waiting, st.integers(1, 10**9), st.integers(-100, 100), st.floats(0, 1e6), st.just(1), st.none(), st.none()),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda job: job.job_id,
+)
+
+
+def in_order(jobs: Iterable[Waiting]) -> list[Waiting]:
+    """Jobs as they arrive: with growing ids."""
+    times = sorted(job.arrived_at for job in jobs)
+    return [job._replace(job_id=number, arrived_at=at) for number, (job, at) in enumerate(zip(jobs, times), 1)]
+
+
+@BOUNDED
+@given(JOBS)
+def test_within_a_user_it_is_priority_then_arrival(jobs: list[Waiting]) -> None:
+    jobs = in_order(jobs)
+    wanted = min(jobs, key=lambda job: (-job.priority, job.job_id))
+    assert turn_of("share", jobs, 3.0, 60.0) == (3.0, wanted)
+    assert turn_of("fifo", jobs, 3.0, 60.0) == (jobs[0].arrived_at, wanted), "whose job came first has the turn; which it is, is his matter"
+
+
+@BOUNDED
+@given(JOBS, st.floats(1, 600))
+def test_with_ageing_nothing_starves(jobs: list[Waiting], ageing_s: float) -> None:
+    """The bound: a job is overtaken only by those that come within (100 - priority) points of ageing after it."""
+    order = sorted(in_order(jobs), key=lambda job: (turn_of("priority", [job], 0.0, ageing_s)[0], job.job_id))
+    for earlier, later in itertools.combinations(order, 2):
+        assert earlier.arrived_at - later.arrived_at <= (100 - later.priority) * ageing_s * (1 + 1e-9) <= 200 * ageing_s * (1 + 1e-9)
+        if earlier.priority == later.priority:
+            assert earlier.arrived_at <= later.arrived_at
+    rank, first = turn_of("priority", in_order(jobs), 0.0, ageing_s)
+    assert first == order[0] and rank == turn_of("priority", [first], 0.0, ageing_s)[0]
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
@@ -36,38 +146,344 @@ def test_attempts(retries: int) -> None:
     store.close()
 
 
-FREE, DOWN = {"gpu1:9000": ""}, {"gpu1:9000": "cannot be reached (3 min ago)"}
+# == Clients ==
+
+
+def place(name: str = "a", slots: int = 4, free: int | None = None, **changes: Any) -> Place:
+    """A client with so many slots, all free unless said."""
+    return Place(name, slots, slots if free is None else free, **changes)
+
+
+def line(*heads: Head, service: str = "s", clients: str = "ab", busy: float = 0.0, run_s: float | None = 60.0) -> Line:
+    """The line of one service at clients `a` and `b`."""
+    return Line(service, clients, busy, run_s, heads)
+
+
+def no_runs(_: str) -> list[Run]:
+    """Nothing runs anywhere."""
+    return []
+
+
+def chosen(lines: list[Line], places: list[Place], runs: dict[str, list[Run]] | None = None) -> tuple[int, str] | None:
+    """Which job goes to which client."""
+    found = choose(lines, places, lambda name: (runs or {}).get(name, []), NOW)
+    return None if found is None else (found[0].job_id, found[1].name)
 
 
 @pytest.mark.parametrize(
-    ("standing", "troubles", "wanted"),
+    ("places", "wanted"),
     [
-        (Standing(0, 5, 0, 10, 0), FREE, "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 1), FREE, "it is next for a free place at a client for s and 1 job of yours stands before it"),
-        (Standing(5, 5, 5, 10, 3), FREE, "5 of your 5 runs for s are in use and 3 jobs of yours stand before it"),
-        (Standing(6, 5, 6, 10, 0), FREE, "6 of your 5 runs for s are in use"),
-        (Standing(4, 5, 10, 10, 0), FREE, "all 10 runs of s are in use"),
-        (Standing(5, 5, 10, 10, 0), DOWN, "5 of your 5 runs for s are in use"),
-        (Standing(0, 5, 0, 10, 0), DOWN, "no client for s answers: gpu1:9000 cannot be reached (3 min ago)"),
-        (Standing(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 0), {}, "it is next for a free place at a client for s"),
+        ([place("a", 4, 1), place("b", 4, 3)], "b"),
+        ([place("a", 4, 2, load=80.0), place("b", 4, 2, load=20.0)], "b"),
+        ([place("a", 4, 2, failed_s_ago=10.0), place("b", 4, 2, failed_s_ago=500.0)], "b"),
+        ([place("b", 4, 2), place("a", 4, 2)], "a"),
+        ([place("a", 4, 0), place("b", 1, 1, load=100.0, failed_s_ago=1.0)], "b"),
+        ([place("a", 4, 4), place("c", 9, 9)], "a"),
+        ([place("a", 4, 0), place("b", 4, 0)], None),
+        ([place("a", 1, -3, queues=True), place("b", 4, 1)], "b"),
+        ([place("a", 1, -3, queues=True), place("b", 4, 0)], "a"),
+        ([], None),
     ],
 )
-def test_what_a_job_waits_for(standing: Standing, troubles: dict[str, str], wanted: str) -> None:
-    assert why_waiting("s", standing, troubles) == wanted
+def test_the_client_with_most_free_slots_gets_it(places: list[Place], wanted: str | None) -> None:
+    """Then the one with the least load, then the one whose last failure is longest ago; a 2.2 client where no slot is known to be free."""
+    assert chosen([line(Head("s", 1))], places) == (wanted and (1, wanted))
 
 
-STANDINGS = st.builds(Standing, *[st.integers(0, 9), st.integers(1, 5)] * 2, st.integers(0, 9))
+@pytest.mark.parametrize(("run_s", "room"), [(None, 0), (60.0, 0), (0.41, 0), (0.2, 2), (0.1, 4), (0.01, 4), (0.0, 4)])
+def test_only_work_of_a_moment_waits_at_a_client(run_s: float | None, room: int) -> None:
+    """A newcomer's job stands behind what runs, and no more than 0.2 s of work."""
+    assert place(slots=2, free=0).room(run_s) == room
+    assert place(slots=8, free=0).room(0.01) == 8
+
+
+def test_the_service_of_whose_limit_the_least_is_in_use_goes_first() -> None:
+    lines = [line(Head("s", 1), busy=0.5), line(Head("t", 99), service="t", busy=0.1)]
+    assert chosen(lines, [place()]) == (99, "a")
+    assert chosen([dataclasses.replace(lines[0], clients="x"), lines[1]], [place("x")]) == (1, "x"), "where it can be had"
+    assert chosen([line(Head("s", 1)), line(Head("t", 2), service="t")], [place()]) == (1, "a")
+
+
+WIDE = Head("s", 1, cpus=4)
+RUNNING = [Run(1, 0, NOW + 100), Run(1, 0, NOW + 200), Run(1, 0, NOW + 300)]
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wanted"),
+    [
+        (Head("s", 2, timeout=299.0), (2, "a")),
+        (Head("s", 2, timeout=301.0), None),
+        (Head("s", 2), None),
+        (Head("s", 2, cpus=2, timeout=10.0), None),
+    ],
+)
+def test_a_narrow_job_goes_before_a_wide_one_only_where_it_does_not_delay_it(narrow: Head, wanted: Any) -> None:
+    """4 slots, 3 of them in use, the last for 300 s more: what ends before may use the free one."""
+    assert chosen([line(WIDE, narrow)], [place(free=1)], {"a": RUNNING}) == wanted
+
+
+def test_what_is_to_spare_beside_a_wide_job_is_free_for_all() -> None:
+    wide = Head("s", 1, cpus=3)
+    assert reserve(wide, place(slots=6, free=2), RUNNING) == joborch.Reservation(NOW + 100, 0, FOREVER)
+    assert reserve(wide, place(slots=6, free=1), [Run(4, 0, NOW + 9)]) == joborch.Reservation(NOW + 9, 2, FOREVER)
+    assert chosen([line(wide, Head("s", 2))], [place(slots=6, free=1)], {"a": [Run(4, 0, NOW + 9)]}) == (2, "a")
+
+
+def test_where_nobody_knows_when_runs_end_all_that_becomes_free_is_kept() -> None:
+    endless = [Run(1, 0, FOREVER)] * 3
+    assert chosen([line(WIDE, Head("s", 2, timeout=1.0))], [place(free=1)], {"a": endless}) is None
+    assert chosen([line(WIDE, Head("s", 2))], [place(free=1), place("b", 4, 2)], {"a": endless, "b": endless}) == (2, "a"), "b is kept"
+
+
+def test_a_wide_job_is_not_passed_by_another_service() -> None:
+    """Once the turn of its service has come: the slots are kept against all."""
+    lines = [line(WIDE), line(Head("t", 2), service="t", busy=0.5)]
+    assert chosen(lines, [place(free=1)], {"a": [Run(1, 0, FOREVER)] * 3}) is None
+
+
+def test_what_no_client_here_could_run_holds_up_nobody() -> None:
+    assert chosen([line(Head("s", 1, cpus=9), Head("s", 2))], [place(free=1)]) == (2, "a")
+    assert chosen([line(Head("s", 1, memory=500), Head("s", 2))], [place(memory=400, free_memory=400)]) == (2, "a")
+
+
+@pytest.mark.parametrize(("free_memory", "wanted"), [(None, (1, "a")), (500, (1, "a")), (499, None)])
+def test_memory_is_matched(free_memory: int | None, wanted: Any) -> None:
+    known = None if free_memory is None else 1000
+    assert chosen([line(Head("s", 1, memory=500))], [place(memory=known, free_memory=free_memory)]) == wanted
+
+
+HEADS = st.builds(
+    Head, st.sampled_from("st"), st.integers(1, 10**6), st.integers(1, 5), st.none() | st.integers(1, 900), st.none() | st.floats(1, 1000)
+)
+PLACES = st.lists(
+    st.builds(
+        lambda name, slots, taken, memory: Place(name, slots, slots - min(taken, slots), memory, memory and memory // 2),
+        st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 6), st.none() | st.integers(1, 1000),
+    ),
+    max_size=3,
+    unique_by=lambda place: place.name,
+)  # fmt: skip
+RUNS = st.lists(st.builds(Run, st.integers(1, 3), st.integers(0, 500), st.just(FOREVER) | st.floats(NOW, NOW + 1000)), max_size=4)
 
 
 @BOUNDED
-@given(STANDINGS, st.dictionaries(st.sampled_from(["a:1", "b:2"]), st.sampled_from(["", "is away"])))
-def test_it_is_called_next_only_where_no_limit_binds(standing: Standing, troubles: dict[str, str]) -> None:
-    text = why_waiting("s", standing, troubles)
+@given(st.lists(HEADS, max_size=6, unique_by=lambda head: head.job_id), PLACES, RUNS)
+def test_a_choice_fits_is_the_same_again_and_leaves_no_slot_idle(heads: list[Head], places: list[Place], runs: list[Run]) -> None:
+    """Work conserving: where nothing is chosen, every job that fits somewhere is held up by a wide one that stands before it."""
+    lines = [Line(name, "abc", 0.0, None, [head for head in heads if head.service == name]) for name in "st"]
+    found, again = (choose(lines, places, lambda _: runs, NOW) for _ in range(2))
+    assert found == again
+    in_line = [head for one in lines for head in one.heads]
+    fitting = [head for head in in_line if any(joborch.fits(head, place, None, None, NOW) for place in places)]
+    if found is None:
+        for head in fitting:
+            before = in_line[: in_line.index(head)]
+            assert any(other not in fitting and any(place.could_run(other.cpus, other.memory) for place in places) for other in before)
+    else:
+        assert joborch.fits(found[0], found[1], None, None, NOW)
+        if in_line[0] in fitting:
+            assert found[0] == in_line[0], "the first goes first"
+
+
+@BOUNDED
+@given(st.integers(2, 6), st.integers(0, 3), RUNS, HEADS)
+def test_a_reservation_is_not_put_off_by_who_goes_first(cpus: int, free: int, runs: list[Run], other: Head) -> None:
+    """Whoever it lets pass, there is room for the wide job at the time for which it is kept."""
+    at, wide = Place("a", 20, free, 5000, 2000), Head("s", 1, cpus, 500)
+    kept = reserve(wide, at, runs)
+    if kept.until < FOREVER and kept.lets(other, NOW) and joborch.fits(other, at, None, None, NOW):
+        other_ends = FOREVER if other.timeout is None else NOW + other.timeout
+        ended = [run for run in [*runs, Run(other.cpus, other.memory or 0, other_ends)] if run.ends_at <= kept.until]
+        assert free - other.cpus + sum(run.cpus for run in ended) >= cpus
+        assert 2000 - (other.memory or 0) + sum(run.memory for run in ended) >= 500
+
+
+# == A whole site ==
+
+
+class Site(RuleBasedStateMachine):
+    """Users with weights, jobs that come and end at random, at a store of its own: what is served is what each is due."""
+
+    @initialize(policy=st.sampled_from(["share", "fifo", "priority"]), slots=st.integers(1, 4))
+    def begin(self, policy: str, slots: int) -> None:
+        """A service with one client."""
+        self.clock, self.slots = HandClock(), slots
+        self.store = Store(":memory:", "server", self.clock)
+        self.store.set_limits({"s": a_service("s", runs_per_user=2, max_runs=3, policy=policy)})
+        self.policy = policy
+
+    @rule(user_id=st.integers(1, 3), priority=st.integers(-2, 2), count=st.integers(1, 3))
+    def upload(self, user_id: int, priority: int, count: int) -> None:
+        """Jobs arrive."""
+        for _ in range(count):
+            self.clock.pass_s(0.5)
+            self.store.add(new_job(user_id=user_id, service="s", priority=priority), "")
+        self.fill()
+
+    @rule(data=st.data(), seconds=st.floats(0.1, 500))
+    def end(self, data: st.DataObject, seconds: float) -> None:
+        """A run ends after a while."""
+        self.clock.pass_s(seconds)
+        busy = [job for job in self.jobs() if job.status in BUSY]
+        if busy:
+            job = data.draw(st.sampled_from(busy))
+            self.store.move(job, Status.SUBMITTED, "")
+            current = self.store.get(job.id)
+            assert current and self.store.move(current, Status.COMPLETED, "", started_at=1.0, run_s=seconds)
+        self.fill()
+
+    def jobs(self) -> list[joborch.Job]:
+        return self.store.jobs("SELECT * FROM jobs ORDER BY id")
+
+    def fill(self) -> None:
+        """Claim as the dispatcher does, until nothing can be sent."""
+        while True:
+            busy = Counter(job.user_id for job in self.jobs() if job.status in BUSY)
+            rows = self.store.read(joborch.CONTENDERS_NEXT, service="s", limit=100)
+            heads = [Head("s", row["head"], row["cpus"]) for row in rows] if sum(busy.values()) < 3 else []
+            found = choose([line(*heads, run_s=None)], [place("a", self.slots, self.slots - sum(busy.values()))], no_runs, 0.0)
+            if found is None:
+                return
+            own = [job for job in self.jobs() if job.status is Status.QUEUED]
+            claimed = self.store.claim(found[0].job_id, "a", self.slots)
+            assert claimed is not None
+            before = [job for job in own if job.user_id == claimed.user_id]
+            if self.policy != "priority":
+                assert claimed.id == min(before, key=lambda job: (-job.priority, job.id)).id, "within a user order is kept"
+            if self.policy == "fifo":
+                open_users = [job for job in own if busy[job.user_id] < 2]
+                assert claimed.user_id == min(open_users, key=lambda job: job.id).user_id, "who came first has the turn"
+            if self.policy == "priority":
+                open_jobs = [job for job in own if busy[job.user_id] < 2]
+                assert claimed.id == min(open_jobs, key=lambda job: (job.arrived_at / 60 - job.priority, job.id)).id
+
+    @invariant()
+    def no_slot_is_idle_while_a_job_could_run(self) -> None:
+        """Work conserving: what waits is held up by a limit."""
+        if not hasattr(self, "store"):
+            return
+        busy = Counter(job.user_id for job in self.jobs() if job.status in BUSY)
+        assert sum(busy.values()) <= min(3, self.slots) and max(busy.values(), default=0) <= 2
+        if sum(busy.values()) < min(3, self.slots):
+            assert not [job for job in self.jobs() if job.status is Status.QUEUED and busy[job.user_id] < 2]
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+
+
+TestSite = Site.TestCase
+TestSite.settings = settings(deadline=None, max_examples=20, stateful_step_count=20)
+
+
+def served(weights: dict[int, float], run_s: float, rounds: int, slots: int = 2) -> Counter[int]:
+    """How many runs each of some users gets, all with work at all times, of runs that take so long."""
+    clock = HandClock()
+    store = Store(":memory:", "server", clock)
+    store.set_limits({"s": a_service("s", runs_per_user=99, max_runs=99)}, Sharing(weights=weights))
+    for user_id in weights:
+        for _ in range(3):
+            store.add(new_job(user_id=user_id, service="s"), "")
+    got = Counter[int]()
+    for _ in range(rounds):
+        running = []
+        for _ in range(slots):
+            (row,) = store.read(joborch.CONTENDERS_NEXT, service="s", limit=1)
+            job = store.claim(row["head"], "a", 99)
+            assert job is not None and job.user_id is not None
+            running.append(job)
+            got[job.user_id] += 1
+            store.add(new_job(user_id=job.user_id, service="s"), "")
+        clock.pass_s(run_s)
+        for job in running:
+            store.move(job, Status.SUBMITTED, "")
+            current = store.get(job.id)
+            assert current and store.move(current, Status.COMPLETED, "", run_s=run_s)
+    store.close()
+    return got
+
+
+@pytest.mark.parametrize("run_s", [1.0, 60.0, 3600.0])
+@pytest.mark.parametrize("weights", [{1: 1.0, 2: 1.0}, {1: 1.0, 2: 3.0}, {1: 0.5, 2: 1.0, 3: 2.5}])
+def test_shares_converge_to_the_weights(weights: dict[int, float], run_s: float) -> None:
+    got, whole = served(weights, run_s, 120), sum(weights.values())
+    for user_id, weight in weights.items():
+        assert got[user_id] / 240 == pytest.approx(weight / whole, abs=0.05), got
+
+
+def test_a_burst_cannot_win_twice() -> None:
+    """The slots that a user has just got count at once: the next goes to the other, long before the first runs have ended."""
+    assert served({1: 1.0, 2: 1.0}, 60.0, 1, slots=4) == Counter({1: 2, 2: 2})
+
+
+# == What somebody is told ==
+
+FREE, DOWN = {"gpu1:9000": ""}, {"gpu1:9000": "cannot be reached (3 min ago)"}
+EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("standing", "troubles", "places", "wanted"),
+    [
+        (Standing(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free place at a client for s"),
+        (Standing(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn and 1 job of yours stands before it"),
+        (Standing(0, 5, 2, 10, 2, 7), FREE, BUSY_PLACE,
+         "all 2 slots of gpu1:9000 are in use and 2 jobs of yours and 7 other users' turns stand before it"),
+        (Standing(0, 5, 2, 10, 0, 1), FREE, [place("x", 1, 0)], "the only slot of x is in use and 1 other user's turn stands before it"),
+        (Standing(0, 5, 2, 10, 0), FREE, [place("x", 2, 0), place("y", 3, 0)], "all 5 slots of 2 clients are in use"),
+        (Standing(5, 5, 5, 10, 3), FREE, EMPTY, "5 of your 5 runs for s are in use and 3 jobs of yours stand before it"),
+        (Standing(6, 5, 6, 10, 0), FREE, EMPTY, "6 of your 5 runs for s are in use"),
+        (Standing(5, 5, 5, 10, 10_000), FREE, EMPTY,
+         "5 of your 5 runs for s are in use and more than 10,000 jobs of yours stand before it"),
+        (Standing(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
+        (Standing(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
+        (Standing(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
+        (Standing(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free place at a client for s"),
+        (Standing(0, 5, 0, 10, 0), {}, [], "it is next for a free place at a client for s"),
+        (Standing(0, 5, 0, 10, 0, 0, 4), FREE, EMPTY,
+         "no client for s is large enough: it needs 4 slots, and the largest, gpu1:9000, has 2 slots"),
+        (Standing(0, 5, 0, 10, 0, 0, 1, 900), FREE, [place("x", 2, memory=500)],
+         "no client for s is large enough: it needs 1 slot and 900 MiB of memory, and the largest, x, has 2 slots and 500 MiB of memory"),
+        (Standing(0, 5, 1, 10, 0, 0, 2), FREE, [place("x", 2, 1)],
+         "it needs 2 slots at once: x has 1 of 2 free, and keeps what becomes free for it"),
+    ],
+)  # fmt: skip
+def test_what_a_job_waits_for(standing: Standing, troubles: dict[str, str], places: list[Place], wanted: str) -> None:
+    assert why_waiting("s", standing, troubles, places) == wanted
+
+
+STANDINGS = st.builds(Standing, *[st.integers(0, 9), st.integers(1, 5)] * 2, st.integers(0, 9), st.integers(0, 3), st.integers(1, 3))
+
+
+@BOUNDED
+@given(STANDINGS, st.dictionaries(st.sampled_from(["a:1", "b:2"]), st.sampled_from(["", "is away"])), PLACES)
+def test_it_is_called_next_only_where_nothing_binds(standing: Standing, troubles: dict[str, str], places: list[Place]) -> None:
+    text = why_waiting("s", standing, troubles, places)
     bound = standing.runs_of_user >= standing.runs_per_user or standing.runs_of_service >= standing.max_runs
     away = bool(troubles) and all(troubles.values())
-    assert text.startswith("it is next") == (not bound and not away)
+    taken = bool(places) and all(place.free < standing.cpus for place in places)
+    before = standing.queued_before + standing.users_before
+    if text.startswith("it is next"):
+        assert not bound and not away and not taken and not before
     assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("position", "standing", "slots", "wanted"),
+    [
+        (1, Standing(0, 5, 0, 10, 0), 2, 0.0),
+        (2, Standing(0, 5, 0, 10, 1), 2, 0.0),
+        (3, Standing(0, 5, 0, 10, 2), 2, 60.0),
+        (1, Standing(0, 5, 2, 10, 0), 2, 60.0),
+        (3, Standing(0, 5, 2, 10, 0), 2, 120.0),
+        (1, Standing(5, 5, 5, 10, 0), 8, 60.0),
+        (7, Standing(5, 5, 5, 10, 6), 100, 120.0),
+        (11, Standing(0, 5, 10, 10, 0), 100, 120.0),
+    ],
+)
+def test_how_long_a_job_waits(position: int, standing: Standing, slots: int, wanted: float) -> None:
+    """Rounds of runs of a minute: as many at once as slots and limits let."""
+    assert wait_estimate_s(position, standing, slots, 60.0) == wanted
 
 
 @pytest.mark.parametrize(

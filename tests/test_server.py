@@ -33,6 +33,7 @@ from joborch import (
     Status,
     Store,
     clean_tick,
+    dispatch_tick,
     fetch_tick,
     get_tick,
     kill_tick,
@@ -49,6 +50,12 @@ RESULT = b"PK of a result"
 def no_long_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick that would wait for news comes back at once."""
     monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 0.0)
+
+
+def send_next(server: Server, link: Link) -> None:
+    """What the dispatcher and a lane of a client do together: claim the next job, and send it."""
+    dispatch_tick(server)
+    send_tick(server, link)
 
 
 class Desk:
@@ -107,7 +114,7 @@ class Desk:
             return self.store.number("SELECT sum(moves) FROM jobs"), self.link.failures
 
         before = state()
-        send_tick(self.server, self.link)
+        send_next(self.server, self.link)
         return state() != before
 
     def settle(self, job: Job, **payload: Any) -> Job:
@@ -308,6 +315,7 @@ def test_a_full_service_does_not_hold_up_another_at_the_same_client(peer: Peer, 
     jobs = [desk.upload(user_id=1), desk.upload(user_id=2), desk.upload(user_id=3, service="b")]
     peer.says["/submit"] = [reply(200, {"id": 7})]
     desk.link.heard()
+    desk.link.slots = 4
     for _ in range(4):
         desk.send()
     assert [desk[job].status for job in jobs] == [Status.SUBMITTED, Status.QUEUED, Status.SUBMITTED]
@@ -323,7 +331,12 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     get_tick(desk.server, desk.link)
     while desk.send():
         pass
-    assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.room() == 6
+    assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
+    with desk.store.lock:
+        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "level": 0.0, "runs": 5, "mean_s": 0.01})
+    while desk.send():
+        pass
+    assert desk.store.number(joborch.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
 
 
 # == Hearing ==
@@ -744,7 +757,7 @@ def test_attempts_come_to_an_end(desk: Desk, peer: Peer) -> None:
         again = desk.settle(desk[job], status="Failed", cause="infrastructure", reason="reboot")
         assert (again.status, again.attempt) == (Status.QUEUED, attempt + 1)
         pauses.append((again.not_before or 0) - desk.clock.wall())
-        assert not desk.store.read(joborch.ELIGIBLE_HEADS, service="example", limit=1), "not before its time"
+        assert not desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1), "not before its time"
         desk.clock.pass_s(60)
         watch_tick(desk.server)
         assert desk.store.claim(job.id, desk.link.name, 9)
@@ -1043,10 +1056,10 @@ def test_new_attempts_come_of_age(desk: Desk) -> None:
     job = desk.with_client(Status.RUNNING)
     joborch.new_attempt(desk.server, job, "reboot")
     watch_tick(desk.server)
-    assert desk.store.read(joborch.ELIGIBLE_HEADS, service="example", limit=1) == []
+    assert desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1) == []
     desk.clock.pass_s(2)
     watch_tick(desk.server)
-    assert [row["head"] for row in desk.store.read(joborch.ELIGIBLE_HEADS, service="example", limit=1)] == [job.id]
+    assert [row["head"] for row in desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1)] == [job.id]
 
 
 # == Starting ==
@@ -1338,6 +1351,7 @@ def test_wake_by_name(desk: Desk) -> None:
 def test_every_client_has_its_loops(desk: Desk) -> None:
     name, loops = desk.link.name, joborch.make_server_loops(desk.server)
     assert set(loops) == {f"{each}:{name}" for each in ("get", "send", "fetch", "kill")} | {
+        "dispatch",
         "watch",
         "clean",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import shutil
 import sqlite3
@@ -25,7 +26,7 @@ import joborch
 from joborch import BUSY, ENDED, MOVES, OVER, Cause, ConfigError, IllegalMove, Job, Service, Status, StorageError, Store
 
 EVERYTHING = "SELECT * FROM jobs ORDER BY id"
-ELIGIBLE_ALL = "SELECT service, head, user_id FROM eligible ORDER BY service, head"
+CONTENDERS_ALL = "SELECT service, user_id, at_quota, rank, head, cpus, memory, timeout FROM contenders"
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ class Moves(StoreMachine):
             assert claimed == self.store.get(job_id)
             self.note(job_id, Status.PROCESSING)
             row.client = client
-        elif claimed is not None:  # a new attempt before its time: not by way of `eligible`, which does not list it
+        elif claimed is not None:  # a new attempt before its time: not by way of `contenders`, which does not list it
             self.note(job_id, Status.PROCESSING)
             row.client = client
 
@@ -340,42 +341,79 @@ def test_what_must_outlive_a_power_cut_is_written_with_full_sync(mode: str, leve
 
 SERVICES = ("a", "b")
 CLIENTS = ("x", "y")
-LIMITS = st.fixed_dictionaries({name: st.tuples(st.integers(1, 3), st.integers(1, 4)) for name in SERVICES})
+POLICIES = st.sampled_from(["share", "fifo", "priority"])
+LIMITS = st.fixed_dictionaries({name: st.tuples(st.integers(1, 3), st.integers(1, 4), POLICIES) for name in SERVICES})
+Figures = Mapping[str, tuple[int, int, str]]
 
 
-def limits_of(figures: Mapping[str, tuple[int, int]]) -> dict[str, Service]:
-    """Services with these limits, for a user and in all."""
-    return {name: a_service(name, runs_per_user=user, max_runs=whole) for name, (user, whole) in figures.items()}
+def limits_of(figures: Figures) -> dict[str, Service]:
+    """Services with these limits, for a user and in all, and these policies."""
+    return {name: a_service(name, runs_per_user=user, max_runs=whole, policy=how) for name, (user, whole, how) in figures.items()}
 
 
-def scanned_eligible(jobs: list[Job], services: Mapping[str, Service]) -> list[tuple[str, int, int]]:
-    """What `eligible` has to hold, by a look at every row."""
+def completed(store: Store, job: Job) -> bool:
+    """Whether a job was Completed, whatever has become of its files since."""
+    return any(row["target"] == "Completed" for row in store.read(joborch.HISTORY_GET, id=job.id))
+
+
+def scanned_contenders(store: Store) -> list[tuple[Any, ...]]:
+    """What `contenders` has to hold, by a look at every row."""
+    jobs, found = store.jobs(EVERYTHING), []
     busy = Counter((job.service, job.user_id) for job in jobs if job.status in BUSY)
-    heads: dict[tuple[str, int], int] = {}
-    for job in jobs:
-        if job.status is Status.QUEUED and job.not_before is None and job.service in services:
-            heads.setdefault((job.service, job.user_id or 0), job.id)
-    free = {pair: head for pair, head in heads.items() if busy[pair] < services[pair[0]].runs_per_user}
-    return sorted((service, head, user_id) for (service, user_id), head in free.items())
+    free = [job for job in jobs if job.status is Status.QUEUED and job.not_before is None and not job.blocked]
+    for pair in {(job.service or "", job.user_id) for job in free if job.service in store.limits}:
+        service = store.limits[pair[0]]
+        own = [job for job in free if (job.service, job.user_id) == pair]
+        head = min(own, key=lambda job: (-job.priority, job.id))
+        if service.policy == "fifo":
+            rank = min(job.arrived_at for job in own)
+        elif service.policy == "priority":
+            head = min(own, key=lambda job: (job.arrived_at / store.sharing.ageing_s - job.priority, job.id))
+            rank = head.arrived_at / store.sharing.ageing_s - head.priority
+        else:
+            rows = store.read(joborch.USAGE_GET, service=pair[0], user_id=pair[1])
+            weight = store.sharing.weights.get(pair[1] or 0, 1.0)
+            rank = (rows[0]["used"] if rows else joborch.NO_USE) - math.log2(weight)
+        found.append((*pair, int(busy[pair] >= service.runs_per_user), rank, head.id, head.cpus, head.memory, head.timeout))
+    return sorted(found, key=str)
 
 
 class Quotas(StoreMachine):
-    """Users, services and clients at random: the limits hold after every step, and `eligible` is what a scan says."""
+    """Users, services and clients at random: the limits hold after every step, and `contenders` is what a scan says."""
 
     jobs = Bundle("jobs")
 
     @initialize(figures=LIMITS)
-    def begin(self, figures: dict[str, tuple[int, int]]) -> None:
+    def begin(self, figures: Figures) -> None:
         """Limits to begin with."""
         self.services = limits_of(figures)
         self.store.set_limits(self.services)
         self.before: Counter[Any] = Counter()
         self.room = dict.fromkeys(CLIENTS, 0)
 
-    @rule(target=jobs, user_id=st.integers(-1, 2), service=st.sampled_from(SERVICES))
-    def add(self, user_id: int, service: str) -> int:
+    @rule(
+        target=jobs,
+        user_id=st.integers(-1, 2),
+        service=st.sampled_from(SERVICES),
+        priority=st.sampled_from([-100, 0, 0, 1, 100]),
+        cpus=st.sampled_from([1, 1, 2]),
+        seconds=st.integers(0, 100),
+    )
+    def add(self, user_id: int, service: str, priority: int, cpus: int, seconds: int) -> int:
         """A user uploads."""
-        return self.store.add(new_job(user_id=user_id, service=service), "uploaded").id
+        self.clock.pass_s(seconds)
+        return self.store.add(new_job(user_id=user_id, service=service, priority=priority, cpus=cpus), "uploaded").id
+
+    @rule(target=jobs, job_id=jobs, other_id=jobs, service=st.sampled_from(SERVICES))
+    def follow(self, job_id: int, other_id: int, service: str) -> int:
+        """A user uploads what is to follow two of his jobs; one of somebody else is refused."""
+        job, other = must(self.store.get(job_id)), must(self.store.get(other_id))
+        new = new_job(user_id=job.user_id, service=service, after_ids=",".join(map(str, sorted({job_id, other_id}))))
+        if job.user_id != other.user_id:
+            with pytest.raises(joborch.UnknownJob):
+                self.store.add(new, "uploaded")
+            return job_id
+        return self.store.add(new, "uploaded").id
 
     @rule(service=st.sampled_from(SERVICES), client=st.sampled_from(CLIENTS), room=st.integers(1, 4))
     def send(self, service: str, client: str, room: int) -> None:
@@ -383,10 +421,11 @@ class Quotas(StoreMachine):
         if service not in self.services:
             return
         self.room[client] = room
-        head = next(iter(self.store.read(joborch.ELIGIBLE_HEADS, service=service, limit=1)), None)
+        head = next(iter(self.store.read(joborch.CONTENDERS_NEXT, service=service, limit=1)), None)
         if head is not None:
             claimed = self.store.claim(head["head"], client, room)
-            full = self.before["service", service] >= self.services[service].max_runs or self.before["client", client] >= room
+            cpus = must(self.store.get(head["head"])).cpus
+            full = self.before["service", service] >= self.services[service].max_runs or self.before["client", client] + cpus > room
             assert (claimed is None) == full
 
     @rule(job_id=jobs, client=st.sampled_from(CLIENTS), room=st.integers(0, 4))
@@ -417,8 +456,15 @@ class Quotas(StoreMachine):
         self.clock.pass_s(seconds)
         self.store.admit_due()
 
+    @rule(job_id=jobs)
+    def run_longer(self, job_id: int) -> None:
+        """A run takes longer than its user was charged for."""
+        job = must(self.store.get(job_id))
+        if job.status is Status.RUNNING and job.service in self.services:
+            self.store.charge_longer(job)
+
     @rule(figures=LIMITS, gone=st.sampled_from([None, *SERVICES]))
-    def reopen(self, figures: dict[str, tuple[int, int]], gone: str | None) -> None:
+    def reopen(self, figures: Figures, gone: str | None) -> None:
         """The server is started again with other limits, or without one of its services."""
         self.store.close()
         self.store = Store(self.store.path, "server", self.clock)
@@ -431,7 +477,8 @@ class Quotas(StoreMachine):
         jobs = self.store.jobs(EVERYTHING)
         busy = [job for job in jobs if job.status in BUSY]
         now = Counter(("service", job.service) for job in busy) + Counter(("user", job.service, job.user_id) for job in busy)
-        now += Counter(("client", job.client) for job in busy)
+        for job in busy:
+            now["client", job.client] += job.cpus
         for key, count in now.items():
             service = self.services.get(key[1])
             most = {"client": self.room.get(key[1], 0)}.get(key[0], 0)
@@ -441,10 +488,32 @@ class Quotas(StoreMachine):
         self.before = now
 
     @invariant()
-    def eligible_is_what_a_scan_says(self) -> None:
-        """One row for each user who has queued work and is under quota."""
-        stored = [tuple(row) for row in self.store.read(ELIGIBLE_ALL)]
-        assert stored == scanned_eligible(self.store.jobs(EVERYTHING), self.services)
+    def contenders_are_what_a_scan_says(self) -> None:
+        """One row for each user who has work that could run, with the rank of his turn and the job that takes it."""
+        stored = [tuple(row) for row in self.store.read(CONTENDERS_ALL)]
+        assert sorted(stored, key=str) == scanned_contenders(self.store)
+
+    @invariant()
+    def who_follows_waits_for_all_of_them(self) -> None:
+        """It is blocked by as many jobs as have not ended; where one ended badly it has ended too."""
+        jobs = {job.id: job for job in self.store.jobs(EVERYTHING)}
+        for job in jobs.values():
+            before = [jobs[on_id] for on_id in joborch.ids_in(job.after_ids)]
+            if job.status is Status.QUEUED:
+                assert job.blocked == sum(other.status not in OVER for other in before)
+            if job.status not in OVER:
+                assert all(other.status not in OVER or completed(self.store, other) for other in before), "it can never run"
+            if job.status in BUSY or job.started_at is not None:
+                assert all(completed(self.store, other) for other in before), "it ran before its time"
+
+    @invariant()
+    def nobody_is_charged_for_what_is_not_there(self) -> None:
+        """What all users of a service have used, by their jobs' charges, is what is written down; fewer where it was given back."""
+        charged = Counter[Any]()
+        for job in self.store.jobs(EVERYTHING):
+            charged[job.service, job.user_id] += job.charged
+        for row in self.store.read(joborch.USAGE_ALL):
+            assert row["used"] == joborch.NO_USE or charged[row["service"], row["user_id"]] >= 0
 
 
 TestQuotas = Quotas.TestCase
@@ -480,7 +549,7 @@ def test_quotas_hold_when_many_claim_at_once(make_store: Callable[..., Store]) -
 
     def claim(number: int) -> None:
         for _ in range(30):
-            for row in store.read(joborch.ELIGIBLE_HEADS, service="example", limit=4):
+            for row in store.read(joborch.CONTENDERS_NEXT, service="example", limit=4):
                 store.claim(row["head"], f"client{number % 2}", 3)
 
     for _ in range(3):
@@ -803,16 +872,20 @@ def schema_of(store: Store) -> dict[str, Any]:
     return {**columns, **{row["name"]: re.sub(r"\s+", " ", row["sql"]) for row in indexes}}
 
 
-def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_database_is_brought_on(version: int, tmp_path: Path, store: Store) -> None:
     """It has then what a new one has, and all its rows."""
     path = tmp_path / "old"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript((Path(__file__).parent / "schema-1.sql").read_text())
+        db.executescript((Path(__file__).parent / f"schema-{version}.sql").read_text())
         for number, status, ended in ((1, "Queued", None), (2, "Completed", 1000.0)):
             row = {"id": number, "uuid": str(number), "user_id": 1, "service": "example", "status": status, "created_at": 900.0 + number}
             names = ", ".join([*row, "ended_at"])
             db.execute(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * (len(row) + 1))})", [*row.values(), ended])
-            db.execute("INSERT INTO history VALUES (?, 1, 901.0, NULL, 'Queued', 'uploaded', 1)", [number])
+            db.execute("INSERT INTO history (job_id, number, at, target, reason, attempt) VALUES (?, 1, 901.0, 'Queued', '', 1)", [number])
+        if version == 2:
+            db.execute("UPDATE jobs SET moved_at = coalesce(ended_at, created_at)")
+            db.execute("UPDATE history SET seq = 901000000")
         db.commit()
     old = Store(str(path), "server", HandClock())
     assert schema_of(old) == schema_of(store)
@@ -820,6 +893,9 @@ def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
         (1, Status.QUEUED, 901.0, 0),
         (2, Status.COMPLETED, 1000.0, 0),
     ]
+    assert [job.arrived_at for job in old.jobs("SELECT * FROM jobs ORDER BY id")] == [901.0, 902.0]
+    old.set_limits({"example": a_service()})
+    assert [row["head"] for row in old.read(joborch.CONTENDERS_NEXT, service="example", limit=9)] == [1]
     assert [row["seq"] for row in old.read("SELECT seq FROM history")] == [901_000_000] * 2
     old.close()
     again = Store(str(path), "server", HandClock())
@@ -832,10 +908,15 @@ def test_an_older_database_is_brought_on(tmp_path: Path, store: Store) -> None:
 STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
-# What reads a whole table, and may: `heartbeat` and `sqlite_sequence` have one row, `eligible` is made anew at a start, a
-# restore reads all uuids, `pair` is the table that QUEUED_USERS makes by itself, row by row.
+# What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `pace` and `drained` one a
+# service or client; `contenders` is made anew and `usage` set to another half-life where a setting changed; a restore reads
+# all uuids; `pair` and `level` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
-SCANS_MEANT.update(ELIGIBLE_EMPTY="eligible", QUEUED_USERS="pair", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs")
+SCANS_MEANT.update(
+    CONTENDERS_EMPTY="contenders", QUEUED_USERS="pair", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
+)
+SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", PACE_ALL="pace", DRAINED_ALL="drained")
+SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
 
 
 def plan(store: Store, sql: str) -> list[str]:
@@ -876,9 +957,9 @@ def test_no_statement_reads_a_whole_table(name: str, store: Store, filled: Store
     for where in (store, filled):
         for step in plan(where, STATEMENTS[name]):
             scan = re.fullmatch(r"SCAN (?:TABLE )?(\w+)(?: USING(?: COVERING)? INDEX (\w+))?", step)
-            if scan and scan[1] not in (SCANS_MEANT.get(name), "CONSTANT"):
+            if scan and scan[1] != SCANS_MEANT.get(name):
                 assert scan[2] in PARTIAL, f"{name}: {step}"
-            assert scan or "subquery" in step.lower() or not step.startswith("SCAN"), f"{name}: {step}"
+            assert scan or step == "SCAN CONSTANT ROW" or "subquery" in step.lower() or not step.startswith("SCAN"), f"{name}: {step}"
             assert "AUTOMATIC" not in step, f"{name}: {step}"
             assert "B-TREE" not in step or "jobs" not in STATEMENTS[name], f"{name} sorts: {step}"
 
@@ -886,7 +967,7 @@ def test_no_statement_reads_a_whole_table(name: str, store: Store, filled: Store
 @pytest.mark.parametrize("name", [name for name, sql in STATEMENTS.items() if "INDEXED BY" in sql])
 def test_indexes_that_are_named_are_used(name: str, filled: Store) -> None:
     named = set(re.findall(r"INDEXED BY (\w+)", STATEMENTS[name]))
-    used = set(re.findall(r"INDEX (jobs_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
+    used = set(re.findall(r"INDEX ((?:jobs|contenders|usage)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
     assert named == used
 
 

@@ -1,0 +1,342 @@
+#!/usr/bin/env python3
+"""What a policy would have made of a month: the program's own scheduling functions on a trace, without sleeping.
+
+    python tests/simulate.py                       a synthetic month of 40,000 jobs; table, and plots into docs/
+    python tests/simulate.py --trace FILE.swf      any trace in the Standard Workload Format (Feitelson's archive)
+
+Time is what the trace says: the next event is an arrival or an end. Who is next is decided by `turn_of`, `used`, `welcomed`,
+`charge_in_advance` and `choose` of joborch.py, in the order in which the Store calls them; only the rows are kept in
+dictionaries here, so that a month takes half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import itertools
+import math
+import random
+import statistics
+import sys
+from bisect import insort
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import joborch  # noqa: E402
+from joborch import Head, Line, Pace, Place, Run, Sharing, Usage, Waiting  # noqa: E402
+
+POLICIES = ("share", "fifo", "priority")
+EPOCH_S = 1.8e9  # what the server's clock would show: use is kept relative to it
+CLASSES = ((0.01, "1 job"), (10, "2 to 10"), (100, "11 to 100"), (1000, "101 to 1,000"), (1e9, "more"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a trace: when it came (seconds), whose it is, how long it runs, and what it asks for."""
+
+    number: int
+    at: float
+    user: int
+    run_s: float
+    cpus: int = 1
+    memory: int | None = None
+    timeout: float | None = None
+    priority: int = 0
+
+
+# == Traces ==
+
+
+def synthetic_month(jobs: int = 40_000, days: float = 30.0, seed: int = 1) -> list[Job]:
+    """A month as the site has them: few users send most jobs, in bursts, by day; most runs are short, some take hours.
+
+    Users' totals follow a Zipf law, runs are log-normal (median 2 min, mean 12 min), every user has a level of his own; one
+    job in twenty asks for 4 slots, one in ten has another priority, half of them have a time limit.
+    """
+    chance, found, numbers = random.Random(seed), list[Job](), itertools.count(1)
+    users = 2_000
+    weights = [1 / rank for rank in range(1, users + 1)]
+    levels = [chance.lognormvariate(0, 0.7) for _ in range(users)]
+    while len(found) < jobs:
+        user = chance.choices(range(users), weights)[0]
+        begin = chance.uniform(0, days * 86400)
+        hour = begin / 3600 % 24
+        if chance.random() > 0.3 + 0.7 * max(0.0, math.sin((hour - 7) / 24 * 2 * math.pi)):
+            continue  # fewer come at night
+        for _ in range(min(jobs - len(found), int(chance.paretovariate(1.1)), 600)):
+            begin += chance.expovariate(1 / 3)
+            run_s = min(levels[user] * chance.lognormvariate(math.log(120), 1.6), 86400.0)
+            found.append(
+                Job(
+                    next(numbers), begin, user + 1, run_s, 4 if chance.random() < 0.05 else 1, None,
+                    2 * run_s + 60 if chance.random() < 0.5 else None, chance.choice((-50, 50)) if chance.random() < 0.1 else 0,
+                )
+            )  # fmt: skip
+    return sorted(found, key=lambda job: job.at)
+
+
+def read_swf(path: Path) -> list[Job]:
+    """A trace in the Standard Workload Format 2.2: 18 fields a line, `;` begins a comment, -1 means unknown.
+
+    Fields used: 1 number, 2 submit time, 4 run time, 5 processors (8 where unknown), 9 requested time, 10 requested memory
+    (KiB a processor), 12 user. Jobs that never ran, or on no processor, are left out.
+    """
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if not words or words[0].startswith(";"):
+            continue
+        number, at, run_s, cpus, asked_cpus, timeout, memory, user = (float(words[at - 1]) for at in (1, 2, 4, 5, 8, 9, 10, 12))
+        cpus = cpus if cpus > 0 else asked_cpus
+        if run_s >= 0 and cpus > 0:
+            mib = int(memory * cpus / 1024) if memory > 0 else None
+            limit = max(timeout, run_s) if timeout > 0 else None
+            found.append(Job(int(number), at, int(user), run_s, int(cpus), mib, limit))
+    return sorted(found, key=lambda job: (job.at, job.number))
+
+
+# == A site ==
+
+
+@dataclass
+class User:
+    """What the Store keeps of one user of one service."""
+
+    queues: dict[int, deque[Job]] = field(default_factory=lambda: defaultdict(deque))  # by priority
+    running: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+class Site:
+    """One service at some clients, as the Store and the dispatcher see it."""
+
+    def __init__(self, policy: str, clients: Sequence[int], quota: int, sharing: Sharing, service: str = "s") -> None:
+        self.policy, self.quota, self.sharing, self.service = policy, quota, sharing, service
+        self.slots = {f"client{number}": slots for number, slots in enumerate(clients)}
+        self.running: dict[str, dict[int, tuple[Job, float]]] = {name: {} for name in self.slots}
+        self.users: dict[int, User] = defaultdict(User)
+        self.pace = Pace()
+        self.turns: list[tuple[float, int, int]] = []  # of users under quota: rank, head, user
+        self.turn: dict[int, tuple[float, int, int]] = {}
+        self.jobs: dict[int, Job] = {}
+        self.charged: dict[int, float] = {}
+        self.waits: dict[int, float] = {}
+
+    # -- what the Store does --
+
+    def refresh(self, user_id: int) -> None:
+        """Keep up the turns, as Store.refresh_turn does."""
+        old = self.turn.pop(user_id, None)
+        if old is not None:
+            index = joborch_index(self.turns, old)
+            del self.turns[index]
+        user = self.users[user_id]
+        waiting = [waiting_of(queue[0]) for queue in user.queues.values() if queue]
+        if waiting and user.running < self.quota:
+            share = user.usage.use - math.log2(self.sharing.weights.get(user_id, 1.0))
+            rank, head = joborch.turn_of(self.policy, waiting, share, self.sharing.ageing_s)
+            self.turn[user_id] = (rank, head.job_id, user_id)
+            insort(self.turns, self.turn[user_id])
+
+    def arrive(self, job: Job) -> None:
+        """A job is uploaded: Store.add."""
+        user = self.users[job.user]
+        if not user.running and not any(user.queues.values()):
+            user.usage.use = joborch.welcomed(user.usage.use, self.sharing.weights.get(job.user, 1.0), self.pace.level)
+        user.queues[job.priority].append(job)
+        self.jobs[job.number] = job
+        self.refresh(job.user)
+
+    def claim(self, job: Job, client: str, now: float) -> None:
+        """A job is sent: Store.claim."""
+        user = self.users[job.user]
+        user.queues[job.priority].remove(job)
+        self.pace.level = max(self.pace.level, user.usage.use - math.log2(self.sharing.weights.get(job.user, 1.0)))
+        row: Any = job
+        self.charged[job.number] = joborch.charge_in_advance(row, user.usage, self.pace, self.sharing.half_life_s)
+        user.usage.use = joborch.used(user.usage.use, self.charged[job.number], EPOCH_S + now, self.sharing.half_life_s)
+        user.running += 1
+        self.running[client][job.number] = (job, now)
+        self.waits[job.number] = now - job.at
+        self.refresh(job.user)
+
+    def end(self, job: Job, client: str, now: float) -> None:
+        """A run is over: Store.account. What it took longer than was charged is charged now; the server does it as it runs."""
+        user = self.users[job.user]
+        more = job.cpus * job.run_s - self.charged.pop(job.number)
+        joborch.with_run(user.usage, job.run_s)
+        joborch.with_run(self.pace, job.run_s)
+        user.usage.use = joborch.used(user.usage.use, more, EPOCH_S + now, self.sharing.half_life_s)
+        user.running -= 1
+        del self.running[client][job.number]
+        self.refresh(job.user)
+
+    # -- what the dispatcher does --
+
+    def places(self) -> list[Place]:
+        return [Place(name, slots, slots - sum(job.cpus for job, _ in self.running[name].values())) for name, slots in self.slots.items()]
+
+    def heads(self) -> Iterator[Head]:
+        for _, number, _ in self.turns[: joborch.HEADS_LOOKED_AT]:
+            job = self.jobs[number]
+            yield Head(self.service, number, job.cpus, job.memory, job.timeout)
+
+    def runs_at(self, client: str) -> list[Run]:
+        return [
+            Run(job.cpus, job.memory or 0, math.inf if job.timeout is None else begun + job.timeout)
+            for job, begun in self.running[client].values()
+        ]
+
+    def next(self, now: float) -> tuple[Job, str] | None:
+        """The dispatcher's choice: joborch.choose."""
+        places = [place for place in self.places() if place.free > 0]
+        if not places or not self.turns:
+            return None
+        found = joborch.choose([Line(self.service, self.slots, 0.0, None, self.heads())], places, self.runs_at, now)
+        return None if found is None else (self.jobs[found[0].job_id], found[1].name)
+
+
+def joborch_index(rows: list[tuple[float, int, int]], row: tuple[float, int, int]) -> int:
+    """Where a row stands in a sorted list."""
+    from bisect import bisect_left
+
+    return bisect_left(rows, row)
+
+
+def waiting_of(job: Job) -> Waiting:
+    """A queued job as `turn_of` takes it."""
+    return Waiting(job.number, job.priority, EPOCH_S + job.at, job.cpus, job.memory, job.timeout)
+
+
+def simulate(trace: Sequence[Job], site: Site) -> Site:
+    """Play a trace: arrivals and ends in their order, and after each all that can begin."""
+    ends: list[tuple[float, int, str]] = []
+    coming = deque(trace)
+    while coming or ends:
+        if ends and (not coming or ends[0][0] <= coming[0].at):
+            now, number, client = heapq.heappop(ends)
+            site.end(site.jobs[number], client, now)
+        else:
+            job = coming.popleft()
+            now = job.at
+            site.arrive(job)
+        while True:
+            found = site.next(now)
+            if found is None:
+                break
+            site.claim(*found, now)
+            heapq.heappush(ends, (now + found[0].run_s, found[0].number, found[1]))
+    return site
+
+
+# == Figures ==
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """The value below which a part of all lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
+
+
+def slowdown(job: Job, wait_s: float) -> float:
+    """(wait + run) / run, runs below 10 s taken as 10 s: the bounded slowdown of the literature (Feitelson 2001)."""
+    return max(1.0, (wait_s + job.run_s) / max(job.run_s, 10.0))
+
+
+def class_of(count: int) -> str:
+    """How much a user sends in all."""
+    return next(name for most, name in CLASSES if count <= max(most, 1))
+
+
+def figures(name: str, trace: Sequence[Job], site: Site) -> list[str]:
+    """One row a policy: waits and slowdowns of all jobs."""
+    waits = [site.waits[job.number] for job in trace]
+    slow = [slowdown(job, site.waits[job.number]) for job in trace]
+    cells = [statistics.mean(waits), *(percentile(waits, part) for part in (0.5, 0.95, 0.99)), max(waits)]
+    return [name, *(f"{cell / 60:.1f}" for cell in cells), f"{percentile(slow, 0.5):.1f}", f"{percentile(slow, 0.95):.0f}"]
+
+
+def by_class(trace: Sequence[Job], site: Site) -> dict[str, float]:
+    """Median wait in minutes, by how many jobs a user sends: who pays for a burst."""
+    counts, waits = Counter(job.user for job in trace), defaultdict(list)
+    for job in trace:
+        waits[class_of(counts[job.user])].append(site.waits[job.number])
+    return {name: percentile(waits[name], 0.95) / 60 for _, name in CLASSES if waits[name]}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)])
+
+
+COLOURS = {"share": "#1b6ca8", "fifo": "#c8553d", "priority": "#5a8f29"}
+
+
+def plot_waits(curves: dict[str, list[float]]) -> str:
+    """Which part of all jobs has begun after which wait, as an SVG: the further to the left, the better."""
+    width, height, left, bottom = 640, 320, 60, 40
+    least, most = 1.0, max(max(waits) for waits in curves.values())
+    x_of = lambda wait: left + (width - left - 20) * math.log(max(wait, least) / least) / math.log(most / least)  # noqa: E731
+    y_of = lambda part: 20 + (height - 20 - bottom) * (1 - part)  # noqa: E731
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">']
+    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    for label, seconds in (("1 s", 1), ("10 s", 10), ("1 min", 60), ("10 min", 600), ("1 h", 3600), ("10 h", 36000), ("4 days", 345600)):
+        if seconds <= most:
+            parts.append(f'<path d="M{x_of(seconds):.1f} 20V{height - bottom}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x_of(seconds):.1f}" y="{height - bottom + 16}" text-anchor="middle">{label}</text>')
+    for part in (0.0, 0.5, 0.9, 1.0):
+        parts.append(f'<path d="M{left} {y_of(part):.1f}H{width - 20}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y_of(part) + 4:.1f}" text-anchor="end">{part:.0%}</text>')
+    for number, (name, waits) in enumerate(curves.items()):
+        ordered = sorted(waits)
+        points = [(ordered[min(len(ordered) - 1, len(ordered) * step // 400)], step / 400) for step in range(401)]
+        path = "L".join(f"{x_of(wait):.1f} {y_of(part):.1f}" for wait, part in points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
+        parts.append(f'<text x="{left + 12}" y="{40 + 18 * number}" fill="{COLOURS[name]}">{name}</text>')
+    parts.append(
+        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">jobs that have begun after so long a wait</text></svg>'
+    )
+    return "\n".join(parts) + "\n"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Play the trace by each policy, print the tables, and write the plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trace", type=Path, help="a trace in the Standard Workload Format (default: a synthetic month)")
+    parser.add_argument("--jobs", type=int, default=40_000, help="jobs of the synthetic month")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", default="8,8", help="slots of each client, commas between")
+    parser.add_argument("--quota", type=int, default=5, help="runs of one user at once")
+    parser.add_argument("--plot", type=Path, help="write the plot of waits to this file (SVG)")
+    options = parser.parse_args(words)
+    trace = read_swf(options.trace) if options.trace else synthetic_month(options.jobs, seed=options.seed)
+    clients = [int(word) for word in options.clients.split(",")]
+    fitting = [job for job in trace if job.cpus <= max(clients)]
+    span = max(job.at + job.run_s for job in fitting) - fitting[0].at
+    load = sum(job.cpus * job.run_s for job in fitting) / span / sum(clients)
+    print(
+        f"{len(fitting):,} jobs of {len({job.user for job in fitting}):,} users in {span / 86400:.1f} days, {sum(clients)} slots, "
+        f"load {load:.0%}; {len(trace) - len(fitting)} are wider than any client and left out\n"
+    )
+    play = functools.partial(simulate, fitting)
+    sites = {policy: play(Site(policy, clients, options.quota, Sharing())) for policy in POLICIES}
+    heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95"]
+    print(table(heads, [figures(policy, fitting, site) for policy, site in sites.items()]) + "\n")
+    classes = {policy: by_class(fitting, site) for policy, site in sites.items()}
+    names = list(classes["share"])
+    print("95 of 100 jobs wait no longer than (min), by how many jobs their user sends:\n")
+    print(table(["policy", *names], [[policy, *(f"{found[name]:.1f}" for name in names)] for policy, found in classes.items()]))
+    if options.plot:
+        options.plot.write_text(plot_waits({policy: list(site.waits.values()) for policy, site in sites.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
