@@ -4415,9 +4415,7 @@ def dispatch_tick(server: Server) -> bool:
     One thread does it for all clients, so that each choice sees those before it. A client has lanes of its own, and gets
     a job only while one of them is free: one that hangs holds nobody up.
     """
-    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
-    lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line] if places else []
-    chosen = choose(lines, places, functools.partial(runs_at, server), server.store.steady())
+    chosen = next_placement(server)
     if chosen is None:
         return False
     head, place = chosen
@@ -4436,6 +4434,15 @@ def dispatch_tick(server: Server) -> bool:
     link.outbox.append(claimed)
     server.wake(f"send:{link.name}")
     return True
+
+
+def next_placement(server: Server) -> tuple[Head, Place] | None:
+    """Return which job is next, and which client gets it; None where nothing can be sent now."""
+    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
+    if not places:
+        return None
+    lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line]
+    return choose(lines, places, functools.partial(runs_at, server), server.store.steady())
 
 
 def line_of(server: Server, service: Service) -> Line | None:
@@ -5135,9 +5142,10 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     take each turn, and never more than all that is queued.
     """
     if service.policy == "share":
-        others = server.store.number(CONTENDERS_COUNT, service=service.name) - 1
-        before = standing.queued_before * (1 + max(0, others)) + standing.users_before
-        before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
+        before = standing.users_before
+        if standing.queued_before:
+            before += standing.queued_before * server.store.number(CONTENDERS_COUNT, service=service.name)
+            before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
     else:
         point_s = server.config.ageing_s if service.policy == "priority" else 0.0
         before = 0

@@ -1027,6 +1027,180 @@ def idle(place: Place, size: int) -> Iterator[Measure]:
             yield Measure(f"CPU, {mode}", (cpu_s(process.pid) - before[mode]) / size * 100, "%")
 
 
+def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
+    """Let the only job of a server that is stopped be queued so many times, by so many users; the first have files."""
+    data = site.folder / "server"
+    (folder,) = (data / "jobs").iterdir()
+    queued = {
+        "id": "n", "uuid": "'copy-' || n", "user_id": f"n % {users} + 1", "status": "'Queued'", "reason": "'uploaded'", "moves": "1",
+        "arrived_at": "t.arrived_at + n * 0.001", "exit_code": "NULL", "client": "NULL", "dest_id": "NULL", "started_at": "NULL",
+        "ended_at": "NULL", "result_size": "NULL", "result_sha256": "NULL", "charged": "0",
+    }  # fmt: skip
+    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
+    with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
+        names = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+        copied = ", ".join(queued.get(name, f"t.{name}") for name in names)
+        db.execute(f"{numbers} INSERT INTO jobs SELECT {copied} FROM jobs t, numbers WHERE t.id = 1", [count])
+        names = [row[1] for row in db.execute("PRAGMA table_info(history)")]
+        copied = ", ".join("n" if name == "job_id" else f"t.{name}" for name in names)
+        db.execute(f"{numbers} INSERT INTO history SELECT {copied} FROM history t, numbers WHERE t.job_id = 1 AND t.number = 1", [count])
+        db.execute("UPDATE turns_made SET rules = ''")  # whose turn it is was not kept up by this
+    for number in range(2, min(count, with_files) + 2):
+        shutil.copytree(folder, folder.with_name(f"copy-{number}"))
+
+
+def one_job_done(site: Site, script: bytes) -> None:
+    """Let one job of the site run, and end its server."""
+    with Caller(site.port) as caller:
+        wait_until_completed(caller, caller.ask(upload_request({**NOOP, "run.sh": script})).json())
+    end(site.processes["server"])
+
+
+DECISIONS = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import joborch
+data, clients, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+urls = ",".join(f"http://127.0.0.1:{10000 + number}" for number in range(clients))
+limits = {"SERVICE_BENCH_RUNS_PER_USER": "1000000", "SERVICE_BENCH_MAX_RUNS": "1000000"}
+config = joborch.load_config("server", {}, {"DATA_PATH": data, "SERVICE_BENCH_CLIENTS": urls, **limits})
+server = joborch.Server(config, joborch.Store(config.db_path, "server"), joborch.DataFolder(data))
+for link in server.links.values():
+    link.heard()
+    link.slots = 2
+def place_one():
+    begin = time.perf_counter()
+    assert joborch.next_placement(server)
+    decided = time.perf_counter()
+    assert joborch.dispatch_tick(server)
+    placed = time.perf_counter()
+    link, job = next((link, link.outbox.pop()) for link in server.links.values() if link.outbox)
+    link.sending.clear()
+    return job, decided - begin, placed - decided
+running = [place_one()[0] for _ in range(2 * clients - 1)]
+times = []
+for number in range(count):
+    job, *took = place_one()
+    times.append(took)
+    running.append(job)
+    job = running.pop(0)
+    for status in (joborch.Status.SUBMITTED, joborch.Status.COMPLETED):
+        server.store.move(server.store.get(job.id), status, "", run_s=0.1)
+json.dump(times, sys.stdout)
+"""
+
+
+def decision_times_ms(site: Site, clients: int, count: int) -> tuple[list[float], list[float]]:
+    """How long one decision takes at a stopped server's database: to choose job and client; and to choose again and claim."""
+    words = [site.place.python, "-c", DECISIONS, str(site.place.program.parent), str(site.folder / "server"), str(clients), str(count)]
+    if site.place.program.suffix == ".pyz":
+        words[3] = str(site.place.program)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(site.folder), check=False)
+    if done.returncode:
+        raise BenchError(f"no decisions: {done.stderr.strip().splitlines()[-1]}")
+    times = json.loads(done.stdout)
+    return [pair[0] * 1000 for pair in times], [pair[1] * 1000 for pair in times]
+
+
+def look_times_ms(port: int, job_id: int) -> dict[str, float]:
+    """Medians of what callers ask most, in ms."""
+    wanted = {
+        "GET /jobs": request("GET", "/jobs?limit=100"),
+        "GET /jobs of a user": request("GET", "/jobs?limit=100&user_id=7&status=Queued"),
+        "GET /jobs/ID": request("GET", f"/jobs/{job_id}"),
+        "HEAD /download/ID": request("HEAD", f"/download/{job_id}"),
+    }
+    found = {}
+    with Caller(port) as caller:
+        for name, text in wanted.items():
+            times = []
+            for _ in range(50):
+                begin = time.perf_counter()
+                caller.ask(text)
+                times.append((time.perf_counter() - begin) * 1000)
+            found[name] = statistics.median(times)
+    return found
+
+
+@contextlib.contextmanager
+def backlogged_site(place: Place, size: int, users: int) -> Iterator[Site]:
+    """A site with so many jobs queued, whose server is stopped; its turns are made."""
+    with running_site(place) as site:
+        one_job_done(site, NOOP["run.sh"])
+        end(site.processes["client"])
+        queue_up(site, size, users, with_files=1000)
+        site.start("server")
+        end(site.processes["server"])
+        yield site
+
+
+BACKLOG_USERS, BACKLOG_SMALL, BACKLOG_CLIENTS = 1000, 1000, 100
+
+
+def backlog(place: Place, size: int) -> Iterator[Measure]:
+    """A long queue: what a decision, a start and a look cost beside a queue of 1,000; and the same with 100,000 users and 100 clients."""
+    decisions, looks = {}, {}
+    for count in (BACKLOG_SMALL, size):
+        with backlogged_site(place, count, BACKLOG_USERS) as site:
+            begin = time.perf_counter()
+            site.start("server")
+            restarted = (time.perf_counter() - begin) * 1000
+            looks[count] = look_times_ms(site.port, count // 2)
+            if count == size:
+                yield Measure("restart", restarted, "ms")
+                yield Measure("peak RSS, server", peak_rss_mb(site.processes["server"].pid), "MB")
+            end(site.processes["server"])
+            decisions[count] = decision_times_ms(site, 1, 300)
+    for number, name in enumerate(("choose", "choose and claim")):
+        few, many = decisions[BACKLOG_SMALL][number], decisions[size][number]
+        yield Measure(f"{name}, median", statistics.median(many), "ms", statistics.median(few))
+        yield Measure(f"{name}, p99", percentile(many, 99), "ms", percentile(few, 99))
+    for name, value in looks[size].items():
+        yield Measure(name, value, "ms", looks[BACKLOG_SMALL][name])
+    with backlogged_site(place, size, size // 10) as site:
+        many, _ = decision_times_ms(site, BACKLOG_CLIENTS, 300)
+    yield Measure("choose, 100 clients, a tenth as many users as jobs, median", statistics.median(many), "ms")
+    yield Measure("the same, p99", percentile(many, 99), "ms")
+
+
+FAIR_OTHERS, FAIR_RUN_S, FAIR_SLOTS = 50, 0.25, 2
+
+
+def wait_s_of(job: Json) -> float:
+    """How long a job waited: from its upload until its script began."""
+    created, started = (datetime.datetime.fromisoformat(str(job[name]).replace("Z", "+00:00")) for name in ("created_at", "started_at"))
+    return (started - created).total_seconds()
+
+
+def fairness(place: Place, size: int) -> Iterator[Measure]:
+    """One user's long queue, and others who come with one job each: first one after another, then all at once."""
+    script = f"sleep {FAIR_RUN_S}\n".encode()
+    wanted = [upload_request({**NOOP, "run.sh": script}, user=1000 + number) for number in range(2 * FAIR_OTHERS)]
+    with running_site(place) as site:
+        one_job_done(site, script)
+        end(site.processes["client"])
+        queue_up(site, size, 1, with_files=2000)
+        site.start("client", JOBORCH_SLOTS=str(FAIR_SLOTS))
+        site.start("server")
+        with Caller(site.port) as caller:
+            wait_until_one_runs(caller)
+            time.sleep(SETTLE_S)
+            before, begin = len(caller.get("/jobs?status=Completed&limit=1000")["jobs"]), time.perf_counter()
+            time.sleep(20 * FAIR_RUN_S)
+            done = len(caller.get("/jobs?status=Completed&limit=1000")["jobs"]) - before
+            job_s = FAIR_SLOTS * (time.perf_counter() - begin) / done
+            alone = [wait_s_of(wait_until_completed(caller, caller.ask(text).json())) for text in wanted[:FAIR_OTHERS]]
+            time.sleep(SETTLE_S)
+            ids: list[int] = []
+            Swarm(site.port).run([uploader([text], ids) for text in wanted[FAIR_OTHERS:]])
+            crowd = [wait_s_of(wait_until_completed(caller, caller.get(f"/jobs/{job_id}"))) for job_id in ids]
+    yield Measure("job time", job_s * 1000, "ms", FAIR_RUN_S * 1000)
+    yield Measure("one after another, median", statistics.median(alone) / job_s, "job times")
+    yield Measure("one after another, p90", percentile(alone, 90) / job_s, "job times")
+    yield Measure("at once, median", statistics.median(crowd) / job_s, "job times")
+    yield Measure("at once, the last", max(crowd) / job_s, "job times")
+
+
 class Benchmark(NamedTuple):
     """A row of the table below."""
 
@@ -1050,6 +1224,8 @@ BENCHMARKS = [
     Benchmark("waiters", waiters, 300, 100, 3, "uploads", "no waiters"),
     Benchmark("start", start, 10, 3, 1, "starts", "python -c pass"),
     Benchmark("restart", restart, 100_000, 2000, 1, "ended jobs; a hundredth as many running payloads", ""),
+    Benchmark("backlog", backlog, 1_000_000, 20_000, 1, "queued jobs of 1,000 users", "the same with 1,000 queued"),
+    Benchmark("fairness", fairness, 10_000, 2000, 1, "queued jobs of one user; 50 others come", "the script alone"),
     Benchmark("idle", idle, 60, 10, 1, "seconds", ""),
 ]
 GOALS = {
@@ -1069,6 +1245,15 @@ GOALS = {
     ("start", "first /health"): Goal(most=600),
     ("restart", "server, ended jobs"): Goal(most=2000),
     ("restart", "client, running payloads, all taken up"): Goal(most=2000),
+    ("backlog", "restart"): Goal(most=2000),
+    ("backlog", "peak RSS, server"): Goal(most=150),
+    ("backlog", "choose, p99"): Goal(most=5, ratio_most=2),
+    ("backlog", "choose, median"): Goal(ratio_most=2),
+    ("backlog", "choose and claim, p99"): Goal(ratio_most=2),
+    ("backlog", "GET /jobs"): Goal(ratio_most=2),
+    ("backlog", "HEAD /download/ID"): Goal(ratio_most=2),
+    ("fairness", "one after another, p90"): Goal(most=2),
+    ("fairness", "at once, the last"): Goal(most=FAIR_OTHERS / FAIR_SLOTS + 2),
     ("idle", "PSS, server"): Goal(most=45),
     ("idle", "PSS, client"): Goal(most=45),
     ("idle", "CPU, server"): Goal(most=0.2),

@@ -19,7 +19,7 @@ import math
 import random
 import statistics
 import sys
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +128,8 @@ class Site:
         self.jobs: dict[int, Job] = {}
         self.charged: dict[int, float] = {}
         self.waits: dict[int, float] = {}
+        self.order: list[int] = []
+        self.heaviest, self.held_s, self.in_use_s, self.looked_at = 0, 0.0, 0.0, 0.0
 
     # -- what the Store does --
 
@@ -135,8 +137,7 @@ class Site:
         """Keep up the turns, as Store.refresh_turn does."""
         old = self.turn.pop(user_id, None)
         if old is not None:
-            index = joborch_index(self.turns, old)
-            del self.turns[index]
+            del self.turns[bisect_left(self.turns, old)]
         user = self.users[user_id]
         waiting = [waiting_of(queue[0]) for queue in user.queues.values() if queue]
         if waiting and user.running < self.quota:
@@ -165,6 +166,7 @@ class Site:
         user.running += 1
         self.running[client][job.number] = (job, now)
         self.waits[job.number] = now - job.at
+        self.order.append(job.number)
         self.refresh(job.user)
 
     def end(self, job: Job, client: str, now: float) -> None:
@@ -177,6 +179,14 @@ class Site:
         user.running -= 1
         del self.running[client][job.number]
         self.refresh(job.user)
+
+    def watch(self, now: float) -> None:
+        """Count who holds the slots, as long as somebody else than the heaviest user waits."""
+        if any(user_id != self.heaviest for _, _, user_id in self.turns[:2]):
+            running = [job for jobs in self.running.values() for job, _ in jobs.values()]
+            self.in_use_s += (now - self.looked_at) * sum(job.cpus for job in running)
+            self.held_s += (now - self.looked_at) * sum(job.cpus for job in running if job.user == self.heaviest)
+        self.looked_at = now
 
     # -- what the dispatcher does --
 
@@ -196,18 +206,11 @@ class Site:
 
     def next(self, now: float) -> tuple[Job, str] | None:
         """The dispatcher's choice: joborch.choose."""
-        places = [place for place in self.places() if place.free > 0]
-        if not places or not self.turns:
+        places = self.places()
+        if not self.turns or not any(place.free > 0 for place in places):
             return None
         found = joborch.choose([Line(self.service, self.slots, 0.0, None, self.heads())], places, self.runs_at, now)
         return None if found is None else (self.jobs[found[0].job_id], found[1].name)
-
-
-def joborch_index(rows: list[tuple[float, int, int]], row: tuple[float, int, int]) -> int:
-    """Where a row stands in a sorted list."""
-    from bisect import bisect_left
-
-    return bisect_left(rows, row)
 
 
 def waiting_of(job: Job) -> Waiting:
@@ -218,14 +221,19 @@ def waiting_of(job: Job) -> Waiting:
 def simulate(trace: Sequence[Job], site: Site) -> Site:
     """Play a trace: arrivals and ends in their order, and after each all that can begin."""
     ends: list[tuple[float, int, str]] = []
-    coming = deque(trace)
+    coming, demand = deque(trace), Counter[int]()
+    for job in trace:
+        demand[job.user] += int(job.cpus * job.run_s)
+    site.heaviest = demand.most_common(1)[0][0] if trace else 0
     while coming or ends:
         if ends and (not coming or ends[0][0] <= coming[0].at):
             now, number, client = heapq.heappop(ends)
+            site.watch(now)
             site.end(site.jobs[number], client, now)
         else:
             job = coming.popleft()
             now = job.at
+            site.watch(now)
             site.arrive(job)
         while True:
             found = site.next(now)
@@ -260,11 +268,22 @@ def figures(name: str, trace: Sequence[Job], site: Site) -> list[str]:
     waits = [site.waits[job.number] for job in trace]
     slow = [slowdown(job, site.waits[job.number]) for job in trace]
     cells = [statistics.mean(waits), *(percentile(waits, part) for part in (0.5, 0.95, 0.99)), max(waits)]
-    return [name, *(f"{cell / 60:.1f}" for cell in cells), f"{percentile(slow, 0.5):.1f}", f"{percentile(slow, 0.95):.0f}"]
+    held = f"{site.held_s / site.in_use_s:.0%}" if site.in_use_s else ""
+    slows = [f"{percentile(slow, 0.5):.1f}", f"{percentile(slow, 0.95):,.0f}", f"{evenness(trace, site):.2f}"]
+    return [name, *(f"{cell / 60:,.1f}" for cell in cells), *slows, held]
+
+
+def evenness(trace: Sequence[Job], site: Site) -> float:
+    """Jain's index of the users' mean waits, an hour added: 1 where all users wait equally long, 1/users where one bears it all."""
+    waits = defaultdict(list)
+    for job in trace:
+        waits[job.user].append(site.waits[job.number] / 3600 + 1)
+    means = [statistics.mean(each) for each in waits.values()]
+    return sum(means) ** 2 / (len(means) * sum(mean * mean for mean in means))
 
 
 def by_class(trace: Sequence[Job], site: Site) -> dict[str, float]:
-    """Median wait in minutes, by how many jobs a user sends: who pays for a burst."""
+    """The wait of 95 of 100 jobs in minutes, by how many jobs a user sends: who pays for a burst."""
     counts, waits = Counter(job.user for job in trace), defaultdict(list)
     for job in trace:
         waits[class_of(counts[job.user])].append(site.waits[job.number])
@@ -301,7 +320,7 @@ def plot_waits(curves: dict[str, list[float]]) -> str:
         parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
         parts.append(f'<text x="{left + 12}" y="{40 + 18 * number}" fill="{COLOURS[name]}">{name}</text>')
     parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">jobs that have begun after so long a wait</text></svg>'
+        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">part of all jobs that began after so long a wait</text></svg>'
     )
     return "\n".join(parts) + "\n"
 
@@ -327,7 +346,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     play = functools.partial(simulate, fitting)
     sites = {policy: play(Site(policy, clients, options.quota, Sharing())) for policy in POLICIES}
-    heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95"]
+    heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95", "evenness", "heaviest user"]
     print(table(heads, [figures(policy, fitting, site) for policy, site in sites.items()]) + "\n")
     classes = {policy: by_class(fitting, site) for policy, site in sites.items()}
     names = list(classes["share"])

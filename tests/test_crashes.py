@@ -228,15 +228,15 @@ def test_both_sides_die(points: tuple[str, str], make_run: Callable[..., Run]) -
 
 
 def test_a_crash_after_a_client_refused(make_run: Callable[..., Run]) -> None:
-    """The client is away when the job is to be sent."""
+    """Its disk is too full for one more job, until it has been started again."""
     run = make_run(["send.refused"], [])
+    run.pair.client.settings["JOBORCH_MIN_FREE"] = "1000000G"
     run.start()
-    wait_for(lambda: "example" in run.pair.server.log and run.pair.client._healthy(), what="both")
-    run.insist(lambda: run.pair.server.get("/services"), lambda said: said.json()["services"][0]["clients"][0]["reachable"], "heard")
-    run.client.held = True
-    run.pair.client.kill()
     run.submit("echo small > out", 1, Expected(members={"out": sha256(b"small\n")}, **COMPLETED))
     wait_for(lambda: run.server.deaths == 1, what="the death of the server")
+    run.pair.client.settings["JOBORCH_MIN_FREE"] = "1M"
+    run.client.held = True
+    run.pair.client.kill()
     run.client.start()
     run.client.held = False
     run.settle()

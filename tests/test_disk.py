@@ -733,6 +733,7 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
     disk, own = make_disk(), make_pair(client={"JOBORCH_SLOTS": "3"})
     on_disk(own.server, disk)
     server, client = own.start().server, own.client
+    wait_status(server, submit(server, "true"), "Completed")  # since runs are short, some more wait at the client
     gates = [tmp_path / f"gate{number}" for number in (0, 1, 1, 2, 2)]
     numbers = [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[:3])]
     for number in numbers:
