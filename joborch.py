@@ -2502,27 +2502,36 @@ DAMAGE = "PRAGMA quick_check(1)"
 
 
 class Changes:
-    """Tells waiting threads that something in the Store has changed: a number that grows, and a condition."""
+    """Wakes threads that wait for a job to move, or for any: a commit says which jobs it moved."""
 
     def __init__(self) -> None:
-        self.number, self.condition, self.closed = 0, threading.Condition(), False
+        self.lock = threading.Lock()
+        self.waiting: list[tuple[int | None, threading.Event]] = []
 
-    def announce(self) -> None:
-        with self.condition:
-            self.number += 1
-            self.condition.notify_all()
+    def announce(self, job_ids: Collection[int]) -> None:
+        """Wake those who wait for one of these jobs, or for any."""
+        with self.lock:
+            for job_id, news in self.waiting:
+                if job_id is None or job_id in job_ids:
+                    news.set()
 
     def close(self) -> None:
-        """Wake everybody for good: the process ends."""
-        self.closed = True
-        self.announce()
+        """Wake everybody: the process ends."""
+        with self.lock:
+            for _, news in self.waiting:
+                news.set()
 
-    def wait(self, seen: int, timeout_s: float) -> int:
-        """Return the number once it is not `seen` any more, or after `timeout_s` seconds."""
-        with self.condition:
-            if self.number == seen and not self.closed and timeout_s > 0:
-                self.condition.wait(timeout_s)
-            return self.number
+    @contextlib.contextmanager
+    def of(self, job_id: int | None) -> Iterator[threading.Event]:
+        """Give an event for the block that is set when the job moves; when any does, where `job_id` is None."""
+        entry = (job_id, threading.Event())
+        with self.lock:
+            self.waiting.append(entry)
+        try:
+            yield entry[1]
+        finally:
+            with self.lock:
+                self.waiting.remove(entry)
 
 
 class Ticket:
@@ -2543,7 +2552,7 @@ class Database:
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes = Changes()
+        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the transaction under way moves
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
         self.synchronous, self.damage = "", ""
@@ -2705,7 +2714,9 @@ class Database:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
         for ticket in batch:
             ticket.done = True
-        self.changes.announce()
+        if self.moved:
+            self.changes.announce(self.moved)
+            self.moved.clear()
 
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
@@ -2850,7 +2861,8 @@ class Store(Database):
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
-        if self.mode == "server":
+        if self.mode == "server":  # a client's payload that is only Prepared is no news
+            self.moved.add(job_id)
             self.welcome(db, job)
         self.refresh_turn(db, job)
         return job
@@ -2901,6 +2913,7 @@ class Store(Database):
         values.update(changed=self.next_change(), moved_at=self.steady())
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
+        self.moved.add(job.id)
         if values["attempt"] != job.attempt:
             archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
             db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
@@ -4266,6 +4279,7 @@ class Node:
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
+        self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
     def folder(self, job: Job) -> Path:
         """Return where a job's files are: one folder a job on the server, one an attempt on a client."""
@@ -4292,26 +4306,33 @@ class Node:
             loop.join(max(0.0, deadline - time.monotonic()))
 
     def cpu_load(self) -> float:
-        """Return the CPU use of this machine in percent since the last call, by /proc/stat."""
+        """Return the CPU use of this machine in percent over the last second or so, by /proc/stat."""
+        now = self.clock.monotonic()
+        if now - self.cpu_read_at < 1:
+            return self.load
+        self.cpu_read_at = now
         fields = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
         total, idle = sum(fields), fields[3] + fields[4]
-        last_total, last_idle = getattr(self, "last_cpu", (0, 0))
+        last_total, last_idle = self.last_cpu
         if total - last_total >= 10:  # clock ticks; closer together says nothing
-            self.last_cpu = (total, idle)
-            self.last_load = round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
-        return float(getattr(self, "last_load", 0.0))
+            self.last_cpu, self.load = (total, idle), round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
+        return self.load
 
-    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool]) -> T | None:
-        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`."""
+    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
+        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`.
+
+        It looks again when the job moves; when any does, where `job_id` is None.
+        """
         deadline = self.clock.monotonic() + timeout_s
-        while True:
-            seen = self.store.changes.number
-            found = look()
-            remaining = deadline - self.clock.monotonic()
-            if found is not None or remaining <= 0 or self.stopping.is_set() or left():
-                return found
-            with self.gate.stepped_out():
-                self.store.changes.wait(seen, min(remaining, 2.0))
+        with self.store.changes.of(job_id) as news:
+            while True:
+                news.clear()
+                found = look()
+                remaining = deadline - self.clock.monotonic()
+                if found is not None or remaining <= 0 or self.stopping.is_set() or left():
+                    return found
+                with self.gate.stepped_out():
+                    news.wait(min(remaining, 2.0))
 
 
 def clean_tick(node: Node) -> bool:
@@ -4438,18 +4459,20 @@ def dispatch_tick(server: Server) -> bool:
 
 def next_placement(server: Server) -> tuple[Head, Place] | None:
     """Return which job is next, and which client gets it; None where nothing can be sent now."""
-    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
-    if not places:
-        return None
     lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line]
+    if not lines:
+        return None
+    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
     return choose(lines, places, functools.partial(runs_at, server), server.store.steady())
 
 
 def line_of(server: Server, service: Service) -> Line | None:
     """Return the line of a service; None where nobody stands in it, or all its runs are in use."""
     first = server.store.read(CONTENDERS_NEXT, service=service.name, limit=1)
-    busy = server.store.number(BUSY_OF_SERVICE, service=service.name) if first else 0
-    if not first or busy >= service.max_runs:
+    if not first:
+        return None
+    busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
+    if busy >= service.max_runs:
         return None
     clients = {address.name for address in service.addresses}
     return Line(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads_of(server, service.name, first[0]))
@@ -4483,12 +4506,15 @@ def send_tick(server: Server, link: Link) -> bool:
     job = next_to_send(server, link)
     if job is None:
         return False
+    was_probing = link.probing
     try:
         with link.turn():
             send_job(server, link, job)
     finally:
+        was_full = was_probing or not link.has_lane()
         link.sending.discard(job.id)
-        server.wake("dispatch")  # a lane is free again
+        if was_full:
+            server.wake("dispatch")
     return True
 
 
@@ -6290,8 +6316,8 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    server.wake("dispatch")
     said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
+    server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
 
@@ -6420,7 +6446,7 @@ def show_job(server: Server, request: Request, job_id: str) -> Answer:
             if not parked:  # without the parts that cost a further look: those who come again must not starve the others
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left)
+            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left, job.id)
         job = known_job(server, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
 
@@ -6483,7 +6509,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         with server.places.place() as parked:
             link = server.links.get(job.client or "")
             patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
-            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left)
+            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left, job.id)
         kill_queued(server, job.id)
         job = known_job(server, job_id)
     if job.status is Status.KILLED:
@@ -6939,7 +6965,7 @@ def kill(client: Client, request: Request, job_id: str) -> Answer:
         crash_point("kill.wished")
         client.wake("end")
         with client.places.place() as parked:
-            client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left)
+            client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left, job.id)
         job = known_payload(client, request, job_id)
     return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
 

@@ -1032,7 +1032,8 @@ def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
     data = site.folder / "server"
     (folder,) = (data / "jobs").iterdir()
     queued = {
-        "id": "n", "uuid": "'copy-' || n", "user_id": f"n % {users} + 1", "status": "'Queued'", "reason": "'uploaded'", "moves": "1",
+        "id": "n", "uuid": "printf('%08x-0000-4000-8000-000000000000', n)", "user_id": f"n % {users} + 1", "status": "'Queued'",
+        "reason": "'uploaded'", "moves": "1",
         "arrived_at": "t.arrived_at + n * 0.001", "exit_code": "NULL", "client": "NULL", "dest_id": "NULL", "started_at": "NULL",
         "ended_at": "NULL", "result_size": "NULL", "result_sha256": "NULL", "charged": "0",
     }  # fmt: skip
@@ -1046,7 +1047,7 @@ def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
         db.execute(f"{numbers} INSERT INTO history SELECT {copied} FROM history t, numbers WHERE t.job_id = 1 AND t.number = 1", [count])
         db.execute("UPDATE turns_made SET rules = ''")  # whose turn it is was not kept up by this
     for number in range(2, min(count, with_files) + 2):
-        shutil.copytree(folder, folder.with_name(f"copy-{number}"))
+        shutil.copytree(folder, folder.with_name(f"{number:08x}-0000-4000-8000-000000000000"))
 
 
 def one_job_done(site: Site, script: bytes) -> None:

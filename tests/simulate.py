@@ -319,9 +319,8 @@ def plot_waits(curves: dict[str, list[float]]) -> str:
         path = "L".join(f"{x_of(wait):.1f} {y_of(part):.1f}" for wait, part in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
         parts.append(f'<text x="{left + 12}" y="{40 + 18 * number}" fill="{COLOURS[name]}">{name}</text>')
-    parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">part of all jobs that began after so long a wait</text></svg>'
-    )
+    middle, said = (left + width) / 2, "part of all jobs that began after so long a wait"
+    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{said}</text></svg>')
     return "\n".join(parts) + "\n"
 
 

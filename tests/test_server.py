@@ -1390,7 +1390,8 @@ def test_waiting_ends_with_what_is_found_with_time_with_the_caller_and_with_us(d
 
 def test_load_is_a_percentage(desk: Desk) -> None:
     desk.server.cpu_load()
-    desk.server.last_cpu = (0, 0)  # type: ignore[attr-defined]
+    desk.server.last_cpu = (0, 0)
+    desk.clock.pass_s(1)
     assert 0.0 <= desk.server.cpu_load() <= 100.0
 
 

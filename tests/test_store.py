@@ -798,21 +798,24 @@ def test_a_schema_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_changes_wake_who_waits() -> None:
-    changes = joborch.Changes()
-    seen = changes.number
-    assert changes.wait(seen, 0) == seen
-    changes.announce()
-    assert changes.wait(seen, 60) == seen + 1, "no wait for what has already come"
-    woken = list[int]()
-    threads = [threading.Thread(target=lambda: woken.append(changes.wait(seen + 1, 60)), daemon=True) for _ in range(3)]
+    changes, woken = joborch.Changes(), list[int | None]()
+
+    def wait(job_id: int | None) -> None:
+        with changes.of(job_id) as news:
+            assert news.wait(60)
+            woken.append(job_id)
+
+    threads = [threading.Thread(target=wait, args=(job_id,), daemon=True) for job_id in (1, 2, None)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(changes.condition._waiters) == 3, what="three who wait")  # type: ignore[attr-defined]
+    wait_for(lambda: len(changes.waiting) == 3, what="three who wait")
+    changes.announce({3, 1})
+    for thread in (threads[0], threads[2]):
+        thread.join(20)
+    assert set(woken) == {1, None}, "who waits for another job sleeps on"
     changes.close()
-    for thread in threads:
-        thread.join(30)
-    assert woken == [seen + 2] * 3
-    assert changes.wait(seen + 2, 60) == seen + 2, "closed: nobody waits any more"
+    threads[1].join(20)
+    assert len(woken) == 3 and not changes.waiting
 
 
 @pytest.mark.parametrize(
