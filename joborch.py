@@ -2384,18 +2384,15 @@ QUEUED_OF_USER = """
 SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_waiting WHERE user_id = :user_id AND status = 'Queued' LIMIT :limit)
 """
 QUEUED_USERS = """
-WITH RECURSIVE pair(service, user_id) AS (
-    SELECT * FROM (SELECT service, user_id FROM jobs INDEXED BY jobs_queued
-                    WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY service, user_id LIMIT 1)
+WITH RECURSIVE waiting(user_id) AS (
+    SELECT * FROM (SELECT user_id FROM jobs INDEXED BY jobs_queued
+                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY user_id LIMIT 1)
     UNION ALL
-    SELECT (SELECT j.service FROM jobs j INDEXED BY jobs_queued
-             WHERE j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0 AND (j.service, j.user_id) > (pair.service, pair.user_id)
-             ORDER BY j.service, j.user_id LIMIT 1),
-           (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0 AND (j.service, j.user_id) > (pair.service, pair.user_id)
-             ORDER BY j.service, j.user_id LIMIT 1)
-      FROM pair WHERE pair.service IS NOT NULL
-) SELECT service, user_id FROM pair WHERE service IS NOT NULL
+    SELECT (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.user_id > waiting.user_id ORDER BY j.user_id LIMIT 1)
+      FROM waiting WHERE waiting.user_id IS NOT NULL
+) SELECT user_id FROM waiting WHERE user_id IS NOT NULL
 """
 QUEUED_OF_SERVICE = """
 SELECT * FROM jobs INDEXED BY jobs_queued
@@ -3086,8 +3083,10 @@ class Store(Database):
         for row in db.execute(PACE_ALL).fetchall() if shift else ():
             db.execute(PACE_SET, {**dict(row), "level": row["level"] + shift})
         db.execute(CONTENDERS_EMPTY)
-        for pair in db.execute(QUEUED_USERS).fetchall():
-            self.refresh_turn(db, self.row(db, db.execute(WAITING_FIRST, dict(pair)).fetchone()[0]))
+        for service in self.limits:
+            for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
+                head = db.execute(WAITING_FIRST, {"service": service, "user_id": user_id}).fetchone()
+                self.refresh_turn(db, self.row(db, head["id"]))
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:

@@ -913,10 +913,10 @@ STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SE
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
 # What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `pace` and `drained` one a
 # service or client; `contenders` is made anew and `usage` set to another half-life where a setting changed; a restore reads
-# all uuids; `pair` and `level` are tables that a statement makes by itself, row by row.
+# all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
 SCANS_MEANT.update(
-    CONTENDERS_EMPTY="contenders", QUEUED_USERS="pair", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
+    CONTENDERS_EMPTY="contenders", QUEUED_USERS="waiting", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
 )
 SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", PACE_ALL="pace", DRAINED_ALL="drained")
 SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
