@@ -1019,6 +1019,7 @@ def as_job(row: sqlite3.Row) -> Job:
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
 HEADS_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
 UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
+TURNING_S = 1.0  # a client where no run has ended for so long gets nothing ahead
 HANDOVER_S = 0.2  # work that may wait at a client, so that its slots do not stand idle between two jobs
 FULL_QUEUE_RETRY_S = 60
 
@@ -1150,19 +1151,24 @@ class Place:
     free_memory: int | None = None
     load: float = 0.0  # percent
     failed_s_ago: float = float("inf")
+    turning: bool = False  # a run has ended there a moment ago
     queues: bool = False  # a 2.2 client: it says nothing of its slots, and queues by itself
 
     def could_run(self, cpus: int, memory: int | None) -> bool:
         """Tell whether so much would fit into it when it is empty."""
         return self.queues or (cpus <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
 
-    def room(self, run_s: float | None) -> int:
-        """Return how many slots may be promised: those that are free, and for short runs some more, that none stands idle in between.
+    def room(self, run_s: float | None, cpus: int = 1) -> int:
+        """Return how many slots may be promised to a job: those that are free, and for short runs some more, that none stands idle.
 
-        What waits there is work of HANDOVER_S at most: a newcomer's job waits for no more than that beyond what runs.
+        What waits there is work of HANDOVER_S at most: a newcomer's job waits for no more than that beyond what runs. Nothing
+        is sent ahead where no run has ended of late, nor a job that needs several slots at once: it might wait there for long.
         """
-        ahead = min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3))) if run_s is not None else 0
-        return 1 << 30 if self.queues else self.free + ahead
+        if self.queues:
+            return 1 << 30
+        if not self.turning or run_s is None or cpus > 1:
+            return self.free
+        return self.free + min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3)))
 
     def preference(self) -> tuple[float, float, float, str]:
         """Return what to choose it by, the lowest first: free slots, load, age of its last failure."""
@@ -1210,7 +1216,7 @@ def reserve(head: Head, place: Place, runs: Iterable[Run]) -> Reservation:
 def fits(head: Head, place: Place, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
     """Tell whether a job can be sent to a client now."""
     memory_fits = head.memory is None or place.free_memory is None or head.memory <= place.free_memory
-    return head.cpus <= place.room(run_s) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
+    return head.cpus <= place.room(run_s, head.cpus) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
 
 
 def choose(
@@ -1299,7 +1305,9 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], p
     if standing.runs_of_service >= standing.max_runs:
         return f"all {standing.max_runs} runs of {service} are in use{standing.before()}"
     if troubles and all(troubles.values()):
-        return f"no client for {service} takes jobs: " + "; ".join(f"{name} {why}" for name, why in troubles.items())
+        said = [f"{name} {why}" for name, why in troubles.items()]
+        more = [f"and {counted(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
+        return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
     too_large = too_large_text(service, standing.cpus, standing.memory, places)
     if too_large:
         return too_large
@@ -3781,7 +3789,7 @@ class Link:
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
-        self.failed_at = float("-inf")  # monotonic
+        self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.ended: dict[int, Report] = {}  # by job id
@@ -3873,8 +3881,9 @@ class Link:
             ended = list(self.ended.values())
         free = self.slots - cpus + sum(found.cpus for found in ended)
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
-        failed_s_ago = self.clock.monotonic() - self.failed_at
-        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, failed_s_ago, queues=self.legacy)
+        now = self.clock.monotonic()
+        turning = now - self.ended_at < TURNING_S
+        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, now - self.failed_at, turning, self.legacy)
 
     # -- calls --
 
@@ -4151,25 +4160,29 @@ class Loop:
     """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
 
     A tick returns whether there may be more to do. What it raises is logged, and it is tried again a period later.
-    Only the first thread looks without being woken: idle threads cost nothing.
+    Further threads are made when they are called for and all others are at work; only the first looks without being woken.
     """
 
-    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, threads: int = 1) -> None:
-        self.name, self.tick, self.period_s = name, tick, period_s
-        self.condition, self.calls, self.stopped, self.trouble = threading.Condition(), 0, False, ""
-        self.threads = [
-            threading.Thread(target=self.run, args=(None if number else period_s,), name=f"{name}-{number}", daemon=True)
-            for number in range(threads)
-        ]
+    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
+        self.name, self.tick, self.period_s, self.most_threads = name, tick, period_s, most_threads
+        self.condition, self.calls, self.asleep, self.stopped, self.trouble = threading.Condition(), 0, 0, False, ""
+        self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        for thread in self.threads:
-            thread.start()
+        with self.condition:
+            self.add_thread(self.period_s)
+
+    def add_thread(self, patience_s: float | None) -> None:
+        thread = threading.Thread(target=self.run, args=(patience_s,), name=f"{self.name}-{len(self.threads)}", daemon=True)
+        self.threads.append(thread)
+        thread.start()
 
     def wake(self) -> None:
         """Let one thread tick now; one that finds work wakes the next."""
         with self.condition:
-            self.calls = min(self.calls + 1, len(self.threads))
+            self.calls = min(self.calls + 1, self.most_threads)
+            if self.asleep < self.calls and 0 < len(self.threads) < self.most_threads and not self.stopped:
+                self.add_thread(None)
             self.condition.notify()
 
     def stop(self) -> None:
@@ -4208,7 +4221,9 @@ class Loop:
         """Sleep until a call comes, or for `patience_s` seconds."""
         with self.condition:
             if not self.calls and not self.stopped:
+                self.asleep += 1
                 self.condition.wait(patience_s)
+                self.asleep -= 1
             self.calls = max(0, self.calls - 1)
 
 
@@ -4771,6 +4786,7 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
 
 def note_end(server: Server, link: Link, found: Report) -> None:
     """Note that a payload has ended, for the lanes that settle it; one that is being settled keeps the news for later."""
+    link.ended_at = server.clock.monotonic()
     with link.lock:
         earlier = link.ended.get(found.job_id)
         if earlier is not None and earlier.taken:

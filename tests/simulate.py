@@ -269,17 +269,8 @@ def figures(name: str, trace: Sequence[Job], site: Site) -> list[str]:
     slow = [slowdown(job, site.waits[job.number]) for job in trace]
     cells = [statistics.mean(waits), *(percentile(waits, part) for part in (0.5, 0.95, 0.99)), max(waits)]
     held = f"{site.held_s / site.in_use_s:.0%}" if site.in_use_s else ""
-    slows = [f"{percentile(slow, 0.5):.1f}", f"{percentile(slow, 0.95):,.0f}", f"{evenness(trace, site):.2f}"]
+    slows = [f"{percentile(slow, 0.5):.1f}", f"{percentile(slow, 0.95):,.0f}"]
     return [name, *(f"{cell / 60:,.1f}" for cell in cells), *slows, held]
-
-
-def evenness(trace: Sequence[Job], site: Site) -> float:
-    """Jain's index of the users' mean waits, an hour added: 1 where all users wait equally long, 1/users where one bears it all."""
-    waits = defaultdict(list)
-    for job in trace:
-        waits[job.user].append(site.waits[job.number] / 3600 + 1)
-    means = [statistics.mean(each) for each in waits.values()]
-    return sum(means) ** 2 / (len(means) * sum(mean * mean for mean in means))
 
 
 def by_class(trace: Sequence[Job], site: Site) -> dict[str, float]:
@@ -319,7 +310,7 @@ def plot_waits(curves: dict[str, list[float]]) -> str:
         path = "L".join(f"{x_of(wait):.1f} {y_of(part):.1f}" for wait, part in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
         parts.append(f'<text x="{left + 12}" y="{40 + 18 * number}" fill="{COLOURS[name]}">{name}</text>')
-    middle, said = (left + width) / 2, "part of all jobs that began after so long a wait"
+    middle, said = (left + width) / 2, "waited at most so long (part of all jobs)"
     parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{said}</text></svg>')
     return "\n".join(parts) + "\n"
 
@@ -345,7 +336,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     play = functools.partial(simulate, fitting)
     sites = {policy: play(Site(policy, clients, options.quota, Sharing())) for policy in POLICIES}
-    heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95", "evenness", "heaviest user"]
+    heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95", "heaviest user"]
     print(table(heads, [figures(policy, fitting, site) for policy, site in sites.items()]) + "\n")
     classes = {policy: by_class(fitting, site) for policy, site in sites.items()}
     names = list(classes["share"])

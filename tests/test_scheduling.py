@@ -193,8 +193,10 @@ def test_the_client_with_most_free_slots_gets_it(places: list[Place], wanted: st
 @pytest.mark.parametrize(("run_s", "room"), [(None, 0), (60.0, 0), (0.41, 0), (0.2, 2), (0.1, 4), (0.01, 4), (0.0, 4)])
 def test_only_work_of_a_moment_waits_at_a_client(run_s: float | None, room: int) -> None:
     """A newcomer's job stands behind what runs, and no more than 0.2 s of work."""
-    assert place(slots=2, free=0).room(run_s) == room
-    assert place(slots=8, free=0).room(0.01) == 8
+    assert place(slots=2, free=0, turning=True).room(run_s) == room
+    assert place(slots=8, free=0, turning=True).room(0.01) == 8
+    assert place(slots=2, free=0).room(run_s) == 0, "what runs there now takes longer than runs do"
+    assert place(slots=2, free=1, turning=True).room(run_s, cpus=2) == 1, "it would wait there for two slots"
 
 
 def test_the_service_of_whose_limit_the_least_is_in_use_goes_first() -> None:

@@ -334,6 +334,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
     with desk.store.lock:
         desk.store.db.execute(joborch.PACE_SET, {"service": "example", "level": 0.0, "runs": 5, "mean_s": 0.01})
+    desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
@@ -1321,14 +1322,29 @@ def test_a_call_that_comes_while_it_ticks_is_not_lost(run_loop: Callable[..., Lo
 
 
 def test_a_loop_of_several_threads_wakes_one_for_each_call(run_loop: Callable[..., Loop]) -> None:
-    tick = Ticker()
+    """A further thread is made only where all others are at work, and no more than there may be."""
+    gates, begun = threading.Semaphore(0), threading.Semaphore(0)
+
+    def tick() -> bool:
+        begun.release()
+        assert gates.acquire(timeout=20)
+        return False
+
     loop = run_loop(tick, threads=3)
-    tick.wait(3)
-    wait_for(lambda: sleeping(loop), what="all to sleep")
+    assert begun.acquire(timeout=20)
+    gates.release()
+    wait_for(lambda: sleeping(loop), what="the first to sleep")
     loop.wake()
-    tick.wait(1)
+    assert begun.acquire(timeout=20)
+    assert len(loop.threads) == 1, "it was free"
+    for _ in range(2):
+        loop.wake()
+        assert begun.acquire(timeout=20), "another takes the call while the first is at work"
+    loop.wake()
+    assert len(loop.threads) == 3
+    gates.release(4)
+    assert begun.acquire(timeout=20), "the call that nobody was free for is not lost"
     wait_for(lambda: sleeping(loop), what="all to sleep")
-    assert tick.ticks == 4
 
 
 def test_a_loop_ticks_by_itself_after_its_period(run_loop: Callable[..., Loop]) -> None:
