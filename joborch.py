@@ -1316,7 +1316,7 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], p
         where, taken = names[0] if len(names) == 1 else f"{len(names)} clients", "the only slot" if slots == 1 else f"all {slots} slots"
         return f"{taken} of {where} {'is' if slots == 1 else 'are'} in use{standing.before()}"
     if standing.before():
-        return f"it waits for its turn{standing.before()}"
+        return "it waits for its turn:" + standing.before()[len(" and") :]
     if places and not any(place.queues or place.free >= standing.cpus for place in places):
         best = max(places, key=lambda place: (place.could_run(standing.cpus, standing.memory), place.free))
         has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
@@ -4548,6 +4548,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
             if due:
                 link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
+                link.sending.add(job.id)  # it takes a lane like every other
         if due:
             return job
     return None
@@ -7596,6 +7597,8 @@ def shown_value(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 

@@ -137,6 +137,18 @@ def test_every_default_can_be_read_and_every_setting_is_explained(setting: Setti
     assert re.fullmatch(r"--[a-z]+(-[a-z]+)*", setting.flag)
 
 
+def test_weights_are_shown_as_they_are_written() -> None:
+    rows = {name: value for name, value, _ in joborch.config_rows(load(environment={"JOBORCH_WEIGHTS": "7=2, 8=0.5"}))}
+    assert rows["JOBORCH_WEIGHTS"] == "7=2,8=0.5"
+    assert {name: value for name, value, _ in joborch.config_rows(load())}["JOBORCH_WEIGHTS"] == ""
+
+
+@pytest.mark.parametrize("text", ["7", "7=", "=2", "7=x", "7=0", "x=1", "7=2;8=1", "7=1e3"])
+def test_what_is_no_list_of_weights_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="JOBORCH_WEIGHTS"):
+        load(environment={"JOBORCH_WEIGHTS": text})
+
+
 def test_the_readmes_table_has_every_setting() -> None:
     rows = joborch.settings_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [s.name for s in SETTINGS] + [f"SERVICE_<NAME>_{s.name}" for s in SERVICE_SETTINGS]

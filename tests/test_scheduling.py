@@ -428,7 +428,7 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
     ("standing", "troubles", "places", "wanted"),
     [
         (Standing(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn and 1 job of yours stands before it"),
+        (Standing(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn: 1 job of yours stands before it"),
         (Standing(0, 5, 2, 10, 2, 7), FREE, BUSY_PLACE,
          "all 2 slots of gpu1:9000 are in use and 2 jobs of yours and 7 other users' turns stand before it"),
         (Standing(0, 5, 2, 10, 0, 1), FREE, [place("x", 1, 0)], "the only slot of x is in use and 1 other user's turn stands before it"),

@@ -249,6 +249,23 @@ def test_a_client_that_hangs_holds_up_nobody(desk: Desk) -> None:
     assert send_all(desk) == [second.name] * 5
 
 
+def test_what_is_asked_again_takes_a_lane_like_every_other(desk: Desk) -> None:
+    """Else a job would be claimed for a client all of whose lanes wait for answers, while another could run it."""
+    first, second, _ = links_of(desk)
+    first.slots = 50
+    lost = [uploaded(desk, user_id) for user_id in range(4)]
+    for job in lost:
+        assert desk.store.claim(job.id, first.name, 50)
+        assert desk.store.move(desk[job], Status.UNKNOWN, "no answer")
+    first.may_have_pinned = True
+    taken = [joborch.next_to_send(desk.server, first) for _ in range(3)]
+    assert [job and job.id for job in taken] == [job.id for job in lost[:3]]
+    assert not first.has_lane()
+    new = uploaded(desk, 9)
+    joborch.dispatch_tick(desk.server)
+    assert [job.id for job in second.outbox] == [new.id]
+
+
 def test_a_drained_client_gets_no_jobs_until_it_is_resumed(desk: Desk) -> None:
     first, second, _ = (link.name for link in links_of(desk))
     said = ask(desk.server, "POST", f"/clients/{first}/drain")
