@@ -4434,7 +4434,7 @@ class Server(Node):
 
     def places_of(self, links: Iterable[Link]) -> list[Place]:
         """Return clients as the scheduler sees them now."""
-        busy = {row["client"]: row for row in self.store.read(BUSY_BY_CLIENT)}
+        busy = {row["client"]: row for row in self.store.read(BUSY_BY_CLIENT)}  # before what has ended: see count_no_more
         return [link.place(busy[link.name]["cpus"], busy[link.name]["memory"]) if link.name in busy else link.place(0, 0) for link in links]
 
     def drain(self, link: Link, drained: bool) -> None:
@@ -4914,12 +4914,15 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         if status == Status.COMPLETED.value:
             fetch_result(server, link, job, found)
         elif status == Status.CLEANED.value:
+            count_no_more(found)
             settle_cleaned(server, link, job, found.payload)
         elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
+            count_no_more(found)
             new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
         else:
             fetch_failure(server, link, job, found)
     except Gone as error:
+        count_no_more(found)
         payload_gone(server, job, str(error))
     except (NothingSent, NoAnswer) as error:
         if found.part is not None and not found.part.wanted():
@@ -4933,9 +4936,15 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     return True
 
 
+def count_no_more(found: Report) -> None:
+    """Count the slots of an ended payload as taken, just before its job's row lets them go: none is ever free twice."""
+    found.cpus = found.memory = 0
+
+
 def fetch_result(server: Server, link: Link, job: Job, found: Report) -> None:
     """Bring a result to its place: file, digest, fsync, rename; then the row."""
     size, digest = store_archive(server, link, job, found, partial=False)
+    count_no_more(found)
     payload = found.payload
     reason = payload.get("reason") or "run.sh ended with exit status 0"
     changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(payload)}
@@ -4991,6 +5000,7 @@ def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
     size, digest = None, None
     with contextlib.suppress(Gone):  # nothing is left of it: its end counts all the same
         size, digest = store_archive(server, link, job, found, partial=True)
+    count_no_more(found)
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes = known_of_end(payload)

@@ -340,6 +340,28 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
 
 
+@pytest.mark.parametrize("status", ["Completed", "Failed", "Cleaned"])
+def test_a_slot_is_not_free_twice(status: str, desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as that of a payload that has ended, and again by its job's row: a wide job would be sent to where it must wait."""
+    job = desk.with_client(Status.RUNNING, cpus=2)
+    other = desk.with_client(Status.RUNNING)
+    desk.link.slots = 3
+    peer.says["/retrieve"] = [zip_reply(RESULT)]
+    joborch.report(desk.server, desk.link, event(job, status=status))
+    free, move_in = [desk.server.places_of([desk.link])[0].free], desk.store.move_in
+
+    def move(*arguments: Any, **changes: Any) -> bool:
+        moved = move_in(*arguments, **changes)
+        desk.store.db.execute("COMMIT")
+        free.append(desk.server.places_of([desk.link])[0].free)
+        desk.store.db.execute("BEGIN")
+        return moved
+
+    monkeypatch.setattr(desk.store, "move_in", move)
+    assert fetch_tick(desk.server, desk.link)
+    assert free == [2, 2] and desk[job].status not in BUSY and desk[other].status in BUSY
+
+
 # == Hearing ==
 
 
