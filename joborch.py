@@ -1153,6 +1153,7 @@ class Place:
     failed_s_ago: float = float("inf")
     turning: bool = False  # a run has ended there a moment ago
     queues: bool = False  # a 2.2 client: it says nothing of its slots, and queues by itself
+    taken: int = 0  # slots that its jobs ask for together, those that have ended included
 
     def could_run(self, cpus: int, memory: int | None) -> bool:
         """Tell whether so much would fit into it when it is empty."""
@@ -1263,12 +1264,17 @@ class Standing:
     memory: int | None = None  # MiB
 
     def before(self, with_others: bool = True) -> str:
-        """Return what stands before the job, as the end of a sentence; empty where nothing does."""
+        """Return what stands before the job, as a sentence; empty where nothing does."""
         jobs = counted(self.queued_before, "job of yours", "jobs of yours")
         users = counted(self.users_before if with_others else 0, "other user's turn", "other users' turns")
         parts = [part for part in (jobs, users) if part]
         verb = "stands" if len(parts) == 1 and parts[0].startswith("1 ") else "stand"
-        return f" and {' and '.join(parts)} {verb} before it" if parts else ""
+        return f"{' and '.join(parts)} {verb} before it" if parts else ""
+
+
+def joined(text: str, more: str) -> str:
+    """Return two sentences as one; the first alone where there is no second."""
+    return f"{text} and {more}" if more else text
 
 
 def counted(count: int, one: str, many: str) -> str:
@@ -1301,9 +1307,10 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], p
     `troubles` says, by client, why it cannot be used now; `places` are those that can.
     """
     if standing.runs_of_user >= standing.runs_per_user:
-        return f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use{standing.before(with_others=False)}"
+        text = f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use"
+        return joined(text, standing.before(with_others=False))
     if standing.runs_of_service >= standing.max_runs:
-        return f"all {standing.max_runs} runs of {service} are in use{standing.before()}"
+        return joined(f"all {standing.max_runs} runs of {service} are in use", standing.before())
     if troubles and all(troubles.values()):
         said = [f"{name} {why}" for name, why in troubles.items()]
         more = [f"and {counted(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
@@ -1314,9 +1321,9 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], p
     if places and all(place.free <= 0 and not place.queues for place in places):
         slots, names = sum(place.slots for place in places), sorted(place.name for place in places)
         where, taken = names[0] if len(names) == 1 else f"{len(names)} clients", "the only slot" if slots == 1 else f"all {slots} slots"
-        return f"{taken} of {where} {'is' if slots == 1 else 'are'} in use{standing.before()}"
+        return joined(f"{taken} of {where} {'is' if slots == 1 else 'are'} in use", standing.before())
     if standing.before():
-        return "it waits for its turn:" + standing.before()[len(" and") :]
+        return f"it waits for its turn: {standing.before()}"
     if places and not any(place.queues or place.free >= standing.cpus for place in places):
         best = max(places, key=lambda place: (place.could_run(standing.cpus, standing.memory), place.free))
         has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
@@ -2868,8 +2875,8 @@ class Store(Database):
             return self.row(db, job_id)
         if self.mode == "server":  # a client's payload that is only Prepared is no news
             self.moved.add(job_id)
-            self.welcome(db, job)
-        self.refresh_turn(db, job)
+            self.welcome(db, job.service, job.user_id)
+        self.refresh_turn(db, job.service, job.user_id)
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
@@ -2926,7 +2933,7 @@ class Store(Database):
         if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
             self.account(db, job, to, run_s)
         if not (job.status in BUSY and to in BUSY):
-            self.refresh_turn(db, job)
+            self.refresh_turn(db, job.service, job.user_id)
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
@@ -2940,8 +2947,8 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.welcome(db, job)
-                    self.refresh_turn(db, job)
+                    self.welcome(db, job.service, job.user_id)
+                    self.refresh_turn(db, job.service, job.user_id)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
@@ -2988,8 +2995,8 @@ class Store(Database):
 
     # -- turns --
 
-    def usage_of(self, db: sqlite3.Connection, job: Job) -> Usage:
-        row = db.execute(USAGE_GET, {"service": job.service, "user_id": job.user_id}).fetchone()
+    def usage_of(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> Usage:
+        row = db.execute(USAGE_GET, {"service": service, "user_id": user_id}).fetchone()
         return Usage(*row) if row else Usage()
 
     def pace_of(self, db: sqlite3.Connection, service: str | None) -> Pace:
@@ -3001,8 +3008,8 @@ class Store(Database):
         row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
         return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
 
-    def set_usage(self, db: sqlite3.Connection, job: Job, usage: Usage) -> None:
-        pair = {"service": job.service, "user_id": job.user_id}
+    def set_usage(self, db: sqlite3.Connection, service: str | None, user_id: int | None, usage: Usage) -> None:
+        pair = {"service": service, "user_id": user_id}
         db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
 
     def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
@@ -3011,7 +3018,7 @@ class Store(Database):
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
         """Charge a user for a run that begins, or set right what he was charged for one that is over."""
         now, half_life_s = self.steady(), self.sharing.half_life_s
-        usage, pace = self.usage_of(db, job), self.pace_of(db, job.service)
+        usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
             charged = charge_in_advance(job, usage, pace, half_life_s)
             pace.level = max(pace.level, usage.use - math.log2(self.weight_of(db, job.user_id)))
@@ -3026,7 +3033,7 @@ class Store(Database):
             charged = job.cpus * max(0.0, run_s)
             usage.use = used(usage.use, charged - before, now, half_life_s)
         db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
-        self.set_usage(db, job, usage)
+        self.set_usage(db, job.service, job.user_id, usage)
         self.set_pace(db, job.service, pace)
 
     def charge_longer(self, job: Job) -> None:
@@ -3036,36 +3043,36 @@ class Store(Database):
         def charge(db: sqlite3.Connection) -> None:
             values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
             if db.execute(JOB_CHARGE, values).rowcount:
-                usage = self.usage_of(db, job)
+                usage = self.usage_of(db, job.service, job.user_id)
                 usage.use = used(usage.use, more, self.steady(), self.sharing.half_life_s)
-                self.set_usage(db, job, usage)
-                self.refresh_turn(db, job)
+                self.set_usage(db, job.service, job.user_id, usage)
+                self.refresh_turn(db, job.service, job.user_id)
 
         self.write(charge, durable=False)
 
-    def welcome(self, db: sqlite3.Connection, job: Job) -> None:
+    def welcome(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> None:
         """Bound the credit of a user who comes back after idling."""
-        pair = {"service": job.service, "user_id": job.user_id}
+        pair = {"service": service, "user_id": user_id}
         if db.execute(CONTENDER_GET, pair).fetchone() or db.execute(BUSY_OF_USER, pair).fetchone()[0]:
             return
-        usage = self.usage_of(db, job)
-        use = welcomed(usage.use, self.weight_of(db, job.user_id), self.pace_of(db, job.service).level)
+        usage = self.usage_of(db, service, user_id)
+        use = welcomed(usage.use, self.weight_of(db, user_id), self.pace_of(db, service).level)
         if use > usage.use:
             usage.use = use
-            self.set_usage(db, job, usage)
+            self.set_usage(db, service, user_id, usage)
 
-    def refresh_turn(self, db: sqlite3.Connection, job: Job) -> None:
+    def refresh_turn(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
         """Keep up `contenders`: one row for each user who has work of a service that could run."""
-        service = self.limits.get(job.service or "")
+        service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
-        pair = {"service": job.service, "user_id": job.user_id}
+        pair = {"service": name, "user_id": user_id}
         sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
         waiting = [Waiting(*row) for row in db.execute(sql, pair)]
         if not waiting:
             db.execute(CONTENDER_CLEAR, pair)
             return
-        share_rank = self.usage_of(db, job).use - math.log2(self.weight_of(db, job.user_id)) if service.policy == "share" else 0.0
+        share_rank = self.usage_of(db, name, user_id).use - math.log2(self.weight_of(db, user_id)) if service.policy == "share" else 0.0
         rank, head = turn_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
         at_quota = db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
         values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
@@ -3093,8 +3100,7 @@ class Store(Database):
         db.execute(CONTENDERS_EMPTY)
         for service in self.limits:
             for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
-                head = db.execute(WAITING_FIRST, {"service": service, "user_id": user_id}).fetchone()
-                self.refresh_turn(db, self.row(db, head["id"]))
+                self.refresh_turn(db, service, user_id)
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
@@ -3103,9 +3109,7 @@ class Store(Database):
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
             for service in self.limits:
-                row = db.execute(CONTENDER_GET, {"service": service, "user_id": user_id}).fetchone()
-                if row is not None:
-                    self.refresh_turn(db, self.row(db, row["head"]))
+                self.refresh_turn(db, service, user_id)
 
         self.write(store)
 
@@ -3146,7 +3150,7 @@ class Store(Database):
         def admit(db: sqlite3.Connection) -> None:
             for row in due:
                 db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.refresh_turn(db, self.row(db, row["id"]))
+                self.refresh_turn(db, row["service"], row["user_id"])
 
         if due:
             self.write(admit, durable=False)
@@ -3857,8 +3861,12 @@ class Link:
         self.refusals, self.refusal, self.probing = 0, "", False
 
     def takes_jobs(self) -> bool:
-        """Tell whether a job may be sent now."""
-        return not self.drained and not self.held() and self.clock.monotonic() >= self.full_until
+        """Tell whether a new job may be sent now."""
+        return not self.drained and self.ready()
+
+    def ready(self) -> bool:
+        """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
+        return not self.held() and self.clock.monotonic() >= self.full_until
 
     def has_lane(self) -> bool:
         """Tell whether a job that is claimed for it now would be sent at once."""
@@ -3883,7 +3891,7 @@ class Link:
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
         now = self.clock.monotonic()
         turning = now - self.ended_at < TURNING_S
-        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, now - self.failed_at, turning, self.legacy)
+        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, now - self.failed_at, turning, self.legacy, cpus)
 
     # -- calls --
 
@@ -4458,8 +4466,7 @@ def dispatch_tick(server: Server) -> bool:
     link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
     claimed = None
     try:
-        room = 1 << 30 if place.queues else server.store.number(BUSY_OF_CLIENT, client=link.name) + head.cpus
-        claimed = server.store.claim(head.job_id, link.name, room)
+        claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
     finally:
         if claimed is None:
             link.sending.discard(head.job_id)
@@ -4494,9 +4501,14 @@ def line_of(server: Server, service: Service) -> Line | None:
 
 def heads_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Head]:
     """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
-    yield Head(service, first["head"], first["cpus"], first["memory"], first["timeout"])
+    yield head_of(service, first)
     for row in server.store.read(CONTENDERS_NEXT, service=service, limit=HEADS_LOOKED_AT)[1:]:
-        yield Head(service, row["head"], row["cpus"], row["memory"], row["timeout"])
+        yield head_of(service, row)
+
+
+def head_of(service: str, row: sqlite3.Row) -> Head:
+    """Return a row of CONTENDERS_NEXT as the scheduler sees it."""
+    return Head(service, row["head"], row["cpus"], row["memory"], row["timeout"])
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
@@ -4536,7 +4548,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
     """Return a job to send: one that was claimed for this client, else one that a lost answer ties to it."""
     with contextlib.suppress(IndexError):
         return link.outbox.popleft()
-    if link.held() or server.clock.monotonic() < link.full_until:
+    if not link.ready():
         return None
     pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
     link.may_have_pinned = bool(pinned)
