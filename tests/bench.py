@@ -954,16 +954,21 @@ def start(place: Place, size: int) -> Iterator[Measure]:
     yield Measure("bare python -c pass", statistics.median(bare), "ms")
 
 
+def copy_rows(db: sqlite3.Connection, table: str, where: str, count: int, changes: dict[str, str]) -> None:
+    """Insert the row `t` of a table that `where` finds so many times more, for n from 2; `changes` are columns as SQL of t and n."""
+    names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+    copied = ", ".join(changes.get(name, f"t.{name}") for name in names)
+    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
+    db.execute(f"{numbers} INSERT INTO {table} SELECT {copied} FROM {table} t, numbers WHERE {where}", [count])
+
+
 def multiply_job(site: Site, count: int) -> None:
     """Let the only job of a server that is stopped be there so many times: row, history, result and folder."""
     data = site.folder / "server"
     (result,), (folder,) = (data / "results").iterdir(), (data / "jobs").iterdir()
     with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
-        for table, key in (("jobs", "id"), ("history", "job_id")):
-            names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-            copied = ", ".join({key: "n", "uuid": "'copy-' || n"}.get(name, f"t.{name}") for name in names)
-            numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
-            db.execute(f"{numbers} INSERT INTO {table} SELECT {copied} FROM {table} t, numbers WHERE t.{key} = 1", [count])
+        copy_rows(db, "jobs", "t.id = 1", count, {"id": "n", "uuid": "'copy-' || n"})
+        copy_rows(db, "history", "t.job_id = 1", count, {"job_id": "n"})
     content = result.read_bytes()
     for number in range(2, count + 2):
         result.with_name(f"copy-{number}.1.zip").write_bytes(content)
@@ -1037,14 +1042,9 @@ def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
         "arrived_at": "t.arrived_at + n * 0.001", "exit_code": "NULL", "client": "NULL", "dest_id": "NULL", "started_at": "NULL",
         "ended_at": "NULL", "result_size": "NULL", "result_sha256": "NULL", "charged": "0",
     }  # fmt: skip
-    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n <= ?)"
     with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
-        names = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
-        copied = ", ".join(queued.get(name, f"t.{name}") for name in names)
-        db.execute(f"{numbers} INSERT INTO jobs SELECT {copied} FROM jobs t, numbers WHERE t.id = 1", [count])
-        names = [row[1] for row in db.execute("PRAGMA table_info(history)")]
-        copied = ", ".join("n" if name == "job_id" else f"t.{name}" for name in names)
-        db.execute(f"{numbers} INSERT INTO history SELECT {copied} FROM history t, numbers WHERE t.job_id = 1 AND t.number = 1", [count])
+        copy_rows(db, "jobs", "t.id = 1", count, queued)
+        copy_rows(db, "history", "t.job_id = 1 AND t.number = 1", count, {"job_id": "n"})
         db.execute("UPDATE turns_made SET rules = ''")  # whose turn it is was not kept up by this
     for number in range(2, min(count, with_files) + 2):
         shutil.copytree(folder, folder.with_name(f"{number:08x}-0000-4000-8000-000000000000"))
