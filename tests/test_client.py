@@ -385,6 +385,18 @@ def test_how_a_payload_ends(script: str | None, status: Status, cause: str | Non
     wait_for(lambda: not processes_below(yard.folder(job)), what="what was killed to be gone")
 
 
+@pytest.mark.parametrize(("memory", "running"), [(400, 2), (600, 1), (5000, 1)])
+def test_no_more_payloads_run_than_there_is_memory_for(memory: int, running: int, data: DataFolder) -> None:
+    """What asks for more than there is runs alone."""
+    yard = Yard(data, JOBORCH_MEMORY="1000M")
+    jobs = [yard.submit("READY; BLOCK", X_Joborch_Memory=str(memory)) for _ in range(2)]
+    run_tick(yard.client)
+    assert [yard[job].status for job in jobs] == [Status.RUNNING] * running + [Status.PREPARED] * (2 - running)
+    for job in jobs[:running]:
+        yard.ready(job)
+    yard.close()
+
+
 def test_no_more_payloads_run_than_there_are_slots(yard: Yard) -> None:
     """The oldest first; each slot is filled as soon as it is free."""
     jobs = [yard.submit("READY; BLOCK") for _ in range(4)]
