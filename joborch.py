@@ -21,15 +21,16 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            10. Store                 19. Client
-     2. Settings              11. Backups               20. Access
-     3. Configuration         12. Executors             21. HTTP
-     4. States                13. Transfers             22. Server routes
-     5. Scheduling            14. Links                 23. Site routes
-     6. Files                 15. Loops                 24. Client routes
-     7. Archives              16. Server                25. Logs
-     8. Statements            17. Ends                  26. Page and documents
-     9. Database              18. Waiting               27. Commands
+     1. Vocabulary           11. Backups               21. Access
+     2. Settings             12. Executors             22. HTTP
+     3. Configuration        13. Slurm                 23. Server routes
+     4. States               14. Transfers             24. Site routes
+     5. Scheduling           15. Links                 25. Client routes
+     6. Files                16. Loops                 26. Logs
+     7. Archives             17. Server                27. Page and documents
+     8. Statements           18. Ends                  28. Commands
+     9. Database             19. Waiting
+    10. Store                20. Client
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may hav
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
+BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
@@ -184,6 +186,18 @@ class StillRunning(JoborchError):
     """Something of a payload runs on although it was told to end."""
 
 
+class SystemAway(JoborchError):
+    """What runs payloads does not answer. Nothing has failed: it is asked again, and first whether a start got through."""
+
+
+class NotTaken(SystemAway):
+    """What runs payloads answers, and takes none of this service now; the text says why."""
+
+
+class CannotRun(JoborchError):
+    """What runs payloads will never take this one; the text says why."""
+
+
 class Refusal(JoborchError):
     """An answer that is an error: status code, message, and the field it is about."""
 
@@ -224,6 +238,12 @@ def crash_point(name: str) -> None:
         wanted, _, number = CRASH_AT.partition(":")
         if name == wanted and crash_passes[name] == int(number or 1):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def backoff_s(failures: int) -> float:
+    """Return how long to wait after the n-th failure in a row: 1 s doubling to 30 s, with jitter."""
+    doubled: float = BACKOFF_FIRST_S * 2 ** min(max(failures, 1) - 1, 10)
+    return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
 
 
 def rfc3339(wall: float | None) -> str | None:
@@ -349,6 +369,13 @@ def read_weights(text: str) -> dict[int, float]:
     return weights
 
 
+def read_word(text: str) -> str:
+    """Take one word of printable ASCII: a partition, an account, a constraint."""
+    if not re.fullmatch(r"[!-~]{1,500}", text) or text.startswith("-"):
+        raise ValueError("give one word, as in short")
+    return text
+
+
 def read_switch(text: str) -> bool:
     """Return whether a switch is on: 1 or 0."""
     if text not in ("0", "1"):
@@ -365,6 +392,28 @@ def one_of(*words: str) -> Callable[[str], str]:
         return text.lower()
 
     return read_word
+
+
+OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
+    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
+    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
+    *("time", "uid", "usage", "version", "wait", "wrap"),
+)
+
+
+def read_sbatch_words(text: str) -> tuple[str, ...]:
+    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
+    words = tuple(shlex.split(text))
+    for word in words:
+        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
+        own = (
+            any(known.startswith(name) for known in OWN_SBATCH_OPTIONS) if word.startswith("--") else re.match("-[JoeiDadWHVQhctMb]", word)
+        )
+        if own:
+            raise ValueError(f"{word} is joborch's to set: leave it out")
+        if not re.match("--?[a-zA-Z]", word):
+            raise ValueError(f"{word} is no option: write a value as part of its option, as in --nice=100")
+    return words
 
 
 @dataclass(frozen=True)
@@ -408,11 +457,34 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
     Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
-    Setting("JOBORCH_SLOTS", "slots", read_positive, str(os.cpu_count() or 1), "payloads that run at once (default: cores)", "client"),
+    Setting(
+        "JOBORCH_SLOTS",
+        "slots",
+        read_positive,
+        "",
+        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)",
+        "client",
+    ),
     Setting(
         "JOBORCH_MEMORY", "memory_bytes", read_bytes, "", "memory that payloads may ask for together (default: the machine's)", "client"
     ),
-    Setting("JOBORCH_EXECUTOR", "executor", one_of("local"), "local", "what runs the payloads", "client"),
+    Setting("JOBORCH_EXECUTOR", "executor", one_of("local", "slurm"), "local", "what runs the payloads: local, slurm", "client"),
+    Setting(
+        "JOBORCH_BATCH_INTERVAL",
+        "batch_interval_s",
+        read_period,
+        "10",
+        "seconds between two questions to a batch system: one for all jobs",
+        "client",
+    ),
+    Setting(
+        "JOBORCH_VANISH_GRACE",
+        "vanish_grace_s",
+        read_seconds,
+        "120",
+        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for",
+        "client",
+    ),
     Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
     Setting(
         "JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail", "client"
@@ -515,6 +587,13 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "seconds that a client may be silent before its jobs get a new attempt",
         "server",
     ),
+    Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
+    Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
+    Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
+    Setting("SLURM_CONSTRAINT", "slurm_constraint", read_word, "", "sbatch --constraint, as in gpu", "client"),
+    Setting("SLURM_GRES", "slurm_gres", read_word, "", "sbatch --gres, as in gpu:1", "client"),
+    Setting("SLURM_TIME", "slurm_time_s", read_period, "", "time limit of jobs that name none (default: the partition's)", "client"),
+    Setting("SLURM_ARGS", "slurm_args", read_sbatch_words, "", "further options of sbatch, as in --nice=100 --exclusive", "client"),
 )
 
 
@@ -555,6 +634,19 @@ class Service:
 
 
 @dataclass(frozen=True)
+class BatchOptions:
+    """What a client asks of a batch system for the jobs of one service."""
+
+    slurm_partition: str = ""
+    slurm_account: str = ""
+    slurm_qos: str = ""
+    slurm_constraint: str = ""
+    slurm_gres: str = ""
+    slurm_time_s: float | None = None
+    slurm_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Config:
     """Every effective setting of one process, and where each came from."""
 
@@ -571,6 +663,8 @@ class Config:
     slots: int
     memory_bytes: int
     executor: str
+    batch_interval_s: float
+    vanish_grace_s: float
     kill_grace_s: float
     log_limit_bytes: int
     run_interval_s: float
@@ -588,8 +682,13 @@ class Config:
     log_level: str
     log_format: str
     services: Mapping[str, Service] = field(default_factory=dict)
+    batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def batch_options(self, service: str | None) -> BatchOptions:
+        """Return what a batch system is asked for the jobs of a service."""
+        return self.batch.get((service or "").lower(), BatchOptions())
 
 
 def read_env_file(path: str) -> dict[str, str]:
@@ -684,6 +783,7 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
         if texts.get(setting.name) or setting.default
         else None
         for setting in SERVICE_SETTINGS
+        if setting.modes == "server"
     }
     bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
     first = reference_address(name, values)
@@ -702,13 +802,29 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
 
 
-def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
-    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
+def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
+    """Return what `SERVICE_*` says for one mode: texts by service and suffix."""
     texts: dict[str, dict[str, str]] = {}
     for name, text in environment.items():
         found = split_service_name(name.upper())
-        if found:
+        if found and found[1].modes == mode:
             texts.setdefault(found[0], {})[found[1].name] = text
+    return texts
+
+
+def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
+    """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
+    options = {}
+    for name, texts in texts_of_services(environment, "client").items():
+        settings = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+        values = {each.field: read_setting(each, texts[each.name], f"SERVICE_{name.upper()}_{each.name}") for each in settings}
+        options[name] = BatchOptions(**values)
+    return options
+
+
+def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
+    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
+    texts = texts_of_services(environment, "server")
     if not texts:
         texts = {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
@@ -777,15 +893,17 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
         values[setting.field] = read_setting(setting, text, shown) if text else ""
     values["weights"] = values["weights"] or {}
     values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
+    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
     values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
     if not values["token"] and values["token_file"]:
         values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
     services = read_services(merged) if mode == "server" else {}
+    batch = read_batch_options(merged) if mode == "client" else {}
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
-    config = Config(mode=mode, services=services, sources=sources, warnings=unknown_names(merged), **values)
+    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=unknown_names(merged), **values)
     check_config(config)
     return config
 
@@ -809,9 +927,7 @@ def is_loopback(host: str) -> bool:
 def settings_table() -> str:
     """Return the README's table of settings, in Markdown."""
     rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
-    for setting in SETTINGS:
-        default = "cores" if setting.name == "JOBORCH_SLOTS" else setting.default
-        rows.append(f"| `{setting.name}` | `{setting.flag}` | {default} | {setting.help} |")
+    rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
     rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
     return "\n".join(rows)
 
@@ -1154,10 +1270,15 @@ class Place:
     turning: bool = False  # a run has ended there a moment ago
     queues: bool = False  # a 2.2 client: it says nothing of its slots, and queues by itself
     taken: int = 0  # slots that its jobs ask for together, those that have ended included
+    job_slots: bool = False  # a batch system stands behind it: a slot takes a job, however many cores that needs
+
+    def wanted(self, cpus: int) -> int:
+        """Return how many slots a job takes here."""
+        return 1 if self.job_slots else cpus
 
     def could_run(self, cpus: int, memory: int | None) -> bool:
         """Tell whether so much would fit into it when it is empty."""
-        return self.queues or (cpus <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
+        return self.queues or (self.wanted(cpus) <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
 
     def room(self, run_s: float | None, cpus: int = 1) -> int:
         """Return how many slots may be promised to a job: those that are free, and for short runs some more, that none stands idle.
@@ -1204,20 +1325,22 @@ def reserve(head: Head, place: Place, runs: Iterable[Run]) -> Reservation:
 
     Where that hangs on a run without time limit, nothing is to spare: all that becomes free is kept until it suffices.
     """
-    free, memory, until = place.free, float("inf") if place.free_memory is None else float(place.free_memory), 0.0
+    wanted, free, until = place.wanted(head.cpus), place.free, 0.0
+    memory = float("inf") if place.free_memory is None else float(place.free_memory)
     for run in sorted(runs, key=lambda run: run.ends_at):
-        if free >= head.cpus and memory >= (head.memory or 0):
+        if free >= wanted and memory >= (head.memory or 0):
             break
-        free, memory, until = free + run.cpus, memory + run.memory, run.ends_at
-    if until == float("inf") or free < head.cpus:
+        free, memory, until = free + place.wanted(run.cpus), memory + run.memory, run.ends_at
+    if until == float("inf") or free < wanted:
         return Reservation(float("inf"), 0, 0)
-    return Reservation(until, free - head.cpus, memory - (head.memory or 0))
+    return Reservation(until, free - wanted, memory - (head.memory or 0))
 
 
 def fits(head: Head, place: Place, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
     """Tell whether a job can be sent to a client now."""
     memory_fits = head.memory is None or place.free_memory is None or head.memory <= place.free_memory
-    return head.cpus <= place.room(run_s, head.cpus) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
+    wanted = place.wanted(head.cpus)
+    return wanted <= place.room(run_s, wanted) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
 
 
 def choose(
@@ -1324,7 +1447,7 @@ def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], p
         return joined(f"{taken} of {where} {'is' if slots == 1 else 'are'} in use", standing.before())
     if standing.before():
         return f"it waits for its turn: {standing.before()}"
-    if places and not any(place.queues or place.free >= standing.cpus for place in places):
+    if places and not any(place.queues or place.free >= place.wanted(standing.cpus) for place in places):
         best = max(places, key=lambda place: (place.could_run(standing.cpus, standing.memory), place.free))
         has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
         return f"it needs {needs(standing.cpus, None)} at once: {has}"
@@ -2285,6 +2408,10 @@ JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = 
 JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
 JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
+PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
+PAYLOAD_BEGUN = """
+UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'
+"""
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
@@ -2973,6 +3100,11 @@ class Store(Database):
         """Write a column that is not a status, without waiting for the disk."""
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
+    def tell(self, job_id: int, **begun: float) -> None:
+        """Have a running payload told again in /events; with `started_at` (wall) and `now` (steady) it has just begun."""
+        sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
+        self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
+
     def forget(self, job_ids: Sequence[int]) -> None:
         """Delete rows and history of cleaned jobs."""
 
@@ -3227,24 +3359,33 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
 
 # == 12. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
-# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt.
+# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
+# limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
-# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder.
+# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder, with
+# whether it was told to end meanwhile, which run.sh may then have been, too.
 # All that can fail for want of disk is done before `ready` goes into the claim: without it the script never began.
-WRAPPER = r"""# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT
+WRAPPER = r"""#!/bin/bash
+# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
 umask @UMASK@
 cd "$1" || exit 1
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
-echo $$ 2>/dev/null >"started.$2" || exit 0
+echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
 set +C
 set -m
-trap : TERM INT HUP                                # a handler, not '': ignored signals would be inherited
+told=0 over=0
+trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
+trap over=1 ALRM
 printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
 echo ready >>"../started.$2" || exit 1
 bash ./run.sh </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
 pid=$!
+if [ -n "$3" ]; then
+    { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
+    timer=$!
+fi
 set +m                                             # else wait returns when run.sh is stopped, too
 while :; do
     wait $pid; status=$?
@@ -3252,8 +3393,10 @@ while :; do
 done
 wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
 [ $last -eq 127 ] || status=$last
+[ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
-printf '{"status": %d, "left": %d}' $status $left >&9
+printf '{"status": %d, "left": %d, "told": %d, "limit": %d}' $status $left $told $over >&9
+exit $status
 """
 
 CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
@@ -3262,32 +3405,47 @@ SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CR
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a started payload. `alive` with nothing else, or how it ended."""
+    """What became of a started payload: `alive`, and perhaps `waits`; or how it ended."""
 
     alive: bool
     exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
     children_left: bool = False
-    cause: Cause | None = None  # set where there is no exit status
+    cause: Cause | None = None  # set where there is no exit status, or where that is not the script's own doing
     reason: str = ""
+    told: bool = False  # somebody else told the wrapper to end: run.sh, too, perhaps
+    waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
 
 
 class Executor(Protocol):
-    """The seam for what runs payloads; a handle is a text that survives a restart of the client."""
+    """The seam for what runs payloads; a handle is a text that survives a restart of the client. Several threads call it."""
+
+    in_line: bool
+    """What is started may first wait; it keeps time limits by itself, and a slot takes a job, however many cores that needs."""
 
     def start(self, job: Job) -> str:
-        """Start the attempt and return its handle. The row says Running before this is called."""
+        """Start the attempt and return its handle. The row says Running before this is called.
+
+        Raises OSError where it cannot be started, CannotRun where it never can, SystemAway where nobody knows: then it is
+        looked for (`find`) before it is started again.
+        """
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return the handles, by mark, of attempts whose start was cut off by a crash; what is missing never ran."""
+        """Return the handles, by mark, of attempts whose start was cut off; what is missing never ran. SystemAway where nobody can tell."""
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        """Return what became of these payloads, by id: one call to a batch system for all of them."""
+        """Return what became of these payloads, by id: one call to a batch system for all of them. Of one that is away, all are alive."""
 
     def cancel(self, job: Job) -> None:
         """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the work folder; nothing to do where the folder is shared."""
+        """Bring the outputs into the payload's folder; nothing to do where it is shared. SystemAway: it is tried again."""
+
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        """End attempts of which nothing is known any more."""
+
+    def problem(self) -> str:
+        """Return why it cannot work now, and since when; an empty text where all is well."""
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -3316,14 +3474,26 @@ def read_exit(folder: Path) -> Fate | None:
     try:
         with open_regular(folder / "exit.json") as file:
             said = parse_json(file.read(200))
-        status, left = said["status"], said["left"]
-        return Fate(False, status, bool(left)) if type(status) is int and 0 <= status < 256 else None
+        status, limit = said["status"], Cause.LIMIT if said.get("limit") else None
+        fits = type(status) is int and 0 <= status < 256
+        return Fate(False, status, bool(said["left"]), limit, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
             os.chmod(folder, 0o700)  # the script took it from its parent folder; the next look finds it
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text file that is not blank, made safe to show."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
 
 
 def boot_id() -> str:
@@ -3424,8 +3594,28 @@ def signal_all(processes: Iterable[Process], number: int) -> None:
             os.kill(process.pid, number)
 
 
+def write_wrapper(data: DataFolder) -> Path:
+    """Put the wrapper into the data folder and return where it is."""
+    path = data.path / "wrapper.sh"
+    write_atomic(path, WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode())
+    return path
+
+
+def read_claim(folder: Path, attempt: int) -> str | None:
+    """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
+    try:
+        with open_regular(folder / f"started.{attempt}") as file:
+            return file.read(40).decode("ascii", "replace")
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return ""  # the script put something else in its place
+
+
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
+
+    in_line = False
 
     def __init__(self, data: DataFolder, kill_grace_s: float) -> None:
         self.data, self.kill_grace_s = data, kill_grace_s
@@ -3435,8 +3625,7 @@ class LocalExecutor:
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.reaps_orphans = become_subreaper()
-        self.wrapper = data.path / "wrapper.sh"
-        write_atomic(self.wrapper, WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode())
+        self.wrapper = write_wrapper(data)
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -3466,19 +3655,9 @@ class LocalExecutor:
                 handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
         return handles
 
-    def claim(self, job: Job) -> str | None:
-        """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
-        try:
-            with open_regular(self.data.job(job.mark) / f"started.{job.attempt}") as file:
-                return file.read(40).decode("ascii", "replace")
-        except FileNotFoundError:
-            return None
-        except OSError:
-            return ""  # the script put something else in its place
-
     def claimed_pid(self, job: Job) -> int | None:
         """Return the process id in the wrapper's claim; 0 where it holds none, None where there is no claim."""
-        said = self.claim(job)
+        said = read_claim(self.data.job(job.mark), job.attempt)
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
 
@@ -3549,7 +3728,7 @@ class LocalExecutor:
             return ended
         if not folder.is_dir() or folder.is_symlink():
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
-        if "ready" not in (self.claim(job) or ""):
+        if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
                 return Fate(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
             reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
@@ -3595,13 +3774,452 @@ class LocalExecutor:
     def collect(self, job: Job) -> None:
         """The folder is this machine's own: the outputs are there."""
 
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        for mark in marks:
+            for process in all_processes():
+                if bears_mark(process.pid, f"JOBORCH_MARK={mark}\0".encode(), os.fsencode(self.data.job(mark))):
+                    signal_all([process], signal.SIGKILL)
+
+    def problem(self) -> str:
+        return ""
+
+
+# == 13. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+
+# States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
+SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+SLURM_RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what; None: the exit file says it
+    "COMPLETED": (None, ""),
+    "FAILED": (None, ""),
+    "TIMEOUT": (Cause.LIMIT, "Slurm ended it at its time limit"),
+    "DEADLINE": (Cause.LIMIT, "Slurm ended it at its deadline"),
+    "OUT_OF_MEMORY": (Cause.LIMIT, "it used more memory than it had asked for, and was killed"),
+    "NODE_FAIL": (Cause.INFRASTRUCTURE, "the node that it ran on failed"),
+    "BOOT_FAIL": (Cause.INFRASTRUCTURE, "its node could not be started"),
+    "PREEMPTED": (Cause.INFRASTRUCTURE, "Slurm ended it for the sake of another job"),
+    "REVOKED": (Cause.INFRASTRUCTURE, "another cluster of the federation took it"),
+    "CANCELLED": (Cause.CANCELLED, "it was cancelled in Slurm by somebody else"),
+}
+SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not for long; all of it may be over in a minute
+    r"unable to contact|timed out|connection|zero bytes|standby mode|authentication|credential|munge|temporarily|communication|try again"
+    r"|configuration|could not resolve|plugin",
+    re.IGNORECASE,
+)
+SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
+    r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
+    r"|memory specification|node count specification",
+    re.IGNORECASE,
+)
+SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
+SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
+SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
+SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
+SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
+SLURM_OWN_NAMES = re.compile("(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)")  # of an allocation we may run in
+
+
+class SlurmJob(NamedTuple):
+    """What Slurm says of one job."""
+
+    id: str
+    state: str
+    restarts: int
+    submitted: str  # as in 2026-11-26T14:02:00, local time
+    reason: str
+    nodes: str = ""  # where it was started; empty where it never was, or where nobody says
+
+
+def slurm_name(mark: str) -> str:
+    """Return the name that an attempt bears in Slurm: ids are given out again, names are ours."""
+    return f"joborch-{mark}"
+
+
+def parse_squeue(text: str) -> dict[str, SlurmJob]:
+    """Return what squeue printed by SQUEUE_FIELDS, of our jobs, by name; ValueError for garbage.
+
+    Of several jobs of one name, that which has not ended counts, else the last.
+    """
+    found: dict[str, SlurmJob] = {}
+    for line in filter(str.strip, text.splitlines()):
+        cells, at = [], 0
+        for _, width in SQUEUE_FIELDS:
+            cells.append(line[at : at + width].strip())
+            at += width
+        if not re.match(r"[0-9]", line) or len(cells) != len(SQUEUE_FIELDS):
+            raise ValueError(one_line(line, 80))
+        job_id, state, restarts, submitted, nodes, reason, name = cells
+        if name.startswith("joborch-"):
+            if not job_id.isdigit() or not re.fullmatch("[A-Z_]+", state):
+                raise ValueError(one_line(line, 80))
+            keep_slurm_job(found, name, SlurmJob(job_id, state, int(restarts) if restarts.isdigit() else 0, submitted, reason, nodes))
+    return found
+
+
+def parse_sacct(text: str) -> dict[str, SlurmJob]:
+    """Return what `sacct --parsable2` printed by JobIDRaw, State, Submit and JobName, of our jobs, by name; what is garbage is left out."""
+    found: dict[str, SlurmJob] = {}
+    for line in text.splitlines():
+        cells = line.split("|", 3)
+        if len(cells) == 4 and cells[0].isdigit() and re.match("[A-Z_]+", cells[1]) and cells[3].startswith("joborch-"):
+            # "CANCELLED by 1000"
+            keep_slurm_job(found, cells[3], SlurmJob(cells[0], cells[1].split(" ")[0].rstrip("+"), 0, cells[2], cells[1].partition(" ")[2]))
+    return found
+
+
+def keep_slurm_job(found: dict[str, SlurmJob], name: str, job: SlurmJob) -> None:
+    """Take a job in, unless one of this name is known that says more."""
+    known = found.get(name)
+    if known is None or known.state in SLURM_ENDS:
+        found[name] = job
+
+
+def slurm_error(command: str, said: str) -> JoborchError:
+    """Return what the complaint of a command means."""
+    words = [line for line in said.splitlines() if line.strip()]
+    last = next((line for line in reversed(words) if "error" in line.lower()), words[-1] if words else "it said nothing")
+    text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
+    if command == "sbatch" and SLURM_NEVER.search(text):
+        return CannotRun(f"Slurm refuses it: {text}")
+    return SystemAway(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else NotTaken(f"sbatch: {text}")
+
+
+def slurm_waits(job: SlurmJob) -> str:
+    """Return what a job waits for, in Slurm's words; the same as long as nothing changes."""
+    return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {job.reason or 'no reason given'} (job {job.id})"
+
+
+def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
+    """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
+    limit_s = job.timeout or options.slurm_time_s
+    named = {
+        "partition": options.slurm_partition,
+        "account": options.slurm_account,
+        "qos": options.slurm_qos,
+        "constraint": options.slurm_constraint,
+        "gres": options.slurm_gres,
+        "mem": f"{job.memory}M" if job.memory else "",
+        "time": str(math.ceil(limit_s / 60)) if limit_s else "",  # whole minutes; the wrapper keeps to the second
+        "cpus-per-task": str(job.cpus),
+        "job-name": slurm_name(job.mark),
+        "chdir": str(folder),
+        "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
+    }
+    # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
+    return [
+        "--parsable",
+        "--export=ALL",
+        "--no-requeue",
+        *(f"--{key}={value}" for key, value in named.items() if value),
+        *options.slurm_args,
+    ]
+
+
+@dataclass(frozen=True)
+class SlurmTraces:
+    """What is known of an attempt besides Slurm's word."""
+
+    ended: Fate | None  # by the exit file
+    claimed: bool  # the wrapper has begun
+    begun: bool  # and was about to start the script
+    claimed_before: bool  # it had begun before Slurm was asked
+    again: bool  # a second wrapper came, and left
+    words: str  # the last line that Slurm wrote into the job's own log
+    missed_s: float  # for how long the exit file has been waited for
+    folder: Path
+
+
+def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
+    """Judge an attempt by what Slurm says of it, None where it knows nothing, and by its traces.
+
+    What the script's own exit file says is judged before; here it says at most what a script that was told to end did.
+    """
+    state, cause, what = job.state if job else "", *SLURM_ENDS.get(job.state if job else "", (None, ""))
+    if job is not None and state in SLURM_WAITS:
+        if job.restarts and traces.claimed_before:
+            return requeued(job)
+        return Fate(True, waits="" if traces.claimed else slurm_waits(job))
+    if job is not None and state not in SLURM_ENDS:
+        return Fate(True)
+    if cause is Cause.CANCELLED and job is not None and job.nodes and not traces.claimed:
+        # Not by a person: slurmctld, back from a crash, ends so what its nodes say they had before, as what it cannot launch.
+        failed = Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
+        return Fate(True) if traces.missed_s < grace_s else failed
+    if cause is not None and job is not None:
+        more = "; ".join(part for part in (job.reason if cause is Cause.CANCELLED and job.reason != "None" else "", traces.words) if part)
+        return Fate(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
+    if SLURM_MEMORY.search(traces.words):
+        return Fate(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
+    if traces.again:
+        return requeued(job)
+    if traces.ended is not None and job is not None:
+        return traces.ended
+    return Fate(True) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
+
+
+def requeued(job: SlurmJob | None) -> Fate:
+    """Return the fate of an attempt that Slurm would run a second time."""
+    where = f" (job {job.id})" if job else ""
+    return Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm ended it and put it back into its line{where}: an attempt runs once")
+
+
+def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
+    """Judge an attempt that is over, and whose exit file did not come."""
+    waited = f"no exit file was left within {spoken(grace_s)}"
+    if job is None:
+        reason = (
+            f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
+        )
+        return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
+    said = f'; Slurm: "{traces.words}"' if traces.words else ""
+    if traces.begun:
+        reason = f"Slurm says {job.state} (job {job.id}) and {waited}: the wrapper was killed, by the script itself or for want of memory"
+        return Fate(False, cause=Cause.USER, reason=reason + said)
+    reason = f"Slurm says {job.state} (job {job.id}), and the script never began: can the nodes see {traces.folder}?"
+    return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
+
+
+class SlurmExecutor:
+    """Hands payloads to Slurm by sbatch, squeue, sacct and scancel. A handle is Slurm's id; what it is found by is its name.
+
+    slurmctld may forget jobs that it took, and give their ids out again: no id alone is ever read, cancelled or believed.
+    """
+
+    in_line = True
+
+    def __init__(self, data: DataFolder, config: Config) -> None:
+        self.data, self.config = data, config
+        self.wrapper = write_wrapper(data)
+        kept = {name: text for name, text in without_secrets(os.environ).items() if not SLURM_OWN_NAMES.match(name)}
+        self.inherited = {**kept, "SLURM_TIME_FORMAT": "standard"}
+        self.lock = threading.Lock()
+        self.known: dict[str, SlurmJob] = {}  # by name, as of the last look
+        self.looked_at = float("-inf")  # monotonic
+        self.watched: dict[str, Job] = {}  # by mark
+        self.claimed: set[str] = set()  # marks of attempts whose wrapper had begun before the last look
+        self.handed_at: dict[str, float] = {}  # by mark, monotonic
+        self.unsure: dict[str, float] = {}  # by mark, monotonic: sbatch got no answer
+        self.missed: dict[str, float] = {}  # by mark, monotonic: since when it is over without an exit file
+        self.strange: set[str] = set()  # states that were logged
+        self.accounting = True
+        self.trouble, self.since, self.failures, self.held_until = "", 0.0, 0, float("-inf")
+
+    # -- commands --
+
+    def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
+        """Return what a command of Slurm prints. Raises SystemAway, and for sbatch NotTaken or CannotRun."""
+        # By timeout(1): it goes on when we are killed.
+        limited = ["timeout", "--kill-after=5", f"{SLURM_COMMAND_S:g}", *words]
+        try:
+            done = subprocess.run(
+                limited,
+                env=dict(environment or self.inherited),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=SLURM_COMMAND_S + 20,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise SystemAway(f"{words[0]} did not answer") from None
+        except OSError as error:
+            raise SystemAway(f"{words[0]} cannot be run by timeout(1): {os.strerror(error.errno or 0)}") from error
+        if done.returncode in (124, 137):
+            raise SystemAway(f"{words[0]} did not answer within {spoken(SLURM_COMMAND_S)}")
+        if done.returncode == 127:
+            raise SystemAway(f"there is no {words[0]}: is Slurm installed here, and in PATH?")
+        if done.returncode:
+            raise slurm_error(words[0], done.stderr.decode("utf-8", "replace"))
+        return done.stdout.decode("utf-8", "replace")
+
+    def away(self, error: SystemAway) -> None:
+        """Note that Slurm does not answer, and ask it less and less often."""
+        if str(error) != self.trouble:
+            log.warning("Slurm: %s", error)
+        self.since = self.since if self.trouble else time.time()
+        self.trouble, self.failures = str(error), self.failures + 1
+        self.held_until = time.monotonic() + backoff_s(self.failures)
+
+    def back(self) -> None:
+        """Note that Slurm answers."""
+        if self.trouble:
+            log.info("Slurm answers again after %s", spoken(max(0.0, time.time() - self.since)))
+        self.trouble, self.failures, self.held_until = "", 0, float("-inf")
+
+    def problem(self) -> str:
+        trouble, since = self.trouble, self.since
+        return f"Slurm: {trouble} (since {time.strftime('%H:%M:%S', time.localtime(since))})" if trouble else ""
+
+    def look(self, max_age_s: float) -> bool:
+        """Ask Slurm about all our jobs at once, unless it was asked a moment ago; True where what is known is no older than that."""
+        with self.lock:
+            now = time.monotonic()
+            if now - self.looked_at <= max_age_s:
+                return True
+            if now < self.held_until:
+                return False
+            claimed = {job.mark for job in list(self.watched.values()) if read_claim(self.data.job(job.mark), job.attempt) is not None}
+            try:
+                known = self.ask()
+            except SystemAway as error:
+                self.away(error)
+                return False
+            self.known, self.looked_at, self.claimed = known, now, claimed
+            self.back()
+            return True
+
+    def ask(self) -> dict[str, SlurmJob]:
+        """Return what Slurm knows of our jobs, by name: by one squeue, and one sacct where some of them have left its memory."""
+        shown = ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
+        said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={shown}")
+        try:
+            known = parse_squeue(said)
+        except ValueError as error:
+            raise SystemAway(f"squeue answers garbage: {error}") from error
+        missing = [job.handle for mark, job in list(self.watched.items()) if slurm_name(mark) not in known and (job.handle or "0") != "0"]
+        if missing and self.accounting:
+            known = {**self.accounted(cast("list[str]", missing)), **known}
+        return known
+
+    def accounted(self, ids: Sequence[str]) -> dict[str, SlurmJob]:
+        """Return what the accounting knows of these jobs, by name; nothing where there is none."""
+        try:
+            fields = "--format=JobIDRaw,State,Submit,JobName"
+            return parse_sacct(self.command("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", fields))
+        except SystemAway as error:
+            if "disabled" in str(error) or "there is no sacct" in str(error):
+                self.accounting = False
+                log.info("Slurm has no accounting here (%s): what it has forgotten is judged by exit files alone", error)
+            else:
+                log.debug("%s", error)
+            return {}
+
+    # -- the seam --
+
+    def start(self, job: Job) -> str:
+        folder = self.data.job(job.mark)
+        (folder / "tmp").mkdir(exist_ok=True)
+        crash_point("run.prepared")
+        limit = [f"{job.timeout:g}", f"{self.config.kill_grace_s:g}"] if job.timeout else []
+        words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
+        environment = payload_environment(job, folder, self.inherited)
+        try:
+            said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
+            if not said.isdigit():
+                raise SystemAway(f"sbatch answers garbage: {one_line(said, 80)}")
+        except NotTaken:
+            raise
+        except SystemAway as error:
+            if "unable to contact" not in str(error).lower():
+                self.unsure[job.mark] = time.monotonic()
+            self.away(error)
+            raise
+        crash_point("run.submitted")
+        self.handed_at[job.mark] = time.monotonic()
+        return said
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        self.watched.update((job.mark, job) for job in jobs)
+        if not self.look(0.0):
+            raise SystemAway(self.problem() or "Slurm is asked again in a moment")
+        handles = {}
+        for job in jobs:
+            known = self.known.get(slurm_name(job.mark))
+            if known is not None or read_claim(self.data.job(job.mark), job.attempt) is not None:
+                handles[job.mark] = known.id if known else "0"
+            elif time.monotonic() - self.unsure.get(job.mark, float("-inf")) < SLURM_UNSURE_S:
+                raise SystemAway("sbatch got no answer a moment ago: whether Slurm has the job is waited for")
+        missing = {job.mark for job in jobs} - set(handles)
+        if missing and missing & marked_below(self.data.jobs):
+            raise SystemAway("an sbatch that was cut off is still under way")
+        return handles
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+        fates = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
+        unclear = [job for job in jobs if (found := fates[job.id]) is None or found.told]
+        self.watched.update((job.mark, job) for job in unclear)
+        if unclear:
+            self.look(self.config.batch_interval_s)
+        judged = {job.id: self.fate(job, fates[job.id]) for job in unclear}
+        for job in unclear:
+            if judged[job.id].cause is Cause.INFRASTRUCTURE:
+                self.fence(job)
+        ended = [job for job in jobs if not (judged.get(job.id) or cast(Fate, fates[job.id])).alive]
+        self.forget(ended)
+        return {**cast("dict[int, Fate]", fates), **judged}
+
+    def forget(self, jobs: Iterable[Job]) -> None:
+        """Let go of what is known of attempts that have ended."""
+        tables: tuple[dict[str, Any], ...] = (self.watched, self.handed_at, self.unsure, self.missed)
+        for job in jobs:
+            for table in tables:
+                table.pop(job.mark, None)
+
+    def fate(self, job: Job, ended: Fate | None) -> Fate:
+        """Judge an attempt that has no exit file of the script's own making."""
+        known, folder = self.known.get(slurm_name(job.mark)), self.data.job(job.mark)
+        claim = read_claim(folder, job.attempt)
+        if known is None and self.looked_at <= self.handed_at.get(job.mark, float("-inf")):
+            return Fate(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
+        if known is not None and known.state not in self.strange | SLURM_WAITS | SLURM_RUNS | set(SLURM_ENDS):
+            self.strange.add(known.state)
+            log.warning("Slurm says %s of job %s, which is not known here: it counts as running", known.state, known.id)
+        if known is not None and known.state not in SLURM_ENDS:
+            self.missed.pop(job.mark, None)
+        else:
+            self.missed.setdefault(job.mark, time.monotonic())
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
+        missed_s = time.monotonic() - self.missed.get(job.mark, time.monotonic())
+        again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
+        traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, again, words, missed_s, folder)
+        return slurm_fate(known, traces, self.config.vanish_grace_s)
+
+    def fence(self, job: Job) -> None:
+        """See to it that an attempt that is given up never begins: its claim is ours, and Slurm is asked to forget it."""
+        with contextlib.suppress(OSError):
+            os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        self.scancel([job.mark])
+
+    def scancel(self, marks: Sequence[str]) -> None:
+        """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
+        for at in range(0, len(marks), 100):
+            names = ",".join(map(slurm_name, marks[at : at + 100]))
+            try:
+                self.command("scancel", f"--user={os.getuid()}", f"--name={names}")
+            except SystemAway as error:
+                log.warning("Slurm: %s", error)
+
+    def cancel(self, job: Job) -> None:
+        self.watched.setdefault(job.mark, job)
+        self.fence(job)
+        asked = time.monotonic()
+        while not self.is_over(job, asked):
+            if time.monotonic() > asked + self.config.kill_grace_s:
+                raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
+            time.sleep(SLURM_LOOK_S)
+        self.forget([job])
+
+    def is_over(self, job: Job, asked: float) -> bool:
+        """Tell whether Slurm has said, after `asked` (monotonic), that nothing of an attempt runs any more."""
+        if not self.look(SLURM_LOOK_S) or self.looked_at < asked:
+            return False
+        known = self.known.get(slurm_name(job.mark))
+        return known is None or known.state in SLURM_ENDS
+
+    def collect(self, job: Job) -> None:
+        """The folder is on a file system that the nodes share: the outputs are there."""
+
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        self.scancel(marks)
+
 
 EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
     "local": lambda data, config: LocalExecutor(data, config.kill_grace_s),
+    "slurm": SlurmExecutor,
 }
 
 
-# == 13. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 14. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -3694,7 +4312,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-# == 14. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 15. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def check_base_names(paths: Sequence[str]) -> None:
@@ -3715,6 +4333,7 @@ class Heard:
     payloads: list[dict[str, Any]]
     memory: int | None = None  # MiB
     load: float = 0.0  # percent
+    job_slots: bool = False  # a slot takes a job, however many cores that needs
 
 
 @dataclass
@@ -3763,12 +4382,6 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     return clean
 
 
-def backoff_s(failures: int) -> float:
-    """Return how long to wait after the n-th failure in a row: 1 s doubling to 30 s, with jitter."""
-    doubled: float = BACKOFF_FIRST_S * 2 ** min(max(failures, 1) - 1, 10)
-    return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
-
-
 def client_token_file() -> Path | None:
     """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
     try:
@@ -3786,6 +4399,8 @@ class Link:
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
+        self.job_slots = False  # a slot there takes a job, however many cores that needs
+        self.notes: dict[int, str] = {}  # by job id: what a payload there waits for, as the client says
         self.ours = False  # it has answered as ours do
         self.legacy = not address.base_url  # a 2.2 client, which has no /events
         self.heard_at: float | None = None  # monotonic
@@ -3883,15 +4498,17 @@ class Link:
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def place(self, cpus: int, memory: int) -> Place:
+    def place(self, cpus: int, memory: int, jobs: int = 0) -> Place:
         """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more."""
         with self.lock:
             ended = list(self.ended.values())
-        free = self.slots - cpus + sum(found.cpus for found in ended)
+        free = self.slots - (jobs if self.job_slots else cpus)
+        free += sum(min(found.cpus, 1) if self.job_slots else found.cpus for found in ended)
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
         now = self.clock.monotonic()
         turning = now - self.ended_at < TURNING_S
-        return Place(self.name, self.slots, free, self.memory, free_memory, self.load, now - self.failed_at, turning, self.legacy, cpus)
+        state = (self.load, now - self.failed_at, turning, self.legacy)
+        return Place(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
     # -- calls --
 
@@ -3973,6 +4590,7 @@ class Link:
             heard = Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
             heard.memory = None if said.get("memory") is None else int(said["memory"])
             heard.load = float(said.get("load") or 0.0)
+            heard.job_slots = said.get("job_slots") is True
             if not all(isinstance(payload, dict) for payload in heard.payloads) or not re.fullmatch(r"[\w.-]{1,64}", heard.instance):
                 raise ValueError("payloads that are none")
             return heard
@@ -4161,7 +4779,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
-# == 15. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 16. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -4406,7 +5024,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 16. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 17. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -4442,8 +5060,9 @@ class Server(Node):
 
     def places_of(self, links: Iterable[Link]) -> list[Place]:
         """Return clients as the scheduler sees them now."""
-        busy = {row["client"]: row for row in self.store.read(BUSY_BY_CLIENT)}  # before what has ended: see count_no_more
-        return [link.place(busy[link.name]["cpus"], busy[link.name]["memory"]) if link.name in busy else link.place(0, 0) for link in links]
+        # Read before what has ended: see count_no_more.
+        busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
+        return [link.place(*busy.get(link.name, (0, 0, 0))) for link in links]
 
     def drain(self, link: Link, drained: bool) -> None:
         """Note durably that a client gets no more jobs, or gets some again."""
@@ -4749,6 +5368,9 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
+    link.job_slots = heard.job_slots
+    if fresh:
+        link.notes.clear()
     each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
     link.since = max(heard.next, link.since)
     if fresh:
@@ -4777,6 +5399,7 @@ def report(server: Server, link: Link, said: Any) -> None:
     if accepted is None:
         return
     job = accepted
+    note_wait(link, job, payload)
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
@@ -4784,6 +5407,14 @@ def report(server: Server, link: Link, said: Any) -> None:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, Report(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
+
+
+def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Keep in mind what a payload waits for at its client: in the line of a batch system, as a rule."""
+    if payload["status"] == Status.PREPARED.value and payload["reason"]:
+        link.notes[job.id] = payload["reason"]
+    else:
+        link.notes.pop(job.id, None)
 
 
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
@@ -4864,7 +5495,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 17. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 18. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -5128,7 +5759,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 18. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 19. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -5169,7 +5800,7 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
         return job.reason
     if job.status in BUSY and link and link.trouble:
         return f"{link.name} {link.trouble}"
-    return None
+    return link.notes.get(job.id) if link and job.status is Status.SUBMITTED else None
 
 
 def follows_text(server: Server, job: Job) -> str:
@@ -5219,7 +5850,16 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 19. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 20. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+
+
+@dataclass
+class Hold:
+    """Why nothing is started for now: what runs payloads is away, or takes none of a service."""
+
+    reason: str
+    failures: int
+    until: float  # monotonic
 
 
 class Client(Node):
@@ -5228,6 +5868,9 @@ class Client(Node):
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         super().__init__(config, store, data, clock)
         self.executor = EXECUTORS[config.executor](data, config)
+        self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
+        self.holds: dict[str, Hold] = {}  # by service, "" for all: why nothing is started
+        self.stubborn: dict[int, str] = {}  # by payload id: what does not end yet, and why, as it was logged
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
@@ -5248,8 +5891,13 @@ def run_tick(client: Client) -> bool:
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
-    fates = client.executor.poll(running)
-    ended = [job for job in running if not fates[job.id].alive]
+    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
+    started = [job for job in running if job.handle is not None]
+    fates = client.executor.poll(started)
+    for job in started:
+        if fates[job.id].alive:
+            follow(client, job, fates[job.id])
+    ended = [job for job in started if not fates[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
             crash_point("end.seen")
@@ -5259,12 +5907,61 @@ def run_tick(client: Client) -> bool:
     return bool(ended)
 
 
+def follow(client: Client, job: Job, fate: Fate) -> None:
+    """Note what a payload waits for that has not begun, or that it has begun: servers hear of both."""
+    if fate.waits:
+        note(client, job.id, fate.waits)
+    elif job.started_at is None:
+        client.notes.pop(job.id, None)
+        client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
+
+
+def note(client: Client, job_id: int, text: str) -> None:
+    """Note what a payload waits for; servers are told where that is news."""
+    if client.notes.get(job_id) != text:
+        client.notes[job_id] = text
+        client.store.tell(job_id)
+
+
+def shown_status(job: Job) -> Status:
+    """Return a payload's status as servers see it: what waits in the line of a batch system does not run yet."""
+    return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
+
+
+def hold_of(client: Client, service: str | None) -> Hold | None:
+    """Return what keeps payloads of a service from being started now, or None."""
+    holds = [client.holds.get(""), client.holds.get(service or "-")]
+    return next((hold for hold in holds if hold and client.clock.monotonic() < hold.until), None)
+
+
+def problem_of(client: Client, service: str | None = None) -> str:
+    """Return why nothing can be started now, of a service or, where none is given, of any; an empty text where all is well."""
+    now, holds = client.clock.monotonic(), dict(client.holds)
+    if service is not None:
+        holds = {key: hold for key, hold in holds.items() if key in ("", service)}
+    return client.executor.problem() or next((hold.reason for hold in holds.values() if now < hold.until), "")
+
+
+def hold(client: Client, service: str | None, error: SystemAway) -> None:
+    """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
+    key = (service or "-") if isinstance(error, NotTaken) else ""
+    known = client.holds.get(key)
+    failures = known.failures + 1 if known else 1
+    if known is None or known.reason != str(error):
+        log.warning("no payload%s is started: %s", f" of {service}" if key else "", error)
+    client.holds[key] = Hold(str(error), failures, client.clock.monotonic() + backoff_s(failures))
+
+
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
     """Start payloads in the order in which they came, as slots and memory let; one that must wait is not overtaken.
 
     What asks for more than there is runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
+    if client.executor.in_line:  # its cores are not ours to count
+        for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
+            begin(client, job)
+        return
     used_slots, used_memory = sum(job.cpus for job in running), sum(job.memory or 0 for job in running)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - used_slots)):
         alone = not used_slots
@@ -5298,19 +5995,38 @@ def begin(client: Client, job: Job) -> bool:
 
 def launch(client: Client, job: Job) -> None:
     """Start one payload that can run, unless it is not Prepared any more."""
-    if not client.store.move(job, Status.RUNNING, "", started_at=client.clock.wall()):
+    if client.store.move(job, Status.RUNNING, "", started_at=None if client.executor.in_line else client.clock.wall()):
+        crash_point("run.marked")
+        hand_over(client, job)
+
+
+def hand_over(client: Client, job: Job) -> None:
+    """Have a payload started whose row says Running; where that cannot be done now it is tried again, where it never can it has failed."""
+    held = hold_of(client, job.service)
+    if held:
+        note(client, job.id, held.reason)
         return
-    crash_point("run.marked")
     try:
         handle = client.executor.start(job)
+    except SystemAway as error:
+        hold(client, job.service, error)
+        note(client, job.id, str(error))
+    except CannotRun as error:
+        fail_to_start(client, job, str(error), Cause.LIMIT)
     except OSError as error:
-        reason = f"the client could not start it: {os.strerror(error.errno or 0)}"
-        running = client.store.get(job.id) or job
-        client.store.move(running, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
-        return
-    crash_point("run.started")
-    keep_handle(client, job, handle)
-    crash_point("run.stored")
+        fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
+    else:
+        crash_point("run.started")
+        client.holds.pop("", None)
+        client.holds.pop(job.service or "-", None)
+        keep_handle(client, job, handle)
+        crash_point("run.stored")
+
+
+def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
+    """Move a payload that could not be started to its end."""
+    client.notes.pop(job.id, None)
+    client.store.move(client.store.get(job.id) or job, Status.FAILED, reason, cause=cause.value)
 
 
 def keep_handle(client: Client, job: Job, handle: str) -> None:
@@ -5351,20 +6067,36 @@ def bound_output(client: Client, path: Path) -> None:
 def finish(client: Client, job: Job, fate: Fate) -> None:
     """Move an ended payload to its end, with a reason that a person understands."""
     folder = client.data.job(job.mark)
-    client.executor.collect(job)
+    try:
+        client.executor.collect(job)
+    except SystemAway as error:
+        note(client, job.id, f"its outputs cannot be had yet: {error}")
+        return  # a later tick finds it ended again
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     started, ended = run_times(folder, job)
-    changes: dict[str, Any] = {"started_at": started, "ended_at": ended}
-    if fate.exit_status is None:
-        client.store.move(job, Status.FAILED, fate.reason, cause=str(fate.cause), **changes)
+    changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
+    if fate.cause is Cause.LIMIT and fate.exit_status is not None:
+        client.store.move(job, Status.FAILED, limit_text(job, folder), cause=fate.cause.value, **changes)
+    elif fate.cause is not None:
+        to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
+        client.store.move(job, to, fate.reason, cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
         reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
-        client.store.move(job, Status.COMPLETED, reason, exit_code=0, **changes)
+        client.store.move(job, Status.COMPLETED, reason, **changes)
     else:
-        number = fate.exit_status - 128 if 128 < fate.exit_status < 193 else None
-        reason = failure_text(fate.exit_status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, exit_code=fate.exit_status, signal=number, **changes)
+        status = fate.exit_status or 0
+        number = status - 128 if 128 < status < 193 else None
+        reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
+        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
+    client.notes.pop(job.id, None)
+
+
+def limit_text(job: Job, folder: Path) -> str:
+    """Return one sentence on a script that was ended at its time limit."""
+    words = last_line(folder / "stderr")
+    reason = f"run.sh was ended at its time limit of {spoken(job.timeout or 0)}"
+    return f'{reason}; last line of standard error: "{words}"' if words else reason
 
 
 def run_times(folder: Path, job: Job) -> tuple[float, float]:
@@ -5406,17 +6138,6 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, made safe to show."""
-    try:
-        with open_regular(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError:
-        return ""
-    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
-
-
 def end_tick(client: Client) -> bool:
     """End one payload that shall end; True where there was one."""
     job = take_for_ending(client)
@@ -5437,15 +6158,16 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.ended")
         started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
-            reason = f"run.sh was ended at its time limit of {spoken(job.timeout or 0)}"
-            words = last_line(folder / "stderr")
-            reason += f'; last line of standard error: "{words}"' if words else ""
-            client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
+            client.store.move(job, Status.FAILED, limit_text(job, folder), cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
+        client.notes.pop(job.id, None)
+        client.stubborn.pop(job.id, None)
     except StillRunning as error:
-        log.error("%s; it is tried again", error)
+        if client.stubborn.get(job.id) != str(error):
+            client.stubborn[job.id] = str(error)
+            log.error("%s; it is tried again", error)
         return False
     finally:
         with client.lock:
@@ -5473,7 +6195,7 @@ def take_for_ending(client: Client) -> Job | None:
 def limit_tick(client: Client) -> bool:
     """Keep running payloads within their limits: run time, and the size of their output streams."""
     for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
-        over = job.timeout and client.store.steady() - job.moved_at > job.timeout
+        over = job.timeout and not client.executor.in_line and client.store.steady() - job.moved_at > job.timeout
         if over and client.store.wish_end(job.id, Cause.LIMIT):
             client.wake("end")
         for stream in OUTPUT_STREAMS:
@@ -5488,26 +6210,28 @@ def adopt(client: Client) -> None:
     if client.store.rebooted:
         distrust(client)
     running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    cut_off = [job for job in running if job.handle is None and job.kill_requested_at is None]
-    handles = client.executor.find(cut_off)
-    for job in cut_off:
-        if job.mark not in handles:
-            log.warning("payload %d was marked and never started: it is started now", job.id)
-            start_marked(client, job)
-        else:
-            client.store.note(JOB_HANDLE, id=job.id, handle=handles[job.mark])
+    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
     if running:
         log.info("%d payloads were running when the client ended: taken up again", len(running))
 
 
-def start_marked(client: Client, job: Job) -> None:
-    """Start a payload whose row says Running already; its time begins now. What cannot be started, the runner finds not to run."""
+def start_again(client: Client, cut_off: Sequence[Job]) -> None:
+    """Find again what was started before a crash or a lost answer, or start what provably never was."""
+    if not cut_off or all(hold_of(client, job.service) for job in cut_off):
+        return
     try:
-        handle = client.executor.start(job)
-    except OSError as error:
-        log.error("payload %d could not be started: %s", job.id, error)
-    else:
-        keep_handle(client, job, handle)
+        handles = client.executor.find(cut_off)
+    except SystemAway as error:
+        hold(client, None, error)
+        for job in cut_off:
+            note(client, job.id, str(error))
+        return
+    for job in cut_off:
+        if job.mark in handles:
+            client.store.note(JOB_HANDLE, id=job.id, handle=handles[job.mark])
+        elif not hold_of(client, job.service):
+            log.warning("payload %d was marked and never started: it is started now", job.id)
+            hand_over(client, job)
 
 
 def distrust(client: Client) -> None:
@@ -5532,14 +6256,13 @@ def sync_tick(client: Client) -> bool:
 
 def end_orphans(client: Client) -> None:
     """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
-    for folder in client.data.jobs.iterdir():
-        for process in all_processes():
-            if bears_mark(process.pid, f"JOBORCH_MARK={folder.name}\0".encode(), os.fsencode(folder)):
-                signal_all([process], signal.SIGKILL)
+    folders = list(client.data.jobs.iterdir())
+    client.executor.end_orphans([folder.name for folder in folders])
+    for folder in folders:
         remove_tree(folder)
 
 
-# == 20. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 21. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -5621,7 +6344,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 21. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 22. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -6103,7 +6826,7 @@ PARTS = {
 }
 
 
-# == 22. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 23. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -6564,7 +7287,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 23. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 24. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -6696,20 +7419,22 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 24. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 25. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
     """Return a payload as the reference's client shows it: six fields, always."""
     pid = int((job.handle or "0").split(" ")[0]) if job.status is Status.RUNNING else 0
     killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
-    return {"id": job.id, "input": {}, "status": job.status.value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
+    return {"id": job.id, "input": {}, "status": shown_status(job).value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
 
 
-def event_json(job: Job) -> dict[str, Any]:
+def event_json(client: Client, job: Job) -> dict[str, Any]:
     """Return what our server wants to know of a payload."""
-    names = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
-    return {name: getattr(job, name) for name in names}
+    names = ("id", "uuid", "attempt", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
+    said = {name: getattr(job, name) for name in names}
+    waits = {"reason": client.notes.get(job.id, "")} if job.status is Status.RUNNING and job.started_at is None else {}
+    return {**said, "status": shown_status(job).value, **waits}
 
 
 def known_payload(client: Client, request: Request, text: str) -> Job:
@@ -6792,6 +7517,9 @@ def submit(client: Client, request: Request) -> Answer:
     job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
     if job is not None:
         return Answer(payload_json(client, job))
+    problem = problem_of(client, new.service)
+    if problem:  # where others can run it, it need not wait here
+        raise Refusal(503, problem, Retry_After="10")
     folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
     with receiving(client, folder, mark):
         (folder / "work").mkdir()
@@ -7034,7 +7762,8 @@ EXAMPLE_EVENT = {
     "started_at": 1795510800.0,
     "ended_at": 1795510803.5,
 }
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "slots": 2, "memory": 16000, "load": 12.5, "payloads": [EXAMPLE_EVENT]}
+EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
+EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
 CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
@@ -7059,14 +7788,20 @@ def events(client: Client, request: Request) -> Answer:
                 client.wait_until(lambda: any_ended(client, since), EVENTS_SETTLE_S, request.left)
                 jobs = client.store.jobs(CHANGED_SINCE, since=since)
         last = max((job.changed or 0 for job in jobs), default=since)
-    payloads = [event_json(job) for job in jobs]
+    payloads = [event_json(client, job) for job in jobs]
     if since:
         ended = [(job, said) for job, said in zip(jobs, payloads) if job.status in ENDED and job.fetched_at is None]
         for job, said in ended[:INLINE_PAYLOADS]:
             said.update(inline_archive(client, job))
-    memory, load = client.config.memory_bytes // MIB, client.cpu_load()
-    said = {"instance": client.instance, "next": last, "slots": client.config.slots, "memory": memory, "load": load, "payloads": payloads}
+    said = {"instance": client.instance, "next": last, "load": client.cpu_load(), **room_json(client), "payloads": payloads}
     return Answer(said)
+
+
+def room_json(client: Client) -> dict[str, Any]:
+    """Return what a client has room for: slots of cores and memory (MiB), or slots of jobs that a batch system takes."""
+    if client.executor.in_line:
+        return {"slots": client.config.slots, "job_slots": True, "memory": None}
+    return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
@@ -7128,7 +7863,9 @@ def health(node: Node, request: Request) -> Answer:
                 name: node.store.number(COUNT_IN, status=status.value)
                 for name, status in (("running", Status.RUNNING), ("queued", Status.PREPARED))
             }
-            said.update(executor=node.config.executor, slots=node.config.slots, memory=node.config.memory_bytes // MIB, **counts)
+            said.update(
+                executor=node.config.executor, **room_json(node), **counts, waiting=len(node.notes), problem=problem_of(node) or None
+            )
     except StorageError as error:
         log.error("health: %s", error)
         return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})
@@ -7151,7 +7888,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 25. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 26. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -7282,7 +8019,7 @@ def followed_log(
                 return
 
 
-# == 26. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 27. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -7448,7 +8185,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 27. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 28. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {

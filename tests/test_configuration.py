@@ -121,7 +121,7 @@ def test_bounds(read: Any, good: list[str], bad: list[str]) -> None:
 
 
 def test_every_setting_fills_a_field() -> None:
-    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {"mode", "services", "sources", "warnings"}
+    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {"mode", "services", "batch", "sources", "warnings"}
     assert [setting.field for setting in SETTINGS if setting.field not in fields] == []
     assert fields - {setting.field for setting in SETTINGS} == set()
     for names in ([s.name for s in SETTINGS], [s.flag for s in SETTINGS], [s.field for s in SETTINGS], SUFFIXES):

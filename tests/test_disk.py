@@ -715,7 +715,7 @@ def test_a_disk_is_full_while_a_job_runs(
         wait_for(lambda: "could not be stored" in reasons(server.job(number)) or "cannot be written" in server.log, 30, "a reason")
         assert server.job(number)["status"] not in ENDED
     else:
-        second = submit(server, "true", {"input": bytes(50_000)})  # before the first ends: its row takes what was held back, and leaves room
+        second = submit(server, "true", {"input": bytes(50_000)})  # before the first ends, whose row frees what was held back
         wait_for(lambda: "disk" in reasons(server.job(second)), 30, "a reason")
         assert server.job(second)["status"] not in ENDED
         gate.touch()

@@ -693,4 +693,4 @@ def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
 
 def test_fates_are_in_json_what_the_wrapper_says(bench: Bench) -> None:
     job, _ = bench.run("exit 200")
-    assert json.loads((bench.folder(job) / "exit.json").read_text()) == {"status": 200, "left": 0}
+    assert json.loads((bench.folder(job) / "exit.json").read_text()) == {"status": 200, "left": 0, "told": 0, "limit": 0}

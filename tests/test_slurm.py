@@ -1,0 +1,716 @@
+"""The Slurm executor: what Slurm says is judged by pure functions, and a real cluster runs the jobs of a user who is not root."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakePair
+from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, open_program, submit, wait_for, wait_status
+from hypothesis import given
+from hypothesis import strategies as st
+from test_disk import reasons
+from test_files import data_fixture  # noqa: F401 - a fixture
+from test_states import HandClock, new_job
+
+import joborch
+from joborch import (
+    SLURM_ENDS,
+    SLURM_RUNS,
+    SLURM_WAITS,
+    SQUEUE_FIELDS,
+    BatchOptions,
+    CannotRun,
+    Cause,
+    ConfigError,
+    Fate,
+    NotTaken,
+    SlurmJob,
+    SlurmTraces,
+    SystemAway,
+    parse_sacct,
+    parse_squeue,
+    read_sbatch_words,
+    sbatch_options,
+    slurm_error,
+    slurm_fate,
+    slurm_name,
+)
+
+BACKEND = ROOT.parent / "shared" / "backends" / "slurm" / "cluster"
+COMMANDS = ("sbatch", "squeue", "sacct", "scancel")
+MARK = "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1"
+NAME = slurm_name(MARK)
+GRACE_S = 120.0
+
+
+# == What Slurm says ==
+
+
+def line(**cells: str) -> str:
+    """A line as squeue prints it."""
+    given = {"JobID": "17", "State": "PENDING", "RestartCnt": "0", "SubmitTime": "2026-11-26T14:02:05"}
+    given.update(NodeList="", Reason="Resources", Name=NAME)
+    return "".join(f"{({**given, **cells})[name]:<{width}}"[:width] for name, width in SQUEUE_FIELDS)
+
+
+def test_squeue_is_read() -> None:
+    """Ours by name, what others have is left out; of two of one name the one that has not ended counts."""
+    text = "\n".join(
+        [
+            line(JobID="15", State="COMPLETED"),
+            line(),
+            line(JobID="18", State="COMPLETED"),
+            line(JobID="19_4", Name="an array of somebody's | with 'words'"),
+            line(JobID="20", Name="joborch-x", State="RUNNING", RestartCnt="2", NodeList="n[1-2]", Reason="None"),
+            "",
+        ]
+    )
+    assert parse_squeue(text) == {
+        NAME: SlurmJob("17", "PENDING", 0, "2026-11-26T14:02:05", "Resources"),
+        "joborch-x": SlurmJob("20", "RUNNING", 2, "2026-11-26T14:02:05", "None", "n[1-2]"),
+    }
+
+
+@pytest.mark.parametrize("text", ["Lorem ipsum", "<html>", line(JobID="x"), line(State="run ning"), "slurm_load_jobs error: what?"])
+def test_garbage_of_squeue_is_no_news(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        parse_squeue(text)
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=100).map(str.strip))
+def test_no_reason_moves_a_line(reason: str) -> None:
+    assert parse_squeue(line(Reason=reason))[NAME].reason == reason
+
+
+def test_sacct_is_read() -> None:
+    """Recorded from Slurm 22.05 with slurmdbd."""
+    text = f"12|CANCELLED by 1000|2026-11-26T14:02:05|{NAME}\n13|TIMEOUT|2026-11-26T14:02:05|joborch-a|b\nrubbish\n14|FAILED|x|other\n"
+    found = parse_sacct(text)
+    assert found[NAME] == SlurmJob("12", "CANCELLED", 0, "2026-11-26T14:02:05", "by 1000")
+    assert found["joborch-a|b"].state == "TIMEOUT"
+    assert len(found) == 2
+
+
+FAILED = "sbatch: error: Batch job submission failed: "
+TOO_MANY = (
+    f"sbatch: error: AssocMaxSubmitJobLimit\n{FAILED}Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+)
+TOO_WIDE = f"sbatch: error: CPU count per node can not be satisfied\n{FAILED}Requested node configuration is not available"
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "kind"),
+    [
+        ("sbatch", f"{FAILED}Unable to contact slurm controller (connect failure)", SystemAway),
+        ("sbatch", f"{FAILED}Socket timed out on send/recv operation", SystemAway),
+        ("sbatch", f"{FAILED}Invalid partition name specified", NotTaken),
+        ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", NotTaken),
+        ("sbatch", TOO_MANY, NotTaken),
+        ("sbatch", TOO_WIDE, CannotRun),
+        ("sbatch", f"{FAILED}Requested time limit is invalid (missing or exceeds some limit)", CannotRun),
+        ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", SystemAway),
+        ("squeue", "", SystemAway),
+    ],
+)
+def test_what_a_complaint_means(command: str, said: str, kind: type[Exception]) -> None:
+    found = slurm_error(command, said)
+    assert type(found) is kind
+    assert str(found).startswith(("sbatch: ", "squeue: ", "Slurm refuses it: "))
+
+
+# == What sbatch is told ==
+
+
+def options_of(options: BatchOptions | None = None, folder: str = "/data/jobs/x", **fields: Any) -> list[str]:
+    """The options for one job."""
+    with closing(joborch.Store(":memory:", "client", HandClock())) as store:
+        job = store.add(new_job(uuid=MARK[:-2], **fields), "submitted")
+    return sbatch_options(job, options or BatchOptions(), Path(folder))
+
+
+def test_a_job_overrides_cores_memory_and_time_and_nothing_else() -> None:
+    site = BatchOptions("short", "acc", "high", "gpu&ib", "gpu:1", 3600.0, ("--nice=100", "--requeue"))
+    assert options_of(site, cpus=4, memory=2048, timeout=61.0) == [
+        "--parsable",
+        "--export=ALL",
+        "--no-requeue",
+        "--partition=short",
+        "--account=acc",
+        "--qos=high",
+        "--constraint=gpu&ib",
+        "--gres=gpu:1",
+        "--mem=2048M",
+        "--time=2",
+        "--cpus-per-task=4",
+        f"--job-name={NAME}",
+        "--chdir=/data/jobs/x",
+        "--output=/data/jobs/x/slurm.1",
+        "--nice=100",
+        "--requeue",
+    ]
+    assert "--time=60" in options_of(site)
+    assert not [word for word in options_of() if word.startswith(("--time", "--mem", "--partition"))]
+    assert "--output=/100%%j/slurm.1" in options_of(folder="/100%j"), "a % of ours is none of Slurm's"
+
+
+@given(st.floats(0.01, 1e7))
+def test_no_minute_less_than_the_limit(timeout: float) -> None:
+    minutes = int(next(word for word in options_of(timeout=timeout) if word.startswith("--time="))[len("--time=") :])
+    assert timeout <= 60 * minutes < timeout + 60 + 1e-6
+    assert minutes == math.ceil(timeout / 60)
+
+
+OURS = ["--array=1-3", "--arr=1-3", "-a1-3", "-Jname", "--job-name=x", "--out=x", "--wrap=x", "run.sh", "--mem=1G", "-t5", "--time=5"]
+
+
+@pytest.mark.parametrize("text", [*OURS, "--nice 5"])
+def test_what_joborch_sets_itself_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"leave it out|write a value"):
+        read_sbatch_words(text)
+    with pytest.raises(ConfigError, match="SERVICE_DOCK_SLURM_ARGS"):
+        joborch.load_config("client", {}, {"SERVICE_DOCK_SLURM_ARGS": text, "DATA_PATH": "/tmp"})
+
+
+def test_what_a_site_may_add() -> None:
+    assert read_sbatch_words("--nice=100 --exclusive --comment='two words' -n4 --mem-per-cpu=2G") == (
+        *("--nice=100", "--exclusive", "--comment=two words", "-n4", "--mem-per-cpu=2G"),
+    )
+    config = joborch.load_config("client", {}, {"SERVICE_Dock_SLURM_PARTITION": "gpu", "DATA_PATH": "/tmp", "JOBORCH_EXECUTOR": "slurm"})
+    assert (config.batch_options("DOCK").slurm_partition, config.batch_options("other"), config.slots) == ("gpu", BatchOptions(), 100)
+
+
+# == What became of a job ==
+
+
+def fate_of(state: str | None, restarts: int = 0, reason: str = "None", nodes: str = "", **traces: Any) -> Fate:
+    """Judge a job that Slurm says to be in `state` (None: it does not know it)."""
+    known = None if state is None else SlurmJob("17", state, restarts, "2026-11-26T14:02:05", reason, nodes)
+    usual = {"ended": None, "claimed": True, "begun": True, "claimed_before": True, "again": False, "words": "", "missed_s": 0.0}
+    return slurm_fate(known, SlurmTraces(**{**usual, "folder": Path("/shared/x"), **traces}), GRACE_S)
+
+
+def test_states_that_are_known_are_of_one_kind() -> None:
+    assert not SLURM_WAITS & SLURM_RUNS
+    assert not (SLURM_WAITS | SLURM_RUNS) & set(SLURM_ENDS)
+
+
+@pytest.mark.parametrize("state", sorted(SLURM_RUNS | {"SOMETHING_NEW", "LAUNCH_FAILED_LATER"}))
+def test_what_runs_or_is_not_known_is_alive(state: str) -> None:
+    assert fate_of(state, missed_s=1e9) == Fate(True)
+
+
+@pytest.mark.parametrize("state", sorted(SLURM_WAITS))
+def test_what_waits_says_so_in_the_words_of_slurm(state: str) -> None:
+    found = fate_of(state, reason="QOSMaxJobsPerUserLimit", claimed=False, claimed_before=False)
+    assert found == Fate(True, waits=f"Slurm: {state.lower()} since 2026-11-26 14:02, QOSMaxJobsPerUserLimit (job 17)")
+    assert fate_of(state) == Fate(True), "its wrapper has begun since Slurm was asked"
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ("TIMEOUT", Cause.LIMIT),
+        ("DEADLINE", Cause.LIMIT),
+        ("OUT_OF_MEMORY", Cause.LIMIT),
+        ("NODE_FAIL", Cause.INFRASTRUCTURE),
+        ("BOOT_FAIL", Cause.INFRASTRUCTURE),
+        ("PREEMPTED", Cause.INFRASTRUCTURE),
+        ("CANCELLED", Cause.CANCELLED),
+    ],
+)
+@pytest.mark.parametrize("ended", [None, Fate(False, 143, told=True)])
+def test_whose_doing_an_end_was(state: str, cause: Cause, ended: Fate | None) -> None:
+    """Also where the script had the time to end by the signal that Slurm sent it."""
+    found = fate_of(state, ended=ended)
+    assert (found.alive, found.cause, found.exit_status) == (False, cause, None)
+    assert state in found.reason
+    assert "job 17" in found.reason
+
+
+def test_cancelled_by_nobody() -> None:
+    """Seen where slurmctld came back from a kill -9 and gave an id out again: the node would not start it, and Slurm says CANCELLED."""
+    traces = {"claimed": False, "begun": False, "claimed_before": False}
+    assert fate_of("CANCELLED", nodes="n1", **traces) == Fate(True), "the claim may come to sight late"
+    found = fate_of("CANCELLED", nodes="n1", missed_s=GRACE_S, **traces)
+    assert (found.cause, "could not start it on n1" in found.reason) == (Cause.INFRASTRUCTURE, True)
+    assert fate_of("CANCELLED", **traces).cause is Cause.CANCELLED, "while it was pending"
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED"])
+def test_an_exit_file_is_waited_for(state: str) -> None:
+    """On a network file system it may come late; a script whose wrapper was killed has none, nor one that never began."""
+    assert fate_of(state, missed_s=GRACE_S - 1) == Fate(True)
+    killed = fate_of(state, missed_s=GRACE_S)
+    assert (killed.alive, killed.cause) == (False, Cause.USER)
+    blind = fate_of(state, missed_s=GRACE_S, claimed=False, begun=False, claimed_before=False, words="couldn't chdir")
+    assert (blind.cause, "can the nodes see /shared/x?" in blind.reason, "couldn't chdir" in blind.reason) == (
+        Cause.INFRASTRUCTURE,
+        True,
+        True,
+    )
+    told = Fate(False, 3, told=True)
+    assert fate_of(state, ended=told) == told, "somebody signalled the job, and Slurm knows nothing of it: it is the script's end"
+
+
+def test_a_job_that_slurm_has_forgotten_has_not_failed() -> None:
+    assert fate_of(None, missed_s=GRACE_S - 1) == Fate(True)
+    assert fate_of(None, missed_s=GRACE_S).cause is Cause.INFRASTRUCTURE
+    assert fate_of(None, missed_s=GRACE_S, ended=Fate(False, 143, told=True)).cause is Cause.INFRASTRUCTURE
+
+
+def test_a_second_run_is_another_attempt() -> None:
+    """The exit file of the first is not taken for the second, and what began after Slurm was asked is no second run."""
+    told = Fate(False, 143, told=True)
+    assert fate_of("PENDING", restarts=1, ended=told).cause is Cause.INFRASTRUCTURE
+    assert fate_of("COMPLETED", restarts=1, ended=told, again=True).cause is Cause.INFRASTRUCTURE
+    assert fate_of("PENDING", restarts=1, claimed_before=False) == Fate(True)
+
+
+def test_memory_that_ran_out_is_told_by_the_log_of_the_job() -> None:
+    """Without cgroups Slurm says FAILED, and kills the wrapper too."""
+    found = fate_of("FAILED", words="slurmstepd: error: Exceeded job memory limit")
+    assert (found.cause, "Exceeded job memory limit" in found.reason) == (Cause.LIMIT, True)
+
+
+# == A real cluster ==
+
+
+class Cluster:
+    """A Slurm of two nodes with a core each, and a folder of commands that a test can have lie."""
+
+    def __init__(self, folder: Path) -> None:
+        assert BACKEND.exists(), f"these tests start a real Slurm: {BACKEND} is missing (the project's shared folder beside the checkout)"
+        self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
+        self.configuration = folder / "slurm" / "etc" / "slurm.conf"
+        self.environment = {**os.environ, "SLURM_CONF": str(self.configuration)}
+        self.bin.mkdir()
+        self.calls.touch()
+        self.calls.chmod(0o666)
+        for name in COMMANDS:
+            text = f"""#!/bin/sh
+echo {name} >>{self.calls}
+case $(cat {self.bin}/{name}.lie 2>/dev/null) in
+    garbage) echo '<html>Lorem ipsum'; exit 0;;
+    hang) exec sleep 600;;
+    slow) sleep 3;;
+esac
+exec {shutil.which(name)} "$@"
+"""
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+
+    def start(self) -> Cluster:
+        subprocess.run([str(BACKEND), "start", str(self.folder / "slurm")], check=True, timeout=60)
+        return self
+
+    def stop(self) -> None:
+        subprocess.run([str(BACKEND), "stop", str(self.folder / "slurm")], check=True, timeout=60)
+        end_all_below(self.folder)
+
+    def lie(self, command: str, how: str) -> None:
+        """Have a command answer garbage, hang, or be slow; "" for the truth."""
+        (self.bin / f"{command}.lie").write_text(how)
+
+    def pid(self, daemon: str) -> int:
+        return int((self.folder / "slurm" / "run" / f"{daemon}.pid").read_text())
+
+    def kill(self, daemon: str, how: int = signal.SIGKILL) -> None:
+        """End a daemon; after TERM, slurmctld remembers all it was told."""
+        pid = self.pid(daemon)
+        os.kill(pid, how)
+        wait_for(lambda: not alive(pid), 10, f"{daemon}'s end")
+
+    def start_slurmctld(self, *options: str) -> None:
+        """Start the controller again; with -c it has forgotten all jobs, and numbers from 1."""
+        subprocess.run(["slurmctld", "-f", str(self.configuration), *options], check=True, timeout=30)
+        wait_for(self.both_up, 30, "both nodes")
+
+    def both_up(self) -> bool:
+        """Whether both nodes can run jobs, or do."""
+        return self.run("sinfo", "-h", "-t", "idle,alloc,mix", "-o", "%D", check=False).strip() == "2"
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """What a command says to root."""
+        done = subprocess.run(["timeout", "10", *words], env=self.environment, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def jobs(self, mark: str) -> list[str]:
+        """The ids of all jobs that an attempt has, or had a moment ago, in Slurm."""
+        return self.run("squeue", "-h", "-t", "all", "-n", slurm_name(mark), "-o", "%i").split()
+
+    def show(self, mark: str) -> dict[str, str]:
+        """What scontrol says of the only job of an attempt."""
+        (job_id,) = self.jobs(mark)
+        return dict(word.partition("=")[::2] for word in self.run("scontrol", "-o", "show", "job", job_id).split())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster for all tests of this file, in a folder that every user can reach."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it starts the daemons of a Slurm cluster")
+    folder = Path(tempfile.mkdtemp(prefix="joborch-slurm-"))
+    folder.chmod(0o755)
+    made = Cluster(folder)
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, make_pair: MakePair, open_folder: Path, pyz: Path) -> Iterator[Callable[..., Pair]]:
+    """Makes a server and a client that hands its jobs to the cluster, both run by a user who is not root."""
+    made: list[Pair] = []
+
+    def make(server: dict[str, str | None] | None = None, **client: str | None) -> Pair:
+        wishes: dict[str, str | None] = {
+            "JOBORCH_EXECUTOR": "slurm",
+            "JOBORCH_BATCH_INTERVAL": "0.5",
+            "JOBORCH_VANISH_GRACE": "3",
+            "SLURM_CONF": str(cluster.configuration),
+            "PATH": f"{cluster.bin}:/usr/local/bin:/usr/bin:/bin",
+            **client,
+        }
+        limits = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100", **(server or {})}
+        program = open_program(open_folder, pyz)
+        made.append(make_pair(folder=open_folder / f"pair{len(made)}", server=limits, client=wishes, user=NOBODY_UID, program=program))
+        return made[-1]
+
+    yield make
+    for name in COMMANDS:
+        cluster.lie(name, "")
+    cluster.run("scancel", f"--user={NOBODY_UID}", check=False)
+    wait_for(lambda: not cluster.run("squeue", "-h"), 20, "an empty cluster")
+
+
+def mark_of(pair: Pair, number: int) -> str:
+    job = pair.server.job(number)
+    return f"{job['uuid']}.{job['attempt']}"
+
+
+def gated(gate: Path) -> str:
+    """A script that ends when a file appears."""
+    return f"echo began; until [ -e {gate} ]; do sleep 0.05; done; echo done > result"
+
+
+def begun(pair: Pair, number: int) -> None:
+    """Wait until a script has begun."""
+    wait_for(lambda: "began" in pair.server.get(f"/jobs/{number}/logs").text, 30, "the script's start")
+
+
+def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: Cluster) -> None:
+    """Upload, Slurm, result: files, streams, environment, what was asked for; the script's own failure is the script's."""
+    pair = slurm(SERVICE_EXAMPLE_SLURM_PARTITION="main", SERVICE_EXAMPLE_SLURM_ARGS="--comment='of a test'").start()
+    script = "id -u; cat in/a.txt >out.txt; echo $JOBORCH_ATTEMPT $JOBORCH_CPUS $SLURM_CPUS_PER_TASK >>out.txt; echo oops >&2; env >env"
+    number = submit(pair.server, script, {"in/a.txt": b"words\n"}, memory=600, timeout=90)
+    failed = submit(pair.server, "echo no >&2; exit 7")
+    job = wait_status(pair.server, number, "Completed", limit_s=60)
+    found = download(pair.server, number)
+    assert (found["out.txt"], found[".joborch/stdout"], found[".joborch/stderr"]) == (
+        b"words\n1 1 1\n",
+        f"{NOBODY_UID}\n".encode(),
+        b"oops\n",
+    )
+    assert b"JOBORCH_TOKEN" not in found["env"]
+    assert job["started_at"] > job["created_at"]
+    shown = cluster.show(mark_of(pair, number))
+    assert (shown["Partition"], shown["TimeLimit"], shown["MinMemoryNode"], shown["Requeue"]) == ("main", "00:02:00", "600M", "0")
+    assert shown["UserId"].endswith(f"({NOBODY_UID})")
+    bad = wait_status(pair.server, failed, "Failed", limit_s=60)
+    assert (bad["exit_code"], bad["cause"], bad["attempt"]) == (7, "user", 1)
+    assert '"no"' in bad["reason"]
+    health = pair.client.get("/health").json()
+    assert (health["executor"], health["slots"], health["job_slots"], health["problem"]) == ("slurm", 100, True, None)
+
+
+def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """Two nodes with a core each: the third job is pending, its server says why; it is ended there, as one that runs is, steps and all."""
+    pair, gate = slurm().start(), open_folder / "gate"
+    running = [submit(pair.server, gated(gate)) for _ in range(2)]
+    for number in running:
+        begun(pair, number)
+    third = submit(pair.server, f"echo ran >{open_folder}/ran", user_id=2)
+    said = wait_for(
+        lambda: (text := str(pair.server.job(third)["waiting_for"])).startswith("Slurm: pending since") and text, 20, "a reason"
+    )
+    assert re.fullmatch(r"Slurm: pending since 20\d\d-\d\d-\d\d \d\d:\d\d, (Resources|Priority) \(job \d+\)", said)
+    assert pair.server.job(third)["status"] == "Submitted"
+    assert pair.client.get("/health").json()["waiting"] == 1
+    begin = time.monotonic()
+    assert pair.server.post(f"/terminate/{third}").json()["status"] == "Killed"
+    assert time.monotonic() - begin < 10
+    assert cluster.show(mark_of(pair, third))["JobState"] == "CANCELLED"
+    script = "trap : TERM; srun --overlap sleep 300 & sleep 300 & echo began; wait; wait"
+    gate.touch()
+    stepping = submit(pair.server, script)
+    begun(pair, stepping)
+    assert pair.server.post(f"/terminate/{stepping}").json()["status"] == "Killed"
+    assert cluster.show(mark_of(pair, stepping))["JobState"] == "CANCELLED"
+    assert not subprocess.run(["pgrep", "-u", str(NOBODY_UID), "sleep"], capture_output=True, check=False).stdout
+    for number in running:
+        wait_status(pair.server, number, "Completed", limit_s=30)
+    assert not (open_folder / "ran").exists()
+
+
+def test_limits_are_kept_to_the_second(slurm: Callable[..., Pair]) -> None:
+    """Slurm knows minutes; the wrapper knows seconds, and kills what ignores TERM."""
+    pair = slurm().start()
+    number = submit(pair.server, "trap 'echo last words >&2' TERM; while :; do read -t 0.2 <> <(:); done", timeout=2)
+    job = wait_status(pair.server, number, "Failed", limit_s=60)
+    assert (job["cause"], job["attempt"]) == ("limit", 1)
+    assert "time limit of 2.0 s" in job["reason"]
+    assert "last words" in job["reason"]
+
+
+def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callable[..., Pair]) -> None:
+    """More memory than any node has: the job has failed. A partition that is not there is the site's mistake: the job waits and says so."""
+    pair = slurm(SERVICE_OTHER_SLURM_PARTITION="nowhere", server={"SERVICE_OTHER_CLIENTS": "x", "SERVICE_OTHER_TOKEN": Pair.TOKEN})
+    pair.server.settings["SERVICE_OTHER_CLIENTS"] = pair.client.url
+    pair.start()
+    wide = wait_status(pair.server, submit(pair.server, "true", memory=1_000_000), "Failed", limit_s=30)
+    assert (wide["cause"], "Slurm refuses it" in wide["reason"]) == ("limit", True)
+    waits = submit(pair.server, "true", service="other")
+    wait_for(lambda: "Invalid partition name" in reasons(pair.server.job(waits)), 30, "a reason")
+    assert pair.server.job(waits)["status"] == "Submitted"
+    wait_status(pair.server, submit(pair.server, "true"), "Completed", limit_s=30)
+    pair.client.settings["SERVICE_OTHER_SLURM_PARTITION"] = "main"
+    pair.client.restart()
+    assert wait_status(pair.server, waits, "Completed", limit_s=60)["attempt"] == 1
+
+
+@pytest.mark.parametrize("point", ["run.marked", "run.submitted"])
+def test_the_client_is_killed_while_it_submits(point: str, slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """Before sbatch, or between its answer and the stored handle: the job is in Slurm once, and runs once."""
+    pair = slurm(JOBORCH_TEST_CRASH=point).start()
+    assert pair.client.process is not None
+    number = submit(pair.server, f"echo ran >>{open_folder}/ran; echo done > result")
+    pair.client.process.wait(30)
+    pair.client.settings["JOBORCH_TEST_CRASH"] = None
+    pair.client.start()
+    assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
+    assert len(cluster.jobs(mark_of(pair, number))) == 1
+    assert (pair.client.data / "jobs" / mark_of(pair, number) / "work" / "result").exists()
+
+
+def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pair], cluster: Cluster) -> None:
+    """sbatch outlives it, and Slurm does not know the job yet: that is waited for, and the job is submitted once."""
+    pair = slurm().start()
+    cluster.lie("sbatch", "slow")
+    number = submit(pair.server, "echo done > result")
+    wait_for(lambda: pair.client.get("/health").json()["running"], 20, "the payload handed over")
+    pair.client.kill()
+    pair.client.start()
+    assert "still under way" in wait_for(lambda: pair.client.get("/health").json()["problem"], 20, "the problem")
+    assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
+    assert len(cluster.jobs(mark_of(pair, number))) == 1
+
+
+def test_somebody_else_cancels_it(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    pair = slurm().start()
+    number = submit(pair.server, gated(open_folder / "gate"))
+    begun(pair, number)
+    cluster.run("scancel", *cluster.jobs(mark_of(pair, number)))
+    job = wait_status(pair.server, number, "Killed", limit_s=30)
+    assert (job["cause"], "by somebody else" in job["reason"], job["attempt"]) == ("cancelled", True, 1)
+
+
+def test_slurm_runs_it_a_second_time(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """Where a site lets it: the script, which was ended, is not run again under the same attempt, and its exit status is nobody's."""
+    pair, gate = slurm(SERVICE_EXAMPLE_SLURM_ARGS="--requeue").start(), open_folder / "gate"
+    number = submit(pair.server, gated(gate))
+    begun(pair, number)
+    first = mark_of(pair, number)
+    cluster.run("scontrol", "requeue", *cluster.jobs(first))
+    wait_for(lambda: pair.server.job(number)["attempt"] == 2, 30, "a second attempt")
+    gate.touch()
+    job = wait_status(pair.server, number, "Completed", limit_s=60)
+    assert "put it back into its line" in job["attempts"][0]["reason"]
+    assert (pair.client.data / "jobs" / first / "stdout").read_text() == "began\n"
+
+
+def test_a_node_is_lost(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """NODE_FAIL: another attempt, on the node that is left, or when one comes back."""
+    pair, gate = slurm().start(), open_folder / "gate"
+    number = submit(pair.server, gated(gate))
+    begun(pair, number)
+    node = cluster.show(mark_of(pair, number))["NodeList"]
+    cluster.kill(f"slurmd.{node}")
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    wait_for(lambda: pair.server.job(number)["attempt"] == 2, 30, "a second attempt")
+    subprocess.run(["slurmd", "-f", str(cluster.configuration), "-N", node], check=True)
+    wait_for(cluster.both_up, 30, "both nodes")
+    gate.touch()
+    job = wait_status(pair.server, number, "Completed", limit_s=60)
+    assert (job["attempts"][0]["cause"], "NODE_FAIL" in job["attempts"][0]["reason"]) == ("infrastructure", True)
+
+
+def test_slurmctld_dies_and_forgets(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """Its ids are given out again, to jobs of the same user: those are neither read nor cancelled, and ours is tried again.
+
+    What ran to its end meanwhile has its exit file, and is Completed though Slurm knows nothing of it; also after the client was away.
+    """
+    pair, gate = slurm().start(), open_folder / "gate"
+    ran, lost = submit(pair.server, gated(gate)), submit(pair.server, f"until [ -e {gate}2 ]; do sleep 0.05; done", user_id=2)
+    begun(pair, ran)
+    (old_id,) = wait_for(lambda: cluster.jobs(mark_of(pair, lost)), 20, "the second job in Slurm")
+    pair.client.kill()
+    cluster.kill("slurmctld")
+    gate.touch()
+    try:
+        wait_for(lambda: joborch.read_exit(pair.client.data / "jobs" / mark_of(pair, ran)), 20, "the first job's end")
+    finally:
+        cluster.start_slurmctld("-c")
+    theirs = ["setpriv", f"--reuid={NOBODY_UID}", "--clear-groups", "sbatch", "--parsable", "--hold", "--chdir=/", "--wrap=true"]
+    given = [cluster.run(*theirs).strip() for _ in range(int(old_id))]
+    assert old_id in given
+    pair.client.start()
+    assert wait_status(pair.server, ran, "Completed", limit_s=60)["attempt"] == 1
+    (open_folder / "gate2").touch()
+    job = wait_status(pair.server, lost, "Completed", limit_s=60)
+    assert (job["attempt"], job["attempts"][0]["cause"]) == (2, "infrastructure")
+    assert "does not know the job any more" in job["attempts"][0]["reason"]
+    states = dict(line.split() for line in cluster.run("squeue", "-h", "-o", "%i %T").splitlines())
+    assert {job_id: states[job_id] for job_id in given} == dict.fromkeys(given, "PENDING")
+
+
+def test_slurm_is_away(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """What runs ends and is fetched all the same; what comes waits, is told why, and goes on by itself, once."""
+    pair, gate = slurm().start(), open_folder / "gate"
+    number = submit(pair.server, gated(gate))
+    begun(pair, number)
+    cluster.kill("slurmctld", signal.SIGTERM)
+    try:
+        gate.touch()
+        wait_status(pair.server, number, "Completed", limit_s=20)
+        later = submit(pair.server, "echo ran")
+        wait_for(lambda: "slurm" in str(pair.server.job(later)["waiting_for"]).lower(), 30, "a reason")
+        problem = wait_for(lambda: pair.client.get("/health").json()["problem"], 20, "the problem")
+        assert "Slurm: " in problem or "sbatch: " in problem
+    finally:
+        cluster.start_slurmctld()
+    assert wait_status(pair.server, later, "Completed", limit_s=60)["attempt"] == 1
+    wait_for(lambda: pair.client.get("/health").json()["problem"] is None, 20, "no problem")
+
+
+def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster) -> None:
+    """However many there are; and an answer that is garbage loses none of them."""
+    pair, before, begin = slurm().start(), cluster.calls.read_text().split(), time.monotonic()
+    numbers = [submit(pair.server, "sleep 0.2") for _ in range(12)]
+    cluster.lie("squeue", "garbage")
+    assert "garbage" in wait_for(lambda: pair.client.get("/health").json()["problem"], 30, "the problem")
+    cluster.lie("squeue", "")
+    for number in numbers:
+        assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
+    calls = cluster.calls.read_text().split()[len(before) :]
+    assert calls.count("sbatch") == 12
+    assert calls.count("squeue") <= (time.monotonic() - begin) / 0.5 + 2
+    assert calls.count("sacct") <= 1
+
+
+# == The executor itself ==
+
+
+@pytest.fixture
+def executor(cluster: Cluster, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch) -> joborch.SlurmExecutor:
+    """An executor of this process; its commands give up after a second."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
+    monkeypatch.setenv("PATH", f"{cluster.bin}:{os.environ['PATH']}")
+    monkeypatch.setattr(joborch, "SLURM_COMMAND_S", 1.0)
+    wishes = {"JOBORCH_BATCH_INTERVAL": "0.05", "JOBORCH_VANISH_GRACE": "2", "DATA_PATH": str(data.path), "JOBORCH_KILL_GRACE": "5"}
+    return joborch.SlurmExecutor(data, joborch.load_config("client", {}, wishes))
+
+
+def payload(data: joborch.DataFolder, script: str) -> joborch.Job:
+    """A payload whose files are in place."""
+    with closing(joborch.Store(":memory:", "client", HandClock())) as store:
+        job = store.add(new_job(), "submitted")
+    work = data.job(job.mark) / "work"
+    work.mkdir(parents=True)
+    (work / "run.sh").write_text(script)
+    return job
+
+
+def ended(executor: joborch.SlurmExecutor, job: joborch.Job) -> Fate:
+    """Wait for a payload's end."""
+    return wait_for(lambda: (fate := executor.poll([job])[job.id]).alive is False and fate, 30, "the end")
+
+
+def test_an_exit_file_that_comes_late(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """Slurm says COMPLETED, and the file system shows the file a moment later."""
+    job = payload(data, "exit 5")
+    job = job._replace(handle=executor.start(job))
+    place = data.job(job.mark) / "exit.json"
+    wait_for(lambda: joborch.read_exit(place.parent), 20, "the exit file")
+    place.rename(place.with_suffix(".late"))
+    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "FAILED", 20, "Slurm's word")
+    assert executor.poll([job])[job.id] == Fate(True)
+    place.with_suffix(".late").rename(place)
+    assert ended(executor, job) == Fate(False, 5)
+
+
+def test_a_wrapper_that_was_killed(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """No exit file, and Slurm knows no reason: after a while it counts as the script's own doing."""
+    job = payload(data, "kill -9 $PPID; sleep 1")
+    job = job._replace(handle=executor.start(job))
+    found = ended(executor, job)
+    assert (found.cause, "the wrapper was killed" in found.reason) == (Cause.USER, True)
+
+
+def test_too_much_memory(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """Slurm ends it, wrapper and all; whose doing that was stands in the job's own log."""
+    script = "exec python3 -c 'import time; x = bytearray(300 << 20); time.sleep(60)'"
+    job = payload(data, script)._replace(memory=50)
+    job = job._replace(handle=executor.start(job))
+    found = ended(executor, job)
+    assert (found.cause, "memory" in found.reason) == (Cause.LIMIT, True), found
+
+
+def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster) -> None:
+    """It is ended after a while; where that was sbatch nobody knows whether Slurm has the job: it is not submitted again at once."""
+    job = payload(data, "true")
+    try:
+        cluster.lie("sbatch", "hang")
+        with pytest.raises(SystemAway, match="did not answer within"):
+            executor.start(job)
+        cluster.lie("squeue", "hang")
+        assert executor.poll([job])[job.id].alive
+        assert "sbatch did not answer" in executor.problem()
+    finally:
+        cluster.lie("sbatch", "")
+        cluster.lie("squeue", "")
+    wait_for(lambda: executor.look(0.0), 10, "an answer")
+    with pytest.raises(SystemAway, match="whether Slurm has the job"):
+        executor.find([job])
+    executor.unsure.clear()
+    assert executor.find([job]) == {}
+
+
+def test_what_is_given_up_never_begins(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """An attempt that was cancelled while nobody knew whether Slurm has it loses its claim, whenever Slurm starts it."""
+    job = payload(data, "echo ran > ran")
+    executor.cancel(job)
+    job = job._replace(handle=executor.start(job))
+    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "COMPLETED", 20, "Slurm's word")
+    assert not (data.job(job.mark) / "work" / "ran").exists()
+
+
+def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
+    executor.inherited["PATH"] = str(tmp_path)
+    (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
+    with pytest.raises(SystemAway, match="is Slurm installed here, and in PATH"):
+        executor.start(payload(data, "true"))
