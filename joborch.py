@@ -28,9 +28,9 @@ The module is read from top to bottom; every section uses only what stands above
      5. Scheduling           15. Links                 25. Client routes
      6. Files                16. Loops                 26. Logs
      7. Archives             17. Server                27. Page and documents
-     8. Statements           18. Ends                  28. Commands
-     9. Database             19. Waiting
-    10. Store                20. Client
+     8. Statements           18. Ends                  28. Doctor
+     9. Database             19. Waiting               29. Demo
+    10. Store                20. Client                30. Commands
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
@@ -105,6 +106,7 @@ CHECK_PATIENCE_S = 0.5  # so long a start is held up by the check of the databas
 RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may have been given out since the backup
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
+CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
@@ -3416,6 +3418,13 @@ class Fate:
     waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
 
 
+class Finding(NamedTuple):
+    """What `joborch doctor` found: all is well (True), it works for now (None), or it does not (False), with the remedy."""
+
+    good: bool | None
+    text: str
+
+
 class Executor(Protocol):
     """The seam for what runs payloads; a handle is a text that survives a restart of the client. Several threads call it."""
 
@@ -3446,6 +3455,9 @@ class Executor(Protocol):
 
     def problem(self) -> str:
         """Return why it cannot work now, and since when; an empty text where all is well."""
+
+    def examine(self) -> Iterator[Finding]:
+        """Yield what `joborch doctor` shall say of it; nothing is started."""
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -3783,6 +3795,10 @@ class LocalExecutor:
     def problem(self) -> str:
         return ""
 
+    def examine(self) -> Iterator[Finding]:
+        bash = shutil.which("bash")
+        yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
+
 
 # == 13. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
 
@@ -3889,15 +3905,21 @@ def slurm_waits(job: SlurmJob) -> str:
     return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {job.reason or 'no reason given'} (job {job.id})"
 
 
+def squeue_format() -> str:
+    """Return what squeue is told to print."""
+    return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
+
+
+def service_options(options: BatchOptions) -> dict[str, str]:
+    """Return what sbatch is told of every job of a service, by option; those that are not set are empty."""
+    return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
+
+
 def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
     """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
     limit_s = job.timeout or options.slurm_time_s
     named = {
-        "partition": options.slurm_partition,
-        "account": options.slurm_account,
-        "qos": options.slurm_qos,
-        "constraint": options.slurm_constraint,
-        "gres": options.slurm_gres,
+        **service_options(options),
         "mem": f"{job.memory}M" if job.memory else "",
         "time": str(math.ceil(limit_s / 60)) if limit_s else "",  # whole minutes; the wrapper keeps to the second
         "cpus-per-task": str(job.cpus),
@@ -4069,8 +4091,7 @@ class SlurmExecutor:
 
     def ask(self) -> dict[str, SlurmJob]:
         """Return what Slurm knows of our jobs, by name: by one squeue, and one sacct where some of them have left its memory."""
-        shown = ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
-        said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={shown}")
+        said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={squeue_format()}")
         try:
             known = parse_squeue(said)
         except ValueError as error:
@@ -4211,6 +4232,30 @@ class SlurmExecutor:
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         self.scancel(marks)
+
+    def examine(self) -> Iterator[Finding]:
+        try:
+            yield Finding(True, f"{self.command('sbatch', '--version').strip()} is here")
+            parse_squeue(self.command("squeue", "--noheader", f"--user={os.getuid()}", f"--Format={squeue_format()}"))
+            yield Finding(True, "slurmctld answers squeue")
+        except (SystemAway, ValueError) as error:
+            yield Finding(False, f"{error}: load Slurm's module, set SLURM_CONF, or ask the cluster's people")
+            return
+        for service in sorted(self.config.batch) or [""]:
+            yield self.examine_service(service)
+        self.accounted(["1"])
+        yield Finding(True, f"Slurm's accounting is {'on' if self.accounting else 'off: what Slurm has forgotten is judged by exit files'}")
+
+    def examine_service(self, service: str) -> Finding:
+        """Ask whether sbatch would take a job of a service; none is submitted."""
+        name = f"jobs of {service}" if service else "jobs"
+        options = service_options(self.config.batch_options(service))
+        try:
+            self.command("sbatch", "--test-only", *(f"--{key}={value}" for key, value in options.items() if value), "--wrap=true")
+        except JoborchError as error:
+            where = f"SERVICE_{service.upper()}_SLURM_..." if service else "SLURM_CONF and SBATCH_..."
+            return Finding(False, f"sbatch would not take {name}: {error}; see {where}")
+        return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items() if value))
 
 
 EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
@@ -8185,7 +8230,215 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 28. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 28. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Yield what was found on this machine for a server or client with these settings; nothing is changed."""
+    yield Finding(True, f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, joborch {__version__}")
+    yield from (Finding(None, warning) for warning in config.warnings)
+    yield from examine_folder(config)
+    yield examine_port(config)
+    if config.mode == "client":
+        with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
+            data = DataFolder(folder)
+            data.open()
+            yield from EXECUTORS[config.executor](data, config).examine()
+    for service in config.services.values():
+        for address in service.addresses:
+            yield from examine_client(address, service)
+
+
+def examine_folder(config: Config) -> Iterator[Finding]:
+    """Yield what is to be said of the data folder: whether it can be written, its space, its clock, and who sees it."""
+    place = Path(config.data_path)
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as probe:
+            ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
+    except OSError as error:
+        yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
+        return
+    free, needed = free_bytes(place), config.min_free_bytes
+    remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
+    yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
+    if abs(ahead_s) > CLOCK_TOLERANCE_S:
+        how = "ahead of" if ahead_s > 0 else "behind"
+        yield Finding(None, f"the clock of that file system is {spoken(abs(ahead_s))} {how} this machine's: shown times may be wrong")
+    shared = on_network(str(place))
+    if config.mode == "client" and config.executor == "slurm" and not shared:
+        yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
+    elif shared:
+        yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
+
+
+def examine_port(config: Config) -> Finding:
+    """Say whether the port is free, or a joborch of ours listens there."""
+    host = "127.0.0.1" if config.host in ("", "0.0.0.0", "localhost") else config.host
+    try:
+        with socket.create_server((config.host or "127.0.0.1", config.port)):
+            return Finding(True, f"port {config.port} is free")
+    except OSError as error:
+        problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
+    said = health_of(f"http://{host}:{config.port}")
+    if said.get("mode") != config.mode:
+        return Finding(False, problem)
+    trouble = said.get("problem") or said.get("message")
+    return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def health_of(base_url: str) -> dict[str, Any]:
+    """Return what /health says, with `ahead_s`, by how much the peer's clock is ahead; `error` says why there is no answer."""
+    import urllib3
+
+    try:
+        answer = urllib3.request("GET", f"{base_url}/health", retries=False, timeout=CONNECT_TIMEOUT_S)
+        said = parse_json(answer.data)
+        if not isinstance(said, dict):
+            return {"error": "it is no joborch"}
+        date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        return {**said, "ahead_s": date - time.time()}
+    except (urllib3.exceptions.HTTPError, ValueError, TypeError, KeyError) as error:
+        return {"error": plain_cause(error)}
+
+
+def examine_client(address: Address, service: Service) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, takes our token, works, and has our time."""
+    said = health_of(address.base_url or client_root(address))
+    if "error" in said or "mode" not in said:
+        why = said.get("error", "it does not say that it is joborch: a 2.2 client?")
+        yield Finding(
+            False if "error" in said else None, f"service {service.name}: {address.name}: {why}; is the client up, and the URL right?"
+        )
+        return
+    link = Link(address, DataFolder(tempfile.gettempdir()), Clock())
+    link.services.append(service)
+    try:
+        link.events(0, ())
+        token = ""
+    except (NothingSent, NoAnswer, Gone) as error:
+        token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
+    trouble = f", and says: {said['problem']}" if said.get("problem") else ""
+    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({said.get('executor')}){token}{trouble}")
+    if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
+        yield Finding(
+            None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
+        )
+
+
+def client_root(address: Address) -> str:
+    """Return the scheme and host of a client that has no base URL."""
+    parts = urlsplit(address.upload_url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+# == 29. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def example_file(name: str) -> bytes:
+    """Return a file of the example, from the .pyz or from beside this module."""
+    loader: Any = globals().get("__loader__")
+    if hasattr(loader, "archive"):
+        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
+    return (Path(__file__).parent / "example" / name).read_bytes()
+
+
+class Demo:
+    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {"server": free_port(), "client": free_port()}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.base = f"http://127.0.0.1:{self.ports['server']}"
+
+    def start(self, mode: str) -> None:
+        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
+        self.token = token
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
+        }
+        ours = {
+            "PORT": str(self.ports[mode]),
+            "DATA_PATH": str(self.folder / mode),
+            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
+            **(
+                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
+                if mode == "server"
+                else {}
+            ),
+            "JOBORCH_MIN_FREE": "0",
+        }
+        with open(self.folder / f"{mode}.log", "ab") as log_file:
+            program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
+            self.processes.append(
+                subprocess.Popen(
+                    program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+                )
+            )
+
+    def wait_ready(self, mode: str) -> None:
+        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
+        import urllib3
+
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
+                    return
+            time.sleep(0.05)
+        tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
+        raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
+
+    def run_example(self) -> dict[str, Any]:
+        """Send the example and wait for its end; return the job."""
+        import urllib3
+
+        files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
+        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
+        job: dict[str, Any] = answer.json()
+        if answer.status != 201:
+            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
+        say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
+        deadline = time.monotonic() + 60
+        while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
+            query = {"wait": "10", "since": job["status"]}
+            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
+            say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
+        return job
+
+    def summary(self, job: Mapping[str, Any]) -> str:
+        """Download the result and return its one-line summary."""
+        import urllib3
+
+        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
+        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
+            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
+            return result.read("summary.txt").decode().strip()
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(10)
+
+
+def say(text: str) -> None:
+    """Print one step of the demo."""
+    print(f"  {text}", flush=True)
+
+
+# == 30. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -8195,6 +8448,7 @@ EXAMPLES = {
     "restore": "  joborch restore /backups/joborch-monday.db",
     "demo": "  joborch demo --keep",
     "config": "  joborch config server\n  joborch config client --json",
+    "doctor": "  joborch doctor server\n  joborch doctor client --executor slurm",
     "version": "  joborch version --json",
 }
 
@@ -8376,6 +8630,11 @@ def config_rows(config: Config) -> list[tuple[str, str, str]]:
             if setting.name in shown or hasattr(service, setting.field):
                 name = prefix + setting.name
                 rows.append((name, shown.get(setting.name) or shown_value(getattr(service, setting.field, "")), name))
+    for service, options in sorted(config.batch.items()):
+        for setting in SERVICE_SETTINGS:
+            if getattr(options, setting.field, None):
+                name, value = f"SERVICE_{service.upper()}_{setting.name}", getattr(options, setting.field)
+                rows.append((name, shlex.join(value) if isinstance(value, tuple) else shown_value(value), name))
     return [(name, value, config.sources.get(key, "default")) for name, value, key in rows]
 
 
@@ -8390,6 +8649,19 @@ def command_config(config: Config, as_json: bool) -> int:
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return EXIT_DONE
+
+
+def command_doctor(config: Config, as_json: bool) -> int:
+    """Print what was found; exit status 1 where something does not work."""
+    found = []
+    for finding in examine(config):
+        found.append(finding)
+        if not as_json:
+            print(f"{ {True: 'ok', None: 'note', False: 'PROBLEM'}[finding.good]:<8}{one_line(finding.text, 500)}", flush=True)
+    good = all(finding.good is not False for finding in found)
+    if as_json:
+        print(json.dumps({"good": good, "findings": [finding._asdict() for finding in found]}, indent=2))
+    return EXIT_DONE if good else EXIT_FAILED
 
 
 def command_backup(config: Config, file: str) -> int:
@@ -8440,111 +8712,6 @@ def command_version(as_json: bool) -> int:
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
     print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
     return EXIT_DONE
-
-
-# -- demo --
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def example_file(name: str) -> bytes:
-    """Return a file of the example, from the .pyz or from beside this module."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    return (Path(__file__).parent / "example" / name).read_bytes()
-
-
-class Demo:
-    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ports = {"server": free_port(), "client": free_port()}
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.base = f"http://127.0.0.1:{self.ports['server']}"
-
-    def start(self, mode: str) -> None:
-        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
-        self.token = token
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
-        }
-        ours = {
-            "PORT": str(self.ports[mode]),
-            "DATA_PATH": str(self.folder / mode),
-            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
-            **(
-                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
-                if mode == "server"
-                else {}
-            ),
-            "JOBORCH_MIN_FREE": "0",
-        }
-        with open(self.folder / f"{mode}.log", "ab") as log_file:
-            program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
-            self.processes.append(
-                subprocess.Popen(
-                    program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-                )
-            )
-
-    def wait_ready(self, mode: str) -> None:
-        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
-        import urllib3
-
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
-                    return
-            time.sleep(0.05)
-        tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
-        raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
-
-    def run_example(self) -> dict[str, Any]:
-        """Send the example and wait for its end; return the job."""
-        import urllib3
-
-        files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
-        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
-        job: dict[str, Any] = answer.json()
-        if answer.status != 201:
-            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
-        say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
-        deadline = time.monotonic() + 60
-        while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
-            query = {"wait": "10", "since": job["status"]}
-            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
-            say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
-        return job
-
-    def summary(self, job: Mapping[str, Any]) -> str:
-        """Download the result and return its one-line summary."""
-        import urllib3
-
-        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
-        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
-            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
-            return result.read("summary.txt").decode().strip()
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.wait(10)
-
-
-def say(text: str) -> None:
-    """Print one step of the demo."""
-    print(f"  {text}", flush=True)
 
 
 def command_demo(keep: bool) -> int:
@@ -8600,6 +8767,7 @@ def make_parser() -> argparse.ArgumentParser:
         "restore": "put a backup in the place of the server's database; the server must not run, nothing is deleted",
         "demo": "start both in a temporary folder and send the example through them",
         "config": "print the effective settings, each with its source; secrets masked",
+        "doctor": "say what would stand in the way of a server or client with these settings, and the remedy; nothing is changed",
         "version": "print the versions of joborch, Python, SQLite and the bundled packages",
     }
     for name, text in helps.items():
@@ -8608,11 +8776,11 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name in ("backup", "restore"):
             word.add_argument("file", metavar="FILE", help="the backup")
-        if name in ("server", "client", "config", "backup", "restore"):
+        if name in ("server", "client", "config", "doctor", "backup", "restore"):
             add_setting_flags(word, name)
-        if name == "config":
+        if name in ("config", "doctor"):
             word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="whose settings (default: server)")
-        if name in ("config", "version"):
+        if name in ("config", "doctor", "version"):
             word.add_argument("--json", action="store_true", help="print JSON")
         if name == "demo":
             word.add_argument("--keep", action="store_true", help="leave both running")
@@ -8624,7 +8792,7 @@ def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
     word.add_argument("--env-file", metavar="FILE", help="read KEY=VALUE lines from FILE; the environment goes before it")
     for setting in SETTINGS:
         storage = mode in ("backup", "restore") and setting.field in ("data_path", "db_path")
-        if storage or mode == "config" or mode in setting.modes.split():
+        if storage or mode in ("config", "doctor") or mode in setting.modes.split():
             default = "" if not setting.default or "(default" in setting.help else f" (default: {setting.default})"
             word.add_argument(
                 setting.flag, dest=setting.field, metavar="VALUE", help=f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
@@ -8637,12 +8805,14 @@ def run_command(arguments: argparse.Namespace) -> int:
         return command_version(arguments.json)
     if arguments.command == "demo":
         return command_demo(arguments.keep)
-    mode = arguments.mode if arguments.command == "config" else "client" if arguments.command == "client" else "server"
+    mode = arguments.mode if arguments.command in ("config", "doctor") else "client" if arguments.command == "client" else "server"
     config = load_config(mode, vars(arguments), os.environ)
     if arguments.command == "backup":
         return command_backup(config, arguments.file)
     if arguments.command == "restore":
         return command_restore(config, arguments.file)
+    if arguments.command == "doctor":
+        return command_doctor(config, arguments.json)
     return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
 
 

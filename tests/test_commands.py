@@ -27,7 +27,7 @@ from test_states import HandClock
 import joborch
 from joborch import ConfigError, JoborchError, Store
 
-WORDS = ("server", "client", "backup", "restore", "demo", "config", "version")
+WORDS = ("server", "client", "backup", "restore", "demo", "config", "doctor", "version")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -714,3 +715,20 @@ def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder
     (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
     with pytest.raises(SystemAway, match="is Slurm installed here, and in PATH"):
         executor.start(payload(data, "true"))
+
+
+def test_doctor_knows_slurm(cluster: Cluster, executor: joborch.SlurmExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, would take jobs of each service, and why not; nothing is submitted."""
+    before = cluster.run("squeue", "-h", "-t", "all")
+    found = list(executor.examine())
+    assert all(finding.good for finding in found), found
+    assert "slurm-wlm 22.05" in found[0].text
+    assert "accounting is off" in found[-1].text
+    wrong = {"docking": BatchOptions("nowhere"), "example": BatchOptions("main")}
+    executor.config = dataclasses.replace(executor.config, batch=wrong)
+    texts = [finding.text for finding in executor.examine() if not finding.good]
+    assert texts == ["sbatch would not take jobs of docking: sbatch: invalid partition specified: nowhere; see SERVICE_DOCKING_SLURM_..."]
+    cluster.lie("squeue", "garbage")
+    assert [finding.good for finding in executor.examine()] == [True, False]
+    cluster.lie("squeue", "")
+    assert cluster.run("squeue", "-h", "-t", "all") == before
