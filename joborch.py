@@ -8630,10 +8630,10 @@ def config_rows(config: Config) -> list[tuple[str, str, str]]:
             if setting.name in shown or hasattr(service, setting.field):
                 name = prefix + setting.name
                 rows.append((name, shown.get(setting.name) or shown_value(getattr(service, setting.field, "")), name))
-    for service, options in sorted(config.batch.items()):
+    for owner, options in sorted(config.batch.items()):
         for setting in SERVICE_SETTINGS:
             if getattr(options, setting.field, None):
-                name, value = f"SERVICE_{service.upper()}_{setting.name}", getattr(options, setting.field)
+                name, value = f"SERVICE_{owner.upper()}_{setting.name}", getattr(options, setting.field)
                 rows.append((name, shlex.join(value) if isinstance(value, tuple) else shown_value(value), name))
     return [(name, value, config.sources.get(key, "default")) for name, value, key in rows]
 
