@@ -48,6 +48,7 @@ STOP_LIMIT_S = 15
 ANSWER_LIMIT_S = 120  # longer than the longest ?wait, 60 s
 HOLD_LIMIT_S = 900  # a job that was held ends by itself after that, whatever became of this program
 SETTLE_S = 2
+SLURM_INTERVAL_S = 10  # JOBORCH_BATCH_INTERVAL as it is by default
 SERVER_THREADS = 4  # of waitress, in joborch and in the bare "hello" server alike
 CHUNK_BYTES = 1 << 20
 MB = 1e6
@@ -1202,6 +1203,57 @@ def fairness(place: Place, size: int) -> Iterator[Measure]:
     yield Measure("at once, the last", max(crowd) / job_s, "job times")
 
 
+SLURM_CLUSTER = REPOSITORY.parent / "shared" / "backends" / "slurm" / "cluster"
+SLURM_COMMANDS = ("sbatch", "squeue", "sacct", "scancel")
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """A real Slurm of two nodes; yields the settings with which commands reach it, each call of them a line in `calls`."""
+    (folder / "bin").mkdir()
+    for name in SLURM_COMMANDS:
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\necho {name} >>{folder}/calls\nexec {shutil.which(name)} "$@"\n')
+        script.chmod(0o755)
+    (folder / "calls").touch()
+    subprocess.run([str(SLURM_CLUSTER), "start", str(folder / "slurm")], check=True, timeout=60)
+    try:
+        yield {"SLURM_CONF": str(folder / "slurm/etc/slurm.conf"), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    finally:
+        subprocess.run([str(SLURM_CLUSTER), "stop", str(folder / "slurm")], check=True, timeout=60)
+
+
+def bare_sbatch_rate(folder: Path, count: int, settings: dict[str, str]) -> float:
+    """Jobs a second of a loop of sbatch, until the last of them has left the queue."""
+    write_files(folder, NOOP)
+    known, begin = {**os.environ, **settings}, time.perf_counter()
+    for _ in range(count):
+        submit = ["/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=bash run.sh"]
+        subprocess.run(submit, cwd=folder, env=known, check=True, stdout=subprocess.DEVNULL)
+    while subprocess.run(["/usr/bin/squeue", "-h", "-o", "%i"], env=known, check=True, capture_output=True).stdout:
+        time.sleep(0.1)
+    return count / (time.perf_counter() - begin)
+
+
+def slurm(place: Place, size: int) -> Iterator[Measure]:
+    """No-op jobs through the Slurm executor against a real slurmctld, and a bare loop of sbatch; the cluster drains some 4 a second."""
+    with temporary_folder(place) as folder, slurm_cluster(folder) as settings:
+        bare = bare_sbatch_rate(folder / "bare", size, settings)
+        site, begin = Site(place, folder), time.perf_counter()
+        try:
+            site.start("client", JOBORCH_EXECUTOR="slurm", **settings)
+            site.start("server")
+            _, jobs = job_rate(site.port, size)
+        finally:
+            site.stop()
+        calls = (folder / "calls").read_text().split()
+        intervals = (time.perf_counter() - begin) / SLURM_INTERVAL_S
+    yield Measure("jobs", jobs, "jobs/s", bare)
+    yield Measure("bare loop of sbatch", bare, "jobs/s")
+    yield Measure("sbatch calls a job", calls.count("sbatch") / size, "")
+    yield Measure("squeue and sacct calls an interval", (calls.count("squeue") + calls.count("sacct")) / intervals, "")
+
+
 class Benchmark(NamedTuple):
     """A row of the table below."""
 
@@ -1227,6 +1279,7 @@ BENCHMARKS = [
     Benchmark("restart", restart, 100_000, 2000, 1, "ended jobs; a hundredth as many running payloads", ""),
     Benchmark("backlog", backlog, 1_000_000, 20_000, 1, "queued jobs of 1,000 users", "the same with 1,000 queued"),
     Benchmark("fairness", fairness, 10_000, 2000, 1, "queued jobs of one user; 50 others come", "the script alone"),
+    Benchmark("slurm", slurm, 500, 40, 1, "no-op jobs", "a bare loop of sbatch"),
     Benchmark("idle", idle, 60, 10, 1, "seconds", ""),
 ]
 GOALS = {
@@ -1255,6 +1308,8 @@ GOALS = {
     ("backlog", "HEAD /download/ID"): Goal(ratio_most=2),
     ("fairness", "one after another, p90"): Goal(most=2),
     ("fairness", "at once, the last"): Goal(most=FAIR_OTHERS / FAIR_SLOTS + 2),
+    ("slurm", "jobs"): Goal(ratio_least=0.8),
+    ("slurm", "squeue and sacct calls an interval"): Goal(most=1.5),
     ("idle", "PSS, server"): Goal(most=45),
     ("idle", "PSS, client"): Goal(most=45),
     ("idle", "CPU, server"): Goal(most=0.2),
