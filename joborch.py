@@ -3878,8 +3878,8 @@ def parse_sacct(text: str) -> dict[str, SlurmJob]:
     for line in text.splitlines():
         cells = line.split("|", 3)
         if len(cells) == 4 and cells[0].isdigit() and re.match("[A-Z_]+", cells[1]) and cells[3].startswith("joborch-"):
-            # "CANCELLED by 1000"
-            keep_slurm_job(found, cells[3], SlurmJob(cells[0], cells[1].split(" ")[0].rstrip("+"), 0, cells[2], cells[1].partition(" ")[2]))
+            state, _, who = cells[1].partition(" by ")  # as in "CANCELLED by 1000"
+            keep_slurm_job(found, cells[3], SlurmJob(cells[0], state, 0, cells[2], f"by user {who}" if who else ""))
     return found
 
 
@@ -4195,11 +4195,18 @@ class SlurmExecutor:
         traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, again, words, missed_s, folder)
         return slurm_fate(known, traces, self.config.vanish_grace_s)
 
-    def fence(self, job: Job) -> None:
-        """See to it that an attempt that is given up never begins: its claim is ours, and Slurm is asked to forget it."""
-        with contextlib.suppress(OSError):
+    def fence(self, job: Job) -> bool:
+        """See to it that an attempt that is given up never begins: its claim is ours, and Slurm is asked to forget it.
+
+        True where it had not begun, and so never will, whatever Slurm does.
+        """
+        try:
             os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            never = True
+        except OSError:
+            never = False
         self.scancel([job.mark])
+        return never
 
     def scancel(self, marks: Sequence[str]) -> None:
         """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
@@ -4212,9 +4219,8 @@ class SlurmExecutor:
 
     def cancel(self, job: Job) -> None:
         self.watched.setdefault(job.mark, job)
-        self.fence(job)
-        asked = time.monotonic()
-        while not self.is_over(job, asked):
+        never, asked = self.fence(job), time.monotonic()
+        while not self.is_over(job, asked) and not (never and self.trouble):
             if time.monotonic() > asked + self.config.kill_grace_s:
                 raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
             time.sleep(SLURM_LOOK_S)
@@ -6144,8 +6150,13 @@ def limit_text(job: Job, folder: Path) -> str:
     return f'{reason}; last line of standard error: "{words}"' if words else reason
 
 
-def run_times(folder: Path, job: Job) -> tuple[float, float]:
-    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone."""
+def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
+    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone.
+
+    None where it never began: the claim is missing, or empty because it was made only to keep others out.
+    """
+    if job.started_at is None and not read_claim(folder, job.attempt):
+        return None, time.time()
     times = []
     for name in (f"started.{job.attempt}", "exit.json"):
         try:
@@ -6155,9 +6166,9 @@ def run_times(folder: Path, job: Job) -> tuple[float, float]:
     return times[0], max(times)
 
 
-def run_seconds(started: float, ended: float, passed_s: float) -> float:
+def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
     """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
-    return ended - started if 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
+    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
 
 
 def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:

@@ -96,12 +96,12 @@ def test_no_reason_moves_a_line(reason: str) -> None:
 
 
 def test_sacct_is_read() -> None:
-    """Recorded from Slurm 22.05 with slurmdbd."""
-    text = f"12|CANCELLED by 1000|2026-11-26T14:02:05|{NAME}\n13|TIMEOUT|2026-11-26T14:02:05|joborch-a|b\nrubbish\n14|FAILED|x|other\n"
-    found = parse_sacct(text)
-    assert found[NAME] == SlurmJob("12", "CANCELLED", 0, "2026-11-26T14:02:05", "by 1000")
-    assert found["joborch-a|b"].state == "TIMEOUT"
-    assert len(found) == 2
+    """Recorded from Slurm 22.05 with slurmdbd: one that was cancelled, one that failed and whose name holds a bar."""
+    recorded = "1|CANCELLED by 0|2026-11-26T20:03:44|joborch-aa.1\n2|FAILED|2026-11-26T20:03:44|joborch-b|b.1\n"
+    assert parse_sacct(recorded + "rubbish\n3|FAILED|x|somebody else's\n") == {
+        "joborch-aa.1": SlurmJob("1", "CANCELLED", 0, "2026-11-26T20:03:44", "by user 0"),
+        "joborch-b|b.1": SlurmJob("2", "FAILED", 0, "2026-11-26T20:03:44", ""),
+    }
 
 
 FAILED = "sbatch: error: Batch job submission failed: "
@@ -456,6 +456,7 @@ def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cl
     assert pair.server.post(f"/terminate/{third}").json()["status"] == "Killed"
     assert time.monotonic() - begin < 10
     assert cluster.show(mark_of(pair, third))["JobState"] == "CANCELLED"
+    assert pair.server.job(third)["started_at"] is None
     script = "trap : TERM; srun --overlap sleep 300 & sleep 300 & echo began; wait; wait"
     gate.touch()
     stepping = submit(pair.server, script)
@@ -708,6 +709,20 @@ def test_what_is_given_up_never_begins(executor: joborch.SlurmExecutor, data: jo
     job = job._replace(handle=executor.start(job))
     wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "COMPLETED", 20, "Slurm's word")
     assert not (data.job(job.mark) / "work" / "ran").exists()
+
+
+def test_what_waits_is_ended_at_once_while_slurm_is_away(
+    executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster
+) -> None:
+    """Its claim is taken: whatever Slurm does with it later, the script never begins."""
+    job = payload(data, "echo ran > ran")
+    for command in ("squeue", "scancel"):
+        cluster.lie(command, "hang")
+    begin = time.monotonic()
+    executor.cancel(job)
+    assert time.monotonic() - begin < 5
+    for command in ("squeue", "scancel"):
+        cluster.lie(command, "")
 
 
 def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
