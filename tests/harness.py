@@ -25,6 +25,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import requests
 from pythons import pythons
 
@@ -67,6 +68,15 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("no free port found")
+
+
+def need_backend(command: Path) -> None:
+    """Leave a test out where what starts a real batch system is missing; in CI, let it fail."""
+    said = f"{command} is missing: it starts the real system that this test needs"
+    if os.environ.get("CI") == "true":
+        assert command.exists(), said
+    elif not command.exists():
+        pytest.skip(said)
 
 
 # == Processes of the machine ==

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import string
 from pathlib import Path
@@ -186,10 +187,16 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     joborch.read_bytes: ("1", "2K", "3G"),
     joborch.read_switch: ("1", "1", "1"),
     joborch.read_text: ("a", "b", "c"),
+    joborch.read_url: ("http://a", "https://b/c", "http://c:8000"),
     joborch.read_token: ("a", "b", "c"),
     joborch.read_weights: ("7=2", "7=2,8=0.5", "9=1"),
 }
-WORDS = {"executor": ("local",) * 3, "compat": ("1.2", "2.2", "2.2"), "log_level": ("debug", "info", "error"), "log_format": ("json",) * 3}
+WORDS = {
+    "executor": ("local", "slurm", "dirac"),
+    "compat": ("1.2", "2.2", "2.2"),
+    "log_level": ("debug", "info", "error"),
+    "log_format": ("json",) * 3,
+}
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -526,3 +533,33 @@ def test_a_token_file_without_a_token_is_refused(name: str, content: str, tmp_pa
 
 def test_a_token_of_its_own_goes_before_the_file(tmp_path: Path) -> None:
     assert load("client", {"JOBORCH_TOKEN": "own", "JOBORCH_TOKEN_FILE": str(tmp_path / "none")}).token == "own"
+
+
+@pytest.mark.parametrize("text", ["diracx", "ftp://x", "http://", "http://a b", "http://[", "http://ü"])
+def test_a_url_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"JOBORCH_DIRAC_URL is .*: give a URL"):
+        load_config("client", {}, {"JOBORCH_DIRAC_URL": text})
+
+
+@pytest.mark.parametrize(("executor", "slots"), [("local", os.cpu_count()), ("slurm", 100), ("dirac", 100)])
+def test_slots_are_cores_or_jobs(executor: str, slots: int) -> None:
+    assert load_config("client", {}, {"JOBORCH_EXECUTOR": executor}).slots == slots
+
+
+@pytest.mark.parametrize("name", ["SLURM_PARTITION", "SLURM_ACCOUNT", "SLURM_QOS", "SLURM_CONSTRAINT", "SLURM_GRES"])
+@pytest.mark.parametrize("text", ["two words", "--uid=0", "a\nb", "ü"])
+def test_a_word_for_sbatch_is_one_word(name: str, text: str) -> None:
+    """No setting becomes another option."""
+    with pytest.raises(ConfigError, match=f"SERVICE_DOCK_{name} is"):
+        load_config("client", {}, {f"SERVICE_DOCK_{name}": text})
+
+
+def test_settings_of_a_batch_system_are_a_clients_and_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server that has them in its environment knows them, and makes no service of them."""
+    environment = {"SERVICE_DOCK_SLURM_PARTITION": "gpu", "SERVICE_DOCK_SLURM_ARGS": "--nice=1 --comment='a b'"}
+    server = load_config("server", {}, environment)
+    assert (list(server.services), server.warnings) == (["example"], ())
+    joborch.command_config(load_config("client", {}, environment), as_json=False)
+    said = capsys.readouterr().out
+    assert re.search(r"SERVICE_DOCK_SLURM_PARTITION +gpu +\(environment\)", said)
+    assert "SERVICE_DOCK_SLURM_ARGS" in said and "--nice=1 '--comment=a b'" in said

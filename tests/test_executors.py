@@ -694,3 +694,11 @@ def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
 def test_fates_are_in_json_what_the_wrapper_says(bench: Bench) -> None:
     job, _ = bench.run("exit 200")
     assert json.loads((bench.folder(job) / "exit.json").read_text()) == {"status": 200, "left": 0, "told": 0, "limit": 0}
+
+
+def test_a_signal_that_comes_just_as_the_script_ends(bench: Bench) -> None:
+    """bash 5.2 may lose the status then, and says -1: it counts as the signal, and never as if there were no exit file."""
+    jobs = [bench.start("kill -TERM $PPID; exit 3") for _ in range(60)]
+    fates = [bench.end(job) for job in jobs]
+    assert {fate.exit_status for fate in fates} <= {3, 128 + signal.SIGTERM}
+    assert all(fate.told and not fate.alive and fate.cause is None for fate in fates)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import MakePair
-from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, open_program, submit, wait_for, wait_status
+from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, need_backend, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
 from test_disk import reasons
@@ -292,7 +292,7 @@ class Cluster:
     """A Slurm of two nodes with a core each, and a folder of commands that a test can have lie."""
 
     def __init__(self, folder: Path) -> None:
-        assert BACKEND.exists(), f"these tests start a real Slurm: {BACKEND} is missing (the project's shared folder beside the checkout)"
+        need_backend(BACKEND)
         self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
         self.configuration = folder / "slurm" / "etc" / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.configuration)}
@@ -495,7 +495,7 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     assert wait_status(pair.server, waits, "Completed", limit_s=60)["attempt"] == 1
 
 
-@pytest.mark.parametrize("point", ["run.marked", "run.submitted"])
+@pytest.mark.parametrize("point", ["run.marked", "slurm.submitted"])
 def test_the_client_is_killed_while_it_submits(point: str, slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
     """Before sbatch, or between its answer and the stored handle: the job is in Slurm once, and runs once."""
     pair = slurm(JOBORCH_TEST_CRASH=point).start()
