@@ -4328,6 +4328,7 @@ SEARCH_LIMIT = 5_000  # jobs in one question; DiracX pages beyond 10,000
 SUBMIT_SETTLE_S = 90.0  # a submission whose answer was lost may still be worked on so long,
 RESTART_SETTLE_S = 10.0  # and one that a crash of the client cut off so long after its start
 JUDGES = 3  # outputs that are fetched at once
+FORGET_S = 60.0  # a job that nobody asks for is kept in mind so long
 LAUNCHER, OUTPUT_ARCHIVE = "joborch.sh", "joborch-output.tar.gz"
 NOT_BEGUN = frozenset(("Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Rescheduled"))
 WITH_PILOT = frozenset(("Matched", "Running", "Stalled", "Completing"))
@@ -4913,7 +4914,8 @@ class DiracExecutor:
         self.lock, self.asking = threading.Lock(), threading.Lock()
         self.rows: dict[int, Row] = {}  # what DIRAC said last, by its job number
         self.asked_at = float("-inf")  # monotonic
-        self.asked_for, self.watched, self.fresh = cast("set[int]", set()), cast("set[int]", set()), cast("set[int]", set())
+        self.asked_for: set[int] = set()
+        self.polled: dict[str, tuple[int, float]] = {}  # by mark: the number of a watched job, and when (monotonic) it was asked for
         self.since: dict[tuple[int, str], float] = {}  # monotonic: since when a job is "missing", "ended", or of that heartbeat
         self.killing: set[int] = set()  # jobs that are to end: they stay in the question of each tick
         self.unbegun: set[int] = set()  # jobs that were ended before a pilot had them
@@ -4977,7 +4979,6 @@ class DiracExecutor:
         except AnswerLost as error:
             self.lost[job.mark] = self.clock.monotonic()
             raise AnswerLost(f"DIRAC: the answer to a submission was lost: {one_line(str(error))}") from error
-        self.fresh.add(number)
         return str(number)
 
     def ask(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -5020,13 +5021,12 @@ class DiracExecutor:
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
                 return
             self.asked_at = now  # also where it fails
-            wanted = {*numbers, *self.watched, *self.killing}
+            wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
             with self.noted():
                 found = {int(row["JobID"]): row for row in self.service.search("JobID", sorted(wanted))} if wanted else {}
             keys = {(number, self.aspect(found.get(number))) for number in wanted}
             self.since = {key: self.since.get(key, now) for key in keys}
             self.rows, self.asked_for = found, wanted
-            self.fresh -= wanted
 
     def aspect(self, row: Row | None) -> str:
         """Return what is to be timed of a job: that it is missing, or that nothing is heard of it in its status."""
@@ -5043,19 +5043,25 @@ class DiracExecutor:
         return row if row and row["JobName"] == job_name(job.mark) else None
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        marks, self.watched = {job.mark for job in jobs}, {int(job.handle) for job in jobs if job.handle}
+        self.keep_in_mind(jobs)
         with contextlib.suppress(SystemAway):  # problem() says so; its jobs are alive
             self.look(())
-        with self.lock:
-            self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in marks}
-            self.judged = {mark: at for mark, at in self.judged.items() if mark in marks}
-            self.fetched &= marks
         return {job.id: self.fate(job) for job in jobs}
+
+    def keep_in_mind(self, jobs: Sequence[Job]) -> None:
+        """Watch these jobs, and let go of those that nobody has asked for in a while: they have ended."""
+        now = self.clock.monotonic()
+        with self.lock:
+            polled = {**self.polled, **{job.mark: (int(job.handle), now) for job in jobs if job.handle}}
+            self.polled = {mark: entry for mark, entry in polled.items() if now - entry[1] < FORGET_S}
+            self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in self.polled}
+            self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
+            self.fetched &= set(self.polled)
 
     def fate(self, job: Job) -> Fate:
         number, row = int(job.handle or 0), self.row_of(job)
         if number not in self.asked_for:
-            return Fate(True, waits=f"DIRAC: submitted (job {number})" if number in self.fresh else "")
+            return Fate(True, waits=f"DIRAC: submitted (job {number})")
         if job.mark in self.verdicts:
             return self.verdicts[job.mark]
         if row is None:
@@ -6967,9 +6973,11 @@ def run_tick(client: Client) -> bool:
 
 def follow(client: Client, job: Job, fate: Fate) -> None:
     """Note what a payload waits for that has not begun, or that it has begun: servers hear of both."""
+    if job.started_at is not None:
+        return
     if fate.waits:
         note(client, job.id, fate.waits)
-    elif job.started_at is None:
+    else:
         client.notes.pop(job.id, None)
         client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
 

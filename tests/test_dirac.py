@@ -824,6 +824,17 @@ def test_cancel_after_a_pilot_with_a_fast_clock(bench: Bench) -> None:
     assert bench.diracx.rows(JobID=pilot.number)[0]["Status"] == "Killed"
 
 
+def test_who_asks_for_one_job_leaves_the_others_watched(bench: Bench) -> None:
+    """As when one of them is to end: those that wait are not taken to have begun, in that tick or at a start while DIRAC is away."""
+    first, second = bench.start("true")[0], bench.start("true")[0]
+    assert bench.executor.poll([first, second])[second.id].waits.startswith("DIRAC: Received")
+    bench.executor.poll([first])
+    bench.executor.config = dataclasses.replace(bench.config, batch_interval_s=60.0)
+    assert bench.executor.poll([first, second])[second.id].waits.startswith("DIRAC: Received")
+    again = DiracExecutor(bench.data, dataclasses.replace(bench.config, dirac_url="http://127.0.0.1:1"))
+    assert again.poll([first])[first.id].waits
+
+
 def test_cancel_leaves_the_others_watched(bench: Bench) -> None:
     running, pilot = bench.start("sleep 100")
     pilot.wait().start()
@@ -936,7 +947,7 @@ def test_rubbish_for_an_answer_is_no_answer(answer: str, status: int, bench: Ben
     job = changed(bench.payload("true"), handle="7")
     said = types.SimpleNamespace(status=status, data=answer.encode(), reason="")
     monkeypatch.setattr(bench.executor.service, "send", lambda *a, **more: said)
-    assert bench.fate(job) == Fate(True) and bench.executor.problem()
+    assert bench.fate(job).alive and bench.executor.problem()
     with pytest.raises(SystemAway):
         bench.executor.find([job])
     with pytest.raises(SystemAway):

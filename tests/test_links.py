@@ -644,6 +644,10 @@ def test_room(link: Link) -> None:
     assert (link.place(3, 600).free, link.place(3, 600).free_memory) == (3, 500)
     link.memory = None
     assert link.place(3, 600).free_memory is None
+    link.job_slots = True
+    assert (link.place(64, 0, 3).free, link.place(64, 0, 3).job_slots) == (2, True), "3 jobs, of which one has ended"
+    link.ended[1].cpus = 0
+    assert link.place(64, 0, 3).free == 1, "its row has let the slot go"
 
 
 def test_after_a_failure_it_gets_one_job_until_it_has_taken_one(link: Link) -> None:

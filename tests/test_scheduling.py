@@ -254,6 +254,14 @@ def test_memory_is_matched(free_memory: int | None, wanted: Any) -> None:
     assert chosen([line(Head("s", 1, memory=500))], [place(memory=known, free_memory=free_memory)]) == wanted
 
 
+def test_a_slot_of_a_batch_system_takes_a_job_of_any_size() -> None:
+    """However many cores and how much memory it asks for: what there is, the batch system knows."""
+    batch = dataclasses.replace(place(slots=2, free=1, memory=None, free_memory=None), job_slots=True)
+    assert chosen([line(Head("s", 1, cpus=64, memory=10**6))], [batch]) == (1, "a")
+    assert chosen([line(Head("s", 1, cpus=64))], [dataclasses.replace(batch, free=0)]) is None
+    assert joborch.too_large_text("s", 64, 10**6, [batch]) == ""
+
+
 HEADS = st.builds(
     Head, st.sampled_from("st"), st.integers(1, 10**6), st.integers(1, 5), st.none() | st.integers(1, 900), st.none() | st.floats(1, 1000)
 )
