@@ -109,6 +109,7 @@ RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may hav
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
+FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
@@ -3490,7 +3491,10 @@ class Executor(Protocol):
         """
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return the handles, by mark, of attempts whose start was cut off; what is missing never ran. SystemAway where nobody can tell."""
+        """Return the handles, by mark, of attempts whose start was cut off; what is missing never ran.
+
+        An empty handle: nobody can tell of this one yet. SystemAway where nobody can tell of any.
+        """
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
         """Return what became of these payloads, by id: one call to a batch system for all of them. Of one that is away, all are alive."""
@@ -3870,12 +3874,12 @@ SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what;
 }
 SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not for long; all of it may be over in a minute
     r"unable to contact|timed out|connection|zero bytes|standby mode|authentication|credential|munge|temporarily|communication|try again"
-    r"|configuration|could not resolve|plugin",
+    r"|configuration source|slurm\.conf|could not resolve",
     re.IGNORECASE,
 )
 SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
     r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
-    r"|memory specification|node count specification",
+    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported",
     re.IGNORECASE,
 )
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
@@ -3883,7 +3887,10 @@ SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for 
 SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
 SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
 SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
-SLURM_OWN_NAMES = re.compile("(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)")  # of an allocation we may run in
+SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
+    "(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SBATCH_(ARRAY_INX|CLUSTERS|WAIT)$"
+)
+KILLED_STATUS = 128 + signal.SIGKILL  # of a script that somebody killed: the kernel for want of memory, too
 
 
 class SlurmJob(NamedTuple):
@@ -3905,16 +3912,17 @@ def slurm_name(mark: str) -> str:
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
     """Return what squeue printed by SQUEUE_FIELDS, of our jobs, by name; ValueError for garbage.
 
-    Of several jobs of one name, that which has not ended counts, else the last.
+    Of several jobs of one name, that which has not ended counts, else the last. A name of somebody's may break its line.
     """
     found: dict[str, SlurmJob] = {}
-    for line in filter(str.strip, text.splitlines()):
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and not any(re.match("[0-9]", line) for line in lines):
+        raise ValueError(one_line(lines[0], 80))
+    for line in lines:
         cells, at = [], 0
         for _, width in SQUEUE_FIELDS:
             cells.append(line[at : at + width].strip())
             at += width
-        if not re.match(r"[0-9]", line) or len(cells) != len(SQUEUE_FIELDS):
-            raise ValueError(one_line(line, 80))
         job_id, state, restarts, submitted, nodes, reason, name = cells
         if name.startswith("joborch-"):
             if not job_id.isdigit() or not re.fullmatch("[A-Z_]+", state):
@@ -4017,7 +4025,7 @@ def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fat
     if cause is Cause.CANCELLED and job is not None and job.nodes and not traces.claimed:
         # Not by a person: slurmctld, back from a crash, ends so what its nodes say they had before, as what it cannot launch.
         failed = Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
-        return Fate(True) if traces.missed_s < grace_s else failed
+        return unseen(traces) if traces.missed_s < grace_s else failed
     if cause is not None and job is not None:
         more = "; ".join(part for part in (job.reason if cause is Cause.CANCELLED and job.reason != "None" else "", traces.words) if part)
         return Fate(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
@@ -4025,9 +4033,14 @@ def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fat
         return Fate(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
     if traces.again:
         return requeued(job)
-    if traces.ended is not None and job is not None:
+    if traces.ended is not None and (job is not None or not traces.ended.told):
         return traces.ended
-    return Fate(True) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
+    return unseen(traces) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
+
+
+def unseen(traces: SlurmTraces) -> Fate:
+    """Return the fate of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
+    return Fate(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
 
 
 def requeued(job: SlurmJob | None) -> Fate:
@@ -4171,7 +4184,7 @@ class SlurmExecutor:
         folder = self.data.job(job.mark)
         (folder / "tmp").mkdir(exist_ok=True)
         crash_point("run.prepared")
-        limit = [f"{job.timeout:g}", f"{self.config.kill_grace_s:g}"] if job.timeout else []
+        limit = [f"{job.timeout:.3f}", f"{self.config.kill_grace_s:.3f}"] if job.timeout else []
         words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
         environment = payload_environment(job, folder, self.inherited)
         try:
@@ -4199,22 +4212,25 @@ class SlurmExecutor:
             if known is not None or read_claim(self.data.job(job.mark), job.attempt) is not None:
                 handles[job.mark] = known.id if known else "0"
             elif time.monotonic() - self.unsure.get(job.mark, float("-inf")) < SLURM_UNSURE_S:
-                raise SystemAway("sbatch got no answer a moment ago: whether Slurm has the job is waited for")
+                handles[job.mark] = ""  # slurmctld may take it in yet
         missing = {job.mark for job in jobs} - set(handles)
-        if missing and missing & marked_below(self.data.jobs):
-            raise SystemAway("an sbatch that was cut off is still under way")
-        return handles
+        under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash cut off
+        return {**handles, **dict.fromkeys(under_way, "")}
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
         fates = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
-        unclear = [job for job in jobs if (found := fates[job.id]) is None or found.told]
+        unclear = [job for job in jobs if (found := fates[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
-        if unclear:
+        if unclear or self.trouble:  # else nobody would notice that Slurm is back
             self.look(self.config.batch_interval_s)
+        claimed = {job.mark for job in unclear if read_claim(self.data.job(job.mark), job.attempt) is not None}
         judged = {job.id: self.fate(job, fates[job.id]) for job in unclear}
-        for job in unclear:
-            if judged[job.id].cause is Cause.INFRASTRUCTURE:
-                self.fence(job)
+        given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
+        for job in given_up:
+            if not self.fence(job) and job.mark not in claimed:
+                judged[job.id] = Fate(True)  # it begins just now
+        if given_up:
+            self.scancel([job.mark for job in given_up if not judged[job.id].alive])
         ended = [job for job in jobs if not (judged.get(job.id) or cast(Fate, fates[job.id])).alive]
         self.forget(ended)
         return {**cast("dict[int, Fate]", fates), **judged}
@@ -4247,17 +4263,12 @@ class SlurmExecutor:
         return slurm_fate(known, traces, self.config.vanish_grace_s)
 
     def fence(self, job: Job) -> bool:
-        """See to it that an attempt that is given up never begins: its claim is ours, and Slurm is asked to forget it.
-
-        True where it had not begun, and so never will, whatever Slurm does.
-        """
+        """Take the claim of an attempt. True where it had not begun, and so never will, whatever Slurm does."""
         try:
             os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            never = True
+            return True
         except OSError:
-            never = False
-        self.scancel([job.mark])
-        return never
+            return False
 
     def scancel(self, marks: Sequence[str]) -> None:
         """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
@@ -4270,7 +4281,9 @@ class SlurmExecutor:
 
     def cancel(self, job: Job) -> None:
         self.watched.setdefault(job.mark, job)
-        never, asked = self.fence(job), time.monotonic()
+        never = self.fence(job)
+        self.scancel([job.mark])
+        asked = time.monotonic()
         while not self.is_over(job, asked) and not (never and self.trouble):
             if time.monotonic() > asked + self.config.kill_grace_s:
                 raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
@@ -4328,6 +4341,7 @@ SEARCH_LIMIT = 5_000  # jobs in one question; DiracX pages beyond 10,000
 SUBMIT_SETTLE_S = 90.0  # a submission whose answer was lost may still be worked on so long,
 RESTART_SETTLE_S = 10.0  # and one that a crash of the client cut off so long after its start
 JUDGES = 3  # outputs that are fetched at once
+FETCH_PATIENCE_S = 3600.0  # so long outputs that are damaged, or have no room here, are fetched again
 FORGET_S = 60.0  # a job that nobody asks for is kept in mind so long
 LAUNCHER, OUTPUT_ARCHIVE = "joborch.sh", "joborch-output.tar.gz"
 NOT_BEGUN = frozenset(("Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Rescheduled"))
@@ -4450,7 +4464,7 @@ def launcher(job: Job, kill_grace_s: float) -> bytes:
     words = payload_environment(job, Path(), {})
     words.pop("TMPDIR")
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in words.items())
-    arguments = f"{job.attempt} {job.timeout:g} {kill_grace_s:g}" if job.timeout else str(job.attempt)
+    arguments = f"{job.attempt} {job.timeout:.3f} {kill_grace_s:.3f}" if job.timeout else str(job.attempt)
     text = LAUNCHER_TEXT.replace("@ARGUMENTS@", arguments).replace("@ARCHIVE@", OUTPUT_ARCHIVE)
     return os.fsencode(text.replace("@EXPORTS@", exports))  # last: a value may look like one of the others
 
@@ -4495,6 +4509,23 @@ def nobodys(member: Any) -> Any:
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member
+
+
+def careful_members() -> Any:
+    """Return a class of archive members that refuses what tarfile would read into memory whole: endless names, and maps of holes."""
+    import tarfile
+
+    class Member(tarfile.TarInfo):
+        def _proc_member(self, archive: Any) -> Any:  # the one place where every kind of header passes, from Python 3.9 to 3.13
+            extension = self.type in (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+            if self.type == tarfile.GNUTYPE_SPARSE or (extension and self.size > MIB):
+                raise tarfile.ReadError("a header that is too large")
+            return cast(Any, super())._proc_member(archive)
+
+        def _proc_gnusparse_10(self, *_: Any) -> None:
+            raise tarfile.ReadError("a map of holes")
+
+    return Member
 
 
 UNPACKED = re.compile(r"work|stdout|stderr|exit\.json|started\.[0-9]+")
@@ -4624,6 +4655,8 @@ class DiracLogin:
             return self.parse(self.path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SystemAway(f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`") from error
+        except UnicodeDecodeError:
+            raise SystemAway(f"DIRAC: {self.path} holds no login: log in with `dirac login`") from None
 
     def parse(self, text: str) -> dict[str, Any]:
         try:
@@ -4665,8 +4698,11 @@ class DiracLogin:
         return f"DIRAC: the login ended at {at_clock(when)}{valid}: {again}"
 
     def owner(self) -> str:
-        """Return who is logged in, as DIRAC calls the owner of a job."""
-        return str(claims(self.read()["access_token"]).get("preferred_username", ""))
+        """Return who is logged in, as DIRAC calls the owner of a job; SystemAway where the token does not say: nobody's jobs are ours."""
+        name = claims(self.read()["access_token"]).get("preferred_username")
+        if not name or not isinstance(name, str):
+            raise SystemAway(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
+        return str(name)
 
     def token(self, refused: str = "") -> str:
         """Return an access token that is valid for a while, and is not the `refused` one; SystemAway where there is none."""
@@ -4720,9 +4756,13 @@ class DiracLogin:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        file.seek(0)
-        file.write(json.dumps(new))
-        file.truncate()
+        try:
+            file.seek(0)
+            file.write(json.dumps(new))
+            file.truncate()
+            file.flush()
+        except OSError as error:  # the new one is in its place: only who holds the old file open misses it
+            log.warning("DIRAC: %s: %s", self.path, os.strerror(error.errno or 0))
         return new
 
     @contextlib.contextmanager
@@ -4853,12 +4893,12 @@ class DiracService:
                 digest.update(chunk)
                 size += len(chunk)
                 if size > OUTPUT_LIMIT_BYTES:
-                    raise SystemAway(f"DIRAC: {pfn} is larger than {OUTPUT_LIMIT_BYTES // MIB} MiB")
+                    raise BadSandbox(f"{pfn} is larger than {OUTPUT_LIMIT_BYTES // MIB} MiB")
                 target.write(chunk)
         except OSError:
             raise
-        except Exception as error:  # urllib3's, of many kinds; SystemAway of ours goes on as it is
-            raise error if isinstance(error, SystemAway) else SystemAway(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
+        except Exception as error:  # urllib3's, of many kinds; BadSandbox of ours goes on as it is
+            raise error if isinstance(error, BadSandbox) else SystemAway(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
         finally:
             answer.close()
         if answer.status != 200 or f":{digest.hexdigest()}." not in pfn:
@@ -4921,6 +4961,8 @@ class DiracExecutor:
         self.unbegun: set[int] = set()  # jobs that were ended before a pilot had them
         self.born = self.clock.monotonic()
         self.lost: dict[str, float] = {}  # by mark, monotonic: submissions whose answer was lost
+        self.bringing: dict[str, threading.Lock] = {}  # by mark: held while outputs are fetched
+        self.fetch_failed: dict[str, float] = {}  # by mark, monotonic: since when they have been tried
         self.judging: set[str] = set()  # marks of which the outputs are being fetched
         self.judged: dict[str, float] = {}  # by mark: `asked_at` of what was judged last
         self.verdicts: dict[str, Fate] = {}  # by mark
@@ -4993,19 +5035,34 @@ class DiracExecutor:
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         names = {job_name(job.mark): job.mark for job in jobs}
         with self.noted():
-            rows = self.service.search("JobName", list(names))
-        handles: dict[str, str] = {}
-        for row in rows:
+            rows = self.search("JobName", list(names))
+        handles = {mark: "" for mark in names.values() if self.may_come(mark)}
+        for row in sorted(rows, key=lambda row: row["Status"] in GRID_ENDED):  # what has not ended counts first
             mark = names.get(row["JobName"])  # None: a database may find it by another case
-            if mark in handles:
-                log.warning("DIRAC has job %s beside job %s for %s: it is ended", row["JobID"], handles[mark], mark)
-                self.kill(row)
+            if mark and handles.get(mark):
+                self.end_twin(row, handles[mark])
             elif mark:
                 handles[mark] = str(row["JobID"])
                 self.lost.pop(mark, None)
-        if any(self.may_come(mark) for mark in names.values() if mark not in handles):
-            raise SystemAway("DIRAC: the answer to a submission was lost, and it may still be worked on")
         return handles
+
+    def end_twin(self, row: Row, handle: str) -> None:
+        """End a second job of one attempt: a submission whose answer was lost got through after all."""
+        if row["Status"] not in GRID_ENDED:
+            log.warning("DIRAC has job %s beside job %s for %s: it is ended", row["JobID"], handle, row["JobName"])
+            with contextlib.suppress(StillRunning, SystemAway):  # it is found again, or is of no harm: its outputs are nobody's
+                self.kill(row)
+
+    def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
+        """Return the rows of our jobs with these values; SystemAway also where somebody else is logged in now: his jobs are not ours."""
+        now, note = self.service.login.owner(), self.data.path / "dirac-owner"
+        known = note.read_text(encoding="utf-8") if note.exists() else ""
+        if known and known != now:
+            remedy = f"log in as {known}, or remove {note} when none of them runs"
+            raise SystemAway(f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}")
+        if not known:
+            write_atomic(note, now.encode(), 0o600)
+        return self.service.search(parameter, values)
 
     def may_come(self, mark: str) -> bool:
         """Tell whether a submission that is not found may still be on its way."""
@@ -5020,10 +5077,12 @@ class DiracExecutor:
             now = self.clock.monotonic()
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
                 return
-            self.asked_at = now  # also where it fails
             wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
+            if not wanted and not self.trouble:
+                return
+            self.asked_at = now  # also where it fails
             with self.noted():
-                found = {int(row["JobID"]): row for row in self.service.search("JobID", sorted(wanted))} if wanted else {}
+                found = {int(row["JobID"]): row for row in self.search("JobID", sorted(wanted) or [0])}
             keys = {(number, self.aspect(found.get(number))) for number in wanted}
             self.since = {key: self.since.get(key, now) for key in keys}
             self.rows, self.asked_for = found, wanted
@@ -5057,6 +5116,8 @@ class DiracExecutor:
             self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in self.polled}
             self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
             self.fetched &= set(self.polled)
+            self.bringing = {mark: lock for mark, lock in self.bringing.items() if mark in self.polled}
+            self.fetch_failed = {mark: since for mark, since in self.fetch_failed.items() if mark in self.polled}
 
     def fate(self, job: Job) -> Fate:
         number, row = int(job.handle or 0), self.row_of(job)
@@ -5144,17 +5205,20 @@ class DiracExecutor:
     def stop(self, job: Job) -> None:
         """Return when a job surely runs no more; StillRunning, SystemAway."""
         handle = job.handle or self.find([job]).get(job.mark)
-        if not handle:
+        if handle is None:
             return
+        if not handle:
+            raise SystemAway("DIRAC: whether its submission got through is waited for")
         job, number = job._replace(handle=handle), int(handle)
-        self.look([number], at_once=number not in self.killing)
+        self.look([number], at_once=True)
         row = self.row_of(job)
         if row and row["Status"] not in GRID_ENDED:
             self.killing.add(number)
             self.kill(row)
             self.look([number], at_once=True)
             after = self.row_of(job)
-            if row["Status"] in NOT_BEGUN and after and after["HeartBeatTime"] == row["HeartBeatTime"]:
+            silent = after is not None and (after["HeartBeatTime"], after["StartExecTime"]) == (row["HeartBeatTime"], row["StartExecTime"])
+            if row["Status"] in NOT_BEGUN and silent:
                 self.unbegun.add(number)  # no pilot has it, and none gets it any more
             elif after:
                 raise StillRunning(f"DIRAC: job {number} is marked for its pilot to end it")
@@ -5179,36 +5243,42 @@ class DiracExecutor:
         """Bring the outputs of a job into its folder, if they are not there: the exit file last, so that a crash is no harm. SystemAway."""
         if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
             return
-        for pfn in self.outputs_of(int(job.handle)):
-            room = Path(tempfile.mkdtemp(dir=self.data.tmp))
-            try:
-                with self.noted():
-                    self.bring(pfn, room, self.data.job(job.mark))
-            except BadSandbox as error:
-                log.error("DIRAC: outputs of job %s are not used: %s", job.handle, error)
-                continue
-            except OSError as error:
-                raise SystemAway(f"DIRAC: outputs cannot be stored: {os.strerror(error.errno or 0)}") from error
-            finally:
-                remove_tree(room)
-            self.fetched.add(job.mark)
-            return
+        with self.lock:
+            taken = self.bringing.setdefault(job.mark, threading.Lock())
+        with taken:  # poll and cancel may both want them
+            if not read_exit(self.data.job(job.mark)) and any(self.bring(job, pfn) for pfn in self.outputs_of(int(job.handle))):
+                self.fetched.add(job.mark)
 
-    def bring(self, pfn: str, room: Path, folder: Path) -> None:
-        """Bring one output sandbox into a payload's folder, by way of `room`."""
-        with open(room / "sandbox", "w+b") as file:
-            self.service.download(pfn, file)
-        unpack_outputs(room, pfn, self.config.min_free_bytes)
-        sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
-        crash_point("dirac.unpacked")
-        exchange(room / "out", folder)
+    def bring(self, job: Job, pfn: str) -> bool:
+        """Bring one output sandbox into a payload's folder; False where it is of no use. SystemAway where it is worth another try.
+
+        What fails for FETCH_PATIENCE_S is of no use: it would hold a slot and its user's quota for ever.
+        """
+        room, first = Path(tempfile.mkdtemp(dir=self.data.tmp)), self.fetch_failed.setdefault(job.mark, self.clock.monotonic())
+        try:
+            with open(room / "sandbox", "w+b") as file:
+                self.service.download(pfn, file)
+            unpack_outputs(room, pfn, self.config.min_free_bytes)
+            sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
+            crash_point("dirac.unpacked")
+            exchange(room / "out", self.data.job(job.mark))
+        except (BadSandbox, SystemAway, DiracRefusal, OSError, LookupError, TypeError, ValueError) as error:
+            text = f"outputs of job {job.handle} cannot be had: {one_line(str(error), 200)}"
+            log.warning("DIRAC: %s", text)
+            if isinstance(error, BadSandbox) or self.clock.monotonic() - first > FETCH_PATIENCE_S:
+                return False
+            raise SystemAway(f"DIRAC: {text}") from error
+        finally:
+            remove_tree(room)
+        self.fetch_failed.pop(job.mark, None)
+        return True
 
     # -- what nobody knows of, and what is to be known before --
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         try:
             with self.noted():
-                rows = self.service.search("JobName", [job_name(mark) for mark in marks]) if marks else []
+                rows = self.search("JobName", [job_name(mark) for mark in marks]) if marks else []
             for row in rows:
                 if row["Status"] not in GRID_ENDED:
                     self.kill(row)
@@ -5218,9 +5288,12 @@ class DiracExecutor:
     def examine(self) -> Iterator[Finding]:
         try:
             name = self.service.login.owner()
-            self.service.search("JobName", ["none"])
+            self.search("JobName", ["none"])
         except (SystemAway, DiracRefusal) as error:
             yield Finding(False, str(error))
+            return
+        except (LookupError, TypeError, AttributeError, ValueError):
+            yield Finding(False, f"{self.config.dirac_url} does not answer as DiracX does: look at JOBORCH_DIRAC_URL")
             return
         until = self.login_valid_until()
         left = f" until {at_clock(until)}; before that, log in again with `dirac login`" if until else ""
@@ -5244,14 +5317,15 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
                 if not shutil.which("zstd"):
                     raise SystemAway("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
                 unpacker = stack.enter_context(subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE))
-                outer = stack.enter_context(tarfile.open(fileobj=unpacker.stdout, mode="r|"))
+                outer = stack.enter_context(tarfile.open(fileobj=unpacker.stdout, mode="r|", tarinfo=careful_members()))
             else:
-                outer = stack.enter_context(tarfile.open(folder / "sandbox", mode="r|*"))
+                outer = stack.enter_context(tarfile.open(folder / "sandbox", mode="r|*", tarinfo=careful_members()))
             member = next((member for member in outer if member.isreg() and os.path.basename(member.name) == OUTPUT_ARCHIVE), None)
             if member is None:
                 raise BadSandbox(f"there is no {OUTPUT_ARCHIVE} in it")
             stream = cast("IO[bytes]", outer.extractfile(member))
-            inner = stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz", encoding="utf-8", errors="surrogateescape"))
+            names: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": careful_members()}
+            inner = stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz", **names))
             left_out = unpack(inner, folder / "out", spare_bytes)
     except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
@@ -6474,8 +6548,8 @@ def report(server: Server, link: Link, said: Any) -> None:
 
 
 def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Keep in mind what a payload waits for at its client: in the line of a batch system, as a rule."""
-    if payload["status"] == Status.PREPARED.value and payload["reason"]:
+    """Keep in mind what a payload waits for at its client: a place in a batch system, or that this answers again."""
+    if payload["status"] in (Status.PREPARED.value, Status.RUNNING.value) and payload["reason"]:
         link.notes[job.id] = payload["reason"]
     else:
         link.notes.pop(job.id, None)
@@ -6864,7 +6938,7 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
         return job.reason
     if job.status in BUSY and link and link.trouble:
         return f"{link.name} {link.trouble}"
-    return link.notes.get(job.id) if link and job.status is Status.SUBMITTED else None
+    return link.notes.get(job.id) if link and job.status in BUSY else None
 
 
 def follows_text(server: Server, job: Job) -> str:
@@ -6934,7 +7008,8 @@ class Client(Node):
         self.executor = EXECUTORS[config.executor](data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
         self.holds: dict[str, Hold] = {}  # by service, "" for all: why nothing is started
-        self.stubborn: dict[int, str] = {}  # by payload id: what does not end yet, and why, as it was logged
+        self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
+        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and not taken
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
@@ -6958,9 +7033,10 @@ def run_tick(client: Client) -> bool:
     start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll(started)
+    problem = client.executor.problem()
     for job in started:
         if fates[job.id].alive:
-            follow(client, job, fates[job.id])
+            follow(client, job, fates[job.id], problem)
     ended = [job for job in started if not fates[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
@@ -6971,22 +7047,28 @@ def run_tick(client: Client) -> bool:
     return bool(ended)
 
 
-def follow(client: Client, job: Job, fate: Fate) -> None:
-    """Note what a payload waits for that has not begun, or that it has begun: servers hear of both."""
-    if job.started_at is not None:
-        return
-    if fate.waits:
-        note(client, job.id, fate.waits)
-    else:
-        client.notes.pop(job.id, None)
+def follow(client: Client, job: Job, fate: Fate, problem: str) -> None:
+    """Note that a payload has begun, or what it waits for, or why nothing is known of it now: servers hear of all three."""
+    if job.started_at is None and not fate.waits:
         client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
+    note(client, job.id, problem or fate.waits)
 
 
 def note(client: Client, job_id: int, text: str) -> None:
-    """Note what a payload waits for; servers are told where that is news."""
-    if client.notes.get(job_id) != text:
-        client.notes[job_id] = text
-        client.store.tell(job_id)
+    """Note what a payload waits for, or that it waits for nothing; servers are told where that is news."""
+    if client.notes.get(job_id, "") == text:
+        return
+    client.notes[job_id] = text
+    if not text:
+        del client.notes[job_id]
+    client.store.tell(job_id)
+
+
+def let_go(client: Client, job_id: int) -> None:
+    """Keep nothing in mind of a payload that is over."""
+    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn)
+    for table in tables:
+        table.pop(job_id, None)
 
 
 def shown_status(job: Job) -> Status:
@@ -7000,12 +7082,11 @@ def hold_of(client: Client, service: str | None) -> Hold | None:
     return next((hold for hold in holds if hold and client.clock.monotonic() < hold.until), None)
 
 
-def problem_of(client: Client, service: str | None = None) -> str:
-    """Return why nothing can be started now, of a service or, where none is given, of any; an empty text where all is well."""
-    now, holds = client.clock.monotonic(), dict(client.holds)
-    if service is not None:
-        holds = {key: hold for key, hold in holds.items() if key in ("", service)}
-    return client.executor.problem() or next((hold.reason for hold in holds.values() if now < hold.until), "")
+def problem_of(client: Client, for_all: bool = False) -> str:
+    """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
+    now = client.clock.monotonic()
+    held = [hold.reason for key, hold in list(client.holds.items()) if now < hold.until and not (for_all and key)]
+    return client.executor.problem() or (held[0] if held else "")
 
 
 def hold(client: Client, service: str | None, error: SystemAway) -> None:
@@ -7048,20 +7129,32 @@ def begin(client: Client, job: Job) -> bool:
     if problem:
         client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
         return False
-    with client.lock:
-        client.ending.add(job.id)  # nobody ends it between row and handle: there would be nothing to end yet
-    try:
-        launch(client, job)
-    finally:
-        with client.lock:
-            client.ending.discard(job.id)
+    with kept_from_ending(client, job) as free:
+        if free:
+            launch(client, job)
     client.wake("end")
-    return True
+    return free
+
+
+@contextlib.contextmanager
+def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
+    """Let nobody end a payload between row and handle: there would be nothing to end yet. False where somebody does just now."""
+    with client.lock:
+        free = job.id not in client.ending
+        client.ending.update({job.id} if free else ())
+    try:
+        yield free
+    finally:
+        if free:
+            with client.lock:
+                client.ending.discard(job.id)
 
 
 def launch(client: Client, job: Job) -> None:
     """Start one payload that can run, unless it is not Prepared any more."""
-    if client.store.move(job, Status.RUNNING, "", started_at=None if client.executor.in_line else client.clock.wall()):
+    # What a batch system was given outlives a power failure of this machine: the mark must, too.
+    in_line = client.executor.in_line
+    if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
         crash_point("run.marked")
         hand_over(client, job)
 
@@ -7075,6 +7168,7 @@ def hand_over(client: Client, job: Job) -> None:
     try:
         handle = client.executor.start(job)
     except SystemAway as error:
+        client.tried[job.id] = client.clock.monotonic()
         hold(client, job.service, error)
         note(client, job.id, str(error))
     except CannotRun as error:
@@ -7085,14 +7179,17 @@ def hand_over(client: Client, job: Job) -> None:
         crash_point("run.started")
         client.holds.pop("", None)
         client.holds.pop(job.service or "-", None)
+        client.tried.pop(job.id, None)
         keep_handle(client, job, handle)
         crash_point("run.stored")
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    client.notes.pop(job.id, None)
-    client.store.move(client.store.get(job.id) or job, Status.FAILED, reason, cause=cause.value)
+    let_go(client, job.id)
+    current = client.store.get(job.id)
+    if current is not None and current.status is Status.RUNNING:
+        client.store.move(current, Status.FAILED, reason, cause=cause.value)
 
 
 def keep_handle(client: Client, job: Job, handle: str) -> None:
@@ -7153,7 +7250,7 @@ def finish(client: Client, job: Job, fate: Fate) -> None:
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
         client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
-    client.notes.pop(job.id, None)
+    let_go(client, job.id)
 
 
 def limit_text(job: Job, folder: Path) -> str:
@@ -7225,19 +7322,20 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
+            with contextlib.suppress(SystemAway):  # what it left is worth having, and not worth waiting for
+                client.executor.collect(job)
         started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
             client.store.move(job, Status.FAILED, limit_text(job, folder), cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        client.notes.pop(job.id, None)
-        client.stubborn.pop(job.id, None)
+        let_go(client, job.id)
     except StillRunning as error:
-        if client.stubborn.get(job.id) != str(error):
-            client.stubborn[job.id] = str(error)
+        if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
-        return False
+        client.stubborn[job.id] = (str(error), client.clock.monotonic())
+        return True  # others that shall end are not kept waiting by this one
     finally:
         with client.lock:
             client.ending.discard(job.id)
@@ -7246,11 +7344,13 @@ def end_tick(client: Client) -> bool:
 
 
 def take_for_ending(client: Client) -> Job | None:
-    """Return a payload that shall end and that no other thread is ending."""
+    """Return a payload that shall end, that no other thread is ending, and that was not tried a moment ago."""
+    before = client.clock.monotonic() - client.config.run_interval_s
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
-                if job.kill_requested_at is None or job.id in client.ending:
+                lately = job.id in client.stubborn and client.stubborn[job.id][1] > before
+                if job.kill_requested_at is None or job.id in client.ending or lately:
                     continue
                 client.ending.add(job.id)
             current = client.store.get(job.id)  # it may have been started since the list was read: its handle is to be seen
@@ -7286,6 +7386,8 @@ def adopt(client: Client) -> None:
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
     """Find again what was started before a crash or a lost answer, or start what provably never was."""
+    before = client.clock.monotonic() - FIND_AGAIN_S
+    cut_off = [job for job in cut_off if client.tried.get(job.id, before) <= before]
     if not cut_off or all(hold_of(client, job.service) for job in cut_off):
         return
     try:
@@ -7295,12 +7397,25 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
         for job in cut_off:
             note(client, job.id, str(error))
         return
-    for job in cut_off:
-        if job.mark in handles:
-            client.store.note(JOB_HANDLE, id=job.id, handle=handles[job.mark])
+    for job in sorted(cut_off, key=lambda job: client.tried.get(job.id, 0.0)):  # one that is never taken keeps no other waiting
+        handle = handles.get(job.mark)
+        if handle:
+            client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+        elif handle is not None:
+            client.tried[job.id] = client.clock.monotonic()
+            note(client, job.id, "whether its submission, which was cut off, got through is waited for")
         elif not hold_of(client, job.service):
+            start_now(client, job)
+
+
+def start_now(client: Client, job: Job) -> None:
+    """Start a payload that was marked and never started, unless it shall end meanwhile."""
+    with kept_from_ending(client, job) as free:
+        current = client.store.get(job.id)
+        if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
             log.warning("payload %d was marked and never started: it is started now", job.id)
-            hand_over(client, job)
+            hand_over(client, current)
+    client.wake("end")
 
 
 def distrust(client: Client) -> None:
@@ -8500,10 +8615,12 @@ def payload_json(client: Client, job: Job) -> dict[str, Any]:
 
 def event_json(client: Client, job: Job) -> dict[str, Any]:
     """Return what our server wants to know of a payload."""
-    names = ("id", "uuid", "attempt", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
+    names = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
     said = {name: getattr(job, name) for name in names}
-    waits = {"reason": client.notes.get(job.id, "")} if job.status is Status.RUNNING and job.started_at is None else {}
-    return {**said, "status": shown_status(job).value, **waits}
+    said["status"] = shown_status(job).value
+    if job.status is Status.RUNNING:
+        said["reason"] = client.notes.get(job.id, "")
+    return said
 
 
 def known_payload(client: Client, request: Request, text: str) -> Job:
@@ -8586,7 +8703,7 @@ def submit(client: Client, request: Request) -> Answer:
     job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
     if job is not None:
         return Answer(payload_json(client, job))
-    problem = problem_of(client, new.service)
+    problem = problem_of(client, for_all=True)
     if problem:  # where others can run it, it need not wait here
         raise Refusal(503, problem, Retry_After="10")
     folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
@@ -8920,6 +9037,15 @@ HEALTHY = Gives("all is well", JSON_TYPE, EXAMPLE_HEALTH)
 UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status": "error", "database": "error"})
 
 
+def counts_json(client: Client) -> dict[str, int]:
+    """Return how many payloads run, are queued here, and wait in the line of a batch system."""
+    handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
+    waiting = 0
+    if client.executor.in_line:
+        waiting = sum(job.started_at is None for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000))
+    return {"running": handed - waiting, "queued": queued, "waiting": waiting}
+
+
 @route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
 def health(node: Node, request: Request) -> Answer:
     """Tell whether the process works: the database is read and written."""
@@ -8928,13 +9054,7 @@ def health(node: Node, request: Request) -> Answer:
     try:
         node.store.check()
         if isinstance(node, Client):
-            counts = {
-                name: node.store.number(COUNT_IN, status=status.value)
-                for name, status in (("running", Status.RUNNING), ("queued", Status.PREPARED))
-            }
-            said.update(
-                executor=node.config.executor, **room_json(node), **counts, waiting=len(node.notes), problem=problem_of(node) or None
-            )
+            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
     except StorageError as error:
         log.error("health: %s", error)
         return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})

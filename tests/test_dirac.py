@@ -229,7 +229,7 @@ def test_the_launcher_quotes_what_users_say(any_job: Job, tmp_path: Path) -> Non
     text = joborch.launcher(job, 5.0).decode()
     (tmp_path / "wrapper.sh").write_text('echo "$JOBORCH_SERVICE|$JOBORCH_JOB_ID|$2 $3"; exit 222')
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == f"{job.service}|{job.remote_id}|1 90\n"
+    assert done.stdout == f"{job.service}|{job.remote_id}|1 90.000\n"
     assert not (tmp_path / "pwned").exists()
     assert done.returncode == 1, "222 would make DIRAC run the job again"
 
@@ -651,7 +651,7 @@ def test_a_damaged_sandbox_is_not_used(bench: Bench, caplog: pytest.LogCaptureFi
     pilot.wait().start()
     pilot.upload_bytes(b"rubbish" + str(pilot.number).encode())
     pilot.say("Done", "Execution Complete")
-    assert bench.end(job).cause is Cause.INFRASTRUCTURE and "are not used" in caplog.text
+    assert bench.end(job).cause is Cause.INFRASTRUCTURE and "cannot be had: it is damaged" in caplog.text
 
 
 def test_outputs_that_arrive_damaged_are_fetched_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -734,8 +734,7 @@ def test_a_submission_that_may_still_be_worked_on_is_not_given_up(bench: Bench, 
     monkeypatch.setattr(bench.executor.service, "send", silent)
     with pytest.raises(SystemAway, match="lost"):
         bench.executor.start(job)
-    with pytest.raises(SystemAway, match="may still be worked on"):
-        bench.executor.find([job])
+    assert bench.executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     monkeypatch.setattr(joborch, "SUBMIT_SETTLE_S", 0.0)
     assert bench.executor.find([job]) == {}
 
@@ -743,10 +742,58 @@ def test_a_submission_that_may_still_be_worked_on_is_not_given_up(bench: Bench, 
 def test_a_submission_that_a_crash_cut_off_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joborch, "RESTART_SETTLE_S", 60.0)
     job = bench.payload("true")
-    with pytest.raises(SystemAway, match="may still be worked on"):
-        bench.executor.find([job])
+    assert bench.executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     handle = bench.executor.start(job)
     assert bench.executor.find([job]) == {job.mark: handle}
+
+
+def test_a_twin_is_ended_and_one_that_has_ended_is_left_alone(bench: Bench) -> None:
+    """Two answers were lost: the attempt is what has not ended."""
+    job = bench.payload("true")
+    first, second = bench.executor.start(job), bench.executor.start(job)
+    bench.pilot(changed(job, handle=first)).run()
+    assert bench.executor.find([job]) == {job.mark: second}
+    third = bench.executor.start(job)
+    assert bench.executor.find([job]) == {job.mark: second}
+    assert bench.diracx.rows(JobID=int(third))[0]["Status"] == "Killed"
+
+
+def test_nothing_is_known_of_jobs_while_somebody_else_is_logged_in(bench: Bench) -> None:
+    """They are neither given up nor submitted again; nor where a token does not say whose it is."""
+    job, _ = bench.start("true")
+    assert bench.fate(job).waits.startswith("DIRAC: Received")
+    write_login(Path(bench.config.dirac_credentials), {"access_token": bench.diracx.bob, "refresh_token": "none"})
+    assert bench.fate(job).alive
+    assert "bob is logged in, and this client's jobs are alice's" in bench.executor.problem()
+    for token in (bench.diracx.bob, "opaque"):
+        write_login(Path(bench.config.dirac_credentials), {"access_token": token, "refresh_token": "none"})
+        with pytest.raises(SystemAway, match=r"logged in|whose it is"):
+            bench.executor.find([job])
+        with pytest.raises(StillRunning):
+            bench.executor.cancel(job)
+    write_login(Path(bench.config.dirac_credentials), {"access_token": bench.diracx.alice, "refresh_token": "none"})
+    assert bench.fate(job).waits.startswith("DIRAC: Received")
+    assert bench.executor.problem() == ""
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
+def test_no_header_of_an_archive_fills_the_memory(kind: bytes, tmp_path: Path) -> None:
+    """A few hundred KiB that become many MiB, and would be read at once; the inner archive and the outer one."""
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 64 << 20
+    bomb = header.tobuf(tarfile.GNU_FORMAT) + bytes(64 << 20) + tar_of(("work/a", tarfile.REGTYPE, "a")).getvalue()
+    packed = gzip.compress(bomb, 1)
+    member = tarfile.TarInfo(joborch.OUTPUT_ARCHIVE)
+    member.size = len(packed)
+    outer = io.BytesIO()
+    with tarfile.open(fileobj=outer, mode="w") as archive:
+        archive.addfile(member, io.BytesIO(packed))
+    for data in (bomb, outer.getvalue()):
+        folder = tmp_path / str(len(data))
+        folder.mkdir()
+        (folder / "sandbox").write_bytes(data)
+        with pytest.raises(joborch.BadSandbox, match=r"too large|map of holes"):
+            joborch.unpack_outputs(folder, "x.tar.bz2", 0)
 
 
 @pytest.mark.parametrize("point", ["dirac.uploaded", "dirac.submitted"])

@@ -684,10 +684,11 @@ def test_no_secret_is_passed_on(environment: dict[str, str], secret: str) -> Non
 
 
 def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
-    config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {})
+    config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
     for name, make in joborch.EXECUTORS.items():
         made = make(bench.data, config)
-        for method in ("start", "find", "poll", "cancel", "collect"):
+        assert isinstance(made.in_line, bool)
+        for method in ("start", "find", "poll", "cancel", "collect", "end_orphans", "problem", "examine"):
             assert callable(getattr(made, method)), f"{name} lacks {method}"
 
 

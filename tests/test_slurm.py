@@ -90,6 +90,11 @@ def test_garbage_of_squeue_is_no_news(text: str) -> None:
         parse_squeue(text)
 
 
+def test_a_name_that_breaks_its_line_hides_no_other() -> None:
+    """Any script of the same user can submit such a job."""
+    assert parse_squeue("\n".join([line(JobID="16", Name="two"), "lines", line()])) == parse_squeue(line())
+
+
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=100).map(str.strip))
 def test_no_reason_moves_a_line(reason: str) -> None:
     assert parse_squeue(line(Reason=reason))[NAME].reason == reason
@@ -120,6 +125,10 @@ TOO_WIDE = f"sbatch: error: CPU count per node can not be satisfied\n{FAILED}Req
         ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", NotTaken),
         ("sbatch", TOO_MANY, NotTaken),
         ("sbatch", TOO_WIDE, CannotRun),
+        ("sbatch", f"{FAILED}Memory required by task is not available", CannotRun),
+        ("sbatch", f"{FAILED}Requested topology configuration is not available", CannotRun),
+        ("sbatch", f"{FAILED}Requested partition configuration not available now", NotTaken),
+        ("sbatch", "sbatch: fatal: Could not establish a configuration source", SystemAway),
         ("sbatch", f"{FAILED}Requested time limit is invalid (missing or exceeds some limit)", CannotRun),
         ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", SystemAway),
         ("squeue", "", SystemAway),
@@ -243,7 +252,8 @@ def test_whose_doing_an_end_was(state: str, cause: Cause, ended: Fate | None) ->
 def test_cancelled_by_nobody() -> None:
     """Seen where slurmctld came back from a kill -9 and gave an id out again: the node would not start it, and Slurm says CANCELLED."""
     traces = {"claimed": False, "begun": False, "claimed_before": False}
-    assert fate_of("CANCELLED", nodes="n1", **traces) == Fate(True), "the claim may come to sight late"
+    unseen = fate_of("CANCELLED", nodes="n1", **traces)
+    assert (unseen.alive, "traces are waited for" in unseen.waits) == (True, True), "the claim may come to sight late"
     found = fate_of("CANCELLED", nodes="n1", missed_s=GRACE_S, **traces)
     assert (found.cause, "could not start it on n1" in found.reason) == (Cause.INFRASTRUCTURE, True)
     assert fate_of("CANCELLED", **traces).cause is Cause.CANCELLED, "while it was pending"
@@ -269,6 +279,15 @@ def test_a_job_that_slurm_has_forgotten_has_not_failed() -> None:
     assert fate_of(None, missed_s=GRACE_S - 1) == Fate(True)
     assert fate_of(None, missed_s=GRACE_S).cause is Cause.INFRASTRUCTURE
     assert fate_of(None, missed_s=GRACE_S, ended=Fate(False, 143, told=True)).cause is Cause.INFRASTRUCTURE
+
+
+def test_a_script_that_was_killed_may_have_been_killed_for_its_memory() -> None:
+    """The kernel ends run.sh alone, and its wrapper lives: Slurm says whose doing it was."""
+    killed = Fate(False, 137)
+    assert fate_of("RUNNING", ended=killed) == Fate(True), "it is still to say so"
+    assert fate_of("OUT_OF_MEMORY", ended=killed).cause is Cause.LIMIT
+    assert fate_of("FAILED", ended=killed, words="slurmstepd: error: Detected 1 oom-kill event(s)").cause is Cause.LIMIT
+    assert fate_of("FAILED", ended=killed) == fate_of(None, ended=killed) == killed
 
 
 def test_a_second_run_is_another_attempt() -> None:
@@ -463,7 +482,7 @@ def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cl
     begun(pair, stepping)
     assert pair.server.post(f"/terminate/{stepping}").json()["status"] == "Killed"
     assert cluster.show(mark_of(pair, stepping))["JobState"] == "CANCELLED"
-    assert not subprocess.run(["pgrep", "-u", str(NOBODY_UID), "sleep"], capture_output=True, check=False).stdout
+    assert not subprocess.run(["pgrep", "-u", str(NOBODY_UID), "-f", "sleep 300"], capture_output=True, check=False).stdout
     for number in running:
         wait_status(pair.server, number, "Completed", limit_s=30)
     assert not (open_folder / "ran").exists()
@@ -514,10 +533,10 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     pair = slurm().start()
     cluster.lie("sbatch", "slow")
     number = submit(pair.server, "echo done > result")
-    wait_for(lambda: pair.client.get("/health").json()["running"], 20, "the payload handed over")
+    wait_for(lambda: pair.client.get("/health").json()["waiting"], 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
-    assert "still under way" in wait_for(lambda: pair.client.get("/health").json()["problem"], 20, "the problem")
+    wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 20, "the reason")
     assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
     assert len(cluster.jobs(mark_of(pair, number))) == 1
 
@@ -696,10 +715,32 @@ def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.Dat
         cluster.lie("sbatch", "")
         cluster.lie("squeue", "")
     wait_for(lambda: executor.look(0.0), 10, "an answer")
-    with pytest.raises(SystemAway, match="whether Slurm has the job"):
-        executor.find([job])
+    assert executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     executor.unsure.clear()
     assert executor.find([job]) == {}
+
+
+def test_that_slurm_is_back_is_seen_without_a_job_to_ask_for(executor: joborch.SlurmExecutor) -> None:
+    """Else the client would refuse all jobs for ever."""
+    executor.away(SystemAway("squeue did not answer"))
+    wait_for(lambda: executor.poll([]) or not executor.problem(), 10, "no problem")
+
+
+def test_what_begins_while_it_is_given_up_is_not_given_up(
+    executor: joborch.SlurmExecutor, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has forgotten it, no trace of it is seen, and its wrapper claims it just now."""
+    job = payload(data, "true")._replace(handle="4711")
+    executor.look(0.0)
+    executor.missed[job.mark] = float("-inf")
+    fence = executor.fence
+
+    def late(job: joborch.Job) -> bool:
+        (data.job(job.mark) / f"started.{job.attempt}").write_text("1\nready\n")
+        return fence(job)
+
+    monkeypatch.setattr(executor, "fence", late)
+    assert executor.poll([job])[job.id].alive
 
 
 def test_what_is_given_up_never_begins(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:

@@ -1,0 +1,284 @@
+"""What a client makes of an executor whose payloads wait in a line: with one whose answers a test chooses.
+
+That Slurm and DIRAC answer so is shown in test_slurm.py and test_dirac.py, against the real systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from test_client import Yard, ask
+from test_files import data_fixture  # noqa: F401 - a fixture
+
+import joborch
+from joborch import CannotRun, Cause, DataFolder, Fate, Job, NotTaken, Status, StillRunning, SystemAway, adopt, end_tick, run_tick
+
+ALIVE = Fate(True)
+
+
+class System(joborch.LocalExecutor):
+    """A batch system: what it has, and what it says of each payload, by id."""
+
+    in_line = True
+
+    def __init__(self, data: DataFolder) -> None:
+        super().__init__(data, 0.1)
+        self.has: list[int] = []  # what was submitted, in that order, each time
+        self.refuses: dict[int, Exception] = {}
+        self.fates: dict[int, Fate] = {}
+        self.stubborn: set[int] = set()
+        self.unclear: set[int] = set()  # nobody can tell whether it has them
+        self.cancelled: list[int] = []
+        self.collects: Exception | None = None
+        self.trouble = ""
+
+    def start(self, job: Job) -> str:
+        if job.id in self.refuses:
+            raise self.refuses[job.id]
+        self.has.append(job.id)
+        return str(100 + job.id)
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        if self.trouble:
+            raise SystemAway(self.trouble)
+        found = {job.mark: str(100 + job.id) for job in jobs if job.id in self.has}
+        return {**found, **{job.mark: "" for job in jobs if job.id in self.unclear}}
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+        return {job.id: self.fates.get(job.id, Fate(True, waits="in line")) for job in jobs}
+
+    def cancel(self, job: Job) -> None:
+        self.cancelled.append(job.id)
+        if job.id in self.stubborn:
+            raise StillRunning("only noted")
+
+    def collect(self, job: Job) -> None:
+        if self.collects:
+            raise self.collects
+
+    def problem(self) -> str:
+        return self.trouble
+
+
+class Site:
+    """A client with such a system."""
+
+    def __init__(self, data: DataFolder) -> None:
+        self.yard = Yard(data, JOBORCH_SLOTS="5")
+        self.system = self.yard.client.executor = System(data)
+
+    def submit(self, **headers: str) -> Job:
+        return self.yard.submit("true", **headers)
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.yard.clock.pass_s(seconds)
+        run_tick(self.yard.client)
+
+    def restart(self) -> None:
+        """The client is killed and started again; the system has what it has."""
+        self.yard.store.close()
+        self.yard.open()
+        self.yard.client.executor = self.system
+        adopt(self.yard.client)
+
+    def told(self, job: Job) -> tuple[str, str]:
+        """Status and reason as a server hears them."""
+        said = joborch.event_json(self.yard.client, self.yard[job])
+        return said["status"], said["reason"]
+
+
+@pytest.fixture
+def site(data: DataFolder) -> Iterator[Site]:
+    made = Site(data)
+    yield made
+    made.yard.store.close()
+
+
+def test_what_waits_is_prepared_for_servers_and_says_why(site: Site) -> None:
+    """It runs when the system says so; each is told once, in /events."""
+    job = site.submit()
+    site.tick()
+    site.tick()
+    assert site.told(job) == ("Prepared", "in line")
+    changed = site.yard[job].changed
+    site.tick()
+    assert site.yard[job].changed == changed, "no news"
+    assert ask(site.yard.client, "GET", f"/retrieve/{job.id}").json["status"] == "Prepared"
+    assert ask(site.yard.client, "GET", "/health").json["waiting"] == 1
+    site.system.fates[job.id] = ALIVE
+    site.tick()
+    assert site.told(job) == ("Running", "")
+    assert site.yard[job].started_at is not None
+    assert ask(site.yard.client, "GET", "/health").json["running"] == 1
+    site.system.trouble = "the login has ended"
+    site.tick()
+    assert site.told(job) == ("Running", "the login has ended")
+    site.system.trouble = ""
+    site.tick()
+    assert site.told(job) == ("Running", "")
+
+
+def test_a_slot_is_a_job(site: Site) -> None:
+    """Whatever cores and memory it asks for."""
+    jobs = [site.submit(X_Joborch_Cpus="64", X_Joborch_Memory="1000000") for _ in range(7)]
+    site.tick()
+    assert site.system.has == [job.id for job in jobs[:5]]
+    events = ask(site.yard.client, "GET", "/events?since=0").json
+    assert (events["slots"], events["job_slots"], events["memory"]) == (5, True, None)
+
+
+def test_its_time_limit_is_the_systems_affair(site: Site) -> None:
+    """Waiting is not running."""
+    job = site.submit(X_Joborch_Timeout="5")
+    site.tick()
+    site.tick(3600)
+    joborch.limit_tick(site.yard.client)
+    assert site.yard[job].kill_requested_at is None
+
+
+@pytest.mark.parametrize("error", [SystemAway("away"), NotTaken("no such partition")])
+def test_what_is_not_taken_waits_and_keeps_nobody_else_waiting(error: Exception, site: Site) -> None:
+    """One that the system never takes is tried again and again; the others of its service get their turns."""
+    bad, *others = [site.submit() for _ in range(4)]
+    site.system.refuses[bad.id] = error
+    site.tick()
+    assert site.told(bad) == ("Prepared", str(error))
+    for _ in range(60):
+        site.tick(1.0)
+    assert sorted(site.system.has) == [job.id for job in others], "each of them, and once"
+    assert site.told(bad) == ("Prepared", str(error))
+    site.system.refuses.clear()
+    for _ in range(40):
+        site.tick(1.0)
+    assert site.system.has[-1] == bad.id
+
+
+def test_new_payloads_are_refused_only_where_nothing_at_all_is_started(site: Site) -> None:
+    """Where a service is held, the others of this client go on."""
+    held = site.submit()
+    site.system.refuses[held.id] = NotTaken("no such account")
+    site.tick()
+    assert "no such account" in ask(site.yard.client, "GET", "/health").json["problem"]
+    other = site.submit(X_Joborch_Service="other")
+    site.tick(0.1)
+    assert other.id in site.system.has
+    site.system.trouble = "slurmctld is away"
+    with pytest.raises(AssertionError, match="503"):
+        site.submit()
+
+
+def test_what_can_never_run_has_failed(site: Site) -> None:
+    job = site.submit()
+    site.system.refuses[job.id] = CannotRun("no node has so much")
+    site.tick()
+    found = site.yard[job]
+    assert (found.status, found.cause, found.reason) == (Status.FAILED, "limit", "no node has so much")
+
+
+def test_a_start_that_was_cut_off_is_looked_for(site: Site) -> None:
+    """What the system has is not submitted again; what nobody can tell of is waited for; what it has not is started."""
+    had, unclear, lost = jobs = [site.submit() for _ in range(3)]
+    for job in jobs:
+        assert site.yard.store.move(job, Status.RUNNING, "")
+    site.system.has.append(had.id)
+    site.system.unclear.add(unclear.id)
+    site.restart()
+    site.tick()
+    assert site.system.has == [had.id, lost.id]
+    assert site.yard[had].handle == str(100 + had.id)
+    assert (site.yard[unclear].handle, "got through is waited for" in site.told(unclear)[1]) == (None, True)
+    site.system.unclear.clear()
+    site.tick(5.0)
+    assert site.system.has == [had.id, lost.id, unclear.id]
+
+
+def test_nothing_is_started_while_nobody_can_tell(site: Site) -> None:
+    job = site.submit()
+    assert site.yard.store.move(job, Status.RUNNING, "")
+    site.system.trouble = "away"
+    site.restart()
+    for _ in range(10):
+        site.tick(10.0)
+    assert site.system.has == []
+    assert site.told(job) == ("Prepared", "away")
+    site.system.trouble = ""
+    site.tick(60.0)
+    assert site.system.has == [job.id]
+
+
+def test_what_shall_end_is_not_started(site: Site) -> None:
+    """Neither in the tick that found it cut off, nor while somebody is just ending it."""
+    job, other = site.submit(), site.submit()
+    for each in (job, other):
+        assert site.yard.store.move(each, Status.RUNNING, "")
+    site.yard.store.wish_end(job.id, Cause.CANCELLED)
+    site.yard.client.ending.add(other.id)
+    joborch.start_again(site.yard.client, [site.yard[job]._replace(kill_requested_at=None), site.yard[other]])
+    assert site.system.has == []
+
+
+def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
+    """DIRAC only notes a kill: it is asked again later, and the others meanwhile."""
+    first, second = site.submit(), site.submit()
+    site.tick()
+    site.system.stubborn.add(first.id)
+    for job in (first, second):
+        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+    while end_tick(site.yard.client):
+        pass
+    assert site.system.cancelled == [first.id, second.id]
+    assert [site.yard[job].status for job in (first, second)] == [Status.RUNNING, Status.KILLED]
+    site.system.stubborn.clear()
+    site.yard.clock.pass_s(1.0)
+    while end_tick(site.yard.client):
+        pass
+    assert site.yard[first].status is Status.KILLED
+
+
+def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
+    job = site.submit()
+    site.tick()
+    site.system.fates[job.id], site.system.collects = Fate(False, 0), SystemAway("the store is away")
+    site.tick()
+    assert site.yard[job].status is Status.RUNNING
+    assert "the store is away" in site.told(job)[1]
+    site.system.collects = None
+    site.tick()
+    assert site.yard[job].status is Status.COMPLETED
+
+
+@pytest.mark.parametrize(
+    ("fate", "status", "cause", "reason"),
+    [
+        (Fate(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
+        (Fate(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
+        (Fate(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
+        (Fate(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
+    ],
+)
+def test_how_it_ended(fate: Fate, status: Status, cause: str, reason: str, site: Site) -> None:
+    job = site.submit(X_Joborch_Timeout="5")
+    site.tick()
+    site.system.fates[job.id] = fate
+    site.tick()
+    found = site.yard[job]
+    assert (found.status, found.cause, found.reason, found.exit_code) == (status, cause, reason, fate.exit_status)
+    assert found.started_at is None, "it never began, as far as anybody knows"
+
+
+def test_a_mark_outlives_a_power_failure(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's job does: so what says that it may be there is on the disk before it is handed over."""
+    durable: list[bool] = []
+    write = site.yard.store.write
+
+    def noted(change: Any, durable_now: bool = True, **more: Any) -> Any:
+        durable.append(more.get("durable", durable_now))
+        return write(change, more.get("durable", durable_now))
+
+    job = site.submit()
+    monkeypatch.setattr(site.yard.store, "write", noted)
+    monkeypatch.setattr(site.system, "start", lambda _: "7" if durable[-1] else pytest.fail("handed over before it was on the disk"))
+    site.tick()
+    assert site.yard[job].handle == "7"
