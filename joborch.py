@@ -4095,7 +4095,7 @@ class SlurmExecutor:
     def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
         """Return what a command of Slurm prints. Raises SystemAway, and for sbatch NotTaken or CannotRun."""
         # By timeout(1): it goes on when we are killed.
-        limited = ["timeout", "--kill-after=5", f"{SLURM_COMMAND_S:g}", *words]
+        limited = ["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words]
         try:
             done = subprocess.run(
                 limited,
