@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import tarfile
@@ -61,12 +63,21 @@ for line in sys.stdin:
 """
 
 
+def port_with_store() -> int:
+    """A free port, of which that of the sandbox store is free, too."""
+    for _ in range(100):
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + STORE_ABOVE)):
+            return port
+    raise AssertionError("no two free ports found")
+
+
 class DiracX:
     """A running service in a folder, with tokens for alice, for a pilot, and for bob of the same group."""
 
     def __init__(self, folder: Path) -> None:
         need_backend(SERVER)
-        self.folder, self.port = folder, int(os.environ.get("JOBORCH_TEST_DIRACX_PORT") or free_port())
+        self.folder, self.port = folder, port_with_store()
         self.venv = Path(os.environ.get("DIRACX_VENV") or ROOT / ".venv-diracx")
         assert self.venv.exists(), f"{self.venv} is missing: tests/run makes it"
         self.url = f"http://127.0.0.1:{self.port}"
