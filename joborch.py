@@ -429,7 +429,7 @@ def read_sbatch_words(text: str) -> tuple[str, ...]:
         if own:
             raise ValueError(f"{word} is joborch's to set: leave it out")
         if not re.match("--?[a-zA-Z]", word):
-            raise ValueError(f"{word} is no option: write a value as part of its option, as in --nice=100")
+            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
     return words
 
 
@@ -633,7 +633,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
     Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
     Setting("SLURM_CONSTRAINT", "slurm_constraint", read_word, "", "sbatch --constraint, as in gpu", "client"),
     Setting("SLURM_GRES", "slurm_gres", read_word, "", "sbatch --gres, as in gpu:1", "client"),
-    Setting("SLURM_TIME", "slurm_time_s", read_period, "", "time limit of jobs that name none (default: the partition's)", "client"),
+    Setting(
+        "SLURM_TIME",
+        "slurm_time_s",
+        read_period,
+        "",
+        "time limit of jobs that name none, as in 90m or 24h",
+        "client",
+    ),
     Setting("SLURM_ARGS", "slurm_args", read_sbatch_words, "", "further options of sbatch, as in --nice=100 --exclusive", "client"),
     Setting("DIRAC_SITE", "dirac_site", read_text, "", "sites with commas between, as in LCG.CERN.ch", "client"),
     Setting("DIRAC_TAGS", "dirac_tags", read_text, "", "tags with commas between, as in GPU", "client"),
@@ -957,7 +964,10 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     batch = read_batch_options(merged) if mode == "client" else {}
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
-    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=unknown_names(merged), **values)
+    warnings = unknown_names(merged)
+    if batch and values["executor"] == "local":
+        warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
+    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
     check_config(config)
     return config
 
@@ -3952,7 +3962,7 @@ def keep_slurm_job(found: dict[str, SlurmJob], name: str, job: SlurmJob) -> None
 def slurm_error(command: str, said: str) -> JoborchError:
     """Return what the complaint of a command means."""
     words = [line for line in said.splitlines() if line.strip()]
-    last = next((line for line in reversed(words) if "error" in line.lower()), words[-1] if words else "it said nothing")
+    last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
     text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
     if command == "sbatch" and SLURM_NEVER.search(text):
         return CannotRun(f"Slurm refuses it: {text}")
@@ -4112,7 +4122,7 @@ class SlurmExecutor:
         if done.returncode in (124, 137):
             raise SystemAway(f"{words[0]} did not answer within {spoken(SLURM_COMMAND_S)}")
         if done.returncode == 127:
-            raise SystemAway(f"there is no {words[0]}: is Slurm installed here, and in PATH?")
+            raise SystemAway(f"there is no {words[0]} in PATH: is Slurm installed here?")
         if done.returncode:
             raise slurm_error(words[0], done.stderr.decode("utf-8", "replace"))
         return done.stdout.decode("utf-8", "replace")
@@ -4309,7 +4319,9 @@ class SlurmExecutor:
             parse_squeue(self.command("squeue", "--noheader", f"--user={os.getuid()}", f"--Format={squeue_format()}"))
             yield Finding(True, "slurmctld answers squeue")
         except (SystemAway, ValueError) as error:
-            yield Finding(False, f"{error}: load Slurm's module, set SLURM_CONF, or ask the cluster's people")
+            missing = "there is no" in str(error) or "configuration source" in str(error)
+            remedy = "load Slurm's module, or set PATH and SLURM_CONF" if missing else "is slurmctld up? Ask the cluster's people"
+            yield Finding(False, f"{error}; {remedy}")
             return
         for service in sorted(self.config.batch) or [""]:
             yield self.examine_service(service)
@@ -4319,13 +4331,15 @@ class SlurmExecutor:
     def examine_service(self, service: str) -> Finding:
         """Ask whether sbatch would take a job of a service; none is submitted."""
         name = f"jobs of {service}" if service else "jobs"
-        options = service_options(self.config.batch_options(service))
+        wishes = self.config.batch_options(service)
+        options = {key: value for key, value in service_options(wishes).items() if value}
         try:
-            self.command("sbatch", "--test-only", *(f"--{key}={value}" for key, value in options.items() if value), "--wrap=true")
+            words = [f"--{key}={value}" for key, value in options.items()] + list(wishes.slurm_args)
+            self.command("sbatch", "--test-only", *words, "--wrap=true")
         except JoborchError as error:
-            where = f"SERVICE_{service.upper()}_SLURM_..." if service else "SLURM_CONF and SBATCH_..."
-            return Finding(False, f"sbatch would not take {name}: {error}; see {where}")
-        return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items() if value))
+            named = [f"SERVICE_{service.upper()}_SLURM_{key.upper()}" for key in (*options, *(["args"] if wishes.slurm_args else []))]
+            return Finding(False, f"sbatch would not take {name}: {error}; look at {', '.join(named) or 'SBATCH_... in the environment'}")
+        return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
 
 
 # == 14. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
@@ -4415,7 +4429,7 @@ def check_jdl(lines: str) -> list[str]:
         if not match or text.count('"') % 2 or text.count("{") != text.count("}"):
             raise ConfigError(f"DIRAC_JDL has {one_line(text, 80)!r}: write NAME = VALUE; without brackets, ; or escapes in VALUE")
         if OWN_JDL.fullmatch(match[1]):
-            raise ConfigError(f"DIRAC_JDL sets {match[1]}: leave it out, joborch sets it, or it makes several jobs of one")
+            raise ConfigError(f"DIRAC_JDL sets {match[1]}: leave it out: joborch sets it, or it would make several jobs of one")
         statements.append(f"{match[1]} = {' '.join(match[2].split())}")
     return statements
 
@@ -4946,8 +4960,11 @@ class DiracExecutor:
         """ConfigError where a setting is missing, or holds what JDL cannot."""
         if not config.dirac_url:
             raise ConfigError("JOBORCH_DIRAC_URL is not set: give DiracX's address, as in https://dirac.example.org")
-        for options in config.batch.values():
-            check_dirac_options(options)
+        for service, options in config.batch.items():
+            try:
+                check_dirac_options(options)
+            except ConfigError as error:
+                raise ConfigError(f"SERVICE_{service.upper()}_{error}") from error
         self.data, self.config, self.clock = data, config, clock or Clock()
         self.service = DiracService(config.dirac_url, config.dirac_credentials, self.clock)
         self.wrapper = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode()
@@ -7030,12 +7047,11 @@ def run_tick(client: Client) -> bool:
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
-    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll(started)
     problem = client.executor.problem()
     for job in started:
-        if fates[job.id].alive:
+        if fates[job.id].alive and job.kill_requested_at is None:
             follow(client, job, fates[job.id], problem)
     ended = [job for job in started if not fates[job.id].alive]
     for job in ended:
@@ -7043,6 +7059,7 @@ def run_tick(client: Client) -> bool:
             crash_point("end.seen")
             finish(client, job, fates[job.id])
             crash_point("end.stored")
+    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
     start_what_fits(client, [job for job in everything if job not in ended])
     return bool(ended)
 
@@ -7194,6 +7211,8 @@ def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
 
 def keep_handle(client: Client, job: Job, handle: str) -> None:
     """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
+    if client.executor.in_line:
+        log.info("payload %d is job %s of the batch system", job.id, handle)
     client.unsaved[job.id] = (handle, client.store.steady())
     save_handles(client)
 
@@ -7334,6 +7353,8 @@ def end_tick(client: Client) -> bool:
     except StillRunning as error:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
+        if client.executor.in_line:
+            note(client, job.id, f"it is being ended: {error}")
         client.stubborn[job.id] = (str(error), client.clock.monotonic())
         return True  # others that shall end are not kept waiting by this one
     finally:
@@ -7413,7 +7434,8 @@ def start_now(client: Client, job: Job) -> None:
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
         if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
-            log.warning("payload %d was marked and never started: it is started now", job.id)
+            if job.id not in client.tried:
+                log.warning("payload %d was marked and never started: it is started now", job.id)
             hand_over(client, current)
     client.wake("end")
 
@@ -8461,7 +8483,10 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         return Answer({"id": job.id, "status": job.status.value, "message": job.reason}, 200, {"X-Job-Status": job.status.value})
     if job.status in OVER:
         return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
+    link = server.links.get(job.client or "")
     message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
+    if link is not None and not link.trouble:
+        message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
@@ -9387,7 +9412,10 @@ def examine(config: Config) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
             data = DataFolder(folder)
             data.open()
-            yield from EXECUTORS[config.executor](data, config).examine()
+            try:
+                yield from EXECUTORS[config.executor](data, config).examine()
+            except ConfigError as error:
+                yield Finding(False, str(error))
     for service in config.services.values():
         for address in service.addresses:
             yield from examine_client(address, service)
@@ -9426,10 +9454,20 @@ def examine_port(config: Config) -> Finding:
     except OSError as error:
         problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
     said = health_of(f"http://{host}:{config.port}")
-    if said.get("mode") != config.mode:
+    if said.get("mode") != config.mode or not is_in_use(Path(config.data_path)):
         return Finding(False, problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def is_in_use(folder: Path) -> bool:
+    """Tell whether a joborch runs on this data folder now."""
+    try:
+        with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN) and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
+    return False
 
 
 def health_of(base_url: str) -> dict[str, Any]:
@@ -9587,7 +9625,8 @@ def say(text: str) -> None:
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
     "server": "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
-    "client": "  joborch client --slots 4\n  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
+    "client": "  joborch client --slots 4\n  joborch client --executor slurm\n"
+    "  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
     "backup": "  joborch backup /backups/joborch-monday.db",
     "restore": "  joborch restore /backups/joborch-monday.db",
     "demo": "  joborch demo --keep",
@@ -9715,6 +9754,8 @@ def serve(config: Config) -> int:
     threading.Thread(target=http_server.run, name="http", daemon=True).start()
     threading.Thread(target=sweep, args=(node,), name="sweep", daemon=True).start()
     greet(node, http_server)
+    if isinstance(node, Client) and node.executor.in_line:
+        threading.Thread(target=warn_of_problems, args=(node,), name="examine", daemon=True).start()
     give_back_memory()
     try:
         listen_for_signals(node, wake_read)
@@ -9743,6 +9784,13 @@ def greet(node: Node, http_server: Any) -> None:
             )
     else:
         log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+
+
+def warn_of_problems(client: Client) -> None:
+    """Log what stands in the way of the batch system that a client is to use, before the first job finds it out."""
+    for finding in client.executor.examine():
+        if finding.good is not True:
+            log.warning("%s", finding.text)
 
 
 def listen_for_signals(node: Node, wake_read: int) -> None:

@@ -36,7 +36,7 @@ def test_all_is_well(pair: Pair, tmp_path: Path) -> None:
     assert (code, problems(found)) == (0, [])
     assert any(f"service example: 127.0.0.1:{pair.client.port} answers (local)" in finding["text"] for finding in found)
     assert not list(tmp_path.iterdir())
-    code, found = doctor("client", tmp_path, PORT=str(pair.client.port), JOBORCH_HOST="127.0.0.1")
+    code, found = doctor("client", tmp_path, PORT=str(pair.client.port), DATA_PATH=str(pair.client.data))
     assert (code, [finding["text"] for finding in found if "runs on port" in finding["text"]]) == (
         0,
         [f"a client runs on port {pair.client.port}"],
@@ -63,8 +63,10 @@ def test_a_client_that_is_not_there(what: str, tmp_path: Path) -> None:
     assert "is it up" in problem or "is the client up" in problem
 
 
-def test_a_port_that_is_taken(make_process: MakeProcess, tmp_path: Path) -> None:
-    """By a stranger, or by a server where a client is to be."""
+def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: Path) -> None:
+    """By a server where a client is to be, or by another client: of another user, or with another folder."""
+    code, found = doctor("client", tmp_path, PORT=str(pair.client.port))
+    assert (code, f"port {pair.client.port} cannot be used" in problems(found)[0]) == (1, True)
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
     code, found = doctor("client", tmp_path, PORT=str(server.port))
     (problem,) = problems(found)
@@ -77,6 +79,22 @@ def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, found = doctor("client", tmp_path, DATA_PATH=str(tmp_path / "file" / "data"))
     assert (code, "cannot be written" in problems(found)[0]) == (1, True)
+
+
+def test_dirac_without_url_or_login(tmp_path: Path) -> None:
+    """Each is a problem among the others, with its remedy."""
+    code, found = doctor("client", tmp_path, JOBORCH_EXECUTOR="dirac")
+    assert (code, "JOBORCH_DIRAC_URL is not set" in problems(found)[0]) == (1, True)
+    url = {"JOBORCH_EXECUTOR": "dirac", "JOBORCH_DIRAC_URL": "http://127.0.0.1:1"}
+    code, found = doctor("client", tmp_path, **url)
+    assert (code, "log in with `dirac login`" in problems(found)[0]) == (1, True)
+    code, found = doctor("client", tmp_path, **url, SERVICE_DOCK_DIRAC_JDL="Executable = 1")
+    assert (code, problems(found)[0].startswith("SERVICE_DOCK_DIRAC_JDL sets Executable: leave it out")) == (1, True)
+
+
+def test_settings_without_effect_are_named(tmp_path: Path) -> None:
+    code, found = doctor("client", tmp_path, SERVICE_DOCK_SLURM_PARTITION="gpu")
+    assert (code, [finding["text"] for finding in found if "have no effect: JOBORCH_EXECUTOR is local" in finding["text"]]) != (0, [])
 
 
 def test_no_slurm_here(tmp_path: Path) -> None:

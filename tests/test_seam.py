@@ -230,6 +230,8 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
         pass
     assert site.system.cancelled == [first.id, second.id]
     assert [site.yard[job].status for job in (first, second)] == [Status.RUNNING, Status.KILLED]
+    site.tick()
+    assert site.told(first) == ("Prepared", "it is being ended: only noted")
     site.system.stubborn.clear()
     site.yard.clock.pass_s(1.0)
     while end_tick(site.yard.client):

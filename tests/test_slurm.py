@@ -187,7 +187,7 @@ OURS = ["--array=1-3", "--arr=1-3", "-a1-3", "-Jname", "--job-name=x", "--out=x"
 
 @pytest.mark.parametrize("text", [*OURS, "--nice 5"])
 def test_what_joborch_sets_itself_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"leave it out|write a value"):
+    with pytest.raises(ValueError, match=r"leave it out|write --nice"):
         read_sbatch_words(text)
     with pytest.raises(ConfigError, match="SERVICE_DOCK_SLURM_ARGS"):
         joborch.load_config("client", {}, {"SERVICE_DOCK_SLURM_ARGS": text, "DATA_PATH": "/tmp"})
@@ -503,6 +503,7 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     pair = slurm(SERVICE_OTHER_SLURM_PARTITION="nowhere", server={"SERVICE_OTHER_CLIENTS": "x", "SERVICE_OTHER_TOKEN": Pair.TOKEN})
     pair.server.settings["SERVICE_OTHER_CLIENTS"] = pair.client.url
     pair.start()
+    wait_for(lambda: "WARNING sbatch would not take jobs of other" in pair.client.log, 20, "a warning at the start")
     wide = wait_status(pair.server, submit(pair.server, "true", memory=1_000_000), "Failed", limit_s=30)
     assert (wide["cause"], "Slurm refuses it" in wide["reason"]) == ("limit", True)
     waits = submit(pair.server, "true", service="other")
@@ -783,7 +784,13 @@ def test_doctor_knows_slurm(cluster: Cluster, executor: joborch.SlurmExecutor, m
     wrong = {"docking": BatchOptions("nowhere"), "example": BatchOptions("main")}
     executor.config = dataclasses.replace(executor.config, batch=wrong)
     texts = [finding.text for finding in executor.examine() if not finding.good]
-    assert texts == ["sbatch would not take jobs of docking: sbatch: invalid partition specified: nowhere; see SERVICE_DOCKING_SLURM_..."]
+    refused = "sbatch would not take jobs of docking: sbatch: invalid partition specified: nowhere"
+    assert texts == [f"{refused}; look at SERVICE_DOCKING_SLURM_PARTITION"]
+    odd = {"docking": BatchOptions("main", slurm_args=("--nonsense",))}
+    executor.config = dataclasses.replace(executor.config, batch=odd)
+    (text,) = [finding.text for finding in executor.examine() if not finding.good]
+    assert "unrecognized option '--nonsense'; look at SERVICE_DOCKING_SLURM_PARTITION, SERVICE_DOCKING_SLURM_ARGS" in text
+    executor.config = dataclasses.replace(executor.config, batch={})
     cluster.lie("squeue", "garbage")
     assert [finding.good for finding in executor.examine()] == [True, False]
     cluster.lie("squeue", "")
