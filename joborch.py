@@ -21,17 +21,18 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary           12. Executors             23. Client
-     2. Settings             13. Slurm                 24. Access
-     3. Configuration        14. Grid files            25. HTTP
-     4. States               15. DiracX                26. Server routes
-     5. Scheduling           16. DIRAC                 27. Site routes
-     6. Files                17. Transfers             28. Client routes
-     7. Archives             18. Links                 29. Logs
-     8. Statements           19. Loops                 30. Page and documents
-     9. Database             20. Server                31. Doctor
-    10. Store                21. Ends                  32. Demo
-    11. Backups              22. Waiting               33. Commands
+     1. Vocabulary           13. Slurm's words         25. Access
+     2. Settings             14. Slurm                 26. HTTP
+     3. Configuration        15. Grid files            27. Server routes
+     4. States               16. DiracX                28. Site routes
+     5. Scheduling           17. DIRAC                 29. Client routes
+     6. Files                18. Transfers             30. Logs
+     7. Archives             19. Links                 31. Page and documents
+     8. Statements           20. Loops                 32. Doctor
+     9. Database             21. Server                33. Demo
+    10. Store                22. Ends                  34. Commands
+    11. Backups              23. Waiting
+    12. Executors            24. Client
 """
 
 from __future__ import annotations
@@ -418,18 +419,19 @@ OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow;
 )
 
 
+SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
+
+
 def read_sbatch_words(text: str) -> tuple[str, ...]:
     """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
     words = tuple(shlex.split(text))
     for word in words:
-        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
-        own = (
-            any(known.startswith(name) for known in OWN_SBATCH_OPTIONS) if word.startswith("--") else re.match("-[JoeiDadWHVQhctMb]", word)
-        )
-        if own:
-            raise ValueError(f"{word} is joborch's to set: leave it out")
         if not re.match("--?[a-zA-Z]", word):
             raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
+        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
+        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
+        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
+            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
     return words
 
 
@@ -3439,7 +3441,8 @@ set +C
 set -m
 told=0 over=0
 trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
-trap over=1 ALRM
+trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
+[ -z "$3" ] || trap over=1 ALRM
 printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
@@ -3865,7 +3868,7 @@ class LocalExecutor:
         yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
 
 
-# == 13. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+# == 13. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
 
 # States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
 SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -3895,6 +3898,7 @@ SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partiti
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
 SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
 SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
+SLURM_LINGER_S = 10.0  # so long Slurm may take to end a job whose exit file was written
 SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
 SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
 SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
@@ -4018,6 +4022,7 @@ class SlurmTraces:
     words: str  # the last line that Slurm wrote into the job's own log
     missed_s: float  # for how long the exit file has been waited for
     folder: Path
+    removed: bool = False  # the folder is gone
 
 
 def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
@@ -4062,6 +4067,8 @@ def requeued(job: SlurmJob | None) -> Fate:
 def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
     """Judge an attempt that is over, and whose exit file did not come."""
     waited = f"no exit file was left within {spoken(grace_s)}"
+    if traces.removed:
+        return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
     if job is None:
         reason = (
             f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
@@ -4069,10 +4076,14 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
         return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
     said = f'; Slurm: "{traces.words}"' if traces.words else ""
     if traces.begun:
-        reason = f"Slurm says {job.state} (job {job.id}) and {waited}: the wrapper was killed, by the script itself or for want of memory"
+        killed = "the wrapper was killed, by the script, by somebody else, or for want of memory"
+        reason = f"Slurm says {job.state} (job {job.id}) and {waited}: {killed}"
         return Fate(False, cause=Cause.USER, reason=reason + said)
     reason = f"Slurm says {job.state} (job {job.id}), and the script never began: can the nodes see {traces.folder}?"
     return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
+
+
+# == 14. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
 
 
 class SlurmExecutor:
@@ -4084,6 +4095,9 @@ class SlurmExecutor:
     in_line = True
 
     def __init__(self, data: DataFolder, config: Config) -> None:
+        """ConfigError for a data folder that sbatch would not find again."""
+        if "\\" in str(data.path):
+            raise ConfigError(f"DATA_PATH is {str(data.path)!r}: Slurm does not keep a backslash; give a folder without")
         self.data, self.config = data, config
         self.wrapper = write_wrapper(data)
         kept = {name: text for name, text in without_secrets(os.environ).items() if not SLURM_OWN_NAMES.match(name)}
@@ -4096,6 +4110,7 @@ class SlurmExecutor:
         self.handed_at: dict[str, float] = {}  # by mark, monotonic
         self.unsure: dict[str, float] = {}  # by mark, monotonic: sbatch got no answer
         self.missed: dict[str, float] = {}  # by mark, monotonic: since when it is over without an exit file
+        self.leaving: dict[str, float] = {}  # by mark, monotonic: when its exit file was seen; Slurm is to let go of it, too
         self.strange: set[str] = set()  # states that were logged
         self.accounting = True
         self.trouble, self.since, self.failures, self.held_until = "", 0.0, 0, float("-inf")
@@ -4231,8 +4246,9 @@ class SlurmExecutor:
         fates = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
         unclear = [job for job in jobs if (found := fates[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
-        if unclear or self.trouble:  # else nobody would notice that Slurm is back
+        if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
             self.look(self.config.batch_interval_s)
+            self.end_what_lingers()
         claimed = {job.mark for job in unclear if read_claim(self.data.job(job.mark), job.attempt) is not None}
         judged = {job.id: self.fate(job, fates[job.id]) for job in unclear}
         given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
@@ -4243,7 +4259,18 @@ class SlurmExecutor:
             self.scancel([job.mark for job in given_up if not judged[job.id].alive])
         ended = [job for job in jobs if not (judged.get(job.id) or cast(Fate, fates[job.id])).alive]
         self.forget(ended)
+        self.leaving.update((job.mark, time.monotonic()) for job in ended if job.mark not in self.leaving)
         return {**cast("dict[int, Fate]", fates), **judged}
+
+    def end_what_lingers(self) -> None:
+        """End what Slurm still has, a while after its exit file was seen: the script wrote that itself, or Slurm would run it again."""
+        looked = {mark for mark, seen in list(self.leaving.items()) if seen + SLURM_LINGER_S < self.looked_at}
+        active = [mark for mark in looked if self.known.get(slurm_name(mark), SlurmJob("", "COMPLETED", 0, "", "")).state not in SLURM_ENDS]
+        if active:
+            log.warning("Slurm: %d jobs run on after their exit file was written: they are ended", len(active))
+            self.scancel(active)
+        for mark in looked:
+            self.leaving.pop(mark, None)
 
     def forget(self, jobs: Iterable[Job]) -> None:
         """Let go of what is known of attempts that have ended."""
@@ -4269,7 +4296,8 @@ class SlurmExecutor:
                 os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
         missed_s = time.monotonic() - self.missed.get(job.mark, time.monotonic())
         again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
-        traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, again, words, missed_s, folder)
+        seen = (claim is not None, "ready" in (claim or ""), job.mark in self.claimed)
+        traces = SlurmTraces(ended, *seen, again, words, missed_s, folder, not folder.is_dir())
         return slurm_fate(known, traces, self.config.vanish_grace_s)
 
     def fence(self, job: Job) -> bool:
@@ -4277,6 +4305,8 @@ class SlurmExecutor:
         try:
             os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             return True
+        except FileNotFoundError:
+            return True  # where its folder is gone, the wrapper ends before it begins
         except OSError:
             return False
 
@@ -4292,9 +4322,10 @@ class SlurmExecutor:
     def cancel(self, job: Job) -> None:
         self.watched.setdefault(job.mark, job)
         never = self.fence(job)
-        self.scancel([job.mark])
+        if not (never and self.trouble):
+            self.scancel([job.mark])
         asked = time.monotonic()
-        while not self.is_over(job, asked) and not (never and self.trouble):
+        while not (never and self.trouble) and not self.is_over(job, asked):
             if time.monotonic() > asked + self.config.kill_grace_s:
                 raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
             time.sleep(SLURM_LOOK_S)
@@ -4342,7 +4373,7 @@ class SlurmExecutor:
         return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
 
 
-# == 14. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
+# == 15. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
 
 SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
 OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
@@ -4618,7 +4649,7 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == 15. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
+# == 16. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
@@ -4919,7 +4950,7 @@ class DiracService:
             raise SystemAway(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
 
 
-# == 16. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
+# == 17. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
@@ -5374,7 +5405,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 17. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 18. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -5467,7 +5498,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-# == 18. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 19. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def check_base_names(paths: Sequence[str]) -> None:
@@ -5934,7 +5965,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
-# == 19. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 20. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -6179,7 +6210,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 20. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 21. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -6650,7 +6681,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 21. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 22. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -6914,7 +6945,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 22. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 23. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -7005,7 +7036,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 23. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 24. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 @dataclass
@@ -7393,6 +7424,17 @@ def limit_tick(client: Client) -> bool:
     return False
 
 
+def check_executor(client: Client) -> None:
+    """Refuse to start while payloads run that another executor started: this one could only lose them. ConfigError."""
+    note = client.data.path / "executor"
+    before = note.read_text(encoding="utf-8").strip() if note.exists() else "local"
+    running = client.store.number(COUNT_IN, status=Status.RUNNING.value)
+    if before != client.config.executor and running:
+        remedy = f"start it with --executor {one_line(before, 40)} until they have ended, or give another DATA_PATH"
+        raise ConfigError(f"JOBORCH_EXECUTOR is {client.config.executor!r}, and {running} payloads here are run by {before!r}: {remedy}")
+    write_atomic(note, client.config.executor.encode())
+
+
 def adopt(client: Client) -> None:
     """At the start of a client: find again what it started before, or start what provably never ran."""
     if client.store.is_new:
@@ -7468,7 +7510,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 24. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 25. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -7550,7 +7592,7 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
-# == 25. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 26. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -8032,7 +8074,7 @@ PARTS = {
 }
 
 
-# == 26. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 27. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -8496,7 +8538,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 27. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 28. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -8628,7 +8670,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 28. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 29. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -9102,7 +9144,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 29. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 30. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -9233,7 +9275,7 @@ def followed_log(
                 return
 
 
-# == 30. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 31. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -9399,7 +9441,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 31. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == 32. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -9515,7 +9557,7 @@ def client_root(address: Address) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-# == 32. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == 33. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
 
 
 def free_port() -> int:
@@ -9620,7 +9662,7 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == 33. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 34. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -9719,6 +9761,7 @@ def open_node(config: Config) -> Node:
     crash_point("start.opened")
     if config.mode == "client":
         client = Client(config, store, data)
+        check_executor(client)
         adopt(client)
         return client
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None

@@ -5,6 +5,7 @@ That Slurm and DIRAC answer so is shown in test_slurm.py and test_dirac.py, agai
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,21 @@ from test_client import Yard, ask
 from test_files import data_fixture  # noqa: F401 - a fixture
 
 import joborch
-from joborch import CannotRun, Cause, DataFolder, Fate, Job, NotTaken, Status, StillRunning, SystemAway, adopt, end_tick, run_tick
+from joborch import (
+    CannotRun,
+    Cause,
+    ConfigError,
+    DataFolder,
+    Fate,
+    Job,
+    NotTaken,
+    Status,
+    StillRunning,
+    SystemAway,
+    adopt,
+    end_tick,
+    run_tick,
+)
 
 ALIVE = Fate(True)
 
@@ -284,3 +299,18 @@ def test_a_mark_outlives_a_power_failure(site: Site, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(site.system, "start", lambda _: "7" if durable[-1] else pytest.fail("handed over before it was on the disk"))
     site.tick()
     assert site.yard[job].handle == "7"
+
+
+def test_no_executor_takes_up_what_another_started(site: Site) -> None:
+    """It could only lose it: a start is refused while something runs, and says with which to start."""
+    client = site.yard.client
+    joborch.check_executor(client)
+    job = site.submit()
+    site.tick()
+    client.config = dataclasses.replace(client.config, executor="slurm")
+    with pytest.raises(ConfigError, match="1 payloads here are run by 'local': start it with --executor local"):
+        joborch.check_executor(client)
+    site.system.fates[job.id] = Fate(False, 0)
+    site.tick()
+    joborch.check_executor(client)
+    assert (site.yard.data.path / "executor").read_text() == "slurm"

@@ -183,6 +183,7 @@ def test_no_minute_less_than_the_limit(timeout: float) -> None:
 
 
 OURS = ["--array=1-3", "--arr=1-3", "-a1-3", "-Jname", "--job-name=x", "--out=x", "--wrap=x", "run.sh", "--mem=1G", "-t5", "--time=5"]
+OURS += ["-sa1-2", "-Oa1-2", "-vJx", "-sD/tmp", "-sW"]  # several short options in one word
 
 
 @pytest.mark.parametrize("text", [*OURS, "--nice 5"])
@@ -194,8 +195,8 @@ def test_what_joborch_sets_itself_is_refused(text: str) -> None:
 
 
 def test_what_a_site_may_add() -> None:
-    assert read_sbatch_words("--nice=100 --exclusive --comment='two words' -n4 --mem-per-cpu=2G") == (
-        *("--nice=100", "--exclusive", "--comment=two words", "-n4", "--mem-per-cpu=2G"),
+    assert read_sbatch_words("--nice=100 --exclusive --comment='two words' -n4 -s --mem-per-cpu=2G") == (
+        *("--nice=100", "--exclusive", "--comment=two words", "-n4", "-s", "--mem-per-cpu=2G"),
     )
     config = joborch.load_config("client", {}, {"SERVICE_Dock_SLURM_PARTITION": "gpu", "DATA_PATH": "/tmp", "JOBORCH_EXECUTOR": "slurm"})
     assert (config.batch_options("DOCK").slurm_partition, config.batch_options("other"), config.slots) == ("gpu", BatchOptions(), 100)
@@ -631,7 +632,10 @@ def test_slurm_is_away(slurm: Callable[..., Pair], cluster: Cluster, open_folder
 
 def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster) -> None:
     """However many there are; and an answer that is garbage loses none of them."""
-    pair, before, begin = slurm().start(), cluster.calls.read_text().split(), time.monotonic()
+    pair, old = slurm(), cluster.calls.read_text().split()
+    pair.start()
+    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], 20, "the end of its look at Slurm")
+    before, begin = cluster.calls.read_text().split(), time.monotonic()
     numbers = [submit(pair.server, "sleep 0.2") for _ in range(12)]
     cluster.lie("squeue", "garbage")
     assert "garbage" in wait_for(lambda: pair.client.get("/health").json()["problem"], 30, "the problem")
@@ -691,6 +695,44 @@ def test_a_wrapper_that_was_killed(executor: joborch.SlurmExecutor, data: joborc
     job = job._replace(handle=executor.start(job))
     found = ended(executor, job)
     assert (found.cause, "the wrapper was killed" in found.reason) == (Cause.USER, True)
+
+
+def test_a_folder_that_the_script_removes(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """It ends all the same, and says so: no claim can be taken there, and none is needed."""
+    job = payload(data, 'cd /; rm -rf "${OLDPWD%/work}"')
+    job = job._replace(handle=executor.start(job))
+    found = ended(executor, job)
+    assert (found.cause, found.reason) == (Cause.INFRASTRUCTURE, "the payload's folder was removed while the script ran")
+
+
+def test_a_script_that_forges_its_exit_file(
+    executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is believed, and what runs on in Slurm is ended."""
+    monkeypatch.setattr(joborch, "SLURM_LINGER_S", 1.0)
+    job = payload(data, """cd ..; rm exit.json; echo '{"status": 0, "left": 0}' > exit.json; sleep 300""")
+    job = job._replace(handle=executor.start(job))
+    assert ended(executor, job).exit_status == 0
+
+    def over() -> bool:
+        executor.poll([])
+        return "CANCELLED" in cluster.run("squeue", "-h", "-t", "all", "-n", slurm_name(job.mark), "-o", "%T")
+
+    wait_for(over, 20, "its end in Slurm")
+
+
+@pytest.mark.parametrize("warning", ["USR1", "USR2", "QUIT", "ALRM", "XCPU"])
+def test_a_warning_to_the_wrapper_ends_nothing(warning: str, executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+    """As by --signal=B:USR1@60, or by a script that means itself: its own end counts, and no limit was reached."""
+    job = payload(data, f"kill -{warning} $PPID; sleep 0.2; exit 5")
+    job = job._replace(handle=executor.start(job))
+    assert ended(executor, job) == Fate(False, 5)
+
+
+def test_a_folder_that_slurm_would_not_find_is_refused(tmp_path: Path) -> None:
+    data = joborch.DataFolder(str(tmp_path / "a\\b"))
+    with pytest.raises(ConfigError, match="backslash"):
+        joborch.SlurmExecutor(data, joborch.load_config("client", {}, {"DATA_PATH": str(data.path)}))
 
 
 def test_too_much_memory(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
@@ -770,7 +812,7 @@ def test_what_waits_is_ended_at_once_while_slurm_is_away(
 def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
     executor.inherited["PATH"] = str(tmp_path)
     (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
-    with pytest.raises(SystemAway, match="is Slurm installed here, and in PATH"):
+    with pytest.raises(SystemAway, match="there is no sbatch in PATH"):
         executor.start(payload(data, "true"))
 
 
