@@ -298,7 +298,7 @@ def test_a_crash_after_results_came_to_the_disk(make_run: Callable[..., Run]) ->
 
 def is_empty(process: Process) -> bool:
     """Whether no file of a job is left."""
-    return not process.files() - {"joborch.lock", "wrapper.sh", "reserve", "jobs", "results", "tmp"}
+    return not process.files() - {"joborch.lock", "wrapper.sh", "executor", "reserve", "jobs", "results", "tmp"}
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
