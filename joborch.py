@@ -3975,7 +3975,8 @@ def slurm_error(command: str, said: str) -> JoborchError:
 
 def slurm_waits(job: SlurmJob) -> str:
     """Return what a job waits for, in Slurm's words; the same as long as nothing changes."""
-    return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {job.reason or 'no reason given'} (job {job.id})"
+    reason = job.reason if job.reason not in ("", "None") else "no reason yet"
+    return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {reason} (job {job.id})"
 
 
 def squeue_format() -> str:
