@@ -296,6 +296,13 @@ def host_of(url: str) -> tuple[str, str]:
         return "", ""
 
 
+def http_pool() -> urllib3.PoolManager:
+    """Return connections to a peer, which threads may share; nothing is tried again unasked."""
+    import urllib3
+
+    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -3674,10 +3681,15 @@ def signal_all(processes: Iterable[Process], number: int) -> None:
             os.kill(process.pid, number)
 
 
+def wrapper_text(data: DataFolder) -> bytes:
+    """Return the wrapper, with the umask that this process was started with."""
+    return WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode()
+
+
 def write_wrapper(data: DataFolder) -> Path:
     """Put the wrapper into the data folder and return where it is."""
     path = data.path / "wrapper.sh"
-    write_atomic(path, WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode())
+    write_atomic(path, wrapper_text(data))
     return path
 
 
@@ -4019,10 +4031,10 @@ class SlurmTraces:
     claimed: bool  # the wrapper has begun
     begun: bool  # and was about to start the script
     claimed_before: bool  # it had begun before Slurm was asked
-    again: bool  # a second wrapper came, and left
-    words: str  # the last line that Slurm wrote into the job's own log
-    missed_s: float  # for how long the exit file has been waited for
     folder: Path
+    again: bool = False  # a second wrapper came, and left
+    words: str = ""  # the last line that Slurm wrote into the job's own log
+    missed_s: float = 0.0  # for how long the exit file has been waited for
     removed: bool = False  # the folder is gone
 
 
@@ -4250,11 +4262,11 @@ class SlurmExecutor:
         if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
             self.look(self.config.batch_interval_s)
             self.end_what_lingers()
-        claimed = {job.mark for job in unclear if read_claim(self.data.job(job.mark), job.attempt) is not None}
-        judged = {job.id: self.fate(job, fates[job.id]) for job in unclear}
+        claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
+        judged = {job.id: self.fate(job, fates[job.id], claims[job.id]) for job in unclear}
         given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
         for job in given_up:
-            if not self.fence(job) and job.mark not in claimed:
+            if not self.fence(job) and claims[job.id] is None:
                 judged[job.id] = Fate(True)  # it begins just now
         if given_up:
             self.scancel([job.mark for job in given_up if not judged[job.id].alive])
@@ -4280,26 +4292,29 @@ class SlurmExecutor:
             for table in tables:
                 table.pop(job.mark, None)
 
-    def fate(self, job: Job, ended: Fate | None) -> Fate:
-        """Judge an attempt that has no exit file of the script's own making."""
+    def fate(self, job: Job, ended: Fate | None, claim: str | None) -> Fate:
+        """Judge an attempt that has no exit file of the script's own making, by its wrapper's claim as it was just read."""
         known, folder = self.known.get(slurm_name(job.mark)), self.data.job(job.mark)
-        claim = read_claim(folder, job.attempt)
         if known is None and self.looked_at <= self.handed_at.get(job.mark, float("-inf")):
             return Fate(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
         if known is not None and known.state not in self.strange | SLURM_WAITS | SLURM_RUNS | set(SLURM_ENDS):
             self.strange.add(known.state)
             log.warning("Slurm says %s of job %s, which is not known here: it counts as running", known.state, known.id)
+        traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, folder)
         if known is not None and known.state not in SLURM_ENDS:
             self.missed.pop(job.mark, None)
         else:
-            self.missed.setdefault(job.mark, time.monotonic())
-            with contextlib.suppress(OSError):
-                os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
-        missed_s = time.monotonic() - self.missed.get(job.mark, time.monotonic())
-        again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
-        seen = (claim is not None, "ready" in (claim or ""), job.mark in self.claimed)
-        traces = SlurmTraces(ended, *seen, again, words, missed_s, folder, not folder.is_dir())
+            traces = self.traced(job, traces)
         return slurm_fate(known, traces, self.config.vanish_grace_s)
+
+    def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
+        """Return the traces with what an attempt that is over may have left; of one that is alive nobody needs to look for it."""
+        now, folder = time.monotonic(), traces.folder
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
+        again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
+        missed_s = now - self.missed.setdefault(job.mark, now)
+        return dataclasses.replace(traces, again=again, words=words, missed_s=missed_s, removed=not folder.is_dir())
 
     def fence(self, job: Job) -> bool:
         """Take the claim of an attempt. True where it had not begun, and so never will, whatever Slurm does."""
@@ -4848,9 +4863,7 @@ class DiracService:
 
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
-        import urllib3
-
-        return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
+        return http_pool()
 
     def send(self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
         """Return the answer to one request, whatever its status; SystemAway where none came: it may have been heard all the same."""
@@ -4897,9 +4910,9 @@ class DiracService:
             raise DiracRefusal(answer.status, text)
         raise SystemAway(text) if answer.status in (401, 429, 503) else AnswerLost(text)
 
-    def search(self, parameter: str, values: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the rows of our jobs that have one of these values; others' jobs are visible, too, and are left out."""
-        owner, rows = self.login.owner(), []
+    def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
+        """Return the rows of an owner's jobs that have one of these values; others' jobs are visible, too, and are left out."""
+        rows: list[Row] = []
         for first in range(0, len(values), SEARCH_LIMIT):
             wanted = {"parameter": parameter, "operator": "in", "values": list(values[first : first + SEARCH_LIMIT])}
             ours = {"parameter": "Owner", "operator": "eq", "value": owner}
@@ -4999,7 +5012,7 @@ class DiracExecutor:
                 raise ConfigError(f"SERVICE_{service.upper()}_{error}") from error
         self.data, self.config, self.clock = data, config, clock or Clock()
         self.service = DiracService(config.dirac_url, config.dirac_credentials, self.clock)
-        self.wrapper = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode()
+        self.wrapper = wrapper_text(data)
         self.lock, self.asking = threading.Lock(), threading.Lock()
         self.rows: dict[int, Row] = {}  # what DIRAC said last, by its job number
         self.asked_at = float("-inf")  # monotonic
@@ -5111,7 +5124,7 @@ class DiracExecutor:
             raise SystemAway(f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}")
         if not known:
             write_atomic(note, now.encode(), 0o600)
-        return self.service.search(parameter, values)
+        return self.service.search(now, parameter, values)
 
     def may_come(self, mark: str) -> bool:
         """Tell whether a submission that is not found may still be on its way."""
@@ -5216,7 +5229,7 @@ class DiracExecutor:
             self.cancel(job)
             text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason=text)
-        self.fetch(job)
+        self.collect(job)
         left = read_exit(self.data.job(job.mark))
         if left:
             return weighed(row, left)
@@ -5285,10 +5298,6 @@ class DiracExecutor:
             return [str(pfn) for pfn in reversed(self.service.call("GET", f"/api/jobs/{number}/sandbox/output"))]
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs, where poll has not brought them; nothing where there are none."""
-        self.fetch(job)
-
-    def fetch(self, job: Job) -> None:
         """Bring the outputs of a job into its folder, if they are not there: the exit file last, so that a crash is no harm. SystemAway."""
         if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
             return
@@ -5701,10 +5710,8 @@ class Link:
 
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
-        """The connections to this client; threads may share them."""
-        import urllib3
-
-        return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
+        """The connections to this client."""
+        return http_pool()
 
     def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
         """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer."""
