@@ -21,18 +21,20 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary           13. Slurm's words         25. Access
-     2. Settings             14. Slurm                 26. HTTP
-     3. Configuration        15. Grid files            27. Server routes
-     4. States               16. DiracX                28. Site routes
-     5. Scheduling           17. DIRAC                 29. Client routes
-     6. Files                18. Transfers             30. Logs
-     7. Archives             19. Links                 31. Page and documents
-     8. Statements           20. Loops                 32. Doctor
-     9. Database             21. Server                33. Demo
-    10. Store                22. Ends                  34. Commands
-    11. Backups              23. Waiting
-    12. Executors            24. Client
+     1. Vocabulary            15. Slurm's words         29. Results
+     2. Settings              16. Slurm                 30. Access
+     3. Configuration         17. Grid files            31. HTTP
+     4. States                18. DiracX                32. Connections
+     5. Scheduling            19. DIRAC                 33. Server routes
+     6. Files                 20. Identity              34. Site routes
+     7. Folders               21. Transfers             35. Client routes
+     8. Archives              22. Answers               36. Logs
+     9. Statements            23. Links                 37. Page and documents
+    10. Database              24. Loops                 38. Doctor
+    11. Store                 25. Server                39. Demo
+    12. Backups               26. Ends                  40. Commands
+    13. Inheritance           27. Waiting
+    14. Executors             28. Client
 """
 
 from __future__ import annotations
@@ -1735,6 +1737,9 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
+# == 7. Folders ==  What is promised is on the disk, and one process alone uses a data folder.
+
+
 def fsync_path(path: str | Path) -> None:
     """Make a file's content, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -1976,7 +1981,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp))
 
 
-# == 7. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 8. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -2276,7 +2281,7 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
         os.close(descriptor)
 
 
-# == 8. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 9. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 3
 
@@ -2710,7 +2715,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 9. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 10. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
 
 
 class Changes:
@@ -3002,7 +3007,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 10. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 11. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
 
 
 class Store(Database):
@@ -3367,7 +3372,7 @@ def broken_chain(on_id: int, how: Status) -> str:
     return f"job {on_id}, which it was to follow, ended as {how}"
 
 
-# == 11. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+# == 12. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
@@ -3430,7 +3435,33 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     return kept, unclaimed
 
 
-# == 12. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 13. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
+
+SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the client's environment without secrets and without its own settings: its PORT is not a script's."""
+    own = {setting.name for setting in SETTINGS}
+    return {name: value for name, value in environment.items() if name not in own and not SECRET_NAMES.search(name)}
+
+
+def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return what the script sees: what it inherits, and our own words."""
+    ours = {
+        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
+        "JOBORCH_ATTEMPT": str(job.attempt),
+        "JOBORCH_SERVICE": job.service or "",
+        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
+        "JOBORCH_CPUS": str(job.cpus),
+        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
+        "JOBORCH_MARK": job.mark,
+        "TMPDIR": str(folder / "tmp"),
+    }
+    return {**inherited, **ours}
+
+
+# == 14. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -3474,7 +3505,6 @@ exit $status
 """
 
 CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
-SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -3533,27 +3563,6 @@ class Executor(Protocol):
 
     def examine(self) -> Iterator[Finding]:
         """Yield what `joborch doctor` shall say of it; nothing is started."""
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the client's environment without secrets and without its own settings: its PORT is not a script's."""
-    own = {setting.name for setting in SETTINGS}
-    return {name: value for name, value in environment.items() if name not in own and not SECRET_NAMES.search(name)}
-
-
-def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return what the script sees: what it inherits, and our own words."""
-    ours = {
-        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
-        "JOBORCH_ATTEMPT": str(job.attempt),
-        "JOBORCH_SERVICE": job.service or "",
-        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
-        "JOBORCH_CPUS": str(job.cpus),
-        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
-        "JOBORCH_MARK": job.mark,
-        "TMPDIR": str(folder / "tmp"),
-    }
-    return {**inherited, **ours}
 
 
 def read_exit(folder: Path) -> Fate | None:
@@ -3880,7 +3889,7 @@ class LocalExecutor:
         yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
 
 
-# == 13. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
+# == 15. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
 
 # States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
 SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -4096,7 +4105,7 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
 
 
-# == 14. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+# == 16. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
 
 
 class SlurmExecutor:
@@ -4389,7 +4398,7 @@ class SlurmExecutor:
         return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
 
 
-# == 15. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
+# == 17. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
 
 SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
 OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
@@ -4665,7 +4674,7 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == 16. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
+# == 18. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
@@ -4964,7 +4973,7 @@ class DiracService:
             raise SystemAway(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
 
 
-# == 17. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
+# == 19. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
@@ -5415,7 +5424,63 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 18. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 20. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+
+
+def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Return the user id that owns the other end of a connection on this machine, or None where that cannot be told.
+
+    By sock_diag(7), which looks at one socket; where that is not to be had by /proc/net/tcp (proc(5)), which lists all.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, struct.error):
+            return diagnosed_uid(family, peer, here)
+    return listed_uid(peer, here)
+
+
+def diagnosed_uid(family: int, peer: tuple[str, int], here: tuple[str, int]) -> int:
+    """Ask the kernel for the socket with these two ends, and return its user id; OSError where there is none."""
+    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
+    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
+    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
+    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
+        kernel.settimeout(1)
+        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
+        answer = kernel.recv(8192)
+    if struct.unpack_from("=IHHII", answer)[1] == error:
+        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
+    return int(struct.unpack_from("=I", answer, 16 + 4 + 48 + 12)[0])  # after header, state, ends and three counters
+
+
+def packed_address(family: int, host: str) -> bytes:
+    """Return an IP address in network order; an IPv4 one as IPv6 does where the family asks for it."""
+    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
+
+
+def listed_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Look for a connection in the lists of /proc/net, and return the user id of its other end."""
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        try:
+            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
+            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except (OSError, ValueError):
+            continue
+        for line in lines:
+            fields = line.split()
+            if (fields[1], fields[2]) == wanted:
+                return int(fields[7])
+    return None
+
+
+def tcp_hex(family: int, host: str, port: int) -> str:
+    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
+    packed = packed_address(family, host)
+    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
+    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
+
+
+# == 21. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -5508,15 +5573,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-# == 19. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
-
-
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+# == 22. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -5576,6 +5633,114 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     clean.update(status=said["status"], uuid=str(said.get("uuid")), attempt=said.get("attempt"), id=str(said.get("id")))
     clean["reason"] = one_line(clean.get("reason", ""), 1000)
     return clean
+
+
+def plain_cause(error: BaseException) -> str:
+    """Return the innermost reason of a chain of network errors, as people say it."""
+    seen: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in seen:
+        seen.append(inner)
+        reason = getattr(inner, "reason", None)
+        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
+    for one in reversed(seen):
+        if isinstance(one, OSError) and one.errno:
+            return os.strerror(one.errno).lower() if one.errno > 0 else "its name is not known"
+    text = re.sub(r"<[^>]*>:? ?", "", str(seen[-1]))
+    text = one_line(text or type(seen[-1]).__name__, 120)
+    return text[:1].lower() + text[1:]
+
+
+def refused_text(status: int, body: bytes) -> str:
+    """Return one sentence on an answer that is an error."""
+    message = ""
+    with contextlib.suppress(ValueError, AttributeError):
+        message = str(parse_json(body).get("message", ""))
+    if status in (401, 403):
+        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
+    return f"answered {status}" + (f": {one_line(message)}" if message else "")
+
+
+def repr_digest(sha256_hex: str) -> str:
+    """Return a Repr-Digest header (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
+def read_submit_answer(status: int, text: bytes) -> str:
+    """Return the payload id of an answer to /submit, or raise what the answer means."""
+    if status in (200, 201):
+        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # followed by something: half an id is another's
+        if not match:
+            raise NoAnswer("answered rubbish to /submit")
+        return match[1].decode()
+    if status in (400, 409, 413, 415, 422):
+        raise Rejected(refused_text(status, text))
+    if status in (401, 403, 404, 405, 429, 503, 507):
+        raise Refused(refused_text(status, text))
+    raise NoAnswer(refused_text(status, text))
+
+
+def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
+    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        text = answer.read(limit_bytes)
+        whole = not answer.read(1)
+        if not whole:
+            answer.close()  # more than we want: the connection is of no further use
+        answer.release_conn()
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
+        raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
+    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(hashlib.sha256(text).hexdigest())):
+        raise NoAnswer("the answer broke: its digest is not the one that was sent")
+    return text
+
+
+def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
+    """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
+    begin = f"bytes {into.size}-"
+    if answer.status == 200:
+        into.begin(answer.headers.get("ETag", ""))
+    elif not answer.headers.get("Content-Range", "").startswith(begin):
+        answer.close()
+        into.begin()
+        raise NoAnswer("answered with another part of the result than was asked for")
+    before = into.size
+    for chunk in iter(lambda: read_chunk(answer, into.size), b""):
+        into.write(chunk)
+    answer.release_conn()
+    promised = answer.headers.get("Content-Length")
+    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+    if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
+        into.begin()
+        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
+    if promised is not None and promised != str(into.size - before):
+        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
+    if said and said[1] != base64.b64encode(into.digest.digest()).decode():
+        into.begin()
+        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
+
+
+def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
+    """Return the next part of a body, an empty one at its end; NoAnswer where the transfer broke."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
+    except (HTTPError, OSError, ValueError) as error:
+        raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
+
+
+# == 23. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+
+
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
 def client_token_file() -> Path | None:
@@ -5876,104 +6041,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-def plain_cause(error: BaseException) -> str:
-    """Return the innermost reason of a chain of network errors, as people say it."""
-    seen: list[BaseException] = []
-    inner: BaseException | None = error
-    while inner is not None and inner not in seen:
-        seen.append(inner)
-        reason = getattr(inner, "reason", None)
-        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
-    for one in reversed(seen):
-        if isinstance(one, OSError) and one.errno:
-            return os.strerror(one.errno).lower() if one.errno > 0 else "its name is not known"
-    text = re.sub(r"<[^>]*>:? ?", "", str(seen[-1]))
-    text = one_line(text or type(seen[-1]).__name__, 120)
-    return text[:1].lower() + text[1:]
-
-
-def refused_text(status: int, body: bytes) -> str:
-    """Return one sentence on an answer that is an error."""
-    message = ""
-    with contextlib.suppress(ValueError, AttributeError):
-        message = str(parse_json(body).get("message", ""))
-    if status in (401, 403):
-        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
-    return f"answered {status}" + (f": {one_line(message)}" if message else "")
-
-
-def repr_digest(sha256_hex: str) -> str:
-    """Return a Repr-Digest header (RFC 9530)."""
-    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
-
-
-def read_submit_answer(status: int, text: bytes) -> str:
-    """Return the payload id of an answer to /submit, or raise what the answer means."""
-    if status in (200, 201):
-        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # followed by something: half an id is another's
-        if not match:
-            raise NoAnswer("answered rubbish to /submit")
-        return match[1].decode()
-    if status in (400, 409, 413, 415, 422):
-        raise Rejected(refused_text(status, text))
-    if status in (401, 403, 404, 405, 429, 503, 507):
-        raise Refused(refused_text(status, text))
-    raise NoAnswer(refused_text(status, text))
-
-
-def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
-    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
-    from urllib3.exceptions import HTTPError
-
-    try:
-        text = answer.read(limit_bytes)
-        whole = not answer.read(1)
-        if not whole:
-            answer.close()  # more than we want: the connection is of no further use
-        answer.release_conn()
-    except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
-        raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
-    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(hashlib.sha256(text).hexdigest())):
-        raise NoAnswer("the answer broke: its digest is not the one that was sent")
-    return text
-
-
-def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
-    """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
-    begin = f"bytes {into.size}-"
-    if answer.status == 200:
-        into.begin(answer.headers.get("ETag", ""))
-    elif not answer.headers.get("Content-Range", "").startswith(begin):
-        answer.close()
-        into.begin()
-        raise NoAnswer("answered with another part of the result than was asked for")
-    before = into.size
-    for chunk in iter(lambda: read_chunk(answer, into.size), b""):
-        into.write(chunk)
-    answer.release_conn()
-    promised = answer.headers.get("Content-Length")
-    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-    if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-        into.begin()
-        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
-    if promised is not None and promised != str(into.size - before):
-        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
-    if said and said[1] != base64.b64encode(into.digest.digest()).decode():
-        into.begin()
-        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
-
-
-def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
-    """Return the next part of a body, an empty one at its end; NoAnswer where the transfer broke."""
-    from urllib3.exceptions import HTTPError
-
-    try:
-        return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
-    except (HTTPError, OSError, ValueError) as error:
-        raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
-
-
-# == 20. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 24. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -6218,7 +6286,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 21. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 25. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -6689,7 +6757,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 22. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 26. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -6953,7 +7021,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 23. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 27. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -7044,7 +7112,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 24. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 @dataclass
@@ -7518,7 +7586,126 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 25. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
+
+
+def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
+    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
+    try:
+        with open_regular(folder / "inputs.json") as file:
+            noted = parse_json(file.read(INPUTS_LIMIT_BYTES))
+    except (OSError, ValueError):
+        return {}
+    items = noted.items() if isinstance(noted, dict) else ()
+    return {path: state for path, state in items if isinstance(state, list)}
+
+
+def pack_payload(client: Client, job: Job) -> Archive:
+    """Return a payload's work folder as it stands, with its output streams below `.joborch/`. OSError where it cannot be written."""
+    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
+    return packed(client.data.spool, job.ended_at, functools.partial(fill_archive, client, job))
+
+
+def fill_archive(client: Client, job: Job, packer: ZipPacker) -> None:
+    """Pack a payload's files."""
+    folder = client.folder(job)
+    work = folder / "work"
+    if folder.is_symlink() or work.is_symlink() or not work.is_dir():
+        packer.left_out.append("the work folder: the script removed it, or put something else in its place")
+    else:
+        if not os.access(work, os.R_OK | os.X_OK):
+            os.chmod(work, 0o700)  # the script took its own folder's rights away
+        whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
+        packer.add_folder(work, {} if whole else unchanged_inputs(folder))
+    for stream in OUTPUT_STREAMS if not folder.is_symlink() else ():
+        try:
+            kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
+            continue
+        packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
+
+
+class Packing:
+    """The archive of an ended payload, made once in a thread of its own, for all who ask for it."""
+
+    def __init__(self, client: Client, job: Job) -> None:
+        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("OSError | None", None)
+        self.used_at = client.clock.monotonic()
+        threading.Thread(target=self.pack, args=(client, job), name=f"pack-{job.id}", daemon=True).start()
+
+    def pack(self, client: Client, job: Job) -> None:
+        try:
+            self.archive = pack_payload(client, job)
+        except OSError as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+    def opened(self) -> Archive:
+        """Return the archive with a file position of its own."""
+        if self.error is not None or self.archive is None:
+            raise self.error or OSError(errno.EIO, "the result could not be packed")
+        return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
+
+    def drop(self) -> None:
+        """Let go of the file, as soon as it is packed."""
+        if self.done.wait(0) and self.archive is not None:
+            self.archive.file.close()
+
+
+def forget_packings(client: Client) -> None:
+    """Let go of packed results that nobody has come for in a while."""
+    before = client.clock.monotonic() - PACKED_KEPT_S
+    drop_packings(client, [job_id for job_id, packing in list(client.packings.items()) if packing.used_at < before])
+
+
+def ended_archive(client: Client, job: Job) -> Archive:
+    """Return what an ended payload left. Refusal 503 while it is packed for longer than a caller would wait."""
+    forget_packings(client)
+    with client.lock:
+        packing = client.packings.get(job.id) or Packing(client, job)
+        client.packings[job.id] = packing
+        packing.used_at = client.clock.monotonic()
+    if not packing.done.wait(PACK_PATIENCE_S):
+        raise Refusal(503, "the result is being packed: come again", Retry_After="5")
+    try:
+        return packing.opened()
+    finally:
+        if packing.archive is None or not packing.archive.whole:
+            drop_packings(client, [job.id])  # the next one tries anew
+
+
+def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
+    """Let go of packed results that are safe elsewhere, or that nobody came for."""
+    with client.lock:
+        for job_id in job_ids:
+            packing = client.packings.get(job_id)
+            if packing is not None and packing.done.is_set():
+                client.packings.pop(job_id).drop()
+
+
+def inline_archive(client: Client, job: Job) -> dict[str, str]:
+    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
+    folder = client.folder(job)
+    if folder.is_symlink() or (folder / "work").is_symlink():
+        return {}
+    try:
+        entries = [*os.scandir(folder / "work")]
+        plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries) if plain else 0
+        size += sum(os.path.getsize(folder / stream) for stream in OUTPUT_STREAMS)
+        if not plain or size > INLINE_LIMIT_BYTES:
+            return {}
+        archive = pack_payload(client, job)
+        with contextlib.closing(archive.file):
+            return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
+    except OSError:
+        return {}  # the server fetches it, and hears what is wrong
+
+
+# == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
@@ -7547,60 +7734,7 @@ def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], 
         raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
 
 
-def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id that owns the other end of a connection on this machine, or None where that cannot be told.
-
-    By sock_diag(7), which looks at one socket; where that is not to be had by /proc/net/tcp (proc(5)), which lists all.
-    """
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, struct.error):
-            return diagnosed_uid(family, peer, here)
-    return listed_uid(peer, here)
-
-
-def diagnosed_uid(family: int, peer: tuple[str, int], here: tuple[str, int]) -> int:
-    """Ask the kernel for the socket with these two ends, and return its user id; OSError where there is none."""
-    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
-    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
-    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
-    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
-        kernel.settimeout(1)
-        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
-        answer = kernel.recv(8192)
-    if struct.unpack_from("=IHHII", answer)[1] == error:
-        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
-    return int(struct.unpack_from("=I", answer, 16 + 4 + 48 + 12)[0])  # after header, state, ends and three counters
-
-
-def packed_address(family: int, host: str) -> bytes:
-    """Return an IP address in network order; an IPv4 one as IPv6 does where the family asks for it."""
-    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
-
-
-def listed_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Look for a connection in the lists of /proc/net, and return the user id of its other end."""
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        try:
-            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
-            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except (OSError, ValueError):
-            continue
-        for line in lines:
-            fields = line.split()
-            if (fields[1], fields[2]) == wanted:
-                return int(fields[7])
-    return None
-
-
-def tcp_hex(family: int, host: str, port: int) -> str:
-    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
-    packed = packed_address(family, host)
-    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
-    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
-
-
-# == 26. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
 @dataclass(frozen=True)
@@ -7705,6 +7839,7 @@ class Route:
     gives: Mapping[int, Gives]
     handler: Handler
     quick: bool  # it only looks at the database: few at once, behind the gate
+    slow: bool  # how long it takes hangs on others: on what a script wrote, on a client's answer, on the size of an upload
 
     @property
     def takes_form(self) -> bool:
@@ -7724,16 +7859,17 @@ def route(
     path: str,
     mode: str,
     *,
-    who: str = "caller",
+    who: str,
     takes: Sequence[Parameter] = (),
     gives: Mapping[int, Gives],
     quick: bool = False,
+    slow: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Declare a route. The first sentence of the handler's docstring is its summary."""
 
     def declare(handler: Handler) -> Handler:
         summary = (handler.__doc__ or "").strip().split("\n")[0]
-        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick))
+        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow))
         return handler
 
     return declare
@@ -7831,6 +7967,78 @@ def disk_refusal(node: Node, error: OSError) -> Refusal:
     if error.errno in DISK_TROUBLES:
         return Refusal(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
     return Refusal(500, "internal error: see the log")
+
+
+def reason_phrase(status: int) -> str:
+    """Return what HTTP calls a status code."""
+    import http
+
+    return http.HTTPStatus(status).phrase
+
+
+def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
+    """Return an open file: whole, a part of it (RFC 9110 Range, If-Range), or 304 for who has it already."""
+    tag = f'"{archive.sha256}"'
+    said = {
+        "Content-Type": ZIP_TYPE,
+        "ETag": tag,
+        "Accept-Ranges": "bytes",
+        "Repr-Digest": repr_digest(archive.sha256),
+        "Content-Disposition": f'attachment; filename="{filename}"',
+        **headers,
+    }
+    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
+    if tag in known or "*" in known:
+        archive.file.close()
+        return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
+    wanted = request.method == "GET" and request.header("If-Range") in ("", tag)  # RFC 9110: only GET has ranges
+    span = byte_range(request.header("Range"), archive.size) if wanted else None
+    if span is None:
+        return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
+    begin, end = span
+    if begin >= end:
+        archive.file.close()
+        raise Refusal(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
+    archive.file.seek(begin)
+    return Answer(
+        archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
+    )
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """Return (begin, end) of a single byte range, an empty one where it lies outside, None where there is none to obey."""
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header.strip())
+    if not match or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        return (max(0, size - int(match[2])), size) if int(match[2]) else (size, size)
+    if match[2] and int(match[2]) < int(match[1]):
+        return None
+    return int(match[1]), min(int(match[2] or size) + 1, size)
+
+
+# What several routes answer.
+EXAMPLE_ERROR = {"message": "user_id is missing: give the whole number of a user, as in -F user_id=1", "field": "user_id"}
+BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
+NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
+NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
+TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
+NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
+KEY_USED = Gives(
+    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
+)
+NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
+DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
+CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
+RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
+PARTS = {
+    206: Gives("the part that Range asked for", ZIP_TYPE),
+    304: Gives("you have it already (If-None-Match)"),
+    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
+}
+
+
+# == 32. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 def make_parser_class(node: Node) -> Any:
@@ -8013,76 +8221,7 @@ def make_http_server(node: Node, app: Any) -> Any:
     return server
 
 
-def reason_phrase(status: int) -> str:
-    """Return what HTTP calls a status code."""
-    import http
-
-    return http.HTTPStatus(status).phrase
-
-
-def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
-    """Return an open file: whole, a part of it (RFC 9110 Range, If-Range), or 304 for who has it already."""
-    tag = f'"{archive.sha256}"'
-    said = {
-        "Content-Type": ZIP_TYPE,
-        "ETag": tag,
-        "Accept-Ranges": "bytes",
-        "Repr-Digest": repr_digest(archive.sha256),
-        "Content-Disposition": f'attachment; filename="{filename}"',
-        **headers,
-    }
-    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
-    if tag in known or "*" in known:
-        archive.file.close()
-        return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
-    wanted = request.method == "GET" and request.header("If-Range") in ("", tag)  # RFC 9110: only GET has ranges
-    span = byte_range(request.header("Range"), archive.size) if wanted else None
-    if span is None:
-        return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
-    begin, end = span
-    if begin >= end:
-        archive.file.close()
-        raise Refusal(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
-    archive.file.seek(begin)
-    return Answer(
-        archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
-    )
-
-
-def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """Return (begin, end) of a single byte range, an empty one where it lies outside, None where there is none to obey."""
-    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header.strip())
-    if not match or not (match[1] or match[2]):
-        return None
-    if not match[1]:
-        return (max(0, size - int(match[2])), size) if int(match[2]) else (size, size)
-    if match[2] and int(match[2]) < int(match[1]):
-        return None
-    return int(match[1]), min(int(match[2] or size) + 1, size)
-
-
-# What several routes answer.
-EXAMPLE_ERROR = {"message": "user_id is missing: give the whole number of a user, as in -F user_id=1", "field": "user_id"}
-BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
-NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
-NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
-TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
-NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
-KEY_USED = Gives(
-    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
-)
-NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
-DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
-CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
-RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
-PARTS = {
-    206: Gives("the part that Range asked for", ZIP_TYPE),
-    304: Gives("you have it already (If-None-Match)"),
-    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
-}
-
-
-# == 27. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -8118,8 +8257,11 @@ def job_id_of(text: str) -> int:
     return int(text)
 
 
-def known_job(node: Node, text: str) -> Job:
-    """Return a job by the id of a path; Refusal 400 or 404."""
+def known_job(node: Node, request: Request, text: str) -> Job:
+    """Return a job by the id of a path, as the caller of `request` may know of it; Refusal 400 or 404.
+
+    Every route about one job finds it here, so that who owns it can be judged in one place.
+    """
     job = node.store.get(job_id_of(text))
     if job is None:
         raise Refusal(404, f"no job has the id {text}")
@@ -8306,7 +8448,7 @@ UPLOAD_GIVES = {
 }
 
 
-@route("POST", "/upload", "server", takes=(*FORM_FIELDS, IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
+@route("POST", "/upload", "server", who="caller", slow=True, takes=(*FORM_FIELDS, IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
 def upload(server: Server, request: Request) -> Answer:
     """Queue a job: send its files and say whose it is and which service runs it."""
     key = request.header("Idempotency-Key").strip()
@@ -8382,10 +8524,10 @@ DOWNLOAD_GIVES = {
 }
 
 
-@route("GET", "/download/<job_id>", "server", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
+@route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
 def download(server: Server, request: Request, job_id: str) -> Answer:
     """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
-    job = known_job(server, job_id)
+    job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
     if job.status is Status.COMPLETED:
         return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
@@ -8405,12 +8547,14 @@ AS_IT_STANDS = "the job as it stands: from its client while it runs, from the st
     "GET",
     "/download_partial/<job_id>",
     "server",
+    who="caller",
+    slow=True,
     takes=(ID,),
     gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
 )
 def download_partial(server: Server, request: Request, job_id: str) -> Answer:
     """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
-    job = known_job(server, job_id)
+    job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of job {job.id} were cleaned")
@@ -8446,6 +8590,7 @@ SINCE = Parameter("since", "query", "string", "the status you know; the answer c
     "GET",
     "/jobs/<job_id>",
     "server",
+    who="caller",
     takes=(ID, WAIT, SINCE),
     gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
     quick=True,
@@ -8453,7 +8598,7 @@ SINCE = Parameter("since", "query", "string", "the status you know; the answer c
 def show_job(server: Server, request: Request, job_id: str) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
     wait_s = request.seconds("wait")
-    job = known_job(server, job_id)
+    job = known_job(server, request, job_id)
     since = request.query.get("since", job.status.value)
     if since not in Status._value2member_map_:
         names = ", ".join(status.value for status in Status if status is not Status.PREPARED)
@@ -8464,7 +8609,7 @@ def show_job(server: Server, request: Request, job_id: str) -> Answer:
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
             server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left, job.id)
-        job = known_job(server, job_id)
+        job = known_job(server, request, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
 
 
@@ -8486,7 +8631,7 @@ LIST_FILTERS = (
 PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
 
 
-@route("GET", "/jobs", "server", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
+@route("GET", "/jobs", "server", who="caller", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
 def list_jobs(server: Server, request: Request) -> Answer:
     """List jobs, newest first, a page at a time."""
     limit, before = request.whole("limit", 100, 1, 1000), request.whole("before", 2**63 - 1, 1, 2**63 - 1)
@@ -8512,15 +8657,15 @@ TERMINATE_GIVES = {
 }
 
 
-@route("POST", "/terminate/<job_id>", "server", takes=(ID,), gives=TERMINATE_GIVES)
+@route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
 def terminate(server: Server, request: Request, job_id: str) -> Answer:
     """End a job, in whatever state it is; repeating it is harmless."""
-    job = known_job(server, job_id)
+    job = known_job(server, request, job_id)
     if job.status not in OVER:
         server.store.wish_end(job.id, Cause.CANCELLED)
         crash_point("kill.wished")
         kill_queued(server, job.id)
-        job = known_job(server, job_id)
+        job = known_job(server, request, job_id)
     if job.status not in OVER:
         server.wake(f"kill:{job.client}")
         with server.places.place() as parked:
@@ -8528,7 +8673,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
             patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
             server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left, job.id)
         kill_queued(server, job.id)
-        job = known_job(server, job_id)
+        job = known_job(server, request, job_id)
     if job.status is Status.KILLED:
         return Answer({"id": job.id, "status": job.status.value, "message": job.reason}, 200, {"X-Job-Status": job.status.value})
     if job.status in OVER:
@@ -8546,7 +8691,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 28. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -8588,7 +8733,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     return said
 
 
-@route("GET", "/services", "server", gives={200: SERVICES}, quick=True)
+@route("GET", "/services", "server", who="caller", gives={200: SERVICES}, quick=True)
 def show_services(server: Server, request: Request) -> Answer:
     """Show the services: policy, limits, how much of them is in use, how much is queued (to 10,000), and their clients."""
     said = []
@@ -8603,7 +8748,7 @@ def show_services(server: Server, request: Request) -> Answer:
     return Answer({"services": said})
 
 
-@route("GET", "/clients", "server", gives={200: CLIENTS}, quick=True)
+@route("GET", "/clients", "server", who="caller", gives={200: CLIENTS}, quick=True)
 def show_clients(server: Server, request: Request) -> Answer:
     """Show the clients: slots, memory, load, what they run, and why one is held back."""
     return Answer({"clients": clients_json(server, [*server.links.values()])})
@@ -8620,13 +8765,13 @@ def drain_client(server: Server, name: str, drained: bool) -> Answer:
     return Answer(clients_json(server, [link])[0])
 
 
-@route("POST", "/clients/<name:path>/drain", "server", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+@route("POST", "/clients/<name:path>/drain", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
 def drain(server: Server, request: Request, name: str) -> Answer:
     """Send a client no more jobs, until it is resumed; those that it has go on. A restart of the server does not change it."""
     return drain_client(server, name, True)
 
 
-@route("POST", "/clients/<name:path>/resume", "server", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+@route("POST", "/clients/<name:path>/resume", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
 def resume(server: Server, request: Request, name: str) -> Answer:
     """Send a drained client jobs again."""
     return drain_client(server, name, False)
@@ -8659,13 +8804,13 @@ def user_answer(server: Server, user_id: int) -> Answer:
     return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
 
 
-@route("GET", "/users/<user_id>", "server", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
+@route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
 def show_user(server: Server, request: Request, user_id: str) -> Answer:
     """Show a user's weight, what is queued, and what was used of each service as it counts now."""
     return user_answer(server, user_of(user_id))
 
 
-@route("PUT", "/users/<user_id>", "server", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
+@route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: str) -> Answer:
     """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
     user, text = user_of(user_id), request.query.get("weight", "")
@@ -8678,7 +8823,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 29. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -8700,7 +8845,7 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
 
 def known_payload(client: Client, request: Request, text: str) -> Job:
     """Return a payload; Refusal 404 also where the caller means another attempt by this id."""
-    job = known_job(client, text)
+    job = known_job(client, request, text)
     meant = request.header("X-Joborch-Mark")
     if meant and meant != job.mark:
         raise Refusal(404, f"payload {job.id} is another job's: this client began anew")
@@ -8770,7 +8915,7 @@ PAYLOAD_FILE = Parameter("file", "form", "file", "the part's NAME is the relativ
 SUBMIT_GIVES = {200: Gives("the payload is taken", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
 
 
-@route("POST", "/submit", "client", takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
+@route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
 def submit(client: Client, request: Request) -> Answer:
     """Take the files of one payload; it runs as soon as a slot is free."""
     new = new_payload(request)
@@ -8848,107 +8993,18 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
             raise
 
 
-def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
-    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
-    try:
-        with open_regular(folder / "inputs.json") as file:
-            noted = parse_json(file.read(INPUTS_LIMIT_BYTES))
-    except (OSError, ValueError):
-        return {}
-    items = noted.items() if isinstance(noted, dict) else ()
-    return {path: state for path, state in items if isinstance(state, list)}
-
-
-def pack_payload(client: Client, job: Job) -> Archive:
-    """Return a payload's work folder as it stands, with its output streams below `.joborch/`. OSError where it cannot be written."""
-    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
-    return packed(client.data.spool, job.ended_at, functools.partial(fill_archive, client, job))
-
-
-def fill_archive(client: Client, job: Job, packer: ZipPacker) -> None:
-    """Pack a payload's files."""
-    folder = client.folder(job)
-    work = folder / "work"
-    if folder.is_symlink() or work.is_symlink() or not work.is_dir():
-        packer.left_out.append("the work folder: the script removed it, or put something else in its place")
-    else:
-        if not os.access(work, os.R_OK | os.X_OK):
-            os.chmod(work, 0o700)  # the script took its own folder's rights away
-        whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
-        packer.add_folder(work, {} if whole else unchanged_inputs(folder))
-    for stream in OUTPUT_STREAMS if not folder.is_symlink() else ():
-        try:
-            kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
-            continue
-        packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
-
-
-class Packing:
-    """The archive of an ended payload, made once in a thread of its own, for all who ask for it."""
-
-    def __init__(self, client: Client, job: Job) -> None:
-        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("OSError | None", None)
-        self.used_at = client.clock.monotonic()
-        threading.Thread(target=self.pack, args=(client, job), name=f"pack-{job.id}", daemon=True).start()
-
-    def pack(self, client: Client, job: Job) -> None:
-        try:
-            self.archive = pack_payload(client, job)
-        except OSError as error:
-            self.error = error
-        finally:
-            self.done.set()
-
-    def opened(self) -> Archive:
-        """Return the archive with a file position of its own."""
-        if self.error is not None or self.archive is None:
-            raise self.error or OSError(errno.EIO, "the result could not be packed")
-        return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
-
-    def drop(self) -> None:
-        """Let go of the file, as soon as it is packed."""
-        if self.done.wait(0) and self.archive is not None:
-            self.archive.file.close()
-
-
-def forget_packings(client: Client) -> None:
-    """Let go of packed results that nobody has come for in a while."""
-    before = client.clock.monotonic() - PACKED_KEPT_S
-    drop_packings(client, [job_id for job_id, packing in list(client.packings.items()) if packing.used_at < before])
-
-
-def ended_archive(client: Client, job: Job) -> Archive:
-    """Return what an ended payload left. Refusal 503 while it is packed for longer than a caller would wait."""
-    forget_packings(client)
-    with client.lock:
-        packing = client.packings.get(job.id) or Packing(client, job)
-        client.packings[job.id] = packing
-        packing.used_at = client.clock.monotonic()
-    if not packing.done.wait(PACK_PATIENCE_S):
-        raise Refusal(503, "the result is being packed: come again", Retry_After="5")
-    try:
-        return packing.opened()
-    finally:
-        if packing.archive is None or not packing.archive.whole:
-            drop_packings(client, [job.id])  # the next one tries anew
-
-
-def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere, or that nobody came for."""
-    with client.lock:
-        for job_id in job_ids:
-            packing = client.packings.get(job_id)
-            if packing is not None and packing.done.is_set():
-                client.packings.pop(job_id).drop()
-
-
 RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
 
 
-@route("GET", "/retrieve/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, **PARTS})
+@route(
+    "GET",
+    "/retrieve/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK),
+    gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, **PARTS},
+)
 def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
@@ -8963,7 +9019,15 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
 WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
 
 
-@route("GET", "/retrieve_partial/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, **PARTS})
+@route(
+    "GET",
+    "/retrieve_partial/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK),
+    gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, **PARTS},
+)
 def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the work folder of a payload as it stands."""
     job = known_payload(client, request, job_id)
@@ -8983,7 +9047,7 @@ KILL_GIVES = {
 }
 
 
-@route("POST", "/kill/<job_id>", "client", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
+@route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
 def kill(client: Client, request: Request, job_id: str) -> Answer:
     """End a payload and everything it started."""
     job = known_payload(client, request, job_id)
@@ -9029,7 +9093,7 @@ CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
-@route("GET", "/events", "client", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
+@route("GET", "/events", "client", who="caller", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
@@ -9063,25 +9127,6 @@ def room_json(client: Client) -> dict[str, Any]:
     if client.executor.in_line:
         return {"slots": client.config.slots, "job_slots": True, "memory": None}
     return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
-
-
-def inline_archive(client: Client, job: Job) -> dict[str, str]:
-    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
-    folder = client.folder(job)
-    if folder.is_symlink() or (folder / "work").is_symlink():
-        return {}
-    try:
-        entries = [*os.scandir(folder / "work")]
-        plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries) if plain else 0
-        size += sum(os.path.getsize(folder / stream) for stream in OUTPUT_STREAMS)
-        if not plain or size > INLINE_LIMIT_BYTES:
-            return {}
-        archive = pack_payload(client, job)
-        with contextlib.closing(archive.file):
-            return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
-    except OSError:
-        return {}  # the server fetches it, and hears what is wrong
 
 
 def confirm(client: Client, done: str) -> None:
@@ -9152,7 +9197,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 30. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -9177,7 +9222,15 @@ def chosen_stream(request: Request) -> tuple[str, int]:
     return stream, offset
 
 
-@route("GET", "/logs/<job_id>", "client", takes=(PAYLOAD_ID, MARK, STREAM, OFFSET), gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND})
+@route(
+    "GET",
+    "/logs/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK, STREAM, OFFSET),
+    gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND},
+)
 def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
     """Read a payload's output, also while it runs."""
     job, (stream, offset) = known_payload(client, request, job_id), chosen_stream(request)
@@ -9241,12 +9294,14 @@ def job_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
     "GET",
     "/jobs/<job_id>/logs",
     "server",
+    who="caller",
+    slow=True,
     takes=(ID, STREAM, OFFSET, FOLLOW),
     gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
 )
 def job_logs(server: Server, request: Request, job_id: str) -> Answer:
     """Read a job's output, live while it runs; with follow=1 until it has ended."""
-    (stream, offset), job = chosen_stream(request), known_job(server, job_id)
+    (stream, offset), job = chosen_stream(request), known_job(server, request, job_id)
     follow = request.query.get("follow", "0")
     if follow not in ("0", "1"):
         raise Refusal(400, f"follow is {one_line(follow, 40)!r}: give 1 or 0", "follow")
@@ -9283,7 +9338,7 @@ def followed_log(
                 return
 
 
-# == 31. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 37. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -9449,7 +9504,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 32. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == 38. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -9565,7 +9620,7 @@ def client_root(address: Address) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-# == 33. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == 39. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
 
 
 def free_port() -> int:
@@ -9670,7 +9725,7 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == 34. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 40. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
