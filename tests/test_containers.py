@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import EXAMPLE, ROOT, free_port, wait_for
+from harness import EXAMPLE, ROOT, wait_for
+from newcomer import PORTS, STARTS, Newcomer, answers, section, shell_blocks
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]  # the first run of all installs the engine and makes the base image
 
@@ -55,8 +57,7 @@ class Stack:
     def __init__(self, env: dict[str, str], folder: Path) -> None:
         self.env = env
         self.folder = folder
-        self.server = f"http://127.0.0.1:{env['JOBORCH_PORT']}"
-        self.client = f"http://127.0.0.1:{env['JOBORCH_CLIENT_PORT']}"
+        self.server, self.client = (f"http://127.0.0.1:{PORTS[service]}" for service in SERVICES)
 
     def docker(self, *words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         return run("docker", *words, env=self.env, timeout_s=timeout_s)
@@ -147,8 +148,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 @pytest.fixture(scope="module")
 def stack(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Build the image, start server and client, and remove all of it at the end, volumes too."""
-    env = {**engine, "BASE_IMAGE": "joborch-base", "COMPOSE_PROJECT_NAME": "joborch-test",
-           "JOBORCH_PORT": str(free_port()), "JOBORCH_CLIENT_PORT": str(free_port())}  # fmt: skip
+    taken = [port for port in PORTS.values() if answers(port)]
+    if taken:
+        give_up(f"the README's lines go to ports {taken}, where something listens on this machine: stop it to try the containers")
+    env = {**engine, "BASE_IMAGE": "joborch-base", "COMPOSE_PROJECT_NAME": "joborch-test"}
     stack = Stack(env, tmp_path_factory.mktemp("containers"))
     stack.docker("compose", "down", "-v", "--remove-orphans")  # left by a run that was killed
     try:
@@ -157,6 +160,29 @@ def stack(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
         print(stack.docker("compose", "logs", "--no-color", "--tail", "100").stdout)  # pytest shows it where a test failed
     finally:
         stack.docker("compose", "down", "-v", "--remove-orphans")
+
+
+def test_the_readmes_lines_run_word_for_word(stack: Stack) -> None:
+    """What the quick start types after its two processes are up; the first test here, because job 1 is the first of a new server."""
+    blocks = [
+        [line for line in block if not STARTS.match(line)]
+        for block in shell_blocks(section((ROOT / "README.md").read_text(), "Quick start"))
+    ]
+    folder = stack.folder / "newcomer"
+    shutil.copytree(EXAMPLE, folder / "example")
+    typed = list(Newcomer(folder).type_all(blocks))
+    assert len([each for each in typed if each.line.startswith(("curl", "echo"))]) >= 8, typed
+    for line, status, outputs in typed:
+        assert status == 0, f"{line}\n{outputs}"
+        codes = re.search("# (.*)", line)
+        if line.startswith("curl -I") and codes:
+            assert outputs[-1].split()[1] in re.findall(r"\b[0-9]{3}\b", codes[1])[-1:], (line, outputs)
+    assert "36 residue pairs" in next(each for each in typed if each.line == "cat result/summary.txt").outputs[0]
+
+
+def test_both_ports_can_be_moved(stack: Stack) -> None:
+    moved = run("docker", "compose", "config", env={**stack.env, "JOBORCH_PORT": "15000", "JOBORCH_CLIENT_PORT": "19000"})
+    assert re.findall(r'published: "([0-9]+)"', said(moved)) == ["19000", "15000"]  # in the order of the services' names
 
 
 def test_structure_sent_by_curl_comes_back_with_its_contacts(stack: Stack) -> None:
@@ -193,6 +219,60 @@ def test_port_is_published_on_loopback_only(stack: Stack, service: str) -> None:
     rows = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]]
     listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
     assert listening == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+
+
+# A script that calls the server by every name and address that it can find or guess. It prints one line of JSON: what answered, and how.
+EXPLORER = r"""cat >explore.py <<'END'
+import http.client, ipaddress, json, os, re, socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PORTS = (5000, int(os.environ["PUBLISHED"]))
+places = {"localhost", "host.docker.internal", "gateway.docker.internal", "172.31.255.1", "172.31.255.2", "172.17.0.1", "::1"}
+places |= {"server", "front", "back", "token", "joborch-test-server-1", "joborch_test_server_1", "joborch-test-server"}
+for row in Path("/proc/net/fib_trie").read_text().splitlines():
+    found = re.search(r"([0-9]+[.][0-9]+[.][0-9]+[.][0-9]+)", row)
+    if found and not found[1].startswith(("0.", "127.")):
+        network = ipaddress.ip_network(found[1] + "/29", strict=False)
+        places |= {str(address) for address in network}
+tries = [(place, port, host) for place in places for port in PORTS for host in (f"{place}:{port}", "server:5000", "127.0.0.1", "localhost")]
+
+def call(attempt):
+    place, port, host = attempt
+    link = http.client.HTTPConnection(place, port, timeout=2)
+    try:
+        link.request("GET", "/jobs", headers={"Host": host})
+        answer = link.getresponse()
+        return [place, port, host, answer.status, answer.getheader("X-Joborch") is not None]
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        link.close()
+
+with ThreadPoolExecutor(32) as pool:
+    print(json.dumps([said for said in pool.map(call, tries) if said]))
+END
+PUBLISHED=@PORT@ python3 explore.py
+"""
+
+
+def test_a_script_cannot_call_the_server(stack: Stack) -> None:
+    """The server answers this machine without a token, and the client's container, where scripts run, not at all."""
+    port = stack.server.rsplit(":", 1)[1]
+    job_id = stack.upload(stack.script(EXPLORER.replace("@PORT@", port)))
+    assert stack.wait_for_code(job_id, timeout_s=60) == "200", stack.job(job_id)
+    with zipfile.ZipFile(stack.download(job_id)) as result:
+        answers = json.loads(result.read(".joborch/stdout"))
+    server = [answer for answer in answers if answer[4]]
+    assert server, f"the script did not find the server at all, so that this test shows nothing: {answers}"
+    assert {status for _, _, _, status, _ in server} == {403}, server
+    assert not [answer for answer in answers if not answer[4]], answers
+
+
+def test_the_published_port_is_on_the_network_of_its_own(stack: Stack) -> None:
+    networks = stack.inspect("server")["NetworkSettings"]["Networks"]  # type: ignore[index]
+    assert sorted(networks) == ["joborch-test_front", "joborch-test_hidden"]
+    assert list(stack.inspect("client")["NetworkSettings"]["Networks"]) == ["joborch-test_hidden"]  # type: ignore[index]
 
 
 def test_client_answers_only_who_has_the_token(stack: Stack) -> None:

@@ -15,17 +15,14 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote
-from urllib.request import urlopen
 
 import pytest
-from harness import LIMIT_S, ROOT, clean_environment, end_all_below, wait_for
+from harness import ROOT, end_all_below
+from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
 
 sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
@@ -40,26 +37,11 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 }
 REMEDY = "run: .venv-test/bin/python tests/test_readme.py --write"
 
-PORTS = {"server": 5000, "client": 9000}
-STARTS = re.compile(r"python3 joborch\.pyz (server|client)$")  # a line that goes on running in its terminal
 ASKS_FOR_CODES = re.compile(r"curl -I \S+ +# (?P<codes>.*)")
 LEFT_OUT_OF_THE_COPY = shutil.ignore_patterns(".*", "__pycache__", "joborch.pyz", "bench.jsonl")
 
 
 # == What the README says ==
-
-
-def section(markdown: str, title: str) -> str:
-    """The text below the heading `## title`, up to the next heading of its rank."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", markdown, re.MULTILINE | re.DOTALL)
-    assert found, f"the README has no section {title!r}"
-    return found[1]
-
-
-def shell_blocks(markdown: str) -> list[list[str]]:
-    """The shell lines of each ```sh block, without blank lines and pure comments."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
-    return [[line for line in block.splitlines() if line.strip() and not line.startswith("#")] for block in blocks]
 
 
 def quick_start(markdown: str) -> list[list[str]]:
@@ -95,78 +77,11 @@ def links(markdown: str) -> Iterator[str]:
 # == The quick start, typed by a process in a network of its own ==
 
 
-class Typed(NamedTuple):
-    """One line that was typed: its exit status (None: it runs on), and all that it wrote to the terminal, each time."""
-
-    line: str
-    status: int | None
-    outputs: list[str]
-
-
 def set_loopback_up() -> None:
     """Switch on the loopback device of this network namespace (netdevice(7): SIOCSIFFLAGS, IFF_UP)."""
     set_flags, up = 0x8914, 1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", b"lo", up))
-
-
-def answers(port: int) -> bool:
-    """Whether the process on `port` is up."""
-    with suppress(OSError):
-        return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-    return False
-
-
-class Newcomer:
-    """Types the lines of the README in terminals that open in `folder`; waits as a person would."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = clean_environment(folder / "home")
-        self.running: list[subprocess.Popen[bytes]] = []
-
-    def type_all(self, blocks: list[list[str]]) -> Iterator[Typed]:
-        """Type all lines, in a new terminal where the last one is taken; end what still runs at the last."""
-        here = self.folder
-        try:
-            for line in (line for block in blocks for line in block):
-                if line.startswith("cd "):
-                    here = here / line[len("cd ") :]
-                elif STARTS.match(line):
-                    yield self.start(line, here)
-                    here = self.folder
-                else:
-                    yield self.type_one(line, here)
-        finally:
-            for process in self.running:
-                process.terminate()
-            statuses = [process.wait(LIMIT_S) for process in self.running]
-        yield Typed("Ctrl-C", max(statuses), [])
-
-    def start(self, line: str, here: Path) -> Typed:
-        """Type a line that runs on, and wait until it answers."""
-        log_path = self.folder / f"terminal{len(self.running)}.log"
-        with log_path.open("wb") as log:
-            command = ["bash", "-c", f"exec {line}"]
-            self.running.append(subprocess.Popen(command, cwd=here, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        role = line.split()[-1]
-        wait_for(lambda: answers(PORTS[role]), what=f"an answer of the {role}")
-        return Typed(line, self.running[-1].poll(), [log_path.read_text()])
-
-    def type_one(self, line: str, here: Path) -> Typed:
-        """Type a line that ends; ask for a state again while the answer is 202, as long as the README says that it may be."""
-        outputs: list[str] = []
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            done = subprocess.run(
-                ["bash", "-c", line], cwd=here, env=self.environment, stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, timeout=90,
-            )  # fmt: skip
-            outputs.append(done.stdout + done.stderr)
-            waits = "# 202" in line and " 202 " in done.stdout.partition("\n")[0] and time.monotonic() < deadline
-            if not waits:
-                return Typed(line, done.returncode, outputs)
-            time.sleep(0.1)
 
 
 def private_network() -> list[str]:
@@ -223,7 +138,7 @@ def test_the_first_command_shows_the_contacts(terminal: tuple[Path, list[Typed]]
 @pytest.mark.timeout(300)
 def test_uploads_of_the_quick_start_are_jobs_1_and_2(terminal: tuple[Path, list[Typed]]) -> None:
     """The ids in the lines after them are right, and no field was unknown."""
-    uploads = [each for each in terminal[1] if each.line.endswith("localhost:5000/upload")]
+    uploads = [each for each in terminal[1] if each.line.endswith("127.0.0.1:5000/upload")]
     jobs = [json.loads(re.search(r"\{.*\}", each.outputs[0])[0]) for each in uploads]  # type: ignore[index]
     assert [(job["id"], job["warnings"]) for job in jobs] == [(1, []), (2, [])]
 
@@ -246,16 +161,16 @@ def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
     assert "36 residue pairs" in only(typed, "cat result/summary.txt").outputs[0]
     assert {"run.sh", "2oob.pdb", ".joborch/stdout"} <= set(zipfile.ZipFile(folder / "example/result.zip").namelist())
     assert "run.sh" in zipfile.ZipFile(folder / "example/partial.zip").namelist()
-    assert '"status": "Killed"' in only(typed, "curl -X POST localhost:5000/terminate/2").outputs[0]
+    assert '"status": "Killed"' in only(typed, "curl -X POST 127.0.0.1:5000/terminate/2").outputs[0]
 
 
 def test_curl_as_in_the_reference() -> None:
     """The lines that users of job-orchestrator know, word for word."""
     lines = [line.partition("   ")[0] for block in quick_start(README.read_text()) for line in block]
     known = [
-        "curl -F file=@run.sh -F file=@2oob.pdb -F user_id=1 -F service=example localhost:5000/upload",
-        "curl -I localhost:5000/download/1",
-        "curl -o result.zip localhost:5000/download/1",
+        "curl -F file=@run.sh -F file=@2oob.pdb -F user_id=1 -F service=example 127.0.0.1:5000/upload",
+        "curl -I 127.0.0.1:5000/download/1",
+        "curl -o result.zip 127.0.0.1:5000/download/1",
     ]
     assert [line for line in lines if line in known] == known
 
