@@ -24,6 +24,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import resource
 import selectors
 import shlex
 import shutil
@@ -679,6 +680,7 @@ def latency(place: Place, size: int) -> Iterator[Measure]:
     with running_site(place) as site, Caller(site.port) as caller:
         (site.folder / "bare").mkdir()
         wait_until_completed(caller, caller.ask(wanted).json())  # the first job finds nothing warm
+        cpu_before = {mode: cpu_s(process.pid) for mode, process in site.processes.items()}
         for number in range(size):
             begin = time.perf_counter()
             wait_until_completed(caller, caller.ask(wanted).json())
@@ -689,6 +691,8 @@ def latency(place: Place, size: int) -> Iterator[Measure]:
         yield Measure("bare run, median", statistics.median(bare), "ms")
         yield Measure("bare run, p99", percentile(bare, 99), "ms")
         yield Measure("fsync of the device", fsync_ms(site.folder), "ms")
+        for mode, process in sorted(site.processes.items()):
+            yield Measure(f"CPU a job, {mode}", (cpu_s(process.pid) - cpu_before[mode]) * 1000 / size, "ms")
 
 
 USERS = 20
@@ -933,6 +937,60 @@ def waiters(place: Place, size: int) -> Iterator[Measure]:
     yield Measure("upload, median", statistics.median(crowded), "ms", statistics.median(alone))
     yield Measure("upload as they arrive, slowest", max(arriving), "ms", max(alone))
     yield Measure("told to come again", counts["refused"] / seconds, "1/s")
+
+
+SILENT_CONNECTIONS = 2000
+
+
+@contextlib.contextmanager
+def silent_connections(port: int, count: int) -> Iterator[None]:
+    """Connections of which every second one says half a request, and the others nothing; each new one is kept."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, count + 1000), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for number in range(count):
+            connection = stack.enter_context(connect(port))
+            if number % 2:
+                connection.sendall(b"GET /jobs HTTP/1.1\r\nHost: ")
+        yield
+
+
+def health_times_ms(port: int, count: int) -> list[float]:
+    """How long each of these takes, connection included, as a health check makes it."""
+    taken = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        if not answers(port):
+            raise BenchError("/health does not answer")
+        taken.append((time.perf_counter() - begin) * 1000)
+    return taken
+
+
+def silent(place: Place, size: int) -> Iterator[Measure]:
+    """/health with 2,000 silent connections and hundreds of callers in `?wait` at once, against the same without them."""
+    counts: dict[str, int] = {}
+    with running_site(place) as site:
+        ids = site.hold(WAITED_JOBS)
+        alone = health_times_ms(site.port, size)
+        with waiting_crowd(site.port, ids, counts), silent_connections(site.port, SILENT_CONNECTIONS):
+            time.sleep(SETTLE_S)
+            crowded = health_times_ms(site.port, size)
+        yield Measure("/health, p99", percentile(crowded, 99), "ms", percentile(alone, 99))
+        yield Measure("/health, median", statistics.median(crowded), "ms", statistics.median(alone))
+        yield Measure("peak RSS, server", peak_rss_mb(site.processes["server"].pid), "MB")
+
+
+def many_results(place: Place, size: int) -> Iterator[Measure]:
+    """One job with a result of very many files, whose output is then read by eight callers."""
+    files = {"run.sh": f"echo made; mkdir out; cd out; seq {size} | xargs touch\n".encode()}
+    with running_site(place) as site, Caller(site.port) as caller:
+        begin = time.perf_counter()
+        job = wait_until_completed(caller, caller.ask(upload_request(files)).json())
+        yield Measure("files", size / (time.perf_counter() - begin), "files/s")
+        Swarm(site.port).run([poller([request("GET", f"/jobs/{job['id']}/logs")], time.perf_counter() + 2, []) for _ in range(8)])
+        for mode, process in sorted(site.processes.items()):
+            yield Measure(f"peak RSS, {mode}", peak_rss_mb(process.pid), "MB")
 
 
 def start(place: Place, size: int) -> Iterator[Measure]:
@@ -1275,6 +1333,8 @@ BENCHMARKS = [
     Benchmark("many-files", many_files, 10_000, 1000, 3, "files", "cp -r + zip -r"),
     Benchmark("polling", polling, 2, 1, 5, "seconds a slice", "a hello route of the same stack"),
     Benchmark("waiters", waiters, 300, 100, 3, "uploads", "no waiters"),
+    Benchmark("silent", silent, 300, 100, 1, "health checks", "the same alone"),
+    Benchmark("many-results", many_results, 200_000, 20_000, 1, "files", ""),
     Benchmark("start", start, 10, 3, 1, "starts", "python -c pass"),
     Benchmark("restart", restart, 100_000, 2000, 1, "ended jobs; a hundredth as many running payloads", ""),
     Benchmark("backlog", backlog, 1_000_000, 20_000, 1, "queued jobs of 1,000 users", "the same with 1,000 queued"),
@@ -1295,6 +1355,9 @@ GOALS = {
     ("polling", "HEAD and GET"): Goal(ratio_least=0.7),
     ("polling", "HEAD /download/ID"): Goal(ratio_least=0.7),
     ("waiters", "upload, p99"): Goal(most=100),
+    ("silent", "/health, p99"): Goal(most=100),
+    ("many-results", "peak RSS, server"): Goal(most=150),
+    ("many-results", "peak RSS, client"): Goal(most=150),
     ("start", "--version"): Goal(most=150),
     ("start", "first /health"): Goal(most=600),
     ("restart", "server, ended jobs"): Goal(most=2000),
