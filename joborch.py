@@ -6316,6 +6316,11 @@ class Link:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
+    def health(self) -> dict[str, Any]:
+        """Return what the client says of itself to a server that it knows."""
+        said = parse_json(read_some(self.call("GET", f"{self.address.base_url}/health", read_timeout_s=READ_TIMEOUT_S), MIB))
+        return said if isinstance(said, dict) else {}
+
     def status(self, job: Job) -> dict[str, Any]:
         """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
         answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job))
@@ -10056,18 +10061,65 @@ def examine_folder(config: Config) -> Iterator[Finding]:
 
 
 def examine_port(config: Config) -> Finding:
-    """Say whether the port is free, or a joborch of ours listens there."""
-    host = "127.0.0.1" if config.host in ("", "0.0.0.0", "localhost") else config.host
+    """Say whether the port is free on every address, or a joborch of ours listens there."""
     try:
-        with socket.create_server((config.host or "127.0.0.1", config.port)):
-            return Finding(True, f"port {config.port} is free")
-    except OSError as error:
-        problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
-    said = health_of(f"http://{host}:{config.port}")
-    if said.get("mode") != config.mode or not is_in_use(Path(config.data_path)):
+        for listener in open_listeners(config.host, config.port):
+            listener.close()
+        return Finding(True, f"port {config.port} is free")
+    except ConfigError as error:
+        problem = str(error)
+    said = own_health(config)
+    another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
+    if another or not is_in_use(Path(config.data_path)):
         return Finding(False, problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def own_connection(config: Config) -> socket.socket | None:
+    """Return a connection to the running process that has our port, if this user or root holds its other end; else None.
+
+    By the Unix socket of a server if it has one, else over TCP.
+    """
+    places: list[tuple[socket.AddressFamily, Any]] = []
+    path = socket_path(config.socket_file, config.port) if config.mode == "server" else None
+    if path is not None:
+        places.append((socket.AF_UNIX, str(path)))
+    for host in config.host.split(","):
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host.strip(), host.strip())
+        places.append((socket.AF_INET6 if ":" in address else socket.AF_INET, (address, config.port)))
+    for family, place in places:
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        with contextlib.suppress(OSError):
+            connection.connect(place)
+            deadline = time.monotonic() + CONNECT_TIMEOUT_S
+            while peer_uid(connection) is None and time.monotonic() < deadline:
+                time.sleep(0.01)  # nobody holds the other end before it is accepted
+            if is_own_user(peer_uid(connection)):
+                return connection
+        connection.close()
+    return None
+
+
+def own_health(config: Config) -> dict[str, Any]:
+    """Return what a running server or client of this user says of itself; empty if there is none. It shows its token to no other user."""
+    import http.client
+
+    connection = own_connection(config)
+    if connection is None:
+        return {}
+    token = config.token.split(",")[0]
+    path = client_token_file() if config.mode == "client" and not token else None
+    caller = http.client.HTTPConnection("127.0.0.1", config.port)
+    caller.sock = connection
+    with contextlib.closing(caller), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        if path is not None and path.exists():
+            token = path.read_text(encoding="ascii").strip()
+        caller.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
+        said = parse_json(caller.getresponse().read(MIB))
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def is_in_use(folder: Path) -> bool:
@@ -10081,7 +10133,10 @@ def is_in_use(folder: Path) -> bool:
 
 
 def health_of(base_url: str) -> dict[str, Any]:
-    """Return what /health says, with `ahead_s`, by how much the peer's clock is ahead; `error` says why there is no answer."""
+    """Return what /health says to everybody, `ahead_s` (by how much the peer's clock is ahead) and `ours` (it is a joborch).
+
+    `error` says why there is no answer.
+    """
     import urllib3
 
     try:
@@ -10090,7 +10145,7 @@ def health_of(base_url: str) -> dict[str, Any]:
         if not isinstance(said, dict):
             return {"error": "it is no joborch"}
         date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        return {**said, "ahead_s": date - time.time()}
+        return {**said, "ahead_s": date - time.time(), "ours": OURS_HEADER in answer.headers}
     except (urllib3.exceptions.HTTPError, ValueError, TypeError, KeyError) as error:
         return {"error": plain_cause(error)}
 
@@ -10098,7 +10153,7 @@ def health_of(base_url: str) -> dict[str, Any]:
 def examine_client(address: Address, service: Service) -> Iterator[Finding]:
     """Yield whether a client of a service can be reached, takes our token, works, and has our time."""
     said = health_of(address.base_url or client_root(address))
-    if "error" in said or "mode" not in said:
+    if "error" in said or not said["ours"]:
         why = said.get("error", "it does not say that it is joborch: a 2.2 client?")
         yield Finding(
             False if "error" in said else None, f"service {service.name}: {address.name}: {why}; is the client up, and the URL right?"
@@ -10108,11 +10163,16 @@ def examine_client(address: Address, service: Service) -> Iterator[Finding]:
     link.services.append(service)
     try:
         link.events(0, ())
+        said.update(link.health())
         token = ""
-    except (NothingSent, NoAnswer, Gone) as error:
+    except (NothingSent, NoAnswer, Gone, ValueError) as error:
         token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
     trouble = f", and says: {said['problem']}" if said.get("problem") else ""
-    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({said.get('executor')}){token}{trouble}")
+    kind = f" ({said['executor']})" if said.get("executor") else ""
+    yield Finding(
+        not token and not trouble,
+        f"service {service.name}: {address.name} answers{kind}{token}{trouble}",
+    )
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
@@ -10129,10 +10189,12 @@ def client_root(address: Address) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of this machine that is free now, on 127.0.0.1 and ::1."""
+    listeners = open_listeners(DEFAULT_HOSTS, 0)
+    port = int(listeners[0].getsockname()[1])
+    for listener in listeners:
+        listener.close()
+    return port
 
 
 def example_file(name: str) -> bytes:
