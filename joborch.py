@@ -5542,6 +5542,14 @@ def peer_uid(connection: socket.socket) -> int | None:
     return None
 
 
+def is_half_closed(connection: socket.socket) -> bool:
+    """Tell whether a process of this machine has sent all that it will, and still holds its end to read the answer."""
+    with contextlib.suppress(OSError):
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
+    return False
+
+
 def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
     """Return the user id of the process that holds the socket with these ends; it proves nothing of a connection without `peer_uid`."""
     seen = find_socket(peer, here)
@@ -8578,7 +8586,7 @@ def make_error_task_class() -> Any:
 class Turns:
     """What our connections add to those of waitress: they know whose they are, send in turns, and end with patience."""
 
-    turn_bytes, lingers, linger_until, known_uid, writing = 0, False, 0.0, cast("int | None", None), False
+    turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
 
     def uid(self) -> int | None:
         """Return the user at the other end, or None where that cannot be told."""
@@ -8642,15 +8650,19 @@ class Turns:
 
     def readable(self) -> bool:
         """Tell whether more is to be read."""
+        connection: Any = self
         parent: Any = super()
-        return bool(self.linger_until or parent.readable())
+        return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
 
     def handle_read(self) -> None:
         """Read; what a refused caller still sends is thrown away for a while."""
         connection: Any = self
         parent: Any = super()
         if not self.linger_until:
-            parent.handle_read()
+            # waitress takes the end of what is sent for the end of the connection, and would drop the answer.
+            self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
+            if not self.half_closed:
+                parent.handle_read()
         elif time.monotonic() > self.linger_until or not connection.recv(MIB):
             connection.handle_close()
 

@@ -260,7 +260,8 @@ FOREIGN_HOSTS = [
     "0.0.0.0:{port}",
     "",
 ]
-OWN_HOSTS = ["127.0.0.1", "127.0.0.1:{port}", "localhost:{port}", "LOCALHOST", "[::1]:{port}", "localhost:80", "192.168.0.7", socket.gethostname()]
+OWN_HOSTS = ["127.0.0.1", "127.0.0.1:{port}", "localhost:{port}", "LOCALHOST", "[::1]:{port}", "localhost:80"]
+OWN_HOSTS += ["192.168.0.7", socket.gethostname()]  # DNS rebinding needs a name, and one that is not the machine's
 
 
 @pytest.fixture(scope="module")
