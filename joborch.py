@@ -5678,11 +5678,12 @@ def is_here(text: str) -> bool:
     address = plain_address(text)
     if address is None or address.is_loopback:
         return address is not None
+    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address is one of an interface
     try:
         with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
-            probe.bind((str(address), 0))
-    except OSError:
-        return False
+            probe.bind((str(address) + "".join(zone), 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL  # in doubt it is: then only the same user is let in
     return True
 
 
@@ -5691,12 +5692,12 @@ class RefusedTokens:
 
     def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
         self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
-        self.count, self.last, self.quiet_until, self.total = 0, "", float("-inf"), 0
+        self.count, self.last, self.quiet_until = 0, "", float("-inf")
 
     def note(self, address: str) -> None:
         """Count one, from `address`."""
         with self.lock:
-            self.count, self.total, self.last = self.count + 1, self.total + 1, address or "the Unix socket"
+            self.count, self.last = self.count + 1, address or "the Unix socket"
         self.report()
 
     def report(self) -> None:
