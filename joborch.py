@@ -52,6 +52,7 @@ import hashlib
 import hmac
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -83,7 +84,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
@@ -115,6 +116,8 @@ CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says s
 FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
+DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else a stranger could take the one that `localhost` means first
+BACKLOG = 1024  # connections that wait to be accepted
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
@@ -136,6 +139,7 @@ DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the S
 
 log = logging.getLogger("joborch")
 T = TypeVar("T")
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class JoborchError(Exception):
@@ -403,6 +407,30 @@ def read_url(text: str) -> str:
     return text
 
 
+def read_networks(text: str) -> tuple[Network, ...]:
+    """Return IP addresses and networks that stand with commas between; those of IPv4 in IPv6 (::ffff:) as IPv4."""
+    networks: list[Network] = []
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        try:
+            network = ipaddress.ip_network(part)
+        except ValueError as error:
+            raise ValueError(f"{error}: give addresses and networks with commas between, as in 192.0.2.7,10.0.0.0/8") from None
+        mapped = getattr(network.network_address, "ipv4_mapped", None)
+        if mapped is not None and network.prefixlen >= 96:
+            network = ipaddress.ip_network((mapped, network.prefixlen - 96))
+        networks.append(network)
+    if not networks:
+        raise ValueError("give at least one address or network")
+    return tuple(networks)
+
+
+def read_mode(text: str) -> str:
+    """Take the mode of a file, in octal."""
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError("give a mode in octal, as in 0600 or 0660")
+    return text
+
+
 def read_switch(text: str) -> bool:
     """Return whether a switch is on: 1 or 0."""
     if text not in ("0", "1"):
@@ -464,7 +492,7 @@ class Setting:
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("PORT", "port", read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)"),
-    Setting("JOBORCH_HOST", "host", read_text, "127.0.0.1", "address to listen on"),
+    Setting("JOBORCH_HOST", "host", read_text, DEFAULT_HOSTS, "addresses to listen on, commas between"),
     Setting("DATA_PATH", "data_path", read_text, "", "folder for files (default: the user's data folder)"),
     Setting("DB_PATH", "db_path", read_text, "", "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets"),
     Setting(
@@ -483,8 +511,30 @@ SETTINGS: tuple[Setting, ...] = (
         secret=True,
     ),
     Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
-    Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
+    Setting(
+        "JOBORCH_ALLOW_ANONYMOUS",
+        "allow_anonymous",
+        read_switch,
+        "0",
+        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then",
+    ),
+    Setting(
+        "JOBORCH_ALLOW_FROM",
+        "allow_from",
+        read_networks,
+        "",
+        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8",
+    ),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
+    Setting(
+        "JOBORCH_SOCKET",
+        "socket_file",
+        read_text,
+        "",
+        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)",
+        "server",
+    ),
+    Setting("JOBORCH_SOCKET_MODE", "socket_mode", read_mode, "0600", "mode of the Unix socket: who may open it may call", "server"),
     Setting(
         "JOBORCH_SLOTS",
         "slots",
@@ -728,7 +778,10 @@ class Config:
     token: str
     token_file: str
     allow_anonymous: bool
+    allow_from: tuple[Network, ...]
     hosts: str
+    socket_file: str
+    socket_mode: str
     slots: int
     memory_bytes: int
     executor: str
@@ -964,6 +1017,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
         shown = setting.flag if given else setting.name
         values[setting.field] = read_setting(setting, text, shown) if text else ""
     values["weights"] = values["weights"] or {}
+    values["allow_from"] = values["allow_from"] or ()
     values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
     values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
@@ -980,18 +1034,38 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
         warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
     check_config(config)
-    return config
+    return dataclasses.replace(config, warnings=(*warnings, *access_warnings(config)))
 
 
 def check_config(config: Config) -> None:
     """Refuse combinations that cannot be meant."""
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
-    if config.mode == "server" and not is_loopback(config.host) and not config.token and not config.allow_anonymous:
+    beyond = [host for host in map(str.strip, config.host.split(",")) if host and not is_loopback(host)]
+    if (
+        beyond
+        and not config.token
+        and (config.allow_anonymous or config.mode == "server")
+        and not (config.allow_anonymous and config.allow_from)
+    ):
         raise ConfigError(
             f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
-            "or JOBORCH_ALLOW_ANONYMOUS=1 where a web back end in front authenticates its users"
+            "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
         )
+
+
+def access_warnings(config: Config) -> Iterator[str]:
+    """Yield what somebody who reads the log of a start should know about who is let in."""
+    if config.token and (config.allow_anonymous or config.allow_from):
+        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
+    elif config.allow_anonymous:
+        places = ", ".join(map(str, config.allow_from))
+        here = "this user's processes on this machine are served without a token"
+        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"everybody at {places} is served without a token, and {here}" if places else here)
+    elif config.allow_from:
+        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
+    if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
+        yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
 
 
 def is_loopback(host: str) -> bool:
@@ -5426,20 +5500,75 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 
 # == 20. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
+HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
+SOCKET_PATH_LIMIT_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them for the end
+
+
+class SeenSocket(NamedTuple):
+    """A TCP socket of this machine, as the kernel describes it."""
+
+    state: int
+    uid: int
+    inode: int  # 0: nobody holds it any more, and the uid means nothing
+
+    @property
+    def proves(self) -> bool:
+        """Whether its uid is that of a caller: a process holds it, and it has been connected.
+
+        A socket that only asks for a connection (SYN_SENT) may share its ends with one that is gone.
+        """
+        return self.inode != 0 and self.state in (ESTABLISHED, *HALF_CLOSED)
+
+
+def peer_uid(connection: socket.socket) -> int | None:
+    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
+
+    TCP: the peer's socket is looked at, and then our own. If ours is still connected after the look, no other socket can
+    have had the same two ends meanwhile. Unix sockets: SO_PEERCRED.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if connection.family == socket.AF_UNIX:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
+            return int(struct.unpack("=iII", credentials)[1])
+        peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
+        for _ in range(2):  # a peer that half-closes its end between the two looks is looked at again
+            seen = find_socket(peer, here)
+            if seen is None or not seen.proves:
+                return None
+            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            if state == ESTABLISHED or (state == CLOSE_WAIT and seen.state in HALF_CLOSED):
+                return seen.uid
+    return None
+
+
+def is_half_closed(connection: socket.socket) -> bool:
+    """Tell whether a process of this machine has sent all that it will, and still holds its end to read the answer."""
+    with contextlib.suppress(OSError):
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
+    return False
+
 
 def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id that owns the other end of a connection on this machine, or None where that cannot be told.
+    """Return the user id of the process that holds the socket with these ends; it proves nothing of a connection without `peer_uid`."""
+    seen = find_socket(peer, here)
+    return seen.uid if seen is not None and seen.proves else None
 
-    By sock_diag(7), which looks at one socket; where that is not to be had by /proc/net/tcp (proc(5)), which lists all.
+
+def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
+    """Return the socket of this machine that has `peer` as its own end and `here` as the other, or None.
+
+    By sock_diag(7), which looks at one socket. If that is denied, by /proc/net/tcp (proc(5)), which lists all.
     """
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, struct.error):
-            return diagnosed_uid(family, peer, here)
-    return listed_uid(peer, here)
+            return diagnosed_socket(family, peer, here)
+    return None if sock_diag_works() else listed_socket(peer, here)
 
 
-def diagnosed_uid(family: int, peer: tuple[str, int], here: tuple[str, int]) -> int:
-    """Ask the kernel for the socket with these two ends, and return its user id; OSError where there is none."""
+def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket:
+    """Ask the kernel for the socket with these two ends; OSError if there is none."""
     sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
     ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
     wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
@@ -5450,7 +5579,19 @@ def diagnosed_uid(family: int, peer: tuple[str, int], here: tuple[str, int]) -> 
         answer = kernel.recv(8192)
     if struct.unpack_from("=IHHII", answer)[1] == error:
         raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
-    return int(struct.unpack_from("=I", answer, 16 + 4 + 48 + 12)[0])  # after header, state, ends and three counters
+    # A header of 16 bytes; family, state and two more; both ends (48); expires, rqueue, wqueue, uid and inode.
+    uid, inode = struct.unpack_from("=II", answer, 16 + 4 + 48 + 12)
+    return SeenSocket(answer[17], uid, inode)
+
+
+@functools.lru_cache(maxsize=1)
+def sock_diag_works() -> bool:
+    """Tell whether sock_diag finds sockets here; then "no such socket" is its answer, and no list need be read."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+            return diagnosed_socket(socket.AF_INET, near.getsockname(), near.getpeername()).inode != 0
+    except (OSError, struct.error):
+        return False
 
 
 def packed_address(family: int, host: str) -> bytes:
@@ -5458,18 +5599,23 @@ def packed_address(family: int, host: str) -> bytes:
     return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
 
 
-def listed_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Look for a connection in the lists of /proc/net, and return the user id of its other end."""
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        try:
-            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
-            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except (OSError, ValueError):
-            continue
-        for line in lines:
+def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
+    """Yield the TCP sockets of /proc/net with their own and their other end, as they are written there."""
+    table = "tcp" if family == socket.AF_INET else "tcp6"
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
             fields = line.split()
-            if (fields[1], fields[2]) == wanted:
-                return int(fields[7])
+            yield fields[1], fields[2], SeenSocket(int(fields[3], 16), int(fields[7]), int(fields[9]))
+
+
+def listed_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
+    """Look for a socket in the lists of /proc/net."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):  # no address of this family
+            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
+            for near, far, seen in listed_sockets(family):
+                if (near, far) == wanted:
+                    return seen
     return None
 
 
@@ -5478,6 +5624,229 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     packed = packed_address(family, host)
     words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
+
+
+class UserNumbers(NamedTuple):
+    """What the user ids that the kernel tells this process are worth."""
+
+    unmapped: int | None  # every user without an id in our user namespace appears as this one; None outside of any
+    root: bool  # 0 is the root of the machine
+
+
+@functools.lru_cache(maxsize=1)
+def user_numbers() -> UserNumbers:
+    """Read what user ids mean here (user_namespaces(7)): in a user namespace, strangers share the overflow id."""
+    try:
+        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return UserNumbers(None, True)  # a kernel without user namespaces
+    if lines == [(0, 0, 2**32 - 1)]:
+        return UserNumbers(None, True)
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
+
+
+def is_own_user(uid: int | None) -> bool:
+    """Tell whether a user id is surely that of this process, or of the machine's root."""
+    numbers = user_numbers()
+    return uid is not None and uid != numbers.unmapped and (uid == os.getuid() or (uid == 0 and numbers.root))
+
+
+@functools.lru_cache(maxsize=1)
+def machine_names() -> frozenset[str]:
+    """Return the names of this machine, in lower case: its host name, the first part of it, and what /etc/hosts adds; DNS is not asked."""
+    name = socket.gethostname().lower()
+    names = {name, name.partition(".")[0]}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in Path("/etc/hosts").read_text(encoding="utf-8").lower().splitlines():
+            words = line.partition("#")[0].split()[1:]
+            names.update(words if name in words else ())
+    return frozenset(names - {""})
+
+
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an IP address, an IPv4 one as itself also if it is written as IPv6; None for anything else."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_here(text: str) -> bool:
+    """Tell whether an IP address is one of this machine: loopback, or one that a socket can be bound to."""
+    address = plain_address(text)
+    if address is None or address.is_loopback:
+        return address is not None
+    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address is one of an interface
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
+            probe.bind((str(address) + "".join(zone), 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL  # in doubt it is: then only the same user is let in
+    return True
+
+
+class RefusedTokens:
+    """Wrong tokens are counted, and logged at most once a period: how many, and from where the last came."""
+
+    def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
+        self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
+        self.count, self.last, self.quiet_until = 0, "", float("-inf")
+
+    def note(self, address: str) -> None:
+        """Count one, from `address`."""
+        with self.lock:
+            self.count, self.last = self.count + 1, address or "the Unix socket"
+        self.report()
+
+    def report(self) -> None:
+        """Log what was counted, unless a line came a moment ago."""
+        with self.lock:
+            now = self.clock.monotonic()
+            if not self.count or now < self.quiet_until:
+                return
+            count, self.count, self.quiet_until = self.count, 0, now + self.period_s
+        log.warning("refused %s with a wrong token; the last came from %s", counted(count, "request", "requests"), self.last)
+
+
+# -- listeners --
+
+
+def listener_uid(host: str, port: int) -> int | None:
+    """Return who listens on an address of this machine, or on all of its addresses; None if nobody is found."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):  # no address of this family
+            wanted = tcp_hex(family, host, port)
+            every = "0" * len(wanted.partition(":")[0]) + f":{port:04X}"
+            for near, _, seen in listed_sockets(family):
+                if seen.state == LISTEN and near in (wanted, every):
+                    return seen.uid
+    return None
+
+
+def open_listeners(hosts: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on every one of `hosts` (commas between), all on one port; 0 takes one that is free on all.
+
+    ConfigError names the address that cannot be used. By default, a machine without ::1 does without it.
+    """
+    for last in (*[False] * 20, True):
+        listeners: list[socket.socket] = []
+        try:
+            for host in filter(None, (each.strip().strip("[]") for each in hosts.split(","))):
+                taken = port or (listeners[0].getsockname()[1] if listeners else 0)
+                try:
+                    listeners += open_host(host, taken)
+                except (OSError, ValueError) as error:
+                    if hosts == DEFAULT_HOSTS and host == "::1" and getattr(error, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        log.debug("this machine has no address ::1: listening on 127.0.0.1 alone")
+                        continue
+                    raise ConfigError(cannot_listen(host, taken, error)) from error
+            return listeners
+        except ConfigError:
+            for listener in listeners:
+                listener.close()
+            if port or last or not listeners:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def open_host(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on all addresses of one host; OSError or ValueError leave none open."""
+    listeners: list[socket.socket] = []
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)  # at once: a port that is only bound can still be taken
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> str:
+    """Return why an address cannot be listened on, who has it, and what to do."""
+    why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
+    uid = listener_uid(host, port) if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else None
+    holder = "" if uid is None else f"; a process of user {uid} listens there"
+    shown = f"[{host}]" if ":" in host else host
+    return f"PORT is {port}: cannot listen on {shown}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
+
+
+def socket_path(setting: str, port: int) -> Path | None:
+    """Return where a server on `port` has its Unix socket, by JOBORCH_SOCKET; None if it has none."""
+    if setting in ("0", "none"):
+        return None
+    if setting:
+        return Path(os.path.abspath(setting))
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
+    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # sudo may leave another user's here
+    return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
+
+
+def folder_problem(folder: Path, by_default: bool) -> str:
+    """Return why a socket in this folder could be somebody else's, or an empty string; a link counts as no folder."""
+    try:
+        found = os.lstat(folder)
+    except OSError as error:
+        return f"{folder}: {os.strerror(error.errno or 0).lower()}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder} is no folder"
+    if found.st_uid not in ((os.getuid(),) if by_default else (os.getuid(), 0)):
+        return f"{folder} belongs to user {found.st_uid}"
+    sticky = not by_default and found.st_mode & stat.S_ISVTX
+    return f"other users may write to {folder}" if found.st_mode & 0o022 and not sticky else ""
+
+
+def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
+    """Return a Unix socket that listens at its path with this mode; ConfigError says why there can be none."""
+    path, remedy = socket_path(setting, port), "set JOBORCH_SOCKET to another path, or to 0 for none"
+    if path is None or len(os.fsencode(path)) > SOCKET_PATH_LIMIT_BYTES:
+        raise ConfigError(f"{path} is too long for a Unix socket (at most {SOCKET_PATH_LIMIT_BYTES} bytes): {remedy}")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not setting:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path.parent, 0o700)
+        problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
+        if problem:
+            raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
+        umask = os.umask(0o077)  # bind(2) makes the file: nobody else may use it before it has its own mode
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(umask)
+        os.chmod(path, mode)
+        listener.listen(BACKLOG)
+    except (OSError, ConfigError) as error:
+        listener.close()
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"no Unix socket at {path}: {os.strerror(error.errno or 0).lower()}; {remedy}") from error
+    return listener
+
+
+def remove_stale_socket(path: Path) -> str:
+    """Remove the socket of a server that runs no more; return what else is there, or an empty string."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return ""
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
+        return "something else is there"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            return "another server listens there"
+    os.unlink(path)
+    return ""
 
 
 # == 21. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
@@ -5956,6 +6325,11 @@ class Link:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
+    def health(self) -> dict[str, Any]:
+        """Return what the client says of itself to a server that it knows."""
+        said = parse_json(read_some(self.call("GET", f"{self.address.base_url}/health", read_timeout_s=READ_TIMEOUT_S), MIB))
+        return said if isinstance(said, dict) else {}
+
     def status(self, job: Job) -> dict[str, Any]:
         """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
         answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job))
@@ -6178,6 +6552,7 @@ class Node:
         self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
         self.loops: dict[str, Loop] = {}
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
+        self.refused = RefusedTokens(self.clock)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
@@ -6240,6 +6615,7 @@ class Node:
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
+    node.refused.report()
     node.data.keep_reserve()
     now, age = node.store.steady(), node.config.max_age_s
     more = False
@@ -7707,34 +8083,124 @@ def inline_archive(client: Client, job: Job) -> dict[str, str]:
 
 # == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
+PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
-def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
-    """Let a caller through who shows a token, or who may call without; Refusal 401 or 403.
 
-    `headers` are those of the request, in CGI spelling (AUTHORIZATION). Cross-site requests are refused where no token
-    was shown, and foreign host names where loopback alone lets a caller in: any web page could else run scripts here.
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, and what proves it: token, unix socket, same user, anonymous or link."""
+
+    name: str
+    proof: str
+
+
+class Peer(Protocol):
+    """The other end of a connection."""
+
+    @property
+    def address(self) -> str:
+        """Its IP address; empty on a Unix socket."""
+
+    def uid(self) -> int | None:
+        """Its user on this machine, or None if that cannot be proven."""
+
+
+def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
+    """Return who calls; Refusal 401 or 403 says what would let him in.
+
+    `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token proves a caller by itself. Whoever shows
+    none could be a web page in the user's browser: what other sites send is refused, and a host name that is not ours.
     """
-    if node.tokens:
-        kind, _, shown = headers.get("AUTHORIZATION", "").partition(" ")
-        fits = [hmac.compare_digest(shown.strip().encode("latin-1", "replace"), token.encode()) for token in node.tokens]
-        if kind.lower() != "bearer" or not any(fits):
-            what = "the token is wrong" if shown else "a token is needed"
-            raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
-        return
-    host = headers.get("HOST", "")
+    shown = headers.get("AUTHORIZATION", "")
+    if node.tokens and (shown or peer.address):
+        return check_token(node, shown, peer)
+    check_site(headers)
+    if peer.address:
+        check_host(node, headers)
+    uid, proxied = None, next((name for name in PROXY_HEADERS if name in headers), "")
+    if not proxied and (not peer.address or is_here(peer.address)):
+        uid = peer.uid()
+    if not peer.address and uid is not None:  # who may open the socket is the operator's choice, by its mode
+        return Caller(f"uid {uid}", "unix socket")
+    if is_own_user(uid):
+        return Caller(f"uid {uid}", "same user")
+    if node.config.allow_anonymous and is_allowed(node.config.allow_from, peer.address):
+        return Caller(peer.address, "anonymous")
+    raise Refusal(403, why_refused(node, peer, proxied, uid))
+
+
+def check_token(node: Node, shown: str, peer: Peer) -> Caller:
+    """Return the caller who shows one of our tokens; Refusal 401. Takes the same time whichever it is."""
+    kind, _, token = shown.partition(" ")
+    fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
+    if kind.lower() == "bearer" and any(fits):
+        return Caller("default", "token")
+    if shown:
+        node.refused.note(peer.address)
+    what = "the token is wrong" if token else "a token is needed"
+    raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+
+
+def check_site(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser sends for a page of another site; Refusal 403."""
     origin = headers.get("ORIGIN")
-    if headers.get("SEC_FETCH_SITE", "").lower() == "cross-site" or (origin is not None and host_of(origin)[0] != host):
+    foreign = origin is not None and host_of(origin)[0] != headers.get("HOST", "")
+    if foreign or headers.get("SEC_FETCH_SITE", "").lower() == "cross-site":
         raise Refusal(403, "a page of another site may not call this server: show a token")
-    name, known = host_of(f"//{host}")[1], [name.strip().lower() for name in node.config.hosts.split(",") if name.strip()]
-    if (known or not node.config.allow_anonymous) and not is_loopback(name) and name not in known:
-        raise Refusal(403, f"this server is not called {one_line(name, 80)!r} here: use localhost, or list the name in JOBORCH_HOSTS")
-    if node.config.allow_anonymous:
+
+
+def check_host(node: Node, headers: Mapping[str, str]) -> None:
+    """Refuse a host name that is not ours, by which a web page could reach us (DNS rebinding); Refusal 403.
+
+    Rebinding needs a name, so IP addresses are let through, and so is a request without Host: browsers send one.
+    """
+    if "HOST" not in headers:
         return
-    if peer_uid() not in (os.getuid(), 0):
-        raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
+    name = host_of(f"//{headers['HOST']}")[1]
+    address = plain_address(name)
+    known = [each.strip().lower() for each in node.config.hosts.split(",") if each.strip()]
+    by_address = address is not None and not address.is_unspecified  # browsers take 0.0.0.0 for this machine, too
+    if not by_address and name not in {*known, "localhost", *machine_names()}:
+        remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or show a token"
+        raise Refusal(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
+
+
+def is_allowed(networks: Sequence[Network], text: str) -> bool:
+    """Tell whether a caller at this address needs no token. From this machine, only if loopback is among the networks."""
+    address = plain_address(text)
+    if address is None:
+        return False
+    if not address.is_loopback and is_here(text):
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return any(address in network for network in networks)
+
+
+def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
+    """Return why a caller without a token is not let in, and the remedy."""
+    remedy = f"set JOBORCH_TOKEN for the {node.config.mode} and show it"
+    if proxied:
+        header = proxied.replace("_", "-").title()
+        return f"the request has the header {header}, so it came through a proxy, and whose it is cannot be told: {remedy}"
+    if peer.address and not is_here(peer.address):
+        return f"callers at {peer.address} need a token: {remedy}, or list the address in JOBORCH_ALLOW_FROM"
+    if uid is None or uid == user_numbers().unmapped:
+        return f"which user of this machine calls cannot be told: {remedy}"
+    return f"another user of this machine needs a token: {remedy}"
+
+
+def identify(node: Node, who: str, headers: Mapping[str, str], peer: Peer) -> Caller | None:
+    """Return who calls a route that is for `who`; Refusal unless that is anyone, who need not prove anything."""
+    try:
+        return check_caller(node, headers, peer)
+    except Refusal:
+        if who != "anyone":
+            raise
+        return None
 
 
 # == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+
+CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
 
 @dataclass(frozen=True)
@@ -7766,6 +8232,11 @@ class Request:
     """What a handler sees of a request."""
 
     environ: Mapping[str, Any]
+
+    @property
+    def caller(self) -> Caller | None:
+        """Who calls; None on a route for anyone, if nothing was proven."""
+        return cast("Caller | None", self.environ.get(CALLER_KEY))
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
@@ -8048,6 +8519,7 @@ def make_parser_class(node: Node) -> Any:
 
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         content_length: Any
+        caller: Caller | None = None
 
         def __init__(self, adj: Any, channel: Any) -> None:
             super().__init__(adj)
@@ -8057,8 +8529,7 @@ def make_parser_class(node: Node) -> Any:
             super().parse_header(header_plus)
             try:
                 found = find_route(node.config.mode, self.command, self.path)
-                if found.who != "anyone":
-                    check_caller(node, self.headers, self.channel.uid)
+                self.caller = identify(node, found.who, self.headers, self.channel)
                 check_size(node, found, self.content_length, self.chunked)
             except Refusal as refusal:
                 self.refuse(refusal)
@@ -8078,6 +8549,19 @@ def make_parser_class(node: Node) -> Any:
             self.completed, self.expect_continue, self.content_length = True, False, 0
 
     return Parser
+
+
+def make_task_class() -> Any:
+    """Return a task of waitress that tells the application who calls."""
+    import waitress.task
+
+    class Task(waitress.task.WSGITask):  # type: ignore[misc]
+        def get_environment(self) -> dict[str, Any]:
+            environ: dict[str, Any] = super().get_environment()
+            environ[CALLER_KEY] = self.request.caller
+            return environ
+
+    return Task
 
 
 def make_error_task_class() -> Any:
@@ -8103,14 +8587,20 @@ def make_error_task_class() -> Any:
 class Turns:
     """What our connections add to those of waitress: they know whose they are, send in turns, and end with patience."""
 
-    turn_bytes, lingers, linger_until, known_uid, writing = 0, False, 0.0, cast("int | None", None), False
+    turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
 
     def uid(self) -> int | None:
         """Return the user at the other end, or None where that cannot be told."""
         connection: Any = self
         if self.known_uid is None:
-            self.known_uid = tcp_uid(connection.addr[:2], connection.socket.getsockname()[:2])
+            self.known_uid = peer_uid(connection.socket)
         return self.known_uid
+
+    @property
+    def address(self) -> str:
+        """The IP address of the other end; empty on a Unix socket."""
+        connection: Any = self
+        return "" if connection.socket.family == socket.AF_UNIX else str(connection.addr[0])
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """Send, but at most 4 MiB a turn: one big download must not keep all others waiting."""
@@ -8161,15 +8651,19 @@ class Turns:
 
     def readable(self) -> bool:
         """Tell whether more is to be read."""
+        connection: Any = self
         parent: Any = super()
-        return bool(self.linger_until or parent.readable())
+        return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
 
     def handle_read(self) -> None:
         """Read; what a refused caller still sends is thrown away for a while."""
         connection: Any = self
         parent: Any = super()
         if not self.linger_until:
-            parent.handle_read()
+            # waitress takes the end of what is sent for the end of the connection, and would drop the answer.
+            self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
+            if not self.half_closed:
+                parent.handle_read()
         elif time.monotonic() > self.linger_until or not connection.recv(MIB):
             connection.handle_close()
 
@@ -8181,7 +8675,7 @@ def make_channel_class(node: Node) -> Any:
     parser_class = make_parser_class(node)
 
     class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
-        error_task_class = make_error_task_class()
+        task_class, error_task_class = make_task_class(), make_error_task_class()
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -8204,21 +8698,47 @@ def make_http_server(node: Node, app: Any) -> Any:
         "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
         "max_request_header_size": 64 * KIB,
         "channel_timeout": 120,
-        "backlog": 1024,
+        "backlog": BACKLOG,
         "ident": "joborch",
         "clear_untrusted_proxy_headers": False,  # nothing here believes them
     }
-    try:
-        server = waitress.server.create_server(app, host=config.host, port=config.port, **options)
-    except (OSError, ValueError) as error:
-        why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
-        remedy = "give another PORT or JOBORCH_HOST"
-        raise ConfigError(f"PORT is {config.port}: cannot listen on {config.host}:{config.port} ({why}); {remedy}") from error
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # callers that wait are normal here
-    for listener in [server, *getattr(server, "map", {}).values()]:  # one for each address of a host name
-        if hasattr(listener, "channel_class"):
-            listener.channel_class = make_channel_class(node)
+    opened: dict[int, Any] = {}  # waitress's own table of all that is open, by descriptor
+    sockets = open_listeners(config.host, config.port)
+    local = open_own_socket(config, sockets)
+    made = waitress.server.create_server(app, map=opened, sockets=sockets, **options)
+    if local is not None:  # waitress takes no mix of sockets: a second server, with the same threads
+        waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=made.task_dispatcher, **options)
+    listeners = [each for each in opened.values() if hasattr(each, "channel_class")]
+    for listener in listeners:
+        listener.channel_class = make_channel_class(node)
+    server = listeners[0]
+    server.socket_file = local and local.getsockname()
+    server.socket_inode = local and os.lstat(server.socket_file).st_ino
     return server
+
+
+def open_own_socket(config: Config, listeners: Sequence[socket.socket]) -> socket.socket | None:
+    """Return the server's Unix socket, or None. ConfigError if JOBORCH_SOCKET names one that cannot be; else a warning."""
+    port = listeners[0].getsockname()[1]
+    if config.mode != "server" or socket_path(config.socket_file, port) is None:
+        return None
+    try:
+        return open_socket_file(config.socket_file, port, int(config.socket_mode, 8))
+    except ConfigError as error:
+        if config.socket_file:
+            for listener in listeners:
+                listener.close()
+            raise
+        log.warning("%s", error)
+        return None
+
+
+def remove_socket_file(server: Any) -> None:
+    """Remove the Unix socket of a server that ends, unless another server has taken its place."""
+    with contextlib.suppress(OSError):
+        if server.socket_file and os.lstat(server.socket_file).st_ino == server.socket_inode:
+            os.unlink(server.socket_file)
 
 
 # == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
@@ -9168,16 +9688,19 @@ def counts_json(client: Client) -> dict[str, int]:
 
 @route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
 def health(node: Node, request: Request) -> Answer:
-    """Tell whether the process works: the database is read and written."""
-    said: dict[str, Any] = {"status": "ok", "database": "ok", "version": __version__, "mode": node.config.mode}
-    said["uptime_s"] = round(node.clock.monotonic() - node.started, 1)
+    """Tell whether the process works: the database is read and written. Whoever proves himself gets more fields."""
+    said: dict[str, Any] = {"status": "ok", "database": "ok"}
+    known = request.caller is not None  # paths, counts and versions are nobody else's business
     try:
         node.store.check()
-        if isinstance(node, Client):
+        if known:
+            said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
+        if known and isinstance(node, Client):
             said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
     except StorageError as error:
         log.error("health: %s", error)
-        return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})
+        said.update(status="error", database="error", **({"message": str(error)} if known else {}))
+        return Answer(said, 503, {"Retry-After": "5"})
     return Answer(said)
 
 
@@ -9551,18 +10074,65 @@ def examine_folder(config: Config) -> Iterator[Finding]:
 
 
 def examine_port(config: Config) -> Finding:
-    """Say whether the port is free, or a joborch of ours listens there."""
-    host = "127.0.0.1" if config.host in ("", "0.0.0.0", "localhost") else config.host
+    """Say whether the port is free on every address, or a joborch of ours listens there."""
     try:
-        with socket.create_server((config.host or "127.0.0.1", config.port)):
-            return Finding(True, f"port {config.port} is free")
-    except OSError as error:
-        problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
-    said = health_of(f"http://{host}:{config.port}")
-    if said.get("mode") != config.mode or not is_in_use(Path(config.data_path)):
+        for listener in open_listeners(config.host, config.port):
+            listener.close()
+        return Finding(True, f"port {config.port} is free")
+    except ConfigError as error:
+        problem = str(error)
+    said = own_health(config)
+    another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
+    if another or not is_in_use(Path(config.data_path)):
         return Finding(False, problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def own_connection(config: Config) -> socket.socket | None:
+    """Return a connection to the running process that has our port, if this user or root holds its other end; else None.
+
+    By the Unix socket of a server if it has one, else over TCP.
+    """
+    places: list[tuple[socket.AddressFamily, Any]] = []
+    path = socket_path(config.socket_file, config.port) if config.mode == "server" else None
+    if path is not None:
+        places.append((socket.AF_UNIX, str(path)))
+    for host in config.host.split(","):
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host.strip(), host.strip())
+        places.append((socket.AF_INET6 if ":" in address else socket.AF_INET, (address, config.port)))
+    for family, place in places:
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        with contextlib.suppress(OSError):
+            connection.connect(place)
+            deadline = time.monotonic() + CONNECT_TIMEOUT_S
+            while peer_uid(connection) is None and time.monotonic() < deadline:
+                time.sleep(0.01)  # nobody holds the other end before it is accepted
+            if is_own_user(peer_uid(connection)):
+                return connection
+        connection.close()
+    return None
+
+
+def own_health(config: Config) -> dict[str, Any]:
+    """Return what a running server or client of this user says of itself; empty if there is none. It shows its token to no other user."""
+    import http.client
+
+    connection = own_connection(config)
+    if connection is None:
+        return {}
+    token = config.token.split(",")[0]
+    path = client_token_file() if config.mode == "client" and not token else None
+    caller = http.client.HTTPConnection("127.0.0.1", config.port)
+    caller.sock = connection
+    with contextlib.closing(caller), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        if path is not None and path.exists():
+            token = path.read_text(encoding="ascii").strip()
+        caller.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
+        said = parse_json(caller.getresponse().read(MIB))
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def is_in_use(folder: Path) -> bool:
@@ -9576,7 +10146,10 @@ def is_in_use(folder: Path) -> bool:
 
 
 def health_of(base_url: str) -> dict[str, Any]:
-    """Return what /health says, with `ahead_s`, by how much the peer's clock is ahead; `error` says why there is no answer."""
+    """Return what /health says to everybody, `ahead_s` (by how much the peer's clock is ahead) and `ours` (it is a joborch).
+
+    `error` says why there is no answer.
+    """
     import urllib3
 
     try:
@@ -9585,7 +10158,7 @@ def health_of(base_url: str) -> dict[str, Any]:
         if not isinstance(said, dict):
             return {"error": "it is no joborch"}
         date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        return {**said, "ahead_s": date - time.time()}
+        return {**said, "ahead_s": date - time.time(), "ours": OURS_HEADER in answer.headers}
     except (urllib3.exceptions.HTTPError, ValueError, TypeError, KeyError) as error:
         return {"error": plain_cause(error)}
 
@@ -9593,7 +10166,7 @@ def health_of(base_url: str) -> dict[str, Any]:
 def examine_client(address: Address, service: Service) -> Iterator[Finding]:
     """Yield whether a client of a service can be reached, takes our token, works, and has our time."""
     said = health_of(address.base_url or client_root(address))
-    if "error" in said or "mode" not in said:
+    if "error" in said or not said["ours"]:
         why = said.get("error", "it does not say that it is joborch: a 2.2 client?")
         yield Finding(
             False if "error" in said else None, f"service {service.name}: {address.name}: {why}; is the client up, and the URL right?"
@@ -9603,11 +10176,16 @@ def examine_client(address: Address, service: Service) -> Iterator[Finding]:
     link.services.append(service)
     try:
         link.events(0, ())
+        said.update(link.health())
         token = ""
-    except (NothingSent, NoAnswer, Gone) as error:
+    except (NothingSent, NoAnswer, Gone, ValueError) as error:
         token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
     trouble = f", and says: {said['problem']}" if said.get("problem") else ""
-    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({said.get('executor')}){token}{trouble}")
+    kind = f" ({said['executor']})" if said.get("executor") else ""
+    yield Finding(
+        not token and not trouble,
+        f"service {service.name}: {address.name} answers{kind}{token}{trouble}",
+    )
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
@@ -9624,10 +10202,12 @@ def client_root(address: Address) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of this machine that is free now, on 127.0.0.1 and ::1."""
+    listeners = open_listeners(DEFAULT_HOSTS, 0)
+    port = int(listeners[0].getsockname()[1])
+    for listener in listeners:
+        listener.close()
+    return port
 
 
 def example_file(name: str) -> bytes:
@@ -9868,15 +10448,27 @@ def serve(config: Config) -> int:
     finally:
         node.stop()
         node.store.close()
+        remove_socket_file(http_server)
     log.info("%s ended", config.mode)
     return EXIT_DONE
+
+
+def listening_at(http_server: Any) -> list[str]:
+    """Return the URLs at which a server can be called, and the path of its Unix socket."""
+    places = []
+    for listener in list(http_server._map.values()):
+        if hasattr(listener, "effective_port"):
+            host, port = listener.effective_host, listener.effective_port
+            shown = f"[{host}]" if ":" in host else host
+            places.append(str(port) if listener.family == socket.AF_UNIX else f"http://{shown}:{port}")
+    return places
 
 
 def greet(node: Node, http_server: Any) -> None:
     """Log where the process listens, and what it needs to be of use."""
     config = node.config
-    port = getattr(http_server, "effective_port", None) or config.port
-    log.info("joborch %s %s listens on http://%s:%s (data in %s)", __version__, config.mode, config.host, port, config.data_path)
+    places = " and ".join(listening_at(http_server))
+    log.info("joborch %s %s listens on %s (data in %s)", __version__, config.mode, places, config.data_path)
     if isinstance(node, Server):
         if not any(name.startswith("SERVICE_") for name in config.sources):
             log.info("no SERVICE_* is set: service example is served by a client at http://127.0.0.1:9000")
@@ -9915,6 +10507,8 @@ def shown_value(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     if isinstance(value, Mapping):
         return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
     return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,16 @@ from harness import ROOT, Pair, Process, end_all_below
 
 MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stale_sockets() -> Iterator[None]:
+    """Removes the Unix sockets that killed servers leave in /tmp; those of servers that run are left alone."""
+    yield
+    for path in Path(f"/tmp/joborch-{os.getuid()}").glob("joborch-*.sock"):
+        with closing(socket.socket(socket.AF_UNIX)) as probe:
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,7 @@ def ask(node: joborch.Node, method: str, path: str, body: bytes = b"", **headers
     path = path.encode().decode("latin-1")  # WSGI has bytes in texts (PEP 3333)
     environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "wsgi.input": io.BytesIO(body)}
     environ["CONTENT_LENGTH"] = str(len(body))
+    environ["joborch.caller"] = joborch.Caller("default", "token")
     for name, value in headers.items():
         environ[name.upper() if name == "Content_Type" else "HTTP_" + name.upper()] = value
     wsgiref.util.setup_testing_defaults(environ)

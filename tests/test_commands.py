@@ -157,7 +157,7 @@ def test_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     found = {line.split()[0]: line for line in lines}
     assert re.search(r" 3600 +\(--env-file\)$", found["MAX_AGE"])
     assert re.search(r" 2 +\(environment\)$", found["JOBORCH_SEND_INTERVAL"])
-    assert re.search(r" 127\.0\.0\.1 +\(default\)$", found["JOBORCH_HOST"])
+    assert re.search(r" 127\.0\.0\.1,::1 +\(default\)$", found["JOBORCH_HOST"])
     assert "JOBORCH_SLOTS" not in found, "a client's"
     assert "SERVICE_EXAMPLE_CLIENTS" in found
     assert joborch.main([*words, "--json"]) == 0

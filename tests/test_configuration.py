@@ -157,7 +157,7 @@ def test_the_readmes_table_has_every_setting() -> None:
 
 
 SPECIFIED_DEFAULTS = {
-    "host": "127.0.0.1", "max_age_s": 172800, "allow_anonymous": False, "executor": "local", "send_interval_s": 0.5,
+    "host": "127.0.0.1,::1", "max_age_s": 172800, "allow_anonymous": False, "executor": "local", "send_interval_s": 0.5,
     "get_interval_s": 0.5, "run_interval_s": 0.5, "clean_interval_s": 60, "keep_rows_s": 365 * 86400, "max_upload_bytes": 10 * 2**30,
     "min_free_bytes": 2**30, "kill_grace_s": 10, "log_limit_bytes": 64 * 2**20, "compat": "1.2", "log_level": "info",
     "log_format": "text", "token": "", "hosts": "", "share_half_life_s": 21600, "ageing_s": 60, "weights": {},
@@ -186,6 +186,8 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     joborch.read_period: ("1", "2m", "3h"),
     joborch.read_bytes: ("1", "2K", "3G"),
     joborch.read_switch: ("1", "1", "1"),
+    joborch.read_networks: ("10.0.0.1", "192.0.2.0/24,::1", "127.0.0.0/8"),
+    joborch.read_mode: ("0600", "0660", "666"),
     joborch.read_text: ("a", "b", "c"),
     joborch.read_url: ("http://a", "https://b/c", "http://c:8000"),
     joborch.read_token: ("a", "b", "c"),
@@ -413,7 +415,10 @@ def test_a_server_for_others_needs_a_token_or_a_decision(host: str) -> None:
     assert "JOBORCH_TOKEN" in said
     assert "JOBORCH_ALLOW_ANONYMOUS=1" in said
     assert load("server", {"JOBORCH_HOST": host, "JOBORCH_TOKEN": "t"}).host == host
-    assert load("server", {"JOBORCH_HOST": host, "JOBORCH_ALLOW_ANONYMOUS": "1"}).host == host
+    assert "JOBORCH_ALLOW_FROM" in refused("server", {"JOBORCH_HOST": host, "JOBORCH_ALLOW_ANONYMOUS": "1"})
+    assert "JOBORCH_ALLOW_FROM" in refused("client", {"JOBORCH_HOST": f"127.0.0.1,{host}", "JOBORCH_ALLOW_ANONYMOUS": "1"})
+    anonymous = {"JOBORCH_HOST": host, "JOBORCH_ALLOW_ANONYMOUS": "1", "JOBORCH_ALLOW_FROM": "192.0.2.0/24"}
+    assert load("server", anonymous).host == load("client", anonymous).host == host
 
 
 @pytest.mark.parametrize("tokens", [",", ",,"])
@@ -459,7 +464,7 @@ def test_an_unknown_name_is_warned_of_with_the_nearest(name: str, hint: str) -> 
 
 
 def test_known_names_and_those_of_others_are_not_warned_of(tmp_path: Path) -> None:
-    known = {setting.name: "1" for setting in SETTINGS if setting.read in WRONG}
+    known = {setting.name: "1" for setting in SETTINGS if setting.read in WRONG and setting.field != "allow_anonymous"}
     others = {"JOBORCH_SERVER": "http://h", "JOBORCH_TOKEN": "t", "SERVICES": "1", "PATH": "/bin", "JOB": "1"}
     assert load("client", {**known, **others, "SERVICE_A_CLIENTS": "http://h:1"}).warnings == ()
     (tmp_path / "env").write_text("JOBORCH_SLOT=1\n")

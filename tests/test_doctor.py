@@ -66,11 +66,13 @@ def test_a_client_that_is_not_there(what: str, tmp_path: Path) -> None:
 def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: Path) -> None:
     """By a server where a client is to be, or by another client: of another user, or with another folder."""
     code, found = doctor("client", tmp_path, PORT=str(pair.client.port))
-    assert (code, f"port {pair.client.port} cannot be used" in problems(found)[0]) == (1, True)
+    assert (code, f"cannot listen on 127.0.0.1:{pair.client.port} (address already in use)" in problems(found)[0]) == (1, True)
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
     code, found = doctor("client", tmp_path, PORT=str(server.port))
     (problem,) = problems(found)
-    assert (code, problem) == (1, f"port {server.port} cannot be used (Address already in use): set PORT, or end what listens there")
+    holder = f"a process of user {os.getuid()} listens there"
+    place = f"127.0.0.1:{server.port} (address already in use)"
+    assert (code, problem) == (1, f"PORT is {server.port}: cannot listen on {place}; {holder}; give another PORT or JOBORCH_HOST")
 
 
 def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -229,11 +230,24 @@ def test_routes_of_the_other_mode_are_not_there() -> None:
 # == Who may call ==
 
 
+class FromHere:
+    """The other end of a connection over 127.0.0.1."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, uid: int | None) -> None:
+        self.known_uid = uid
+
+    def uid(self) -> int | None:
+        """The user there."""
+        return self.known_uid
+
+
 def caller(desk: Desk, headers: dict[str, str], uid: int | None = os.getuid(), **settings: str) -> int:
     """200, or the code with which a caller is refused."""
     config = joborch.load_config("server", {}, {**desk.environment, **settings})
     node = joborch.Node(config, desk.store, desk.data, HandClock())
-    refusal = tried(lambda: check_caller(node, headers, lambda: uid), Refusal)
+    refusal = tried(lambda: check_caller(node, headers, FromHere(uid)), Refusal)
     return refusal.status if isinstance(refusal, Refusal) else 200
 
 
@@ -249,16 +263,24 @@ ANONYMOUS = {"JOBORCH_ALLOW_ANONYMOUS": "1"}
         (HERE, 0, {}, 200),
         (HERE, STRANGER, {}, 403),
         (HERE, None, {}, 403),
-        (HERE, STRANGER, ANONYMOUS, 200),
+        (HERE, STRANGER, ANONYMOUS, 403),
+        (HERE, STRANGER, {**ANONYMOUS, "JOBORCH_ALLOW_FROM": "10.0.0.0/8"}, 403),
+        (HERE, STRANGER, {**ANONYMOUS, "JOBORCH_ALLOW_FROM": "10.0.0.0/8, 127.0.0.0/8"}, 200),
+        (HERE, None, {**ANONYMOUS, "JOBORCH_ALLOW_FROM": "127.0.0.1"}, 200),
+        ({**HERE, "VIA": "1.1 proxy"}, os.getuid(), {}, 403),
+        ({**HERE, "VIA": "1.1 proxy"}, os.getuid(), {**ANONYMOUS, "JOBORCH_ALLOW_FROM": "127.0.0.1"}, 200),
         ({"HOST": "localhost"}, os.getuid(), {}, 200),
         ({"HOST": "[::1]:5000"}, os.getuid(), {}, 200),
         ({"HOST": "LOCALHOST:1"}, os.getuid(), {}, 200),
         ({"HOST": "evil.example"}, os.getuid(), {}, 403),
-        ({"HOST": "evil.example"}, os.getuid(), ANONYMOUS, 200),
+        ({"HOST": "evil.example"}, os.getuid(), ANONYMOUS, 403),
+        ({"HOST": "192.0.2.7:5000"}, os.getuid(), {}, 200),
+        ({"HOST": "0.0.0.0:5000"}, os.getuid(), {}, 403),
+        ({"HOST": socket.gethostname()}, os.getuid(), {}, 200),
         ({"HOST": "queue.lab"}, os.getuid(), {"JOBORCH_HOSTS": "other, Queue.Lab"}, 200),
         ({"HOST": "127.0.0.1.evil.example"}, os.getuid(), {}, 403),
         ({"HOST": ""}, os.getuid(), {}, 403),
-        ({}, os.getuid(), {}, 403),
+        ({}, os.getuid(), {}, 200),
         ({"HOST": "[::1"}, os.getuid(), {}, 403),
         ({"HOST": "a@127.0.0.1"}, os.getuid(), ANONYMOUS, 200),
         ({**HERE, "ORIGIN": "http://127.0.0.1:5000"}, os.getuid(), {}, 200),
@@ -296,6 +318,9 @@ def test_only_a_right_token_is_let_in(desk: Desk) -> None:
     check()
 
 
+ADDRESS = re.compile(r"([0-9]+\.){3}[0-9]+|:")  # a name holds neither
+
+
 @BOUNDED
 @given(st.text(max_size=30), st.none() | st.text(max_size=30))
 @example("[", None)
@@ -307,11 +332,13 @@ def test_odd_headers_are_refused_and_nothing_worse(host: str, origin: str | None
     class Bare:
         tokens = ()
         config = joborch.load_config("server", {}, {"DATA_PATH": "/nowhere"})
+        refused = joborch.RefusedTokens(HandClock())
 
     headers = {"HOST": host, **({"ORIGIN": origin} if origin is not None else {})}
-    refusal = tried(lambda: check_caller(Bare(), headers, os.getuid), Refusal)  # type: ignore[arg-type]
-    assert refusal is None or refusal.status == 403
-    assert refusal or any(name in host.lower() for name in ("localhost", "127.", "::1")), "a name that is not ours"
+    refusal = tried(lambda: check_caller(Bare(), headers, FromHere(os.getuid())), Refusal)  # type: ignore[arg-type]
+    assert not isinstance(refusal, Refusal) or refusal.status == 403
+    ours = {"localhost", *joborch.machine_names()}
+    assert isinstance(refusal, Refusal) or any(name in host.lower() for name in ours) or ADDRESS.search(host), "a name that is not ours"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -439,7 +466,7 @@ def test_a_port_that_is_taken_is_named(desk: Desk) -> None:
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.7", "x y"])
 def test_a_host_that_is_not_here(host: str, desk: Desk) -> None:
-    desk.restart(JOBORCH_HOST=host, JOBORCH_ALLOW_ANONYMOUS="1", PORT="0")
+    desk.restart(JOBORCH_HOST=host, JOBORCH_TOKEN="a-token-of-this-test", PORT="0")
     with pytest.raises(ConfigError, match="cannot listen on"):
         joborch.make_http_server(desk.server, joborch.make_app(desk.server))
 
