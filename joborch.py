@@ -713,7 +713,6 @@ class Service:
     name: str
     addresses: tuple[Address, ...]
     token: str
-    token_file: str
     runs_per_user: int
     max_runs: int
     policy: str
@@ -722,6 +721,7 @@ class Service:
     return_inputs: bool
     unreachable_after_s: float
     lost_after_s: float
+    token_file: str = ""
 
 
 @dataclass(frozen=True)
@@ -1832,7 +1832,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         target.flush()
         os.fsync(target.fileno())
     os.rename(temporary, path)
-    fsync_path(path.parent)
+    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
 
 
 def is_full(folder: str | Path) -> bool:
@@ -3597,7 +3597,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
         with contextlib.suppress(FileNotFoundError):
             os.rename(db_path + suffix, f"{kept}{suffix}")
     os.replace(fresh, db_path)
-    fsync_path(os.path.dirname(db_path))
+    fsync_path(os.path.realpath(os.path.dirname(db_path)))
     return kept, unclaimed
 
 
@@ -10129,7 +10129,7 @@ def ensure_client_token(config: Config) -> Config:
         )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
             path.chmod(0o600)  # weak_setups has warned of it
         if not path.exists() or not path.read_text(encoding="ascii").strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
