@@ -2065,22 +2065,22 @@ class DataFolder:
         mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
         if is_strangers(state.st_uid, Path(real)):
             yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace what is in it: {remedy}")
-        elif mode & 0o022:
-            who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
-            foreign = self.foreign_entry(Path(real), bool(sticky))
-            if foreign:
-                yield Finding(False, f"{name} is {who}, holds {foreign}: {remedy}")
-            elif not sticky and state.st_uid == 0 != os.geteuid():
-                in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir, which nobody else sees
-                yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
-            elif not sticky and not (mode & 0o002 == 0 and is_private_group(state.st_gid)):
-                yield Finding(None, f"{name} belongs to you, is {who}: at its start joborch takes that right from them")
+            return
+        foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
+        who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
+        if foreign:
+            yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
+        elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
+            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir, which nobody else sees
+            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
+        elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
+            yield Finding(None, f"{name} belongs to you, is {who}: at its start joborch takes that right from them")
 
-    def foreign_entry(self, real: Path, sticky: bool) -> str:
-        """Return what another user put into the folder, and who it was; in one such as /tmp, of what bears our names alone."""
-        with contextlib.suppress(OSError):  # what has no rights for us is named when it is used
-            for entry in real.iterdir():
-                if (not sticky or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
+    def foreign_entry(self, real: Path, everything: bool) -> str:
+        """Return what another user has in the folder, and who; only what bears our names unless `everything` counts, as in /tmp."""
+        for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
+                if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
                     return f"{entry.name!r} of {owner_name(owner)}"
         return ""
 
@@ -3610,23 +3610,8 @@ PASSED_ON = (
     # Environment Modules, Lmod, and what the modules that are loaded already have set
     *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
     *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
-    *(
-        "EASYBUILD_*",
-        "EBROOT*",
-        "EBVERSION*",
-        "EBDEVEL*",
-        "EBEXTS*",
-        "SPACK_*",
-        "CRAY*",
-        "PE_*",
-        "CONDA_*",
-        "_CE_*",
-        "MAMBA_*",
-        "VIRTUAL_ENV",
-        "GUIX_*",
-        "NIX_PATH",
-        "NIX_PROFILES",
-    ),
+    *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
+    *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
     # where libraries and the packages of languages are
     *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
     *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
@@ -3720,7 +3705,7 @@ printf '%60s' '' >exit.json || exit 1               # its place on the disk is t
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
 echo ready >>"../started.$2" || exit 1
-{ @HANDICAP@exec bash ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+{ @BEFORE@exec bash ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
 pid=$!
 if [ -n "$3" ]; then
     { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
@@ -3927,10 +3912,10 @@ def handicap() -> str:
     return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
 
 
-def wrapper_text(data: DataFolder, handicap: str = "", first: str = "") -> bytes:
-    """Return the wrapper, with the umask that this process was started with; `handicap` is for the script, `first` for the wrapper."""
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "") -> bytes:
+    """Return the wrapper, with the umask that this process was started with, what it does first, and what just before the script."""
     text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FIRST@", first)
-    return text.replace("@HANDICAP@", handicap).encode()
+    return text.replace("@BEFORE@", before_script).encode()
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
@@ -3957,7 +3942,7 @@ class LocalExecutor:
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.reaps_orphans = become_subreaper()
-        self.wrapper = wrapper_text(data, handicap())
+        self.wrapper = wrapper_text(data, before_script=handicap())
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -10114,7 +10099,7 @@ def forget_environment(config: Config) -> None:
     kept = passed_on(os.environ, config.pass_env)
     for name in set(os.environ) - set(kept):
         needed = name == "SLURM_JWT" and config.executor == "slurm"
-        if not needed and not name.startswith("JOBORCH_TEST_"):
+        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST")):
             del os.environ[name]
 
 

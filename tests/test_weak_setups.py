@@ -113,13 +113,13 @@ def test_a_group_of_others_loses_its_right(machine: Machine) -> None:
     assert data.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("name", ["jobs", "wrapper.sh", "something"])
-def test_what_others_have_put_there_is_not_taken(name: str, machine: Machine) -> None:
-    """The folder is left as it was."""
-    data = machine.make("data", OWN_UID, 0o777)
+@pytest.mark.parametrize(("name", "mode"), [("jobs", 0o755), ("wrapper.sh", 0o777), ("something", 0o777)])
+def test_what_others_have_put_there_is_not_taken(name: str, mode: int, machine: Machine) -> None:
+    """Even if the folder is closed to them now. It is left as it was."""
+    data = machine.make("data", OWN_UID, mode)
     machine.make(f"data/{name}", STRANGER_UID, 0o777, None if name == "jobs" else "echo evil")
     refused(machine, machine.process(DATA_PATH=str(data)), f"holds '{name}' of user {STRANGER_UID}", "of your own")
-    assert stat.S_IMODE(data.stat().st_mode) == 0o777
+    assert stat.S_IMODE(data.stat().st_mode) == mode
     assert [path.name for path in data.iterdir()] == [name]
 
 
