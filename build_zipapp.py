@@ -38,7 +38,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
-MAIN = b"from joborch import main\nraise SystemExit(main())\n"
+# Undumpable (PR_SET_DUMPABLE) before the import, which takes a third of a second: the environment may hold a token.
+MAIN = b"""import ctypes
+
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+from joborch import main
+
+raise SystemExit(main())
+"""
 
 SOURCES = ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb")
 OPTIONAL_FOLDERS = ("web",)

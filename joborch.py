@@ -47,7 +47,9 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import fnmatch
 import functools
+import grp
 import hashlib
 import hmac
 import importlib.util
@@ -59,6 +61,7 @@ import logging
 import math
 import os
 import platform
+import pwd
 import re
 import secrets
 import select
@@ -217,6 +220,13 @@ class Refusal(JoborchError):
         super().__init__(message)
         self.status, self.message, self.field = status, message, field
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Finding(NamedTuple):
+    """What `joborch doctor` found: all is well (True), it works for now (None), or it does not (False), with the remedy."""
+
+    good: bool | None
+    text: str
 
 
 class Clock:
@@ -431,6 +441,14 @@ def read_mode(text: str) -> str:
     return text
 
 
+def read_names(text: str) -> tuple[str, ...]:
+    """Return names of variables, `*` standing for any characters: words with commas between, as in PGHOST,MYLAB_*."""
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    if not all(re.fullmatch(r"[!-<>-~]+", name) for name in names):
+        raise ValueError("give names of variables with commas between, as in PGHOST,MYLAB_*")
+    return names
+
+
 def read_switch(text: str) -> bool:
     """Return whether a switch is on: 1 or 0."""
     if text not in ("0", "1"):
@@ -552,6 +570,14 @@ SETTINGS: tuple[Setting, ...] = (
         one_of("local", "slurm", "dirac"),
         "local",
         "what runs the payloads: local, slurm or dirac",
+        "client",
+    ),
+    Setting(
+        "JOBORCH_PASS_ENV",
+        "pass_env",
+        read_names,
+        "",
+        "further variables that scripts get from the client's environment: names with commas between, * for any characters",
         "client",
     ),
     Setting(
@@ -745,6 +771,7 @@ class Service:
     return_inputs: bool
     unreachable_after_s: float
     lost_after_s: float
+    token_file: str = ""
 
 
 @dataclass(frozen=True)
@@ -785,6 +812,7 @@ class Config:
     slots: int
     memory_bytes: int
     executor: str
+    pass_env: tuple[str, ...]
     batch_interval_s: float
     vanish_grace_s: float
     dirac_url: str
@@ -810,6 +838,7 @@ class Config:
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    env_file: str = ""
 
     def batch_options(self, service: str | None) -> BatchOptions:
         """Return what a batch system is asked for the jobs of a service."""
@@ -920,9 +949,9 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
         addresses = (client_address(EXAMPLE_CLIENT_URL),)
     if not addresses:
         raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token = str(values["token"] or "")
+    token, values["token_file"] = str(values["token"] or ""), values["token_file"] or ""
     if not token and values["token_file"]:
-        token = read_token_file(str(values["token_file"]), prefix + "TOKEN_FILE")
+        token = read_token_file(values["token_file"], prefix + "TOKEN_FILE")
     taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
     return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
 
@@ -1017,7 +1046,8 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
         shown = setting.flag if given else setting.name
         values[setting.field] = read_setting(setting, text, shown) if text else ""
     values["weights"] = values["weights"] or {}
-    values["allow_from"] = values["allow_from"] or ()
+    values["allow_from"], values["pass_env"] = values["allow_from"] or (), values["pass_env"] or ()
+    values["env_file"] = arguments.get("env_file") or ""
     values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
     values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
@@ -1876,7 +1906,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         target.flush()
         os.fsync(target.fileno())
     os.rename(temporary, path)
-    fsync_path(path.parent)
+    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
 
 
 def is_full(folder: str | Path) -> bool:
@@ -1939,6 +1969,97 @@ def take_lock(file: IO[str], name: str, kind: str) -> None:
     file.flush()
 
 
+def owner_name(uid: int) -> str:
+    """Return a user as a message names it."""
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def made_as(folder: Path) -> int | None:
+    """Return who owns a file that we make in a folder, None if we may not: a file system may map users, as NFS maps root to nobody."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def is_strangers(uid: int, folder: Path) -> bool:
+    """Tell whether the owner of something in `folder` is neither root nor whoever we are on that file system."""
+    return uid not in (0, os.geteuid()) and uid != made_as(folder)
+
+
+def is_unmapped(uid: int) -> bool:
+    """Tell whether this is how a user namespace shows all users that it does not know, root of the machine among them."""
+    whole = Path("/proc/self/uid_map").read_text(encoding="ascii").split() == ["0", "0", "4294967295"]
+    return not whole and uid == int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+
+
+def is_private_group(gid: int) -> bool:
+    """Tell whether a group has nobody in it but us or root: where each user has a group, folders are writable by it (umask 002)."""
+    if gid == 0 or gid != os.getegid():
+        return gid == 0
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return gid == os.geteuid()
+    return user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
+    """Yield who else can replace what a folder holds, or (with `itself` False: only) the folder, by one of its parents.
+
+    False: any user can, or the owner of the folder. None: a group can, or the owner of a parent, as is usual on clusters.
+    """
+    real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
+    for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
+        try:
+            state = folder.stat()
+        except OSError:
+            continue
+        place, mode = f"{what}: {str(folder)!r}", stat.S_IMODE(state.st_mode)
+        if is_strangers(state.st_uid, folder) and not is_unmapped(state.st_uid):
+            good = False if folder == real else None
+            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace what is in it: use a folder of your own")
+        elif mode & 0o002 and not mode & stat.S_ISVTX:
+            yield Finding(
+                False, f"{place} is writable by every user (mode {mode:04o}), who can replace what is in it: chmod o-w, or chmod +t"
+            )
+        elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
+            yield Finding(
+                None, f"{place} is writable by a group (mode {mode:04o}), which can replace what is in it: chmod g-w, or chmod +t"
+            )
+    for link in (given, *given.parents):
+        if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
+            yield Finding(
+                False, f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere: name the folder itself"
+            )
+
+
+def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
+    """Yield who else can read or change a file that holds a token; nothing where there is no such file."""
+    real = os.path.realpath(os.path.expanduser(path))
+    try:
+        state = os.stat(real)
+    except OSError:
+        return
+    if real.startswith(("/run/secrets/", "/var/run/secrets/")):
+        return  # a container's own: whoever can put a file there is root
+    mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
+    if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
+        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use a file of your own")
+    elif mode & 0o002:
+        yield Finding(
+            False, f"{name} is writable by every user (mode {mode:04o}): chmod 600 {shlex.quote(path)}, and put a new token in it"
+        )
+    elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
+        fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
+        yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
+    yield from examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
+
+
 class Spool:
     """A file that stays in memory while it is small, so that it can be written where the disk is full, and has no name.
 
@@ -1980,6 +2101,9 @@ class DataFolder:
     """
 
     LOCK = "joborch.lock"
+    NAMES = frozenset(
+        ("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", LOCK, *("joborch.db" + end for end in ("", "-wal", "-shm")))
+    )
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -1990,9 +2114,11 @@ class DataFolder:
         """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
         self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
         try:
+            self.close_to_others()
             self.refuse_foreign()
             for folder in (self.jobs, self.results, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.close_to_others()  # again: another user may have been quicker to make it
             self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
         except OSError as error:
             reason = os.strerror(error.errno or 0)
@@ -2002,6 +2128,46 @@ class DataFolder:
             remove_tree(leftover)
         # waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
+
+    def weak_spots(self) -> Iterator[Finding]:
+        """Yield who else can replace what is in this folder; the start refuses it where a finding is False, and mends what is our own."""
+        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give a folder of your own"
+        yield from examine_place(self.path, "DATA_PATH", itself=False)
+        if not os.path.isdir(real):
+            return
+        state = os.stat(real)
+        mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
+        if is_strangers(state.st_uid, Path(real)):
+            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace what is in it: {remedy}")
+            return
+        foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
+        who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
+        if foreign:
+            yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
+        elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
+            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir, which nobody else sees
+            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
+        elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
+            yield Finding(None, f"{name} belongs to you, is {who}: at its start joborch takes that right from them")
+
+    def foreign_entry(self, real: Path, everything: bool) -> str:
+        """Return what another user has in the folder, and who; only what bears our names unless `everything` counts, as in /tmp."""
+        for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
+                if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
+                    return f"{entry.name!r} of {owner_name(owner)}"
+        return ""
+
+    def close_to_others(self) -> None:
+        """Take the right to write from others where the folder is ours; ConfigError where they can replace what is in it."""
+        for finding in self.weak_spots():
+            if finding.good is False:
+                raise ConfigError(finding.text)
+        for folder in (self.path, self.jobs, self.results, self.tmp):
+            with contextlib.suppress(FileNotFoundError):
+                mode = stat.S_IMODE(folder.stat().st_mode)
+                if mode & 0o022 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.geteuid():
+                    folder.chmod(mode & ~0o022)
 
     def refuse_foreign(self) -> None:
         """Refuse a folder whose `tmp`, `jobs` or `results` were not made by joborch: DATA_PATH=/var would empty /var/tmp."""
@@ -3505,19 +3671,73 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
         with contextlib.suppress(FileNotFoundError):
             os.rename(db_path + suffix, f"{kept}{suffix}")
     os.replace(fresh, db_path)
-    fsync_path(os.path.dirname(db_path))
+    fsync_path(os.path.realpath(os.path.dirname(db_path)))
     return kept, unclaimed
 
 
 # == 13. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
 
-SECRET_NAMES = re.compile(r"^(JOBORCH_|SERVICE_)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
+# What every script may have. JOBORCH_PASS_ENV adds to it; joborch's own settings are never passed on.
+PASSED_ON = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LOCPATH", "LOCALE_ARCHIVE"),
+    *("XDG_*_HOME", "XDG_*_DIRS", "XDG_RUNTIME_DIR", "SCRATCH", "WORK", "PROJECT"),
+    # Environment Modules, Lmod, and what the modules that are loaded already have set
+    *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
+    *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
+    *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
+    *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
+    # where libraries and the packages of languages are
+    *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
+    *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
+    *("R_LIBS*", "R_HOME", "JULIA_*", "CLASSPATH", "GEM_HOME", "GEM_PATH", "RUBYLIB", "LUA_PATH", "LUA_CPATH", "TCLLIBPATH"),
+    # accelerators, threads, MPI
+    *("CUDA_*", "NVIDIA_*", "NCCL_*", "ROCR_*", "ROCM_*", "HIP_*", "HSA_*", "ZE_*", "ONEAPI_*", "SYCL_*", "GPU_DEVICE_ORDINAL"),
+    *("OMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "KMP_*", "GOMP_*", "NUMEXPR_*", "I_MPI_*", "OMPI_*", "PRTE_*", "MPICH_*", "UCX_*", "FI_*"),
+    # batch systems and containers
+    *("SLURM_*", "SBATCH_*", "PBS_*", "LSB_*", "APPTAINER_*", "SINGULARITY_*"),
+    # the network
+    *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
+)
+PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # as modules name where a program is: passed on if it is a path
+# A family such as CONDA_* may have such members, and a proxy's address a password: neither is passed on unless it is asked for.
+SECRET_NAMES = re.compile(
+    r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
+    re.IGNORECASE,
+)
+LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
 
 
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the client's environment without secrets and without its own settings: its PORT is not a script's."""
-    own = {setting.name for setting in SETTINGS}
-    return {name: value for name, value in environment.items() if name not in own and not SECRET_NAMES.search(name)}
+def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Return what tells whether a name fits one of these patterns, in which `*` stands for any characters."""
+    rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
+    return lambda name: bool(rule.match(name))
+
+
+def is_own_setting(name: str) -> bool:
+    """Tell whether a variable is joborch's: the client's PORT is not a script's, and its tokens are nobody's."""
+    return name.startswith(("JOBORCH_", "SERVICE_")) or any(name == setting.name for setting in SETTINGS)
+
+
+def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
+    """Return what scripts get of the client's environment: what is listed here, and what fits `more` (JOBORCH_PASS_ENV)."""
+    listed, wanted, plain = fits_one(PASSED_ON), fits_one(more), {name for name in PASSED_ON if "*" not in name}
+
+    def is_passed(name: str, value: str) -> bool:
+        if is_own_setting(name) or wanted(name):
+            return not is_own_setting(name)
+        if name in plain or name.startswith("BASH_FUNC_"):
+            return not ("proxy" in name.lower() and LOGIN_IN_URL.search(value))
+        known = listed(name) or (PLACES.fullmatch(name) and value.startswith("/"))
+        return bool(known) and not SECRET_NAMES.search(name) and not LOGIN_IN_URL.search(value)
+
+    return {name: value for name, value in environment.items() if is_passed(name, value)}
+
+
+def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """Return the names of the variables that scripts do not get, without joborch's own, sorted."""
+    kept = passed_on(environment, more)
+    return sorted(name for name in environment if name not in kept and not is_own_setting(name))
 
 
 def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -3545,7 +3765,7 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
 # All that can fail for want of disk is done before `ready` goes into the claim: without it the script never began.
 WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
-umask @UMASK@
+@FIRST@umask @UMASK@
 cd "$1" || exit 1
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
 echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
@@ -3559,7 +3779,7 @@ printf '%60s' '' >exit.json || exit 1               # its place on the disk is t
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
 echo ready >>"../started.$2" || exit 1
-bash ./run.sh </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+{ @BEFORE@exec bash ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
 pid=$!
 if [ -n "$3" ]; then
     { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
@@ -3592,13 +3812,6 @@ class Fate:
     reason: str = ""
     told: bool = False  # somebody else told the wrapper to end: run.sh, too, perhaps
     waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
-
-
-class Finding(NamedTuple):
-    """What `joborch doctor` found: all is well (True), it works for now (None), or it does not (False), with the remedy."""
-
-    good: bool | None
-    text: str
 
 
 class Executor(Protocol):
@@ -3764,16 +3977,19 @@ def signal_all(processes: Iterable[Process], number: int) -> None:
             os.kill(process.pid, number)
 
 
-def wrapper_text(data: DataFolder) -> bytes:
-    """Return the wrapper, with the umask that this process was started with."""
-    return WRAPPER.replace("@UMASK@", f"{data.umask:04o}").encode()
+OOM_HANDICAP = 500  # in thousandths of all memory: short of it, the kernel ends a script before it ends the client or server
 
 
-def write_wrapper(data: DataFolder) -> Path:
-    """Put the wrapper into the data folder and return where it is."""
-    path = data.path / "wrapper.sh"
-    write_atomic(path, wrapper_text(data))
-    return path
+def handicap() -> str:
+    """Return the line that makes a script of this machine the kernel's first choice when memory is short (proc(5)); it needs no right."""
+    own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+    return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
+
+
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "") -> bytes:
+    """Return the wrapper, with the umask that this process was started with, what it does first, and what just before the script."""
+    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FIRST@", first)
+    return text.replace("@BEFORE@", before_script).encode()
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
@@ -3792,23 +4008,24 @@ class LocalExecutor:
 
     in_line = False
 
-    def __init__(self, data: DataFolder, kill_grace_s: float) -> None:
+    def __init__(self, data: DataFolder, kill_grace_s: float, pass_env: Sequence[str] = ()) -> None:
         self.data, self.kill_grace_s = data, kill_grace_s
-        self.boot, self.inherited = boot_id(), without_secrets(os.environ)
+        self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.reaps_orphans = become_subreaper()
-        self.wrapper = write_wrapper(data)
+        self.wrapper = wrapper_text(data, before_script=handicap())
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
         (folder / "tmp").mkdir(exist_ok=True)
         crash_point("run.prepared")
-        # close_fds=False: all of ours are close-on-exec already, and so vfork stays cheap.
+        # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
+        # The wrapper's text, not its path: nobody can put another file in its place.
         child = subprocess.Popen(
-            ["bash", str(self.wrapper), str(folder), str(job.attempt)],
+            ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
             env=payload_environment(job, folder, self.inherited),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -3999,6 +4216,8 @@ SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime"
 SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
     "(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SBATCH_(ARRAY_INX|CLUSTERS|WAIT)$"
 )
+# sbatch exports all that is called SLURM_*, its own login included. exec: nobody can read it from the wrapper's /proc either.
+WITHOUT_JWT = '[ -z "$SLURM_JWT" ] || exec env -u SLURM_JWT bash "$0" "$@"\n'
 KILLED_STATUS = 128 + signal.SIGKILL  # of a script that somebody killed: the kernel for want of memory, too
 
 
@@ -4195,9 +4414,11 @@ class SlurmExecutor:
         if "\\" in str(data.path):
             raise ConfigError(f"DATA_PATH is {str(data.path)!r}: Slurm does not keep a backslash; give a folder without")
         self.data, self.config = data, config
-        self.wrapper = write_wrapper(data)
-        kept = {name: text for name, text in without_secrets(os.environ).items() if not SLURM_OWN_NAMES.match(name)}
-        self.inherited = {**kept, "SLURM_TIME_FORMAT": "standard"}
+        self.wrapper = data.path / "wrapper.sh"
+        write_atomic(self.wrapper, wrapper_text(data, first="" if fits_one(config.pass_env)("SLURM_JWT") else WITHOUT_JWT))
+        kept = {name: text for name, text in passed_on(os.environ, config.pass_env).items() if not SLURM_OWN_NAMES.match(name)}
+        login = {name: os.environ[name] for name in ("SLURM_JWT",) if name in os.environ}  # for Slurm's commands alone
+        self.inherited = {**kept, **login, "SLURM_TIME_FORMAT": "standard"}
         self.lock = threading.Lock()
         self.known: dict[str, SlurmJob] = {}  # by name, as of the last look
         self.looked_at = float("-inf")  # monotonic
@@ -5492,7 +5713,7 @@ def exchange(new: Path, folder: Path) -> None:
 
 
 EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
-    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s),
+    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env),
     "slurm": SlurmExecutor,
     "dirac": DiracExecutor,
 }
@@ -10034,6 +10255,8 @@ def examine(config: Config) -> Iterator[Finding]:
     """Yield what was found on this machine for a server or client with these settings; nothing is changed."""
     yield Finding(True, f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, joborch {__version__}")
     yield from (Finding(None, warning) for warning in config.warnings)
+    yield from weak_setups(config)
+    yield from examine_environment(config)
     yield from examine_folder(config)
     yield examine_port(config)
     if config.mode == "client":
@@ -10047,6 +10270,86 @@ def examine(config: Config) -> Iterator[Finding]:
     for service in config.services.values():
         for address in service.addresses:
             yield from examine_client(address, service)
+
+
+TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
+NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+
+
+def weak_setups(config: Config) -> Iterator[Finding]:
+    """Yield what lets others in, each with its remedy. A start refuses what is False, and warns of the rest."""
+    if os.geteuid() == 0:
+        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no right of root's"
+        yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a user of its own, as by User= in a systemd unit")
+    yield from weak_tokens(config)
+    for path, what in secret_files(config):
+        remedy = "joborch makes it 0600 at its start; remove it for a new one, since the old one may be known"
+        made_by_us = config.mode == "client" and what == CLIENT_TOKEN
+        yield from examine_secret_file(path, what, remedy if made_by_us else "")
+    yield from DataFolder(config.data_path).weak_spots()
+    if config.db_path != ":memory:" and os.path.dirname(os.path.realpath(config.db_path)) != os.path.realpath(config.data_path):
+        yield from examine_place(os.path.dirname(os.path.abspath(config.db_path)), "DB_PATH")
+        if os.path.exists(config.db_path) and is_strangers(owner := os.stat(config.db_path).st_uid, Path(config.db_path).parent):
+            yield Finding(False, f"DB_PATH is {config.db_path!r}, which belongs to {owner_name(owner)}: use a file of your own")
+
+
+def weak_tokens(config: Config) -> Iterator[Finding]:
+    """Yield which tokens can be guessed, or read by other users of this machine."""
+    shortest = min(map(len, filter(None, config.token.split(","))), default=TOKEN_LEAST)
+    if shortest < TOKEN_LEAST:
+        beyond = not is_loopback(config.host)
+        where = f", and JOBORCH_HOST={config.host} lets others try" if beyond else ""
+        text = (
+            f"JOBORCH_TOKEN holds a token of {counted(shortest, 'character', 'characters')}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
+        )
+        yield Finding(False if beyond else None, text)
+    if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
+        yield Finding(None, "the token was given as --token, which every user of this machine can see by ps: set JOBORCH_TOKEN_FILE")
+    for service in config.services.values():
+        beyond = not all(is_loopback(host_of(address.upload_url)[1]) for address in service.addresses)
+        if beyond and 0 < len(service.token) < TOKEN_LEAST:
+            name = f"SERVICE_{service.name.upper()}_TOKEN"
+            yield Finding(
+                None, f"{name} has {counted(len(service.token), 'character', 'characters')}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
+            )
+
+
+CLIENT_TOKEN = "the client's token file"
+
+
+def secret_files(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the files that hold the tokens of these settings, and what each is called."""
+    if config.token_file and config.sources.get("JOBORCH_TOKEN") == "default":
+        yield config.token_file, "JOBORCH_TOKEN_FILE"
+    for service in config.services.values():
+        if service.token_file and f"SERVICE_{service.name.upper()}_TOKEN" not in config.sources:
+            yield service.token_file, f"SERVICE_{service.name.upper()}_TOKEN_FILE"
+    if config.env_file and any(config.sources.get(name) == "--env-file" for name in token_names(config)):
+        yield config.env_file, "--env-file"
+    own = client_token_file()
+    by_service = any(not service.token for service in config.services.values())
+    if own and (by_service if config.mode == "server" else not config.token and not config.allow_anonymous):
+        yield str(own), CLIENT_TOKEN
+    if config.mode == "client" and config.executor == "dirac":
+        yield config.dirac_credentials, "JOBORCH_DIRAC_CREDENTIALS"
+
+
+def token_names(config: Config) -> list[str]:
+    """Return the names of the settings that hold tokens, of those that are set."""
+    return ["JOBORCH_TOKEN", *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN"))]
+
+
+def examine_environment(config: Config) -> Iterator[Finding]:
+    """Yield what of the environment is a risk, and what scripts do not get of it."""
+    for name in token_names(config):
+        if config.sources.get(name) == "environment":
+            why = "a script of the same user could read it there in the moment in which joborch starts"
+            yield Finding(None, f"{name} is in the environment: {why}; keep it in a file, and set {name}_FILE")
+    names = left_out(os.environ, config.pass_env)
+    if config.mode == "client" and names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        text = f"scripts do not get {counted(len(names), 'variable', 'variables')} of this environment ({shown})"
+        yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:
@@ -10355,10 +10658,29 @@ def give_back_memory() -> None:
 
 
 def hide_from_payloads() -> None:
-    """Make this process undumpable (prctl(2)): no payload of the same user can read its memory or environment."""
+    """Make this process undumpable (prctl(2)): no payload of the same user can read its memory or environment, no core holds a token."""
     pr_set_dumpable = 4
     if libc().prctl(pr_set_dumpable, 0, 0, 0, 0) != 0:
         log.warning("this process cannot be made undumpable: payloads of the same user could read its token")
+
+
+def close_at_exec() -> None:
+    """Mark every descriptor above stderr close-on-exec: no file that whoever started us left open reaches a script."""
+    close_range, cloexec, last = 436, 4, 2**32 - 1  # close_range(2), of Linux 5.11
+    if libc().syscall(close_range, 3, ctypes.c_uint(last), cloexec) != 0:
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2:
+                with contextlib.suppress(OSError):  # the one that listed them
+                    os.set_inheritable(descriptor, False)
+
+
+def forget_environment(config: Config) -> None:
+    """Drop from our environment what no script gets: the programs that we start (rm, chmod, zstd) are not hidden from payloads."""
+    kept = passed_on(os.environ, config.pass_env)
+    for name in set(os.environ) - set(kept):
+        needed = name == "SLURM_JWT" and config.executor == "slurm"
+        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST")):
+            del os.environ[name]
 
 
 def ensure_client_token(config: Config) -> Config:
@@ -10372,6 +10694,8 @@ def ensure_client_token(config: Config) -> Config:
         )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
+            path.chmod(0o600)  # weak_setups has warned of it
         if not path.exists() or not path.read_text(encoding="ascii").strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
             log.info("made a token for callers in %s", path)
@@ -10422,13 +10746,17 @@ def open_node(config: Config) -> Node:
 
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
+    hide_from_payloads()
+    close_at_exec()
     set_up_logging(config)
     bound_memory()
     for warning in config.warnings:
         log.warning("%s", warning)
+    warn_of_weak_setups(config)
     if config.mode == "client":
+        log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
         config = ensure_client_token(config)
-        hide_from_payloads()
+    forget_environment(config)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -10482,6 +10810,14 @@ def greet(node: Node, http_server: Any) -> None:
             )
     else:
         log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+
+
+def warn_of_weak_setups(config: Config) -> None:
+    """Log what lets others in; ConfigError for what is too much to start with."""
+    for finding in weak_setups(config):
+        if finding.good is False:
+            raise ConfigError(finding.text)
+        log.warning("%s", finding.text)
 
 
 def warn_of_problems(client: Client) -> None:
@@ -10717,6 +11053,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
+    if argv is None:  # as a program: before anything else, since the environment may hold a token
+        hide_from_payloads()
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if not arguments.command:

@@ -122,7 +122,7 @@ def test_bounds(read: Any, good: list[str], bad: list[str]) -> None:
 
 
 def test_every_setting_fills_a_field() -> None:
-    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {"mode", "services", "batch", "sources", "warnings"}
+    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {"mode", "services", "batch", "sources", "warnings", "env_file"}
     assert [setting.field for setting in SETTINGS if setting.field not in fields] == []
     assert fields - {setting.field for setting in SETTINGS} == set()
     for names in ([s.name for s in SETTINGS], [s.flag for s in SETTINGS], [s.field for s in SETTINGS], SUFFIXES):
@@ -161,7 +161,7 @@ SPECIFIED_DEFAULTS = {
     "get_interval_s": 0.5, "run_interval_s": 0.5, "clean_interval_s": 60, "keep_rows_s": 365 * 86400, "max_upload_bytes": 10 * 2**30,
     "min_free_bytes": 2**30, "kill_grace_s": 10, "log_limit_bytes": 64 * 2**20, "compat": "1.2", "log_level": "info",
     "log_format": "text", "token": "", "hosts": "", "share_half_life_s": 21600, "ageing_s": 60, "weights": {},
-    "max_queued_per_user": 10_000,
+    "max_queued_per_user": 10_000, "pass_env": (),
 }  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_defaults_are_those_of_the_specification(home: Path) -> None:
     assert server.data_path == str(home / ".local/share/joborch/server")
     assert client.db_path == str(home / ".local/share/joborch/client/joborch.db")
     service = load(environment={"SERVICE_A_CLIENTS": "http://h:1"}).services["a"]
-    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0)
+    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0, "")
 
 
 # == Which source counts ==
@@ -192,6 +192,7 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     joborch.read_url: ("http://a", "https://b/c", "http://c:8000"),
     joborch.read_token: ("a", "b", "c"),
     joborch.read_weights: ("7=2", "7=2,8=0.5", "9=1"),
+    joborch.read_names: ("A", "A_*,B", "C"),
 }
 WORDS = {
     "executor": ("local", "slurm", "dirac"),

@@ -459,6 +459,17 @@ def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: 
     assert (health["executor"], health["slots"], health["job_slots"], health["problem"]) == ("slurm", 100, True, None)
 
 
+def test_the_environment_goes_by_the_same_list(slurm: Callable[..., Pair]) -> None:
+    """What sbatch exports is what a local script would get: neither secrets nor the settings of the client."""
+    wishes = {"PGPASS": "secret", "OMP_NUM_THREADS": "3", "MYLAB_X": "1", "JOBORCH_PASS_ENV": "MYLAB_*", "SBATCH_COMMENT": "by the site"}
+    pair = slurm(SLURM_JOB_ID="999999", SQUEUE_FORMAT="%x", **wishes).start()
+    job = wait_status(pair.server, submit(pair.server, "env -0 > env.bin"), "Completed", limit_s=60)
+    seen = dict(line.split("=", 1) for line in download(pair.server, job["id"]).text("env.bin").split("\0") if line)
+    assert (seen["OMP_NUM_THREADS"], seen["MYLAB_X"], seen["JOBORCH_JOB_ID"]) == ("3", "1", str(job["id"]))
+    assert not {"PGPASS", "SQUEUE_FORMAT", "JOBORCH_TOKEN", "JOBORCH_PASS_ENV", "PORT", "DATA_PATH"} & set(seen)
+    assert seen["SLURM_JOB_ID"] != "999999", "the allocation that a client runs in is not its jobs'"
+
+
 def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
     """Two nodes with a core each: the third job is pending, its server says why; it is ended there, as one that runs is, steps and all."""
     pair, gate = slurm().start(), open_folder / "gate"
