@@ -5621,7 +5621,7 @@ class Report:
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
-ANSWER_HEAD_BYTES = 64 * KIB  # status line and headers of an answer, with those of "100 Continue" before it
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer, its body aside: headers, those of "100 Continue" before them, what frames its chunks
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
 EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # what a page of /events may have with all that stands around its payloads
 INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
@@ -5767,23 +5767,23 @@ class Bounds(NamedTuple):
 
 
 class Incoming(io.RawIOBase):
-    """An answer as it comes: its head has a limit, its bytes have a least pace, and what nobody wants is not waited for.
+    """An answer as it comes: what is not its body has a limit, its body a least pace, and what nobody wants is not waited for.
 
-    A read time-out alone would let a client that sends a byte a minute hold a thread for ever.
+    A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
     """
 
     def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
         self.raw, self.connection, self.bounds = raw, connection, bounds
-        self.begun, self.looked_at, self.count = time.monotonic(), time.monotonic(), 0
-        self.head_limit: float = ANSWER_HEAD_BYTES
+        self.begun, self.looked_at = time.monotonic(), time.monotonic()
+        self.count, self.body_count = 0, 0  # bytes that came, and those of the body among them
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Read what has come; OSError if it takes too long, is too long, or nobody wants it."""
-        if self.count > self.head_limit:
-            raise OSError("the headers of its answer are too long")
+        if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
+            raise OSError("its answer is headers and frames without end")
         silent_until = time.monotonic() + self.bounds.silent_s
         try:
             while True:
@@ -5798,7 +5798,7 @@ class Incoming(io.RawIOBase):
     def patience_s(self, silent_until: float) -> float:
         """Return for how long to wait now; OSError if there is nothing to wait for any more."""
         now = time.monotonic()
-        slow_at = self.begun + 2 * self.bounds.silent_s + self.count / SLOWEST_BYTES_S
+        slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
         if now >= silent_until:
             raise socket.timeout("timed out")
         if now >= slow_at:
@@ -5827,9 +5827,10 @@ def bounded_pool() -> urllib3.PoolManager:
             self.incoming = Incoming(self.fp.detach(), sock, CALL.bounds)
             self.fp = io.BufferedReader(self.incoming)
 
-        def begin(self) -> None:
-            super().begin()
-            self.incoming.head_limit = float("inf")
+        def read1(self, n: int = -1) -> bytes:
+            data = super().read1(n)
+            self.incoming.body_count += len(data)
+            return data
 
     pool, bounded = http_pool(), {}
     for scheme, known in pool.pool_classes_by_scheme.items():
@@ -5852,16 +5853,13 @@ def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
     """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
     from urllib3.exceptions import HTTPError
 
-    text, reads = bytearray(), 0
+    text = bytearray()
     try:
         while len(text) <= limit_bytes:
             piece = answer.read1(limit_bytes + 1 - len(text))
             if not piece:
                 break
             text += piece
-            reads += 1
-            if reads > 1000 + len(text) // 64:
-                raise ValueError("it comes in chunks of a few bytes")
         if len(text) > limit_bytes:
             answer.close()  # more than we want: the connection is of no further use
         answer.release_conn()

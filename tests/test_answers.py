@@ -1,0 +1,475 @@
+"""What a client says has bounds: bytes, objects, time and numbers; and callers of a client that hangs hold nobody up.
+
+A malicious client is a `Liar`: it speaks the protocol, and lies byte by byte. It has no token, as nobody here has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+import os
+import secrets
+import signal
+import socket
+import socketserver
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Union
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import requests
+from conftest import MakeProcess
+from harness import Process, wait_for
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
+from test_files import data_fixture, new_folder  # noqa: F401 - a fixture
+from test_links import make_link
+from test_server import Desk, event
+from test_states import BOUNDED, changed, new_job, tried
+
+import joborch
+from joborch import BUSY, OVER, BadAnswer, DataFolder, Heard, Job, JoborchError, Link, NoAnswer, NothingSent, Status
+
+MIB = 1 << 20
+MOST_MB = 150  # of memory, whatever a client answers
+SOON_S = 5.0  # others get answers within a second; machines are slow now and then
+
+# == A client that lies ==
+
+Said = Union[bytes, Iterable[bytes]]
+
+
+@dataclasses.dataclass
+class Call:
+    """A request as it arrived."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+
+
+def head(status: str = "200 OK", **headers: Any) -> bytes:
+    """Status line and headers of an answer; headers are named with underscores."""
+    said = {"X-Joborch": "0.2.0", "Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return "\r\n".join([f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in said.items()), "", ""]).encode()
+
+
+def whole(body: Any, status: str = "200 OK", **headers: Any) -> bytes:
+    """A whole answer: JSON unless the body is bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return head(status, Content_Length=len(content), **headers) + content
+
+
+class Liar:
+    """A client on loopback, for a server of the same user; no token is set anywhere, so nothing is signed.
+
+    It takes jobs and says that they run. `says` maps the beginning of a path to what is said instead, made anew for each call:
+    bytes, or pieces of them that are sent one by one until the server hangs up.
+    """
+
+    def __init__(self, slots: int = 2) -> None:
+        self.slots, self.instance = slots, secrets.token_hex(4)
+        self.says: dict[str, Callable[[Call], Said]] = {}
+        self.asked: list[Call] = []
+        self.hung_up: list[str] = []  # paths whose answers the server did not take in to the end
+        self.payloads: list[dict[str, Any]] = []
+        self.closing = threading.Event()
+        self.http = socketserver.ThreadingTCPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"liar": self}))
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        """End it."""
+        self.closing.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, call: Call) -> Said:
+        """What is said to a call."""
+        self.asked.append(call)
+        for path, say in self.says.items():
+            if call.path.startswith(path):
+                return say(call)
+        return self.honest(call)
+
+    def honest(self, call: Call) -> bytes:
+        """What a real client says, as far as these tests need one."""
+        if call.path == "/hello":
+            return whole({"version": "0.2.0", "nonce": secrets.token_hex(16)})
+        if call.path == "/submit":
+            self.payloads.append({
+                "id": len(self.payloads) + 1, "uuid": call.headers["x-joborch-uuid"], "attempt": int(call.headers["x-joborch-attempt"]),
+                "status": "Running", "reason": "", "cause": None, "started_at": time.time(),
+            })  # fmt: skip
+            return whole({"id": len(self.payloads), "input": {}, "status": "Prepared", "loc": "/", "pid": 0, "killed": False})
+        if call.path == "/events":
+            return self.events(call)
+        return whole({"message": "no"}, "404 Not Found")
+
+    def events(self, call: Call, **changes: Any) -> bytes:
+        """The answer to /events: it waits for a new payload."""
+        known = int(call.query["since"]) - 1
+        end = time.monotonic() + float(call.query["wait"])
+        while 0 <= known >= len(self.payloads) and time.monotonic() < end and not self.closing.wait(0.02):
+            pass
+        said = {"instance": self.instance, "next": len(self.payloads) + 1, "more": False, "load": 1.0, "slots": self.slots}
+        return whole({**said, "memory": None, "payloads": self.payloads[max(0, known) :], **changes})
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    """Reads requests and sends what the liar says."""
+
+    liar: Liar
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            while self.one():
+                pass
+
+    def one(self) -> bool:
+        words = self.rfile.readline().decode("latin-1").split()
+        if len(words) != 3:
+            return False
+        lines = iter(lambda: self.rfile.readline().decode("latin-1").strip(), "")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        self.rfile.read(int(headers.get("content-length", 0)))
+        parts = urlsplit(words[1])
+        query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        said = self.liar.answer(Call(words[0], parts.path, query, headers))
+        if isinstance(said, bytes):
+            self.wfile.write(said)
+            return True
+        try:
+            for piece in said:
+                if self.liar.closing.is_set():
+                    return False
+                self.wfile.write(piece)
+        except OSError:
+            self.liar.hung_up.append(parts.path)
+        return False
+
+
+@pytest.fixture(name="liar")
+def liar_fixture() -> Iterator[Liar]:
+    """A liar, closed with the test."""
+    made = Liar()
+    yield made
+    made.close()
+
+
+@pytest.fixture(name="liar_link")
+def liar_link_fixture(liar: Liar, data: DataFolder) -> Link:
+    """A link to it."""
+    return link_to(liar, data)
+
+
+def link_to(liar: Liar, data: DataFolder) -> Link:
+    """A link without a token to a liar."""
+    made = make_link(liar.url, data)
+    made.services[:] = [dataclasses.replace(made.services[0], token="")]
+    return made
+
+
+@pytest.fixture(name="job")
+def job_fixture(data: DataFolder) -> Job:
+    """A job with one file, that is payload 7 at its client."""
+    store = joborch.Store(":memory:", "server")
+    made = store.add(new_job(), "uploaded")
+    store.close()
+    data.job(made.uuid).mkdir(parents=True)
+    (data.job(made.uuid) / "run.sh").write_bytes(b"echo\n")
+    return changed(made, dest_id="7")
+
+
+# == What it may try ==
+
+ENVELOPE = b'{"instance":"evil","next":1,"slots":1,"payloads":[%s]}'
+
+
+def packed(kind: str) -> bytes:
+    """64 MiB of JSON as some KB."""
+    unit, count = b",{}" * 2**18, 80
+    packer = zlib.compressobj(9, zlib.DEFLATED, {"gzip": 31, "deflate": 15}[kind])
+    text = packer.compress(b'{"instance":"evil","next":1,"slots":1,"payloads":[{}')
+    text += b"".join(packer.compress(unit) for _ in range(count)) + packer.compress(b"]}") + packer.flush()
+    return head(Content_Encoding=kind, Content_Length=len(text)) + text
+
+
+def filled(unit: bytes, size: int = 4 * MIB) -> bytes:
+    """An answer of `size` bytes, full of one value."""
+    return whole(ENVELOPE % (unit[:-1] + unit[-1:].join([b"", *[unit[:-1]] * (size // len(unit) - 1)])))
+
+
+def endless(piece: bytes, begin: bytes = b"", pause_s: float = 0.0) -> Callable[[Call], Iterator[bytes]]:
+    """Something that never ends."""
+
+    def said(_: Call) -> Iterator[bytes]:
+        yield begin
+        for one in itertools.repeat(piece):
+            time.sleep(pause_s)
+            yield one
+
+    return said
+
+
+def once(said: bytes) -> Callable[[Call], bytes]:
+    """The same for every call."""
+    return lambda _: said
+
+
+CHUNKED = head(Transfer_Encoding="chunked")
+PAYLOAD = {"id": 7, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "attempt": 1, "status": "Completed", "reason": ""}
+ATTACKS: dict[str, Callable[[], Callable[[Call], Said]]] = {
+    "gzip": lambda: once(packed("gzip")),
+    "deflate": lambda: once(packed("deflate")),
+    "empty objects": lambda: once(filled(b"{},")),
+    "objects of one": lambda: once(filled(b'{"":0},')),
+    "lists": lambda: once(filled(b"[],")),
+    "numbers": lambda: once(filled(b"1.5,")),
+    "texts": lambda: once(filled(b'"ab",')),
+    "nested": lambda: once(filled(b"[" * 900 + b"]" * 900 + b",")),
+    "one long number": lambda: once(filled(b"1" * (4 * MIB - 1000) + b",")),
+    "a long text with one wide character": lambda: once(filled(b'{"status":"\\ud83d\\ude00' + b"a" * (4 * MIB - 2000) + b'"},')),
+    "long texts in a thousand payloads": lambda: once(whole({
+        "instance": "evil", "next": 5, "slots": 1, "payloads": [{**PAYLOAD, "reason": "," * 3500, "archive": "A" * 500}] * 1000,
+    })),
+    "a hundred MiB": lambda: endless(b"{}," * 2**14, head(Content_Length=100 * MIB) + ENVELOPE[:-3]),
+    "an endless body": lambda: endless(b"{}," * 2**14, head(Connection="close") + ENVELOPE[:-3]),
+    "an endless body in small chunks": lambda: endless(b"2\r\n{}\r\n1\r\n,\r\n" * 2**10, CHUNKED),
+    "long chunk extensions": lambda: endless(b"1;" + b"x" * 60_000 + b"\r\n,\r\n", CHUNKED),
+    "an endless trailer": lambda: endless(b"X: y\r\n" * 2**10, CHUNKED + b"0\r\n"),
+    "endless headers": lambda: endless(b"X-A: " + b"a" * 1000 + b"\r\n", b"HTTP/1.1 200 OK\r\n"),
+    "an endless header": lambda: endless(b"a" * 2**16, b"HTTP/1.1 200 OK\r\nX: "),
+    "ninety long headers": lambda: once(b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"a" * 65_000 + b"\r\n") * 90 + b"\r\n"),
+    "a long status line": lambda: endless(b"a" * 2**16, b"HTTP/1.1 200 "),
+    "100 Continue for ever": lambda: endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "redirects": lambda: once(head("302 Found", Location="/events?since=0&wait=0&instance=&done=", Content_Length=0)),
+    "a long error": lambda: once(filled(b"{},").replace(b"200 OK", b"503 No", 1)),
+    "no HTTP": lambda: endless(os.urandom(MIB)),
+}  # fmt: skip
+# What is read: little is kept of it.
+HARMLESS = {"long texts in a thousand payloads": 1000, "a long text with one wide character": 0}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_answer_beyond_all_bounds_is_given_up_soon(name: str, liar: Liar, liar_link: Link) -> None:
+    liar.says["/events"] = ATTACKS[name]()
+    begun = time.monotonic()
+    got = tried(lambda: liar_link.events(0, []), JoborchError)
+    if name in HARMLESS:
+        assert isinstance(got, Heard), got
+        assert max(len(payload.get("reason", "")) for payload in got.payloads) == HARMLESS[name]
+    else:
+        assert isinstance(got, (NoAnswer, NothingSent)), got
+    assert time.monotonic() - begun < 30, "though it would go on for ever"
+
+
+def test_an_encoded_answer_is_refused_with_a_sentence(liar: Liar, liar_link: Link) -> None:
+    """And none is asked for; `identity` is no encoding."""
+    liar.says["/events"] = once(packed("gzip"))
+    with pytest.raises(BadAnswer, match=r"Content-Encoding 'gzip': let no proxy between server and client compress"):
+        liar_link.events(0, [])
+    assert liar.asked[-1].headers["accept-encoding"] == "identity"
+    del liar.says["/events"]
+    liar.says["/events"] = lambda call: liar.events(call).replace(b"Content-Type", b"Content-Encoding: identity\r\nContent-Type", 1)
+    assert liar_link.events(0, []).instance == liar.instance
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "br", "identity, gzip", "x"])
+def test_nothing_of_a_client_is_unpacked(coding: str, liar: Liar, liar_link: Link, job: Job) -> None:
+    """Neither results nor output nor the answer to a submit."""
+    content = whole(gzip.compress(b"PK" * 1000), Content_Encoding=coding).replace(b"application/json", b"application/zip")
+    liar.says["/"] = once(content)
+    target = joborch.Transfer(contextlib.nullcontext())  # type: ignore[arg-type]
+    folder = liar_link.data.job(job.uuid)
+    for call in (
+        lambda: liar_link.fetch(job, target),
+        lambda: liar_link.logs(job, "stdout", 0),
+        lambda: liar_link.status(job),
+        lambda: liar_link.kill(job),
+        lambda: liar_link.submit(job, folder, ["run.sh"], True),
+    ):
+        with pytest.raises(BadAnswer):
+            call()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        endless(b"", pause_s=0.02),
+        endless(b"H", pause_s=0.02),
+        endless(b"X: y\r\n", b"HTTP/1.1 200 OK\r\n", 0.05),
+        endless(b"HTTP/1.1 100 Continue\r\n\r\n", pause_s=0.05),
+        endless(b"x", head(Content_Length=1000), 0.05),
+        endless(b"1\r\nx\r\n", CHUNKED, 0.05),
+        endless(b"X: y\r\n", CHUNKED + b"0\r\n", 0.05),
+    ],
+)
+def test_an_answer_that_never_ends_costs_a_bounded_time(said: Callable[[Call], Said], liar: Liar, liar_link: Link) -> None:
+    """Each byte comes before the read time-out, and there is always another one."""
+    liar.says["/x"] = said
+    begun = time.monotonic()
+    with pytest.raises(NoAnswer, match=r"timed out|takes too long"):
+        joborch.read_some(liar_link.call("GET", f"{liar.url}/x", 0.5), 10_000)
+    assert time.monotonic() - begun < 15
+
+
+def test_what_nobody_waits_for_is_given_up(liar: Liar, liar_link: Link) -> None:
+    """Before the first byte as well as after it; long before the read time-out."""
+    for said in (endless(b"", pause_s=0.02), endless(b"x", head(Content_Length=10_000), 0.05)):
+        liar.says["/x"] = said
+        begun = time.monotonic()
+        with pytest.raises(NoAnswer, match="nobody waits"):
+            joborch.read_some(liar_link.call("GET", f"{liar.url}/x", 60, unwanted=lambda: True), 10_000)
+        assert time.monotonic() - begun < 15
+
+
+def test_a_connection_is_used_again_with_its_own_time(liar: Liar, liar_link: Link) -> None:
+    """What one call would bear is not what the next one does."""
+    for patience_s in (5.0, 0.3, 5.0):
+        assert liar_link.call("GET", f"{liar.url}/hello", patience_s).status == 200
+        liar_link.events(0, [])
+    assert len({call.path for call in liar.asked}) == 2
+
+
+# == Numbers and types ==
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([10**30, -1, 2**63, 10**400, "\ud800", "Completed", "Running", "\0", "9" * 5000, [], {}, ["x"], {"a": {"b": []}}]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+PAYLOAD_FIELDS = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at", "archive", "sha256")
+STATUSES = [status.value for status in Status]
+
+
+def said_payload(uuids: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """A payload in which any field may be anything."""
+    usual: dict[str, st.SearchStrategy[Any]] = {
+        "id": st.integers(1, 20), "uuid": st.sampled_from(uuids), "attempt": st.integers(1, 2), "status": st.sampled_from(STATUSES),
+        "reason": st.text(max_size=20), "cause": st.sampled_from([None, "user", "infrastructure", "limit"]),
+    }  # fmt: skip
+    fields = {name: usual.get(name, st.none()) | JSON for name in PAYLOAD_FIELDS}
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def said_events(uuids: list[str]) -> st.SearchStrategy[Any]:
+    """An answer to /events in which any field may be anything."""
+    usual: dict[str, st.SearchStrategy[Any]] = {
+        "instance": st.just("i"), "next": st.integers(0, 100), "slots": st.integers(0, 5), "memory": st.none() | st.integers(0, 10**6),
+        "load": st.floats(0, 100), "job_slots": st.booleans(), "more": st.booleans(),
+        "payloads": st.lists(said_payload(uuids) | JSON, max_size=4),
+    }  # fmt: skip
+    known = st.fixed_dictionaries({name: value | value | value | JSON for name, value in usual.items()})
+    return known | JSON
+
+
+def numbers_of(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from numbers_of(inner)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def refuse(name: str) -> Any:
+    """JSON has no NaN and no Infinity."""
+    raise AssertionError(f"{name} in an answer of the server")
+
+
+UUIDS = ["8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f1"]
+
+
+@BOUNDED
+@given(said_events(UUIDS), st.booleans())
+@example({"instance": "i", "next": 1, "slots": 1, "payloads": [{"status": ["x"]}]}, True)
+@example({"instance": "i", "next": 1, "slots": 1, "payloads": [], "load": float("nan")}, True)
+@example({"instance": "i", "next": True, "slots": 1, "payloads": []}, True)
+@example({"instance": "i", "next": 1, "slots": 10**400, "payloads": []}, True)
+def test_events_are_read_or_refused(said: Any, escaped: bool) -> None:
+    """Whatever comes: ours in the right types and ranges, or one of the errors that get_tick knows."""
+    with contextlib.suppress(UnicodeEncodeError):
+        text = json.dumps(said, ensure_ascii=escaped).encode()
+        got = tried(lambda: joborch.read_events(text), Exception)  # type: ignore[type-var]
+        if not isinstance(got, Heard):
+            assert isinstance(got, (ValueError, KeyError, TypeError)), got
+            return
+        values = [got.next, got.slots, got.memory or 0, got.load]
+        assert all(type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**63 for value in values), got
+        for payload in got.payloads:
+            assert_clean(payload)
+            assert "rubbish" in payload or joborch.clean_payload(payload) == payload, "read once more, it is the same"
+
+
+def assert_clean(payload: dict[str, Any]) -> None:
+    """Each field of a payload has its type and a bound."""
+    if "rubbish" in payload:
+        assert set(payload) == {"rubbish"}
+        assert len(payload["rubbish"]) < 1000
+        return
+    assert payload["status"] in STATUSES
+    kinds = {"started_at": (int, float), "ended_at": (int, float), "exit_code": int, "signal": int, "attempt": int}
+    for name, value in payload.items():
+        assert name in PAYLOAD_FIELDS
+        if value is not None:
+            assert isinstance(value, kinds.get(name, str)), (name, value)  # type: ignore[arg-type]
+            assert not isinstance(value, bool)
+            assert isinstance(value, str) or -(2**31) <= value < 1e11
+            assert not isinstance(value, str) or value.isprintable()
+
+
+@BOUNDED
+@given(said_payload(UUIDS) | JSON)
+@example({"status": ["x"]})
+@example({"status": {}})
+@example({"status": "Completed", "exit_code": 10**30, "signal": True, "started_at": float("inf"), "id": True, "uuid": "\ud800"})
+def test_a_payload_is_read_or_refused(said: Any) -> None:
+    got = joborch.clean_payload(said)
+    if got is not None:
+        assert_clean(got)
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1" * 5000, "[" * 100_000])
+def test_json_of_a_peer_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        joborch.parse_json(text)
+
+
+@BOUNDED
+@given(st.integers(0, 3), st.text(st.sampled_from('a,[{\\"é'), max_size=200), st.integers(1, 40))
+def test_values_are_counted_outside_texts(extra: int, text: str, count: int) -> None:
+    """A script's last words may be made of commas: its client is believed all the same."""
+    said = json.dumps([{"reason": text * 20, "n": 0}] * count, separators=(",", ":")).encode()
+    values = 2 * count + count + 1 - 1  # commas and brackets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joborch, "ANSWER_VALUES", values + extra)
+        assert not joborch.has_many_values(said)
+        patch.setattr(joborch, "ANSWER_VALUES", values - 1 - extra)
+        assert joborch.has_many_values(said)
+
+
+def test_a_run_is_no_longer_than_its_job_is_here(data: DataFolder, liar: Liar) -> None:
+    """Its user is charged for it: a client must not take his turns for years."""
+    desk = Desk(data, liar.url, SERVICE_EXAMPLE_TOKEN="")
+    job = desk.with_client(Status.RUNNING)
+    desk.clock.pass_s(100)
+    run = joborch.run_of(desk.server, desk[job], {"started_at": 5.0, "ended_at": 5e10})
+    assert run == {"run_s": 100 + joborch.CLOCK_TOLERANCE_S}
+    assert joborch.run_of(desk.server, desk[job], {"started_at": 50.0, "ended_at": 5.0}) == {"run_s": 0.0}
+    desk.store.close()
