@@ -5698,17 +5698,15 @@ def read_events(text: bytes) -> Heard:
     """Return what a client's answer to /events says; ValueError, KeyError or TypeError if it is rubbish."""
     if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
         raise ValueError("longer than a page, or not as we write JSON")
-    # Objects take several times the memory of their text: only one large answer is read at a time.
-    with BIG_ANSWER if len(text) > BIG_ANSWER_BYTES else contextlib.nullcontext():
-        said = read_answer(text)
-        payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
-        slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
-        memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
-        if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
-            raise ValueError("numbers that are none")
-        if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
-            raise ValueError("payloads that are none")
-        cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
+    said = read_answer(text)
+    payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
+    slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
+    memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
+    if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
+        raise ValueError("numbers that are none")
+    if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
+        raise ValueError("payloads that are none")
+    cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
     heard = Heard(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
     return heard
@@ -5851,25 +5849,33 @@ def refuse_encoded(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse
 
 def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
     """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    target = io.BytesIO()
+    copy_some(answer, limit_bytes, target)
+    return target.getvalue()
+
+
+def copy_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int, target: IO[bytes]) -> None:
+    """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
     from urllib3.exceptions import HTTPError
 
-    text = bytearray()
+    digest, left = hashlib.sha256(), limit_bytes
     try:
-        while len(text) <= limit_bytes:
-            piece = answer.read1(limit_bytes + 1 - len(text))
+        while left:
+            piece = answer.read1(min(64 * KIB, left))
             if not piece:
                 break
-            text += piece
-        if len(text) > limit_bytes:
+            target.write(piece)
+            digest.update(piece)
+            left -= len(piece)
+        whole = bool(left) or not answer.read1(1)
+        if not whole:
             answer.close()  # more than we want: the connection is of no further use
         answer.release_conn()
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
         answer.close()
         raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
-    whole, said = len(text) <= limit_bytes, bytes(text[:limit_bytes])
-    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(hashlib.sha256(said).hexdigest())):
+    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
         raise NoAnswer("the answer broke: its digest is not the one that was sent")
-    return said
 
 
 def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
@@ -6183,13 +6189,18 @@ class Link:
         more = "&more=1" if self.listed is not None and self.since else ""
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}{more}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
-        text = read_some(answer, EVENTS_ANSWER_BYTES + 1 if answer.status == 200 else 64 * KIB)
         if answer.status == 404:
+            answer.close()
             raise Gone("no /events")
         if answer.status != 200:
-            raise NothingSent(refused_text(answer.status, text))
+            raise NothingSent(refused_text(answer.status, read_some(answer, 64 * KIB)))
         try:
-            return read_events(text)
+            with contextlib.closing(self.data.spool()) as spool:
+                copy_some(answer, EVENTS_ANSWER_BYTES + 1, spool)
+                # Objects take several times the memory of their text: only one large answer is read at a time.
+                with BIG_ANSWER if spool.tell() > BIG_ANSWER_BYTES else contextlib.nullcontext():
+                    spool.seek(0)
+                    return read_events(spool.read())
         except (ValueError, KeyError, TypeError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 

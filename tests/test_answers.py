@@ -352,7 +352,20 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
-PAYLOAD_FIELDS = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at", "archive", "sha256")
+PAYLOAD_FIELDS = (
+    "id",
+    "uuid",
+    "attempt",
+    "status",
+    "reason",
+    "cause",
+    "exit_code",
+    "signal",
+    "started_at",
+    "ended_at",
+    "archive",
+    "sha256",
+)
 STATUSES = [status.value for status in Status]
 
 
@@ -473,3 +486,140 @@ def test_a_run_is_no_longer_than_its_job_is_here(data: DataFolder, liar: Liar) -
     assert run == {"run_s": 100 + joborch.CLOCK_TOLERANCE_S}
     assert joborch.run_of(desk.server, desk[job], {"started_at": 50.0, "ended_at": 5.0}) == {"run_s": 0.0}
     desk.store.close()
+
+
+# == A server among liars ==
+
+
+def memory_mb(process: Process) -> int:
+    """The most memory that a process ever had (VmHWM)."""
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) // 1024
+
+
+class World:
+    """A server with a client that is true, and others that lie; nobody has a token."""
+
+    def __init__(self, make_process: MakeProcess, liars: list[Liar], **changes: str) -> None:
+        self.client = make_process("client", {"JOBORCH_ALLOW_ANONYMOUS": "1", "JOBORCH_SLOTS": "4"})
+        self.liars, self.slowest_s = liars, 0.0
+        services = {"SERVICE_TRUE_CLIENTS": self.client.url, "SERVICE_EXAMPLE_CLIENTS": ",".join(liar.url for liar in liars)}
+        self.server = make_process("server", {**services, **changes})
+        self.client.start()
+        self.server.start()
+
+    def upload(self, service: str = "example", script: str = "echo hi", user: int = 1) -> int:
+        """Upload a job; its id."""
+        files = {"file": ("run.sh", script)}
+        said = self.server.post("/upload", data={"user_id": user, "service": service}, files=files)
+        assert said.status_code == 201, said.text
+        return int(said.json()["id"])
+
+    def running(self) -> int:
+        """A job that runs at a liar, as it says."""
+        job = self.upload()
+        wait_for(lambda: self.server.job(job)["status"] == "Running", what="the job to run")
+        return job
+
+    def others_go_on(self) -> None:
+        """Another user's job comes through, and /health answers, soon."""
+        begun = time.monotonic()
+        job = self.upload("true", user=2)
+        while self.server.job(job)["status"] != "Completed":
+            self.healthy()
+            assert time.monotonic() - begun < 6 * SOON_S, self.server.job(job)
+        assert self.server.get(f"/download/{job}").status_code == 200
+
+    def healthy(self) -> None:
+        """/health, /clients, /services and /jobs answer soon, in JSON without NaN."""
+        for path in ("/health", "/clients", "/services", "/jobs"):
+            begun = time.monotonic()
+            said = self.server.get(path, timeout=SOON_S)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
+            assert said.status_code == 200, said.text
+            assert all(map(math.isfinite, numbers_of(json.loads(said.text, parse_constant=refuse))))
+
+
+def test_no_answer_of_a_client_eats_the_server(make_process: MakeProcess) -> None:
+    """All that it may try, from as many clients at once, again and again."""
+    names = [*ATTACKS, "empty objects", "objects of one", "a long text with one wide character", "gzip"]
+    liars = [Liar() for _ in names]
+    for name, liar in zip(names, liars):
+        liar.says["/events"] = ATTACKS[name]()
+    with contextlib.ExitStack() as stack:
+        for liar in liars:
+            stack.callback(liar.close)
+        world = World(make_process, liars)
+
+        def asked_again() -> bool:
+            world.others_go_on()
+            return all(len([call for call in liar.asked if call.path == "/events"]) >= 3 for liar in liars)
+
+        wait_for(asked_again, 100, "each liar to be asked three times")
+        assert memory_mb(world.server) < MOST_MB
+        print(f"memory {memory_mb(world.server)} MB, slowest look {world.slowest_s:.2f} s, log {len(world.server.log)} bytes")
+        assert len(world.server.log) < 200_000
+        assert "Traceback" not in world.server.log
+
+
+def test_a_client_that_has_jobs_eats_nothing_either(make_process: MakeProcess, liar: Liar) -> None:
+    """It says, as often as it is asked, that they ended and run again, with the largest results that come along, and of attempts that never were."""
+    liar.slots = 40
+    world = World(make_process, [liar], SERVICE_EXAMPLE_RUNS_PER_USER="50", SERVICE_EXAMPLE_MAX_RUNS="50")
+    for _ in range(20):
+        world.upload()
+    wait_for(lambda: len(liar.payloads) == 20, what="the jobs to come")
+    turn = itertools.count(1)
+
+    def lie(call: Call) -> bytes:
+        number = next(turn)
+        real = [
+            {**one, "status": ("Completed", "Running", "Failed", "Prepared")[number % 4], "reason": "x" * 3000, "archive": "A" * 150_000}
+            for one in liar.payloads
+        ]
+        late = [{**liar.payloads[0], "attempt": 1, "id": number * 1000 + other, "status": "Completed"} for other in range(400)]
+        never = [{**liar.payloads[0], "attempt": -other, "id": 10**17 + other, "status": "Running"} for other in range(400)]
+        return liar.events(Call("GET", "/events", {"since": "0", "wait": "0"}, {}), next=number, payloads=[*real, *late, *never])
+
+    liar.says["/events"] = lie
+    wait_for(lambda: world.others_go_on() or next(turn) > 60, 100, "the liar to be asked sixty times")
+    assert memory_mb(world.server) < MOST_MB
+    print(f"memory {memory_mb(world.server)} MB, slowest look {world.slowest_s:.2f} s, log {len(world.server.log)} bytes")
+    assert len(world.server.log) < 200_000
+    assert "Traceback" not in world.server.log
+    assert all(len(world.server.job(job["id"])["history"]) < 100 for job in world.server.jobs(service="example"))
+
+
+def test_a_client_that_answers_at_once_for_ever_is_slowed_down(make_process: MakeProcess, liar: Liar) -> None:
+    """A poll that says nothing costs little, and there are not many of them."""
+    world = World(make_process, [liar])
+    liar.says["/events"] = lambda call: liar.events(Call("GET", "/events", {"since": "0", "wait": "0"}, {}))
+    wait_for(lambda: len(liar.asked) > 250, what="it to use up what it may")
+    begun, before = time.monotonic(), len(liar.asked)
+    while time.monotonic() - begun < 3:
+        world.others_go_on()
+    assert (len(liar.asked) - before) / (time.monotonic() - begun) < 80
+    assert "Traceback" not in world.server.log
+
+
+def test_numbers_that_are_none_never_reach_a_caller(make_process: MakeProcess) -> None:
+    """NaN, 1e400, true, ids of 10^30, a status that is a list: each held back or left out, and said in a word."""
+    fields = [
+        b'"load":NaN', b'"load":1e400', b'"load":-Infinity', b'"slots":true', b'"slots":1e3', b'"slots":' + b"1" * 400, b'"memory":NaN',
+        b'"next":1e400', b'"next":99999999999999999999', b'"memory":false', b'"payloads":[{"status":["x"]}]',
+        b'"payloads":[{"status":{"a":[]},"started_at":NaN}]', b'"payloads":[' + b"[" * 500 + b"]" * 500 + b"]",
+    ]  # fmt: skip
+    usual = b'"instance":"i","next":1,"slots":1,"memory":null,"payloads":[],"load":1'
+    liars = [Liar() for _ in fields]
+    with contextlib.ExitStack() as stack:
+        for liar, extra in zip(liars, fields):
+            stack.callback(liar.close)
+            liar.says["/events"] = once(whole(b"{" + usual + b"," + extra + b"}"))
+        world = World(make_process, liars)
+        wait_for(lambda: all(len(liar.asked) > 2 for liar in liars), what="all to be asked")
+        world.others_go_on()
+        said = {client["name"]: client for client in world.server.get("/clients").json()["clients"]}
+        held = [not said[urlsplit(liar.url).netloc]["reachable"] for liar in liars]
+        assert held == [b'["x"]' not in extra for extra in fields], "of a payload that is rubbish, nothing but that is wrong"
+        assert "Traceback" not in world.server.log
+        assert "TypeError" not in world.server.log
