@@ -20,25 +20,23 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Union
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import requests
 from conftest import MakeProcess
 from harness import Process, wait_for
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
 from test_files import data_fixture, new_folder  # noqa: F401 - a fixture
 from test_links import make_link
-from test_server import Desk, event
+from test_server import Desk
 from test_states import BOUNDED, changed, new_job, tried
 
 import joborch
-from joborch import BUSY, OVER, BadAnswer, DataFolder, Heard, Job, JoborchError, Link, NoAnswer, NothingSent, Status
+from joborch import BadAnswer, DataFolder, Heard, Job, JoborchError, Link, NoAnswer, NothingSent, Status
 
 MIB = 1 << 20
 MOST_MB = 150  # of memory, whatever a client answers
@@ -521,6 +519,10 @@ class World:
         wait_for(lambda: self.server.job(job)["status"] == "Running", what="the job to run")
         return job
 
+    def troubles(self) -> dict[str, str]:
+        """Why each client gets no jobs now, by name."""
+        return {client["name"]: client["trouble"] for client in self.server.get("/clients").json()["clients"]}
+
     def others_go_on(self) -> None:
         """Another user's job comes through, and /health answers, soon."""
         begun = time.monotonic()
@@ -563,7 +565,7 @@ def test_no_answer_of_a_client_eats_the_server(make_process: MakeProcess) -> Non
 
 
 def test_a_client_that_has_jobs_eats_nothing_either(make_process: MakeProcess, liar: Liar) -> None:
-    """It says, as often as it is asked, that they ended and run again, with the largest results that come along, and of attempts that never were."""
+    """Each time it says that they ended, or run again, with the largest results that come along, and of attempts that never were."""
     liar.slots = 40
     world = World(make_process, [liar], SERVICE_EXAMPLE_RUNS_PER_USER="50", SERVICE_EXAMPLE_MAX_RUNS="50")
     for _ in range(20):
@@ -623,3 +625,323 @@ def test_numbers_that_are_none_never_reach_a_caller(make_process: MakeProcess) -
         assert held == [b'["x"]' not in extra for extra in fields], "of a payload that is rubbish, nothing but that is wrong"
         assert "Traceback" not in world.server.log
         assert "TypeError" not in world.server.log
+
+
+# == Pages ==
+
+
+def fill(yard: Yard, count: int, reason: str = "", status: str = "Completed") -> None:
+    """Give a client so many payloads that were not fetched, as rows alone."""
+    first = yard.store.add(new_job(service=None, user_id=None), "")
+    row = yard.store.read("SELECT * FROM jobs WHERE id = :id", id=first.id)[0]
+    whole_row = dict(row)
+    columns, places = ", ".join(whole_row), ", ".join(f":{name}" for name in whole_row)
+    begin = yard.store.last_change
+
+    def insert(db: Any) -> int:
+        values = [
+            {**whole_row, "id": first.id + number, "uuid": f"u-{number}", "status": status, "changed": begin + number, "reason": reason}
+            for number in range(1, count)
+        ]
+        db.executemany(f"INSERT INTO jobs ({columns}) VALUES ({places})", values)
+        return 1
+
+    yard.store.write(insert)
+    yard.store.last_change += count
+
+
+def test_a_first_contact_comes_in_pages(yard: Yard) -> None:
+    """Of a thousand payloads each; together they are all that was not fetched, each told once."""
+    fill(yard, 2500)
+    pages, since, more = list[Any](), 0, ""
+    while not pages or pages[-1]["more"]:
+        pages.append(yard.events(f"since={since}{more}"))
+        since, more = pages[-1]["next"], "&more=1"
+    assert [len(page["payloads"]) for page in pages] == [1000, 1000, 500]
+    ids = [payload["id"] for page in pages for payload in page["payloads"]]
+    assert len(set(ids)) == len(ids) == 2500
+    assert not any("archive" in payload for page in pages for payload in page["payloads"])
+    assert yard.events(f"since={since}")["payloads"] == []
+
+
+def test_changes_come_in_pages_too(yard: Yard) -> None:
+    since = yard.events()["next"]
+    fill(yard, 1500)
+    first = yard.events(f"since={since}&wait=5")
+    then = yard.events(f"since={first['next']}&wait=5")
+    assert [(len(page["payloads"]), page["more"]) for page in (first, then)] == [(1000, True), (499, False)], "Prepared is no news"
+
+
+def test_a_page_has_a_length_too(yard: Yard) -> None:
+    """Reasons are texts of scripts; the widest of them leave room for fewer payloads, never for none."""
+    fill(yard, 900, reason="\U0001f600" * 1000)
+    said = ask(yard.client, "GET", "/events?since=0", Authorization="Bearer t")
+    assert len(said.body) < joborch.EVENTS_PAGE_BYTES
+    assert said.json["more"]
+    assert len(said.json["payloads"]) > 100
+    assert joborch.read_events(said.body).more
+
+
+def test_who_knew_another_instance_begins_the_list_anew(yard: Yard) -> None:
+    fill(yard, 1200)
+    said = yard.events("since=900&more=1&instance=another")
+    assert (len(said["payloads"]), said["payloads"][0]["id"], said["more"]) == (1000, 1, True)
+
+
+def test_who_is_lost_is_judged_after_the_last_page(data: DataFolder, liar: Liar) -> None:
+    """A job that only the second page names is not lost, and one that none names is asked for."""
+    desk = Desk(data, liar.url, SERVICE_EXAMPLE_TOKEN="")
+    jobs = [desk.with_client(Status.RUNNING) for _ in range(3)]
+    for number, job in enumerate(jobs):
+        liar.payloads.append({"id": 7 + number, "uuid": job.uuid, "attempt": 1, "status": "Running"})
+    lost = liar.payloads.pop()
+
+    def page(call: Call) -> bytes:
+        since = int(call.query["since"])
+        assert (call.query.get("more") == "1") is (0 < since <= 2)
+        shown = liar.payloads[since : since + 1]
+        said = {"instance": "i", "next": min(since + 1, 3), "slots": 2, "more": since < 2}
+        return whole({**said, "payloads": shown})
+
+    liar.says["/events"] = page
+    for _ in range(2):
+        assert joborch.get_tick(desk.server, desk.link)
+        assert not desk.link.ended
+    assert joborch.get_tick(desk.server, desk.link)
+    assert list(desk.link.ended) == [jobs[2].id], lost
+    assert joborch.get_tick(desk.server, desk.link), "and now it is asked for what changes"
+    desk.store.close()
+
+
+def test_a_server_takes_in_a_hundred_thousand_payloads(make_process: MakeProcess, liar: Liar) -> None:
+    """Page by page, while others go on; what it confirms meanwhile is bounded."""
+    world = World(make_process, [liar])
+    job = world.running()
+    liar.instance, count = "another", 100_000
+    pages: list[int] = []
+
+    def page(call: Call) -> bytes:
+        since = int(call.query["since"])
+        if since > count or call.query["instance"] not in ("", "another"):
+            return liar.events(Call("GET", "/events", {"since": "9", "wait": call.query["wait"]}, {}), next=max(since, 1), payloads=[])
+        pages.append(since)
+        real = [liar.payloads[0]] if since + 1000 > count else []
+        others = [{**PAYLOAD, "id": since + number} for number in range(1, 1000)]
+        said = {"instance": "another", "next": since + 1000 + (since == 0), "slots": 2, "more": since + 1000 <= count}
+        return whole({**said, "payloads": [*others, *real]})
+
+    liar.says["/events"] = page
+    wait_for(lambda: world.others_go_on() or (pages and pages[-1] + 1000 > count), 100, "the last page to be asked for")
+    world.others_go_on()
+    assert world.server.job(job)["status"] == "Running"
+    assert memory_mb(world.server) < MOST_MB
+
+
+# == Calls that go on to a client ==
+
+
+def ask_for(server: Process, path: str) -> socket.socket:
+    """Send a request and do not wait for its answer."""
+    line = socket.create_connection(("127.0.0.1", server.port))
+    line.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return line
+
+
+def status_of(line: socket.socket) -> int:
+    """The status code of an answer that has come; 0 if none has."""
+    line.setblocking(False)
+    try:
+        return int(line.recv(9 + 3, socket.MSG_PEEK)[9:] or 0)
+    except BlockingIOError:
+        return 0
+
+
+@pytest.mark.parametrize("path", ["/download_partial/{}", "/jobs/{}/logs", "/jobs/{}/logs?follow=1"])
+def test_callers_of_a_client_that_hangs_hold_nobody_up(path: str, make_process: MakeProcess) -> None:
+    """A few of them wait, the others are told at once to come again; uploads, other clients' jobs and /health go on."""
+    hangs = make_process("client", {"JOBORCH_ALLOW_ANONYMOUS": "1"}).start()
+    liar = Liar()
+    world = World(make_process, [liar], SERVICE_EXAMPLE_CLIENTS=hangs.url)
+    job = world.upload(script="sleep 300")
+    wait_for(lambda: world.server.job(job)["status"] == "Running", what="the job to run")
+    hangs.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+    try:
+        lines = [ask_for(world.server, path.format(job)) for _ in range(60)]
+        wait_for(lambda: sum(map(status_of, lines)) or "follow" in path, what="one to be answered")
+        for _ in range(3):
+            world.others_go_on()
+        codes = [status_of(line) for line in lines]
+        if "follow" in path:
+            assert set(codes) <= {0, 200, 503}
+        else:
+            assert codes.count(0) <= joborch.CALLS_A_CLIENT
+            assert codes.count(503) >= 60 - joborch.CALLS_A_CLIENT
+        wait_for(lambda: world.troubles()[urlsplit(hangs.url).netloc], what="its silence to be noticed")
+        begun = time.monotonic()
+        said = world.server.get(path.format(job).partition("?")[0])
+        assert (said.status_code, said.headers["Retry-After"]) == (503, str(joborch.COME_AGAIN_S))
+        assert "did not answer" in said.json()["message"]
+        assert time.monotonic() - begun < SOON_S
+        for line in lines:
+            line.close()
+    finally:
+        hangs.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
+        liar.close()
+    wait_for(lambda: world.server.get(f"/jobs/{job}/logs").status_code == 200, what="the client to be asked again")
+    assert world.server.get(f"/download_partial/{job}").status_code == 200
+
+
+def test_a_caller_who_left_gives_his_place_back(make_process: MakeProcess, liar: Liar) -> None:
+    """Though the client would let him wait for a minute."""
+    world = World(make_process, [liar])
+    job = world.running()
+    liar.says["/retrieve_partial"] = endless(b"HTTP/1.1 100 Continue\r\n\r\n", pause_s=0.05)
+
+    def told_to_come_again() -> bool:
+        lines.append(ask_for(world.server, f"/download_partial/{job}"))
+        return wait_for(lambda: status_of(lines[-1]) or sum(not status_of(line) for line in lines) <= joborch.CALLS_A_CLIENT) == 503
+
+    lines: list[socket.socket] = []
+    wait_for(told_to_come_again, what="all places to be taken")
+    for line in lines:
+        line.close()
+    wait_for(lambda: len(liar.hung_up) == joborch.CALLS_A_CLIENT, 15, "the calls to be given up")
+    liar.says["/retrieve_partial"] = once(whole(b"PK", Content_Type="application/zip"))
+    wait_for(lambda: world.server.get(f"/download_partial/{job}").status_code == 200, what="a place to be free")
+
+
+def test_a_follower_holds_no_place_while_nothing_is_written(make_process: MakeProcess, liar: Liar) -> None:
+    """Twenty follow jobs of one client; a partial download finds a place there at once."""
+    world = World(make_process, [liar])
+    job = world.running()
+    text = head(Content_Length=0, X_Next_Offset=0, Content_Type="text/plain")
+    liar.says["/logs"] = once(text)
+    liar.says["/retrieve_partial"] = once(whole(b"PK", Content_Type="application/zip"))
+    lines = [ask_for(world.server, f"/jobs/{job}/logs?follow=1") for _ in range(20)]
+    wait_for(lambda: all(status_of(line) in (0, 200) for line in lines) and len(liar.asked) > 40, what="all to be followed")
+    codes = [world.server.get(f"/download_partial/{job}").status_code for _ in range(20)]
+    assert codes.count(200) > 10, codes
+    for line in lines:
+        line.close()
+
+
+# == Words that are well-formed lies ==
+
+
+class Liars:
+    """Two clients of one server: the second says anything about any job, and the first is true."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        self.desk = Desk(folder, "http://127.0.0.1:1,http://127.0.0.1:2", SERVICE_EXAMPLE_TOKEN="", SERVICE_EXAMPLE_RUNS_PER_USER="9")
+        self.true, self.false = self.desk.server.links.values()
+        self.desk.server.wake = lambda name: None  # type: ignore[method-assign]
+        self.jobs = [self.at(self.true, to) for to in (Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)]
+        self.jobs += [self.at(self.false, to) for to in (Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN, Status.PROCESSING)]
+        self.jobs += [self.desk.upload()]
+
+    def at(self, link: Link, to: Status) -> Job:
+        """A job in one of the states of quotas at one client, as payload 7, 8, ..."""
+        desk = self.desk
+        job = desk.upload()
+        assert desk.store.claim(job.id, link.name, 100)
+        link.heard()
+        if to is not Status.PROCESSING:
+            assert desk.store.move(desk[job], Status.SUBMITTED, "", dest_id=str(6 + job.id))
+        if to in (Status.RUNNING, Status.UNKNOWN):
+            assert desk.store.move(desk[job], to, "")
+        return desk[job]
+
+    def untouched(self) -> list[Job]:
+        """The rows that the second client has no say in."""
+        return [self.desk[job] for job in self.jobs if job.client != self.false.name]
+
+    def check(self) -> None:
+        """No job of the first client has moved, each history is legal, and what is remembered is bounded."""
+        for job in self.jobs:
+            rows = self.desk.store.read(joborch.HISTORY_GET, id=job.id)
+            moves = [(Status(row["source"]), Status(row["target"])) for row in rows if row["source"]]
+            legal = {(source, target) for source, target, _ in joborch.SERVER_MOVES}
+            assert set(moves) <= legal
+            assert self.desk[job].status is (moves[-1][1] if moves else Status.QUEUED)
+        here = {job.id for job in self.jobs if job.client == self.false.name}
+        assert set(self.false.ended) <= here
+        assert set(self.false.notes) <= here
+        assert len(self.false.strays) <= joborch.STRAYS_LIMIT
+        assert len(self.false.settled) <= joborch.SETTLED_LIMIT
+        assert all(stray.attempt <= 1 for stray in self.false.strays.values())
+
+
+def lies(count: int) -> st.SearchStrategy[list[list[tuple[int, dict[str, Any]]]]]:
+    """Polls: each says something well-formed of some of the jobs, by their places in a list."""
+    payload = st.fixed_dictionaries({
+        "id": st.integers(1, 20), "attempt": st.sampled_from([1, 1, 1, 2, 3, 10**6]), "status": st.sampled_from(STATUSES),
+        "reason": st.sampled_from(["", "why"]), "cause": st.sampled_from([None, "user", "infrastructure", "limit", "cancelled"]),
+        "exit_code": st.none() | st.integers(-5, 300), "signal": st.none() | st.integers(0, 70),
+        "started_at": st.none() | st.floats(0, 1e10), "ended_at": st.none() | st.floats(0, 1e10),
+    })  # fmt: skip
+    return st.lists(st.lists(st.tuples(st.integers(0, count - 1), payload), max_size=5), min_size=1, max_size=6)
+
+
+@BOUNDED
+@given(lies(8), st.lists(st.booleans(), min_size=6, max_size=6))
+def test_lies_of_one_client_move_no_job_of_another(polls: list[list[tuple[int, dict[str, Any]]]], fresh: list[bool]) -> None:
+    """Ids of others' jobs, wrong attempts, ends before starts, ends said twice: legal moves alone, and no exception."""
+    with new_folder() as folder:
+        data = DataFolder(str(folder))
+        data.open()
+        liars = Liars(data)
+        before = liars.untouched()
+        for number, poll in enumerate(polls):
+            payloads = [{**payload, "uuid": liars.jobs[place].uuid} for place, payload in poll]
+            heard = joborch.read_events(json.dumps({"instance": "i", "next": number, "slots": 2, "payloads": payloads}).encode())
+            joborch.take_in(liars.desk.server, liars.false, heard, fresh[number])
+            assert liars.untouched() == before
+            liars.check()
+        for _ in range(8):
+            joborch.fetch_tick(liars.desk.server, liars.false)  # nobody listens there: it is tried again
+        assert liars.untouched() == before
+        liars.check()
+        liars.desk.store.close()
+
+
+@BOUNDED
+@given(said_events(UUIDS))
+def test_a_tick_bears_whatever_is_said(said: Any) -> None:
+    """Also of jobs that are there: no exception but those of a store or a disk."""
+    with new_folder() as folder, contextlib.suppress(ValueError, KeyError, TypeError, UnicodeEncodeError):
+        data = DataFolder(str(folder))
+        data.open()
+        liars = Liars(data)
+        try:
+            text = json.dumps(said).replace(UUIDS[0], liars.jobs[1].uuid).replace(UUIDS[1], liars.jobs[4].uuid)
+            heard = joborch.read_events(text.encode())
+            before = liars.untouched()
+            got = tried(lambda: joborch.take_in(liars.desk.server, liars.false, heard, False), Exception)
+            assert got is None, got
+            assert liars.untouched() == before
+            liars.check()
+            for listing in (joborch.show_clients, joborch.show_services):
+                json.dumps(listing(liars.desk.server, joborch.Request({})).body, allow_nan=False)
+        finally:
+            liars.desk.store.close()
+
+
+@BOUNDED
+@given(said_payload(UUIDS) | JSON)
+def test_a_status_is_a_payload_or_an_error(said: Any) -> None:
+    """The answer to /retrieve, read by the client's own words."""
+    got = tried(lambda: joborch.clean_payload(joborch.read_answer(json.dumps(said).encode())), ValueError)
+    if isinstance(got, dict):
+        assert_clean(got)
+
+
+def test_a_result_that_never_ends_is_left_for_later(make_process: MakeProcess, liar: Liar) -> None:
+    """It costs a lane of that client alone: its other calls and others' jobs go on."""
+    world = World(make_process, [liar])
+    job = world.running()
+    liar.says["/retrieve"] = endless(b"x", head(Content_Type="application/zip", Content_Length=10**12, ETag='"t"'), 0.05)
+    liar.payloads.append({**liar.payloads[0], "status": "Completed", "ended_at": time.time()})
+    wait_for(lambda: any(call.path.startswith("/retrieve") for call in liar.asked), what="the result to be asked for")
+    world.others_go_on()
+    assert world.server.job(job)["status"] == "Running"
+    assert world.server.get(f"/jobs/{job}").status_code == 200
