@@ -6267,6 +6267,8 @@ class Link:
         following = answer.headers.get("X-Next-Offset", "")
         if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following) or "Content-Length" not in answer.headers:
             raise NoAnswer(refused_text(answer.status, text))
+        if int(following) < offset:
+            raise NoAnswer("says of its output that it goes on before where it was asked for")
         return text, int(following)
 
     def kill(self, job: Job) -> bool:
@@ -9902,8 +9904,10 @@ def health_of(base_url: str) -> dict[str, Any]:
     import urllib3
 
     try:
-        answer = urllib3.request("GET", f"{base_url}/health", retries=False, timeout=CONNECT_TIMEOUT_S)
-        said = parse_json(answer.data)
+        options: dict[str, Any] = {"retries": False, "preload_content": False, "decode_content": False}
+        answer = urllib3.request("GET", f"{base_url}/health", timeout=CONNECT_TIMEOUT_S, **options)
+        with contextlib.closing(answer):
+            said = read_answer(answer.read(64 * KIB))
         if not isinstance(said, dict):
             return {"error": "it is no joborch"}
         date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
@@ -9923,13 +9927,15 @@ def examine_client(address: Address, service: Service) -> Iterator[Finding]:
         return
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock())
     link.services.append(service)
+    link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
     try:
         link.events(0, ())
         token = ""
     except (NothingSent, NoAnswer, Gone) as error:
         token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
-    trouble = f", and says: {said['problem']}" if said.get("problem") else ""
-    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({said.get('executor')}){token}{trouble}")
+    trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
+    executor = one_line(str(said.get("executor")), 40)
+    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({executor}){token}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
