@@ -5967,6 +5967,8 @@ class Allowance:
 SETTLED_LIMIT = 20_000  # payloads of one client whose results are to be confirmed
 STRAYS_LIMIT = 1000  # given up attempts of one client that are to be ended
 INLINE_KEPT_BYTES = 2 * MIB  # of small results of one client that wait to be stored; those beyond are fetched
+RESTLESS_MOVES = 100  # of one job
+SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
 DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
@@ -6101,11 +6103,11 @@ class Link:
         if payload_id and len(self.settled) < SETTLED_LIMIT:
             self.settled.append(payload_id)
 
-    def complain(self, text: str) -> None:
-        """Log what is wrong with its words, once a minute: a client that always lies must not fill the log."""
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        """Log what is odd about its words, a line a minute: a client that always lies must not fill the log."""
         if time.monotonic() >= self.quiet_until:
             self.quiet_until = time.monotonic() + 60
-            log.warning("client %s: %s (more of this kind is not logged for a minute)", self.name, text)
+            log.log(level, "client %s %s", self.name, text)
 
     # -- calls --
 
@@ -6230,13 +6232,15 @@ class Link:
         does not know the payload, NoAnswer where it broke for now: what came stays in `into`, for the next time.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
+        small = 0
         while True:
             before, begun = into.size, time.monotonic()
             try:
                 return self.fetch_rest(job, url, into, unwanted)
             except NoAnswer as error:
                 least = max(1.0, SLOWEST_BYTES_S * (time.monotonic() - begun - 1))
-                if not into.tag or into.size - before < least or (unwanted and unwanted()):
+                small += into.size - before < 64 * KIB
+                if not into.tag or into.size - before < least or small > SMALL_PIECES or (unwanted and unwanted()):
                     raise
                 log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
 
@@ -6841,7 +6845,7 @@ def get_tick(server: Server, link: Link) -> bool:
 def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
     """Take in what a client's events said; after the last page of a first contact, also what they did not say."""
     if link.instance not in ("", heard.instance):
-        link.complain("it began anew: what it has is asked again")
+        link.note("began anew: what it has is asked again", logging.INFO)
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
@@ -6873,7 +6877,7 @@ def report(server: Server, link: Link, said: Any) -> None:
     """Move a job on by what its client says of its payload."""
     payload = clean_payload(said)
     if payload is None or not payload["uuid"] or not payload["attempt"] or not payload["id"]:
-        link.complain(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
+        link.note(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
         return
     job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
     if job is None:
@@ -6884,7 +6888,7 @@ def report(server: Server, link: Link, said: Any) -> None:
         return
     if link.listed is not None:
         link.listed.add(job.id)
-    if contradicts(link, job, status):
+    if contradicts(server, link, job, status):
         return
     accepted = with_payload_id(server, link, job, payload["id"])
     if accepted is None:
@@ -6909,13 +6913,18 @@ def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str
         end_stray(server, link, job, payload)
 
 
-def contradicts(link: Link, job: Job, status: str) -> bool:
-    """Tell whether a payload that has ended, as the client said, shall run: each such word would only move its job to and fro."""
-    ended = link.ended.get(job.id)
-    if ended is None or ended.payload["status"] == "?" or status not in (Status.PREPARED.value, Status.RUNNING.value):
+def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
+    """Tell whether a client's word would only move a job to and fro, a row of its history each time.
+
+    A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
+    """
+    if status not in (Status.PREPARED.value, Status.RUNNING.value):
         return False
-    link.complain(f"says that job {job.id} is {status}, after it had ended")
-    return True
+    ended = link.ended.get(job.id)
+    if ended is not None and ended.payload["status"] != "?":
+        link.note(f"says that job {job.id} is {status}, after it had ended")
+        return True
+    return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
 def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -6967,7 +6976,7 @@ def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) 
     stray = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
     if len(link.strays) >= STRAYS_LIMIT and stray.mark not in link.strays:
         return  # it is named again at the next first contact
-    link.complain(f"job {job.id}: attempt {payload['attempt']} still runs there and is ended")
+    link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
     link.strays[stray.mark] = stray
     server.wake(f"kill:{link.name}")
 
@@ -8978,7 +8987,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         with server.places.place() as parked:
             link = server.links.get(job.client or "")
             patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
-            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left, job.id)
+            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, lambda: request.left() or is_silent(link), job.id)
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status is Status.KILLED:
@@ -8990,6 +8999,11 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     if link is not None and not link.trouble:
         message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
+
+
+def is_silent(link: Link | None) -> bool:
+    """Tell whether a client does not answer now: nothing is gained by waiting for it."""
+    return link is not None and bool(link.failures)
 
 
 def over_or_queued(server: Server, job_id: int) -> Job | None:

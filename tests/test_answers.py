@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import math
@@ -955,3 +956,58 @@ def test_a_result_that_never_ends_is_left_for_later(make_process: MakeProcess, l
     world.others_go_on()
     assert world.server.job(job)["status"] == "Running"
     assert world.server.get(f"/jobs/{job}").status_code == 200
+
+
+def test_a_transfer_of_a_byte_a_call_is_left_for_later(liar: Liar, liar_link: Link, job: Job) -> None:
+    """It goes on where it broke, but not for ever."""
+
+    def one_byte(call: Call) -> Iterator[bytes]:
+        begin = int(call.headers.get("range", "bytes=0-")[6:-1])
+        said = {"Content_Range": f"bytes {begin}-999999/1000000", "Content_Length": 10**6, "ETag": '"t"', "Content_Type": "application/zip"}
+        yield head("206 Partial Content" if begin else "200 OK", **said) + b"x"
+
+    liar.says["/retrieve"] = one_byte
+    with io.BytesIO() as spool:
+        into = joborch.Transfer(spool)
+        with pytest.raises(NoAnswer, match="broke"):
+            liar_link.fetch(job, into)
+        assert 1 < into.size <= len(liar.asked) <= joborch.SMALL_PIECES + 2
+
+
+def test_a_job_is_not_moved_to_and_fro_for_ever() -> None:
+    """Each move is a row on the disk, and a line of the log."""
+    with two_clients() as liars:
+        desk, job = liars.desk, liars.jobs[4]
+        for _ in range(3 * joborch.RESTLESS_MOVES):
+            said = {"id": 11, "uuid": job.uuid, "attempt": 1, "status": "Running"}
+            joborch.report(desk.server, liars.false, said)
+            joborch.become_unknown(desk.server, desk[job], "its client is silent")
+        assert joborch.RESTLESS_MOVES < desk[job].moves < joborch.RESTLESS_MOVES + 5
+        desk.clock.pass_s(61)
+        joborch.report(desk.server, liars.false, said)
+        assert desk[job].status is Status.RUNNING, "it is believed once a minute"
+
+
+def test_what_is_to_be_confirmed_is_bounded() -> None:
+    """A client may say without end that payloads have ended, of which the server has no need."""
+    with two_clients() as liars:
+        over = liars.jobs[3]
+        assert liars.desk.store.move(over, Status.FAILED, "", cause="user")
+        for number in range(joborch.SETTLED_LIMIT + 100):
+            joborch.report_of_another(
+                liars.desk.server, liars.false, liars.desk[over], {"id": str(number), "attempt": 1, "status": "Failed"}
+            )
+        assert len(liars.false.settled) == joborch.SETTLED_LIMIT
+
+
+def test_terminate_does_not_wait_for_a_client_that_falls_silent(make_process: MakeProcess, liar: Liar) -> None:
+    """It answered when the call came; the answer comes once it is known that it does not any more."""
+    world = World(make_process, [liar])
+    job = world.running()
+    liar.says["/kill"] = endless(b"HTTP/1.1 100 Continue\r\n\r\n", pause_s=0.05)
+    liar.says["/events"] = once(whole({"message": "no"}, "503 Service Unavailable"))
+    begun = time.monotonic()
+    said = world.server.post(f"/terminate/{job}")
+    assert said.status_code == 202
+    assert "as soon as" in said.json()["message"]
+    assert time.monotonic() - begun < 30
