@@ -63,6 +63,7 @@ import os
 import platform
 import pwd
 import re
+import reprlib
 import secrets
 import select
 import shlex
@@ -87,7 +88,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, TypeVar, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
@@ -130,6 +131,7 @@ RESERVE_BYTES = 4 * MIB  # of the data folder's disk, for the database when the 
 INPUTS_LIMIT_BYTES = 32 * MIB  # of the list of a payload's inputs: 20,000 parts with the longest names
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
+EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # payloads, and bytes of JSON, that one answer of /events holds at most
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
 LANES = 3  # jobs that are sent to one client at once
@@ -296,11 +298,23 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return what a JSON text of somebody else says; ValueError where it is none, or nested to confuse."""
+    """Return what a JSON text of somebody else says; ValueError if it is none, names NaN or Infinity, or is nested to confuse."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse_constant, parse_int=read_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse what Python takes for a number and JSON does not: NaN, Infinity, -Infinity."""
+    raise ValueError(f"{name} is no number")
+
+
+def read_integer(text: str) -> int:
+    """Return a whole number of a JSON text. Python before 3.10.7 takes hours for one of a million digits."""
+    if len(text) > 40:
+        raise ValueError("a number has too many digits")
+    return int(text)
 
 
 def host_of(url: str) -> tuple[str, str]:
@@ -2909,11 +2923,11 @@ PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status 
 COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
 CHANGED_SINCE = """
 SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
- ORDER BY changed LIMIT 1000
-"""
+ ORDER BY changed LIMIT 1001
+"""  # a page of /events, and one more that tells whether there is another page
 CHANGED_ALL = """
 SELECT * FROM jobs INDEXED BY jobs_unfetched
- WHERE changed IS NOT NULL AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed
+ WHERE changed IS NOT NULL AND changed > :since AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed LIMIT 1001
 """
 CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
 ENDED_BEFORE = """
@@ -6177,6 +6191,8 @@ class Heard:
     memory: int | None = None  # MiB
     load: float = 0.0  # percent
     job_slots: bool = False  # a slot takes a job, however many cores that needs
+    more: bool = False  # the list goes on: it comes in pages
+    size: int = field(default=0, compare=False)  # bytes of the answer
 
 
 @dataclass
@@ -6195,34 +6211,95 @@ class Report:
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer, its body aside: headers, those of "100 Continue" before them, what frames its chunks
+ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
+EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # what a page of /events may have with all that stands around its payloads
+INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
+SLOWEST_BYTES_S = 8 * KIB  # an answer that comes more slowly on the whole is given up
+WANTED_LOOK_S = 1.0  # between two looks whether anybody still waits for an answer
+BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
+CALL = threading.local()  # `bounds`: those of the answer that this thread is about to read
+
+
+def whole_in(said: Any, least: int, most: int) -> int | None:
+    """Return a whole number that a client says; None if it is something else (true is no number) or out of range."""
+    return said if type(said) is int and least <= said <= most else None
+
+
+def number_in(said: Any, least: float, most: float) -> float | None:
+    """Return a number that a client says; None if it is something else, or out of range as NaN and 1e400 always are."""
+    return said if type(said) in (int, float) and least <= said <= most else None
+
+
+def text_in(said: Any, pattern: str) -> str | None:
+    """Return a text that a client says; None if it is something else, or does not match."""
+    return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
 
 
 def clean_payload(said: Any) -> dict[str, Any] | None:
-    """Return what a client says of a payload, every field of the right type, or None where it is rubbish.
+    """Return what a client says of a payload, each field of the right type and size, or None if it is rubbish.
 
-    `status` is a payload's; `reason`, `cause`, `exit_code`, `signal`, `started_at`, `archive` and `sha256` may be None.
+    What is not credible is left out. `uuid`, `attempt` and `id` may be None; `reason` is a text, perhaps an empty one.
     """
-    if not isinstance(said, dict) or said.get("status") not in {state.value for state in PAYLOAD_STATES}:
+    if not isinstance(said, dict) or not isinstance(said.get("status"), str):
         return None
-    kinds: dict[str, Any] = {
-        "started_at": (int, float),
-        "ended_at": (int, float),
-        "reason": str,
-        "cause": str,
-        "exit_code": int,
-        "signal": int,
-        "archive": str,
-        "sha256": str,
+    if said["status"] not in {state.value for state in PAYLOAD_STATES}:
+        return None
+    clean = {
+        "started_at": number_in(said.get("started_at"), 0, 1e11),
+        "ended_at": number_in(said.get("ended_at"), 0, 1e11),
+        "exit_code": whole_in(said.get("exit_code"), -(2**31), 2**32),
+        "signal": whole_in(said.get("signal"), 0, 255),
+        "archive": text_in(said.get("archive"), f"[A-Za-z0-9+/=]{{0,{INLINE_BASE64_LIMIT}}}"),
+        "sha256": text_in(said.get("sha256"), "[0-9a-f]{64}"),
     }
-    clean = {name: said[name] for name, kind in kinds.items() if isinstance(said.get(name), kind) and not isinstance(said[name], bool)}
-    if clean.get("cause") not in {cause.value for cause in Cause}:
-        clean.pop("cause", None)
-    for name in ("started_at", "ended_at"):
-        if not 0 <= clean.get(name, 0) < 1e11:
-            clean.pop(name)
-    clean.update(status=said["status"], uuid=str(said.get("uuid")), attempt=said.get("attempt"), id=str(said.get("id")))
-    clean["reason"] = one_line(clean.get("reason", ""), 1000)
+    clean = {name: value for name, value in clean.items() if value is not None}
+    if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
+        clean["cause"] = said["cause"]
+    reason = said.get("reason")
+    clean["reason"] = one_line(reason[:2000], 1000) if isinstance(reason, str) else ""
+    number = said.get("id")
+    clean["id"] = text_in(str(number) if type(number) is int else number, "[0-9]{1,18}")
+    clean.update(status=said["status"], uuid=text_in(said.get("uuid"), r"[\w-]{1,64}"), attempt=whole_in(said.get("attempt"), 1, 2**31))
     return clean
+
+
+def read_answer(text: bytes) -> Any:
+    """Return what a client's JSON says; ValueError if it is none, or would become far more memory than its text takes."""
+    if has_many_values(text):
+        raise ValueError("more values than an answer has")
+    return parse_json(text)
+
+
+def has_many_values(text: bytes) -> bool:
+    """Tell whether a JSON text holds more than ANSWER_VALUES values. What stands inside strings does not count."""
+    separators = (b",", b"[", b"{")
+    count = sum(map(text.count, separators))
+    if count <= ANSWER_VALUES:
+        return False
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if bare.count(b'"') > 4 * ANSWER_VALUES:
+        return True
+    inside = sum(sum(map(found[0].count, separators)) for found in re.finditer(rb'"[^"]*"', bare))
+    return count - inside > ANSWER_VALUES
+
+
+def read_events(text: bytes) -> Heard:
+    """Return what a client's answer to /events says; ValueError, KeyError or TypeError if it is rubbish."""
+    if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
+        raise ValueError("longer than a page, or not as we write JSON")
+    said = read_answer(text)
+    payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
+    slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
+    memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
+    if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
+        raise ValueError("numbers that are none")
+    if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
+        raise ValueError("payloads that are none")
+    cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
+    heard = Heard(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
+    heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
+    return heard
 
 
 def plain_cause(error: BaseException) -> str:
@@ -6243,12 +6320,12 @@ def plain_cause(error: BaseException) -> str:
 
 def refused_text(status: int, body: bytes) -> str:
     """Return one sentence on an answer that is an error."""
-    message = ""
+    message: Any = None
     with contextlib.suppress(ValueError, AttributeError):
-        message = str(parse_json(body).get("message", ""))
+        message = read_answer(body).get("message")
     if status in (401, 403):
         return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
-    return f"answered {status}" + (f": {one_line(message)}" if message else "")
+    return f"answered {status}" + (f": {one_line(message)}" if message and isinstance(message, str) else "")
 
 
 def repr_digest(sha256_hex: str) -> str:
@@ -6270,21 +6347,125 @@ def read_submit_answer(status: int, text: bytes) -> str:
     raise NoAnswer(refused_text(status, text))
 
 
+class Bounds(NamedTuple):
+    """What an answer may cost: seconds of silence, and how to tell that nobody waits for it any more."""
+
+    silent_s: float
+    unwanted: Callable[[], bool] | None = None
+
+
+class Incoming(io.RawIOBase):
+    """An answer as it comes: what is not its body has a limit, its body a least pace, and what nobody wants is not waited for.
+
+    A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
+    """
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
+        self.raw, self.connection, self.bounds = raw, connection, bounds
+        self.begun, self.looked_at = time.monotonic(), time.monotonic()
+        self.count, self.body_count = 0, 0  # bytes that came, and those of the body among them
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come; OSError if it takes too long, is too long, or nobody wants it."""
+        if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
+            raise OSError("its answer is headers and frames without end")
+        silent_until = time.monotonic() + self.bounds.silent_s
+        try:
+            while True:
+                self.connection.settimeout(self.patience_s(silent_until))
+                with contextlib.suppress(socket.timeout):
+                    count = self.connection.recv_into(buffer)
+                    self.count += count
+                    return count
+        finally:
+            self.connection.settimeout(self.bounds.silent_s)  # the next request may go out over it
+
+    def patience_s(self, silent_until: float) -> float:
+        """Return for how long to wait now; OSError if there is nothing to wait for any more."""
+        now = time.monotonic()
+        slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
+        if now >= silent_until:
+            raise socket.timeout("timed out")
+        if now >= slow_at:
+            raise socket.timeout("its answer takes too long")
+        left_s = min(silent_until, slow_at) - now
+        if self.bounds.unwanted is None:
+            return left_s
+        if now >= self.looked_at + WANTED_LOOK_S:
+            self.looked_at = now
+            if self.bounds.unwanted():
+                raise OSError("nobody waits for its answer any more")
+        return min(left_s, WANTED_LOOK_S)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def bounded_pool() -> urllib3.PoolManager:
+    """Return connections to a client; each answer is held to the bounds in `CALL` of the thread that asks."""
+    import http.client
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+            super().__init__(sock, *arguments, **options)
+            self.incoming = Incoming(self.fp.detach(), sock, CALL.bounds)
+            self.fp = io.BufferedReader(self.incoming)
+
+        def read1(self, n: int = -1) -> bytes:
+            data = super().read1(n)
+            self.incoming.body_count += len(data)
+            return data
+
+    pool, bounded = http_pool(), {}
+    for scheme, known in pool.pool_classes_by_scheme.items():
+        connection = type("Connection", (cast("Any", known).ConnectionCls,), {"response_class": Response})
+        bounded[scheme] = type("Pool", (known,), {"ConnectionCls": connection})
+    pool.pool_classes_by_scheme = bounded
+    return pool
+
+
+def refuse_encoded(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
+    """Return an answer whose bytes are what they stand for; BadAnswer if they are to be unpacked: 65 KB may be gigabytes."""
+    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        answer.close()
+        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: let no proxy between server and client compress")
+    return answer
+
+
 def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
     """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    target = io.BytesIO()
+    copy_some(answer, limit_bytes, target)
+    return target.getvalue()
+
+
+def copy_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int, target: IO[bytes]) -> None:
+    """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
     from urllib3.exceptions import HTTPError
 
+    digest, left = hashlib.sha256(), limit_bytes
     try:
-        text = answer.read(limit_bytes)
-        whole = not answer.read(1)
+        while left:
+            piece = answer.read1(min(64 * KIB, left))
+            if not piece:
+                break
+            target.write(piece)
+            digest.update(piece)
+            left -= len(piece)
+        whole = bool(left) or not answer.read1(1)
         if not whole:
             answer.close()  # more than we want: the connection is of no further use
         answer.release_conn()
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
+        answer.close()
         raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
-    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(hashlib.sha256(text).hexdigest())):
+    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
         raise NoAnswer("the answer broke: its digest is not the one that was sent")
-    return text
 
 
 def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
@@ -6341,6 +6522,47 @@ def client_token_file() -> Path | None:
         return None
 
 
+class Parking:
+    """A bounded number of places for callers that wait, so that uploads never starve."""
+
+    def __init__(self, places: int) -> None:
+        self.free = threading.BoundedSemaphore(places)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[bool]:
+        """Hold a place for the block; yields False where all are taken."""
+        taken = self.free.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.free.release()
+
+
+class Allowance:
+    """Lets a client's polls come as often as a busy client's do; one that answers at once for ever is slowed down."""
+
+    burst, per_s = 200.0, 50.0
+
+    def __init__(self) -> None:
+        self.left, self.at = self.burst, time.monotonic()
+
+    def take(self, amount: float) -> float:
+        """Use some of it; return for how many seconds to pause, until as much is left as was overdrawn."""
+        now = time.monotonic()
+        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
+        return max(0.0, -self.left / self.per_s)
+
+
+SETTLED_LIMIT = 20_000  # payloads of one client whose results are to be confirmed
+STRAYS_LIMIT = 1000  # given up attempts of one client that are to be ended
+INLINE_KEPT_BYTES = 2 * MIB  # of small results of one client that wait to be stored; those beyond are fetched
+RESTLESS_MOVES = 100  # of one job
+SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
+DONE_AT_ONCE = 500  # payloads that one poll confirms
+CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
@@ -6364,7 +6586,10 @@ class Link:
         self.instance, self.since = "", 0
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
-        self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed
+        self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
+        self.listed: set[int] | None = None  # job ids that a first contact has named so far; None if none is under way
+        self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: it is not complained of before
+        self.callers = Parking(CALLS_A_CLIENT)  # places for calls on behalf of callers
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
         self.outbox: deque[Job] = deque()  # claimed for it, until a lane takes them
         self.sending: set[int] = set()  # job ids that a lane holds, from before the claim until it is written down what came of it
@@ -6461,19 +6686,45 @@ class Link:
         state = (self.load, now - self.failed_at, turning, self.legacy)
         return Place(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
+    # -- what its words may fill --
+
+    def confirm(self, payload_id: str | None) -> None:
+        """Have the next polls tell the client that it need not keep a result. One too many is told again by a first contact."""
+        if payload_id and len(self.settled) < SETTLED_LIMIT:
+            self.settled.append(payload_id)
+
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        """Log what is odd about its words, a line a minute: a client that always lies must not fill the log."""
+        if time.monotonic() >= self.quiet_until:
+            self.quiet_until = time.monotonic() + 60
+            log.log(level, "client %s %s", self.name, text)
+
     # -- calls --
 
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
         """The connections to this client."""
-        return http_pool()
+        return bounded_pool()
 
-    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
-        """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer."""
+    def call(
+        self,
+        method: str,
+        url: str,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        *,
+        unwanted: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> urllib3.BaseHTTPResponse:
+        """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer.
+
+        It is given up when `unwanted` says that nobody waits for it any more.
+        """
         import urllib3
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
-        headers = options.pop("headers", {})
+        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+        options.update(preload_content=False, decode_content=False)
+        CALL.bounds = Bounds(read_timeout_s, unwanted)
         token = self.token()
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -6481,14 +6732,14 @@ class Link:
             headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
-            answer = self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
+            answer = self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, **options)
         except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
                 raise NothingSent("cannot be reached: its TLS certificate is not trusted here") from error
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
-        return self.its_own(answer)
+        return refuse_encoded(self.its_own(answer))
 
     def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
@@ -6527,23 +6778,22 @@ class Link:
 
         `done` are payloads whose results are safe here: the client need not keep them for us any longer.
         """
-        query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}"
+        more = "&more=1" if self.listed is not None and self.since else ""
+        query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}{more}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
-        text = read_some(answer, 256 * MIB)
         if answer.status == 404:
+            answer.close()
             raise Gone("no /events")
         if answer.status != 200:
-            raise NothingSent(refused_text(answer.status, text))
+            raise NothingSent(refused_text(answer.status, read_some(answer, 64 * KIB)))
         try:
-            said = parse_json(text)
-            heard = Heard(str(said["instance"]), int(said["next"]), int(said["slots"]), list(said["payloads"]))
-            heard.memory = None if said.get("memory") is None else int(said["memory"])
-            heard.load = float(said.get("load") or 0.0)
-            heard.job_slots = said.get("job_slots") is True
-            if not all(isinstance(payload, dict) for payload in heard.payloads) or not re.fullmatch(r"[\w.-]{1,64}", heard.instance):
-                raise ValueError("payloads that are none")
-            return heard
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            with contextlib.closing(self.data.spool()) as spool:
+                copy_some(answer, EVENTS_ANSWER_BYTES + 1, spool)
+                # Objects take several times the memory of their text: only one large answer is read at a time.
+                with BIG_ANSWER if spool.tell() > BIG_ANSWER_BYTES else contextlib.nullcontext():
+                    spool.seek(0)
+                    return read_events(spool.read())
+        except (ValueError, KeyError, TypeError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
     def health(self) -> dict[str, Any]:
@@ -6557,38 +6807,41 @@ class Link:
         if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             answer.close()
             return {"status": Status.COMPLETED.value}
-        text = read_some(answer, 64 * MIB)
+        text = read_some(answer, MIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         if answer.status != 200:
             raise BadAnswer(refused_text(answer.status, text))
         try:
-            said = clean_payload(parse_json(text))
+            said = clean_payload(read_answer(text))
         except ValueError as error:
             raise BadAnswer("answers rubbish to /retrieve") from error
         if said is None:
             raise BadAnswer("answers rubbish to /retrieve")
         return said
 
-    def fetch(self, job: Job, into: Transfer, partial: bool = False) -> None:
+    def fetch(self, job: Job, into: Transfer, partial: bool = False, unwanted: Callable[[], bool] | None = None) -> None:
         """Bring the ZIP of a payload; length and SHA-256 are verified where the client told them.
 
         A transfer that breaks goes on where it broke, as long as each call brings something. Raises Gone where the client
         does not know the payload, NoAnswer where it broke for now: what came stays in `into`, for the next time.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
+        small = 0
         while True:
-            before = into.size
+            before, begun = into.size, time.monotonic()
             try:
-                return self.fetch_rest(job, url, into)
+                return self.fetch_rest(job, url, into, unwanted)
             except NoAnswer as error:
-                if not into.tag or into.size <= before:
+                least = max(1.0, SLOWEST_BYTES_S * (time.monotonic() - begun - 1))
+                small += into.size - before < 64 * KIB
+                if not into.tag or into.size - before < least or small > SMALL_PIECES or (unwanted and unwanted()):
                     raise
                 log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
 
-    def fetch_rest(self, job: Job, url: str, into: Transfer) -> None:
+    def fetch_rest(self, job: Job, url: str, into: Transfer, unwanted: Callable[[], bool] | None) -> None:
         """Ask once for what is missing of a ZIP, and take in what comes."""
-        answer = self.call("GET", url, headers={**named(job), **into.wanted()})
+        answer = self.call("GET", url, headers={**named(job), **into.wanted()}, unwanted=unwanted)
         if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             return take_rest(answer, into)
         text = read_some(answer, KIB)
@@ -6598,7 +6851,7 @@ class Link:
             into.begin()
         raise NoAnswer(refused_text(answer.status, text))
 
-    def logs(self, job: Job, stream: str, offset: int) -> tuple[bytes, int]:
+    def logs(self, job: Job, stream: str, offset: int, unwanted: Callable[[], bool] | None = None) -> tuple[bytes, int]:
         """Return a part of an output stream, and the offset after it.
 
         Raises Gone where the client does not know the payload, or shows no output (2.2).
@@ -6606,13 +6859,15 @@ class Link:
         url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
         if self.legacy:
             raise Gone(f"{self.name} shows no output while a script runs: it is a 2.2 client")
-        answer = self.call("GET", url, read_timeout_s=10, headers=named(job))
+        answer = self.call("GET", url, read_timeout_s=10, headers=named(job), unwanted=unwanted)
         text = read_some(answer, 2 * LOG_PART_BYTES)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         following = answer.headers.get("X-Next-Offset", "")
         if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following) or "Content-Length" not in answer.headers:
             raise NoAnswer(refused_text(answer.status, text))
+        if int(following) < offset:
+            raise NoAnswer("says of its output that it goes on before where it was asked for")
         return text, int(following)
 
     def kill(self, job: Job) -> bool:
@@ -6720,23 +6975,6 @@ def each(items: Iterable[T], work: Callable[[T], object]) -> None:
             failure = failure or error
     if failure is not None:
         raise failure
-
-
-class Parking:
-    """A bounded number of places for callers that wait, so that uploads never starve."""
-
-    def __init__(self, places: int) -> None:
-        self.free = threading.BoundedSemaphore(places)
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[bool]:
-        """Hold a place for the block; yields False where all are taken."""
-        taken = self.free.acquire(blocking=False)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.free.release()
 
 
 class Gate:
@@ -6893,6 +7131,7 @@ class Server(Node):
         super().__init__(config, store, data, clock)
         self.services = config.services
         self.links: dict[str, Link] = {}
+        self.callers = Parking(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
             for address in service.addresses:
@@ -7139,27 +7378,6 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         current = server.store.get(job.id)
 
 
-def known_of_end(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client said of how a payload ended, as changes of its job's row."""
-    changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
-    return {**changes, **run_of(payload)}
-
-
-def run_of(payload: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say."""
-    started, ended = payload.get("started_at"), payload.get("ended_at")
-    return {"run_s": max(0.0, ended - started)} if started is not None and ended is not None else {}
-
-
-def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
-    reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
-    if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
-        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **known_of_end(payload))
-    else:
-        payload_gone(server, job, reason)
-
-
 def because(reason: str | None) -> str:
     """Return a reason as the second half of a sentence; nothing where there is none."""
     return f": {reason}" if reason else ""
@@ -7199,8 +7417,8 @@ def get_tick(server: Server, link: Link) -> bool:
         if link.legacy:
             return poll_tick(server, link)
         fresh = link.since == 0
-        done = link.settled[:200]
-        heard = link.events(0 if fresh else EVENTS_WAIT_S, done)
+        done = link.settled[:DONE_AT_ONCE]
+        heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
         crash_point("hear.answered")
         del link.settled[: len(done)]
     except Gone:
@@ -7217,42 +7435,57 @@ def get_tick(server: Server, link: Link) -> bool:
         server.wake(f"send:{link.name}")  # it is back
     if fresh or link.ended:
         server.wake("dispatch")  # or has room again
+    server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
 
 
 def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
-    """Take in what a client's events said; at a first contact, also what they did not say."""
+    """Take in what a client's events said; after the last page of a first contact, also what they did not say."""
     if link.instance not in ("", heard.instance):
-        log.info("client %s began anew: what it has is asked again", link.name)
+        link.note("began anew: what it has is asked again", logging.INFO)
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
     link.job_slots = heard.job_slots
     if fresh:
         link.notes.clear()
+        link.listed = set()
     each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
     link.since = max(heard.next, link.since)
-    if fresh:
-        look_for_lost(server, link, {f"{payload.get('uuid')}.{payload.get('attempt')}" for payload in heard.payloads})
+    if link.listed is not None and not heard.more:
+        listed, link.listed = link.listed, None
+        look_for_lost(server, link, listed)
+    forget_others(server, link)
+
+
+def forget_others(server: Server, link: Link) -> None:
+    """Forget what a client said of jobs that it has no more, when much has come together."""
+    noted: tuple[dict[int, Any], ...] = (link.notes, link.kill_due, link.resend_due)
+    if max(len(known) for known in noted) <= EVENTS_PAGE:
+        return
+    here = {job.id for job in server.store.jobs(AT_CLIENT, client=link.name)}
+    with link.lock:
+        for known in noted:
+            for job_id in known.keys() - here:
+                known.pop(job_id, None)
 
 
 def report(server: Server, link: Link, said: Any) -> None:
     """Move a job on by what its client says of its payload."""
     payload = clean_payload(said)
-    if payload is None:
-        log.warning("client %s says rubbish of a payload: %s", link.name, one_line(str(said)))
+    if payload is None or not payload["uuid"] or not payload["attempt"] or not payload["id"]:
+        link.note(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
         return
     job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
     if job is None:
         return
     status = str(payload["status"])
-    ours = job.attempt == payload.get("attempt") and job.client == link.name and job.status in BUSY
-    if not ours:
-        stray = status in (Status.PREPARED.value, Status.RUNNING.value) and isinstance(payload["attempt"], int)
-        if stray and payload["attempt"] <= job.attempt:
-            end_stray(server, link, job, payload)
-        elif not stray and (job.status in OVER or payload["attempt"] != job.attempt):
-            link.settled.append(payload["id"])  # its result is safe here, or of no use: the client need not keep it
+    if job.attempt != payload["attempt"] or job.client != link.name or job.status not in BUSY:
+        report_of_another(server, link, job, payload)
+        return
+    if link.listed is not None:
+        link.listed.add(job.id)
+    if contradicts(server, link, job, status):
         return
     accepted = with_payload_id(server, link, job, payload["id"])
     if accepted is None:
@@ -7266,6 +7499,29 @@ def report(server: Server, link: Link, said: Any) -> None:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, Report(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
+
+
+def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept."""
+    if payload["status"] not in (Status.PREPARED.value, Status.RUNNING.value):
+        if job.status in OVER or payload["attempt"] != job.attempt:
+            link.confirm(payload["id"])  # its result is safe here, or of no use
+    elif payload["attempt"] <= job.attempt:
+        end_stray(server, link, job, payload)
+
+
+def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
+    """Tell whether a client's word would only move a job to and fro, a row of its history each time.
+
+    A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
+    """
+    if status not in (Status.PREPARED.value, Status.RUNNING.value):
+        return False
+    ended = link.ended.get(job.id)
+    if ended is not None and ended.payload["status"] != "?":
+        link.note(f"says that job {job.id} is {status}, after it had ended")
+        return True
+    return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
 def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -7291,27 +7547,41 @@ def note_end(server: Server, link: Link, found: Report) -> None:
     """Note that a payload has ended, for the lanes that settle it; one that is being settled keeps the news for later."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
+        if "archive" in found.payload and not has_room_for(found, link.ended):
+            del found.payload["archive"]
         earlier = link.ended.get(found.job_id)
         if earlier is not None and earlier.taken:
             earlier.newer = found
         else:
+            if earlier is not None and earlier.payload["status"] == found.payload["status"]:
+                found.failures, found.due = earlier.failures, earlier.due  # no news: it is tried again when it was to be
             found.part = earlier.part if earlier is not None else None  # what has come of the result is not fetched again
             link.ended[found.job_id] = found
     server.wake(f"fetch:{link.name}")
 
 
+def has_room_for(found: Report, ended: Mapping[int, Report]) -> bool:
+    """Tell whether a small result may be kept in memory until it is stored; else it is fetched then."""
+    if len(ended) > EVENTS_PAGE:
+        return False
+    kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
+    return kept + len(found.payload["archive"]) <= INLINE_KEPT_BYTES
+
+
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """Have a payload ended whose attempt was given up: it came back late."""
-    log.warning("job %d: attempt %s still runs at %s and is ended there", job.id, payload["attempt"], link.name)
     stray = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
+    if len(link.strays) >= STRAYS_LIMIT and stray.mark not in link.strays:
+        return  # it is named again at the next first contact
+    link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
     link.strays[stray.mark] = stray
     server.wake(f"kill:{link.name}")
 
 
-def look_for_lost(server: Server, link: Link, named: Collection[str]) -> None:
+def look_for_lost(server: Server, link: Link, listed: Collection[int]) -> None:
     """Ask for each job that should be with a client and was not named in its full list."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and job.mark not in named:
+        if job.dest_id and job.id not in listed:
             note_end(server, link, Report(job.id, {"status": "?"}, 0.0))
 
 
@@ -7357,6 +7627,32 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
 # == 26. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
+def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client said of how a payload ended, as changes of its job's row."""
+    changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    return {**changes, **run_of(server, job, payload)}
+
+
+def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say.
+
+    Its user is charged for it, so it is no longer than the job has been here.
+    """
+    started, ended = payload.get("started_at"), payload.get("ended_at")
+    if started is None or ended is None:
+        return {}
+    return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
+
+
+def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
+    reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
+        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **known_of_end(server, job, payload))
+    else:
+        payload_gone(server, job, reason)
+
+
 def fetch_tick(server: Server, link: Link) -> bool:
     """Settle one job whose payload has ended; True where there was one."""
     now = server.clock.monotonic()
@@ -7385,7 +7681,7 @@ def confirm_later(server: Server, link: Link, job: Job | None) -> None:
     """Let the client know with the next call that a job's result is safe here, if it is."""
     current = server.store.get(job.id) if job and not link.legacy else None
     if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
-        link.settled.append(str(job.dest_id))
+        link.confirm(job.dest_id)
 
 
 def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
@@ -7393,6 +7689,8 @@ def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
     with link.lock:
         if due.newer is not None:
             due.newer.part, due.part = due.part, None
+            if not settled and due.newer.payload["status"] == due.payload["status"]:  # no news: no reason to hurry
+                due.newer.failures, due.newer.due = due.failures + 1, server.clock.monotonic() + backoff_s(due.failures + 1)
             link.ended[due.job_id] = due.newer
         elif settled:
             link.ended.pop(due.job_id, None)
@@ -7449,7 +7747,7 @@ def fetch_result(server: Server, link: Link, job: Job, found: Report) -> None:
     count_no_more(found)
     payload = found.payload
     reason = payload.get("reason") or "run.sh ended with exit status 0"
-    changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(payload)}
+    changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(server, job, payload)}
     end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
 
@@ -7505,7 +7803,7 @@ def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
     count_no_more(found)
     reason = payload.get("reason") or f"the client says {to}"
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
-    changes = known_of_end(payload)
+    changes = known_of_end(server, job, payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
@@ -8642,7 +8940,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         answer = Answer.of(Refusal(500, "internal error: see the log"))
     body, headers = answer.body, dict(answer.headers)
     if isinstance(body, (dict, list, int, float, str)):
-        body = json.dumps(body).encode() + b"\n"
+        body = json.dumps(body, allow_nan=False).encode() + b"\n"
         headers.setdefault("Content-Type", JSON_TYPE)
     if isinstance(body, bytes):
         headers.setdefault("Content-Length", str(len(body)))
@@ -9304,22 +9602,40 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
         return file_answer(request, stored_archive(server, job), name, headers)
     link = server.links.get(job.client or "")
     if job.status in BUSY and job.dest_id and link:
-        return file_answer(request, running_archive(server, link, job), name, headers)
+        return file_answer(request, running_archive(server, request, link, job), name, headers)
     archive = packed(server.data.spool, job.created_at, lambda packer: packer.add_folder(server.folder(job)))
     return file_answer(request, archive, name, headers)
 
 
-def running_archive(server: Server, link: Link, job: Job) -> Archive:
+def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
     """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
     spool = server.data.spool()
     into = Transfer(spool)
     try:
-        link.fetch(job, into, partial=True)
+        with calling(server, request, link) as unwanted:
+            link.fetch(job, into, partial=True, unwanted=unwanted)
     except (NothingSent, NoAnswer, Gone) as error:
         spool.close()
-        raise Refusal(503, f"{link.name} {error}", Retry_After="5") from error
+        raise Refusal(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
+    except BaseException:
+        spool.close()
+        raise
     spool.seek(0)
     return Archive(spool, into.size, into.digest.hexdigest())
+
+
+@contextlib.contextmanager
+def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[], bool]]:
+    """Hold one of the few places for a call to a client on behalf of a caller; yield how to tell that it is of no use any more.
+
+    Refusal 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
+    """
+    if link.failures:
+        raise Refusal(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
+    with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
+        if not (here and anywhere):
+            raise Refusal(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
+        yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
 
 
 WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
@@ -9412,7 +9728,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         with server.places.place() as parked:
             link = server.links.get(job.client or "")
             patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
-            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, request.left, job.id)
+            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, lambda: request.left() or is_silent(link), job.id)
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status is Status.KILLED:
@@ -9424,6 +9740,11 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     if link is not None and not link.trouble:
         message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
+
+
+def is_silent(link: Link | None) -> bool:
+    """Tell whether a client does not answer now: nothing is gained by waiting for it."""
+    return link is not None and bool(link.failures)
 
 
 def over_or_queued(server: Server, job_id: int) -> Job | None:
@@ -9814,6 +10135,7 @@ EVENTS_TAKES = (
     ),
     Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3"),
     Parameter("wait", "query", "number", "wait for a change, at most so many seconds", 10),
+    Parameter("more", "query", "string", "1: go on with the list that since=0 began, whose last page said `more`", "1", choices=("0", "1")),
     Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2"),
 )
 EXAMPLE_EVENT = {
@@ -9829,38 +10151,53 @@ EXAMPLE_EVENT = {
     "ended_at": 1795510803.5,
 }
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
-CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
+EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
+CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
 @route("GET", "/events", "client", who="caller", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
-    since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
+    since, wait_s, lists = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait"), request.query.get("more") == "1"
     if request.query.get("instance", "") == client.instance:
         confirm(client, request.query.get("done", ""))
     if request.query.get("instance", client.instance) not in ("", client.instance):
         since, wait_s = 0, 0.0
-    if since == 0:
+    changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
+    if since == 0 or lists:
         last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
-        jobs = [job for job in client.store.jobs(CHANGED_ALL) if job.fetched_at is None]
+        found = client.store.jobs(CHANGED_ALL, since=since)
+        inline = 0
     else:
         with client.places.place() as parked:
             if not parked and wait_s:
                 raise Refusal(503, "too many callers wait here: try again", Retry_After="1")
-            jobs = client.wait_until(lambda: client.store.jobs(CHANGED_SINCE, since=since) or None, wait_s, request.left) or []
-            if jobs and wait_s:
-                client.wait_until(lambda: any_ended(client, since), EVENTS_SETTLE_S, request.left)
-                jobs = client.store.jobs(CHANGED_SINCE, since=since)
-        last = max((job.changed or 0 for job in jobs), default=since)
-    payloads = [event_json(client, job) for job in jobs]
-    if since:
-        ended = [(job, said) for job, said in zip(jobs, payloads) if job.status in ENDED and job.fetched_at is None]
-        for job, said in ended[:INLINE_PAYLOADS]:
+            found = client.wait_until(lambda: changed() or None, wait_s, request.left) or []
+            if found and wait_s:
+                client.wait_until(lambda: any_ended(changed()), EVENTS_SETTLE_S, request.left)
+                found = changed()
+        last, inline = since, INLINE_PAYLOADS
+    jobs, payloads = events_page(client, found, inline)
+    more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
+    said = {"instance": client.instance, "next": told if more else max(told, last), "more": more, "load": client.cpu_load()}
+    return Answer({**said, **room_json(client), "payloads": payloads})
+
+
+def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
+    """Return as many of these payloads as a page holds, and what is said of them; small results come along for the first `inline`."""
+    told, payloads, room = list[Job](), list[dict[str, Any]](), EVENTS_PAGE_BYTES
+    for job in jobs[:EVENTS_PAGE]:
+        said = event_json(client, job)
+        if inline and job.status in ENDED and job.fetched_at is None:
             said.update(inline_archive(client, job))
-    said = {"instance": client.instance, "next": last, "load": client.cpu_load(), **room_json(client), "payloads": payloads}
-    return Answer(said)
+            inline -= 1
+        room -= 1000 + 12 * len(said["reason"] or "") + len(said.get("archive", ""))  # a character takes 12 bytes at most
+        if room < 0 and told:
+            break
+        told.append(job)
+        payloads.append(said)
+    return told, payloads
 
 
 def room_json(client: Client) -> dict[str, Any]:
@@ -9880,9 +10217,9 @@ def confirm(client: Client, done: str) -> None:
         drop_packings(client, ids)
 
 
-def any_ended(client: Client, since: int) -> bool | None:
-    """Return True where a payload has ended since then, else None."""
-    return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in client.store.jobs(CHANGED_SINCE, since=since)) or None
+def any_ended(changed: Iterable[Job]) -> bool | None:
+    """Return True if one of these payloads has ended, else None."""
+    return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed) or None
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
@@ -10017,7 +10354,7 @@ def part_of_entry(result: zipfile.ZipFile, entry: zipfile.ZipInfo, kept: Stream,
     return LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
 
 
-def job_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
+def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
     """Read a part of a job's output from wherever it is now; Refusal 404 or 503 where it is not to be had."""
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of job {job.id} were cleaned")
@@ -10027,11 +10364,12 @@ def job_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
     if job.dest_id is None or link is None:
         return LogPart(b"", offset)  # it has not come to a client yet
     try:
-        return LogPart(*link.logs(job, stream, offset))
+        with calling(server, request, link) as unwanted:
+            return LogPart(*link.logs(job, stream, offset, unwanted))
     except Gone as error:
         raise Refusal(404, str(error)) from error
     except (NothingSent, NoAnswer) as error:
-        raise Refusal(503, f"{link.name} {error}", Retry_After="5") from error
+        raise Refusal(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
 
 
 @route(
@@ -10055,7 +10393,7 @@ def job_logs(server: Server, request: Request, job_id: str) -> Answer:
         if not place.enter_context(server.waiters.place()):
             raise Refusal(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
         return Answer(followed_log(server, request, job, stream, offset, place), 200, headers)
-    part = job_log(server, job, stream, offset)
+    part = job_log(server, request, job, stream, offset)
     return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
 
 
@@ -10074,7 +10412,7 @@ def followed_log(
                 yield f"\n[joborch: attempt {attempt}]\n".encode()
             part = LogPart(b"", offset)
             with contextlib.suppress(Refusal):  # it cannot be had now, or will never be; the job's end is waited for
-                part = job_log(server, current, stream, offset)
+                part = job_log(server, request, current, stream, offset)
             pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
             offset = part.following
             yield part.text
@@ -10456,8 +10794,10 @@ def health_of(base_url: str) -> dict[str, Any]:
     import urllib3
 
     try:
-        answer = urllib3.request("GET", f"{base_url}/health", retries=False, timeout=CONNECT_TIMEOUT_S)
-        said = parse_json(answer.data)
+        options: dict[str, Any] = {"retries": False, "preload_content": False, "decode_content": False}
+        answer = urllib3.request("GET", f"{base_url}/health", timeout=CONNECT_TIMEOUT_S, **options)
+        with contextlib.closing(answer):
+            said = read_answer(answer.read(64 * KIB))
         if not isinstance(said, dict):
             return {"error": "it is no joborch"}
         date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
@@ -10477,18 +10817,16 @@ def examine_client(address: Address, service: Service) -> Iterator[Finding]:
         return
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock())
     link.services.append(service)
+    link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
     try:
         link.events(0, ())
         said.update(link.health())
         token = ""
     except (NothingSent, NoAnswer, Gone, ValueError) as error:
         token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
-    trouble = f", and says: {said['problem']}" if said.get("problem") else ""
-    kind = f" ({said['executor']})" if said.get("executor") else ""
-    yield Finding(
-        not token and not trouble,
-        f"service {service.name}: {address.name} answers{kind}{token}{trouble}",
-    )
+    trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
+    kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
+    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers{kind}{token}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
