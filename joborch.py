@@ -90,7 +90,7 @@ if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` 
     import bottle
     import urllib3
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # == 1. Vocabulary ==  Every word and number that several sections share, each with its unit in its name.
 
@@ -104,6 +104,7 @@ WAIT_LIMIT_S = 60.0  # the longest `?wait=`
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -132,6 +133,7 @@ DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTD
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
 OUTPUT_STREAMS = ("stdout", "stderr")
 OURS_HEADER = "X-Joborch"  # in each of our answers: a gateway between server and client has none
+NONCE_HEADER, MAC_HEADER = "X-Joborch-Nonce", "X-Joborch-Mac"  # a client's new nonce; the proof of an answer
 DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
 
 log = logging.getLogger("joborch")
@@ -298,11 +300,11 @@ def host_of(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def http_pool() -> urllib3.PoolManager:
-    """Return connections to a peer, which threads may share; nothing is tried again unasked."""
+def http_pool(**options: Any) -> urllib3.PoolManager:
+    """Return connections to a peer, which threads may share; nothing is tried again unasked. `options` are urllib3's."""
     import urllib3
 
-    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
+    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES, **options)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -587,6 +589,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
+    Setting(
+        "JOBORCH_CA_FILE",
+        "ca_file",
+        read_text,
+        "",
+        "certificates (PEM) that https clients are checked by, instead of the system's",
+        "server",
+    ),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
     Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
     Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
@@ -606,6 +616,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
     Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
+    Setting(
+        "PEER",
+        "peer",
+        one_of("joborch", "2.2"),
+        "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)",
+        "server",
+    ),
     Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
     Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
     Setting(
@@ -695,6 +713,7 @@ class Service:
     return_inputs: bool
     unreachable_after_s: float
     lost_after_s: float
+    peer: str = "joborch"  # or 2.2: its clients need not prove who they are
 
 
 @dataclass(frozen=True)
@@ -750,6 +769,7 @@ class Config:
     keep_rows_s: float
     max_upload_bytes: int
     min_free_bytes: int
+    ca_file: str
     compat: str
     log_level: str
     log_format: str
@@ -870,6 +890,7 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     token = str(values["token"] or "")
     if not token and values["token_file"]:
         token = read_token_file(str(values["token_file"]), prefix + "TOKEN_FILE")
+    values["peer"] = values["peer"] or ("2.2" if first and not bases and not token else "joborch")
     taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
     return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
 
@@ -983,8 +1004,21 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     return config
 
 
+def check_certificates(path: str) -> None:
+    """Refuse a JOBORCH_CA_FILE that holds no certificates."""
+    import ssl
+
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
+        raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
+
+
 def check_config(config: Config) -> None:
     """Refuse combinations that cannot be meant."""
+    if config.ca_file:
+        check_certificates(config.ca_file)
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
     if config.mode == "server" and not is_loopback(config.host) and not config.token and not config.allow_anonymous:
@@ -5480,6 +5514,165 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
 
 
+# -- the link between server and client: both prove that they hold the same token, which itself never travels --
+
+LINK_VERSION = 1
+OLD_SERVER_LOG_S = 3600.0  # so often a client says in its log that a server of version 0.1.0 calls it
+SESSIONS_LIMIT = 1000  # of one client: a server has one for each of its starts and tokens
+WINDOW = 4096  # requests of one session that may overtake each other
+SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
+PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=64)
+def link_key(token: str) -> bytes:
+    """Return the key that server and client derive from their token; slow, so that a token cannot be searched for by its MACs."""
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One request of a server, and what it and its answer are proven with."""
+
+    key: bytes
+    server: str  # nonces: random, one for each start of a process, not secret
+    client: str
+    number: int  # each is used once
+    method: str
+    target: str
+
+    def mac(self, kind: str, *said: Any) -> str:
+        """Return the MAC (HMAC-SHA-256, hex) of what is said in this request or its answer; as JSON no two lists look alike."""
+        text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
+        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
+
+    def of_request(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the MAC of this request; of its headers, those named X-Joborch-... and the type of its body count."""
+        said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
+        ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
+        return self.mac("request", length, said.get("content-type", ""), ours)
+
+    def of_answer(self, status: int, headers: Mapping[str, str]) -> str:
+        """Return the MAC of the answer to this request; the body is compared by the length and digest that its head names."""
+        return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
+
+    def authorization(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the header Authorization that proves this request."""
+        mac = self.of_request(headers, length)
+        return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
+
+
+class Session:
+    """A server's side of the link to one start of a client: it numbers the requests."""
+
+    def __init__(self, token: str, client: str) -> None:
+        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
+        self.numbers = itertools.count(1)  # next() is atomic
+
+    def proof(self, method: str, target: str) -> Proof:
+        """Return what proves the next request."""
+        return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
+
+
+class ProofReader:
+    """A client's side of the link: it knows a server by the token, and takes each request once."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens, self.lock = tokens, threading.Lock()
+        self.nonce = secrets.token_hex(16)
+        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
+
+    def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
+        """Return the proof of a request; Refusal 401 where it does not fit, comes again, or is meant for an earlier start."""
+        shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
+        if shown is None:
+            raise unproven("the proof cannot be read")
+        server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
+        if client != self.nonce:
+            raise unproven("this client was started anew: ask GET /hello again", self.nonce)
+        for token in self.tokens:
+            proof = Proof(link_key(token), server, client, number, method, target)
+            if hmac.compare_digest(proof.of_request(headers, length), mac):
+                self.take(proof)
+                return proof
+        raise unproven("the token is wrong, or the request was changed on its way")
+
+    def take(self, proof: Proof) -> None:
+        """Note a request's number in a sliding window, as IPsec does (RFC 4303, 3.4.3); Refusal 401 where it came before."""
+        session = (proof.server, proof.key)
+        with self.lock:
+            if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
+                self.seen.clear()  # what was proven by the old nonce is worth nothing from now on: nothing of it can come again
+                self.nonce = secrets.token_hex(16)
+                raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
+            highest, bits = self.seen.get(session, (0, 0))
+            if proof.number > highest:
+                bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
+            bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
+            if not bit or bits & bit:
+                raise unproven("this request came before, or far too late")
+            self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
+
+
+def unproven(message: str, nonce: str = "") -> Refusal:
+    """Return the answer to a server that has not proven itself; with `nonce`, it may do so by that one."""
+    return Refusal(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
+
+
+def far_uid(connection: socket.socket) -> int | None:
+    """Return the user whom a connection that we made has reached on this machine, or None where that cannot be told.
+
+    Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
+    """
+    peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
+    wild = "::" if ":" in peer[0] else "0.0.0.0"
+    uid = tcp_uid(peer, here)
+    for listener in (peer, (wild, peer[1]), ("::", peer[1])):
+        if uid is None:
+            uid = tcp_uid(listener, ("::" if ":" in listener[0] else wild, 0))
+    tcp_established = 1
+    # Only if it is still ours: what was found may else be a later socket with the same ends.
+    return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == tcp_established else None
+
+
+def looking_pool(look: Callable[[socket.socket], None], ca_file: str) -> urllib3.PoolManager:
+    """Return connections to a client; `look` sees each before its first byte, and raises NothingSent where it is not to be used."""
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    def looked_at(made: socket.socket) -> socket.socket:
+        try:
+            look(made)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    class Plain(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return looked_at(super()._new_conn())
+
+    class Tls(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return looked_at(super()._new_conn())
+
+    pools = {
+        "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": Plain}),
+        "https": type("TlsPool", (HTTPSConnectionPool,), {"ConnectionCls": Tls}),
+    }
+    pool = http_pool(**({"ca_certs": ca_file} if ca_file else {}))
+    pool.pool_classes_by_scheme = pools
+    return pool
+
+
+def client_token_file() -> Path | None:
+    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
+    try:
+        return Path(default_folder("config")) / "client-token"
+    except ConfigError:
+        return None
+
+
 # == 21. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
@@ -5498,6 +5691,10 @@ class FilesBody:
         self.digest_room = digest_bytes if with_digests else 0
         ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
         self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin anew: the body is sent once more."""
         self.chunks, self.rest = self.generate(), b""
 
     def part_head(self, path: str) -> bytes:
@@ -5666,6 +5863,20 @@ def repr_digest(sha256_hex: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
+def read_hello(status: int, text: bytes) -> dict[str, Any]:
+    """Return what a client of ours answers to /hello: its `nonce`, and whether it has a token to prove (`proof`).
+
+    Raises NothingSent for anything else.
+    """
+    if status != 200:
+        raise NothingSent(refused_text(status, text))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = parse_json(text)
+        if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
+            return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
+    raise NothingSent("answers rubbish to /hello: is it a joborch client?")
+
+
 def read_submit_answer(status: int, text: bytes) -> str:
     """Return the payload id of an answer to /submit, or raise what the answer means."""
     if status in (200, 201):
@@ -5743,20 +5954,16 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-def client_token_file() -> Path | None:
-    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
-    try:
-        return Path(default_folder("config")) / "client-token"
-    except ConfigError:
-        return None
-
-
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
-    def __init__(self, address: Address, data: DataFolder, clock: Clock) -> None:
-        self.address, self.data, self.clock = address, data, clock
+    def __init__(self, address: Address, data: DataFolder, clock: Clock, ca_file: str = "") -> None:
+        self.address, self.data, self.clock, self.ca_file = address, data, clock, ca_file
         self.name = address.name
+        self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
+        self.sessions: dict[str, Session | None] = {}  # by token; None: it is called without proof
+        self.opening = threading.Lock()
+        self.outdated = False  # it runs joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
@@ -5787,16 +5994,31 @@ class Link:
         """Return what a 2.2 client's calls take turns by: it may number from 1 again, so none may overtake a submit."""
         return self.one_at_a_time if self.legacy else contextlib.nullcontext()
 
-    def token(self) -> str:
-        """Return what to show this client: the setting of one of its services, else what a client of this user made here."""
-        for service in self.services:
-            if service.token:
-                return service.token
-        path = client_token_file()
+    def token(self, service: str | None = None) -> str:
+        """Return the token that this client must have: a service's own, else the one that a client of this user made here.
+
+        Without the name of one of its services it is that of any of them. The file is for this machine alone.
+        """
+        set_ones = self.set_tokens()
+        token = set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
+        path = client_token_file() if self.on_loopback and not token else None
         try:  # read again each time: the client may start later
-            return path.read_text(encoding="ascii").strip() if path else ""
+            return path.read_text(encoding="ascii").strip() if path else token
         except OSError:
             return ""
+
+    def set_tokens(self) -> dict[str | None, str]:
+        """Return the tokens that are set, by service; empty texts where there is none."""
+        return {service.name: service.token for service in self.services}
+
+    def may_be_22(self) -> bool:
+        """Tell whether all its services say that this may be a 2.2 client, which cannot prove who it is."""
+        return bool(self.services) and all(service.peer == "2.2" for service in self.services)
+
+    def remedy(self, setting: str, lacking: Callable[[Service], bool]) -> str:
+        """Return the full name of a setting for a service that lacks it."""
+        name = next((service.name.upper() for service in self.services if lacking(service)), "<NAME>")
+        return f"SERVICE_{name}_{setting}"
 
     # -- health --
 
@@ -5871,39 +6093,197 @@ class Link:
         state = (self.load, now - self.failed_at, turning, self.legacy)
         return Place(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
+    # -- proof --
+
+    def look(self, made: socket.socket) -> None:
+        """Refuse a connection that has reached another user of this machine, before its first byte.
+
+        With tokens that are set for all its services he may hold them too: then he has to prove it. A 2.2 client cannot.
+        """
+        if not is_loopback(made.getpeername()[0]):
+            return
+        uid = far_uid(made)
+        by_mac = bool(self.services) and all(self.set_tokens().values()) and not self.may_be_22()
+        if uid in (os.getuid(), 0) or by_mac:
+            return
+        self.sessions.clear()
+        whose = "does not answer to a user who can be told" if uid is None else f"belongs to the user {uid}"
+        remedy = "set " + self.remedy("TOKEN", lambda service: not service.token) + " to its token"
+        raise NothingSent(
+            f"is not called: its port {made.getpeername()[1]} on this machine {whose}; end what listens there, "
+            f"or, if that user runs this client, {'let this user run it' if self.may_be_22() else remedy}"
+        )
+
+    def session(self, service: str | None, patience_s: float = HELLO_TIMEOUT_S) -> Session | None:
+        """Return what proves calls for a service to this client, None where it is called without; NothingSent where neither is possible.
+
+        Without the name of one of its services, any of their tokens will do.
+        """
+        if self.legacy and not self.may_be_22():
+            raise NothingSent(self.no_joborch("it has no common base URL"))
+        names = [service] if service in self.set_tokens() else list(self.set_tokens()) or [None]
+        trouble: NothingSent | None = None
+        with self.opening:
+            tokens = list(dict.fromkeys(map(self.token, names)))
+            for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in self.sessions):
+                try:
+                    if token not in self.sessions:
+                        self.sessions[token] = self.open_session(service, token, patience_s)
+                    return self.sessions[token]
+                except NothingSent as error:
+                    trouble = trouble or error
+                except NoAnswer as error:  # to a call that matters to nobody
+                    trouble = trouble or NothingSent(str(error))
+        if trouble is not None:
+            raise trouble
+        return None
+
+    def open_session(self, service: str | None, token: str, patience_s: float) -> Session | None:
+        """Ask who answers, and let it prove itself, by calls that matter to nobody."""
+        said = self.greet(patience_s)
+        if said is None:
+            return None
+        is_set = bool(token) and token in self.set_tokens().values()
+        if not token and not self.on_loopback and not self.may_be_22():
+            setting = self.remedy("TOKEN", lambda each: each.name == service or (service is None and not each.token))
+            raise NothingSent(f"is not called, since nothing proves who it is: set {setting} to its token")
+        if not token or not (said["proof"] or is_set):
+            return None  # without a token, on loopback, `look` has seen that it is this user's
+        session, url = Session(token, said["nonce"]), f"{self.address.base_url}/hello"
+        answer, proven = self.prove("GET", url, patience_s, session)
+        text = read_some(answer, 4 * KIB)
+        if not proven:
+            if answer.status in (401, 403):
+                raise Refused(refused_text(answer.status, text))
+            raise NothingSent(self.unproven(answer))
+        return session
+
+    def greet(self, patience_s: float) -> dict[str, Any] | None:
+        """Say hello, which tells nothing; return what a client of ours says, None for a 2.2 client. NothingSent for all others."""
+        answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
+        version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
+        self.outdated = bool(version) and answer.status == 404
+        if self.outdated:
+            self.silent_since = self.clock.monotonic()  # it answers: what it runs is not lost
+            raise NothingSent(
+                f"runs joborch {version}, which cannot prove who it is: replace its joborch.pyz by version {__version__}; its jobs wait"
+            )
+        if version:
+            self.ours = True
+            return read_hello(answer.status, text)
+        if self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
+            raise NothingSent(f"did not answer: somebody else did in its place, with {answer.status}")
+        if not 400 <= answer.status < 500:
+            raise NothingSent(refused_text(answer.status, text) if answer.status >= 500 else "answers rubbish: is it a joborch client?")
+        if not self.may_be_22():
+            raise NothingSent(self.no_joborch(f"it answered {answer.status} to /hello"))
+        self.legacy = True
+        return None
+
+    def no_joborch(self, why: str) -> str:
+        """Return what is to be said of a client that cannot prove itself, and need not be called without."""
+        setting = self.remedy("PEER", lambda service: service.peer != "2.2")
+        return f"cannot prove who it is, since {why}: set {setting}=2.2 if it is a 2.2 client"
+
+    def unproven(self, answer: urllib3.BaseHTTPResponse) -> str:
+        """Return what is to be said of an answer that is not proven."""
+        if OURS_HEADER in answer.headers and MAC_HEADER not in answer.headers:
+            why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
+        else:
+            why = "set SERVICE_<NAME>_TOKEN to this client's token, or find out who listens there"
+        what = f"somebody who does not know its token answered in its place, with {answer.status}, or changed its answer"
+        return f"is not believed: {what}; {why}"
+
+    def prove(
+        self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any
+    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+        """Make one call with its proof; return the answer, and whether it is proven too. One that is not ends the session."""
+        base, headers = self.address.base_url, options.pop("headers", {})
+        target = (
+            url[len(base) :] if url.startswith(base) else "/" + url.split("://", 1)[-1].partition("/")[2]
+        )  # gateways take the prefix off
+        proof = session.proof(method, target)
+        proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
+        answer = self.exchange(method, url, read_timeout_s, headers=proven, **options)
+        fits = hmac.compare_digest(answer.headers.get(MAC_HEADER, "").encode(), proof.of_answer(answer.status, answer.headers).encode())
+        if not fits:
+            self.sessions.clear()
+        return answer, fits
+
     # -- calls --
 
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
         """The connections to this client."""
-        return http_pool()
+        return looking_pool(self.look, self.ca_file)
 
-    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
-        """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer."""
+    def call(
+        self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any
+    ) -> urllib3.BaseHTTPResponse:
+        """Make one call for a service; the body is read by the caller. NothingSent where nothing of it can have gone out, else NoAnswer."""
+        was_22 = self.legacy
+        session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
+        if self.legacy and not was_22:
+            raise NothingSent("has no /hello: it is called as a 2.2 client from now on")
+        if session is None:
+            return self.its_own(self.call_unproven(method, url, read_timeout_s, service, **options))
+        answer, proven = self.prove(method, url, read_timeout_s, session, **options)
+        if not proven and answer.status == 401 and NONCE_HEADER in answer.headers:
+            answer.close()
+            answer, proven = self.call_again(method, url, read_timeout_s, service, **options)
+        if not proven:
+            answer.close()
+            raise NoAnswer(self.unproven(answer))
+        self.ours = True
+        return answer
+
+    def call_again(
+        self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any
+    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+        """Make a call once more, to a client that says it was started anew. Who says so has not proven it: the call may have been done."""
+        if "body" in options:
+            options["body"].rewind()
+        try:
+            session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
+            if session is None:
+                raise NothingSent("was started anew, and cannot prove who it is")
+            return self.prove(method, url, read_timeout_s, session, **options)
+        except NothingSent as error:
+            raise NoAnswer(str(error)) from error
+
+    def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> urllib3.BaseHTTPResponse:
+        """Make one call to a client that cannot prove who it is. Only a token that is set is shown, and only to a 2.2 client."""
+        headers = dict(options.pop("headers", {}))
+        if self.legacy:
+            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
+            shown = self.set_tokens().get(service) or next(filter(None, self.set_tokens().values()), "")
+            headers.update({"Authorization": f"Bearer {shown}"} if shown and self.may_be_22() else {})
+        return self.exchange(method, url, read_timeout_s, headers=headers, **options)
+
+    def exchange(self, method: str, url: str, read_timeout_s: float, **options: Any) -> urllib3.BaseHTTPResponse:
+        """Send one request and return the head of its answer. NothingSent where no byte can have gone out, else NoAnswer."""
         import urllib3
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
-        headers = options.pop("headers", {})
-        token = self.token()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        if self.legacy:
-            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
-            answer = self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, preload_content=False, **options)
+            return self.pool.request(method, url, timeout=timeout, redirect=False, preload_content=False, **options)
         except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
+            self.sessions.clear()  # whoever answers next, has to prove himself
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         except (HTTPError, OSError) as error:
+            self.sessions.clear()
             if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
-                raise NothingSent("cannot be reached: its TLS certificate is not trusted here") from error
+                raise NothingSent("cannot be reached: its TLS certificate is not trusted here; see JOBORCH_CA_FILE") from error
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
-        return self.its_own(answer)
 
     def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
         if OURS_HEADER in answer.headers:
             self.ours = True
+            if self.legacy and self.address.base_url and answer.status in (401, 403):  # one of ours has taken a 2.2 client's place
+                self.legacy = False
+                self.sessions.clear()
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
             raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
@@ -5925,23 +6305,25 @@ class Link:
             "X-Joborch-User": str(job.user_id),
             "X-Joborch-Cpus": str(job.cpus),
             **({} if self.legacy else {"X-Joborch-Digests": "1"}),
+            **({} if self.legacy or not job.inputs_sha256 else {"X-Joborch-Inputs": job.inputs_sha256}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
             **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
-        answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
+        answer = self.call("POST", self.address.upload_url, service=job.service, body=body, headers=headers)
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
     def events(self, wait_s: float, done: Sequence[str]) -> Heard:
-        """Wait for changes at the client: one long poll for all its payloads. Gone: it has no /events.
+        """Wait for changes at the client: one long poll for all its payloads. Gone: it is a 2.2 client, which has no /events.
 
         `done` are payloads whose results are safe here: the client need not keep them for us any longer.
         """
+        self.session(None)
+        if self.legacy:
+            raise Gone("no /events")
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
         text = read_some(answer, 256 * MIB)
-        if answer.status == 404:
-            raise Gone("no /events")
         if answer.status != 200:
             raise NothingSent(refused_text(answer.status, text))
         try:
@@ -5958,7 +6340,7 @@ class Link:
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
-        answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job))
+        answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", service=job.service, headers=named(job))
         if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             answer.close()
             return {"status": Status.COMPLETED.value}
@@ -5993,7 +6375,7 @@ class Link:
 
     def fetch_rest(self, job: Job, url: str, into: Transfer) -> None:
         """Ask once for what is missing of a ZIP, and take in what comes."""
-        answer = self.call("GET", url, headers={**named(job), **into.wanted()})
+        answer = self.call("GET", url, service=job.service, headers={**named(job), **into.wanted()})
         if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             return take_rest(answer, into)
         text = read_some(answer, KIB)
@@ -6011,7 +6393,7 @@ class Link:
         url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
         if self.legacy:
             raise Gone(f"{self.name} shows no output while a script runs: it is a 2.2 client")
-        answer = self.call("GET", url, read_timeout_s=10, headers=named(job))
+        answer = self.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job))
         text = read_some(answer, 2 * LOG_PART_BYTES)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -6022,7 +6404,7 @@ class Link:
 
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
-        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", headers=named(job))
+        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", service=job.service, headers=named(job))
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -6179,6 +6561,8 @@ class Node:
         self.loops: dict[str, Loop] = {}
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
+        self.proofs = ProofReader(self.tokens)
+        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
@@ -6301,7 +6685,7 @@ class Server(Node):
             for address in service.addresses:
                 link = self.links.get(address.name)
                 if link is None:
-                    link = Link(address, data, self.clock)
+                    link = Link(address, data, self.clock, config.ca_file)
                     self.links[address.name] = link
                 link.services.append(service)
         for row in store.read(DRAINED_ALL):
@@ -6968,7 +7352,7 @@ def judge(server: Server, job: Job) -> None:
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
     elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
+        judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
@@ -6999,7 +7383,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
-    if any(not link.failures or link.silent_s() <= service.unreachable_after_s for link in links):
+    if any(not link.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
@@ -7734,6 +8118,26 @@ def check_caller(node: Node, headers: Mapping[str, str], peer_uid: Callable[[], 
         raise Refusal(403, "another user of this machine needs a token: set JOBORCH_TOKEN for the server and show it")
 
 
+def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof | None:
+    """Return the proof that a request bears, None where it bears none; Refusal 401 where it does not fit."""
+    asked = node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")
+    return node.proofs.accept(headers, method, target, length) if asked else None
+
+
+def check_access(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer_uid: Callable[[], int | None]) -> None:
+    """Let a request through to a route for `who`; Refusal 401 or 403, or 426 for a server that shows its token instead of proving it."""
+    if who == "anyone" or proof is not None:
+        return
+    check_caller(node, headers, peer_uid)
+    if who == "server" and node.tokens:
+        now = node.clock.monotonic()
+        if now - node.old_server_at > OLD_SERVER_LOG_S:
+            node.old_server_at = now
+            log.warning("a server shows its token as joborch 0.1.0 does: replace its joborch.pyz by version %s; its jobs wait", __version__)
+        what = f"this client is joborch {__version__}, and this server cannot prove who it is, as joborch 0.1.0 cannot"
+        raise Refusal(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
+
+
 # == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 
@@ -7833,7 +8237,7 @@ class Route:
     method: str
     path: str  # with <name> for its parts that vary
     mode: str  # server, client, or both in one text
-    who: str  # anyone or caller
+    who: str  # anyone, caller, or server: one that proved itself by the link's MAC, and who may call where no token is set
     summary: str
     takes: tuple[Parameter, ...]
     gives: Mapping[int, Gives]
@@ -8048,6 +8452,7 @@ def make_parser_class(node: Node) -> Any:
 
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         content_length: Any
+        proof: Proof | None = None  # of the server that sent it
 
         def __init__(self, adj: Any, channel: Any) -> None:
             super().__init__(adj)
@@ -8056,9 +8461,10 @@ def make_parser_class(node: Node) -> Any:
         def parse_header(self, header_plus: bytes) -> None:
             super().parse_header(header_plus)
             try:
+                length = -1 if self.chunked else self.content_length
+                self.proof = proof_of(node, self.headers, self.command, self.request_uri, length)
                 found = find_route(node.config.mode, self.command, self.path)
-                if found.who != "anyone":
-                    check_caller(node, self.headers, self.channel.uid)
+                check_access(node, found.who, self.proof, self.headers, self.channel.uid)
                 check_size(node, found, self.content_length, self.chunked)
             except Refusal as refusal:
                 self.refuse(refusal)
@@ -8098,6 +8504,32 @@ def make_error_task_class() -> Any:
             self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
 
     return ErrorTask
+
+
+def make_signing(task_class: Any) -> Any:
+    """Return a task of waitress that proves its answer to a server that has proven its request."""
+
+    class Signing(task_class):  # type: ignore[misc]
+        def build_response_header(self) -> bytes:
+            head = bytes(super().build_response_header())
+            # Not self.request: for what fails beneath us waitress makes up another one.
+            asked = getattr(next(iter(self.channel.requests), None), "proof", None)
+            if asked is None:
+                return head
+            mac = asked.of_answer(int(self.status.split()[0]), FoldedHeaders(self.response_headers))
+            return head[:-2] + f"{MAC_HEADER}: {mac}\r\n\r\n".encode()
+
+    return Signing
+
+
+class FoldedHeaders(dict[str, str]):
+    """Headers by name, in any case of letters."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        super().__init__((name.lower(), value) for name, value in pairs)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
 
 
 class Turns:
@@ -8177,11 +8609,12 @@ class Turns:
 def make_channel_class(node: Node) -> Any:
     """Return the class of our connections, for waitress."""
     import waitress.channel
+    import waitress.task
 
     parser_class = make_parser_class(node)
 
     class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
-        error_task_class = make_error_task_class()
+        task_class, error_task_class = make_signing(waitress.task.WSGITask), make_signing(make_error_task_class())
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -8875,6 +9308,7 @@ SUBMIT_HEADERS = (
     Parameter("X-Joborch-Cpus", "header", "integer", "cores it needs", 1, least=1, most=1_000_000),
     Parameter("X-Joborch-Memory", "header", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
     Parameter("X-Joborch-Timeout", "header", "number", "run time limit in seconds", 3600),
+    Parameter("X-Joborch-Inputs", "header", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
     Parameter("X-Joborch-Digests", "header", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
     Parameter("X-Joborch-Return-Inputs", "header", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
 )
@@ -8946,6 +9380,7 @@ def received_form(request: Request, work: Path) -> Form:
     try:
         form = FormReader(work, by_name=True).read(request.stream, request.header("Content-Type"), request.length)
         check_digests(form, ours)
+        check_inputs(form, request.header("X-Joborch-Inputs"))
         if not form.files:
             raise Refusal(400, "there is no file: send at least run.sh", "file")
     except Refusal as refusal:
@@ -8966,6 +9401,12 @@ def check_digests(form: Form, wanted: bool) -> None:
         raise Refusal(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
         raise Refusal(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+
+
+def check_inputs(form: Form, meant: str) -> None:
+    """Compare what came with the digest in the request's head, which is proven where the server is; Refusal 503 makes it send again."""
+    if meant and meant.lower() != inputs_digest({file.path: file.sha256 for file in form.files}):
+        raise Refusal(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
 
 
 def remember_inputs(folder: Path, form: Form) -> None:
@@ -9093,7 +9534,14 @@ CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
-@route("GET", "/events", "client", who="caller", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
+OLD_SERVER = Gives(
+    "a server that shows its token and cannot prove it: joborch 0.1.0",
+    JSON_TYPE,
+    {"message": "this server cannot prove who it is: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
+)
+
+
+@route("GET", "/events", "client", who="server", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 426: OLD_SERVER, 503: TOO_MANY})
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
@@ -9142,6 +9590,15 @@ def confirm(client: Client, done: str) -> None:
 def any_ended(client: Client, since: int) -> bool | None:
     """Return True where a payload has ended since then, else None."""
     return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in client.store.jobs(CHANGED_SINCE, since=since)) or None
+
+
+EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
+
+
+@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves itself here", JSON_TYPE, EXAMPLE_HELLO)})
+def hello(client: Client, request: Request) -> Answer:
+    """Tell a server the nonce of this start, by which it and the client prove that they hold the same token."""
+    return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
@@ -9388,7 +9845,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "operationId": declared.handler.__name__,
         "summary": declared.summary,
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
-        "security": [{}] if declared.who == "anyone" else [{}, {"token": []}],
+        "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
     if declared.who != "anyone":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
@@ -9523,7 +9980,7 @@ def examine(config: Config) -> Iterator[Finding]:
                 yield Finding(False, str(error))
     for service in config.services.values():
         for address in service.addresses:
-            yield from examine_client(address, service)
+            yield from examine_client(address, service, config.ca_file)
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:
@@ -9576,7 +10033,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def health_of(base_url: str) -> dict[str, Any]:
-    """Return what /health says, with `ahead_s`, by how much the peer's clock is ahead; `error` says why there is no answer."""
+    """Return what /health says to anyone; `error` says why there is no answer."""
     import urllib3
 
     try:
@@ -9584,40 +10041,49 @@ def health_of(base_url: str) -> dict[str, Any]:
         said = parse_json(answer.data)
         if not isinstance(said, dict):
             return {"error": "it is no joborch"}
-        date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        return {**said, "ahead_s": date - time.time()}
-    except (urllib3.exceptions.HTTPError, ValueError, TypeError, KeyError) as error:
+        return said
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
         return {"error": plain_cause(error)}
 
 
-def examine_client(address: Address, service: Service) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, takes our token, works, and has our time."""
-    said = health_of(address.base_url or client_root(address))
-    if "error" in said or "mode" not in said:
-        why = said.get("error", "it does not say that it is joborch: a 2.2 client?")
-        yield Finding(
-            False if "error" in said else None, f"service {service.name}: {address.name}: {why}; is the client up, and the URL right?"
-        )
-        return
-    link = Link(address, DataFolder(tempfile.gettempdir()), Clock())
+def examine_client(address: Address, service: Service, ca_file: str) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, proves itself, works, and has our time."""
+    link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
+    name = f"service {service.name}: {address.name}"
     try:
-        link.events(0, ())
-        token = ""
-    except (NothingSent, NoAnswer, Gone) as error:
-        token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
+        if not link.legacy:
+            link.events(0, ())
+            said = said_of_health(link)
+        else:
+            link.ping()
+            yield Finding(None, f"{name} answers, and is taken for a 2.2 client, which cannot prove who it is")
+            return
+    except Gone:
+        yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
+        return
+    except (NothingSent, NoAnswer) as error:
+        text = str(error).replace("<NAME>", service.name.upper())
+        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
+        yield Finding(False, f"{name} does not let us in: {text}" if link.ours else f"{name}: {text}{hint}")
+        return
     trouble = f", and says: {said['problem']}" if said.get("problem") else ""
-    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers ({said.get('executor')}){token}{trouble}")
+    yield Finding(not trouble, f"{name} answers ({said.get('executor')}){trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
         )
 
 
-def client_root(address: Address) -> str:
-    """Return the scheme and host of a client that has no base URL."""
-    parts = urlsplit(address.upload_url)
-    return f"{parts.scheme}://{parts.netloc}"
+def said_of_health(link: Link) -> dict[str, Any]:
+    """Return what a client says of itself to a server that has proven who it is, with `ahead_s`, by how much its clock is ahead."""
+    answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
+    text = read_some(answer, 64 * KIB)
+    try:
+        said = parse_json(text)
+        return {**said, "ahead_s": parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
 # == 39. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
