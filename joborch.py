@@ -1005,11 +1005,12 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
 
 
 def check_certificates(path: str) -> None:
-    """Refuse a JOBORCH_CA_FILE that holds no certificates."""
+    """Refuse a JOBORCH_CA_FILE that holds no certificates; an empty text is none."""
     import ssl
 
     try:
-        ssl.create_default_context(cafile=path)
+        if path:
+            ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
         raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
@@ -1017,8 +1018,6 @@ def check_certificates(path: str) -> None:
 
 def check_config(config: Config) -> None:
     """Refuse combinations that cannot be meant."""
-    if config.ca_file:
-        check_certificates(config.ca_file)
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
     if config.mode == "server" and not is_loopback(config.host) and not config.token and not config.allow_anonymous:
@@ -9534,6 +9533,7 @@ CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
+UNPROVEN = Gives("no server that proves itself", JSON_TYPE, {"message": "the token is wrong, or the request was changed on its way"})
 OLD_SERVER = Gives(
     "a server that shows its token and cannot prove it: joborch 0.1.0",
     JSON_TYPE,
@@ -9541,7 +9541,14 @@ OLD_SERVER = Gives(
 )
 
 
-@route("GET", "/events", "client", who="server", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 426: OLD_SERVER, 503: TOO_MANY})
+@route(
+    "GET",
+    "/events",
+    "client",
+    who="server",
+    takes=EVENTS_TAKES,
+    gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
+)
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     since, wait_s = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait")
@@ -9847,7 +9854,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
-    if declared.who != "anyone":
+    if declared.who == "caller":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
                 str(code),
@@ -10276,6 +10283,7 @@ def name_results(store: Store, data: DataFolder) -> None:
 
 def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
+    check_certificates(config.ca_file)
     data = DataFolder(config.data_path)
     data.open()
     crash_point("start.locked")

@@ -412,7 +412,7 @@ EVENTS = {"instance": "i", "next": 7, "slots": 2, "payloads": [{"id": 1}]}
     ("said", "wanted"),
     [
         (reply(200, EVENTS), joborch.Heard("i", 7, 2, [{"id": 1}])),
-        (reply(404), Gone),
+        (reply(404), NothingSent),
         (reply(401), NothingSent),
         (reply(500), NothingSent),
         (reply(503, {"message": "too many callers wait here"}), NothingSent),
