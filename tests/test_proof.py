@@ -576,6 +576,20 @@ def test_who_took_the_port_gets_nothing(user: int | None, proof: bool, make_pair
     ends_once(server, number, marks)
 
 
+def test_who_takes_the_port_later_gets_nothing(own_pair: Pair, tmp_path: Path) -> None:
+    """A client that had proven itself, and died: whoever answers next has to prove himself anew."""
+    script, marks = marked(tmp_path, "# the-secret-of-the-script")
+    ends_once(own_pair.server, submit(own_pair.server, script), marks)
+    marks.unlink()
+    own_pair.client.kill()
+    with squatter(tmp_path, own_pair.client.port) as seen:
+        number = submit(own_pair.server, script)
+        wait_for(lambda: "mac=" in seen.read_text() and waiting(own_pair.server, number, "is not believed"), 60, "a reason to wait")
+        assert not re.search(f"secret|{Pair.TOKEN}|Bearer|/submit|/events", seen.read_text())
+    own_pair.client.start()
+    ends_once(own_pair.server, number, marks)
+
+
 def waiting(server: Process, number: int, *words: str) -> str:
     """What a job waits for, where that has these words."""
     said = str(server.job(number)["waiting_for"])
@@ -793,7 +807,7 @@ def test_a_client_of_version_0_1_0(old: list[str], make_pair: MakePair, tmp_path
     assert f"127.0.0.1:{own.client.port}" in told
     assert "replace its joborch.pyz by this version" in told or f"by version {joborch.__version__}" in told
     wait_for(lambda: server.job(running)["status"] == "Unknown", 60, "the job that runs there Unknown")
-    assert server.log.count("runs joborch 0.1.0") == 1
+    assert server.log.count(f"client 127.0.0.1:{own.client.port}: runs joborch 0.1.0") == 1
     (tmp_path / "gate").touch()
     own.client.stop()
     own.client.program = new
