@@ -6190,8 +6190,8 @@ class Link:
             why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
         else:
             why = "set SERVICE_<NAME>_TOKEN to this client's token, or find out who listens there"
-        what = f"somebody who does not know its token answered in its place, with {answer.status}, or changed its answer"
-        return f"is not believed: {what}; {why}"
+        what = f"somebody who does not know its token did in its place, with {answer.status}, or changed its answer"
+        return f"did not answer: {what}; {why}"
 
     def prove(
         self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any
