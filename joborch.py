@@ -5998,13 +5998,17 @@ class Link:
 
         Without the name of one of its services it is that of any of them. The file is for this machine alone.
         """
-        set_ones = self.set_tokens()
-        token = set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
+        token = self.set_token(service)
         path = client_token_file() if self.on_loopback and not token else None
         try:  # read again each time: the client may start later
             return path.read_text(encoding="ascii").strip() if path else token
         except OSError:
             return ""
+
+    def set_token(self, service: str | None) -> str:
+        """Return the token that is set for a service; without the name of one of its services, for any of them."""
+        set_ones = self.set_tokens()
+        return set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
 
     def set_tokens(self) -> dict[str | None, str]:
         """Return the tokens that are set, by service; empty texts where there is none."""
@@ -6099,9 +6103,13 @@ class Link:
 
         With tokens that are set for all its services he may hold them too: then he has to prove it. A 2.2 client cannot.
         """
-        if not is_loopback(made.getpeername()[0]):
-            return
-        uid = far_uid(made)
+        try:
+            port = made.getpeername()[1]
+            if not is_loopback(made.getpeername()[0]):
+                return
+            uid = far_uid(made)
+        except OSError as error:
+            raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         by_mac = bool(self.services) and all(self.set_tokens().values()) and not self.may_be_22()
         if uid in (os.getuid(), 0) or by_mac:
             return
@@ -6109,7 +6117,7 @@ class Link:
         whose = "does not answer to a user who can be told" if uid is None else f"belongs to the user {uid}"
         remedy = "set " + self.remedy("TOKEN", lambda service: not service.token) + " to its token"
         raise NothingSent(
-            f"is not called: its port {made.getpeername()[1]} on this machine {whose}; end what listens there, "
+            f"is not called: its port {port} on this machine {whose}; end what listens there, "
             f"or, if that user runs this client, {'let this user run it' if self.may_be_22() else remedy}"
         )
 
@@ -6124,11 +6132,12 @@ class Link:
         trouble: NothingSent | None = None
         with self.opening:
             tokens = list(dict.fromkeys(map(self.token, names)))
-            for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in self.sessions):
+            known = dict(self.sessions)  # a call that fails meanwhile clears the table
+            for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in known):
                 try:
-                    if token not in self.sessions:
-                        self.sessions[token] = self.open_session(service, token, patience_s)
-                    return self.sessions[token]
+                    if token not in known:
+                        self.sessions[token] = known[token] = self.open_session(service, token, patience_s)
+                    return known[token]
                 except NothingSent as error:
                     trouble = trouble or error
                 except NoAnswer as error:  # to a call that matters to nobody
@@ -6193,15 +6202,17 @@ class Link:
         what = f"somebody who does not know its token did in its place, with {answer.status}, or changed its answer"
         return f"did not answer: {what}; {why}"
 
+    def target_of(self, url: str) -> str:
+        """Return what the client sees of a URL: path and query, without what a gateway before it takes off."""
+        base = self.address.base_url
+        return url[len(base) :] if url.startswith(base) else "/" + url.partition("://")[2].partition("/")[2]
+
     def prove(
         self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any
     ) -> tuple[urllib3.BaseHTTPResponse, bool]:
         """Make one call with its proof; return the answer, and whether it is proven too. One that is not ends the session."""
-        base, headers = self.address.base_url, options.pop("headers", {})
-        target = (
-            url[len(base) :] if url.startswith(base) else "/" + url.split("://", 1)[-1].partition("/")[2]
-        )  # gateways take the prefix off
-        proof = session.proof(method, target)
+        headers = options.pop("headers", {})
+        proof = session.proof(method, self.target_of(url))
         proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
         answer = self.exchange(method, url, read_timeout_s, headers=proven, **options)
         fits = hmac.compare_digest(answer.headers.get(MAC_HEADER, "").encode(), proof.of_answer(answer.status, answer.headers).encode())
@@ -6255,7 +6266,7 @@ class Link:
         headers = dict(options.pop("headers", {}))
         if self.legacy:
             headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
-            shown = self.set_tokens().get(service) or next(filter(None, self.set_tokens().values()), "")
+            shown = self.set_token(service)
             headers.update({"Authorization": f"Bearer {shown}"} if shown and self.may_be_22() else {})
         return self.exchange(method, url, read_timeout_s, headers=headers, **options)
 
@@ -8496,7 +8507,9 @@ def make_error_task_class() -> Any:
             answer = Answer.of(refusal)
             body = json.dumps(answer.body).encode()
             self.status = f"{answer.status} {reason_phrase(answer.status)}"
-            self.response_headers.extend([("Content-Type", JSON_TYPE), (OURS_HEADER, __version__), *answer.headers.items()])
+            digest = repr_digest(hashlib.sha256(body).hexdigest())
+            said = [("Content-Type", JSON_TYPE), ("Repr-Digest", digest), (OURS_HEADER, __version__)]
+            self.response_headers.extend([*said, *answer.headers.items()])
             self.set_close_on_finish()
             self.content_length = len(body)
             self.channel.lingers = True
