@@ -95,7 +95,7 @@ if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` 
     import bottle
     import urllib3
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # == 1. Vocabulary ==  Every word and number that several sections share, each with its unit in its name.
 
@@ -109,6 +109,7 @@ WAIT_LIMIT_S = 60.0  # the longest `?wait=`
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -140,6 +141,7 @@ DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTD
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
 OUTPUT_STREAMS = ("stdout", "stderr")
 OURS_HEADER = "X-Joborch"  # in each of our answers: a gateway between server and client has none
+NONCE_HEADER, MAC_HEADER = "X-Joborch-Nonce", "X-Joborch-Mac"  # a client's new nonce; the proof of an answer
 DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
 
 log = logging.getLogger("joborch")
@@ -326,11 +328,11 @@ def host_of(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def http_pool() -> urllib3.PoolManager:
-    """Return connections to a peer, which threads may share; nothing is tried again unasked."""
+def http_pool(**options: Any) -> urllib3.PoolManager:
+    """Return connections to a peer, which threads may share; nothing is tried again unasked. `options` are urllib3's."""
     import urllib3
 
-    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES)
+    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES, **options)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -677,6 +679,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
+    Setting(
+        "JOBORCH_CA_FILE",
+        "ca_file",
+        read_text,
+        "",
+        "certificates (PEM) that https clients are checked by, instead of the system's",
+        "server",
+    ),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
     Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
     Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
@@ -696,6 +706,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
     Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
+    Setting(
+        "PEER",
+        "peer",
+        one_of("joborch", "2.2"),
+        "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)",
+        "server",
+    ),
     Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
     Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
     Setting(
@@ -786,6 +804,7 @@ class Service:
     unreachable_after_s: float
     lost_after_s: float
     token_file: str = ""
+    peer: str = "joborch"  # or 2.2: its clients need not prove who they are
 
 
 @dataclass(frozen=True)
@@ -845,6 +864,7 @@ class Config:
     keep_rows_s: float
     max_upload_bytes: int
     min_free_bytes: int
+    ca_file: str
     compat: str
     log_level: str
     log_format: str
@@ -966,6 +986,7 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     token, values["token_file"] = str(values["token"] or ""), values["token_file"] or ""
     if not token and values["token_file"]:
         token = read_token_file(values["token_file"], prefix + "TOKEN_FILE")
+    values["peer"] = values["peer"] or ("2.2" if first and not bases and not token else "joborch")
     taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
     return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
 
@@ -1079,6 +1100,18 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
     check_config(config)
     return dataclasses.replace(config, warnings=(*warnings, *access_warnings(config)))
+
+
+def check_certificates(path: str) -> None:
+    """Refuse a JOBORCH_CA_FILE that holds no certificates; an empty text is none."""
+    import ssl
+
+    try:
+        if path:
+            ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
+        raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
 
 
 def check_config(config: Config) -> None:
@@ -6084,6 +6117,136 @@ def remove_stale_socket(path: Path) -> str:
     return ""
 
 
+# -- the link between server and client: both prove that they hold the same token, which itself never travels --
+
+LINK_VERSION = 1
+OLD_SERVER_LOG_S = 3600.0  # so often a client says in its log that a server of version 0.1.0 calls it
+SESSIONS_LIMIT = 1000  # of one client: a server has one for each of its starts and tokens
+WINDOW = 4096  # requests of one session that may overtake each other
+SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
+PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=64)
+def link_key(token: str) -> bytes:
+    """Return the key that server and client derive from their token; slow, so that a token cannot be searched for by its MACs."""
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One request of a server, and what it and its answer are proven with."""
+
+    key: bytes
+    server: str  # nonces: random, one for each start of a process, not secret
+    client: str
+    number: int  # each is used once
+    method: str
+    target: str
+
+    def mac(self, kind: str, *said: Any) -> str:
+        """Return the MAC (HMAC-SHA-256, hex) of what is said in this request or its answer; as JSON no two lists look alike."""
+        text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
+        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
+
+    def of_request(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the MAC of this request; of its headers, those named X-Joborch-... and the type of its body count."""
+        said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
+        ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
+        return self.mac("request", length, said.get("content-type", ""), ours)
+
+    def of_answer(self, status: int, headers: Mapping[str, str]) -> str:
+        """Return the MAC of the answer to this request; the body is compared by the length and digest that its head names."""
+        return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
+
+    def authorization(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the header Authorization that proves this request."""
+        mac = self.of_request(headers, length)
+        return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
+
+
+class Session:
+    """A server's side of the link to one start of a client: it numbers the requests."""
+
+    def __init__(self, token: str, client: str) -> None:
+        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
+        self.numbers = itertools.count(1)  # next() is atomic
+
+    def proof(self, method: str, target: str) -> Proof:
+        """Return what proves the next request."""
+        return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
+
+
+class ProofReader:
+    """A client's side of the link: it knows a server by the token, and takes each request once."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens, self.lock = tokens, threading.Lock()
+        self.nonce = secrets.token_hex(16)
+        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
+
+    def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
+        """Return the proof of a request; Refusal 401 where it does not fit, comes again, or is meant for an earlier start."""
+        shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
+        if shown is None:
+            raise unproven("the proof cannot be read")
+        server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
+        if client != self.nonce:
+            raise unproven("this client was started anew: ask GET /hello again", self.nonce)
+        for token in self.tokens:
+            proof = Proof(link_key(token), server, client, number, method, target)
+            if hmac.compare_digest(proof.of_request(headers, length), mac):
+                self.take(proof)
+                return proof
+        raise unproven("the token is wrong, or the request was changed on its way")
+
+    def take(self, proof: Proof) -> None:
+        """Note a request's number in a sliding window, as IPsec does (RFC 4303, 3.4.3); Refusal 401 where it came before."""
+        session = (proof.server, proof.key)
+        with self.lock:
+            if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
+                self.seen.clear()  # what was proven by the old nonce is worth nothing from now on: nothing of it can come again
+                self.nonce = secrets.token_hex(16)
+                raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
+            highest, bits = self.seen.get(session, (0, 0))
+            if proof.number > highest:
+                bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
+            bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
+            if not bit or bits & bit:
+                raise unproven("this request came before, or far too late")
+            self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
+
+
+def unproven(message: str, nonce: str = "") -> Refusal:
+    """Return the answer to a server that has not proven itself; with `nonce`, it may do so by that one."""
+    return Refusal(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
+
+
+def far_uid(connection: socket.socket) -> int | None:
+    """Return the user whom a connection that we made has reached on this machine, or None if it cannot be told.
+
+    Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
+    """
+    peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
+    wild = "::" if ":" in peer[0] else "0.0.0.0"
+    uid = tcp_uid(peer, here)
+    for listener in (peer, (wild, peer[1]), ("::", peer[1])) if uid is None else ():
+        seen = find_socket(listener, ("::" if ":" in listener[0] else wild, 0))
+        if seen is not None and seen.state == LISTEN and seen.inode:
+            uid = seen.uid
+            break
+    # Only if it is still ours: what was found may else be a later socket with the same ends.
+    return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
+
+
+def client_token_file() -> Path | None:
+    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
+    try:
+        return Path(default_folder("config")) / "client-token"
+    except ConfigError:
+        return None
+
+
 # == 21. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
@@ -6102,6 +6265,10 @@ class FilesBody:
         self.digest_room = digest_bytes if with_digests else 0
         ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
         self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin anew: the body is sent once more."""
         self.chunks, self.rest = self.generate(), b""
 
     def part_head(self, path: str) -> bytes:
@@ -6333,6 +6500,20 @@ def repr_digest(sha256_hex: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
+def read_hello(status: int, text: bytes) -> dict[str, Any]:
+    """Return what a client of ours answers to /hello: its `nonce`, and whether it has a token to prove (`proof`).
+
+    Raises NothingSent for anything else.
+    """
+    if status != 200:
+        raise NothingSent(refused_text(status, text))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = parse_json(text)
+        if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
+            return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
+    raise NothingSent("answers rubbish to /hello: is it a joborch client?")
+
+
 def read_submit_answer(status: int, text: bytes) -> str:
     """Return the payload id of an answer to /submit, or raise what the answer means."""
     if status in (200, 201):
@@ -6405,8 +6586,12 @@ class Incoming(io.RawIOBase):
         super().close()
 
 
-def bounded_pool() -> urllib3.PoolManager:
-    """Return connections to a client; each answer is held to the bounds in `CALL` of the thread that asks."""
+def bounded_pool(look: Callable[[socket.socket], None], ca_file: str = "") -> urllib3.PoolManager:
+    """Return connections to a client. Each answer is held to the bounds in `CALL` of the thread that asks.
+
+    `look` sees each connection before its first byte, and raises NothingSent if it must not be used. `ca_file` holds the
+    certificates to trust, in PEM.
+    """
     import http.client
 
     class Response(http.client.HTTPResponse):
@@ -6420,9 +6605,21 @@ def bounded_pool() -> urllib3.PoolManager:
             self.incoming.body_count += len(data)
             return data
 
-    pool, bounded = http_pool(), {}
+    class Looked:
+        response_class = Response
+
+        def _new_conn(self) -> socket.socket:
+            made: socket.socket = cast("Any", super())._new_conn()
+            try:
+                look(made)
+            except BaseException:
+                made.close()
+                raise
+            return made
+
+    pool, bounded = http_pool(**({"ca_certs": ca_file} if ca_file else {})), {}
     for scheme, known in pool.pool_classes_by_scheme.items():
-        connection = type("Connection", (cast("Any", known).ConnectionCls,), {"response_class": Response})
+        connection = type("Connection", (Looked, cast("Any", known).ConnectionCls), {})
         bounded[scheme] = type("Pool", (known,), {"ConnectionCls": connection})
     pool.pool_classes_by_scheme = bounded
     return pool
@@ -6514,14 +6711,6 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-def client_token_file() -> Path | None:
-    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
-    try:
-        return Path(default_folder("config")) / "client-token"
-    except ConfigError:
-        return None
-
-
 class Parking:
     """A bounded number of places for callers that wait, so that uploads never starve."""
 
@@ -6566,9 +6755,13 @@ CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers th
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
-    def __init__(self, address: Address, data: DataFolder, clock: Clock) -> None:
-        self.address, self.data, self.clock = address, data, clock
+    def __init__(self, address: Address, data: DataFolder, clock: Clock, ca_file: str = "") -> None:
+        self.address, self.data, self.clock, self.ca_file = address, data, clock, ca_file
         self.name = address.name
+        self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
+        self.sessions: dict[str, Session | None] = {}  # by token; None: it is called without proof
+        self.opening = threading.Lock()
+        self.outdated = False  # it runs joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
@@ -6602,16 +6795,35 @@ class Link:
         """Return what a 2.2 client's calls take turns by: it may number from 1 again, so none may overtake a submit."""
         return self.one_at_a_time if self.legacy else contextlib.nullcontext()
 
-    def token(self) -> str:
-        """Return what to show this client: the setting of one of its services, else what a client of this user made here."""
-        for service in self.services:
-            if service.token:
-                return service.token
-        path = client_token_file()
+    def token(self, service: str | None = None) -> str:
+        """Return the token that this client must have: a service's own, else the one that a client of this user made here.
+
+        Without the name of one of its services it is that of any of them. The file is for this machine alone.
+        """
+        token = self.set_token(service)
+        path = client_token_file() if self.on_loopback and not token else None
         try:  # read again each time: the client may start later
-            return path.read_text(encoding="ascii").strip() if path else ""
+            return path.read_text(encoding="ascii").strip() if path else token
         except OSError:
             return ""
+
+    def set_token(self, service: str | None) -> str:
+        """Return the token that is set for a service; without the name of one of its services, for any of them."""
+        set_ones = self.set_tokens()
+        return set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
+
+    def set_tokens(self) -> dict[str | None, str]:
+        """Return the tokens that are set, by service; empty texts where there is none."""
+        return {service.name: service.token for service in self.services}
+
+    def may_be_22(self) -> bool:
+        """Tell whether all its services say that this may be a 2.2 client, which cannot prove who it is."""
+        return bool(self.services) and all(service.peer == "2.2" for service in self.services)
+
+    def remedy(self, setting: str, lacking: Callable[[Service], bool]) -> str:
+        """Return the full name of a setting for a service that lacks it."""
+        name = next((service.name.upper() for service in self.services if lacking(service)), "<NAME>")
+        return f"SERVICE_{name}_{setting}"
 
     # -- health --
 
@@ -6699,52 +6911,213 @@ class Link:
             self.quiet_until = time.monotonic() + 60
             log.log(level, "client %s %s", self.name, text)
 
+    # -- proof --
+
+    def look(self, made: socket.socket) -> None:
+        """Refuse a connection that has reached another user of this machine, before its first byte.
+
+        With tokens that are set for all its services he may hold them too: then he has to prove it. A 2.2 client cannot.
+        """
+        try:
+            port = made.getpeername()[1]
+            if not is_loopback(made.getpeername()[0]):
+                return
+            uid = far_uid(made)
+        except OSError as error:
+            raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
+        by_mac = bool(self.services) and all(self.set_tokens().values()) and not self.may_be_22()
+        if is_own_user(uid) or by_mac:
+            return
+        self.sessions.clear()
+        whose = "does not answer to a user who can be told" if uid is None else f"belongs to the user {uid}"
+        remedy = "set " + self.remedy("TOKEN", lambda service: not service.token) + " to its token"
+        raise NothingSent(
+            f"is not called: its port {port} on this machine {whose}; end what listens there, "
+            f"or, if that user runs this client, {'let this user run it' if self.may_be_22() else remedy}"
+        )
+
+    def session(self, service: str | None, patience_s: float = HELLO_TIMEOUT_S) -> Session | None:
+        """Return what proves calls for a service to this client, None where it is called without; NothingSent where neither is possible.
+
+        Without the name of one of its services, any of their tokens will do.
+        """
+        if self.legacy and not self.may_be_22():
+            raise NothingSent(self.no_joborch("it has no common base URL"))
+        names = [service] if service in self.set_tokens() else list(self.set_tokens()) or [None]
+        trouble: NothingSent | None = None
+        with self.opening:
+            tokens = list(dict.fromkeys(map(self.token, names)))
+            known = dict(self.sessions)  # a call that fails meanwhile clears the table
+            for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in known):
+                try:
+                    if token not in known:
+                        self.sessions[token] = known[token] = self.open_session(service, token, patience_s)
+                    return known[token]
+                except NothingSent as error:
+                    trouble = trouble or error
+                except NoAnswer as error:  # to a call that matters to nobody
+                    trouble = trouble or NothingSent(str(error))
+        if trouble is not None:
+            raise trouble
+        return None
+
+    def open_session(self, service: str | None, token: str, patience_s: float) -> Session | None:
+        """Ask who answers, and let it prove itself, by calls that matter to nobody."""
+        said = self.greet(patience_s)
+        if said is None:
+            return None
+        is_set = bool(token) and token in self.set_tokens().values()
+        if not token and not self.on_loopback and not self.may_be_22():
+            setting = self.remedy("TOKEN", lambda each: each.name == service or (service is None and not each.token))
+            raise NothingSent(f"is not called, since nothing proves who it is: set {setting} to its token")
+        if not token or not (said["proof"] or is_set):
+            return None  # without a token, on loopback, `look` has seen that it is this user's
+        session, url = Session(token, said["nonce"]), f"{self.address.base_url}/hello"
+        answer, proven = self.prove("GET", url, patience_s, session)
+        text = read_some(answer, 4 * KIB)
+        if not proven:
+            if answer.status in (401, 403):
+                raise Refused(refused_text(answer.status, text))
+            raise NothingSent(self.unproven(answer))
+        return session
+
+    def greet(self, patience_s: float) -> dict[str, Any] | None:
+        """Say hello, which tells nothing; return what a client of ours says, None for a 2.2 client. NothingSent for all others."""
+        answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
+        version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
+        self.outdated = bool(version) and answer.status == 404
+        if self.outdated:
+            self.silent_since = self.clock.monotonic()  # it answers: what it runs is not lost
+            raise NothingSent(
+                f"runs joborch {version}, which cannot prove who it is: replace its joborch.pyz by version {__version__}; its jobs wait"
+            )
+        if version:
+            self.ours = True
+            return read_hello(answer.status, text)
+        if self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
+            raise NothingSent(f"did not answer: somebody else did in its place, with {answer.status}")
+        if not 400 <= answer.status < 500:
+            raise NothingSent(refused_text(answer.status, text) if answer.status >= 500 else "answers rubbish: is it a joborch client?")
+        if not self.may_be_22():
+            raise NothingSent(self.no_joborch(f"it answered {answer.status} to /hello"))
+        self.legacy = True
+        return None
+
+    def no_joborch(self, why: str) -> str:
+        """Return what is to be said of a client that cannot prove itself, and need not be called without."""
+        setting = self.remedy("PEER", lambda service: service.peer != "2.2")
+        return f"cannot prove who it is, since {why}: set {setting}=2.2 if it is a 2.2 client"
+
+    def unproven(self, answer: urllib3.BaseHTTPResponse) -> str:
+        """Return what is to be said of an answer that is not proven."""
+        if OURS_HEADER in answer.headers and MAC_HEADER not in answer.headers:
+            why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
+        else:
+            why = "set SERVICE_<NAME>_TOKEN to this client's token, or find out who listens there"
+        what = f"somebody who does not know its token did in its place, with {answer.status}, or changed its answer"
+        return f"did not answer: {what}; {why}"
+
+    def target_of(self, url: str) -> str:
+        """Return what the client sees of a URL: path and query, without what a gateway before it takes off."""
+        base = self.address.base_url
+        return url[len(base) :] if url.startswith(base) else "/" + url.partition("://")[2].partition("/")[2]
+
+    def prove(
+        self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any
+    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+        """Make one call with its proof; return the answer, and whether it is proven too. One that is not ends the session."""
+        headers = options.pop("headers", {})
+        proof = session.proof(method, self.target_of(url))
+        proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
+        answer = self.exchange(method, url, read_timeout_s, headers=proven, **options)
+        fits = hmac.compare_digest(answer.headers.get(MAC_HEADER, "").encode(), proof.of_answer(answer.status, answer.headers).encode())
+        if not fits:
+            self.sessions.clear()
+        return answer, fits
+
     # -- calls --
 
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
         """The connections to this client."""
-        return bounded_pool()
+        return bounded_pool(self.look, self.ca_file)
 
     def call(
-        self,
-        method: str,
-        url: str,
-        read_timeout_s: float = READ_TIMEOUT_S,
-        *,
-        unwanted: Callable[[], bool] | None = None,
-        **options: Any,
+        self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any
     ) -> urllib3.BaseHTTPResponse:
-        """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer.
+        """Make one call for a service; the body is read by the caller. NothingSent where nothing of it can have gone out, else NoAnswer.
 
-        It is given up when `unwanted` says that nobody waits for it any more.
+        It is given up when `unwanted`, one of the options, says that nobody waits for it any more.
         """
+        was_22 = self.legacy
+        session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
+        if self.legacy and not was_22:
+            raise NothingSent("has no /hello: it is called as a 2.2 client from now on")
+        if session is None:
+            return self.its_own(self.call_unproven(method, url, read_timeout_s, service, **options))
+        answer, proven = self.prove(method, url, read_timeout_s, session, **options)
+        if not proven and answer.status == 401 and NONCE_HEADER in answer.headers:
+            answer.close()
+            answer, proven = self.call_again(method, url, read_timeout_s, service, **options)
+        if not proven:
+            answer.close()
+            raise NoAnswer(self.unproven(answer))
+        self.ours = True
+        return answer
+
+    def call_again(
+        self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any
+    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+        """Make a call once more, to a client that says it was started anew. Who says so has not proven it: the call may have been done."""
+        if "body" in options:
+            options["body"].rewind()
+        try:
+            session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
+            if session is None:
+                raise NothingSent("was started anew, and cannot prove who it is")
+            return self.prove(method, url, read_timeout_s, session, **options)
+        except NothingSent as error:
+            raise NoAnswer(str(error)) from error
+
+    def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> urllib3.BaseHTTPResponse:
+        """Make one call to a client that cannot prove who it is. Only a token that is set is shown, and only to a 2.2 client."""
+        headers = dict(options.pop("headers", {}))
+        if self.legacy:
+            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
+            shown = self.set_token(service)
+            headers.update({"Authorization": f"Bearer {shown}"} if shown and self.may_be_22() else {})
+        return self.exchange(method, url, read_timeout_s, headers=headers, **options)
+
+    def exchange(
+        self, method: str, url: str, read_timeout_s: float, *, unwanted: Callable[[], bool] | None = None, **options: Any
+    ) -> urllib3.BaseHTTPResponse:
+        """Send one request and return the head of its answer. NothingSent where no byte can have gone out, else NoAnswer."""
         import urllib3
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
-        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
-        options.update(preload_content=False, decode_content=False)
+        options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
+        options.update(preload_content=False, decode_content=False, redirect=False)
         CALL.bounds = Bounds(read_timeout_s, unwanted)
-        token = self.token()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        if self.legacy:
-            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
         try:
-            answer = self.pool.request(method, url, headers=headers, timeout=timeout, redirect=False, **options)
+            answer = self.pool.request(method, url, timeout=timeout, **options)
         except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
+            self.sessions.clear()  # whoever answers next, has to prove himself
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         except (HTTPError, OSError, ValueError) as error:
+            self.sessions.clear()
             if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
-                raise NothingSent("cannot be reached: its TLS certificate is not trusted here") from error
+                raise NothingSent("cannot be reached: its TLS certificate is not trusted here; see JOBORCH_CA_FILE") from error
             raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
-        return refuse_encoded(self.its_own(answer))
+        return refuse_encoded(answer)
 
     def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
         if OURS_HEADER in answer.headers:
             self.ours = True
+            if self.legacy and self.address.base_url and answer.status in (401, 403):  # one of ours has taken a 2.2 client's place
+                self.legacy = False
+                self.sessions.clear()
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
             raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
@@ -6766,24 +7139,25 @@ class Link:
             "X-Joborch-User": str(job.user_id),
             "X-Joborch-Cpus": str(job.cpus),
             **({} if self.legacy else {"X-Joborch-Digests": "1"}),
+            **({} if self.legacy or not job.inputs_sha256 else {"X-Joborch-Inputs": job.inputs_sha256}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
             **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
-        answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
+        answer = self.call("POST", self.address.upload_url, service=job.service, body=body, headers=headers)
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
     def events(self, wait_s: float, done: Sequence[str]) -> Heard:
-        """Wait for changes at the client: one long poll for all its payloads. Gone: it has no /events.
+        """Wait for changes at the client: one long poll for all its payloads. Gone: it is a 2.2 client, which has no /events.
 
         `done` are payloads whose results are safe here: the client need not keep them for us any longer.
         """
+        self.session(None)
+        if self.legacy:
+            raise Gone("no /events")
         more = "&more=1" if self.listed is not None and self.since else ""
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}{more}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
-        if answer.status == 404:
-            answer.close()
-            raise Gone("no /events")
         if answer.status != 200:
             raise NothingSent(refused_text(answer.status, read_some(answer, 64 * KIB)))
         try:
@@ -6796,14 +7170,9 @@ class Link:
         except (ValueError, KeyError, TypeError) as error:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
-    def health(self) -> dict[str, Any]:
-        """Return what the client says of itself to a server that it knows."""
-        said = parse_json(read_some(self.call("GET", f"{self.address.base_url}/health", read_timeout_s=READ_TIMEOUT_S), MIB))
-        return said if isinstance(said, dict) else {}
-
     def status(self, job: Job) -> dict[str, Any]:
         """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
-        answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", headers=named(job))
+        answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", service=job.service, headers=named(job))
         if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             answer.close()
             return {"status": Status.COMPLETED.value}
@@ -6841,7 +7210,8 @@ class Link:
 
     def fetch_rest(self, job: Job, url: str, into: Transfer, unwanted: Callable[[], bool] | None) -> None:
         """Ask once for what is missing of a ZIP, and take in what comes."""
-        answer = self.call("GET", url, headers={**named(job), **into.wanted()}, unwanted=unwanted)
+        headers = {**named(job), **into.wanted()}
+        answer = self.call("GET", url, service=job.service, headers=headers, unwanted=unwanted)
         if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             return take_rest(answer, into)
         text = read_some(answer, KIB)
@@ -6859,7 +7229,7 @@ class Link:
         url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
         if self.legacy:
             raise Gone(f"{self.name} shows no output while a script runs: it is a 2.2 client")
-        answer = self.call("GET", url, read_timeout_s=10, headers=named(job), unwanted=unwanted)
+        answer = self.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job), unwanted=unwanted)
         text = read_some(answer, 2 * LOG_PART_BYTES)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -6872,7 +7242,7 @@ class Link:
 
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
-        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", headers=named(job))
+        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", service=job.service, headers=named(job))
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -7013,6 +7383,8 @@ class Node:
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.refused = RefusedTokens(self.clock)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
+        self.proofs = ProofReader(self.tokens)
+        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
@@ -7137,7 +7509,7 @@ class Server(Node):
             for address in service.addresses:
                 link = self.links.get(address.name)
                 if link is None:
-                    link = Link(address, data, self.clock)
+                    link = Link(address, data, self.clock, config.ca_file)
                     self.links[address.name] = link
                 link.services.append(service)
         for row in store.read(DRAINED_ALL):
@@ -7863,7 +8235,7 @@ def judge(server: Server, job: Job) -> None:
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
     elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, f"{link.name} {link.trouble}", link.silent_s())
+        judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
@@ -7894,7 +8266,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
-    if any(not link.failures or link.silent_s() <= service.unreachable_after_s for link in links):
+    if any(not link.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
@@ -8707,14 +9079,35 @@ def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
     return f"another user of this machine needs a token: {remedy}"
 
 
-def identify(node: Node, who: str, headers: Mapping[str, str], peer: Peer) -> Caller | None:
+def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
     """Return who calls a route that is for `who`; Refusal unless that is anyone, who need not prove anything."""
+    if proof is not None:
+        return Caller("server", "link")
     try:
-        return check_caller(node, headers, peer)
+        caller = check_caller(node, headers, peer)
     except Refusal:
         if who != "anyone":
             raise
         return None
+    if who == "server" and caller.proof == "token":
+        refuse_old_server(node)
+    return caller
+
+
+def refuse_old_server(node: Node) -> NoReturn:
+    """Refuse a server that shows its token instead of proving it: 426, and a line in the log now and then."""
+    now = node.clock.monotonic()
+    if now - node.old_server_at > OLD_SERVER_LOG_S:
+        node.old_server_at = now
+        log.warning("a server shows its token as joborch 0.1.0 does: replace its joborch.pyz by version %s; its jobs wait", __version__)
+    what = f"this client is joborch {__version__}, and this server cannot prove who it is, as joborch 0.1.0 cannot"
+    raise Refusal(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
+
+
+def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof | None:
+    """Return the proof that a request bears, None where it bears none; Refusal 401 where it does not fit."""
+    asked = node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")
+    return node.proofs.accept(headers, method, target, length) if asked else None
 
 
 # == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
@@ -8823,7 +9216,7 @@ class Route:
     method: str
     path: str  # with <name> for its parts that vary
     mode: str  # server, client, or both in one text
-    who: str  # anyone or caller
+    who: str  # anyone, caller, or server: one that proved itself by the link's MAC, and who may call where no token is set
     summary: str
     takes: tuple[Parameter, ...]
     gives: Mapping[int, Gives]
@@ -9039,6 +9432,7 @@ def make_parser_class(node: Node) -> Any:
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         content_length: Any
         caller: Caller | None = None
+        proof: Proof | None = None  # of the server that sent it
 
         def __init__(self, adj: Any, channel: Any) -> None:
             super().__init__(adj)
@@ -9047,8 +9441,10 @@ def make_parser_class(node: Node) -> Any:
         def parse_header(self, header_plus: bytes) -> None:
             super().parse_header(header_plus)
             try:
+                length = -1 if self.chunked else self.content_length
+                self.proof = proof_of(node, self.headers, self.command, self.request_uri, length)
                 found = find_route(node.config.mode, self.command, self.path)
-                self.caller = identify(node, found.who, self.headers, self.channel)
+                self.caller = identify(node, found.who, self.proof, self.headers, self.channel)
                 check_size(node, found, self.content_length, self.chunked)
             except Refusal as refusal:
                 self.refuse(refusal)
@@ -9094,13 +9490,41 @@ def make_error_task_class() -> Any:
             answer = Answer.of(refusal)
             body = json.dumps(answer.body).encode()
             self.status = f"{answer.status} {reason_phrase(answer.status)}"
-            self.response_headers.extend([("Content-Type", JSON_TYPE), (OURS_HEADER, __version__), *answer.headers.items()])
+            digest = repr_digest(hashlib.sha256(body).hexdigest())
+            said = [("Content-Type", JSON_TYPE), ("Repr-Digest", digest), (OURS_HEADER, __version__)]
+            self.response_headers.extend([*said, *answer.headers.items()])
             self.set_close_on_finish()
             self.content_length = len(body)
             self.channel.lingers = True
             self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
 
     return ErrorTask
+
+
+def make_signing(task_class: Any) -> Any:
+    """Return a task of waitress that proves its answer to a server that has proven its request."""
+
+    class Signing(task_class):  # type: ignore[misc]
+        def build_response_header(self) -> bytes:
+            head = bytes(super().build_response_header())
+            # Not self.request: for what fails beneath us waitress makes up another one.
+            asked = getattr(next(iter(self.channel.requests), None), "proof", None)
+            if asked is None:
+                return head
+            mac = asked.of_answer(int(self.status.split()[0]), FoldedHeaders(self.response_headers))
+            return head[:-2] + f"{MAC_HEADER}: {mac}\r\n\r\n".encode()
+
+    return Signing
+
+
+class FoldedHeaders(dict[str, str]):
+    """Headers by name, in any case of letters."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        super().__init__((name.lower(), value) for name, value in pairs)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
 
 
 class Turns:
@@ -9190,11 +9614,12 @@ class Turns:
 def make_channel_class(node: Node) -> Any:
     """Return the class of our connections, for waitress."""
     import waitress.channel
+    import waitress.task
 
     parser_class = make_parser_class(node)
 
     class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
-        task_class, error_task_class = make_task_class(), make_error_task_class()
+        task_class, error_task_class = make_signing(make_task_class()), make_signing(make_error_task_class())
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -9937,6 +10362,7 @@ SUBMIT_HEADERS = (
     Parameter("X-Joborch-Cpus", "header", "integer", "cores it needs", 1, least=1, most=1_000_000),
     Parameter("X-Joborch-Memory", "header", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
     Parameter("X-Joborch-Timeout", "header", "number", "run time limit in seconds", 3600),
+    Parameter("X-Joborch-Inputs", "header", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
     Parameter("X-Joborch-Digests", "header", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
     Parameter("X-Joborch-Return-Inputs", "header", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
 )
@@ -10008,6 +10434,7 @@ def received_form(request: Request, work: Path) -> Form:
     try:
         form = FormReader(work, by_name=True).read(request.stream, request.header("Content-Type"), request.length)
         check_digests(form, ours)
+        check_inputs(form, request.header("X-Joborch-Inputs"))
         if not form.files:
             raise Refusal(400, "there is no file: send at least run.sh", "file")
     except Refusal as refusal:
@@ -10028,6 +10455,12 @@ def check_digests(form: Form, wanted: bool) -> None:
         raise Refusal(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
         raise Refusal(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+
+
+def check_inputs(form: Form, meant: str) -> None:
+    """Compare what came with the digest in the request's head, which is proven where the server is; Refusal 503 makes it send again."""
+    if meant and meant.lower() != inputs_digest({file.path: file.sha256 for file in form.files}):
+        raise Refusal(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
 
 
 def remember_inputs(folder: Path, form: Form) -> None:
@@ -10156,7 +10589,22 @@ CHANGED = Gives("payloads that changed, a page at most; with `more` the next cal
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
-@route("GET", "/events", "client", who="caller", takes=EVENTS_TAKES, gives={200: CHANGED, 400: BAD, 503: TOO_MANY})
+UNPROVEN = Gives("no server that proves itself", JSON_TYPE, {"message": "the token is wrong, or the request was changed on its way"})
+OLD_SERVER = Gives(
+    "a server that shows its token and cannot prove it: joborch 0.1.0",
+    JSON_TYPE,
+    {"message": "this server cannot prove who it is: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
+)
+
+
+@route(
+    "GET",
+    "/events",
+    "client",
+    who="server",
+    takes=EVENTS_TAKES,
+    gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
+)
 def events(client: Client, request: Request) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     since, wait_s, lists = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait"), request.query.get("more") == "1"
@@ -10220,6 +10668,15 @@ def confirm(client: Client, done: str) -> None:
 def any_ended(changed: Iterable[Job]) -> bool | None:
     """Return True if one of these payloads has ended, else None."""
     return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed) or None
+
+
+EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
+
+
+@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves itself here", JSON_TYPE, EXAMPLE_HELLO)})
+def hello(client: Client, request: Request) -> Answer:
+    """Tell a server the nonce of this start, by which it and the client prove that they hold the same token."""
+    return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
@@ -10470,9 +10927,9 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "operationId": declared.handler.__name__,
         "summary": declared.summary,
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
-        "security": [{}] if declared.who == "anyone" else [{}, {"token": []}],
+        "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
-    if declared.who != "anyone":
+    if declared.who == "caller":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
                 str(code),
@@ -10607,7 +11064,7 @@ def examine(config: Config) -> Iterator[Finding]:
                 yield Finding(False, str(error))
     for service in config.services.values():
         for address in service.addresses:
-            yield from examine_client(address, service)
+            yield from examine_client(address, service, config.ca_file)
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -10786,57 +11243,46 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def health_of(base_url: str) -> dict[str, Any]:
-    """Return what /health says to everybody, `ahead_s` (by how much the peer's clock is ahead) and `ours` (it is a joborch).
-
-    `error` says why there is no answer.
-    """
-    import urllib3
-
-    try:
-        options: dict[str, Any] = {"retries": False, "preload_content": False, "decode_content": False}
-        answer = urllib3.request("GET", f"{base_url}/health", timeout=CONNECT_TIMEOUT_S, **options)
-        with contextlib.closing(answer):
-            said = read_answer(answer.read(64 * KIB))
-        if not isinstance(said, dict):
-            return {"error": "it is no joborch"}
-        date = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        return {**said, "ahead_s": date - time.time(), "ours": OURS_HEADER in answer.headers}
-    except (urllib3.exceptions.HTTPError, ValueError, TypeError, KeyError) as error:
-        return {"error": plain_cause(error)}
-
-
-def examine_client(address: Address, service: Service) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, takes our token, works, and has our time."""
-    said = health_of(address.base_url or client_root(address))
-    if "error" in said or not said["ours"]:
-        why = said.get("error", "it does not say that it is joborch: a 2.2 client?")
-        yield Finding(
-            False if "error" in said else None, f"service {service.name}: {address.name}: {why}; is the client up, and the URL right?"
-        )
-        return
-    link = Link(address, DataFolder(tempfile.gettempdir()), Clock())
+def examine_client(address: Address, service: Service, ca_file: str) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, proves itself, works, and has our time."""
+    link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
     link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
+    name = f"service {service.name}: {address.name}"
     try:
-        link.events(0, ())
-        said.update(link.health())
-        token = ""
-    except (NothingSent, NoAnswer, Gone, ValueError) as error:
-        token = f" and does not let us in: {error}; set SERVICE_{service.name.upper()}_TOKEN to its token"
+        if not link.legacy:
+            link.events(0, ())
+            said = said_of_health(link)
+        else:
+            link.ping()
+            yield Finding(None, f"{name} answers, and is taken for a 2.2 client, which cannot prove who it is")
+            return
+    except Gone:
+        yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
+        return
+    except (NothingSent, NoAnswer) as error:
+        text = str(error).replace("<NAME>", service.name.upper())
+        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
+        yield Finding(False, f"{name} does not let us in: {text}" if link.ours else f"{name}: {text}{hint}")
+        return
     trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
     kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
-    yield Finding(not token and not trouble, f"service {service.name}: {address.name} answers{kind}{token}{trouble}")
+    yield Finding(not trouble, f"{name} answers{kind}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
             None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
         )
 
 
-def client_root(address: Address) -> str:
-    """Return the scheme and host of a client that has no base URL."""
-    parts = urlsplit(address.upload_url)
-    return f"{parts.scheme}://{parts.netloc}"
+def said_of_health(link: Link) -> dict[str, Any]:
+    """Return what a client says of itself to a server that has proven who it is, with `ahead_s`, by how much its clock is ahead."""
+    answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
+    text = read_some(answer, 64 * KIB)
+    try:
+        said = read_answer(text)
+        return {**said, "ahead_s": parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
 # == 39. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
@@ -11052,6 +11498,7 @@ def name_results(store: Store, data: DataFolder) -> None:
 
 def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
+    check_certificates(config.ca_file)
     data = DataFolder(config.data_path)
     data.open()
     crash_point("start.locked")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import io
 import json
 import os
@@ -379,6 +380,53 @@ class Pair:
         self.server.close()
         self.client.close()
         end_all_below(self.folder)
+
+
+# == The link between server and client ==
+
+
+class LinkCaller:
+    """Calls a client as a joborch server does, by proofs instead of the token: written from the contract alone."""
+
+    SIGNED = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
+
+    def __init__(self, client: Process, token: str = Pair.TOKEN) -> None:
+        self.client = client
+        self.key = hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
+        self.nonce, self.number, self.peer = os.urandom(16).hex(), 0, ""
+
+    def hello(self) -> LinkCaller:
+        """Learn the client's nonce."""
+        self.peer = self.client.get("/hello").json()["nonce"]
+        return self
+
+    def mac(self, kind: str, number: int, method: str, target: str, *said: Any) -> str:
+        """The MAC of a request or an answer."""
+        text = json.dumps([kind, 1, self.nonce, self.peer, number, method, target, *said])
+        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
+
+    def head(self, method: str, target: str, headers: Mapping[str, str], length: int, number: int | None = None) -> str:
+        """The header Authorization of the next request, or of one with another number."""
+        self.number += 1
+        number = self.number if number is None else number
+        ours = sorted([name.lower(), value] for name, value in headers.items() if name.lower().startswith("x-joborch-"))
+        mac = self.mac("request", number, method, target, length, headers.get("Content-Type", ""), ours)
+        return f"Joborch nonce={self.nonce}, peer={self.peer}, n={number}, mac={mac}"
+
+    def call(self, method: str, target: str, **options: Any) -> requests.Response:
+        """One request; its answer has to be proven."""
+        headers = dict(options.pop("headers", {}))
+        length = len(options.get("data", b""))
+        answer = self.client.call(
+            method, target, headers={**headers, "Authorization": self.head(method, target, headers, length)}, **options
+        )
+        assert self.is_proven(answer.status_code, answer.headers, method, target), f"{answer.status_code} {answer.headers}"
+        return answer
+
+    def is_proven(self, status: int, headers: Mapping[str, str], method: str, target: str) -> bool:
+        """Whether the answer to the last request is of who holds the token."""
+        said = [headers.get(name, "") for name in self.SIGNED]
+        return headers.get("X-Joborch-Mac") == self.mac("answer", self.number, method, target, status, *said)
 
 
 # == Requests, byte by byte ==

@@ -173,7 +173,30 @@ def test_defaults_are_those_of_the_specification(home: Path) -> None:
     assert server.data_path == str(home / ".local/share/joborch/server")
     assert client.db_path == str(home / ".local/share/joborch/client/joborch.db")
     service = load(environment={"SERVICE_A_CLIENTS": "http://h:1"}).services["a"]
-    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0, "")
+    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0, "", "joborch")
+
+
+THREE_URLS = {
+    f"SERVICE_A_{name}_URL": f"http://h:1/{path}" for name, path in (("UPLOAD", "submit"), ("DOWNLOAD", "get"), ("TERMINATE", "kill"))
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "peer"),
+    [
+        ({"SERVICE_A_CLIENTS": "http://h:1"}, "joborch"),
+        (THREE_URLS, "2.2"),
+        ({**THREE_URLS, "SERVICE_A_TOKEN": "t"}, "joborch"),
+        ({**THREE_URLS, "SERVICE_A_CLIENTS": "http://h:2"}, "joborch"),
+        ({**THREE_URLS, "SERVICE_A_TOKEN": "t", "SERVICE_A_PEER": "2.2"}, "2.2"),
+        ({"SERVICE_A_CLIENTS": "http://h:1", "SERVICE_A_PEER": "2.2"}, "2.2"),
+        ({**THREE_URLS, "SERVICE_A_PEER": "joborch"}, "joborch"),
+    ],
+)
+def test_which_clients_may_be_22(environment: dict[str, str], peer: str) -> None:
+    """What cannot prove who it is, is called only where the settings say so, or have always meant so."""
+    assert load("server", environment).services["a"].peer == peer
+    assert "SERVICE_A_PEER" in refused("server", {**environment, "SERVICE_A_PEER": "3"})
 
 
 # == Which source counts ==

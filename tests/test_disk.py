@@ -28,6 +28,7 @@ from conftest import MakePair, MakeProcess
 from harness import (
     BOUNDARY,
     ENDED,
+    LinkCaller,
     Pair,
     Process,
     assert_error,
@@ -743,10 +744,10 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
     disk.fill()
     os.kill(server.pid, signal.SIGSTOP)
     try:
-        told = {"headers": {"Authorization": f"Bearer {Pair.TOKEN}"}}
-        last = client.get("/events?since=0", **told).json()["next"]
+        other = LinkCaller(client).hello()
+        last = other.call("GET", "/events?since=0").json()["next"]
         gates[0].touch()
-        client.get(f"/events?since={last}&wait=20", **told)  # the server's poll, which waits since before, is answered with this
+        other.call("GET", f"/events?since={last}&wait=20")  # the server's poll, which waits since before, is answered with this
         gates[1].touch()
         wait_for(lambda: client.get("/health").json()["running"] == 2 and marks.read_text().count("ran") == 7, 20, "all but two ended")
     finally:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -60,10 +61,29 @@ def zip_reply(body: bytes, **headers: str) -> bytes:
 Said = bytes  # what goes over the line, whole or not; empty: the line is closed without an answer
 
 
-class Peer:
-    """An HTTP server on loopback. `says` maps the beginning of a path to the answers to give, the last one for ever."""
+NONCE = "0123456789abcdef" * 2
 
-    def __init__(self) -> None:
+
+def proven(said: Said, asked: Asked, token: str) -> Said:
+    """An answer with the proof that its head is of who holds the token, where the request bore one."""
+    head, blank, body = said.partition(b"\r\n\r\n")
+    shown = joborch.PROOF_SHAPE.fullmatch(asked.headers.get("Authorization", ""))
+    if not (blank and shown and re.match(rb"HTTP/1\.[01] [0-9]{3} ", head)):
+        return said
+    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])}
+    proof = joborch.Proof(joborch.link_key(token), shown[1], shown[2], int(shown[3]), asked.method, asked.path)
+    mac = proof.of_answer(int(head.split()[1]), joborch.FoldedHeaders(fields.items()))
+    return head + f"\r\n{joborch.MAC_HEADER}: {mac}".encode() + blank + body
+
+
+class Peer:
+    """An HTTP server on loopback. `says` maps the beginning of a path to the answers to give, the last one for ever.
+
+    It says hello and proves its answers by its token as a client of ours does, unless `says` has a /hello of its own.
+    """
+
+    def __init__(self, token: str = "a-token") -> None:
+        self.token = token
         self.says: dict[str, list[Said | Callable[[Asked], Said]]] = {}
         self.asked: list[Asked] = []
         self.silent = threading.Event()  # set: it never answers until it is closed
@@ -80,9 +100,15 @@ class Peer:
 
     def answer_to(self, asked: Asked) -> Said:
         """The next answer for a request, 404 where nothing is to be said."""
+        if asked.path == "/hello" and "/hello" not in self.says and not self.silent.is_set():
+            return proven(reply(200, {"version": "0.2.0", "nonce": NONCE, "proof": bool(self.token)}, X_Joborch="0.2.0"), asked, self.token)
         self.asked.append(asked)
         if self.silent.is_set():
             self.closing.wait(60)
+        return proven(self.next_answer(asked), asked, self.token)
+
+    def next_answer(self, asked: Asked) -> Said:
+        """What it is told to say to a request."""
         for path, answers in self.says.items():
             if asked.path.startswith(path):
                 said = answers[0] if len(answers) == 1 else answers.pop(0)
@@ -129,6 +155,13 @@ def make_link(url: str, data: DataFolder) -> Link:
     """A link to a client of ours below this URL."""
     made = Link(joborch.client_address(url), data, HandClock())
     made.services.append(a_service(token="a-token"))
+    return made
+
+
+def proven_link(url: str, data: DataFolder) -> Link:
+    """The same, to a client that has proven itself a moment ago."""
+    made = make_link(url, data)
+    made.sessions["a-token"] = joborch.Session("a-token", NONCE)
     return made
 
 
@@ -225,13 +258,14 @@ def test_submit_sends_all_that_the_client_needs(link: Link, peer: Peer, job: Job
         "X-Joborch-Job": str(job.id), "X-Joborch-Uuid": job.uuid, "X-Joborch-Attempt": "1", "X-Joborch-Service": "%C3%A9%20s",
         "X-Joborch-User": "-3", "X-Joborch-Cpus": "2", "X-Joborch-Memory": "100", "X-Joborch-Timeout": "1.5", "X-Joborch-Digests": "1",
     }  # fmt: skip
-    assert asked.headers["Authorization"] == "Bearer a-token"
+    assert asked.headers["Authorization"].startswith("Joborch nonce=")
+    assert "a-token" not in str(asked)
     assert "chunked" not in asked.headers.get("Transfer-Encoding", "")
 
 
 def test_a_22_client_gets_what_it_understands(link: Link, peer: Peer, job: Job) -> None:
     """No digests, which it would take for a file; a new connection for each call."""
-    link.legacy = True
+    link.legacy, link.services = True, [a_service(token="a-token", peer="2.2")]
     peer.says["/submit"] = [reply(200, {"id": 1})]
     submit(link, job)
     assert joborch.DIGESTS_FIELD.encode() not in peer.asked[0].body
@@ -320,6 +354,7 @@ def test_a_client_that_is_not_there_has_nothing(peer: Peer, job: Job, data: Data
 
 def test_a_client_that_hangs_may_have_it(link: Link, peer: Peer, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joborch.Link.call, "__defaults__", (0.2,))
+    link.session(None)
     peer.silent.set()
     with pytest.raises(NoAnswer, match="did not answer"):
         submit(link, job)
@@ -338,7 +373,7 @@ def test_a_client_that_hangs_up_while_it_is_sent(job: Job, data: DataFolder) -> 
 
         threading.Thread(target=hang_up, daemon=True).start()
         with pytest.raises(NoAnswer, match="did not answer"):
-            submit(make_link(f"http://127.0.0.1:{listener.getsockname()[1]}", data), job)
+            submit(proven_link(f"http://127.0.0.1:{listener.getsockname()[1]}", data), job)
 
 
 RUBBISH = b"this is no record of TLS, neither at the beginning nor later on " * 2
@@ -364,7 +399,7 @@ def test_a_line_that_fails_under_tls(job: Job, data: DataFolder, tmp_path: Path,
     context.load_cert_chain(certificate, key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer_with_rubbish, args=(listener, context), daemon=True).start()
-        got = tried_to_submit(make_link(f"https://127.0.0.1:{listener.getsockname()[1]}", data), job)
+        got = tried_to_submit(proven_link(f"https://127.0.0.1:{listener.getsockname()[1]}", data), job)
     assert type(got) is NoAnswer, got
 
 
@@ -377,7 +412,7 @@ EVENTS = {"instance": "i", "next": 7, "slots": 2, "payloads": []}
     ("said", "wanted"),
     [
         (reply(200, EVENTS), joborch.Heard("i", 7, 2, [])),
-        (reply(404), Gone),
+        (reply(404), NothingSent),
         (reply(401), NothingSent),
         (reply(500), NothingSent),
         (reply(503, {"message": "too many callers wait here"}), NothingSent),

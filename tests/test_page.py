@@ -92,7 +92,17 @@ def test_who_may_call_is_described(mode: str) -> None:
         assert ({"token": []} in operation["security"]) == (declared.who == "caller")
         assert ({"401", "403"} <= set(operation["responses"])) == (declared.who == "caller")
     free = {declared.path for kind, declared in OF_MODE if declared.who == "anyone"}
-    assert free == {"/", "/health", "/load", "/api-docs/openapi.json", "/swagger", "/swagger-ui", "/swagger-ui/", "/swagger-ui/<name>"}
+    assert free == {
+        "/",
+        "/health",
+        "/hello",
+        "/load",
+        "/api-docs/openapi.json",
+        "/swagger",
+        "/swagger-ui",
+        "/swagger-ui/",
+        "/swagger-ui/<name>",
+    }
 
 
 def test_a_head_is_described_without_bodies() -> None:

@@ -142,7 +142,7 @@ def test_polls_of_a_22_client_are_gentle(server: Process, client22: Client22, tm
 def test_22_client_that_forgot_everything(make_process: MakeProcess, tmp_path: Path) -> None:
     """It restarted and numbers from 1 again: no job takes another job's result, both get a result of their own."""
     first = Client22(tmp_path / "client22").start()
-    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": first.url}).start()
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": first.url, "SERVICE_EXAMPLE_PEER": "2.2"}).start()
     gate = tmp_path / "gate"
     waits = f"{TRAP}\nwhile [ ! -e {gate} ]; do sleep 0.05; done\n"
     one = submit(server, f"{waits}echo one > out.txt\n", user_id=1)
@@ -164,7 +164,7 @@ def test_22_client_that_forgot_everything(make_process: MakeProcess, tmp_path: P
 def test_22_client_that_comes_later(make_process: MakeProcess, tmp_path: Path) -> None:
     """A job waits for a client that is away, says so, and runs when it comes."""
     port = free_port()
-    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{port}"}).start()
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{port}", "SERVICE_EXAMPLE_PEER": "2.2"}).start()
     number = submit(server, f"{TRAP}\ntrue\n")
     wait_for(lambda: server.job(number)["waiting_for"], 20, "a reason to wait")
     client = Client22(tmp_path / "client22", port).start()

@@ -63,7 +63,7 @@ class Desk:
 
     def __init__(self, folder: DataFolder, urls: str, **settings: str) -> None:
         self.data, self.clock = folder, HandClock()
-        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "t", "DATA_PATH": str(folder.path), **settings}
+        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path), **settings}
         self.open()
 
     def open(self) -> None:
@@ -146,7 +146,7 @@ def desk22(peer: Peer, data: DataFolder) -> Iterator[Desk]:
     urls = {
         f"SERVICE_EXAMPLE_{name}_URL": f"{peer.url}/{path}" for name, path in (("UPLOAD", "in"), ("DOWNLOAD", "out"), ("TERMINATE", "end"))
     }
-    made = Desk(data, "", **urls)
+    made = Desk(data, "", **urls, SERVICE_EXAMPLE_PEER="2.2")
     assert made.link.legacy
     yield made
     made.store.close()
@@ -311,7 +311,7 @@ def test_a_job_that_shall_end_is_not_queued_again(desk: Desk, peer: Peer) -> Non
 
 
 def test_a_full_service_does_not_hold_up_another_at_the_same_client(peer: Peer, data: DataFolder) -> None:
-    desk = Desk(data, peer.url, SERVICE_B_CLIENTS=peer.url, SERVICE_EXAMPLE_MAX_RUNS="1")
+    desk = Desk(data, peer.url, SERVICE_B_CLIENTS=peer.url, SERVICE_B_TOKEN="a-token", SERVICE_EXAMPLE_MAX_RUNS="1")
     jobs = [desk.upload(user_id=1), desk.upload(user_id=2), desk.upload(user_id=3, service="b")]
     peer.says["/submit"] = [reply(200, {"id": 7})]
     desk.link.heard()
@@ -585,7 +585,8 @@ def test_a_job_does_not_stay_unknown_when_its_client_is_back(desk: Desk, peer: P
 
 
 def test_without_events_a_client_is_polled(desk: Desk, peer: Peer) -> None:
-    peer.says["/events"] = [reply(404)]
+    desk.restart(SERVICE_EXAMPLE_PEER="2.2")
+    peer.says["/hello"] = [reply(404)]
     assert get_tick(desk.server, desk.link)
     assert desk.link.legacy
     assert not get_tick(desk.server, desk.link)
@@ -1063,7 +1064,7 @@ def test_jobs_of_a_service_that_is_not_configured_any_more(before: Status, desk:
     job = desk.with_client(before)
     url = desk.environment.pop("SERVICE_EXAMPLE_CLIENTS")
     del desk.environment["SERVICE_EXAMPLE_TOKEN"]
-    desk.restart(SERVICE_OTHER_CLIENTS=url)
+    desk.restart(SERVICE_OTHER_CLIENTS=url, SERVICE_OTHER_TOKEN="a-token")
     peer.says["/submit"] = [reply(200, {"id": 7})]
     peer.says["/retrieve/7"] = [zip_reply(RESULT)]
     desk.link.heard()
