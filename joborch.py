@@ -5932,6 +5932,7 @@ def machine_names() -> frozenset[str]:
     return frozenset(names - {""})
 
 
+@functools.lru_cache(maxsize=256)
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return an IP address, an IPv4 one as itself also if it is written as IPv6; None for anything else."""
     try:

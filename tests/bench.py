@@ -1074,7 +1074,7 @@ def restart(place: Place, size: int) -> Iterator[Measure]:
 def running_payloads(site: Site) -> int:
     """How many payloads the client says that it runs."""
     with Caller(site.ports["client"]) as caller:
-        return int(caller.get("/health")["running"])
+        return int(caller.ask(request("GET", "/health", f"Authorization: Bearer {TOKEN}\r\n")).json()["running"])
 
 
 def idle(place: Place, size: int) -> Iterator[Measure]:

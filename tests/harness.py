@@ -299,6 +299,11 @@ class Process:
         """GET `path`."""
         return self.call("GET", path, **options)
 
+    def health(self) -> dict[str, Any]:
+        """What GET /health says to a caller who shows the token of this process."""
+        token = (self.settings.get("JOBORCH_TOKEN") or "").split(",")[0]
+        return dict(self.get("/health", headers={"Authorization": f"Bearer {token}"} if token else {}).json())
+
     def head(self, path: str, **options: Any) -> requests.Response:
         """HEAD `path`."""
         return self.call("HEAD", path, **options)

@@ -1061,7 +1061,7 @@ def test_the_whole_way_as_an_ordinary_user(site: Pair, diracx: DiracX, tmp_path:
     pilot_of(site, diracx, failed, tmp_path / "node2").run()
     bad = wait_status(site.server, failed, "Failed", limit_s=30)
     assert (bad["exit_code"], bad["cause"], '"no"' in bad["reason"]) == (7, "user", True)
-    health = site.client.get("/health").json()
+    health = site.client.health()
     assert (health["executor"], health["job_slots"], health["problem"]) == ("dirac", True, None)
 
 
@@ -1105,7 +1105,7 @@ def test_a_login_that_has_ended_keeps_jobs_waiting(site: Pair, diracx: DiracX, t
     site.start()
     number = submit(site.server, "true")
     wait_for(lambda: "log in again with `dirac login`" in str(site.server.job(number)["waiting_for"]), 20, "the reason")
-    assert "its refresh token was valid until 2001-09-09" in site.client.get("/health").json()["problem"]
+    assert "its refresh token was valid until 2001-09-09" in site.client.health()["problem"]
     environment = {**site.client.environment(), "PORT": str(free_port())}
     words = [*site.client.program, "doctor", "client"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, user=NOBODY_UID, group=NOBODY_UID, cwd="/")

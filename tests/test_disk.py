@@ -740,7 +740,7 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
         wait_status(server, number, "Running")  # these three: lanes overtake each other
     numbers += [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[3:], 3)]
     numbers += [submit(server, gated(gates[1], marks), user_id=user) for user in (5, 6)]
-    wait_for(lambda: client.get("/health").json()["running"] == 7, 20, "all at the client")
+    wait_for(lambda: client.health()["running"] == 7, 20, "all at the client")
     disk.fill()
     os.kill(server.pid, signal.SIGSTOP)
     try:
@@ -749,7 +749,7 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
         gates[0].touch()
         other.call("GET", f"/events?since={last}&wait=20")  # the server's poll, which waits since before, is answered with this
         gates[1].touch()
-        wait_for(lambda: client.get("/health").json()["running"] == 2 and marks.read_text().count("ran") == 7, 20, "all but two ended")
+        wait_for(lambda: client.health()["running"] == 2 and marks.read_text().count("ran") == 7, 20, "all but two ended")
     finally:
         before = len(server.log)
         os.kill(server.pid, signal.SIGCONT)
@@ -939,7 +939,7 @@ def test_the_database_is_removed_under_the_running_program(side: str, make_pair:
     name = server.job(done)["uuid"]
     for path in process.data.glob("*.db*"):
         path.unlink()
-    answer = process.get("/health")
+    answer = process.get("/health", headers={"Authorization": f"Bearer {own.TOKEN}"})
     assert answer.status_code == 503
     if side == "server":
         assert_error(upload(server, {"run.sh": b"true"}), 503)

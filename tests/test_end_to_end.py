@@ -1046,7 +1046,7 @@ def test_ping_and_health(pair: Pair) -> None:
         assert process.get("/").json() == {"message": "pong"}
         health = process.get("/health").json()
         assert (health["status"], health["database"]) == ("ok", "ok")
-    assert {"version", "executor", "slots", "running", "queued"} <= set(pair.client.get("/health").json())
+    assert {"version", "executor", "slots", "running", "queued"} <= set(pair.client.health())
     load = pair.client.get("/load").json()
     assert isinstance(load, (int, float))
     assert 0 <= load <= 100

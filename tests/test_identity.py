@@ -274,6 +274,28 @@ def test_the_port_is_used_again_by_somebody_else(accepted: Accepted, look: Look)
             assert look(lambda: joborch.peer_uid(accepted.far)) is None
 
 
+def test_the_port_is_used_again_while_we_look(accepted: Accepted, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stranger resets after we have asked for his address, and root has his port before we look at it."""
+    real, opened = joborch.find_socket, contextlib.ExitStack()
+
+    def late(peer: tuple[str, int], here: tuple[str, int]) -> joborch.SeenSocket | None:
+        accepted.stranger.do("reset")
+        wait_for(lambda: accepted.state() == 7, what="the reset")
+        near = opened.enter_context(closing(socket.socket(accepted.far.family)))
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        near.bind(peer)
+        near.connect((accepted.host, accepted.port))
+        opened.enter_context(closing(accepted.listener.accept()[0]))
+        seen = real(peer, here)
+        assert seen is not None
+        assert (seen.uid, seen.proves) == (os.getuid(), True), "what the look finds is root's, and connected"
+        return seen
+
+    with opened:
+        monkeypatch.setattr(joborch, "find_socket", late)
+        assert look(lambda: joborch.peer_uid(accepted.far)) is None
+
+
 def test_a_socket_that_only_asks_for_a_connection_proves_nothing(look: Look) -> None:
     """It may have the ends of a connection that its own kernel side has given up."""
     with closing(socket.socket()) as full, closing(socket.socket()) as asking, contextlib.ExitStack() as waiting:

@@ -455,7 +455,7 @@ def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: 
     bad = wait_status(pair.server, failed, "Failed", limit_s=60)
     assert (bad["exit_code"], bad["cause"], bad["attempt"]) == (7, "user", 1)
     assert '"no"' in bad["reason"]
-    health = pair.client.get("/health").json()
+    health = pair.client.health()
     assert (health["executor"], health["slots"], health["job_slots"], health["problem"]) == ("slurm", 100, True, None)
 
 
@@ -480,7 +480,7 @@ def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cl
     pattern = r"Slurm: pending since 20\d\d-\d\d-\d\d \d\d:\d\d, (Resources|Priority) \(job \d+\)"  # Slurm may think for a moment before
     wait_for(lambda: re.fullmatch(pattern, str(pair.server.job(third)["waiting_for"])), 30, "a reason")
     assert pair.server.job(third)["status"] == "Submitted"
-    assert pair.client.get("/health").json()["waiting"] == 1
+    assert pair.client.health()["waiting"] == 1
     begin = time.monotonic()
     assert pair.server.post(f"/terminate/{third}").json()["status"] == "Killed"
     assert time.monotonic() - begin < 10
@@ -545,7 +545,7 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     pair = slurm().start()
     cluster.lie("sbatch", "slow")
     number = submit(pair.server, "echo done > result")
-    wait_for(lambda: pair.client.get("/health").json()["waiting"], 20, "the payload handed over")
+    wait_for(lambda: pair.client.health()["waiting"], 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
     wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 20, "the reason")
@@ -632,12 +632,12 @@ def test_slurm_is_away(slurm: Callable[..., Pair], cluster: Cluster, open_folder
         wait_status(pair.server, number, "Completed", limit_s=20)
         later = submit(pair.server, "echo ran")
         wait_for(lambda: "slurm" in str(pair.server.job(later)["waiting_for"]).lower(), 30, "a reason")
-        problem = wait_for(lambda: pair.client.get("/health").json()["problem"], 20, "the problem")
+        problem = wait_for(lambda: pair.client.health()["problem"], 20, "the problem")
         assert "Slurm: " in problem or "sbatch: " in problem
     finally:
         cluster.start_slurmctld()
     assert wait_status(pair.server, later, "Completed", limit_s=60)["attempt"] == 1
-    wait_for(lambda: pair.client.get("/health").json()["problem"] is None, 20, "no problem")
+    wait_for(lambda: pair.client.health()["problem"] is None, 20, "no problem")
 
 
 def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster) -> None:
@@ -648,7 +648,7 @@ def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster)
     before, begin = cluster.calls.read_text().split(), time.monotonic()
     numbers = [submit(pair.server, "sleep 0.2") for _ in range(12)]
     cluster.lie("squeue", "garbage")
-    assert "garbage" in wait_for(lambda: pair.client.get("/health").json()["problem"], 30, "the problem")
+    assert "garbage" in wait_for(lambda: pair.client.health()["problem"], 30, "the problem")
     cluster.lie("squeue", "")
     for number in numbers:
         assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
