@@ -12,6 +12,7 @@ import pytest
 from conftest import MakePair, MakeProcess
 from harness import NOBODY_UID, ROOT, Pair, download, from_source, open_program, partial, run_to_end, submit, wait_for, wait_status
 from test_doctor import doctor
+from test_files import data_fixture  # noqa: F401 - a fixture
 
 import joborch
 
@@ -162,10 +163,8 @@ def test_a_wrapper_that_is_replaced_is_not_run(own_pair: Pair) -> None:
     assert run_to_end(own_pair.server, "true")["status"] == "Completed"
 
 
-def test_slurms_login_stays_with_its_commands(tmp_path: Path) -> None:
+def test_slurms_login_stays_with_its_commands(data: joborch.DataFolder, tmp_path: Path) -> None:
     """sbatch exports SLURM_JWT to the job: neither the script's environment nor its wrapper's has it, and the words arrive."""
-    data = joborch.DataFolder(str(tmp_path / "data"))
-    data.open()
     folder = data.jobs / "a job.1"
     (folder / "work").mkdir(parents=True)
     (folder / "work" / "run.sh").write_text("env -0 > env.bin; cat /proc/$PPID/environ > wrapper.bin; exit 3\n")
