@@ -75,6 +75,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 import uuid
 import weakref
 import zipfile
@@ -1885,7 +1886,7 @@ class DiskFull(OSError):
     """There is no room for `needed` bytes beside what others were promised and what must stay free; errno is ENOSPC."""
 
     def __init__(self, needed: int) -> None:
-        super().__init__(errno.ENOSPC, f"the disk is too full for {needed} bytes more (JOBORCH_MIN_FREE)")
+        super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
         self.needed = needed
 
 
@@ -8402,6 +8403,7 @@ IDLE_LIMIT_S = 120.0  # so long it may be silent between two requests
 PROGRESS_BYTES = 64 * KIB  # in IDLE_LIMIT_S, a body that comes or an answer that goes makes at least this progress
 LINGER_S = 2.0  # so long what a refused caller still sends is thrown away, so that our answer reaches it
 MOST_CONNECTIONS = 4096
+FRESH_S = 1.0  # so long who has only just come is spared: its request may be here already, unread
 ACCEPTS_AT_ONCE = 64
 UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -8443,8 +8445,9 @@ def make_task_class() -> Any:
 class House:
     """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
 
-    Those that have sent no whole request go first, then those that have shown nothing but open routes, then idle callers.
-    A peer that holds more than half of the places makes room before others do. A request under way is never cut off.
+    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
+    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
+    others do. A request under way is never cut off.
     """
 
     def __init__(self, places: int) -> None:
@@ -8504,10 +8507,13 @@ class House:
         with self.lock:
             heaviest = max(self.counts, key=self.counts.__getitem__, default="")
             owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
-            for ranks in (self.idle[:2], self.idle[2:]):
+            before = time.monotonic() - FRESH_S
+            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
                 for chosen in (*owners, self.counts.keys()):
                     for rank in ranks:
                         for connection in rank:
+                            if connection.since > until:
+                                break
                             if self.peers[connection] in chosen and not connection.is_under_way():
                                 return connection
         return None
@@ -8626,10 +8632,12 @@ class Turns:
         parent: Any = super()
         with connection.requests_lock:
             self.serving = True
+        connection.server.watch.touched.append(self)
         try:
             parent.service()
         finally:
             self.serving = False
+            connection.server.watch.touched.append(self)
             self.since, self.waits_for_request = time.monotonic(), False
             if self.closed:
                 self.drop_requests()
@@ -8677,6 +8685,7 @@ class Turns:
         connection: Any = self
         parent: Any = super()
         self.writing = True
+        connection.server.watch.touched.append(self)
         try:
             return int(parent.write_soon(data))
         finally:
@@ -8738,6 +8747,7 @@ def make_channel_class(node: Node) -> Any:
             self.requests_lock = threading.RLock()  # a connection may be closed while it is read
             self.since = time.monotonic()
             server.house.enter(self, addr)
+            server.watch.touched.append(self)
 
         def parser_class(self, adj: Any) -> Any:
             parser = Parser(adj)
@@ -8773,7 +8783,7 @@ class Doors:
     def handle_accept(self) -> None:
         """Accept what waits; for whom there is no place, or no file, an idle connection is closed."""
         listener: Any = self
-        for _ in range(ACCEPTS_AT_ONCE):
+        for _ in range(min(ACCEPTS_AT_ONCE, self.house.places // 4)):
             if self.house.is_full() and not self.house.make_room():
                 break
             try:
@@ -8789,6 +8799,60 @@ class Doors:
         else:
             return
         self.paused_until = time.monotonic() + 0.2  # those that have a request under way shall get on with it
+
+
+class Watch:
+    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
+
+    Asked are those to which something happened, those that a worker serves, and once a second all of them.
+    """
+
+    def __init__(self) -> None:
+        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
+        self.touched = deque[Any]()  # by other threads
+        self.again: set[Any] = set()
+        self.next_sweep = 0.0  # monotonic
+
+    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
+        """Serve all sockets of `map` until it is empty."""
+        while map:
+            self.turn(map, timeout)
+
+    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
+        """Wait for events once, and have them handled."""
+        from waitress import wasyncore
+
+        due, now = self.again, time.monotonic()
+        while self.touched:
+            due.add(self.touched.popleft())
+        if now >= self.next_sweep:
+            self.next_sweep = now + 1
+            due.update(list(sockets.values()))
+        for each in due:
+            self.register(each)
+        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
+        for descriptor, flags in self.epoll.poll(timeout_s):
+            found = sockets.get(descriptor)
+            if found is not None:  # else it was closed by what another event brought
+                wasyncore.readwrite(found, flags)
+                self.again.add(found)
+
+    def register(self, each: Any) -> None:
+        """Have the kernel tell what a connection or listener wants to know now."""
+        descriptor = each._fileno
+        if descriptor is None:
+            return
+        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if each._fileno is None or self.known.get(descriptor) == (each, flags):
+            return
+        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
+            if descriptor in self.known:
+                self.epoll.unregister(descriptor)
+        self.known.pop(descriptor, None)
+        if flags:
+            self.epoll.register(descriptor, flags)
+            self.known[descriptor] = (each, flags)
 
 
 def connection_places(node: Node) -> int:
@@ -8847,7 +8911,6 @@ def make_http_server(node: Node, app: Any) -> Any:
     config = node.config
     options: dict[str, Any] = {
         "connection_limit": sys.maxsize,  # our listeners have limits of their own
-        "asyncore_use_poll": True,
         "channel_request_lookahead": 1,  # so that callers who left while they waited are noticed
         "recv_bytes": 256 * KIB,
         "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
@@ -8862,15 +8925,17 @@ def make_http_server(node: Node, app: Any) -> Any:
         why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
         remedy = "give another PORT or JOBORCH_HOST"
         raise ConfigError(f"PORT is {config.port}: cannot listen on {config.host}:{config.port} ({why}); {remedy}") from error
-    house = House(connection_places(node))
+    house, watch = House(connection_places(node)), Watch()
+    server.asyncore = types.SimpleNamespace(loop=watch.loop)
     for listener in [server, *getattr(server, "map", {}).values()]:  # one for each address of a host name
         if hasattr(listener, "channel_class"):
-            set_up_listener(node, listener, house)
+            set_up_listener(node, listener, house, watch)
     return server
 
 
-def set_up_listener(node: Node, listener: Any, house: House) -> None:
-    """Have a listener of waitress keep our rules; the listeners of one process share one House."""
+def set_up_listener(node: Node, listener: Any, house: House, watch: Watch) -> None:
+    """Have a listener of waitress keep our rules; the listeners of one process share one House, those of one thread one Watch."""
+    listener.watch = watch
     listener.__class__ = type("Listener", (Doors, type(listener)), {})
     listener.house, listener.channel_class = house, make_channel_class(node)
 
