@@ -6406,6 +6406,60 @@ class Pool:
                 self.idle.pop().release()
 
 
+class Watch:
+    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
+
+    Asked are those to which something happened, those that a worker serves, and once a second all of them.
+    """
+
+    def __init__(self) -> None:
+        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
+        self.touched = deque[Any]()  # by other threads
+        self.again: set[Any] = set()
+        self.next_sweep = 0.0  # monotonic
+
+    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
+        """Serve all sockets of `map` until it is empty."""
+        while map:
+            self.turn(map, timeout)
+
+    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
+        """Wait for events once, and have them handled."""
+        from waitress import wasyncore
+
+        due, now = self.again, time.monotonic()
+        while self.touched:
+            due.add(self.touched.popleft())
+        if now >= self.next_sweep:
+            self.next_sweep = now + 1
+            due.update(list(sockets.values()))
+        for each in due:
+            self.register(each)
+        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
+        for descriptor, flags in self.epoll.poll(timeout_s):
+            found = sockets.get(descriptor)
+            if found is not None:  # else it was closed by what another event brought
+                wasyncore.readwrite(found, flags)
+                self.again.add(found)
+
+    def register(self, each: Any) -> None:
+        """Have the kernel tell what a connection or listener wants to know now."""
+        descriptor = each._fileno
+        if descriptor is None:
+            return
+        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if each._fileno is None or self.known.get(descriptor) == (each, flags):
+            return
+        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
+            if descriptor in self.known:
+                self.epoll.unregister(descriptor)
+        self.known.pop(descriptor, None)
+        if flags:
+            self.epoll.register(descriptor, flags)
+            self.known[descriptor] = (each, flags)
+
+
 class Node:
     """One process, server or client: its settings, its store, its folders, its loops."""
 
@@ -8799,60 +8853,6 @@ class Doors:
         else:
             return
         self.paused_until = time.monotonic() + 0.2  # those that have a request under way shall get on with it
-
-
-class Watch:
-    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
-
-    Asked are those to which something happened, those that a worker serves, and once a second all of them.
-    """
-
-    def __init__(self) -> None:
-        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
-        self.touched = deque[Any]()  # by other threads
-        self.again: set[Any] = set()
-        self.next_sweep = 0.0  # monotonic
-
-    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
-        """Serve all sockets of `map` until it is empty."""
-        while map:
-            self.turn(map, timeout)
-
-    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
-        """Wait for events once, and have them handled."""
-        from waitress import wasyncore
-
-        due, now = self.again, time.monotonic()
-        while self.touched:
-            due.add(self.touched.popleft())
-        if now >= self.next_sweep:
-            self.next_sweep = now + 1
-            due.update(list(sockets.values()))
-        for each in due:
-            self.register(each)
-        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
-        for descriptor, flags in self.epoll.poll(timeout_s):
-            found = sockets.get(descriptor)
-            if found is not None:  # else it was closed by what another event brought
-                wasyncore.readwrite(found, flags)
-                self.again.add(found)
-
-    def register(self, each: Any) -> None:
-        """Have the kernel tell what a connection or listener wants to know now."""
-        descriptor = each._fileno
-        if descriptor is None:
-            return
-        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
-        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
-        if each._fileno is None or self.known.get(descriptor) == (each, flags):
-            return
-        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
-            if descriptor in self.known:
-                self.epoll.unregister(descriptor)
-        self.known.pop(descriptor, None)
-        if flags:
-            self.epoll.register(descriptor, flags)
-            self.known[descriptor] = (each, flags)
 
 
 def connection_places(node: Node) -> int:
