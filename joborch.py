@@ -6406,6 +6406,127 @@ class Pool:
                 self.idle.pop().release()
 
 
+FRESH_S = 1.0  # so long who has only just come is spared: its request may be here already, unread
+UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
+
+
+class House:
+    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
+
+    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
+    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
+    others do. A request under way is never cut off.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places, self.lock = places, threading.RLock()
+        self.peers: dict[Any, str] = {}  # by connection
+        self.counts: Counter[str] = Counter()
+        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
+        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
+        self.held_bytes = 0
+        self.evicted = self.turned_away = 0
+        self.told_at = float("-inf")
+
+    def enter(self, connection: Any, address: Any) -> None:
+        """Give a place to a new connection."""
+        with self.lock:
+            self.peers[connection] = peer = peer_of(address)
+            self.counts[peer] += 1
+            self.idle[0][connection] = None
+
+    def leave(self, connection: Any) -> None:
+        """Take back the place of a connection that was closed."""
+        with self.lock:
+            self.hold(connection, 0)
+            for rank in self.idle:
+                rank.pop(connection, None)
+            peer = self.peers.pop(connection, None)
+            if peer is not None:
+                self.counts[peer] -= 1
+                if not self.counts[peer]:
+                    del self.counts[peer]
+
+    def busy(self, connection: Any) -> None:
+        """Note that a connection has a request under way."""
+        with self.lock:
+            for rank in self.idle:
+                rank.pop(connection, None)
+
+    def rest(self, connection: Any) -> None:
+        """Note that a connection is idle since now, after a request."""
+        with self.lock:
+            if connection in self.peers:
+                self.busy(connection)
+                self.idle[2 if connection.proven else 1][connection] = None
+
+    def hold(self, connection: Any, size: int) -> None:
+        """Note how much is kept in memory for a connection that has shown nothing yet."""
+        with self.lock:
+            self.held_bytes += size - self.held.pop(connection, 0)
+            if size:
+                self.held[connection] = size
+
+    def shrink(self) -> None:
+        """Close those that hold the memory, if all who have shown nothing take too much of it together."""
+        with self.lock:
+            holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
+        for connection in holders:
+            if self.held_bytes > UNPROVEN_BYTES and not connection.requests:
+                self.evicted += 1
+                connection.handle_close()
+
+    def is_full(self) -> bool:
+        return len(self.peers) >= self.places
+
+    def victim(self) -> Any:
+        """Return the connection that makes room next, or None if all have a request under way."""
+        with self.lock:
+            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
+            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
+            before = time.monotonic() - FRESH_S
+            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
+                for chosen in (*owners, self.counts.keys()):
+                    for rank in ranks:
+                        for connection in rank:
+                            if connection.since > until:
+                                break
+                            if self.peers[connection] in chosen and not connection.is_under_way():
+                                return connection
+        return None
+
+    def make_room(self) -> bool:
+        """Close a connection for a new one; False if none can be closed."""
+        victim = self.victim()
+        if victim is None:
+            self.turned_away += 1
+            return False
+        self.evicted += 1
+        victim.handle_close()
+        return True
+
+    def tell(self, now: float) -> None:
+        """Log a full house, once a minute at most."""
+        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
+            log.warning(
+                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
+                self.places,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                self.evicted,
+                self.turned_away,
+            )
+            self.evicted, self.turned_away, self.told_at = 0, 0, now
+
+
+def peer_of(address: Any) -> str:
+    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
+    host = str(address[0])
+    try:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
+    except OSError:
+        return host
+
+
 class Watch:
     """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
 
@@ -6421,7 +6542,11 @@ class Watch:
     def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
         """Serve all sockets of `map` until it is empty."""
         while map:
-            self.turn(map, timeout)
+            try:
+                self.turn(map, timeout)
+            except Exception:
+                log.exception("an error of ours in the loop of connections")
+                time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
 
     def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
         """Wait for events once, and have them handled."""
@@ -6433,6 +6558,7 @@ class Watch:
         if now >= self.next_sweep:
             self.next_sweep = now + 1
             due.update(list(sockets.values()))
+            self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
         for each in due:
             self.register(each)
         self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
@@ -8457,9 +8583,7 @@ IDLE_LIMIT_S = 120.0  # so long it may be silent between two requests
 PROGRESS_BYTES = 64 * KIB  # in IDLE_LIMIT_S, a body that comes or an answer that goes makes at least this progress
 LINGER_S = 2.0  # so long what a refused caller still sends is thrown away, so that our answer reaches it
 MOST_CONNECTIONS = 4096
-FRESH_S = 1.0  # so long who has only just come is spared: its request may be here already, unread
 ACCEPTS_AT_ONCE = 64
-UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -8494,114 +8618,6 @@ def make_task_class() -> Any:
             return environ
 
     return Task
-
-
-class House:
-    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
-
-    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
-    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
-    others do. A request under way is never cut off.
-    """
-
-    def __init__(self, places: int) -> None:
-        self.places, self.lock = places, threading.RLock()
-        self.peers: dict[Any, str] = {}  # by connection
-        self.counts: Counter[str] = Counter()
-        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
-        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
-        self.held_bytes = 0
-        self.evicted = self.turned_away = 0
-        self.told_at = float("-inf")
-
-    def enter(self, connection: Any, address: Any) -> None:
-        """Give a place to a new connection."""
-        with self.lock:
-            self.peers[connection] = peer = peer_of(address)
-            self.counts[peer] += 1
-            self.idle[0][connection] = None
-
-    def leave(self, connection: Any) -> None:
-        """Take back the place of a connection that was closed."""
-        with self.lock:
-            self.hold(connection, 0)
-            for rank in self.idle:
-                rank.pop(connection, None)
-            peer = self.peers.pop(connection, None)
-            if peer is not None:
-                self.counts[peer] -= 1
-                if not self.counts[peer]:
-                    del self.counts[peer]
-
-    def busy(self, connection: Any) -> None:
-        """Note that a connection has a request under way."""
-        with self.lock:
-            for rank in self.idle:
-                rank.pop(connection, None)
-
-    def rest(self, connection: Any) -> None:
-        """Note that a connection is idle since now, after a request."""
-        with self.lock:
-            if connection in self.peers:
-                self.busy(connection)
-                self.idle[2 if connection.proven else 1][connection] = None
-
-    def hold(self, connection: Any, size: int) -> None:
-        """Note how much is kept in memory for a connection that has shown nothing yet."""
-        with self.lock:
-            self.held_bytes += size - self.held.pop(connection, 0)
-            if size:
-                self.held[connection] = size
-
-    def is_full(self) -> bool:
-        return len(self.peers) >= self.places
-
-    def victim(self) -> Any:
-        """Return the connection that makes room next, or None if all have a request under way."""
-        with self.lock:
-            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
-            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
-            before = time.monotonic() - FRESH_S
-            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
-                for chosen in (*owners, self.counts.keys()):
-                    for rank in ranks:
-                        for connection in rank:
-                            if connection.since > until:
-                                break
-                            if self.peers[connection] in chosen and not connection.is_under_way():
-                                return connection
-        return None
-
-    def make_room(self) -> bool:
-        """Close a connection for a new one; False if none can be closed."""
-        victim = self.victim()
-        if victim is None:
-            self.turned_away += 1
-            return False
-        self.evicted += 1
-        victim.handle_close()
-        return True
-
-    def tell(self, now: float) -> None:
-        """Log a full house, once a minute at most."""
-        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
-            log.warning(
-                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
-                self.places,
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-                self.evicted,
-                self.turned_away,
-            )
-            self.evicted, self.turned_away, self.told_at = 0, 0, now
-
-
-def peer_of(address: Any) -> str:
-    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
-    host = str(address[0])
-    try:
-        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
-    except OSError:
-        return host
 
 
 class Turns:
@@ -8661,7 +8677,8 @@ class Turns:
         parent: Any = super()
         if not self.linger_until:
             parent.handle_read()
-            connection.server.house.hold(self, 0 if self.proven or self.closed else held_bytes(connection))
+            connection.server.house.hold(self, held_bytes(connection))
+            connection.server.house.shrink()
         elif time.monotonic() > self.linger_until or not connection.recv(MIB):
             connection.handle_close()
 
@@ -8697,6 +8714,7 @@ class Turns:
                 self.drop_requests()
             elif not self.is_under_way():
                 connection.server.house.rest(self)
+                connection.server.house.hold(self, held_bytes(connection))
         if connection.close_when_flushed:
             connection.server.pull_trigger()
 
@@ -8777,8 +8795,10 @@ def unsent_bytes(connection: socket.socket) -> int:
 
 
 def held_bytes(connection: Any) -> int:
-    """Return how much memory a connection takes for what came of a request, and for an answer that was not sent yet."""
+    """Return what is kept for a connection that has shown nothing: what came of a request, and what was not sent of an answer."""
     request = connection.request
+    if connection.proven or connection.closed:
+        return 0
     coming = len(request.header_plus) + request.body_bytes_received if request is not None else 0
     return int(coming + connection.total_outbufs_len)
 
@@ -8830,8 +8850,7 @@ class Doors:
         for connection in list(cast(Any, self).active_channels.values()):
             if connection.is_overdue(now):
                 connection.handle_close()
-        while self.house.held_bytes > UNPROVEN_BYTES and self.house.make_room():
-            pass
+        self.house.shrink()
         self.house.tell(now)
 
     def handle_accept(self) -> None:
@@ -8869,7 +8888,8 @@ class Dispatcher:
 
     def __init__(self, mode: str) -> None:
         quick = WORKER_THREADS + EVENTS_PLACES + (PARKING_PLACES if mode == "server" else 0)
-        self.pools = {"quick": Pool("quick", quick, sys.maxsize), "form": Pool("form", 12, 1000), "slow": Pool("slow", 16, 64)}
+        forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
+        self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
 
     def add_task(self, connection: Any) -> None:
         """Have the next request of a connection served; 503 if too many of its class wait."""
@@ -8889,16 +8909,18 @@ class Dispatcher:
 
 
 def class_of(request: Any) -> str:
-    """Return the pool of a request: `form` for small forms, which are most of the traffic, `slow` for what hangs on others, else `quick`.
+    """Return the pool of a request: `form` for small forms, which are most of the traffic, `large` for large ones.
 
-    Who follows a job's output is bounded by the places of those who wait, and waits most of the time.
+    `slow` is for what hangs on others, `quick` for all else. Those who follow a job's output are bounded by the places of
+    those who wait, and wait most of the time.
     """
     found: Route | None = request.route
     if found is None or request.error is not None or not found.slow:
         return "quick"
     if found.takes_form:
-        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < SMALL_FORM_BYTES else "slow"
-    return "quick" if dict(parse_qsl(request.query)).get("follow") == "1" else "slow"
+        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < SMALL_FORM_BYTES else "large"
+    follows = request.command == "GET" and dict(parse_qsl(request.query)).get("follow") == "1"
+    return "quick" if follows else "slow"
 
 
 SMALL_FORM_BYTES = 1 * MIB
