@@ -184,6 +184,35 @@ def test_who_was_let_in_keeps_his_connection_when_the_house_is_full(make_process
                 assert next_answer(line) == 200, text
 
 
+def is_open(line: socket.socket) -> bool:
+    """Whether the other side has not closed a connection on which nothing was said."""
+    line.setblocking(False)
+    try:
+        return bool(line.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+def test_who_holds_most_places_makes_room_first(make_process: MakeProcess, root: None) -> None:
+    """Three silent connections of one address outlast sixty of another, though they are older."""
+    server = make_process("server", program=limited(256, 256)).start()
+    with contextlib.ExitStack() as stack:
+
+        def connect(source: str, count: int) -> list[socket.socket]:
+            where = ("127.0.0.1", server.port)
+            return [stack.enter_context(socket.create_connection(where, timeout=10, source_address=(source, 0))) for _ in range(count)]
+
+        few, many = connect("127.0.0.3", 3), connect("127.0.0.2", 58)
+        begin = time.monotonic()
+        wait_for(lambda: time.monotonic() > begin + 1.5, what="their first second to be over")
+        connect("127.0.0.1", 20)
+        assert health_s(server.port) < GENEROUS_S
+        assert sum(map(is_open, many)) < 50
+        assert sum(map(is_open, few)) == 3
+
+
 def test_a_process_that_runs_out_of_files_waits_for_some(make_process: MakeProcess, root: None) -> None:
     """accept(2) fails as long as there is none: no spinning, no flood of lines, and all is well when there are some again."""
     server = make_process("server").start()
