@@ -184,6 +184,19 @@ def test_who_was_let_in_keeps_his_connection_when_the_house_is_full(make_process
                 assert next_answer(line) == 200, text
 
 
+def test_half_a_head_on_thousands_of_connections_takes_little_memory(make_process: MakeProcess, root: None) -> None:
+    """60 KB on each of 2,000 would be 120 MB: who holds it for longest is closed."""
+    server = make_process("server").start()
+    most = 0.0
+    with flood(server.port, 2000, r"GET /health HTTP/1.1\r\nX-Long: " + "x" * 60_000):
+        for _ in range(20):
+            assert health_s(server.port) < GENEROUS_S
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            most = max(most, int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024)
+    print(f"{most:.0f} MB at most")
+    assert most < 150
+
+
 def is_open(line: socket.socket) -> bool:
     """Whether the other side has not closed a connection on which nothing was said."""
     line.setblocking(False)
