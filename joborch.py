@@ -8602,7 +8602,10 @@ def make_error_task_class() -> Any:
             self.set_close_on_finish()
             self.content_length = len(body)
             self.channel.lingers = True
-            self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
+            said = b"" if getattr(self.request, "command", "") == "HEAD" else body
+            # In one piece: a caller that has said all is closed as one that has left, and would get the head alone.
+            self.channel.write_soon(self.build_response_header() + said)
+            self.wrote_header, self.content_bytes_written = True, len(said)
 
     return ErrorTask
 
