@@ -64,6 +64,7 @@ import platform
 import pwd
 import re
 import reprlib
+import resource
 import secrets
 import select
 import shlex
@@ -76,9 +77,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
+import types
 import uuid
+import weakref
 import zipfile
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -124,6 +128,7 @@ BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_S
 DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else a stranger could take the one that `localhost` means first
 BACKLOG = 1024  # connections that wait to be accepted
 PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+ANYONES_BODY_BYTES = 16 * KIB  # of a request that needs no token: more of it would be kept for a stranger
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
 PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
@@ -1812,10 +1817,20 @@ def multipart_boundary(content_type: str) -> str:
 
 
 class FormReader:
-    """Streams a multipart form: files to disk below `folder` as they come, text fields to memory."""
+    """Streams a multipart form: files to disk below `folder` as they come, text fields to memory.
 
-    def __init__(self, folder: Path, by_name: bool = False) -> None:
+    `before_file` and `after_write` keep the disk's account: the first may refuse a further file, the second gets the bytes written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        by_name: bool = False,
+        before_file: Callable[[], None] = lambda: None,
+        after_write: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.folder, self.root, self.by_name = folder, str(folder), by_name
+        self.before_file, self.after_write = before_file, after_write
         self.form, self.tree, self.folders = Form(), Tree(), {""}
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
@@ -1864,12 +1879,14 @@ class FormReader:
 
     def file(self, path: str, events: Iterator[Any]) -> None:
         self.tree.add(path)
+        self.before_file()
         self.make_folders(path)
         digest, size = hashlib.sha256(), 0
         descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb", buffering=0) as target:
             for chunk in iter(lambda: next(events), None):
                 write_all(target, chunk)
+                self.after_write(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
@@ -2107,18 +2124,101 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
     yield from examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
 
 
+class DiskFull(OSError):
+    """There is no room for `needed` bytes beside what others were promised and what must stay free; errno is ENOSPC."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
+        self.needed = needed
+
+
+class DiskAccount:
+    """The one account of the disk below a data folder: nobody gets what another transfer was promised and has not written yet.
+
+    `keep_bytes` stay free whoever writes. Each process keeps its own account; what other processes write is seen by statvfs(2).
+    """
+
+    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # with more room than this margin, a figure of a moment ago will do
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
+        self.promised = 0  # to all transfers together, and not written yet
+        self.free, self.looked_at = 0, float("-inf")  # as statvfs said, less what was written since; monotonic
+
+    def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
+        """Promise `size` bytes, or count them as written at once; DiskFull if they do not fit."""
+        with self.lock:
+            needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
+            now = time.monotonic()
+            if now - self.looked_at > self.LOOK_AGAIN_S or self.free - needed < self.MARGIN_BYTES:
+                self.free, self.looked_at = free_bytes(self.folder), now
+            if self.free < needed:
+                raise DiskFull(size)
+            if promise:
+                self.promised += size
+            else:
+                self.free -= size
+
+    def check(self, size: int) -> None:
+        """Raise DiskFull if `size` bytes do not fit now."""
+        if size:
+            self.take(size, promise=True)
+            self.give_back(size)
+
+    def give_back(self, size: int, written: int = 0) -> None:
+        """Take back a promise of `size` bytes, of which so many were written."""
+        with self.lock:
+            self.promised -= size
+            self.free -= written
+
+
+class Promise:
+    """Disk space that was promised to one transfer: what it writes is taken from it, and the rest goes back when it is closed."""
+
+    def __init__(self, account: DiskAccount) -> None:
+        self.account, self.left, self.lock = account, 0, threading.Lock()
+
+    def more(self, size: int) -> None:
+        """Take a promise of `size` bytes more; DiskFull if they do not fit."""
+        self.account.take(size, promise=True)
+        with self.lock:
+            self.left += size
+
+    def more_for_file(self) -> None:
+        """Take the blocks that a file costs beside its content: thousands of files of one byte fill a disk, too."""
+        self.more(4 * KIB)
+        self.wrote(4 * KIB)
+
+    def wrote(self, size: int) -> None:
+        """Note that so many bytes are on the disk now."""
+        with self.lock:
+            used = min(size, self.left)
+            self.left -= used
+            self.account.give_back(used, size)
+
+    def close(self) -> None:
+        """Give back what was not written; a promise that is closed can be used again."""
+        with self.lock:
+            left, self.left = self.left, 0
+            self.account.give_back(left)
+
+
 class Spool:
     """A file that stays in memory while it is small, so that it can be written where the disk is full, and has no name.
 
     tempfile.SpooledTemporaryFile hides a full disk behind an AttributeError (before Python 3.12).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, cast("IO[bytes]", io.BytesIO())
+    def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
+        """`claim` is asked before so many bytes go to the disk, and may raise DiskFull."""
+        self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
 
     def write(self, data: bytes) -> int:
         if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
+            self.claim(self.file.tell())
             self.move_to_disk()
+        if not isinstance(self.file, io.BytesIO):
+            self.claim(len(data))
         return self.file.write(data)
 
     def move_to_disk(self) -> None:
@@ -2156,6 +2256,7 @@ class DataFolder:
         self.path = Path(path)
         self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
         self.receiving: set[str] = set()  # uuids of uploads under way, which have no row yet
+        self.account, self.packs_below_minimum = DiskAccount(self.path), False
 
     def open(self) -> None:
         """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
@@ -2263,9 +2364,14 @@ class DataFolder:
         """Return where the result of one attempt is: one that comes late cannot overwrite another's."""
         return self.results / f"{mark}.zip"
 
+    def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
+        """Keep so much of the disk free; archives alone may use that too, if `packs_below_minimum`."""
+        self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum
+
     def spool(self) -> IO[bytes]:
         """Return a file without a name, which is gone when it is closed; see Spool."""
-        return cast("IO[bytes]", Spool(self.tmp))
+        keep_bytes = 0 if self.packs_below_minimum else None
+        return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
 # == 8. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
@@ -3802,6 +3908,38 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
     return {**inherited, **ours}
 
 
+MOST_FILES = 65_536  # no more are asked for, even where there is no limit: some programs try every number up to theirs
+
+
+@functools.lru_cache(maxsize=1)
+def first_file_limit() -> tuple[int, int]:
+    """Return the soft and hard limit of open files that this process was started with: payloads get the same."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each connection needs a file, and the usual soft limit is 1,024."""
+    soft, hard = first_file_limit()
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            log.warning("the limit of open files stays at %d: it cannot be raised to %d (%s)", soft, wanted, error)
+
+
+def first_file_limit_text() -> str:
+    """Return the soft limit of open files at the start, as `ulimit -Sn` takes it; an empty text if it was not raised."""
+    soft = first_file_limit()[0]
+    return "" if soft == resource.getrlimit(resource.RLIMIT_NOFILE)[0] else str(soft)
+
+
+def with_first_file_limit(command: Sequence[str]) -> list[str]:
+    """Return a command that runs with the limit of open files that we were started with: sbatch(1) passes it on to jobs."""
+    limit = first_file_limit_text()
+    return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
+
+
 # == 14. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
@@ -3812,7 +3950,7 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
 # All that can fail for want of disk is done before `ready` goes into the claim: without it the script never began.
 WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
-@FIRST@umask @UMASK@
+@FIRST@umask @UMASK@@FILES@
 cd "$1" || exit 1
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
 echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
@@ -4033,9 +4171,13 @@ def handicap() -> str:
     return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
 
 
-def wrapper_text(data: DataFolder, first: str = "", before_script: str = "") -> bytes:
-    """Return the wrapper, with the umask that this process was started with, what it does first, and what just before the script."""
-    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FIRST@", first)
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "") -> bytes:
+    """Return the wrapper, with the umask that this process was started with and, if one is given, a soft limit of open files.
+
+    `first` is what it does first, `before_script` what it does just before the script.
+    """
+    files = f"; ulimit -Sn {file_limit}" if file_limit else ""
+    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
     return text.replace("@BEFORE@", before_script).encode()
 
 
@@ -4063,7 +4205,7 @@ class LocalExecutor:
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.reaps_orphans = become_subreaper()
-        self.wrapper = wrapper_text(data, before_script=handicap())
+        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -4484,7 +4626,7 @@ class SlurmExecutor:
     def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
         """Return what a command of Slurm prints. Raises SystemAway, and for sbatch NotTaken or CannotRun."""
         # By timeout(1): it goes on when we are killed.
-        limited = ["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words]
+        limited = with_first_file_limit(["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words])
         try:
             done = subprocess.run(
                 limited,
@@ -6324,12 +6466,22 @@ class FilesBody:
 class Transfer:
     """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
 
-    def __init__(self, target: IO[bytes]) -> None:
-        self.target = target
+    def __init__(self, target: IO[bytes], promise: Promise | None = None) -> None:
+        """With a `promise` of the disk's account, nothing is written that does not fit: DiskFull."""
+        self.target, self.promise = target, promise
         self.size, self.tag, self.digest = 0, "", hashlib.sha256()
+
+    def expect(self, size: int) -> None:
+        """Take a promise for `size` bytes that are to come; DiskFull before the first of them if they do not fit."""
+        if self.promise is not None:
+            self.promise.more(size)
 
     def write(self, data: bytes) -> None:
         """Append to what is here."""
+        if self.promise is not None:
+            if len(data) > self.promise.left:
+                self.promise.more(len(data) - self.promise.left)
+            self.promise.wrote(len(data))
         write_all(self.target, data)
         self.digest.update(data)
         self.size += len(data)
@@ -6373,6 +6525,7 @@ class Report:
     failures: int = 0
     taken: bool = False  # a lane settles it now
     newer: Report | None = None  # what the client said of the job meanwhile
+    needs: int = 0  # bytes for which there was no room on the disk: it is not asked for again before there is
     part: Transfer | None = None  # what has come of its result
     cpus: int = 0  # slots and memory (MiB) that are free again
     memory: int = 0
@@ -6666,6 +6819,23 @@ def copy_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int, target: IO[byt
         raise NoAnswer("the answer broke: its digest is not the one that was sent")
 
 
+def receive(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
+    """Copy a response's body to a file; DiskFull before the first byte if its length is known and does not fit."""
+    length = answer.headers.get("Content-Length", "")
+    try:
+        if re.fullmatch("[0-9]{1,18}", length):
+            into.expect(int(length))
+        for chunk in iter(lambda: read_chunk(answer, into.size), b""):
+            into.write(chunk)
+    except DiskFull:
+        answer.close()  # what is still to come of it is of no use
+        raise
+    finally:
+        if into.promise is not None:
+            into.promise.close()
+    answer.release_conn()
+
+
 def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
     """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
     begin = f"bytes {into.size}-"
@@ -6676,9 +6846,7 @@ def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
         into.begin()
         raise NoAnswer("answered with another part of the result than was asked for")
     before = into.size
-    for chunk in iter(lambda: read_chunk(answer, into.size), b""):
-        into.write(chunk)
-    answer.release_conn()
+    receive(answer, into)
     promised = answer.headers.get("Content-Length")
     said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
     if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
@@ -7375,11 +7543,263 @@ class Gate:
                 self.__enter__()
 
 
+class Pool:
+    """Threads that are made when they are needed, at most so many, and end when they were idle for a while.
+
+    The one that was idle last works next, so that few of them are awake. A thread of each class of requests cannot be
+    taken by those of another.
+    """
+
+    IDLE_S = 30.0
+
+    def __init__(self, name: str, threads: int, waiting: int) -> None:
+        """At most `waiting` tasks wait for a thread."""
+        self.name, self.most, self.most_waiting = name, threads, waiting
+        self.lock, self.tasks = threading.Lock(), deque[Any]()
+        self.threads, self.number, self.stopping = 0, 0, False
+        self.idle: list[threading.Lock] = []  # bells of threads that sleep
+
+    def add(self, task: Any) -> bool:
+        """Have a task done; False if too many wait already."""
+        with self.lock:
+            if len(self.tasks) >= self.most_waiting:
+                return False
+            self.tasks.append(task)
+            if self.idle:
+                self.idle.pop().release()
+            elif self.threads < self.most:
+                self.threads, self.number = self.threads + 1, self.number + 1
+                threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
+        return True
+
+    def work(self) -> None:
+        """Do tasks until there were none for a while."""
+        bell = threading.Lock()
+        bell.acquire()  # it is released to wake this thread, and never otherwise
+        while True:
+            with self.lock:
+                task = self.tasks.popleft() if self.tasks else None
+                if task is None:
+                    if self.stopping:
+                        self.threads -= 1
+                        return
+                    self.idle.append(bell)
+            if task is not None:
+                self.do(task)
+            elif not bell.acquire(timeout=self.IDLE_S) and self.gave_up(bell):
+                return
+
+    def do(self, task: Any) -> None:
+        try:
+            task.service()
+        except Exception:
+            log.exception("a request ended in an error")
+
+    def gave_up(self, bell: threading.Lock) -> bool:
+        """End the thread of this bell, unless it was rung at the last moment."""
+        with self.lock:
+            if bell not in self.idle:
+                bell.acquire()
+                return False
+            self.idle.remove(bell)
+            self.threads -= 1
+            return True
+
+    def stop(self) -> None:
+        """Let the threads end when they have done what waits."""
+        with self.lock:
+            self.stopping = True
+            while self.idle:
+                self.idle.pop().release()
+
+
+FRESH_S = 1.0  # so long who has only just come is spared: its request may be here already, unread
+UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
+
+
+class House:
+    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
+
+    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
+    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
+    others do. A request under way is never cut off.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places, self.lock = places, threading.RLock()
+        self.peers: dict[Any, str] = {}  # by connection
+        self.counts: Counter[str] = Counter()
+        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
+        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
+        self.held_bytes = 0
+        self.evicted = self.turned_away = 0
+        self.told_at = float("-inf")
+
+    def enter(self, connection: Any, address: Any) -> None:
+        """Give a place to a new connection."""
+        with self.lock:
+            self.peers[connection] = peer = peer_of(address)
+            self.counts[peer] += 1
+            self.idle[0][connection] = None
+
+    def leave(self, connection: Any) -> None:
+        """Take back the place of a connection that was closed."""
+        with self.lock:
+            self.hold(connection, 0)
+            for rank in self.idle:
+                rank.pop(connection, None)
+            peer = self.peers.pop(connection, None)
+            if peer is not None:
+                self.counts[peer] -= 1
+                if not self.counts[peer]:
+                    del self.counts[peer]
+
+    def busy(self, connection: Any) -> None:
+        """Note that a connection has a request under way."""
+        with self.lock:
+            for rank in self.idle:
+                rank.pop(connection, None)
+
+    def rest(self, connection: Any) -> None:
+        """Note that a connection is idle since now, after a request."""
+        with self.lock:
+            if connection in self.peers:
+                self.busy(connection)
+                self.idle[2 if connection.proven else 1][connection] = None
+
+    def hold(self, connection: Any, size: int) -> None:
+        """Note how much is kept in memory for a connection that has shown nothing yet."""
+        with self.lock:
+            self.held_bytes += size - self.held.pop(connection, 0)
+            if size:
+                self.held[connection] = size
+
+    def shrink(self) -> None:
+        """Close those that hold the memory, if all who have shown nothing take too much of it together."""
+        with self.lock:
+            holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
+        for connection in holders:
+            if self.held_bytes > UNPROVEN_BYTES and not connection.requests:
+                self.evicted += 1
+                connection.handle_close()
+
+    def is_full(self) -> bool:
+        return len(self.peers) >= self.places
+
+    def victim(self) -> Any:
+        """Return the connection that makes room next, or None if all have a request under way."""
+        with self.lock:
+            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
+            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
+            before = time.monotonic() - FRESH_S
+            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
+                for chosen in (*owners, self.counts.keys()):
+                    for rank in ranks:
+                        for connection in rank:
+                            if connection.since > until:
+                                break
+                            if self.peers[connection] in chosen and not connection.is_under_way():
+                                return connection
+        return None
+
+    def make_room(self) -> bool:
+        """Close a connection for a new one; False if none can be closed."""
+        victim = self.victim()
+        if victim is None:
+            self.turned_away += 1
+            return False
+        self.evicted += 1
+        victim.handle_close()
+        return True
+
+    def tell(self, now: float) -> None:
+        """Log a full house, once a minute at most."""
+        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
+            log.warning(
+                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
+                self.places,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                self.evicted,
+                self.turned_away,
+            )
+            self.evicted, self.turned_away, self.told_at = 0, 0, now
+
+
+def peer_of(address: Any) -> str:
+    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
+    host = str(address[0])
+    try:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
+    except OSError:
+        return host
+
+
+class Watch:
+    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
+
+    Asked are those to which something happened, those that a worker serves, and once a second all of them.
+    """
+
+    def __init__(self) -> None:
+        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
+        self.touched = deque[Any]()  # by other threads
+        self.again: set[Any] = set()
+        self.next_sweep = 0.0  # monotonic
+
+    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
+        """Serve all sockets of `map` until it is empty."""
+        while map:
+            try:
+                self.turn(map, timeout)
+            except Exception:
+                log.exception("an error of ours in the loop of connections")
+                time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
+
+    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
+        """Wait for events once, and have them handled."""
+        from waitress import wasyncore
+
+        due, now = self.again, time.monotonic()
+        while self.touched:
+            due.add(self.touched.popleft())
+        if now >= self.next_sweep:
+            self.next_sweep = now + 1
+            due.update(list(sockets.values()))
+            self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
+        for each in due:
+            self.register(each)
+        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
+        for descriptor, flags in self.epoll.poll(timeout_s):
+            found = sockets.get(descriptor)
+            if found is not None:  # else it was closed by what another event brought
+                wasyncore.readwrite(found, flags)
+                self.again.add(found)
+
+    def register(self, each: Any) -> None:
+        """Have the kernel tell what a connection or listener wants to know now."""
+        descriptor = each._fileno
+        if descriptor is None:
+            return
+        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if each._fileno is None or self.known.get(descriptor) == (each, flags):
+            return
+        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
+            if descriptor in self.known:
+                self.epoll.unregister(descriptor)
+        self.known.pop(descriptor, None)
+        if flags:
+            self.epoll.register(descriptor, flags)
+            self.known[descriptor] = (each, flags)
+
+
 class Node:
     """One process, server or client: its settings, its store, its folders, its loops."""
 
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
+        # A client's archives may use what is kept free: results that are fetched are what empties its disk.
+        data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
         self.loops: dict[str, Loop] = {}
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.refused = RefusedTokens(self.clock)
@@ -8103,8 +8523,10 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
         return False
     except OSError as error:
-        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk
-        become_unknown(server, job, f"the result could not be stored: {os.strerror(error.errno or 0)}")
+        found.needs = error.needed if isinstance(error, DiskFull) else 0
+        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk; and others need the room
+        why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
+        become_unknown(server, job, f"the result could not be stored: {why}")
         return False
     return True
 
@@ -8138,8 +8560,10 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
 
     What came of a transfer that broke stays with the report, for the next time.
     """
+    server.data.account.check(found.needs)  # no call for what would not fit
     if found.part is None:
-        found.part = Transfer(cast("IO[bytes]", tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)))  # noqa: SIM115
+        target = tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)  # noqa: SIM115
+        found.part = Transfer(cast("IO[bytes]", target), Promise(server.data.account))
     part = found.part
     data = inline_archive_of(found.payload)
     if data:
@@ -8162,6 +8586,8 @@ def drop_part(found: Report) -> None:
     """Let go of what came of a result: it is in its place, or of no use."""
     if found.part is not None:
         found.part.target.close()
+        if found.part.promise is not None:
+            found.part.promise.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(found.part.target.name)
         found.part = None
@@ -9167,6 +9593,12 @@ class Request:
     def length(self) -> int:
         return int(self.environ.get("CONTENT_LENGTH") or 0)
 
+    def read_form(self, folder: Path, by_name: bool = False) -> Form:
+        """Read the form of this request, its files to `folder`; what it writes is taken from the promise that it got at its head."""
+        promise: Promise | None = self.environ.get("joborch.promise")
+        account = (promise.more_for_file, promise.wrote) if promise is not None else ()
+        return FormReader(folder, by_name, *account).read(self.stream, self.header("Content-Type"), self.length)
+
     def header(self, name: str) -> str:
         key = name.upper().replace("-", "_")
         return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
@@ -9278,19 +9710,31 @@ def find_route(mode: str, method: str, path: str) -> Route:
     raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
 
 
-def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
-    """Refuse a body before it is read: 411, 413 or 507."""
+def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
+    """Refuse a body before it is read: 411, 413 or 507. Return the promise of the disk space that it needs.
+
+    A form is written twice: as it comes, and as files. If its length is not known, each part of it is asked for when it comes.
+    """
+    promise = Promise(node.data.account)
     if not found.takes_form:
-        if length > MIB or chunked:
+        if length > (ANYONES_BODY_BYTES if found.who == "anyone" else MIB) or chunked:
             raise Refusal(413, "no body is expected here")
-        return
+        return promise
     if not length and not chunked:
         raise Refusal(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
     limit = node.config.max_upload_bytes
     if length > limit:
         raise Refusal(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
-    if free_bytes(node.data.path) - 2 * length < node.config.min_free_bytes:
-        raise Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
+    try:
+        promise.more(2 * length)
+    except DiskFull as error:
+        raise too_full(node, length) from error
+    return promise
+
+
+def too_full(node: Node, length: int) -> Refusal:
+    """Return what a caller is told for whose body, of so many bytes, there is no room."""
+    return Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
 
 
 def make_app(node: Node) -> bottle.Bottle:
@@ -9326,6 +9770,8 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     except StorageError as error:
         log.error("%s %s: %s", request.method, declared.path, error)
         answer = Answer({"message": "the database cannot be used now: try again soon"}, 503, {"Retry-After": "5"})
+    except DiskFull as error:
+        answer = Answer.of(too_full(node, error.needed))
     except OSError as error:
         log.exception("%s %s", request.method, declared.path)
         answer = Answer.of(disk_refusal(node, error))
@@ -9401,6 +9847,104 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     return int(match[1]), min(int(match[2] or size) + 1, size)
 
 
+PIPELINED_MOST = 16  # requests of one connection that came before the first of them was answered
+CHUNKED_BYTES = 16 * KIB  # of a chunked body at once: the parser copies the rest for each chunk, of one byte perhaps
+CONTROL_LINE_BYTES, TRAILER_BYTES = 4 * KIB, 64 * KIB  # of a chunked body
+
+
+class Judge:
+    """What our parser adds to waitress's: a request is judged as soon as its head is there, and whatever cannot be read is a 400."""
+
+    node: Node
+    route: Route | None = None
+    proof: Proof | None = None  # of the server that sent it
+    caller: Caller | None = None
+    proven = False  # its caller was let in by more than an open route
+
+    def attach(self, channel: Any) -> None:
+        """Belong to a connection."""
+        self.its_channel = weakref.ref(channel)  # a cycle would keep a spool until the collector happens to run
+        self.too_many = len(channel.requests) >= PIPELINED_MOST
+        self.promise = Promise(self.node.data.account)
+
+    @property
+    def channel(self) -> Any:
+        return self.its_channel()
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the head of a request, and judge it."""
+        import waitress.parser
+
+        parser: Any = self
+        try:
+            cast(Any, super()).parse_header(header_plus)
+            length = -1 if parser.chunked else parser.content_length
+            self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length)
+            found = self.route = find_route(self.node.config.mode, parser.command, parser.path)
+            self.caller = identify(self.node, found.who, self.proof, parser.headers, self.channel)
+            if self.caller is not None:
+                self.proven = self.channel.proven = True
+            self.promise = check_size(self.node, found, parser.content_length, parser.chunked)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except (waitress.parser.ParsingError, waitress.parser.TransferEncodingNotImplemented):
+            raise  # waitress has an answer to them
+        except Exception as error:  # noqa: BLE001 - a stranger can cause it: no more than a line for debugging
+            self.refuse_unread(error)
+
+    def received(self, data: bytes) -> int:
+        """Take in what came; whatever goes wrong is an answer, and nothing that a stranger could fill the log with."""
+        parser: Any = self
+        if self.too_many:
+            self.refuse(Refusal(400, f"more than {PIPELINED_MOST} requests came at once: wait for the answers before you send more"))
+            return len(data)
+        try:
+            in_body = parser.body_rcv is not None and not parser.completed
+            return self.received_body(data) if in_body else int(cast(Any, super()).received(data))
+        except DiskFull as error:
+            self.refuse(too_full(self.node, error.needed))
+        except OSError as error:  # of the file that a large body is spooled to
+            log.error("%s %s: the body cannot be kept: %s", parser.command, one_line(parser.path, 80), error)
+            self.refuse(disk_refusal(self.node, error))
+        except Exception as error:  # noqa: BLE001 - as above
+            self.refuse_unread(error)
+        return len(data)
+
+    def received_body(self, data: bytes) -> int:
+        """Take in a part of the body, of which the disk's account hears."""
+        parser: Any = self
+        if parser.chunked:
+            data = data[:CHUNKED_BYTES]
+            self.promise.more(2 * len(data))
+        taken = int(cast(Any, super()).received(data))
+        self.promise.wrote(taken)
+        if parser.chunked and (len(parser.body_rcv.control_line) > CONTROL_LINE_BYTES or len(parser.body_rcv.trailer) > TRAILER_BYTES):
+            self.refuse(Refusal(400, "the request cannot be read: the head of a chunk, or what follows the last one, is too long"))
+        return taken
+
+    def refuse_unread(self, error: Exception) -> None:
+        """Refuse what cannot be understood."""
+        log.debug("a request cannot be read: %s", one_line(repr(error), 200))
+        self.refuse(Refusal(400, "the request cannot be read: its first line or a header is malformed"))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Have the request answered with this refusal; what came of its body is let go of."""
+        import waitress.utilities
+
+        parser: Any = self
+        parser.error = waitress.utilities.Error(refusal.message)
+        parser.error.refusal = refusal
+        # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
+        parser.completed, parser.expect_continue, parser.content_length = True, False, 0
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the body and of what the disk's account promised for it."""
+        with contextlib.suppress(OSError):  # it may hold bytes that its disk does not take
+            cast(Any, super()).close()
+        self.promise.close()
+
+
 # What several routes answer.
 EXAMPLE_ERROR = {"message": "user_id is missing: give the whole number of a user, as in -F user_id=1", "field": "user_id"}
 BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
@@ -9425,56 +9969,24 @@ PARTS = {
 # == 32. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
-def make_parser_class(node: Node) -> Any:
-    """Return a parser of waitress that judges a request as soon as its headers are there."""
-    import waitress.parser
-    import waitress.utilities
-
-    class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-        content_length: Any
-        caller: Caller | None = None
-        proof: Proof | None = None  # of the server that sent it
-
-        def __init__(self, adj: Any, channel: Any) -> None:
-            super().__init__(adj)
-            self.channel = channel
-
-        def parse_header(self, header_plus: bytes) -> None:
-            super().parse_header(header_plus)
-            try:
-                length = -1 if self.chunked else self.content_length
-                self.proof = proof_of(node, self.headers, self.command, self.request_uri, length)
-                found = find_route(node.config.mode, self.command, self.path)
-                self.caller = identify(node, found.who, self.proof, self.headers, self.channel)
-                check_size(node, found, self.content_length, self.chunked)
-            except Refusal as refusal:
-                self.refuse(refusal)
-
-        def received(self, data: bytes) -> int:
-            try:
-                return int(super().received(data))
-            except OSError as error:  # of the file that a large body is spooled to
-                log.error("%s %s: the body cannot be kept: %s", self.command, self.path, error)
-                self.refuse(disk_refusal(node, error))
-                return len(data)
-
-        def refuse(self, refusal: Refusal) -> None:
-            self.error = waitress.utilities.Error(refusal.message)
-            self.error.refusal = refusal
-            # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
-            self.completed, self.expect_continue, self.content_length = True, False, 0
-
-    return Parser
+REQUEST_LIMIT_S = 15.0  # so long a connection may take for the whole head of a request, however it comes
+IDLE_LIMIT_S = 120.0  # so long it may be silent between two requests
+PROGRESS_BYTES = 64 * KIB  # in IDLE_LIMIT_S, a body that comes or an answer that goes makes at least this progress
+LINGER_S = 2.0  # so long what a refused caller still sends is thrown away, so that our answer reaches it
+MOST_CONNECTIONS = 4096
+ACCEPTS_AT_ONCE = 64
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def make_task_class() -> Any:
-    """Return a task of waitress that tells the application who calls."""
+    """Return a task of waitress that hands on what its parser knows: who calls, and what the disk's account promised."""
     import waitress.task
 
     class Task(waitress.task.WSGITask):  # type: ignore[misc]
         def get_environment(self) -> dict[str, Any]:
             environ: dict[str, Any] = super().get_environment()
             environ[CALLER_KEY] = self.request.caller
+            environ["joborch.promise"] = self.request.promise
             return environ
 
     return Task
@@ -9492,12 +10004,15 @@ def make_error_task_class() -> Any:
             body = json.dumps(answer.body).encode()
             self.status = f"{answer.status} {reason_phrase(answer.status)}"
             digest = repr_digest(hashlib.sha256(body).hexdigest())
-            said = [("Content-Type", JSON_TYPE), ("Repr-Digest", digest), (OURS_HEADER, __version__)]
-            self.response_headers.extend([*said, *answer.headers.items()])
+            head = [("Content-Type", JSON_TYPE), ("Repr-Digest", digest), (OURS_HEADER, __version__)]
+            self.response_headers.extend([*head, *answer.headers.items()])
             self.set_close_on_finish()
             self.content_length = len(body)
             self.channel.lingers = True
-            self.write(b"" if getattr(self.request, "command", "") == "HEAD" else body)
+            said = b"" if getattr(self.request, "command", "") == "HEAD" else body
+            # In one piece: a caller that has said all is closed as one that has left, and would get the head alone.
+            self.channel.write_soon(self.build_response_header() + said)
+            self.wrote_header, self.content_bytes_written = True, len(said)
 
     return ErrorTask
 
@@ -9529,9 +10044,13 @@ class FoldedHeaders(dict[str, str]):
 
 
 class Turns:
-    """What our connections add to those of waitress: they know whose they are, send in turns, and end with patience."""
+    """What our connections add to those of waitress: they know whose they are, send in turns, and have limits to their patience."""
 
     turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
+    proven, serving, closed = False, False, False
+    moved_bytes, mark_bytes, mark_at = 0, 0, 0.0  # in and out; what that was at the last progress, and when (monotonic)
+    since = 0.0  # monotonic: the begin of what it does now, which is to be silent or to send the head of a request
+    waits_for_request = True  # nothing came yet of its first request
 
     def uid(self) -> int | None:
         """Return the user at the other end, or None where that cannot be told."""
@@ -9546,26 +10065,138 @@ class Turns:
         connection: Any = self
         return "" if connection.socket.family == socket.AF_UNIX else str(connection.addr[0])
 
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, but at most 4 MiB a turn: one big download must not keep all others waiting."""
+    # -- how long it may take --
+
+    def is_under_way(self) -> bool:
+        """Tell whether a request is under way: a whole one, or the body of one whose caller was let in."""
+        connection: Any = self
+        request = connection.request
+        return bool(connection.requests) or (self.proven and bool(connection.total_outbufs_len or (request and request.proven)))
+
+    def is_overdue(self, now: float) -> bool:
+        """Tell whether it has to be closed: for silence, for a head that does not come to its end, for a transfer that stands still."""
+        connection: Any = self
+        if self.linger_until:
+            return now > self.linger_until
+        request = connection.request
+        if connection.total_outbufs_len or (not connection.requests and request is not None and request.proven):
+            return self.stands_still(now)
+        self.mark_at = 0.0
+        if connection.requests:
+            return False
+        return now - self.since > (REQUEST_LIMIT_S if request is not None or self.waits_for_request else IDLE_LIMIT_S)
+
+    def stands_still(self, now: float) -> bool:
+        """Tell whether a transfer made too little progress for too long. What the kernel took and the caller did not is none."""
+        moved = self.moved_bytes - unsent_bytes(cast(Any, self).socket)
+        if not self.mark_at or moved - self.mark_bytes >= PROGRESS_BYTES:
+            self.mark_at, self.mark_bytes = now, moved
+        return now - self.mark_at > IDLE_LIMIT_S
+
+    # -- what comes --
+
+    def readable(self) -> bool:
+        """Tell whether more is to be read."""
+        connection: Any = self
         parent: Any = super()
-        sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
-        self.turn_bytes += sent
-        return sent
+        return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
+
+    def handle_read(self) -> None:
+        """Read; what a refused caller still sends is thrown away for a while."""
+        connection: Any = self
+        parent: Any = super()
+        if not self.linger_until:
+            # waitress takes the end of what is sent for the end of the connection, and would drop the answer.
+            self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
+            if self.half_closed:
+                return
+            parent.handle_read()
+            connection.server.house.hold(self, held_bytes(connection))
+            connection.server.house.shrink()
+        elif time.monotonic() > self.linger_until or not connection.recv(MIB):
+            connection.handle_close()
+
+    def recv(self, size: int) -> bytes:
+        """Read; of a chunked body only a little, since chunks of one byte cost a thousand times their size."""
+        request = cast(Any, self).request
+        return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
+
+    def received(self, data: bytes) -> bool:
+        """Take in what came. Bytes of a head that is not whole give a connection no further time."""
+        connection: Any = self
+        parent: Any = super()
+        self.moved_bytes += len(data)
+        fresh = connection.request is None
+        taken = bool(parent.received(data))
+        if fresh and connection.request is not None and not self.waits_for_request:
+            self.since = time.monotonic()
+        if self.is_under_way():
+            connection.server.house.busy(self)
+        return taken
+
+    # -- what is done --
 
     def service(self) -> None:
         """Serve one request; the I/O thread hears at once of a connection that is to end, not a second later."""
         connection: Any = self
         parent: Any = super()
-        parent.service()
+        with connection.requests_lock:
+            self.serving = True
+        connection.server.watch.touched.append(self)
+        try:
+            parent.service()
+        finally:
+            self.serving = False
+            connection.server.watch.touched.append(self)
+            self.since, self.waits_for_request = time.monotonic(), False
+            if self.closed:
+                self.drop_requests()
+            elif not self.is_under_way():
+                connection.server.house.rest(self)
+                connection.server.house.hold(self, held_bytes(connection))
         if connection.close_when_flushed:
             connection.server.pull_trigger()
+
+    def handle_close(self) -> None:
+        """Close it, and give back at once what its unfinished requests hold of the disk."""
+        parent: Any = super()
+        self.closed = True
+        parent.handle_close()
+        cast(Any, self).server.house.leave(self)
+        self.drop_requests()
+
+    def drop_requests(self) -> None:
+        """Let go of requests that will have no answer; not of the one that a worker is busy with, who does that at its end."""
+        connection: Any = self
+        if connection.requests_lock.acquire(blocking=False):  # else a worker is between two requests, and does this at its end
+            try:
+                dropped = [*connection.requests[1 if self.serving else 0 :], *([connection.request] if connection.request else [])]
+                for request in dropped:
+                    request.close()
+            finally:
+                connection.requests_lock.release()
+
+    def handle_error(self) -> None:
+        """Close a connection that an error of ours hit: a line for debugging, since a stranger may know how to cause it."""
+        log.debug("a connection is closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
+        self.handle_close()
+
+    # -- what goes --
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send, but at most 4 MiB a turn: one big download must not keep all others waiting."""
+        parent: Any = super()
+        sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
+        self.turn_bytes += sent
+        self.moved_bytes += sent
+        return sent
 
     def write_soon(self, data: Any) -> int:
         """Take in what a worker has to say; it sends by itself what it can."""
         connection: Any = self
         parent: Any = super()
         self.writing = True
+        connection.server.watch.touched.append(self)
         try:
             return int(parent.write_soon(data))
         finally:
@@ -9587,46 +10218,151 @@ class Turns:
         self.turn_bytes = 0
         if self.lingers and connection.close_when_flushed and not connection.total_outbufs_len:
             # Closed with bytes unread, TCP would reset the connection and take our answer with it.
-            connection.close_when_flushed, self.linger_until = False, time.monotonic() + 2
+            connection.close_when_flushed, self.linger_until = False, time.monotonic() + LINGER_S
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_WR)
         else:
             parent.handle_write()
 
-    def readable(self) -> bool:
-        """Tell whether more is to be read."""
-        connection: Any = self
-        parent: Any = super()
-        return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
 
-    def handle_read(self) -> None:
-        """Read; what a refused caller still sends is thrown away for a while."""
-        connection: Any = self
-        parent: Any = super()
-        if not self.linger_until:
-            # waitress takes the end of what is sent for the end of the connection, and would drop the answer.
-            self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
-            if not self.half_closed:
-                parent.handle_read()
-        elif time.monotonic() > self.linger_until or not connection.recv(MIB):
-            connection.handle_close()
+def unsent_bytes(connection: socket.socket) -> int:
+    """Return how many of the bytes that the kernel took for a connection its other end has not acknowledged (SIOCOUTQ)."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
+    except OSError:
+        return 0
+
+
+def held_bytes(connection: Any) -> int:
+    """Return what is kept for a connection that has shown nothing: what came of a request, and what was not sent of an answer."""
+    request = connection.request
+    if connection.proven or connection.closed:
+        return 0
+    coming = len(request.header_plus) + request.body_bytes_received if request is not None else 0
+    return int(coming + connection.total_outbufs_len)
 
 
 def make_channel_class(node: Node) -> Any:
     """Return the class of our connections, for waitress."""
     import waitress.channel
-    import waitress.task
+    import waitress.parser
 
-    parser_class = make_parser_class(node)
+    class Parser(Judge, waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        pass
+
+    Parser.node = node
 
     class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
         task_class, error_task_class = make_signing(make_task_class()), make_signing(make_error_task_class())
 
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.parser_class = functools.partial(parser_class, channel=self)
+        def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress's name
+            super().__init__(server, sock, addr, adj, map=map)
+            self.requests_lock = threading.RLock()  # a connection may be closed while it is read
+            self.since = time.monotonic()
+            server.house.enter(self, addr)
+            server.watch.touched.append(self)
+
+        def parser_class(self, adj: Any) -> Any:
+            parser = Parser(adj)
+            parser.attach(self)
+            return parser
 
     return Channel
+
+
+class Doors:
+    """What our listeners add to those of waitress: they keep the rules of their House."""
+
+    house: House
+    next_look = paused_until = 0.0  # monotonic
+
+    def readable(self) -> bool:
+        """Tell whether connections are to be accepted; now and then, close those whose time is over."""
+        now = time.monotonic()
+        if now >= self.next_look:
+            self.next_look = now + 1
+            self.close_overdue(now)
+        return bool(cast(Any, self).accepting and now >= self.paused_until)
+
+    def close_overdue(self, now: float) -> None:
+        """Close the connections whose time is over, and those that keep too much for nothing."""
+        for connection in list(cast(Any, self).active_channels.values()):
+            if connection.is_overdue(now):
+                connection.handle_close()
+        self.house.shrink()
+        self.house.tell(now)
+
+    def handle_accept(self) -> None:
+        """Accept what waits; for whom there is no place, or no file, an idle connection is closed."""
+        listener: Any = self
+        for _ in range(min(ACCEPTS_AT_ONCE, self.house.places // 4)):
+            if self.house.is_full() and not self.house.make_room():
+                break
+            try:
+                connection, address = listener.socket.accept()
+                listener.set_socket_options(connection)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_FILES and not self.house.make_room():
+                    break
+            else:
+                listener.channel_class(self, connection, listener.fix_addr(address), listener.adj, map=listener._map)
+        else:
+            return
+        self.paused_until = time.monotonic() + 0.2  # those that have a request under way shall get on with it
+
+
+def connection_places(node: Node) -> int:
+    """Return how many connections there may be: what the limit of open files leaves beside database, links, and files of requests."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    others = max(320 + 32 * len(getattr(node, "links", ())), files // 4)
+    return max(16, min(files - others, MOST_CONNECTIONS), files // 4)
+
+
+class Dispatcher:
+    """Gives each request to the pool of its class, as waitress's own would to its only one: slow ones never hold up quick ones."""
+
+    def __init__(self, mode: str) -> None:
+        quick = WORKER_THREADS + EVENTS_PLACES + (PARKING_PLACES if mode == "server" else 0)
+        forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
+        self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
+
+    def add_task(self, connection: Any) -> None:
+        """Have the next request of a connection served; 503 if too many of its class wait."""
+        request = connection.requests[0]
+        if not self.pools[class_of(request)].add(connection):
+            request.refuse(Refusal(503, "too many requests of this kind are under way: try again soon", Retry_After=str(COME_AGAIN_S)))
+            self.pools["quick"].add(connection)
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
+        """End the threads; those that are busy for longer than `timeout` seconds are left alone."""
+        for pool in self.pools.values():
+            pool.stop()
+        deadline = time.monotonic() + timeout
+        while any(pool.threads for pool in self.pools.values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return cancel_pending
+
+
+def class_of(request: Any) -> str:
+    """Return the pool of a request: `form` for small forms, which are most of the traffic, `large` for large ones.
+
+    `slow` is for what hangs on others, `quick` for all else. Those who follow a job's output are bounded by the places of
+    those who wait, and wait most of the time.
+    """
+    found: Route | None = request.route
+    if found is None or request.error is not None or not found.slow:
+        return "quick"
+    if found.takes_form:
+        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < SMALL_FORM_BYTES else "large"
+    follows = request.command == "GET" and dict(parse_qsl(request.query)).get("follow") == "1"
+    return "quick" if follows else "slow"
+
+
+SMALL_FORM_BYTES = 1 * MIB
 
 
 def make_http_server(node: Node, app: Any) -> Any:
@@ -9635,32 +10371,38 @@ def make_http_server(node: Node, app: Any) -> Any:
 
     config = node.config
     options: dict[str, Any] = {
-        "threads": WORKER_THREADS + EVENTS_PLACES + (PARKING_PLACES if config.mode == "server" else 0),
-        "connection_limit": 2000,  # the default of 100 would lock everybody out behind 100 who wait
-        "asyncore_use_poll": True,
+        "connection_limit": sys.maxsize,  # our listeners have limits of their own
         "channel_request_lookahead": 1,  # so that callers who left while they waited are noticed
         "recv_bytes": 256 * KIB,
         "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
         "max_request_header_size": 64 * KIB,
-        "channel_timeout": 120,
         "backlog": BACKLOG,
         "ident": "joborch",
         "clear_untrusted_proxy_headers": False,  # nothing here believes them
     }
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # callers that wait are normal here
     opened: dict[int, Any] = {}  # waitress's own table of all that is open, by descriptor
     sockets = open_listeners(config.host, config.port)
     local = open_own_socket(config, sockets)
-    made = waitress.server.create_server(app, map=opened, sockets=sockets, **options)
+    dispatcher = Dispatcher(config.mode)
+    waitress.server.create_server(app, map=opened, sockets=sockets, _dispatcher=dispatcher, **options)
     if local is not None:  # waitress takes no mix of sockets: a second server, with the same threads
-        waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=made.task_dispatcher, **options)
+        waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=dispatcher, **options)
     listeners = [each for each in opened.values() if hasattr(each, "channel_class")]
+    house, watch = House(connection_places(node)), Watch()
     for listener in listeners:
-        listener.channel_class = make_channel_class(node)
+        set_up_listener(node, listener, house, watch)
     server = listeners[0]
+    server.asyncore = types.SimpleNamespace(loop=watch.loop)
     server.socket_file = local and local.getsockname()
     server.socket_inode = local and os.lstat(server.socket_file).st_ino
     return server
+
+
+def set_up_listener(node: Node, listener: Any, house: House, watch: Watch) -> None:
+    """Have a listener of waitress keep our rules; the listeners of one process share one House, those of one thread one Watch."""
+    listener.watch = watch
+    listener.__class__ = type("Listener", (Doors, type(listener)), {})
+    listener.house, listener.channel_class = house, make_channel_class(node)
 
 
 def open_own_socket(config: Config, listeners: Sequence[socket.socket]) -> socket.socket | None:
@@ -9922,7 +10664,7 @@ def upload(server: Server, request: Request) -> Answer:
     job_uuid = str(uuid.uuid4())
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
-        form = FormReader(folder).read(request.stream, request.header("Content-Type"), request.length)
+        form = request.read_form(folder)
         new = new_job(server, form, job_uuid, key)
         crash_point("upload.received")
         earlier = earlier_job(server, new)
@@ -10433,7 +11175,7 @@ def received_form(request: Request, work: Path) -> Form:
     """Receive a payload's files. Refusal 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
     ours = bool(request.header("X-Joborch-Digests"))
     try:
-        form = FormReader(work, by_name=True).read(request.stream, request.header("Content-Type"), request.length)
+        form = request.read_form(work, by_name=True)
         check_digests(form, ours)
         check_inputs(form, request.header("X-Joborch-Inputs"))
         if not form.files:
@@ -11543,6 +12285,7 @@ def serve(config: Config) -> int:
         log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
         config = ensure_client_token(config)
     forget_environment(config)
+    raise_file_limit()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)

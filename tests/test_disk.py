@@ -156,7 +156,7 @@ def impatient(store: Store) -> None:
 def desk(disk: Disk, data: DataFolder, peer: Peer, tmp_path: Path) -> Iterator[Desk]:
     """A server whose files are on the small disk, and whose database is not."""
     (data.path / "server.db").symlink_to(tmp_path / "server.db")
-    made = Desk(data, peer.url)
+    made = Desk(data, peer.url, JOBORCH_MIN_FREE="0")
     impatient(made.store)
     yield made
     made.store.close()
