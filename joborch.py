@@ -75,6 +75,7 @@ import threading
 import time
 import uuid
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,9 +120,18 @@ PARKING_PLACES = 32  # callers that wait in `?wait=` at once
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
 PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
+PACK_GLANCE_S = 0.5  # so long our server waits for it: it goes on with other results meanwhile, and asks again
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # so long a result, or a folder in use, is packed on for who was asked to come again
+PACK_READERS, PACK_QUEUE = 4, 16  # callers that wait for large results at once; results that are packed, or wait for that
+PACKERS = 2  # large results that are packed at once
+QUICK_PACK_BYTES, QUICK_PACK_FILES = 16 * MIB, 1000  # a result up to this size is not kept waiting by larger ones
+QUICK_MEASURE_FILES = 2000  # a work folder of so many files is measured at once, a larger one in a thread of its own
 PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
+LEFT_OUT_LINES = 1000  # of .joborch/left-out.txt
+WALK_DESCRIPTORS = 64  # folders that a walk keeps open on its way down
+PACKING_HEADER = "X_Joborch_Packing"  # of a client's 503: the result is being packed, nothing is wrong
+DIRECTORY_LIMIT_BYTES = 32 * MIB  # of a ZIP's directory, that is looked through for an output stream
 RESERVE_BYTES = 4 * MIB  # of the data folder's disk, for the database when the disk is full
-INPUTS_LIMIT_BYTES = 32 * MIB  # of the list of a payload's inputs: 20,000 parts with the longest names
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
@@ -166,8 +176,20 @@ class NoAnswer(JoborchError):
     """Bytes went out and no answer came: nobody knows whether the client has the job."""
 
 
+class NotPacked(NoAnswer):
+    """The client is still packing the result: nothing is wrong, it is asked again."""
+
+
 class BadAnswer(NoAnswer):
     """An answer came, but not one to what was asked: it says nothing of the other jobs there."""
+
+
+class ResultTooLarge(JoborchError):
+    """A result is over a limit, and will be at every further try; the text says which."""
+
+
+class GivenUp(JoborchError):
+    """Nobody waits any more for what is being packed."""
 
 
 class InputsChanged(JoborchError):
@@ -273,6 +295,15 @@ def spoken(seconds: float) -> str:
         if seconds >= unit_s:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size as people write it: `300 bytes`, `1.5 MiB`, `10 GiB`."""
+    for unit_bytes, unit in ((1 << 40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit_bytes:
+            size = size_bytes / unit_bytes
+            return f"{size:.1f} {unit}" if size < 10 else f"{size:.0f} {unit}"
+    return f"{size_bytes} bytes"
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -538,9 +569,7 @@ SETTINGS: tuple[Setting, ...] = (
         "client",
     ),
     Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
-    Setting(
-        "JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail", "client"
-    ),
+    Setting("JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail"),
     Setting(
         "JOBORCH_RUN_INTERVAL",
         "run_interval_s",
@@ -586,6 +615,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
+    Setting(
+        "JOBORCH_MAX_RESULT",
+        "max_result_bytes",
+        read_bytes,
+        "10G",
+        "largest result: bytes of the files that a script leaves, holes included",
+    ),
+    Setting("JOBORCH_MAX_RESULT_FILES", "max_result_files", read_positive, "200000", "most files, folders and links in a result"),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
     Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
@@ -749,6 +786,8 @@ class Config:
     clean_interval_s: float
     keep_rows_s: float
     max_upload_bytes: int
+    max_result_bytes: int
+    max_result_files: int
     min_free_bytes: int
     compat: str
     log_level: str
@@ -1784,13 +1823,66 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
+    """Return a descriptor of a folder, or with `inner` of one below it: none of them may be a link. OSError.
+
+    `path` may be a descriptor itself. `flags` are those of the last one: O_PATH is enough to open what is in it.
+    """
+    names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
+    descriptor = owned = path if isinstance(path, int) else -1
+    for number, name in enumerate(names, 1):
+        how = (flags if number == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            further = os.open(name, how, dir_fd=None if descriptor < 0 else descriptor)
+        finally:
+            if descriptor != owned:
+                os.close(descriptor)
+        descriptor = further
+    return descriptor
+
+
+@contextlib.contextmanager
+def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
+    """Give a descriptor of a folder, as `open_folder` does, and close it."""
+    descriptor = open_folder(path, *inner, flags=flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
+    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file.
+
+    With `inner`, `path` is a folder (or a descriptor of one) in which these names lead to the file; neither it nor what lies
+    between may be a link.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    if isinstance(path, int) and len(inner) == 1:
+        descriptor = os.open(inner[0], flags, dir_fd=path)
+    elif inner:
+        with opened_folder(path, *inner[:-1]) as folder:
+            descriptor = os.open(inner[-1], flags, dir_fd=folder)
+    else:
+        descriptor = os.open(cast("str | Path", path), flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a file", str(path))
     return open(descriptor, "rb")
+
+
+def state_below(folder: Path, name: str) -> os.stat_result:
+    """Return what the kernel says of a file in a folder that a script can change; no link is followed. OSError."""
+    with opened_folder(folder) as descriptor:
+        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+
+
+def give_rights(folder: Path | int, *inner: str) -> None:
+    """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
+    with opened_folder(folder, *inner) as descriptor:
+        path = f"/proc/self/fd/{descriptor}"
+        if not os.access(path, os.R_OK | os.X_OK):
+            os.chmod(path, 0o700)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -1834,6 +1926,83 @@ def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iter
         folders = [name for name, is_folder in entries if is_folder]
         yield here, folders, [name for name, is_folder in entries if not is_folder]
         waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+
+class Level:
+    """A folder on the way of a walk: its path, a descriptor (-1 where none is open), and its folders that are still to be visited."""
+
+    def __init__(self, path: bytes, descriptor: int) -> None:
+        self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], bool]]:
+    """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and whether that is nothing.
+
+    What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
+    `room` entries are looked at; `note` gets the path of what is left out, and why. Depth costs no descriptors: the upper
+    folders are closed, and opened again on the way back.
+    """
+    levels: list[Level] = []
+    entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
+    try:
+        while entered is not None or levels:
+            if entered is not None:
+                levels.append(entered)
+                files, entered.folders, more = read_folder(entered, room, note)
+                room -= len(files) + len(entered.folders)
+                yield entered.descriptor, entered.path, files, not files and not entered.folders and not more
+                if more:
+                    return
+                if len(levels) > WALK_DESCRIPTORS:
+                    levels[-WALK_DESCRIPTORS - 1].close()
+            while levels and not levels[-1].folders:
+                levels.pop().close()
+            entered = enter(root, levels[-1], note) if levels else None
+    finally:
+        for level in [*levels, *([entered] if entered else [])]:
+            level.close()
+
+
+def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level | None:
+    """Open the next folder in another one; None, and a note, where that cannot be."""
+    name = above.folders.pop()
+    path = above.path + b"/" + name if above.path else name
+    try:
+        if len(path) > 4095:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if above.descriptor < 0:
+            above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
+        return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
+    except OSError as error:
+        note(path, os.strerror(error.errno or 0))
+        return None
+
+
+def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], bool]:
+    """Return the names in a folder: of all but folders, sorted, and of folders, backwards; and whether they are more than `room`."""
+    names: list[list[bytes]] = [[], []]
+    count, prefix = 0, level.path + b"/" if level.path else b""
+    try:
+        with os.scandir(level.descriptor) as entries:
+            for entry in entries:
+                count += 1
+                if count > room + LEFT_OUT_LINES:
+                    break
+                names[entry.is_dir(follow_symlinks=False)].append(os.fsencode(entry.name))
+    except OSError as error:
+        note(level.path, os.strerror(error.errno or 0))
+    files, folders = sorted(names[0]), sorted(names[1])
+    if count > room:
+        for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
+            note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        note(level.path, "what follows it was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        files, folders = files[:room], folders[: max(0, room - len(files))]
+    return files, folders[::-1], count > room
 
 
 def remove_tree(path: Path) -> None:
@@ -1985,22 +2154,26 @@ class DataFolder:
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
+# The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
+ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
+ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
+ZEROS = bytes(MIB)
 
 
 class DigestWriter:
-    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. zipfile seeks nothing in it."""
+    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. BrokenArchive where it cannot be written."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self.target, self.digest, self.size = target, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
-        self.target.write(data)
+    def write(self, data: bytes) -> None:
+        try:
+            self.target.write(data)
+        except OSError as error:
+            raise BrokenArchive(error.errno or 0) from error
         self.digest.update(data)
         self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.target.flush()
 
 
 @dataclass
@@ -2011,6 +2184,7 @@ class Archive:
     size: int
     sha256: str
     whole: bool = True
+    left_out: bool = False  # something was, and is named in it
 
 
 class Unreadable(JoborchError):
@@ -2029,6 +2203,62 @@ class BrokenArchive(JoborchError):
         self.number = number
 
 
+@dataclass(frozen=True)
+class ResultLimits:
+    """How much one result may hold: bytes of its files (holes count, too), and files, folders and links."""
+
+    size_bytes: int = 2**62
+    files: int = 2**62
+
+    def broken_by(self, size_bytes: int, files: int) -> str:
+        """Return what is too much, as the end of a sentence; an empty text where all fits."""
+        if size_bytes > self.size_bytes:
+            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
+            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
+            return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
+        if files > self.files:
+            return f"more than {self.files:,} files and folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
+        return ""
+
+
+def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Return the bytes and the number of files, folders and links below an open folder, without the inputs that stayed as `skipped` says.
+
+    It looks no further once one of the two is over its limit.
+    """
+    size = count = 0
+    for folder, path, names, _ in walk_open(root, limits.files + 1, lambda _, why: None):
+        count += bool(path)
+        for name in names:
+            with contextlib.suppress(OSError):  # it went meanwhile
+                state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                regular = stat.S_ISREG(state.st_mode)
+                if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
+                    continue
+                size, count = size + state.st_size * regular, count + 1
+            if size > limits.size_bytes or count > limits.files:
+                return size, count
+    return size, count
+
+
+def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
+    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
+    noted: dict[str, Sequence[int]] = {}
+    try:
+        with open_regular(folder, "inputs.json") as file:
+            for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
+                path, size, mtime_ns = parse_json(line)  # one list a line: a list of all, if spoiled, would fill the memory
+                noted[path] = (int(size), int(mtime_ns))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return noted
+
+
+def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
+    """Tell whether a file is an input that still has the size and time that it came with."""
+    return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
+
+
 def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     """Yield the chunks of a file that is packed; Unreadable where its disk does not give them."""
     try:
@@ -2037,137 +2267,302 @@ def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         raise Unreadable(name, os.strerror(error.errno or 0)) from error
 
 
-class ZipPacker:
-    """Packs a folder as it stands into a ZIP (APPNOTE 6.3.10): nothing is followed out of it, nothing is lost silently.
+def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
+    """Yield what an open file holds: bytes, and each hole as the number of its zeros. What is appended meanwhile stays out."""
+    begin, size, descriptor = 0, state.st_size, source.fileno()
+    while state.st_blocks * 512 < size and begin < size:
+        try:
+            data = os.lseek(descriptor, begin, os.SEEK_DATA)
+            end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                break  # this file system knows no holes: it is read
+            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no data follows, but perhaps somebody cut the file
+            size = end
+        if data > begin:
+            yield min(data, size) - begin
+        if end > data:
+            os.lseek(descriptor, data, os.SEEK_SET)
+            yield from readable(file_chunks(source, end - data), name)
+        begin = end
+    if begin < size:
+        os.lseek(descriptor, begin, os.SEEK_SET)
+        yield from readable(file_chunks(source, size - begin), name)
 
-    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files and links that
-    lead out are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
+
+@functools.lru_cache(maxsize=1)
+def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
+    """Return 1 MiB of zeros as a piece of a deflated stream, and what they do to a CRC-32: its value for none, and the change by each bit.
+
+    The piece begins and ends at a byte, and refers to nothing before it (Z_FULL_FLUSH): it may stand in any stream, any number of times.
+    """
+    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
+    piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
+    return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
+
+
+class Deflater:
+    """What is written to it goes on compressed (or as it is); it counts, and keeps the CRC-32. Long holes cost next to nothing."""
+
+    def __init__(self, target: DigestWriter, method: int) -> None:
+        self.target, self.size, self.crc = target, 0, 0
+        self.packer = zlib.compressobj(1, zlib.DEFLATED, -15) if method == zipfile.ZIP_DEFLATED else None
+
+    def write(self, data: bytes) -> None:
+        self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
+        self.target.write(self.packer.compress(data) if self.packer else data)
+
+    def zeros(self, count: int) -> None:
+        if self.packer and count >= 2 * MIB:
+            piece, nothing, changes = deflated_mebibyte()
+            self.target.write(self.packer.flush(zlib.Z_FULL_FLUSH))
+            for _ in range(count // MIB):
+                self.target.write(piece)
+                self.crc = functools.reduce(lambda crc, bit: crc ^ changes[bit] * (self.crc >> bit & 1), range(32), nothing)
+            self.size, count = self.size + count // MIB * MIB, count % MIB
+        while count:
+            self.write(ZEROS[:count])
+            count -= min(count, MIB)
+
+    def finish(self) -> None:
+        if self.packer:
+            self.target.write(self.packer.flush())
+
+
+class ZipWriter:
+    """Writes a ZIP (APPNOTE 6.3.10) front to back; its directory grows in a file of its own: memory does not grow with the members."""
+
+    def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
+        self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
+
+    def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
+        """Add a member that is in memory; with method deflated where that makes it smaller by a tenth."""
+        packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
+        if len(packed) > 0.9 * len(data):
+            packed, method = data, zipfile.ZIP_STORED
+        raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
+        head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0) + raw + packed)
+        self.note(raw, head, mode, begin, comment)
+
+    def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
+        """Add a member as it is read: bytes, and numbers of zeros."""
+        raw, begin = name.encode(), self.target.size
+        head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
+        body, before = Deflater(self.target, method), self.target.size
+        for chunk in chunks:
+            body.zeros(chunk) if isinstance(chunk, int) else body.write(chunk)
+        body.finish()
+        packed = self.target.size - before
+        self.target.write(struct.pack("<4sL2Q", b"PK\7\10", body.crc, packed, body.size))
+        self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
+
+    def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
+        """Write a member's record for the directory: `head` are the fields that local header and record share."""
+        version, flags, method, moment, day, crc, *sizes, length = head
+        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # 4.5.3: in this order, those that do not fit
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        version = 45 if wide else version
+        values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
+        rest = (length, len(extra), len(comment), 0, 0, mode << 16, min(begin, 2**32 - 1))
+        self.directory.write(ZIP_CENTRAL.pack(b"PK\1\2", *values, *rest) + raw + extra + comment)
+        self.members += 1
+
+    def finish(self) -> None:
+        """Write the directory."""
+        begin, size, count = self.target.size, self.directory.size, self.members
+        self.directory.target.seek(0)
+        for chunk in file_chunks(self.directory.target, size):
+            self.target.write(chunk)
+        if count >= 2**16 - 1 or begin >= 2**32 - 1 or size >= 2**32 - 1:
+            end = ZIP64_END.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
+            self.target.write(end + ZIP64_LOCATOR.pack(b"PK\6\7", 0, begin + size, 1))
+        counts = [min(count, 2**16 - 1)] * 2
+        self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
+
+
+class ZipPacker:
+    """Packs a folder as it stands into a ZIP: nothing is followed out of it, nothing is lost silently, memory does not grow with it.
+
+    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files, links that
+    lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
     """
 
-    def __init__(self, spool: IO[bytes], at: float | None = None) -> None:
-        """`at` is the time of what has none of its own; with it, the same files make the same bytes."""
-        self.spool, self.writer, self.at = spool, DigestWriter(spool), time.time() if at is None else at
-        self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
-        self.names: set[str] = set()
+    def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
+        """`at` is the time of what has none of its own; with it, the same files make the same bytes. `directory` is a second spool."""
+        self.spool, self.at = spool, time.time() if at is None else at
+        self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
+        self.zip = ZipWriter(spool, self.directory)
+        self.names: set[bytes] = set()
         self.left_out: list[str] = []
         self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
-        self.own, self.root = ".joborch", b""
+        self.limits, self.size, self.further = ResultLimits(), 0, 0
+        self.wanted: Callable[[], bool] = lambda: True
+        self.own = ".joborch"
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
-        self.root = os.fsencode(os.path.realpath(folder))
-        while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
-            self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-        for root, folders, files in walk(self.root, self.note_error):
-            inside = root[len(self.root) + 1 :]
-            for name in files:
-                self.add_path(os.path.join(root, name), os.fsdecode(os.path.join(inside, name)), unchanged or {})
-            if not files and not folders and inside:
-                self.zip.writestr(self.entry(os.fsdecode(inside) + "/", self.at, 0o040755), b"")
+        with opened_folder(folder, flags=os.O_RDONLY) as root:
+            self.choose_own(root)
+            self.add_open_folder(root, unchanged or {})
 
-    def note_error(self, error: OSError) -> None:
-        inside = os.path.relpath(os.fsencode(error.filename or self.root), self.root)
-        self.left_out.append(f"{os.fsdecode(inside)}: {os.strerror(error.errno or 0)}")
+    def choose_own(self, root: int) -> None:
+        """Choose where our own files go: the script's own .joborch keeps its name."""
+        with contextlib.suppress(FileNotFoundError):
+            while os.stat(self.own, dir_fd=root, follow_symlinks=False):
+                self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
 
-    def add_path(self, path: bytes, name: str, unchanged: Mapping[str, Sequence[int]]) -> None:
+    def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
+        """Pack everything below an open folder."""
+        for folder, path, names, is_empty in walk_open(root, self.limits.files, self.note):
+            inside = os.fsdecode(path) + "/" if path else ""
+            for name in names:
+                self.check_wanted()
+                self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
+            if is_empty and path:
+                self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
+
+    def check_wanted(self) -> None:
+        if not self.wanted():
+            raise GivenUp("nobody waits for the archive any more")
+
+    def note(self, path: bytes, why: str) -> None:
+        self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
+
+    def leave_out(self, line: str) -> None:
+        """Name what is not packed, and why."""
+        if len(self.left_out) < LEFT_OUT_LINES:
+            self.left_out.append(line)
+        else:
+            self.further += 1
+
+    def add_path(self, root: int, folder: int, name: bytes, path: str, unchanged: Mapping[str, Sequence[int]]) -> None:
         try:
-            state = os.lstat(path)
+            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if stat.S_ISLNK(state.st_mode):
-                self.add_link(path, name, state)
+                self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
             elif not stat.S_ISREG(state.st_mode):
-                self.left_out.append(f"{name}: neither a file, a folder nor a link")
-            elif list(unchanged.get(name, ())) != [state.st_size, state.st_mtime_ns]:
-                self.add_file(path, name)
+                self.leave_out(f"{path}: neither a file, a folder nor a link")
+            elif not unchanged or not is_unchanged(state, path, unchanged):
+                self.add_file(name, path, folder)
         except FileNotFoundError:
             return  # it went while we walked
         except OSError as error:
-            self.left_out.append(f"{name}: {os.strerror(error.errno or 0)}")
+            self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
 
-    def add_file(self, path: bytes, name: str) -> None:
-        # O_NONBLOCK: a fifo put in the file's place since the lstat must not hold us up.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
+        # O_NONBLOCK: a fifo put in the file's place since the stat must not hold us up.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         with open(descriptor, "rb", buffering=0) as source:
-            state = os.fstat(source.fileno())
+            state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            if name in self.unreadable:
-                self.left_out.append(f"{name}: {self.unreadable[name]}")
+            too_much = self.limits.broken_by(self.size + state.st_size, 0)
+            if too_much:
+                self.leave_out(f"{path}: with its {size_text(state.st_size)} the result would have {too_much}")
+            elif path in self.unreadable:
+                self.leave_out(f"{path}: {self.unreadable[path]}")
             else:
-                self.add_open_file(source, state, name)
+                self.add_open_file(source, state, path)
 
-    def add_open_file(self, source: IO[bytes], state: os.stat_result, name: str) -> None:
+    def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
         """Pack what an open file holds. Where that fails half way, the whole archive is of no use: Unreadable, or BrokenArchive."""
-        try:
-            probe = b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), name))
-            entry = self.entry(name, state.st_mtime, 0o100000 | stat.S_IMODE(state.st_mode))
-            entry.compress_type = worthwhile_compression(probe)
-            with self.zip.open(entry, "w", force_zip64=True) as target:
-                target.write(probe)
-                for chunk in readable(file_chunks(source, state.st_size - len(probe)), name):  # what is appended meanwhile stays out
-                    target.write(chunk)
-        except OSError as error:
-            raise BrokenArchive(error.errno or 0) from error
-
-    def add_link(self, path: bytes, name: str, state: os.stat_result) -> None:
-        target = os.readlink(path)
-        real = os.path.realpath(path)  # by way of what other links it may go
-        lexical = os.path.normpath(os.path.join(os.path.dirname(os.fsencode(name)), target))
-        outside = real != self.root and not real.startswith(self.root + b"/")
-        if target.startswith(b"/") or outside or lexical == b".." or lexical.startswith(b"../"):
-            self.left_out.append(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
+        mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
+        sparse = state.st_blocks * 512 < state.st_size > MIB
+        probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
+        if len(probe) < 256 * KIB and not sparse:
+            self.zip.add(name, state.st_mtime, mode, probe, zipfile.ZIP_DEFLATED)
+            self.size += len(probe)
             return
-        self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
+        method = zipfile.ZIP_DEFLATED if sparse else worthwhile_compression(probe)
+        further = content_of(source, state, path) if sparse else readable(file_chunks(source, state.st_size - len(probe)), path)
+        self.zip.stream(name, state.st_mtime, mode, self.while_wanted(itertools.chain([probe], further)), method)
+        self.size += state.st_size
 
-    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "") -> None:
-        """Pack a file of our own, below `.joborch/`."""
-        entry = self.entry(f"{self.own}/{name}", self.at, 0o100644)
-        entry.comment = comment.encode()
-        entry.compress_type = zipfile.ZIP_DEFLATED
-        with self.zip.open(entry, "w", force_zip64=True) as target:
-            for chunk in chunks:
-                target.write(chunk)
+    def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
+        """Pass chunks on; GivenUp as soon as nobody waits for them."""
+        for chunk in chunks:
+            self.check_wanted()
+            yield chunk
 
-    def entry(self, name: str, mtime: float, mode: int) -> zipfile.ZipInfo:
-        """Return the header of one member. Names that are not UTF-8 are percent-encoded, and stay apart."""
+    def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
+        if leads_out(root, os.path.dirname(os.fsencode(name)), target):
+            self.leave_out(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
+            return
+        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, target)
+
+    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
+        """Pack a file of our own, below `.joborch/`; where it is known to be small, at once."""
+        method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
+        if size is not None and size < 256 * KIB:
+            self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
+        else:
+            self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
+
+    def member_name(self, name: str) -> str:
+        """Return what a member is called. Names that are not UTF-8 are percent-encoded, and stay apart."""
         safe = name
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
-        while safe in self.names:
-            safe += "~"
-        self.names.add(safe)
-        entry = zipfile.ZipInfo(safe, zip_time(mtime))
-        entry.external_attr = mode << 16
-        entry.create_system = 3
-        # zipfile takes the level of each member from here; 3.13 made it public.
-        setattr(entry, "_compresslevel" if hasattr(entry, "_compresslevel") else "compress_level", 1)
-        return entry
+        if "%" in safe or safe.startswith(self.own):  # no two others are the same: a folder has no name twice
+            while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
+                safe += "~"
+            self.names.add(known)
+        return safe
 
     def abandon(self) -> None:
         """Let go of an archive that will not be finished."""
-        self.zip.fp = None  # else it would write its directory when it is collected
+        self.directory.close()
         self.spool.close()
 
     def finish(self) -> Archive:
         """Write what was left out and the directory; return the archive, to be read from its beginning."""
         if self.left_out:
-            lines = "".join(one_line(line, 5000) + "\n" for line in self.left_out)
-            self.add_chunks("left-out.txt", [lines.encode("utf-8", "replace")])
-        self.zip.close()
+            lines = [one_line(line, 5000) + "\n" for line in self.left_out]
+            lines += [f"... and {self.further:,} more\n"] if self.further else []
+            self.add_chunks("left-out.txt", (line.encode("utf-8", "replace") for line in lines))
+        self.zip.finish()
+        self.directory.close()
         self.spool.flush()
         self.spool.seek(0)
-        return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest(), not self.unreadable)
+        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, bool(self.left_out))
+
+
+def leads_out(root: int, folder: bytes, target: bytes) -> bool:
+    """Tell whether a link in `folder`, a path below the open folder `root`, leads out of that: by its letters, or by way of other links."""
+    lexical = os.path.normpath(os.path.join(folder, target))
+    if target.startswith(b"/") or lexical == b".." or lexical.startswith(b"../"):
+        return True
+    here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
+    while ahead and links < 40:  # as many as the kernel follows: what comes after leads nowhere
+        part = ahead.pop()
+        if part == b"..":
+            if not here:
+                return True
+            here.pop()
+        elif part not in (b"", b"."):
+            try:
+                further = os.readlink(b"/".join([*here, part]), dir_fd=root)
+            except OSError:  # no link, or nothing at all
+                here.append(part)
+                continue
+            if further.startswith(b"/"):
+                return True
+            links, ahead = links + 1, ahead + further.split(b"/")[::-1]
+    return False
 
 
 def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds; OSError where the archive cannot be written.
+    """Pack what `fill` adds; OSError where the archive cannot be written, GivenUp where nobody waits for it any more.
 
     A file that its disk does not give at the third time either is left out and named.
     """
     unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
     while True:
-        packer = ZipPacker(spool(), at)
+        packer = ZipPacker(spool(), at, spool())
         packer.unreadable = unreadable
         try:
             fill(packer)
@@ -2196,10 +2591,14 @@ def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
     return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
 
 
+def zip_moment(mtime: float) -> tuple[int, int]:
+    """Return a file's time in the two numbers of a ZIP's header (MS-DOS): of the day, and the date."""
+    year, month, day, hour, minute, second = zip_time(mtime)
+    return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
+
+
 def worthwhile_compression(probe: bytes) -> int:
     """Return STORED where a first part of a file shrinks by less than a tenth, else DEFLATED."""
-    import zlib
-
     return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
 
 
@@ -2233,14 +2632,14 @@ class Stream:
         return said, offset
 
 
-def kept_output(path: Path, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between."""
-    with open_regular(path) as source:
-        stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
+def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
+    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between. OSError."""
+    source = open_regular(folder, name)
+    stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
 
     def chunks() -> Iterator[bytes]:
         first, second = stream.gap
-        with open_regular(path) as source:
+        with source:
             yield from file_chunks(source, first)
             if second > first:
                 yield stream.line(first)
@@ -2266,14 +2665,17 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
     Raises OSError where the file system has no holes.
     """
     keep_size, punch_hole, block = 1, 2, 4096
-    state = os.lstat(path)
+    state = state_below(path.parent, path.name)
     size = state.st_size
     begin = -(-(limit_bytes // 2) // block) * block
     end = (size - limit_bytes // 2) // block * block
     if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
         return
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with opened_folder(path.parent) as folder:
+        descriptor = os.open(path.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
         arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
         if libc().fallocate64(descriptor, *arguments) != 0:
             raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
@@ -3568,14 +3970,15 @@ class Executor(Protocol):
 def read_exit(folder: Path) -> Fate | None:
     """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
     try:
-        with open_regular(folder / "exit.json") as file:
-            said = parse_json(file.read(200))
+        with open_regular(folder, "exit.json") as file:
+            said = parse_json(file.read(400))
         status, limit = said["status"], Cause.LIMIT if said.get("limit") else None
         fits = type(status) is int and 0 <= status < 256
-        return Fate(False, status, bool(said["left"]), limit, told=bool(said.get("told"))) if fits else None
+        reason = one_line(str(said.get("reason", "")), 200)
+        return Fate(False, status, bool(said["left"]), limit, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
-            os.chmod(folder, 0o700)  # the script took it from its parent folder; the next look finds it
+            give_rights(folder)  # the script took it from its parent folder; the next look finds it
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
@@ -3584,7 +3987,7 @@ def read_exit(folder: Path) -> Fate | None:
 def last_line(path: Path) -> str:
     """Return the last line of a text file that is not blank, made safe to show."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path.parent, path.name) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
             lines = file.read().decode("utf-8", "replace").split("\n")
     except OSError:
@@ -3705,7 +4108,7 @@ def write_wrapper(data: DataFolder) -> Path:
 def read_claim(folder: Path, attempt: int) -> str | None:
     """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
     try:
-        with open_regular(folder / f"started.{attempt}") as file:
+        with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
     except FileNotFoundError:
         return None
@@ -5375,7 +5778,6 @@ class DiracExecutor:
 def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
     """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError."""
     import tarfile
-    import zlib
 
     (folder / "out").mkdir()
     try:
@@ -7138,7 +7540,11 @@ class Client(Node):
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
-        self.packings: dict[int, Any] = {}  # by payload id: results that are packed, or being packed
+        self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
+        self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
+        self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: what is packed, or being packed
+        self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
+        self.measurers, self.pack_places = threading.BoundedSemaphore(PACKERS), Parking(PACK_READERS)
         self.holes = True  # the file system can punch them, as far as we know
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
@@ -7155,7 +7561,8 @@ def run_tick(client: Client) -> bool:
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
-    fates = client.executor.poll(started)
+    fates = client.executor.poll([job for job in started if job.id not in client.measurings])
+    fates.update({job_id: measuring.fate for job_id, measuring in client.measurings.items()})  # an end is asked for once
     problem = client.executor.problem()
     for job in started:
         if fates[job.id].alive and job.kill_requested_at is None:
@@ -7190,7 +7597,7 @@ def note(client: Client, job_id: int, text: str) -> None:
 
 def let_go(client: Client, job_id: int) -> None:
     """Keep nothing in mind of a payload that is over."""
-    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn)
+    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
 
@@ -7353,8 +7760,44 @@ def bound_output(client: Client, path: Path) -> None:
         log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
 
 
-def finish(client: Client, job: Job, fate: Fate) -> None:
-    """Move an ended payload to its end, with a reason that a person understands."""
+class Measuring:
+    """A large work folder of an ended payload, which a thread of its own measures: `fate` waits for `too_much`, None until it is known."""
+
+    def __init__(self, client: Client, job: Job, fate: Fate) -> None:
+        self.fate, self.too_much = fate, cast("str | None", None)
+        threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
+
+    def measure(self, client: Client, job: Job) -> None:
+        with client.measurers:
+            self.too_much = excess(client, job, client.limits) or ""
+        client.wake("run")
+
+
+def excess(client: Client, job: Job, limits: ResultLimits) -> str | None:
+    """Return what an ended payload left too much of, or an empty text; None where it is within the client's limits and not within these."""
+    try:
+        with opened_folder(client.data.job(job.mark)) as folder:
+            give_rights(folder, "work")
+            with opened_folder(folder, "work") as work:
+                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder))
+    except OSError:
+        return ""  # there is no such folder any more
+    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else "")
+
+
+def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> str | None:
+    """Return what an ended payload left too much of, or an empty text; None, if not `patient`, where that takes longer than a tick may."""
+    if job.id in client.measurings and not patient:
+        return client.measurings[job.id].too_much
+    quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
+    found = excess(client, job, client.limits if patient else quick)
+    if found is None:
+        client.measurings[job.id] = Measuring(client, job, fate)
+    return found
+
+
+def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
+    """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
     folder = client.data.job(job.mark)
     try:
         client.executor.collect(job)
@@ -7363,9 +7806,15 @@ def finish(client: Client, job: Job, fate: Fate) -> None:
         return  # a later tick finds it ended again
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
+    too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
+    if too_much is None:
+        return
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
-    if fate.cause is not None:
+    if too_much:
+        reason = f"the result has {too_much}; run.sh ended with exit status {fate.exit_status}"
+        client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
+    elif fate.cause is not None:
         to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
         client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
@@ -7396,7 +7845,7 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
     times = []
     for name in (f"started.{job.attempt}", "exit.json"):
         try:
-            times.append(os.stat(folder / name).st_mtime)
+            times.append(state_below(folder, name).st_mtime)
         except OSError:
             times.append(job.started_at or time.time() if not times else time.time())
     return times[0], max(times)
@@ -7416,7 +7865,7 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
-    with contextlib.suppress(OSError), open_regular(folder / "work" / "run.sh") as script:
+    with contextlib.suppress(OSError), open_regular(folder, "work", "run.sh") as script:
         if b"\r\n" in script.read(64 * KIB):
             text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
     return text
@@ -7438,9 +7887,10 @@ def end_tick(client: Client) -> bool:
     try:
         folder = client.data.job(job.mark)
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
-        fate = client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
+        measuring = client.measurings.get(job.id)
+        fate = measuring.fate if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
         if fate.exit_status is not None and not begun.exists():  # it was quicker than the wish
-            finish(client, job, fate)
+            finish(client, job, fate, patient=True)
             return True
         if job.status is Status.RUNNING:
             with contextlib.suppress(OSError):
@@ -7589,59 +8039,102 @@ def end_orphans(client: Client) -> None:
 # == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
-def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
-    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
-    try:
-        with open_regular(folder / "inputs.json") as file:
-            noted = parse_json(file.read(INPUTS_LIMIT_BYTES))
-    except (OSError, ValueError):
-        return {}
-    items = noted.items() if isinstance(noted, dict) else ()
-    return {path: state for path, state in items if isinstance(state, list)}
+def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: True, limits: ResultLimits | None = None) -> Archive:
+    """Return a payload's work folder as it stands, with its output streams below `.joborch/`, as far as the limits let.
 
+    OSError where it cannot be written, GivenUp where it is not `wanted` any more.
+    """
 
-def pack_payload(client: Client, job: Job) -> Archive:
-    """Return a payload's work folder as it stands, with its output streams below `.joborch/`. OSError where it cannot be written."""
-    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
-    return packed(client.data.spool, job.ended_at, functools.partial(fill_archive, client, job))
-
-
-def fill_archive(client: Client, job: Job, packer: ZipPacker) -> None:
-    """Pack a payload's files."""
-    folder = client.folder(job)
-    work = folder / "work"
-    if folder.is_symlink() or work.is_symlink() or not work.is_dir():
-        packer.left_out.append("the work folder: the script removed it, or put something else in its place")
-    else:
-        if not os.access(work, os.R_OK | os.X_OK):
-            os.chmod(work, 0o700)  # the script took its own folder's rights away
-        whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
-        packer.add_folder(work, {} if whole else unchanged_inputs(folder))
-    for stream in OUTPUT_STREAMS if not folder.is_symlink() else ():
+    def fill(packer: ZipPacker) -> None:
+        packer.wanted, packer.limits = wanted, limits or client.limits
         try:
-            kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
-            continue
-        packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
+            with opened_folder(client.folder(job)) as folder:
+                fill_archive(client, job, packer, folder)
+        except OSError as error:  # the script put a link in its own folder's place, or removed it
+            packer.leave_out(f"the payload's folder: {os.strerror(error.errno or 0)}")
+
+    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
+    return packed(client.data.spool, job.ended_at, fill)
+
+
+def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> None:
+    """Pack a payload's files: its output streams first, so that they are found without a look at all the rest."""
+    work = open_work(folder)
+    try:
+        if work is not None:
+            packer.choose_own(work)
+        for stream in OUTPUT_STREAMS:
+            try:
+                kept, chunks = kept_output(folder, stream, client.config.log_limit_bytes)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    packer.leave_out(f"{packer.own}/{stream}: the script put something else in its place")
+                continue
+            packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit), kept.size)
+        if work is None:
+            packer.leave_out("the work folder: the script removed it, or put something else in its place")
+        else:
+            whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
+            packer.add_open_folder(work, {} if whole else unchanged_inputs(folder))
+    finally:
+        if work is not None:
+            os.close(work)
+
+
+def open_work(folder: int) -> int | None:
+    """Return a descriptor of a payload's work folder, or None where the script put something else in its place."""
+    try:
+        give_rights(folder, "work")
+        return open_folder(folder, "work", flags=os.O_RDONLY)
+    except OSError:
+        return None
 
 
 class Packing:
-    """The archive of an ended payload, made once in a thread of its own, for all who ask for it."""
+    """The archive of a payload, made in a thread of its own for all who ask for it meanwhile.
 
-    def __init__(self, client: Client, job: Job) -> None:
-        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("OSError | None", None)
+    That of an ended payload is kept for those who come later. It is given up when nobody waits for it any more.
+    """
+
+    def __init__(self, client: Client, job: Job, quick: bool) -> None:
+        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("Exception | None", None)
+        self.client, self.job, self.quick = client, job, quick
+        self.passing = job.status not in ENDED  # it shows what the folder was like, and is of no use to those who come later
+        self.readers, self.until = 0, 0.0  # callers that wait now; until when (monotonic) one who was asked to come again may do so
         self.used_at = client.clock.monotonic()
-        threading.Thread(target=self.pack, args=(client, job), name=f"pack-{job.id}", daemon=True).start()
 
-    def pack(self, client: Client, job: Job) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self.pack, name=f"pack-{self.job.id}", daemon=True).start()
+
+    def wanted(self) -> bool:
+        """Tell whether somebody waits for it."""
+        return (self.readers > 0 or time.monotonic() < self.until) and not self.client.stopping.is_set()
+
+    def pack(self) -> None:
+        place = self.client.quick_packers if self.quick else self.client.packers
         try:
-            self.archive = pack_payload(client, job)
-        except OSError as error:
+            while not place.acquire(timeout=0.2):
+                if not self.wanted():
+                    raise GivenUp("nobody waits for the archive any more")
+            try:
+                self.archive = pack_payload(self.client, self.job, self.wanted)
+            finally:
+                place.release()
+        except (OSError, GivenUp) as error:
             self.error = error
         finally:
             self.done.set()
+        while self.wanted() and (self.passing or self.error):
+            self.client.stopping.wait(0.2)
+        forget_packings(self.client)
+
+    def outdated(self) -> bool:
+        """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
+        if not self.done.is_set() or self.readers:
+            return False
+        if self.passing or self.archive is None or not self.archive.whole:
+            return not self.wanted()
+        return self.used_at < self.client.clock.monotonic() - PACKED_KEPT_S
 
     def opened(self) -> Archive:
         """Return the archive with a file position of its own."""
@@ -7649,60 +8142,114 @@ class Packing:
             raise self.error or OSError(errno.EIO, "the result could not be packed")
         return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
 
-    def drop(self) -> None:
-        """Let go of the file, as soon as it is packed."""
-        if self.done.wait(0) and self.archive is not None:
-            self.archive.file.close()
+    def join(self, request: Request, patience_s: float) -> None:
+        """Wait until it is packed, or the caller has left, at most `patience_s`. Few wait for large ones: they hold a thread each."""
+        with self.client.pack_places.place() as free:
+            deadline = time.monotonic() + (patience_s if free or self.quick else 0.0)
+            while not self.done.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline or request.left():
+                    return
 
 
 def forget_packings(client: Client) -> None:
     """Let go of packed results that nobody has come for in a while."""
-    before = client.clock.monotonic() - PACKED_KEPT_S
-    drop_packings(client, [job_id for job_id, packing in list(client.packings.items()) if packing.used_at < before])
-
-
-def ended_archive(client: Client, job: Job) -> Archive:
-    """Return what an ended payload left. Refusal 503 while it is packed for longer than a caller would wait."""
-    forget_packings(client)
     with client.lock:
-        packing = client.packings.get(job.id) or Packing(client, job)
-        client.packings[job.id] = packing
-        packing.used_at = client.clock.monotonic()
-    if not packing.done.wait(PACK_PATIENCE_S):
-        raise Refusal(503, "the result is being packed: come again", Retry_After="5")
-    try:
-        return packing.opened()
-    finally:
-        if packing.archive is None or not packing.archive.whole:
-            drop_packings(client, [job.id])  # the next one tries anew
+        for key, packing in list(client.packings.items()):
+            if packing.outdated():
+                del client.packings[key]
+                if packing.archive is not None:
+                    packing.archive.file.close()
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere, or that nobody came for."""
+    """Let go of packed results that are safe elsewhere."""
+    for job_id in job_ids:
+        packing = client.packings.get((job_id, True))
+        if packing is not None:
+            packing.passing, packing.until = True, 0.0
+    forget_packings(client)
+
+
+def take_packing(client: Client, job: Job) -> Packing:
+    """Return the packing of a payload, with the caller counted as a reader. Refusal 503 where too many are packed already."""
+    forget_packings(client)
+    key = (job.id, job.status in ENDED)
+    quick = key in client.packings or is_quick(client, job)
     with client.lock:
-        for job_id in job_ids:
-            packing = client.packings.get(job_id)
-            if packing is not None and packing.done.is_set():
-                client.packings.pop(job_id).drop()
+        packing = client.packings.get(key)
+        if packing is None:
+            ahead = [other for other in client.packings.values() if not other.done.is_set() and other.quick == quick]
+            if len(ahead) >= PACK_QUEUE:
+                raise not_packed("many results wait to be packed")
+            packing = client.packings[key] = Packing(client, job, quick)
+            packing.readers += 1
+            packing.start()
+        else:
+            packing.readers += 1
+        packing.used_at = client.clock.monotonic()
+        return packing
+
+
+def is_quick(client: Client, job: Job) -> bool:
+    """Tell whether a payload is packed in a moment."""
+    quick = ResultLimits(QUICK_PACK_BYTES, QUICK_PACK_FILES)
+    try:
+        with opened_folder(client.folder(job), "work") as work:
+            return not quick.broken_by(*measure(work, quick, {}))
+    except OSError:
+        return True  # there is nothing of it
+
+
+def not_packed(why: str) -> Refusal:
+    """Return what a caller is told who comes before the archive is there."""
+    return Refusal(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
+
+
+def packed_result(client: Client, request: Request, job: Job) -> Archive:
+    """Return what an ended payload left, or the work folder of one that runs. Refusal 503 while it is packed for longer than one waits."""
+    packing, told = take_packing(client, job), False
+    ours = bool(request.header("X-Joborch-Mark"))  # our server: it goes on with other results, and asks again
+    try:
+        packing.join(request, PACK_GLANCE_S if ours else PACK_PATIENCE_S)
+        if not packing.done.is_set() or isinstance(packing.error, GivenUp):
+            told = not request.left()
+            raise not_packed("the result is being packed")
+        return packing.opened()
+    finally:
+        with client.lock:
+            packing.readers -= 1
+            if told:
+                packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
+            elif packing.done.is_set() and not packing.readers:
+                packing.until = 0.0
+        if packing.done.is_set():
+            forget_packings(client)
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
     """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
-    folder = client.folder(job)
-    if folder.is_symlink() or (folder / "work").is_symlink():
-        return {}
     try:
-        entries = [*os.scandir(folder / "work")]
-        plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries) if plain else 0
-        size += sum(os.path.getsize(folder / stream) for stream in OUTPUT_STREAMS)
-        if not plain or size > INLINE_LIMIT_BYTES:
-            return {}
-        archive = pack_payload(client, job)
+        with opened_folder(client.folder(job)) as folder:
+            if not is_small(folder):
+                return {}
+        archive = pack_payload(client, job, limits=ResultLimits(INLINE_LIMIT_BYTES, INLINE_FILES))
         with contextlib.closing(archive.file):
+            if archive.left_out:  # it has grown since
+                return {}
             return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
     except OSError:
         return {}  # the server fetches it, and hears what is wrong
+
+
+def is_small(folder: int) -> bool:
+    """Tell whether a payload left a few small files and nothing else. OSError."""
+    size = sum(os.stat(stream, dir_fd=folder, follow_symlinks=False).st_size for stream in OUTPUT_STREAMS)
+    with opened_folder(folder, "work", flags=os.O_RDONLY) as work, os.scandir(work) as entries:
+        for number, entry in enumerate(entries):
+            if number >= INLINE_FILES or not entry.is_file(follow_symlinks=False):
+                return False
+            size += entry.stat(follow_symlinks=False).st_size
+    return size <= INLINE_LIMIT_BYTES
 
 
 # == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
@@ -8971,8 +9518,8 @@ def check_digests(form: Form, wanted: bool) -> None:
 def remember_inputs(folder: Path, form: Form) -> None:
     """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
     states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
-    text = json.dumps({path: [state.st_size, state.st_mtime_ns] for path, state in states.items()})
-    (folder / "inputs.json").write_text(text, encoding="utf-8")
+    lines = [json.dumps([path, state.st_size, state.st_mtime_ns]) + "\n" for path, state in states.items()]
+    (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
 
 
 def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
@@ -9010,7 +9557,7 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
-    archive = ended_archive(client, job)
+    archive = packed_result(client, request, job)
     if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}.zip", {})
@@ -9033,7 +9580,7 @@ def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of payload {job.id} were cleaned")
-    archive = ended_archive(client, job) if job.status in ENDED else pack_payload(client, job)
+    archive = packed_result(client, request, job)
     if job.status in ENDED and not request.header("X-Joborch-Mark"):
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})

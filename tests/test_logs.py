@@ -47,7 +47,7 @@ def test_any_part_of_any_stream(content: bytes, limit: int, offset: int, room: i
         (folder / "stdout").write_bytes(content)
         with (folder / "zip").open("w+b") as file:
             packer = ZipPacker(file)
-            kept, chunks = joborch.kept_output(folder / "stdout", limit)
+            kept, chunks = joborch.kept_output(folder, "stdout", limit)
             packer.add_chunks("stdout", chunks, joborch.STREAM_COMMENT.format(kept.size, kept.limit))
             packer.finish()
             with zipfile.ZipFile(file) as result:
