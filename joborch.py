@@ -623,7 +623,13 @@ SETTINGS: tuple[Setting, ...] = (
         "10G",
         "largest result: bytes of the files that a script leaves, holes included",
     ),
-    Setting("JOBORCH_MAX_RESULT_FILES", "max_result_files", read_positive, "200000", "most files, folders and links in a result"),
+    Setting(
+        "JOBORCH_MAX_RESULT_FILES",
+        "max_result_files",
+        read_positive,
+        "200000",
+        "most files and links in a result, with half as many folders",
+    ),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
     Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
@@ -1941,8 +1947,8 @@ class Level:
         self.descriptor = -1
 
 
-def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], bool]]:
-    """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and whether that is nothing.
+def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], int]]:
+    """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
 
     What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
     `room` entries are looked at; `note` gets the path of what is left out, and why. Depth costs no descriptors: the upper
@@ -1954,10 +1960,10 @@ def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Itera
         while entered is not None or levels:
             if entered is not None:
                 levels.append(entered)
-                files, entered.folders, more = read_folder(entered, room, note)
-                room -= len(files) + len(entered.folders)
-                yield entered.descriptor, entered.path, files, not files and not entered.folders and not more
-                if more:
+                files, entered.folders, count = read_folder(entered, room, note)
+                room -= count
+                yield entered.descriptor, entered.path, files, count
+                if room < 0:
                     return
                 if len(levels) > WALK_DESCRIPTORS:
                     levels[-WALK_DESCRIPTORS - 1].close()
@@ -1984,8 +1990,8 @@ def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level 
         return None
 
 
-def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], bool]:
-    """Return the names in a folder: of all but folders, sorted, and of folders, backwards; and whether they are more than `room`."""
+def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
+    """Return the names in a folder: of all but folders, sorted, and of folders, backwards; and how many there are, also beyond `room`."""
     names: list[list[bytes]] = [[], []]
     count, prefix = 0, level.path + b"/" if level.path else b""
     try:
@@ -2003,7 +2009,7 @@ def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> 
             note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
         note(level.path, "what follows it was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
         files, folders = files[:room], folders[: max(0, room - len(files))]
-    return files, folders[::-1], count > room
+    return files, folders[::-1], count
 
 
 def remove_tree(path: Path) -> None:
@@ -2206,10 +2212,19 @@ class BrokenArchive(JoborchError):
 
 @dataclass(frozen=True)
 class ResultLimits:
-    """How much one result may hold: bytes of its files (holes count, too), and files, folders and links."""
+    """How much a result may hold: bytes of its files (holes count, too), files and links (run.sh does not count), half as many folders."""
 
     size_bytes: int = 2**62
     files: int = 2**62
+
+    @property
+    def folders(self) -> int:
+        return self.files // 2 + 16
+
+    @property
+    def entries(self) -> int:
+        """Return how many entries of folders are looked at: there is too much of something where there are more."""
+        return self.files + self.folders + 1
 
     def broken_by(self, size_bytes: int, files: int) -> str:
         """Return what is too much, as the end of a sentence; an empty text where all fits."""
@@ -2218,27 +2233,29 @@ class ResultLimits:
             has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
             return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
         if files > self.files:
-            return f"more than {self.files:,} files and folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
+            return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
         return ""
 
 
 def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """Return the bytes and the number of files, folders and links below an open folder, without the inputs that stayed as `skipped` says.
+    """Return the bytes and the number of files and links below an open folder, without the inputs that stayed as `skipped` says.
 
-    It looks no further once one of the two is over its limit.
+    It looks no further once a limit is broken; too many folders count as one file too many.
     """
-    size = count = 0
-    for folder, path, names, _ in walk_open(root, limits.files + 1, lambda _, why: None):
-        count += bool(path)
+    size = count = folders = 0
+    for folder, path, names, entries in walk_open(root, limits.entries, lambda _, why: None):
+        folders += entries - len(names)
         for name in names:
             with contextlib.suppress(OSError):  # it went meanwhile
                 state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                regular = stat.S_ISREG(state.st_mode)
                 if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
                     continue
-                size, count = size + state.st_size * regular, count + 1
+                size += state.st_size * stat.S_ISREG(state.st_mode)
+                count += bool(path) or name != b"run.sh"
             if size > limits.size_bytes or count > limits.files:
                 return size, count
+        if folders > limits.folders:
+            return size, limits.files + 1
     return size, count
 
 
@@ -2297,7 +2314,7 @@ def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
 
     The piece begins and ends at a byte, and refers to nothing before it (Z_FULL_FLUSH): it may stand in any stream, any number of times.
     """
-    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
     return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
 
@@ -2398,7 +2415,7 @@ class ZipPacker:
         self.names: set[bytes] = set()
         self.left_out: list[str] = []
         self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
-        self.limits, self.size, self.further = ResultLimits(), 0, 0
+        self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
         self.wanted: Callable[[], bool] = lambda: True
         self.own = ".joborch"
 
@@ -2416,12 +2433,12 @@ class ZipPacker:
 
     def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
         """Pack everything below an open folder."""
-        for folder, path, names, is_empty in walk_open(root, self.limits.files, self.note):
+        for folder, path, names, entries in walk_open(root, self.limits.entries, self.note):
             inside = os.fsdecode(path) + "/" if path else ""
             for name in names:
                 self.check_wanted()
                 self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
-            if is_empty and path:
+            if path and not entries:
                 self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
 
     def check_wanted(self) -> None:
@@ -2459,9 +2476,9 @@ class ZipPacker:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            too_much = self.limits.broken_by(self.size + state.st_size, 0)
+            too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
             if too_much:
-                self.leave_out(f"{path}: with its {size_text(state.st_size)} the result would have {too_much}")
+                self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
             elif path in self.unreadable:
                 self.leave_out(f"{path}: {self.unreadable[path]}")
             else:
@@ -2470,6 +2487,7 @@ class ZipPacker:
     def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
         """Pack what an open file holds. Where that fails half way, the whole archive is of no use: Unreadable, or BrokenArchive."""
         mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
+        self.count += path != "run.sh"
         sparse = state.st_blocks * 512 < state.st_size > MIB
         probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
         if len(probe) < 256 * KIB and not sparse:
@@ -2488,9 +2506,12 @@ class ZipPacker:
             yield chunk
 
     def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
-        if leads_out(root, os.path.dirname(os.fsencode(name)), target):
-            self.leave_out(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
+        too_much = self.limits.broken_by(0, self.count + 1)
+        if too_much or leads_out(root, os.path.dirname(os.fsencode(name)), target):
+            why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
+            self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
             return
+        self.count += 1
         self.zip.add(self.member_name(name), state.st_mtime, 0o120777, target)
 
     def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
@@ -4815,6 +4836,10 @@ tar -czf .packing -C payload --exclude=./tmp .
 """
 
 
+class SandboxTooLarge(JoborchError):
+    """An output sandbox holds more than a result may; the text says what."""
+
+
 class BadSandbox(JoborchError):
     """An output sandbox that cannot be used, however often it is fetched."""
 
@@ -4970,19 +4995,26 @@ def safe_parts(name: str) -> list[str]:
     return parts if parts and UNPACKED.fullmatch(parts[0]) else []
 
 
-def unpack(archive: Any, target: Path, spare_bytes: int) -> list[str]:
+def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | None = None) -> list[str]:
     """Unpack a tar archive (tarfile.TarFile, read as a stream) below `target`; return what was left out.
 
     Links are made last, and those that lead out of `target` are left out, as are devices and fifos: so no file is written
-    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left.
+    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left,
+    SandboxTooLarge where it holds more than the limits let: what fits is there.
     """
     links: list[tuple[str, Any]] = []
-    left_out, root = [], os.path.realpath(target)
-    for member in archive:
+    limits = limits or ResultLimits()
+    left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # a list of all would fill the memory
         parts = safe_parts(member.name)
         path = os.path.join(root, *parts)
         if not parts:
             continue
+        size, count = size + member.size, count + 1
+        too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
+        if too_much:
+            break
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         if member.isdir():
             os.makedirs(path, 0o700, exist_ok=True)
@@ -4994,7 +5026,10 @@ def unpack(archive: Any, target: Path, spare_bytes: int) -> list[str]:
             links.append((path, member))
         else:
             left_out.append(member.name)
-    return left_out + make_links(root, links)
+    left_out += make_links(root, links)
+    if too_much:
+        raise SandboxTooLarge(too_much)
+    return left_out
 
 
 def write_member(source: IO[bytes], path: str, member: Any) -> None:
@@ -5686,7 +5721,7 @@ class DiracExecutor:
         try:
             with open(room / "sandbox", "w+b") as file:
                 self.service.download(pfn, file)
-            unpack_outputs(room, pfn, self.config.min_free_bytes)
+            unpack_outputs(room, pfn, self.config.min_free_bytes, ResultLimits(self.config.max_result_bytes, self.config.max_result_files))
             sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
             crash_point("dirac.unpacked")
             exchange(room / "out", self.data.job(job.mark))
@@ -5733,8 +5768,11 @@ class DiracExecutor:
                 yield Finding(None, f"DIRAC's clock is {spoken(abs(off_s))} off ours: use NTP")
 
 
-def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
-    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError."""
+def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimits | None = None) -> None:
+    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError.
+
+    Where it is over the limits, the exit file says so, in place of the script's.
+    """
     import tarfile
 
     (folder / "out").mkdir()
@@ -5753,7 +5791,11 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
             stream = cast("IO[bytes]", outer.extractfile(member))
             names: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": careful_members()}
             inner = stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz", **names))
-            left_out = unpack(inner, folder / "out", spare_bytes)
+            left_out = unpack(inner, folder / "out", spare_bytes, limits)
+    except SandboxTooLarge as error:
+        exit_file, left_out = folder / "out" / "exit.json", []
+        exit_file.unlink(missing_ok=True)
+        exit_file.write_text(json.dumps({"status": 1, "left": 0, "limit": 1, "reason": f"the result has {error}"}), encoding="ascii")
     except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
             raise
@@ -5912,14 +5954,15 @@ class FilesBody:
 class Transfer:
     """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
 
-    def __init__(self, target: IO[bytes], limit_bytes: int = 2**62) -> None:
-        self.target, self.limit_bytes = target, limit_bytes
+    def __init__(self, target: IO[bytes], limit_bytes: int = 2**62, limits: ResultLimits | None = None) -> None:
+        """More than `limit_bytes` are not taken; `limits` are those that the message names."""
+        self.target, self.limit_bytes, self.limits = target, limit_bytes, limits or ResultLimits(limit_bytes)
         self.size, self.tag, self.digest = 0, "", hashlib.sha256()
 
     def expect(self, size: int) -> None:
         """Take note that so many bytes come; ResultTooLarge where they are too many."""
         if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(f"the result has {ResultLimits(self.limit_bytes).broken_by(self.size + size, 0)}")
+            raise ResultTooLarge(f"the result has {self.limits.broken_by(self.size + size, 0)}")
 
     def write(self, data: bytes) -> None:
         """Append to what is here."""
@@ -7448,7 +7491,7 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
     """
     if found.part is None:
         file = tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)  # noqa: SIM115
-        found.part = Transfer(cast("IO[bytes]", file), largest_zip(server.config))
+        found.part = result_transfer(server.config, cast("IO[bytes]", file))
     part = found.part
     data = inline_archive_of(found.payload)
     if data:
@@ -7468,14 +7511,15 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
     return part.size, part.digest.hexdigest()
 
 
-def largest_zip(config: Config) -> int:
-    """Return the bytes of the largest ZIP that can hold a result within the limits, with its output streams, names and headers."""
-    return config.max_result_bytes * 33 // 32 + 2 * config.log_limit_bytes + config.max_result_files * KIB + MIB
+def result_transfer(config: Config, target: IO[bytes]) -> Transfer:
+    """Return what takes in a result: as large as a ZIP within the limits can be, with its output streams, names and headers."""
+    largest = config.max_result_bytes * 33 // 32 + 2 * config.log_limit_bytes + config.max_result_files * KIB + MIB
+    return Transfer(target, largest, ResultLimits(config.max_result_bytes))
 
 
 def check_result(config: Config, part: Transfer) -> None:
     """Look into a large ZIP that came: ResultTooLarge where its files are over a limit. What a client says of it is not believed."""
-    limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files + 4), 0
+    limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
     with open(part.target.name, "rb") as file:
@@ -7489,8 +7533,8 @@ def check_result(config: Config, part: Transfer) -> None:
         except ValueError:
             size, count = part.size, 0  # it is no ZIP
     if limits.broken_by(size, count):
-        told = ResultLimits(config.max_result_bytes, config.max_result_files).broken_by(size, count)
-        raise ResultTooLarge(f"the result has {told}")
+        told = ResultLimits(config.max_result_bytes, config.max_result_files)
+        raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
 
 
 def drop_part(found: Report) -> None:
@@ -9313,7 +9357,7 @@ def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
 def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
     """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
     spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
-    into = Transfer(spool, largest_zip(server.config))
+    into = result_transfer(server.config, spool)
     try:
         while not fetch_packed(link, job, into):
             if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
