@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from conftest import MakePair
 from harness import ENDED, Pair, Process, submit, wait_for, wait_status
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
 from test_files import BOUNDED, data_fixture, new_folder, packed  # noqa: F401 - a fixture
@@ -131,7 +131,7 @@ def test_a_server_believes_no_client(limits: dict[str, str], ends: str, make_pai
     assert job["cause"] == ("limit" if ends == "exit 0" else "user")
     assert "at most 1.0 MiB are allowed (JOBORCH_MAX_RESULT)" in job["reason"]
     assert job["result"] is None
-    assert not [path for path in pair.server.data.rglob("*") if path.is_file() and path.stat().st_size > MIB * 2 and "tmp" in path.parts]
+    assert not [path for name in ("results", "tmp") for path in (pair.server.data / name).iterdir()]
     assert wait_status(pair.server, submit(pair.server, "head -c 900K /dev/urandom > big"), "Completed")
 
 
@@ -143,8 +143,7 @@ def test_a_22_client_has_the_same_limit(told: bool, desk22: Desk, peer: Peer) ->
     peer.says["/out/7"] = [answer]
     job = desk22.with_client(Status.RUNNING)
     found = desk22.settle(job)
-    assert found.status is (Status.FAILED if told else Status.UNKNOWN), found.reason
-    assert found.cause == ("limit" if told else None)
+    assert (found.status, found.cause) == (Status.FAILED, "limit"), found.reason
     assert desk22.quiet()
 
 
@@ -440,8 +439,10 @@ def test_a_damaged_result_is_a_clear_answer(desk: Desk) -> None:  # noqa: F811
 # == Holes ==
 
 
-@BOUNDED
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=6))
+@settings(BOUNDED, max_examples=20)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 300)), max_size=5))
+@example([(True, 1), (False, 300), (True, 1), (False, 700)])
+@example([(False, 600), (True, 40)])
 def test_files_with_holes_come_back_as_they_were(spans: list[tuple[bool, int]]) -> None:
     """Data and holes in any order, by blocks of 8 KiB."""
     with new_folder() as folder:
