@@ -125,7 +125,6 @@ PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # so long a result, or a folder in 
 PACK_ASKED_MOST = 1000  # times that a client is asked for a result that it packs, before its job is Unknown: more than an hour
 PACK_READERS, PACK_QUEUE = 4, 16  # callers that wait for large results at once; results that are packed, or wait for that
 PACKERS = 2  # large results that are packed at once
-QUICK_PACK_BYTES, QUICK_PACK_FILES = 16 * MIB, 1000  # a result up to this size is not kept waiting by larger ones
 QUICK_MEASURE_FILES = 2000  # a work folder of so many files is measured at once, a larger one in a thread of its own
 PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
 LEFT_OUT_LINES = 1000  # of .joborch/left-out.txt
@@ -2191,7 +2190,7 @@ class Archive:
     size: int
     sha256: str
     whole: bool = True
-    left_out: bool = False  # something was, and is named in it
+    cut: bool = False  # something was left out for its size or number
 
 
 class Unreadable(JoborchError):
@@ -2417,7 +2416,7 @@ class ZipPacker:
         self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
         self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
         self.wanted: Callable[[], bool] = lambda: True
-        self.own = ".joborch"
+        self.own, self.cut = ".joborch", False
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
@@ -2433,7 +2432,10 @@ class ZipPacker:
 
     def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
         """Pack everything below an open folder."""
-        for folder, path, names, entries in walk_open(root, self.limits.entries, self.note):
+        room = self.limits.entries
+        for folder, path, names, entries in walk_open(root, room, self.note):
+            room -= entries
+            self.cut = self.cut or room < 0
             inside = os.fsdecode(path) + "/" if path else ""
             for name in names:
                 self.check_wanted()
@@ -2478,6 +2480,7 @@ class ZipPacker:
                 raise OSError(errno.EINVAL, "not a file")
             too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
             if too_much:
+                self.cut = True
                 self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
             elif path in self.unreadable:
                 self.leave_out(f"{path}: {self.unreadable[path]}")
@@ -2508,6 +2511,7 @@ class ZipPacker:
     def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
         too_much = self.limits.broken_by(0, self.count + 1)
         if too_much or leads_out(root, os.path.dirname(os.fsencode(name)), target):
+            self.cut = self.cut or bool(too_much)
             why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
             self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
             return
@@ -2550,7 +2554,7 @@ class ZipPacker:
         self.directory.close()
         self.spool.flush()
         self.spool.seek(0)
-        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, bool(self.left_out))
+        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
 
 
 def leads_out(root: int, folder: bytes, target: bytes) -> bool:
@@ -7812,7 +7816,7 @@ def run_tick(client: Client) -> bool:
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll([job for job in started if job.id not in client.measurings])
-    fates.update({job_id: measuring.fate for job_id, measuring in client.measurings.items()})  # an end is asked for once
+    fates.update({job_id: measuring.fate for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
     problem = client.executor.problem()
     for job in started:
         if fates[job.id].alive and job.kill_requested_at is None:
@@ -8018,9 +8022,13 @@ class Measuring:
         threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
 
     def measure(self, client: Client, job: Job) -> None:
-        with client.measurers:
-            self.too_much = excess(client, job, client.limits) or ""
-        client.wake("run")
+        found: str | None = ""
+        try:
+            with client.measurers:
+                found = excess(client, job, client.limits)
+        finally:
+            self.too_much = found or ""
+            client.wake("run")
 
 
 def excess(client: Client, job: Job, limits: ResultLimits) -> str | None:
@@ -8261,6 +8269,9 @@ def end_orphans(client: Client) -> None:
 # == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
+QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
+
+
 def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: True, limits: ResultLimits | None = None) -> Archive:
     """Return a payload's work folder as it stands, with its output streams below `.joborch/`, as far as the limits let.
 
@@ -8333,15 +8344,12 @@ class Packing:
         return (self.readers > 0 or time.monotonic() < self.until) and not self.client.stopping.is_set()
 
     def pack(self) -> None:
-        place = self.client.quick_packers if self.quick else self.client.packers
         try:
-            while not place.acquire(timeout=0.2):
-                if not self.wanted():
-                    raise GivenUp("nobody waits for the archive any more")
-            try:
-                self.archive = pack_payload(self.client, self.job, self.wanted)
-            finally:
-                place.release()
+            if self.quick:
+                self.archive = self.pack_in_turn(self.client.quick_packers, QUICK_PACK)
+            if self.archive is None or self.archive.cut:  # it has grown since it was looked at
+                self.quick = False
+                self.archive = self.pack_in_turn(self.client.packers, self.client.limits)
         except (OSError, GivenUp) as error:
             self.error = error
         finally:
@@ -8349,6 +8357,17 @@ class Packing:
         while self.wanted() and (self.passing or self.error):
             self.client.stopping.wait(0.2)
         forget_packings(self.client)
+
+    def pack_in_turn(self, place: threading.Semaphore, limits: ResultLimits) -> Archive:
+        """Pack as soon as there is a place for it."""
+        while not place.acquire(timeout=0.2):
+            if not self.wanted():
+                raise GivenUp("nobody waits for the archive any more")
+        try:
+            size, files = min(limits.size_bytes, self.client.limits.size_bytes), min(limits.files, self.client.limits.files)
+            return pack_payload(self.client, self.job, self.wanted, ResultLimits(size, files))
+        finally:
+            place.release()
 
     def outdated(self) -> bool:
         """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
@@ -8414,10 +8433,9 @@ def take_packing(client: Client, job: Job) -> Packing:
 
 def is_quick(client: Client, job: Job) -> bool:
     """Tell whether a payload is packed in a moment."""
-    quick = ResultLimits(QUICK_PACK_BYTES, QUICK_PACK_FILES)
     try:
         with opened_folder(client.folder(job), "work") as work:
-            return not quick.broken_by(*measure(work, quick, {}))
+            return not QUICK_PACK.broken_by(*measure(work, QUICK_PACK, {}))
     except OSError:
         return True  # there is nothing of it
 
@@ -8441,10 +8459,10 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
         return packing.opened()
     finally:
         with client.lock:
-            packing.readers -= 1
-            if told:
+            if told:  # first: without a reader and a lease it would be given up
                 packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
-            elif packing.done.is_set() and not packing.readers:
+            packing.readers -= 1
+            if not told and packing.done.is_set() and not packing.readers:
                 packing.until = 0.0
         if packing.done.is_set():
             forget_packings(client)
@@ -8458,7 +8476,7 @@ def inline_archive(client: Client, job: Job) -> dict[str, str]:
                 return {}
         archive = pack_payload(client, job, limits=ResultLimits(INLINE_LIMIT_BYTES, INLINE_FILES))
         with contextlib.closing(archive.file):
-            if archive.left_out:  # it has grown since
+            if archive.cut:  # it has grown since
                 return {}
             return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
     except OSError:
