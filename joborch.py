@@ -84,6 +84,7 @@ import types
 import uuid
 import weakref
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,9 +133,18 @@ ANYONES_BODY_BYTES = 16 * KIB  # of a request that needs no token: more of it wo
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
 PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
+PACK_GLANCE_S = 0.5  # so long our server waits for it: it goes on with other results meanwhile, and asks again
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # so long a result, or a folder in use, is packed on for who was asked to come again
+PACK_ASKED_MOST = 1000  # times that a client is asked for a result that it packs, before its job is Unknown: more than an hour
+PACK_READERS, PACK_QUEUE = 4, 16  # callers that wait for large results at once; results that are packed, or wait for that
+PACKERS = 2  # large results that are packed at once
+QUICK_MEASURE_FILES = 2000  # a work folder of so many files is measured at once, a larger one in a thread of its own
 PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
+LEFT_OUT_LINES = 1000  # of .joborch/left-out.txt
+WALK_DESCRIPTORS = 64  # folders that a walk keeps open on its way down
+PACKING_HEADER = "X_Joborch_Packing"  # of a client's 503: the result is being packed, nothing is wrong
+DIRECTORY_LIMIT_BYTES = 32 * MIB  # of a ZIP's directory, that is looked through for an output stream
 RESERVE_BYTES = 4 * MIB  # of the data folder's disk, for the database when the disk is full
-INPUTS_LIMIT_BYTES = 32 * MIB  # of the list of a payload's inputs: 20,000 parts with the longest names
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
 LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # payloads, and bytes of JSON, that one answer of /events holds at most
@@ -182,8 +192,20 @@ class NoAnswer(JoborchError):
     """Bytes went out and no answer came: nobody knows whether the client has the job."""
 
 
+class NotPacked(NoAnswer):
+    """The client is still packing the result: nothing is wrong, it is asked again."""
+
+
 class BadAnswer(NoAnswer):
     """An answer came, but not one to what was asked: it says nothing of the other jobs there."""
+
+
+class ResultTooLarge(JoborchError):
+    """A result is over a limit, and will be at every further try; the text says which."""
+
+
+class GivenUp(JoborchError):
+    """Nobody waits any more for what is being packed."""
 
 
 class InputsChanged(JoborchError):
@@ -296,6 +318,15 @@ def spoken(seconds: float) -> str:
         if seconds >= unit_s:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size as people write it: `300 bytes`, `1.5 MiB`, `10 GiB`."""
+    for unit_bytes, unit in ((1 << 40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit_bytes:
+            size = size_bytes / unit_bytes
+            return f"{size:.1f} {unit}" if size < 10 else f"{size:.0f} {unit}"
+    return f"{size_bytes} bytes"
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -635,9 +666,7 @@ SETTINGS: tuple[Setting, ...] = (
         "client",
     ),
     Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
-    Setting(
-        "JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail", "client"
-    ),
+    Setting("JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail"),
     Setting(
         "JOBORCH_RUN_INTERVAL",
         "run_interval_s",
@@ -683,6 +712,20 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
+    Setting(
+        "JOBORCH_MAX_RESULT",
+        "max_result_bytes",
+        read_bytes,
+        "10G",
+        "largest result: bytes of the files that a script leaves, holes included",
+    ),
+    Setting(
+        "JOBORCH_MAX_RESULT_FILES",
+        "max_result_files",
+        read_positive,
+        "200000",
+        "most files and links in a result, with half as many folders",
+    ),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
     Setting(
         "JOBORCH_CA_FILE",
@@ -868,6 +911,8 @@ class Config:
     clean_interval_s: float
     keep_rows_s: float
     max_upload_bytes: int
+    max_result_bytes: int
+    max_result_files: int
     min_free_bytes: int
     ca_file: str
     compat: str
@@ -1952,13 +1997,66 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
+    """Return a descriptor of a folder, or with `inner` of one below it: none of them may be a link. OSError.
+
+    `path` may be a descriptor itself. `flags` are those of the last one: O_PATH is enough to open what is in it.
+    """
+    names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
+    descriptor = owned = path if isinstance(path, int) else -1
+    for number, name in enumerate(names, 1):
+        how = (flags if number == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            further = os.open(name, how, dir_fd=None if descriptor < 0 else descriptor)
+        finally:
+            if descriptor != owned:
+                os.close(descriptor)
+        descriptor = further
+    return descriptor
+
+
+@contextlib.contextmanager
+def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
+    """Give a descriptor of a folder, as `open_folder` does, and close it."""
+    descriptor = open_folder(path, *inner, flags=flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
+    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file.
+
+    With `inner`, `path` is a folder (or a descriptor of one) in which these names lead to the file; neither it nor what lies
+    between may be a link.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    if isinstance(path, int) and len(inner) == 1:
+        descriptor = os.open(inner[0], flags, dir_fd=path)
+    elif inner:
+        with opened_folder(path, *inner[:-1]) as folder:
+            descriptor = os.open(inner[-1], flags, dir_fd=folder)
+    else:
+        descriptor = os.open(cast("str | Path", path), flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a file", str(path))
     return open(descriptor, "rb")
+
+
+def state_below(folder: Path, name: str) -> os.stat_result:
+    """Return what the kernel says of a file in a folder that a script can change; no link is followed. OSError."""
+    with opened_folder(folder) as descriptor:
+        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+
+
+def give_rights(folder: Path | int, *inner: str) -> None:
+    """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
+    with opened_folder(folder, *inner) as descriptor:
+        path = f"/proc/self/fd/{descriptor}"
+        if not os.access(path, os.R_OK | os.X_OK):
+            os.chmod(path, 0o700)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -2002,6 +2100,83 @@ def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iter
         folders = [name for name, is_folder in entries if is_folder]
         yield here, folders, [name for name, is_folder in entries if not is_folder]
         waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+
+class Level:
+    """A folder on the way of a walk: its path, a descriptor (-1 where none is open), and its folders that are still to be visited."""
+
+    def __init__(self, path: bytes, descriptor: int) -> None:
+        self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], int]]:
+    """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
+
+    What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
+    `room` entries are looked at; `note` gets the path of what is left out, and why. Depth costs no descriptors: the upper
+    folders are closed, and opened again on the way back.
+    """
+    levels: list[Level] = []
+    entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
+    try:
+        while entered is not None or levels:
+            if entered is not None:
+                levels.append(entered)
+                files, entered.folders, count = read_folder(entered, room, note)
+                room -= count
+                yield entered.descriptor, entered.path, files, count
+                if room < 0:
+                    return
+                if len(levels) > WALK_DESCRIPTORS:
+                    levels[-WALK_DESCRIPTORS - 1].close()
+            while levels and not levels[-1].folders:
+                levels.pop().close()
+            entered = enter(root, levels[-1], note) if levels else None
+    finally:
+        for level in [*levels, *([entered] if entered else [])]:
+            level.close()
+
+
+def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level | None:
+    """Open the next folder in another one; None, and a note, where that cannot be."""
+    name = above.folders.pop()
+    path = above.path + b"/" + name if above.path else name
+    try:
+        if len(path) > 4095:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if above.descriptor < 0:
+            above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
+        return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
+    except OSError as error:
+        note(path, os.strerror(error.errno or 0))
+        return None
+
+
+def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
+    """Return the names in a folder: of all but folders, sorted, and of folders, backwards; and how many there are, also beyond `room`."""
+    names: list[list[bytes]] = [[], []]
+    count, prefix = 0, level.path + b"/" if level.path else b""
+    try:
+        with os.scandir(level.descriptor) as entries:
+            for entry in entries:
+                count += 1
+                if count > room + LEFT_OUT_LINES:
+                    break
+                names[entry.is_dir(follow_symlinks=False)].append(os.fsencode(entry.name))
+    except OSError as error:
+        note(level.path, os.strerror(error.errno or 0))
+    files, folders = sorted(names[0]), sorted(names[1])
+    if count > room:
+        for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
+            note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        note(level.path, "what follows it was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        files, folders = files[:room], folders[: max(0, room - len(files))]
+    return files, folders[::-1], count
 
 
 def remove_tree(path: Path) -> None:
@@ -2378,22 +2553,26 @@ class DataFolder:
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
+# The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
+ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
+ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
+ZEROS = bytes(MIB)
 
 
 class DigestWriter:
-    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. zipfile seeks nothing in it."""
+    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. BrokenArchive where it cannot be written."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self.target, self.digest, self.size = target, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
-        self.target.write(data)
+    def write(self, data: bytes) -> None:
+        try:
+            self.target.write(data)
+        except OSError as error:
+            raise BrokenArchive(error.errno or 0) from error
         self.digest.update(data)
         self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.target.flush()
 
 
 @dataclass
@@ -2404,6 +2583,7 @@ class Archive:
     size: int
     sha256: str
     whole: bool = True
+    cut: bool = False  # something was left out for its size or number
 
 
 class Unreadable(JoborchError):
@@ -2422,6 +2602,73 @@ class BrokenArchive(JoborchError):
         self.number = number
 
 
+@dataclass(frozen=True)
+class ResultLimits:
+    """How much a result may hold: bytes of its files (holes count, too), files and links (run.sh does not count), half as many folders."""
+
+    size_bytes: int = 2**62
+    files: int = 2**62
+
+    @property
+    def folders(self) -> int:
+        return self.files // 2 + 16
+
+    @property
+    def entries(self) -> int:
+        """Return how many entries of folders are looked at: there is too much of something where there are more."""
+        return self.files + self.folders + 1
+
+    def broken_by(self, size_bytes: int, files: int) -> str:
+        """Return what is too much, as the end of a sentence; an empty text where all fits."""
+        if size_bytes > self.size_bytes:
+            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
+            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
+            return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
+        if files > self.files:
+            return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
+        return ""
+
+
+def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Return the bytes and the number of files and links below an open folder, without the inputs that stayed as `skipped` says.
+
+    It looks no further once a limit is broken; too many folders count as one file too many.
+    """
+    size = count = folders = 0
+    for folder, path, names, entries in walk_open(root, limits.entries, lambda _, why: None):
+        folders += entries - len(names)
+        for name in names:
+            with contextlib.suppress(OSError):  # it went meanwhile
+                state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
+                    continue
+                size += state.st_size * stat.S_ISREG(state.st_mode)
+                count += bool(path) or name != b"run.sh"
+            if size > limits.size_bytes or count > limits.files:
+                return size, count
+        if folders > limits.folders:
+            return size, limits.files + 1
+    return size, count
+
+
+def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
+    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
+    noted: dict[str, Sequence[int]] = {}
+    try:
+        with open_regular(folder, "inputs.json") as file:
+            for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
+                path, size, mtime_ns = parse_json(line)  # one list a line: a list of all, if spoiled, would fill the memory
+                noted[path] = (int(size), int(mtime_ns))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return noted
+
+
+def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
+    """Tell whether a file is an input that still has the size and time that it came with."""
+    return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
+
+
 def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     """Yield the chunks of a file that is packed; Unreadable where its disk does not give them."""
     try:
@@ -2430,137 +2677,311 @@ def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         raise Unreadable(name, os.strerror(error.errno or 0)) from error
 
 
-class ZipPacker:
-    """Packs a folder as it stands into a ZIP (APPNOTE 6.3.10): nothing is followed out of it, nothing is lost silently.
+def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
+    """Yield what an open file holds: bytes, and each hole as the number of its zeros. What is appended meanwhile stays out."""
+    begin, size, descriptor = 0, state.st_size, source.fileno()
+    while state.st_blocks * 512 < size and begin < size:
+        try:
+            data = os.lseek(descriptor, begin, os.SEEK_DATA)
+            end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                break  # this file system knows no holes: it is read
+            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no data follows, but perhaps somebody cut the file
+            size = end
+        if data > begin:
+            yield min(data, size) - begin
+        if end > data:
+            os.lseek(descriptor, data, os.SEEK_SET)
+            yield from readable(file_chunks(source, end - data), name)
+        begin = end
+    if begin < size:
+        os.lseek(descriptor, begin, os.SEEK_SET)
+        yield from readable(file_chunks(source, size - begin), name)
 
-    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files and links that
-    lead out are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
+
+@functools.lru_cache(maxsize=1)
+def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
+    """Return 1 MiB of zeros as a piece of a deflated stream, and what they do to a CRC-32: its value for none, and the change by each bit.
+
+    The piece begins and ends at a byte, and refers to nothing before it (Z_FULL_FLUSH): it may stand in any stream, any number of times.
+    """
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
+    return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
+
+
+class Deflater:
+    """What is written to it goes on compressed (or as it is); it counts, and keeps the CRC-32. Long holes cost next to nothing."""
+
+    def __init__(self, target: DigestWriter, method: int) -> None:
+        self.target, self.size, self.crc = target, 0, 0
+        self.packer = zlib.compressobj(1, zlib.DEFLATED, -15) if method == zipfile.ZIP_DEFLATED else None
+
+    def write(self, data: bytes) -> None:
+        self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
+        self.target.write(self.packer.compress(data) if self.packer else data)
+
+    def zeros(self, count: int) -> None:
+        if self.packer and count >= 2 * MIB:
+            piece, nothing, changes = deflated_mebibyte()
+            self.target.write(self.packer.flush(zlib.Z_FULL_FLUSH))
+            for _ in range(count // MIB):
+                self.target.write(piece)
+                self.crc = functools.reduce(lambda crc, bit: crc ^ changes[bit] * (self.crc >> bit & 1), range(32), nothing)
+            self.size, count = self.size + count // MIB * MIB, count % MIB
+        while count:
+            self.write(ZEROS[:count])
+            count -= min(count, MIB)
+
+    def finish(self) -> None:
+        if self.packer:
+            self.target.write(self.packer.flush())
+
+
+class ZipWriter:
+    """Writes a ZIP (APPNOTE 6.3.10) front to back; its directory grows in a file of its own: memory does not grow with the members."""
+
+    def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
+        self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
+
+    def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
+        """Add a member that is in memory; with method deflated where that makes it smaller by a tenth."""
+        packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
+        if len(packed) > 0.9 * len(data):
+            packed, method = data, zipfile.ZIP_STORED
+        raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
+        head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0) + raw + packed)
+        self.note(raw, head, mode, begin, comment)
+
+    def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
+        """Add a member as it is read: bytes, and numbers of zeros."""
+        raw, begin = name.encode(), self.target.size
+        head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
+        body, before = Deflater(self.target, method), self.target.size
+        for chunk in chunks:
+            body.zeros(chunk) if isinstance(chunk, int) else body.write(chunk)
+        body.finish()
+        packed = self.target.size - before
+        self.target.write(struct.pack("<4sL2Q", b"PK\7\10", body.crc, packed, body.size))
+        self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
+
+    def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
+        """Write a member's record for the directory: `head` are the fields that local header and record share."""
+        version, flags, method, moment, day, crc, *sizes, length = head
+        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # 4.5.3: in this order, those that do not fit
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        version = 45 if wide else version
+        values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
+        rest = (length, len(extra), len(comment), 0, 0, mode << 16, min(begin, 2**32 - 1))
+        self.directory.write(ZIP_CENTRAL.pack(b"PK\1\2", *values, *rest) + raw + extra + comment)
+        self.members += 1
+
+    def finish(self) -> None:
+        """Write the directory."""
+        begin, size, count = self.target.size, self.directory.size, self.members
+        self.directory.target.seek(0)
+        for chunk in file_chunks(self.directory.target, size):
+            self.target.write(chunk)
+        if count >= 2**16 - 1 or begin >= 2**32 - 1 or size >= 2**32 - 1:
+            end = ZIP64_END.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
+            self.target.write(end + ZIP64_LOCATOR.pack(b"PK\6\7", 0, begin + size, 1))
+        counts = [min(count, 2**16 - 1)] * 2
+        self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
+
+
+class ZipPacker:
+    """Packs a folder as it stands into a ZIP: nothing is followed out of it, nothing is lost silently, memory does not grow with it.
+
+    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files, links that
+    lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
     """
 
-    def __init__(self, spool: IO[bytes], at: float | None = None) -> None:
-        """`at` is the time of what has none of its own; with it, the same files make the same bytes."""
-        self.spool, self.writer, self.at = spool, DigestWriter(spool), time.time() if at is None else at
-        self.zip = zipfile.ZipFile(cast("IO[bytes]", self.writer), "w", allowZip64=True, strict_timestamps=False)
-        self.names: set[str] = set()
+    def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
+        """`at` is the time of what has none of its own; with it, the same files make the same bytes. `directory` is a second spool."""
+        self.spool, self.at = spool, time.time() if at is None else at
+        self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
+        self.zip = ZipWriter(spool, self.directory)
+        self.names: set[bytes] = set()
         self.left_out: list[str] = []
         self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
-        self.own, self.root = ".joborch", b""
+        self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
+        self.wanted: Callable[[], bool] = lambda: True
+        self.own, self.cut = ".joborch", False
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
-        self.root = os.fsencode(os.path.realpath(folder))
-        while os.path.lexists(folder / self.own):  # the script's own .joborch keeps its name
-            self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-        for root, folders, files in walk(self.root, self.note_error):
-            inside = root[len(self.root) + 1 :]
-            for name in files:
-                self.add_path(os.path.join(root, name), os.fsdecode(os.path.join(inside, name)), unchanged or {})
-            if not files and not folders and inside:
-                self.zip.writestr(self.entry(os.fsdecode(inside) + "/", self.at, 0o040755), b"")
+        with opened_folder(folder, flags=os.O_RDONLY) as root:
+            self.choose_own(root)
+            self.add_open_folder(root, unchanged or {})
 
-    def note_error(self, error: OSError) -> None:
-        inside = os.path.relpath(os.fsencode(error.filename or self.root), self.root)
-        self.left_out.append(f"{os.fsdecode(inside)}: {os.strerror(error.errno or 0)}")
+    def choose_own(self, root: int) -> None:
+        """Choose where our own files go: the script's own .joborch keeps its name."""
+        with contextlib.suppress(FileNotFoundError):
+            while os.stat(self.own, dir_fd=root, follow_symlinks=False):
+                self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
 
-    def add_path(self, path: bytes, name: str, unchanged: Mapping[str, Sequence[int]]) -> None:
+    def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
+        """Pack everything below an open folder."""
+        room = self.limits.entries
+        for folder, path, names, entries in walk_open(root, room, self.note):
+            room -= entries
+            self.cut = self.cut or room < 0
+            inside = os.fsdecode(path) + "/" if path else ""
+            for name in names:
+                self.check_wanted()
+                self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
+            if path and not entries:
+                self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
+
+    def check_wanted(self) -> None:
+        if not self.wanted():
+            raise GivenUp("nobody waits for the archive any more")
+
+    def note(self, path: bytes, why: str) -> None:
+        self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
+
+    def leave_out(self, line: str) -> None:
+        """Name what is not packed, and why."""
+        if len(self.left_out) < LEFT_OUT_LINES:
+            self.left_out.append(line)
+        else:
+            self.further += 1
+
+    def add_path(self, root: int, folder: int, name: bytes, path: str, unchanged: Mapping[str, Sequence[int]]) -> None:
         try:
-            state = os.lstat(path)
+            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if stat.S_ISLNK(state.st_mode):
-                self.add_link(path, name, state)
+                self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
             elif not stat.S_ISREG(state.st_mode):
-                self.left_out.append(f"{name}: neither a file, a folder nor a link")
-            elif list(unchanged.get(name, ())) != [state.st_size, state.st_mtime_ns]:
-                self.add_file(path, name)
+                self.leave_out(f"{path}: neither a file, a folder nor a link")
+            elif not unchanged or not is_unchanged(state, path, unchanged):
+                self.add_file(name, path, folder)
         except FileNotFoundError:
             return  # it went while we walked
         except OSError as error:
-            self.left_out.append(f"{name}: {os.strerror(error.errno or 0)}")
+            self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
 
-    def add_file(self, path: bytes, name: str) -> None:
-        # O_NONBLOCK: a fifo put in the file's place since the lstat must not hold us up.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
+        # O_NONBLOCK: a fifo put in the file's place since the stat must not hold us up.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         with open(descriptor, "rb", buffering=0) as source:
-            state = os.fstat(source.fileno())
+            state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            if name in self.unreadable:
-                self.left_out.append(f"{name}: {self.unreadable[name]}")
+            too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
+            if too_much:
+                self.cut = True
+                self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
+            elif path in self.unreadable:
+                self.leave_out(f"{path}: {self.unreadable[path]}")
             else:
-                self.add_open_file(source, state, name)
+                self.add_open_file(source, state, path)
 
-    def add_open_file(self, source: IO[bytes], state: os.stat_result, name: str) -> None:
+    def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
         """Pack what an open file holds. Where that fails half way, the whole archive is of no use: Unreadable, or BrokenArchive."""
-        try:
-            probe = b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), name))
-            entry = self.entry(name, state.st_mtime, 0o100000 | stat.S_IMODE(state.st_mode))
-            entry.compress_type = worthwhile_compression(probe)
-            with self.zip.open(entry, "w", force_zip64=True) as target:
-                target.write(probe)
-                for chunk in readable(file_chunks(source, state.st_size - len(probe)), name):  # what is appended meanwhile stays out
-                    target.write(chunk)
-        except OSError as error:
-            raise BrokenArchive(error.errno or 0) from error
-
-    def add_link(self, path: bytes, name: str, state: os.stat_result) -> None:
-        target = os.readlink(path)
-        real = os.path.realpath(path)  # by way of what other links it may go
-        lexical = os.path.normpath(os.path.join(os.path.dirname(os.fsencode(name)), target))
-        outside = real != self.root and not real.startswith(self.root + b"/")
-        if target.startswith(b"/") or outside or lexical == b".." or lexical.startswith(b"../"):
-            self.left_out.append(f"{name}: a link that leads out of the folder, to {os.fsdecode(target)}")
+        mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
+        self.count += path != "run.sh"
+        sparse = state.st_blocks * 512 < state.st_size > MIB
+        probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
+        if len(probe) < 256 * KIB and not sparse:
+            self.zip.add(name, state.st_mtime, mode, probe, zipfile.ZIP_DEFLATED)
+            self.size += len(probe)
             return
-        self.zip.writestr(self.entry(name, state.st_mtime, 0o120777), target)
+        method = zipfile.ZIP_DEFLATED if sparse else worthwhile_compression(probe)
+        further = content_of(source, state, path) if sparse else readable(file_chunks(source, state.st_size - len(probe)), path)
+        self.zip.stream(name, state.st_mtime, mode, self.while_wanted(itertools.chain([probe], further)), method)
+        self.size += state.st_size
 
-    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "") -> None:
-        """Pack a file of our own, below `.joborch/`."""
-        entry = self.entry(f"{self.own}/{name}", self.at, 0o100644)
-        entry.comment = comment.encode()
-        entry.compress_type = zipfile.ZIP_DEFLATED
-        with self.zip.open(entry, "w", force_zip64=True) as target:
-            for chunk in chunks:
-                target.write(chunk)
+    def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
+        """Pass chunks on; GivenUp as soon as nobody waits for them."""
+        for chunk in chunks:
+            self.check_wanted()
+            yield chunk
 
-    def entry(self, name: str, mtime: float, mode: int) -> zipfile.ZipInfo:
-        """Return the header of one member. Names that are not UTF-8 are percent-encoded, and stay apart."""
+    def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
+        too_much = self.limits.broken_by(0, self.count + 1)
+        if too_much or leads_out(root, os.path.dirname(os.fsencode(name)), target):
+            self.cut = self.cut or bool(too_much)
+            why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
+            self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
+            return
+        self.count += 1
+        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, target)
+
+    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
+        """Pack a file of our own, below `.joborch/`; where it is known to be small, at once."""
+        method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
+        if size is not None and size < 256 * KIB:
+            self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
+        else:
+            self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
+
+    def member_name(self, name: str) -> str:
+        """Return what a member is called. Names that are not UTF-8 are percent-encoded, and stay apart."""
         safe = name
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
-        while safe in self.names:
-            safe += "~"
-        self.names.add(safe)
-        entry = zipfile.ZipInfo(safe, zip_time(mtime))
-        entry.external_attr = mode << 16
-        entry.create_system = 3
-        # zipfile takes the level of each member from here; 3.13 made it public.
-        setattr(entry, "_compresslevel" if hasattr(entry, "_compresslevel") else "compress_level", 1)
-        return entry
+        if "%" in safe or safe.startswith(self.own):  # no two others are the same: a folder has no name twice
+            while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
+                safe += "~"
+            self.names.add(known)
+        return safe
 
     def abandon(self) -> None:
         """Let go of an archive that will not be finished."""
-        self.zip.fp = None  # else it would write its directory when it is collected
+        self.directory.close()
         self.spool.close()
 
     def finish(self) -> Archive:
         """Write what was left out and the directory; return the archive, to be read from its beginning."""
         if self.left_out:
-            lines = "".join(one_line(line, 5000) + "\n" for line in self.left_out)
-            self.add_chunks("left-out.txt", [lines.encode("utf-8", "replace")])
-        self.zip.close()
+            lines = [one_line(line, 5000) + "\n" for line in self.left_out]
+            lines += [f"... and {self.further:,} more\n"] if self.further else []
+            self.add_chunks("left-out.txt", (line.encode("utf-8", "replace") for line in lines))
+        self.zip.finish()
+        self.directory.close()
         self.spool.flush()
         self.spool.seek(0)
-        return Archive(self.spool, self.writer.size, self.writer.digest.hexdigest(), not self.unreadable)
+        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
+
+
+def leads_out(root: int, folder: bytes, target: bytes) -> bool:
+    """Tell whether a link in `folder`, a path below the open folder `root`, leads out of that: by its letters, or by way of other links."""
+    lexical = os.path.normpath(os.path.join(folder, target))
+    if target.startswith(b"/") or lexical == b".." or lexical.startswith(b"../"):
+        return True
+    here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
+    while ahead and links < 40:  # as many as the kernel follows: what comes after leads nowhere
+        part = ahead.pop()
+        if part == b"..":
+            if not here:
+                return True
+            here.pop()
+        elif part not in (b"", b"."):
+            try:
+                further = os.readlink(b"/".join([*here, part]), dir_fd=root)
+            except OSError:  # no link, or nothing at all
+                here.append(part)
+                continue
+            if further.startswith(b"/"):
+                return True
+            links, ahead = links + 1, ahead + further.split(b"/")[::-1]
+    return False
 
 
 def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds; OSError where the archive cannot be written.
+    """Pack what `fill` adds; OSError where the archive cannot be written, GivenUp where nobody waits for it any more.
 
     A file that its disk does not give at the third time either is left out and named.
     """
     unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
     while True:
-        packer = ZipPacker(spool(), at)
+        packer = ZipPacker(spool(), at, spool())
         packer.unreadable = unreadable
         try:
             fill(packer)
@@ -2589,58 +3010,15 @@ def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
     return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
 
 
+def zip_moment(mtime: float) -> tuple[int, int]:
+    """Return a file's time in the two numbers of a ZIP's header (MS-DOS): of the day, and the date."""
+    year, month, day, hour, minute, second = zip_time(mtime)
+    return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
+
+
 def worthwhile_compression(probe: bytes) -> int:
     """Return STORED where a first part of a file shrinks by less than a tenth, else DEFLATED."""
-    import zlib
-
     return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
-
-
-@dataclass(frozen=True)
-class Stream:
-    """An output stream as it is kept: the bytes that the script wrote, of which all up to `limit` stay, else the first and last half."""
-
-    size: int
-    limit: int
-
-    @property
-    def gap(self) -> tuple[int, int]:
-        """The first byte that was left out, and the first one kept after it; the same where all is kept."""
-        half = self.limit // 2
-        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
-
-    def line(self, begin: int) -> bytes:
-        """Return what stands for the bytes left out, from `begin` on."""
-        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
-
-    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
-        """Return at most about `room` bytes from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
-        first, second = self.gap
-        said = read_at(offset, min(room, first - offset)) if offset < first else b""
-        offset += len(said)
-        if first <= offset < second and len(said) < room:
-            said, offset = said + self.line(offset), second
-        if offset >= second and len(said) < room:
-            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
-            said, offset = said + more, offset + len(more)
-        return said, offset
-
-
-def kept_output(path: Path, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between."""
-    with open_regular(path) as source:
-        stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
-
-    def chunks() -> Iterator[bytes]:
-        first, second = stream.gap
-        with open_regular(path) as source:
-            yield from file_chunks(source, first)
-            if second > first:
-                yield stream.line(first)
-                source.seek(second)
-                yield from file_chunks(source, stream.size - second)
-
-    return stream, chunks()
 
 
 def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
@@ -2651,27 +3029,6 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
             return
         count -= len(chunk)
         yield chunk
-
-
-def punch_middle(path: Path, limit_bytes: int) -> None:
-    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
-
-    Raises OSError where the file system has no holes.
-    """
-    keep_size, punch_hole, block = 1, 2, 4096
-    state = os.lstat(path)
-    size = state.st_size
-    begin = -(-(limit_bytes // 2) // block) * block
-    end = (size - limit_bytes // 2) // block * block
-    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
-        return
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
-        if libc().fallocate64(descriptor, *arguments) != 0:
-            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
-    finally:
-        os.close(descriptor)
 
 
 # == 9. Statements ==  All SQL of the program, as named constants; every query goes by an index.
@@ -4040,14 +4397,15 @@ class Executor(Protocol):
 def read_exit(folder: Path) -> Fate | None:
     """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
     try:
-        with open_regular(folder / "exit.json") as file:
-            said = parse_json(file.read(200))
+        with open_regular(folder, "exit.json") as file:
+            said = parse_json(file.read(400))
         status, limit = said["status"], Cause.LIMIT if said.get("limit") else None
         fits = type(status) is int and 0 <= status < 256
-        return Fate(False, status, bool(said["left"]), limit, told=bool(said.get("told"))) if fits else None
+        reason = one_line(str(said.get("reason", "")), 200)
+        return Fate(False, status, bool(said["left"]), limit, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
-            os.chmod(folder, 0o700)  # the script took it from its parent folder; the next look finds it
+            give_rights(folder)  # the script took it from its parent folder; the next look finds it
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
@@ -4056,7 +4414,7 @@ def read_exit(folder: Path) -> Fate | None:
 def last_line(path: Path) -> str:
     """Return the last line of a text file that is not blank, made safe to show."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path.parent, path.name) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
             lines = file.read().decode("utf-8", "replace").split("\n")
     except OSError:
@@ -4184,7 +4542,7 @@ def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", fil
 def read_claim(folder: Path, attempt: int) -> str | None:
     """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
     try:
-        with open_regular(folder / f"started.{attempt}") as file:
+        with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
     except FileNotFoundError:
         return None
@@ -4367,6 +4725,34 @@ class LocalExecutor:
     def examine(self) -> Iterator[Finding]:
         bash = shutil.which("bash")
         yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
+
+
+def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
+    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
+    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
+
+
+def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
+    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
+    how = f"run.sh ended with exit status {status}"
+    if number is not None:
+        how += f" (as by signal {signal_name(number)})"
+    text = f"{how} after {spoken(seconds)}"
+    words = last_line(folder / "stderr")
+    if words:
+        text += f'; last line of standard error: "{words}"'
+    with contextlib.suppress(OSError), open_regular(folder, "work", "run.sh") as script:
+        if b"\r\n" in script.read(64 * KIB):
+            text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
+    return text
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 # == 15. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
@@ -4938,6 +5324,10 @@ tar -czf .packing -C payload --exclude=./tmp .
 """
 
 
+class SandboxTooLarge(JoborchError):
+    """An output sandbox holds more than a result may; the text says what."""
+
+
 class BadSandbox(JoborchError):
     """An output sandbox that cannot be used, however often it is fetched."""
 
@@ -5093,19 +5483,26 @@ def safe_parts(name: str) -> list[str]:
     return parts if parts and UNPACKED.fullmatch(parts[0]) else []
 
 
-def unpack(archive: Any, target: Path, spare_bytes: int) -> list[str]:
+def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | None = None) -> list[str]:
     """Unpack a tar archive (tarfile.TarFile, read as a stream) below `target`; return what was left out.
 
     Links are made last, and those that lead out of `target` are left out, as are devices and fifos: so no file is written
-    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left.
+    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left,
+    SandboxTooLarge where it holds more than the limits let: what fits is there.
     """
     links: list[tuple[str, Any]] = []
-    left_out, root = [], os.path.realpath(target)
-    for member in archive:
+    limits = limits or ResultLimits()
+    left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # a list of all would fill the memory
         parts = safe_parts(member.name)
         path = os.path.join(root, *parts)
         if not parts:
             continue
+        size, count = size + member.size, count + 1
+        too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
+        if too_much:
+            break
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         if member.isdir():
             os.makedirs(path, 0o700, exist_ok=True)
@@ -5117,7 +5514,10 @@ def unpack(archive: Any, target: Path, spare_bytes: int) -> list[str]:
             links.append((path, member))
         else:
             left_out.append(member.name)
-    return left_out + make_links(root, links)
+    left_out += make_links(root, links)
+    if too_much:
+        raise SandboxTooLarge(too_much)
+    return left_out
 
 
 def write_member(source: IO[bytes], path: str, member: Any) -> None:
@@ -5809,7 +6209,7 @@ class DiracExecutor:
         try:
             with open(room / "sandbox", "w+b") as file:
                 self.service.download(pfn, file)
-            unpack_outputs(room, pfn, self.config.min_free_bytes)
+            unpack_outputs(room, pfn, self.config.min_free_bytes, ResultLimits(self.config.max_result_bytes, self.config.max_result_files))
             sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
             crash_point("dirac.unpacked")
             exchange(room / "out", self.data.job(job.mark))
@@ -5856,10 +6256,12 @@ class DiracExecutor:
                 yield Finding(None, f"DIRAC's clock is {spoken(abs(off_s))} off ours: use NTP")
 
 
-def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
-    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError."""
+def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimits | None = None) -> None:
+    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError.
+
+    Where it is over the limits, the exit file says so, in place of the script's.
+    """
     import tarfile
-    import zlib
 
     (folder / "out").mkdir()
     try:
@@ -5877,7 +6279,11 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int) -> None:
             stream = cast("IO[bytes]", outer.extractfile(member))
             names: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": careful_members()}
             inner = stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz", **names))
-            left_out = unpack(inner, folder / "out", spare_bytes)
+            left_out = unpack(inner, folder / "out", spare_bytes, limits)
+    except SandboxTooLarge as error:
+        exit_file, left_out = folder / "out" / "exit.json", []
+        exit_file.unlink(missing_ok=True)
+        exit_file.write_text(json.dumps({"status": 1, "left": 0, "limit": 1, "reason": f"the result has {error}"}), encoding="ascii")
     except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
             raise
@@ -6466,18 +6872,30 @@ class FilesBody:
 class Transfer:
     """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
 
-    def __init__(self, target: IO[bytes], promise: Promise | None = None) -> None:
-        """With a `promise` of the disk's account, nothing is written that does not fit: DiskFull."""
-        self.target, self.promise = target, promise
+    def __init__(
+        self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
+    ) -> None:
+        """With a `promise` of the disk's account, nothing is written that does not fit: DiskFull.
+
+        More than `limit_bytes` are not taken: ResultTooLarge, whose message names `limits`.
+        """
+        self.target, self.promise, self.limit_bytes, self.limits = target, promise, limit_bytes, limits or ResultLimits(limit_bytes)
         self.size, self.tag, self.digest = 0, "", hashlib.sha256()
 
     def expect(self, size: int) -> None:
-        """Take a promise for `size` bytes that are to come; DiskFull before the first of them if they do not fit."""
+        """Get ready for `size` bytes more, before the first of them comes: ResultTooLarge or DiskFull if they are too many."""
+        self.check_limit(size)
         if self.promise is not None:
             self.promise.more(size)
 
+    def check_limit(self, size: int) -> None:
+        """Raise ResultTooLarge if `size` bytes more are too many."""
+        if self.size + size > self.limit_bytes:
+            raise ResultTooLarge(f"the result has {self.limits.broken_by(self.size + size, 0)}")
+
     def write(self, data: bytes) -> None:
         """Append to what is here."""
+        self.check_limit(len(data))
         if self.promise is not None:
             if len(data) > self.promise.left:
                 self.promise.more(len(data) - self.promise.left)
@@ -6495,6 +6913,185 @@ class Transfer:
     def wanted(self) -> dict[str, str]:
         """Return the headers that ask for what is missing, of this very file (RFC 9110, If-Range)."""
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An output stream as it is kept: the bytes that the script wrote, of which all up to `limit` stay, else the first and last half."""
+
+    size: int
+    limit: int
+
+    @property
+    def gap(self) -> tuple[int, int]:
+        """The first byte that was left out, and the first one kept after it; the same where all is kept."""
+        half = self.limit // 2
+        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
+
+    def line(self, begin: int) -> bytes:
+        """Return what stands for the bytes left out, from `begin` on."""
+        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
+
+    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
+        """Return at most about `room` bytes from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
+        first, second = self.gap
+        said = read_at(offset, min(room, first - offset)) if offset < first else b""
+        offset += len(said)
+        if first <= offset < second and len(said) < room:
+            said, offset = said + self.line(offset), second
+        if offset >= second and len(said) < room:
+            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
+            said, offset = said + more, offset + len(more)
+        return said, offset
+
+
+def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
+    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between. OSError."""
+    source = open_regular(folder, name)
+    stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
+
+    def chunks() -> Iterator[bytes]:
+        first, second = stream.gap
+        with source:
+            yield from file_chunks(source, first)
+            if second > first:
+                yield stream.line(first)
+                source.seek(second)
+                yield from file_chunks(source, stream.size - second)
+
+    return stream, chunks()
+
+
+def punch_middle(path: Path, limit_bytes: int) -> None:
+    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
+
+    Raises OSError where the file system has no holes.
+    """
+    keep_size, punch_hole, block = 1, 2, 4096
+    state = state_below(path.parent, path.name)
+    size = state.st_size
+    begin = -(-(limit_bytes // 2) // block) * block
+    end = (size - limit_bytes // 2) // block * block
+    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
+        return
+    with opened_folder(path.parent) as folder:
+        descriptor = os.open(path.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
+        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
+        if libc().fallocate64(descriptor, *arguments) != 0:
+            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
+    finally:
+        os.close(descriptor)
+
+
+class ZipRecord(NamedTuple):
+    """What the directory of a ZIP says of a member. Whoever made the ZIP may have written anything there."""
+
+    name: bytes
+    comment: bytes
+    method: int
+    packed_bytes: int
+    size: int
+    begin: int  # of its local header
+
+
+def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
+    """Return where the directory of a ZIP begins, its size, and how many members it names; ValueError where there is none."""
+    length = file.seek(0, os.SEEK_END)
+    for room in (ZIP_END.size, 66 * KIB):  # most have no comment at their end
+        file.seek(max(0, length - room - ZIP64_LOCATOR.size))
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6", 0, len(tail) - ZIP_END.size + 4)
+        if at >= 0:
+            break
+    else:
+        raise ValueError("no ZIP")
+    if at + ZIP_END.size > len(tail):
+        raise ValueError("no ZIP")
+    count, size, begin = ZIP_END.unpack_from(tail, at)[4:7]
+    if at >= ZIP64_LOCATOR.size and tail[at - ZIP64_LOCATOR.size :].startswith(b"PK\6\7"):
+        file.seek(min(ZIP64_LOCATOR.unpack_from(tail, at - ZIP64_LOCATOR.size)[2], length))
+        wide = file.read(ZIP64_END.size)
+        if len(wide) < ZIP64_END.size or not wide.startswith(b"PK\6\6"):
+            raise ValueError("no ZIP")
+        count, size, begin = ZIP64_END.unpack(wide)[7:10]
+    if begin + size > length:
+        raise ValueError("no ZIP")
+    return begin, size, count
+
+
+def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
+    """Yield what the directory of a ZIP says, as it is read: in a little memory, and of DIRECTORY_LIMIT_BYTES at most.
+
+    With `commented`, of members that have a comment alone. ValueError where there is no directory.
+    """
+    begin, left, _ = zip_directory(file)
+    left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
+    file.seek(begin)
+    while left:
+        chunk = file.read(min(left, step))
+        if not chunk:
+            return
+        left, step, rest, at = left - len(chunk), 256 * KIB, rest + chunk, 0
+        while len(rest) - at >= ZIP_CENTRAL.size:
+            fields = ZIP_CENTRAL.unpack_from(rest, at)
+            name, extra, comment = fields[12:15]
+            end = at + ZIP_CENTRAL.size + name + extra + comment
+            if fields[0] != b"PK\1\2":
+                return
+            if end > len(rest):
+                break
+            if comment or not commented:
+                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end])
+            at = end
+        rest = rest[at:]
+
+
+def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
+    """Return a record of a ZIP's directory by its fixed fields, and the name, extra fields and comment after them."""
+    method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
+    more, at = words[name : name + extra], 0
+    while at + 4 <= len(more):
+        kind, length = struct.unpack_from("<2H", more, at)
+        if kind == 1:  # ZIP64: what does not fit above, in this order
+            known = more[at + 4 : at + 4 + min(length, 24)]
+            wide = [value for (value,) in struct.iter_unpack("<Q", known[: len(known) // 8 * 8])]
+            size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
+        at += 4 + length
+    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin)
+
+
+def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
+    """Return `count` bytes of a ZIP's member from `begin` on, or what there is of them, for the work of `begin + count` bytes at most.
+
+    ValueError where that is not what the directory says.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(min(record.begin, length))
+    head = file.read(ZIP_LOCAL.size)
+    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("no member")
+    place = record.begin + len(head) + sum(ZIP_LOCAL.unpack(head)[-2:])
+    if record.method == zipfile.ZIP_STORED:
+        file.seek(min(place + begin, length))
+        return file.read(max(0, min(count, record.packed_bytes - begin)))
+    file.seek(min(place, length))
+    unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
+    # What is deflated by a fair program never takes much more room than it had: other streams could be endless, and hold nothing.
+    for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
+        ahead = chunk
+        while ahead and len(said) < count:
+            try:
+                piece = unpacker.decompress(ahead, 256 * KIB)
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            said += piece[max(0, begin - passed) :]
+            passed, ahead = passed + len(piece), unpacker.unconsumed_tail
+        if len(said) >= count or unpacker.eof:
+            break
+    return bytes(said[:count])
 
 
 # == 22. Answers ==  What a client says has bounds, and is checked before it is believed.
@@ -6527,6 +7124,8 @@ class Report:
     newer: Report | None = None  # what the client said of the job meanwhile
     needs: int = 0  # bytes for which there was no room on the disk: it is not asked for again before there is
     part: Transfer | None = None  # what has come of its result
+    asked: int = 0  # how often the client said that it still packs the result
+    pause_s: float = 0.0  # how long that is waited for
     cpus: int = 0  # slots and memory (MiB) that are free again
     memory: int = 0
 
@@ -6827,7 +7426,7 @@ def receive(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
             into.expect(int(length))
         for chunk in iter(lambda: read_chunk(answer, into.size), b""):
             into.write(chunk)
-    except DiskFull:
+    except (DiskFull, ResultTooLarge):
         answer.close()  # what is still to come of it is of no use
         raise
     finally:
@@ -7388,6 +7987,8 @@ class Link:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         if answer.status == 416:  # it has become shorter than what is here
             into.begin()
+        if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
+            raise NotPacked("still packs the result")
         raise NoAnswer(refused_text(answer.status, text))
 
     def logs(self, job: Job, stream: str, offset: int, unwanted: Callable[[], bool] | None = None) -> tuple[bytes, int]:
@@ -7803,6 +8404,7 @@ class Node:
         self.loops: dict[str, Loop] = {}
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.refused = RefusedTokens(self.clock)
+        self.pack_places = Parking(PACK_READERS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.proofs = ProofReader(self.tokens)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
@@ -8453,7 +9055,9 @@ def fetch_tick(server: Server, link: Link) -> bool:
         waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
         if not waiting:
             return False
-        due, due.taken = waiting[0], True
+        # What came with the news costs no call; what is still packed at the client keeps nothing else waiting.
+        due = min(waiting, key=lambda found: ("archive" not in found.payload, found.asked))
+        due.taken = True
     if len(waiting) > 1:
         server.wake(f"fetch:{link.name}")
     settled, job = False, cast("Job | None", None)
@@ -8488,8 +9092,8 @@ def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
         elif settled:
             link.ended.pop(due.job_id, None)
         else:
-            due.failures, due.taken = due.failures + 1, False
-            due.due = server.clock.monotonic() + backoff_s(due.failures)
+            due.failures, due.taken = due.failures + (not due.pause_s), False
+            due.due = server.clock.monotonic() + (due.pause_s or backoff_s(due.failures))
     if settled:
         drop_part(due)
     if due.newer is not None:
@@ -8498,29 +9102,21 @@ def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
 
 def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
+    found.pause_s = 0.0
     try:
-        if found.payload["status"] == "?":
-            found.payload.update(link.status(job))
-        status = found.payload["status"]
-        if status in (Status.PREPARED.value, Status.RUNNING.value):
-            return True  # not ended after all: its events will say more
-        if status == Status.COMPLETED.value:
-            fetch_result(server, link, job, found)
-        elif status == Status.CLEANED.value:
-            count_no_more(found)
-            settle_cleaned(server, link, job, found.payload)
-        elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
-            count_no_more(found)
-            new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
-        else:
-            fetch_failure(server, link, job, found)
+        settle_as_told(server, link, job, found)
     except Gone as error:
         count_no_more(found)
         payload_gone(server, job, str(error))
+    except ResultTooLarge as error:  # for good: at the next try it would be as large
+        drop_part(found)
+        count_no_more(found)
+        end_busy(server, job, Status.FAILED, str(error), cause=Cause.LIMIT.value, **known_of_end(server, job, found.payload))
     except (NothingSent, NoAnswer) as error:
         if found.part is not None and not found.part.wanted():
             drop_part(found)  # it cannot be gone on with
-        become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
+        if not is_being_packed(found, error):
+            become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
@@ -8528,6 +9124,33 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
         become_unknown(server, job, f"the result could not be stored: {why}")
         return False
+    return True
+
+
+def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
+    """Do what the status of an ended payload asks for."""
+    if found.payload["status"] == "?":
+        found.payload.update(link.status(job))
+    status = found.payload["status"]
+    if status in (Status.PREPARED.value, Status.RUNNING.value):
+        return  # not ended after all: its events will say more
+    if status == Status.COMPLETED.value:
+        fetch_result(server, link, job, found)
+    elif status == Status.CLEANED.value:
+        count_no_more(found)
+        settle_cleaned(server, link, job, found.payload)
+    elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
+        count_no_more(found)
+        new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
+    else:
+        fetch_failure(server, link, job, found)
+
+
+def is_being_packed(found: Report, error: Exception) -> bool:
+    """Tell whether a result is not there just because its client still packs it: it is asked again soon, for about an hour."""
+    if not isinstance(error, NotPacked) or found.asked >= PACK_ASKED_MOST:
+        return False
+    found.asked, found.pause_s = found.asked + 1, min(5.0, 0.5 + 0.5 * found.asked)
     return True
 
 
@@ -8563,7 +9186,7 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
     server.data.account.check(found.needs)  # no call for what would not fit
     if found.part is None:
         target = tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)  # noqa: SIM115
-        found.part = Transfer(cast("IO[bytes]", target), Promise(server.data.account))
+        found.part = result_transfer(server.config, cast("IO[bytes]", target), Promise(server.data.account))
     part = found.part
     data = inline_archive_of(found.payload)
     if data:
@@ -8571,6 +9194,7 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
         part.write(data)
     else:
         link.fetch(job, part, partial)
+    check_result(server.config, part)
     crash_point("fetch.received")
     os.fsync(part.target.fileno())
     crash_point("fetch.synced")
@@ -8580,6 +9204,32 @@ def store_archive(server: Server, link: Link, job: Job, found: Report, partial: 
     crash_point("fetch.durable")
     drop_part(found)
     return part.size, part.digest.hexdigest()
+
+
+def result_transfer(config: Config, target: IO[bytes], promise: Promise | None = None) -> Transfer:
+    """Return what takes in a result: as large as a ZIP within the limits can be, with its output streams, names and headers."""
+    largest = config.max_result_bytes * 33 // 32 + 2 * config.log_limit_bytes + config.max_result_files * KIB + MIB
+    return Transfer(target, promise, largest, ResultLimits(config.max_result_bytes))
+
+
+def check_result(config: Config, part: Transfer) -> None:
+    """Look into a large ZIP that came: ResultTooLarge where its files are over a limit. What a client says of it is not believed."""
+    limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
+    if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
+        return
+    with open(part.target.name, "rb") as file:
+        try:
+            size, count = 0, zip_directory(file)[2]
+            for record in zip_records(file):
+                if streams < len(OUTPUT_STREAMS) and record.comment.startswith(b"joborch stream "):
+                    streams, size = streams + 1, size + max(0, record.packed_bytes - config.log_limit_bytes)
+                else:
+                    size += record.packed_bytes
+        except ValueError:
+            size, count = part.size, 0  # it is no ZIP
+    if limits.broken_by(size, count):
+        told = ResultLimits(config.max_result_bytes, config.max_result_files)
+        raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
 
 
 def drop_part(found: Report) -> None:
@@ -8596,11 +9246,16 @@ def drop_part(found: Report) -> None:
 def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
     """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
-    size, digest = None, None
-    with contextlib.suppress(Gone):  # nothing is left of it: its end counts all the same
+    size, digest, not_kept = None, None, ""
+    try:
         size, digest = store_archive(server, link, job, found, partial=True)
+    except Gone:
+        log.info("job %d: %s has nothing of it any more: its end counts all the same", job.id, link.name)
+    except ResultTooLarge as error:
+        not_kept = f"; what it left was not kept: {error}"
+        drop_part(found)
     count_no_more(found)
-    reason = payload.get("reason") or f"the client says {to}"
+    reason = (payload.get("reason") or f"the client says {to}") + not_kept
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes = known_of_end(server, job, payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
@@ -8832,7 +9487,11 @@ class Client(Node):
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
-        self.packings: dict[int, Any] = {}  # by payload id: results that are packed, or being packed
+        self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
+        self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
+        self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: what is packed, or being packed
+        self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
+        self.measurers = threading.BoundedSemaphore(PACKERS)
         self.holes = True  # the file system can punch them, as far as we know
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
@@ -8849,7 +9508,8 @@ def run_tick(client: Client) -> bool:
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
-    fates = client.executor.poll(started)
+    fates = client.executor.poll([job for job in started if job.id not in client.measurings])
+    fates.update({job_id: measuring.fate for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
     problem = client.executor.problem()
     for job in started:
         if fates[job.id].alive and job.kill_requested_at is None:
@@ -8884,7 +9544,7 @@ def note(client: Client, job_id: int, text: str) -> None:
 
 def let_go(client: Client, job_id: int) -> None:
     """Keep nothing in mind of a payload that is over."""
-    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn)
+    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
 
@@ -9047,8 +9707,48 @@ def bound_output(client: Client, path: Path) -> None:
         log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
 
 
-def finish(client: Client, job: Job, fate: Fate) -> None:
-    """Move an ended payload to its end, with a reason that a person understands."""
+class Measuring:
+    """A large work folder of an ended payload, which a thread of its own measures: `fate` waits for `too_much`, None until it is known."""
+
+    def __init__(self, client: Client, job: Job, fate: Fate) -> None:
+        self.fate, self.too_much = fate, cast("str | None", None)
+        threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
+
+    def measure(self, client: Client, job: Job) -> None:
+        found: str | None = ""
+        try:
+            with client.measurers:
+                found = excess(client, job, client.limits)
+        finally:
+            self.too_much = found or ""
+            client.wake("run")
+
+
+def excess(client: Client, job: Job, limits: ResultLimits) -> str | None:
+    """Return what an ended payload left too much of, or an empty text; None where it is within the client's limits and not within these."""
+    try:
+        with opened_folder(client.data.job(job.mark)) as folder:
+            give_rights(folder, "work")
+            with opened_folder(folder, "work") as work:
+                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder))
+    except OSError:
+        return ""  # there is no such folder any more
+    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else "")
+
+
+def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> str | None:
+    """Return what an ended payload left too much of, or an empty text; None, if not `patient`, where that takes longer than a tick may."""
+    if job.id in client.measurings and not patient:
+        return client.measurings[job.id].too_much
+    quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
+    found = excess(client, job, client.limits if patient else quick)
+    if found is None:
+        client.measurings[job.id] = Measuring(client, job, fate)
+    return found
+
+
+def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
+    """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
     folder = client.data.job(job.mark)
     try:
         client.executor.collect(job)
@@ -9057,9 +9757,15 @@ def finish(client: Client, job: Job, fate: Fate) -> None:
         return  # a later tick finds it ended again
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
+    too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
+    if too_much is None:
+        return
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
-    if fate.cause is not None:
+    if too_much:
+        reason = f"the result has {too_much}; run.sh ended with exit status {fate.exit_status}"
+        client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
+    elif fate.cause is not None:
         to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
         client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
@@ -9090,38 +9796,10 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
     times = []
     for name in (f"started.{job.attempt}", "exit.json"):
         try:
-            times.append(os.stat(folder / name).st_mtime)
+            times.append(state_below(folder, name).st_mtime)
         except OSError:
             times.append(job.started_at or time.time() if not times else time.time())
     return times[0], max(times)
-
-
-def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
-    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
-
-
-def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
-    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
-    how = f"run.sh ended with exit status {status}"
-    if number is not None:
-        how += f" (as by signal {signal_name(number)})"
-    text = f"{how} after {spoken(seconds)}"
-    words = last_line(folder / "stderr")
-    if words:
-        text += f'; last line of standard error: "{words}"'
-    with contextlib.suppress(OSError), open_regular(folder / "work" / "run.sh") as script:
-        if b"\r\n" in script.read(64 * KIB):
-            text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
-    return text
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number where it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
 
 
 def end_tick(client: Client) -> bool:
@@ -9132,9 +9810,10 @@ def end_tick(client: Client) -> bool:
     try:
         folder = client.data.job(job.mark)
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
-        fate = client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
+        measuring = client.measurings.get(job.id)
+        fate = measuring.fate if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
         if fate.exit_status is not None and not begun.exists():  # it was quicker than the wish
-            finish(client, job, fate)
+            finish(client, job, fate, patient=True)
             return True
         if job.status is Status.RUNNING:
             with contextlib.suppress(OSError):
@@ -9283,59 +9962,113 @@ def end_orphans(client: Client) -> None:
 # == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
-def unchanged_inputs(folder: Path) -> dict[str, Sequence[int]]:
-    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
-    try:
-        with open_regular(folder / "inputs.json") as file:
-            noted = parse_json(file.read(INPUTS_LIMIT_BYTES))
-    except (OSError, ValueError):
-        return {}
-    items = noted.items() if isinstance(noted, dict) else ()
-    return {path: state for path, state in items if isinstance(state, list)}
+QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
 
 
-def pack_payload(client: Client, job: Job) -> Archive:
-    """Return a payload's work folder as it stands, with its output streams below `.joborch/`. OSError where it cannot be written."""
-    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
-    return packed(client.data.spool, job.ended_at, functools.partial(fill_archive, client, job))
+def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: True, limits: ResultLimits | None = None) -> Archive:
+    """Return a payload's work folder as it stands, with its output streams below `.joborch/`, as far as the limits let.
 
+    OSError where it cannot be written, GivenUp where it is not `wanted` any more.
+    """
 
-def fill_archive(client: Client, job: Job, packer: ZipPacker) -> None:
-    """Pack a payload's files."""
-    folder = client.folder(job)
-    work = folder / "work"
-    if folder.is_symlink() or work.is_symlink() or not work.is_dir():
-        packer.left_out.append("the work folder: the script removed it, or put something else in its place")
-    else:
-        if not os.access(work, os.R_OK | os.X_OK):
-            os.chmod(work, 0o700)  # the script took its own folder's rights away
-        whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
-        packer.add_folder(work, {} if whole else unchanged_inputs(folder))
-    for stream in OUTPUT_STREAMS if not folder.is_symlink() else ():
+    def fill(packer: ZipPacker) -> None:
+        packer.wanted, packer.limits = wanted, limits or client.limits
         try:
-            kept, chunks = kept_output(folder / stream, client.config.log_limit_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                packer.left_out.append(f"{packer.own}/{stream}: the script put something else in its place")
-            continue
-        packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit))
+            with opened_folder(client.folder(job)) as folder:
+                fill_archive(client, job, packer, folder)
+        except OSError as error:  # the script put a link in its own folder's place, or removed it
+            packer.leave_out(f"the payload's folder: {os.strerror(error.errno or 0)}")
+
+    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
+    return packed(client.data.spool, job.ended_at, fill)
+
+
+def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> None:
+    """Pack a payload's files: its output streams first, so that they are found without a look at all the rest."""
+    work = open_work(folder)
+    try:
+        if work is not None:
+            packer.choose_own(work)
+        for stream in OUTPUT_STREAMS:
+            try:
+                kept, chunks = kept_output(folder, stream, client.config.log_limit_bytes)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    packer.leave_out(f"{packer.own}/{stream}: the script put something else in its place")
+                continue
+            packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit), kept.size)
+        if work is None:
+            packer.leave_out("the work folder: the script removed it, or put something else in its place")
+        else:
+            whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
+            packer.add_open_folder(work, {} if whole else unchanged_inputs(folder))
+    finally:
+        if work is not None:
+            os.close(work)
+
+
+def open_work(folder: int) -> int | None:
+    """Return a descriptor of a payload's work folder, or None where the script put something else in its place."""
+    try:
+        give_rights(folder, "work")
+        return open_folder(folder, "work", flags=os.O_RDONLY)
+    except OSError:
+        return None
 
 
 class Packing:
-    """The archive of an ended payload, made once in a thread of its own, for all who ask for it."""
+    """The archive of a payload, made in a thread of its own for all who ask for it meanwhile.
 
-    def __init__(self, client: Client, job: Job) -> None:
-        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("OSError | None", None)
+    That of an ended payload is kept for those who come later. It is given up when nobody waits for it any more.
+    """
+
+    def __init__(self, client: Client, job: Job, quick: bool) -> None:
+        self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("Exception | None", None)
+        self.client, self.job, self.quick = client, job, quick
+        self.passing = job.status not in ENDED  # it shows what the folder was like, and is of no use to those who come later
+        self.readers, self.until = 0, 0.0  # callers that wait now; until when (monotonic) one who was asked to come again may do so
         self.used_at = client.clock.monotonic()
-        threading.Thread(target=self.pack, args=(client, job), name=f"pack-{job.id}", daemon=True).start()
 
-    def pack(self, client: Client, job: Job) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self.pack, name=f"pack-{self.job.id}", daemon=True).start()
+
+    def wanted(self) -> bool:
+        """Tell whether somebody waits for it."""
+        return (self.readers > 0 or time.monotonic() < self.until) and not self.client.stopping.is_set()
+
+    def pack(self) -> None:
         try:
-            self.archive = pack_payload(client, job)
-        except OSError as error:
+            if self.quick:
+                self.archive = self.pack_in_turn(self.client.quick_packers, QUICK_PACK)
+            if self.archive is None or self.archive.cut:  # it has grown since it was looked at
+                self.quick = False
+                self.archive = self.pack_in_turn(self.client.packers, self.client.limits)
+        except (OSError, GivenUp) as error:
             self.error = error
         finally:
             self.done.set()
+        while self.wanted() and (self.passing or self.error):
+            self.client.stopping.wait(0.2)
+        forget_packings(self.client)
+
+    def pack_in_turn(self, place: threading.Semaphore, limits: ResultLimits) -> Archive:
+        """Pack as soon as there is a place for it."""
+        while not place.acquire(timeout=0.2):
+            if not self.wanted():
+                raise GivenUp("nobody waits for the archive any more")
+        try:
+            size, files = min(limits.size_bytes, self.client.limits.size_bytes), min(limits.files, self.client.limits.files)
+            return pack_payload(self.client, self.job, self.wanted, ResultLimits(size, files))
+        finally:
+            place.release()
+
+    def outdated(self) -> bool:
+        """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
+        if not self.done.is_set() or self.readers:
+            return False
+        if self.passing or self.archive is None or not self.archive.whole:
+            return not self.wanted()
+        return self.used_at < self.client.clock.monotonic() - PACKED_KEPT_S
 
     def opened(self) -> Archive:
         """Return the archive with a file position of its own."""
@@ -9343,60 +10076,115 @@ class Packing:
             raise self.error or OSError(errno.EIO, "the result could not be packed")
         return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
 
-    def drop(self) -> None:
-        """Let go of the file, as soon as it is packed."""
-        if self.done.wait(0) and self.archive is not None:
-            self.archive.file.close()
+    def join(self, patience_s: float, left: Callable[[], bool]) -> None:
+        """Wait until it is packed, or the caller has left, at most `patience_s`. Few wait for large ones: they hold a thread each."""
+        with self.client.pack_places.place() as free:
+            deadline = time.monotonic() + (patience_s if free or self.quick else 0.0)
+            while not self.done.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline or left():
+                    return
 
 
 def forget_packings(client: Client) -> None:
     """Let go of packed results that nobody has come for in a while."""
-    before = client.clock.monotonic() - PACKED_KEPT_S
-    drop_packings(client, [job_id for job_id, packing in list(client.packings.items()) if packing.used_at < before])
-
-
-def ended_archive(client: Client, job: Job) -> Archive:
-    """Return what an ended payload left. Refusal 503 while it is packed for longer than a caller would wait."""
-    forget_packings(client)
     with client.lock:
-        packing = client.packings.get(job.id) or Packing(client, job)
-        client.packings[job.id] = packing
-        packing.used_at = client.clock.monotonic()
-    if not packing.done.wait(PACK_PATIENCE_S):
-        raise Refusal(503, "the result is being packed: come again", Retry_After="5")
-    try:
-        return packing.opened()
-    finally:
-        if packing.archive is None or not packing.archive.whole:
-            drop_packings(client, [job.id])  # the next one tries anew
+        for key, packing in list(client.packings.items()):
+            if packing.outdated():
+                del client.packings[key]
+                if packing.archive is not None:
+                    packing.archive.file.close()
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere, or that nobody came for."""
+    """Let go of packed results that are safe elsewhere."""
+    for job_id in job_ids:
+        packing = client.packings.get((job_id, True))
+        if packing is not None:
+            packing.passing, packing.until = True, 0.0
+    forget_packings(client)
+
+
+def take_packing(client: Client, job: Job) -> Packing:
+    """Return the packing of a payload, with the caller counted as a reader. Refusal 503 where too many are packed already."""
+    forget_packings(client)
+    key = (job.id, job.status in ENDED)
+    quick = key in client.packings or is_quick(client, job)
     with client.lock:
-        for job_id in job_ids:
-            packing = client.packings.get(job_id)
-            if packing is not None and packing.done.is_set():
-                client.packings.pop(job_id).drop()
+        packing = client.packings.get(key)
+        if packing is None:
+            ahead = [other for other in client.packings.values() if not other.done.is_set() and other.quick == quick]
+            if len(ahead) >= PACK_QUEUE:
+                raise not_packed("many results wait to be packed")
+            packing = client.packings[key] = Packing(client, job, quick)
+            packing.readers += 1
+            packing.start()
+        else:
+            packing.readers += 1
+        packing.used_at = client.clock.monotonic()
+        return packing
+
+
+def is_quick(client: Client, job: Job) -> bool:
+    """Tell whether a payload is packed in a moment."""
+    try:
+        with opened_folder(client.folder(job), "work") as work:
+            return not QUICK_PACK.broken_by(*measure(work, QUICK_PACK, {}))
+    except OSError:
+        return True  # there is nothing of it
+
+
+def not_packed(why: str) -> Refusal:
+    """Return what a caller is told who comes before the archive is there."""
+    return Refusal(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
+
+
+def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
+    """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has.
+
+    Refusal 503 where that is not packed within `patience_s`.
+    """
+    packing, told = take_packing(client, job), False
+    try:
+        packing.join(patience_s, left)
+        if not packing.done.is_set() or isinstance(packing.error, GivenUp):
+            told = not left()
+            raise not_packed("the result is being packed")
+        return packing.opened()
+    finally:
+        with client.lock:
+            if told:  # first: without a reader and a lease it would be given up
+                packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
+            packing.readers -= 1
+            if not told and packing.done.is_set() and not packing.readers:
+                packing.until = 0.0
+        if packing.done.is_set():
+            forget_packings(client)
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
     """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
-    folder = client.folder(job)
-    if folder.is_symlink() or (folder / "work").is_symlink():
-        return {}
     try:
-        entries = [*os.scandir(folder / "work")]
-        plain = len(entries) <= INLINE_FILES and all(entry.is_file(follow_symlinks=False) for entry in entries)
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries) if plain else 0
-        size += sum(os.path.getsize(folder / stream) for stream in OUTPUT_STREAMS)
-        if not plain or size > INLINE_LIMIT_BYTES:
-            return {}
-        archive = pack_payload(client, job)
+        with opened_folder(client.folder(job)) as folder:
+            if not is_small(folder):
+                return {}
+        archive = pack_payload(client, job, limits=ResultLimits(INLINE_LIMIT_BYTES, INLINE_FILES))
         with contextlib.closing(archive.file):
+            if archive.cut:  # it has grown since
+                return {}
             return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
     except OSError:
         return {}  # the server fetches it, and hears what is wrong
+
+
+def is_small(folder: int) -> bool:
+    """Tell whether a payload left a few small files and nothing else. OSError."""
+    size = sum(os.stat(stream, dir_fd=folder, follow_symlinks=False).st_size for stream in OUTPUT_STREAMS)
+    with opened_folder(folder, "work", flags=os.O_RDONLY) as work, os.scandir(work) as entries:
+        for number, entry in enumerate(entries):
+            if number >= INLINE_FILES or not entry.is_file(follow_symlinks=False):
+                return False
+            size += entry.stat(follow_symlinks=False).st_size
+    return size <= INLINE_LIMIT_BYTES
 
 
 # == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
@@ -10771,20 +11559,40 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
     link = server.links.get(job.client or "")
     if job.status in BUSY and job.dest_id and link:
         return file_answer(request, running_archive(server, request, link, job), name, headers)
-    archive = packed(server.data.spool, job.created_at, lambda packer: packer.add_folder(server.folder(job)))
-    return file_answer(request, archive, name, headers)
+    return file_answer(request, inputs_archive(server, request, job), name, headers)
+
+
+def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
+    """Pack the inputs of a job that has not come to a client; Refusal 503 where others do so, or the caller has left."""
+
+    def fill(packer: ZipPacker) -> None:
+        packer.wanted = lambda: not request.left()
+        packer.add_folder(server.folder(job))
+
+    with server.pack_places.place() as free:
+        if not free:
+            raise Refusal(503, "many archives are packed just now: come again", Retry_After="5")
+        try:
+            return packed(server.data.spool, job.created_at, fill)
+        except GivenUp as error:
+            raise Refusal(503, str(error), Retry_After="5") from error
 
 
 def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
     """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
-    spool = server.data.spool()
-    into = Transfer(spool)
+    spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
+    into = result_transfer(server.config, spool)
     try:
-        with calling(server, request, link) as unwanted:
-            link.fetch(job, into, partial=True, unwanted=unwanted)
-    except (NothingSent, NoAnswer, Gone) as error:
+        while True:
+            with calling(server, request, link) as unwanted:
+                if fetch_packed(link, job, into, unwanted):
+                    break
+            if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
+                raise NotPacked("still packs what is there: come again")
+    except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
         spool.close()
-        raise Refusal(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
+        said = f"{link.name}: {error}" if isinstance(error, ResultTooLarge) else f"{link.name} {error}"
+        raise Refusal(503, said, Retry_After=str(COME_AGAIN_S)) from error
     except BaseException:
         spool.close()
         raise
@@ -10804,6 +11612,15 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
         if not (here and anywhere):
             raise Refusal(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
         yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
+
+
+def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bool]) -> bool:
+    """Fetch a running job as it stands; False where its client still packs that."""
+    try:
+        link.fetch(job, into, partial=True, unwanted=unwanted)
+    except NotPacked:
+        return False
+    return True
 
 
 WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
@@ -11209,8 +12026,8 @@ def check_inputs(form: Form, meant: str) -> None:
 def remember_inputs(folder: Path, form: Form) -> None:
     """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
     states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
-    text = json.dumps({path: [state.st_size, state.st_mtime_ns] for path, state in states.items()})
-    (folder / "inputs.json").write_text(text, encoding="utf-8")
+    lines = [json.dumps([path, state.st_size, state.st_mtime_ns]) + "\n" for path, state in states.items()]
+    (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
 
 
 def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
@@ -11231,6 +12048,14 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
             raise
 
 
+def asked_archive(client: Client, request: Request, job: Job) -> Archive:
+    """Return a payload's archive. Our server does not wait long: it goes on with other results, and asks again."""
+    return packed_result(client, job, PACK_GLANCE_S if request.header("X-Joborch-Mark") else PACK_PATIENCE_S, request.left)
+
+
+PACKING = Gives(
+    "the archive is not packed yet; Retry-After says when to ask again", JSON_TYPE, {"message": "the result is being packed: come again"}
+)
 RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
 
 
@@ -11241,14 +12066,14 @@ RETRIEVED = Gives("completed: the result as application/zip; else the payload wi
     who="caller",
     slow=True,
     takes=(PAYLOAD_ID, MARK),
-    gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, **PARTS},
+    gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
 )
 def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
-    archive = ended_archive(client, job)
+    archive = asked_archive(client, request, job)
     if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}.zip", {})
@@ -11264,14 +12089,14 @@ WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
     who="caller",
     slow=True,
     takes=(PAYLOAD_ID, MARK),
-    gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, **PARTS},
+    gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
 )
 def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the work folder of a payload as it stands."""
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
         raise Refusal(404, f"the files of payload {job.id} were cleaned")
-    archive = ended_archive(client, job) if job.status in ENDED else pack_payload(client, job)
+    archive = asked_archive(client, request, job)
     if job.status in ENDED and not request.header("X-Joborch-Mark"):
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
@@ -11516,9 +12341,8 @@ def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
     """Read a payload's output, also while it runs."""
     job, (stream, offset) = known_payload(client, request, job_id), chosen_stream(request)
     part = LogPart(b"", offset)
-    folder = client.folder(job)
     # The script has not come that far, or has put something else in its place.
-    with contextlib.suppress(OSError), open_regular("/dev/null" if folder.is_symlink() else folder / stream) as source:
+    with contextlib.suppress(OSError), open_regular(client.folder(job), stream) as source:
 
         def read_at(begin: int, count: int) -> bytes:
             source.seek(begin)
@@ -11530,26 +12354,38 @@ def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
 
 
 def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of an ended job's output from its stored result; none where it never ran."""
+    """Read a part of an ended job's output from its stored result; none where it never ran. Refusal 404 where the ZIP is damaged."""
     if job.result_sha256 is None:
         return LogPart(b"", offset)
-    with contextlib.closing(stored_archive(server, job).file) as file, zipfile.ZipFile(file) as result:
-        for entry in result.infolist():
-            said = re.fullmatch(STREAM_COMMENT.format("([0-9]+)", "([0-9]+)"), entry.comment.decode("latin-1"))
-            if said and entry.filename.endswith("/" + stream):
-                return part_of_entry(result, entry, Stream(int(said[1]), int(said[2])), offset)
+    with contextlib.closing(stored_archive(server, job).file) as file:
+        try:
+            return part_of_archive(file, stream, server.config.log_limit_bytes, offset)
+        except ValueError as error:
+            raise Refusal(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
+
+
+def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int) -> LogPart:
+    """Read a part of an output stream from a ZIP; none where it has no such member. ValueError where it is no sound ZIP.
+
+    What the ZIP says costs at most the work for `limit_bytes` of output: a client may have made it up.
+    """
+    for record in zip_records(file, commented=True):  # our clients put the streams first
+        said = re.fullmatch(STREAM_COMMENT.format("([0-9]{1,18})", "([0-9]{1,18})").encode(), record.comment)
+        if said and record.name.endswith(f"/{stream}".encode()):
+            return part_of_member(file, record, Stream(int(said[1]), int(said[2])), limit_bytes, offset)
     return LogPart(b"", offset)  # a 2.2 client keeps no output
 
 
-def part_of_entry(result: zipfile.ZipFile, entry: zipfile.ZipInfo, kept: Stream, offset: int) -> LogPart:
-    """Read a part of an output stream from the member of a ZIP that holds what was kept of it."""
+def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes: int, offset: int) -> LogPart:
+    """Read a part of an output stream from the member that holds what was kept of it."""
     first, second = kept.gap
     shorter = second - first - len(kept.line(first)) if second > first else 0  # by so much the member is, for what follows the gap
+    if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not what was packed, or more than is shown here
+        size = min(record.size, limit_bytes)
+        kept, second, shorter = Stream(size, size), size, 0
 
     def read_at(begin: int, count: int) -> bytes:
-        with result.open(entry) as member:
-            member.seek(begin if begin < second else begin - shorter)
-            return member.read(count)
+        return read_member(file, record, begin if begin < second else begin - shorter, count)
 
     return LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
 
