@@ -5815,14 +5815,14 @@ class Incoming(io.RawIOBase):
         super().close()
 
 
-def bounded_pool() -> urllib3.PoolManager:
-    """Return connections to a client; each answer is held to the bounds in `CALL` of the thread that asks."""
+def with_bounds(pool: urllib3.PoolManager) -> urllib3.PoolManager:
+    """Return connections to a client whose answers are held to the bounds in `CALL` of the thread that asks."""
     import http.client
 
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
             super().__init__(sock, *arguments, **options)
-            self.incoming = Incoming(self.fp.detach(), sock, CALL.bounds)
+            self.incoming = Incoming(self.fp.detach(), sock, getattr(CALL, "bounds", Bounds(READ_TIMEOUT_S)))
             self.fp = io.BufferedReader(self.incoming)
 
         def read1(self, n: int = -1) -> bytes:
@@ -5830,7 +5830,7 @@ def bounded_pool() -> urllib3.PoolManager:
             self.incoming.body_count += len(data)
             return data
 
-    pool, bounded = http_pool(), {}
+    bounded = {}
     for scheme, known in pool.pool_classes_by_scheme.items():
         connection = type("Connection", (cast("Any", known).ConnectionCls,), {"response_class": Response})
         bounded[scheme] = type("Pool", (known,), {"ConnectionCls": connection})
@@ -6114,27 +6114,19 @@ class Link:
     @functools.cached_property
     def pool(self) -> urllib3.PoolManager:
         """The connections to this client."""
-        return bounded_pool()
+        return with_bounds(http_pool())
 
-    def call(
-        self,
-        method: str,
-        url: str,
-        read_timeout_s: float = READ_TIMEOUT_S,
-        *,
-        unwanted: Callable[[], bool] | None = None,
-        **options: Any,
-    ) -> urllib3.BaseHTTPResponse:
+    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> urllib3.BaseHTTPResponse:
         """Make one call; the body is read by the caller. Raises NothingSent where no byte can have gone out, else NoAnswer.
 
-        It is given up when `unwanted` says that nobody waits for it any more.
+        With the option `unwanted` it is given up as soon as that says that nobody waits for it any more.
         """
         import urllib3
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
         headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
         options.update(preload_content=False, decode_content=False)
-        CALL.bounds = Bounds(read_timeout_s, unwanted)
+        CALL.bounds = Bounds(read_timeout_s, options.pop("unwanted", None))
         token = self.token()
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -6781,11 +6773,6 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         current = server.store.get(job.id)
 
 
-def because(reason: str | None) -> str:
-    """Return a reason as the second half of a sentence; nothing where there is none."""
-    return f": {reason}" if reason else ""
-
-
 def become_unknown(server: Server, job: Job, reason: str) -> None:
     """Move a job to Unknown for what cannot be known now; it heals by itself."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
@@ -7045,6 +7032,11 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
     if started is None or ended is None:
         return {}
     return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
+
+
+def because(reason: str | None) -> str:
+    """Return a reason as the second half of a sentence; nothing where there is none."""
+    return f": {reason}" if reason else ""
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
