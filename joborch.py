@@ -7350,7 +7350,7 @@ def bounded_pool(look: Callable[[socket.socket], None], ca_file: str = "") -> ur
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
             super().__init__(sock, *arguments, **options)
-            self.incoming = Incoming(self.fp.detach(), sock, CALL.bounds)
+            self.incoming = Incoming(self.fp.detach(), sock, getattr(CALL, "bounds", Bounds(READ_TIMEOUT_S)))
             self.fp = io.BufferedReader(self.incoming)
 
         def read1(self, n: int = -1) -> bytes:
@@ -8773,11 +8773,6 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
         current = server.store.get(job.id)
 
 
-def because(reason: str | None) -> str:
-    """Return a reason as the second half of a sentence; nothing where there is none."""
-    return f": {reason}" if reason else ""
-
-
 def become_unknown(server: Server, job: Job, reason: str) -> None:
     """Move a job to Unknown for what cannot be known now; it heals by itself."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
@@ -9037,6 +9032,11 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
     if started is None or ended is None:
         return {}
     return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
+
+
+def because(reason: str | None) -> str:
+    """Return a reason as the second half of a sentence; nothing where there is none."""
+    return f": {reason}" if reason else ""
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
