@@ -21,20 +21,21 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            15. Slurm's words         29. Results
-     2. Settings              16. Slurm                 30. Access
-     3. Configuration         17. Grid files            31. HTTP
-     4. States                18. DiracX                32. Connections
-     5. Scheduling            19. DIRAC                 33. Server routes
-     6. Files                 20. Identity              34. Site routes
-     7. Folders               21. Transfers             35. Client routes
-     8. Archives              22. Answers               36. Logs
-     9. Statements            23. Links                 37. Page and documents
-    10. Database              24. Loops                 38. Doctor
-    11. Store                 25. Server                39. Demo
-    12. Backups               26. Ends                  40. Commands
-    13. Inheritance           27. Waiting
-    14. Executors             28. Client
+     1. Vocabulary            16. Executors             31. Results
+     2. Settings              17. Slurm's words         32. Access
+     3. Configuration         18. Slurm                 33. HTTP
+     4. States                19. Grid files            34. Connections
+     5. Scheduling            20. DiracX                35. Server routes
+     6. Files                 21. DIRAC                 36. Jobs
+     7. Folders               22. Identity              37. Site routes
+     8. Trust                 23. Transfers             38. Client routes
+     9. Data folder           24. Answers               39. Logs
+    10. Archives              25. Links                 40. Page and documents
+    11. Statements            26. Loops                 41. Doctor
+    12. Database              27. Server                42. Demo
+    13. Store                 28. Ends                  43. Commands
+    14. Backups               29. Waiting
+    15. Inheritance           30. Client
 """
 
 from __future__ import annotations
@@ -1109,6 +1110,17 @@ def default_folder(kind: str) -> str:
     return folder
 
 
+def fill_defaults(values: dict[str, Any], mode: str) -> None:
+    """Fill in the values that depend on the machine, the mode or each other."""
+    for name, empty in (("weights", {}), ("allow_from", ()), ("pass_env", ())):
+        values[name] = values[name] or empty
+    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
+    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
+    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
+    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
+    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
+
+
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
     """Return the effective configuration of `mode`; order: flag, environment, --env-file, default.
 
@@ -1130,14 +1142,8 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
             text, sources[setting.name] = setting.default, "default"
         shown = setting.flag if given else setting.name
         values[setting.field] = read_setting(setting, text, shown) if text else ""
-    values["weights"] = values["weights"] or {}
-    values["allow_from"], values["pass_env"] = values["allow_from"] or (), values["pass_env"] or ()
+    fill_defaults(values, mode)
     values["env_file"] = arguments.get("env_file") or ""
-    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
-    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
-    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
-    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
-    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
     if not values["token"] and values["token_file"]:
         values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
     services = read_services(merged) if mode == "server" else {}
@@ -1950,7 +1956,7 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
-# == 7. Folders ==  What is promised is on the disk, and one process alone uses a data folder.
+# == 7. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
 
 
 def fsync_path(path: str | Path) -> None:
@@ -2208,6 +2214,9 @@ def take_lock(file: IO[str], name: str, kind: str) -> None:
     file.flush()
 
 
+# == 8. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
+
+
 def owner_name(uid: int) -> str:
     """Return a user as a message names it."""
     try:
@@ -2297,6 +2306,9 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
         fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
     yield from examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
+
+
+# == 9. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
 
 
 class DiskFull(OSError):
@@ -2549,7 +2561,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 8. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 10. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -3031,7 +3043,7 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
         yield chunk
 
 
-# == 9. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 11. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 3
 
@@ -3465,7 +3477,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 10. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 12. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
 
 
 class Changes:
@@ -3757,7 +3769,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 11. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 13. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
 
 
 class Store(Database):
@@ -4122,7 +4134,7 @@ def broken_chain(on_id: int, how: Status) -> str:
     return f"job {on_id}, which it was to follow, ended as {how}"
 
 
-# == 12. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+# == 14. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
@@ -4185,7 +4197,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     return kept, unclaimed
 
 
-# == 13. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
+# == 15. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
 
 # What every script may have. JOBORCH_PASS_ENV adds to it; joborch's own settings are never passed on.
 PASSED_ON = (
@@ -4297,7 +4309,7 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 14. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 16. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -4755,7 +4767,7 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-# == 15. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
+# == 17. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
 
 # States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
 SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -4973,7 +4985,7 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
 
 
-# == 16. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+# == 18. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
 
 
 class SlurmExecutor:
@@ -5268,7 +5280,7 @@ class SlurmExecutor:
         return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
 
 
-# == 17. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
+# == 19. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
 
 SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
 OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
@@ -5558,7 +5570,7 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == 18. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
+# == 20. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
@@ -5857,7 +5869,7 @@ class DiracService:
             raise SystemAway(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
 
 
-# == 19. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
+# == 21. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
@@ -6314,7 +6326,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 20. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 22. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -6796,7 +6808,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 21. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 23. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -7094,7 +7106,7 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
     return bytes(said[:count])
 
 
-# == 22. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 24. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -7468,17 +7480,6 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
-# == 23. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
-
-
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
-
-
 class Parking:
     """A bounded number of places for callers that wait, so that uploads never starve."""
 
@@ -7518,6 +7519,17 @@ RESTLESS_MOVES = 100  # of one job
 SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
 DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
+
+
+# == 25. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+
+
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
 class Link:
@@ -8031,7 +8043,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 24. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 26. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -8516,7 +8528,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 25. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 27. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -9014,7 +9026,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 26. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 28. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -9370,7 +9382,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 27. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 29. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -9461,7 +9473,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 30. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 @dataclass
@@ -9959,7 +9971,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 31. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -10187,7 +10199,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 32. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -10325,7 +10337,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
     return node.proofs.accept(headers, method, target, length) if asked else None
 
 
-# == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 33. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -10754,7 +10766,7 @@ PARTS = {
 }
 
 
-# == 32. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 34. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # so long a connection may take for the whole head of a request, however it comes
@@ -11216,7 +11228,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 35. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11496,7 +11508,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# -- looking --
+# == 36. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11738,7 +11750,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 37. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -11870,7 +11882,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 38. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -12303,7 +12315,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 39. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -12456,7 +12468,7 @@ def followed_log(
                 return
 
 
-# == 37. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 40. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -12622,7 +12634,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 38. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == 41. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -12864,7 +12876,7 @@ def said_of_health(link: Link) -> dict[str, Any]:
         raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
-# == 39. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == 42. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
 
 
 def free_port() -> int:
@@ -12971,7 +12983,7 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == 40. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 43. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
