@@ -6562,7 +6562,7 @@ def open_listeners(hosts: str, port: int) -> list[socket.socket]:
     for last in (*[False] * 20, True):
         listeners: list[socket.socket] = []
         try:
-            for host in filter(None, (each.strip().strip("[]") for each in hosts.split(","))):
+            for host in filter(None, dict.fromkeys(each.strip().strip("[]") for each in hosts.split(","))):
                 taken = port or (listeners[0].getsockname()[1] if listeners else 0)
                 try:
                     listeners += open_host(host, taken)
@@ -6571,6 +6571,8 @@ def open_listeners(hosts: str, port: int) -> list[socket.socket]:
                         log.debug("this machine has no address ::1: listening on 127.0.0.1 alone")
                         continue
                     raise ConfigError(cannot_listen(host, taken, error)) from error
+            if not listeners:
+                raise ConfigError(f"JOBORCH_HOST is {hosts!r}: give an address to listen on, as in 127.0.0.1")
             return listeners
         except ConfigError:
             for listener in listeners:

@@ -705,6 +705,11 @@ def test_one_address_is_enough_if_it_is_asked_for(make_process: MakeProcess, roo
         assert server.start().get("/jobs").status_code == 200
 
 
+def test_no_address_at_all(make_process: MakeProcess) -> None:
+    code, said = make_process("server", {"JOBORCH_HOST": " , "}).start_refused()
+    assert (code, "JOBORCH_HOST is ' , ': give an address" in said, "Traceback" in said) == (2, True, False)
+
+
 def test_port_0_is_one_port_for_both(make_process: MakeProcess) -> None:
     server = make_process("server", {"PORT": "0"})
     server.spawn()
