@@ -308,6 +308,7 @@ def test_a_client_that_packs_for_ever_is_not_believed(desk: Desk, peer: Peer, mo
 # == Memory, and what it takes to read a little ==
 
 
+@pytest.mark.timeout(600)
 def test_200_000_files_take_little_memory(own_pair: Pair) -> None:
     """On both sides: measured, packed, fetched, handed out, and its output read by many at once; others' jobs go on meanwhile."""
     server, client = own_pair.server, own_pair.client
