@@ -317,6 +317,7 @@ def process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         started.close()
 
 
+@pytest.mark.timeout(300 + INPUTS // 10)
 def test_nothing_that_is_sent_does_harm(process: Process) -> None:
     """A server gets four fifths of the inputs, a client one."""
     examples = max(1, INPUTS * (4 if process.role == "server" else 1) // 5 // BATCH)
