@@ -10333,10 +10333,16 @@ def refuse_old_server(node: Node) -> NoReturn:
     raise Refusal(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
 
 
-def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof | None:
-    """Return the proof that a request bears, None where it bears none; Refusal 401 where it does not fit."""
-    asked = node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")
-    return node.proofs.accept(headers, method, target, length) if asked else None
+def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int, peer: Peer) -> Proof | None:
+    """Return the proof that a request bears, None if it bears none; Refusal 401 if it does not fit."""
+    if not (node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")):
+        return None
+    try:
+        return node.proofs.accept(headers, method, target, length)
+    except Refusal as refusal:
+        if "X-Joborch-Nonce" not in refusal.headers:  # with it, the server only has to say hello again
+            node.refused.note(peer.address)
+        raise
 
 
 # == 33. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
@@ -10681,7 +10687,7 @@ class Judge:
         try:
             cast(Any, super()).parse_header(header_plus)
             length = -1 if parser.chunked else parser.content_length
-            self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length)
+            self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length, self.channel)
             found = self.route = find_route(self.node.config.mode, parser.command, parser.path)
             self.caller = identify(self.node, found.who, self.proof, parser.headers, self.channel)
             if self.caller is not None:

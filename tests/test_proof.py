@@ -866,3 +866,12 @@ def test_a_file_without_certificates(content: bytes | None, make_process: MakePr
     assert status == 2
     assert "JOBORCH_CA_FILE" in said
     assert str(tmp_path / "ca") in said
+
+
+def test_a_proof_by_another_token_is_counted_with_the_refused_tokens(make_process: MakeProcess) -> None:
+    client = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN}).start()
+    stranger = LinkCaller(client, "another-token-altogether").hello()
+    authorization = stranger.head("GET", "/events", {}, 0)
+    assert client.get("/events", headers={"Authorization": authorization}).status_code == 401
+    lines = wait_for(lambda: [line for line in client.log.splitlines() if "wrong token" in line], what="a line about the refused proof")
+    assert len(lines) == 1 and "127.0.0.1" in lines[0]
