@@ -134,8 +134,8 @@ ANYONES_BODY_BYTES = 16 * KIB  # of a request that needs no token: more of it wo
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
 PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
-PACK_GLANCE_S = 0.5  # so long our server waits for it: it goes on with other results meanwhile, and asks again
-PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # so long a result, or a folder in use, is packed on for who was asked to come again
+PACK_GLANCE_S = 0.5  # a joborch server waits only this long for it: it goes on with other results and asks again
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing goes on for a caller who was asked to come again: a result; a folder in use
 PACK_ASKED_MOST = 1000  # times that a client is asked for a result that it packs, before its job is Unknown: more than an hour
 PACK_READERS, PACK_QUEUE = 4, 16  # callers that wait for large results at once; results that are packed, or wait for that
 PACKERS = 2  # large results that are packed at once
@@ -2353,7 +2353,7 @@ class DiskAccount:
             self.give_back(size)
 
     def give_back(self, size: int, written: int = 0) -> None:
-        """Take back a promise of `size` bytes, of which so many were written."""
+        """Take back a promise of `size` bytes; `written` of them are on the disk."""
         with self.lock:
             self.promised -= size
             self.free -= written
@@ -6931,7 +6931,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Stream:
-    """An output stream as it is kept: the bytes that the script wrote, of which all up to `limit` stay, else the first and last half."""
+    """An output stream as it is kept: all that the script wrote up to `limit` bytes, else the first and last half of the limit."""
 
     size: int
     limit: int
@@ -7268,7 +7268,7 @@ def repr_digest(sha256_hex: str) -> str:
 
 
 def read_hello(status: int, text: bytes) -> dict[str, Any]:
-    """Return what a client of ours answers to /hello: its `nonce`, and whether it has a token to prove (`proof`).
+    """Return what a joborch client answers to /hello: its `nonce`, and whether it has a token to prove (`proof`).
 
     Raises NothingSent for anything else.
     """
@@ -7683,7 +7683,7 @@ class Link:
     # -- what its words may fill --
 
     def confirm(self, payload_id: str | None) -> None:
-        """Have the next polls tell the client that it need not keep a result. One too many is told again by a first contact."""
+        """Have the next polls tell the client that it need not keep a result. What does not fit comes again at a first contact."""
         if payload_id and len(self.settled) < SETTLED_LIMIT:
             self.settled.append(payload_id)
 
@@ -7764,7 +7764,7 @@ class Link:
         return session
 
     def greet(self, patience_s: float) -> dict[str, Any] | None:
-        """Say hello, which tells nothing; return what a client of ours says, None for a 2.2 client. NothingSent for all others."""
+        """Say hello, which reveals nothing; return the answer of a joborch client, None for a 2.2 client. NothingSent for all others."""
         answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
         version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
         self.outdated = bool(version) and answer.status == 404
@@ -7897,7 +7897,7 @@ class Link:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
         if OURS_HEADER in answer.headers:
             self.ours = True
-            if self.legacy and self.address.base_url and answer.status in (401, 403):  # one of ours has taken a 2.2 client's place
+            if self.legacy and self.address.base_url and answer.status in (401, 403):  # a joborch client has taken a 2.2 client's place
                 self.legacy = False
                 self.sessions.clear()
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
@@ -8228,7 +8228,7 @@ class Pool:
                 self.idle.pop().release()
 
 
-FRESH_S = 1.0  # so long who has only just come is spared: its request may be here already, unread
+FRESH_S = 1.0  # a connection this new is spared: its request may be here already, unread
 UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
 
 
@@ -8367,7 +8367,7 @@ class Watch:
             try:
                 self.turn(map, timeout)
             except Exception:
-                log.exception("an error of ours in the loop of connections")
+                log.exception("an error in the loop of connections")
                 time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
 
     def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
@@ -10148,7 +10148,7 @@ def is_quick(client: Client, job: Job) -> bool:
 
 
 def not_packed(why: str) -> Refusal:
-    """Return what a caller is told who comes before the archive is there."""
+    """Return the answer to a caller who comes before the archive is there."""
     return Refusal(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
 
 
@@ -10541,7 +10541,7 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
 
 
 def too_full(node: Node, length: int) -> Refusal:
-    """Return what a caller is told for whose body, of so many bytes, there is no room."""
+    """Return the answer to a caller whose body of so many bytes does not fit on the disk."""
     return Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
 
 
@@ -10719,7 +10719,7 @@ class Judge:
         return len(data)
 
     def received_body(self, data: bytes) -> int:
-        """Take in a part of the body, of which the disk's account hears."""
+        """Take in a part of the body, and count it in the disk's account."""
         parser: Any = self
         if parser.chunked:
             data = data[:CHUNKED_BYTES]
@@ -10777,10 +10777,10 @@ PARTS = {
 # == 34. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
-REQUEST_LIMIT_S = 15.0  # so long a connection may take for the whole head of a request, however it comes
-IDLE_LIMIT_S = 120.0  # so long it may be silent between two requests
+REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
+IDLE_LIMIT_S = 120.0  # a connection may be silent this long between two requests
 PROGRESS_BYTES = 64 * KIB  # in IDLE_LIMIT_S, a body that comes or an answer that goes makes at least this progress
-LINGER_S = 2.0  # so long what a refused caller still sends is thrown away, so that our answer reaches it
+LINGER_S = 2.0  # what a refused caller still sends is thrown away for this long, so that the answer reaches it
 MOST_CONNECTIONS = 4096
 ACCEPTS_AT_ONCE = 64
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -10985,7 +10985,7 @@ class Turns:
                 connection.requests_lock.release()
 
     def handle_error(self) -> None:
-        """Close a connection that an error of ours hit: a line for debugging, since a stranger may know how to cause it."""
+        """Close a connection after an error in joborch: a line for debugging, since a stranger may know how to cause it."""
         log.debug("a connection is closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
         self.handle_close()
 
@@ -12771,7 +12771,7 @@ def examine_folder(config: Config) -> Iterator[Finding]:
 
 
 def examine_port(config: Config) -> Finding:
-    """Say whether the port is free on every address, or a joborch of ours listens there."""
+    """Say whether the port is free on every address, or this user's joborch listens there."""
     try:
         for listener in open_listeners(config.host, config.port):
             listener.close()

@@ -944,7 +944,7 @@ SILENT_CONNECTIONS = 2000
 
 @contextlib.contextmanager
 def silent_connections(port: int, count: int) -> Iterator[None]:
-    """Connections of which every second one says half a request, and the others nothing; each new one is kept."""
+    """Open connections and keep them: every second one sends half a request, the others nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, count + 1000), hard))
     with contextlib.ExitStack() as stack:

@@ -760,7 +760,7 @@ def status_of(line: socket.socket) -> int:
 
 @pytest.mark.parametrize("path", ["/download_partial/{}", "/jobs/{}/logs", "/jobs/{}/logs?follow=1"])
 def test_callers_of_a_client_that_hangs_hold_nobody_up(path: str, make_process: MakeProcess) -> None:
-    """A few of them wait, the others are told at once to come again; uploads, other clients' jobs and /health go on."""
+    """A few of them wait, the others get 503 at once; uploads, other clients' jobs and /health go on."""
     hangs = make_process("client", {"JOBORCH_ALLOW_ANONYMOUS": "1"}).start()
     liar = Liar()
     world = World(make_process, [liar], SERVICE_EXAMPLE_CLIENTS=hangs.url)
@@ -989,7 +989,7 @@ def test_a_job_is_not_moved_to_and_fro_for_ever() -> None:
 
 
 def test_what_is_to_be_confirmed_is_bounded() -> None:
-    """A client may say without end that payloads have ended, of which the server has no need."""
+    """A client may report without end that payloads have ended which the server does not need."""
     with two_clients() as liars:
         over = liars.jobs[3]
         assert liars.desk.store.move(over, Status.FAILED, "", cause="user")

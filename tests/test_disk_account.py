@@ -56,7 +56,7 @@ def small_disk(tmp_path: Path, root: None) -> Iterator[Disk]:
 
 @pytest.fixture
 def server(small_disk: Disk, make_process: MakeProcess) -> Process:
-    """A server whose data are on the small disk, of which 16 MiB are to stay free."""
+    """A server whose data are on the small disk, with 16 MiB that must stay free."""
     return make_process("server", {"JOBORCH_MIN_FREE": "16M", "JOBORCH_MAX_UPLOAD": "1G"}, folder=small_disk.path / "server").start()
 
 
@@ -67,7 +67,7 @@ def free_mib(disk: Disk) -> float:
 
 @contextlib.contextmanager
 def upload_begun(port: int, length: int | None, sent: int, path: str = "/upload") -> Iterator[socket.socket]:
-    """An upload of which so many bytes were sent; without a length it is chunked."""
+    """An upload after so many bytes; without a length it is chunked."""
     with closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as line:
         how = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         line.sendall(raw_head("POST", path, port, FORM_TYPE, how))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 INPUTS = int(os.environ.get("JOBORCH_FUZZ_INPUTS", "5000"))
 BATCH = 25  # inputs that are sent side by side
-QUIET_S = 0.04  # so long nothing comes any more: those that are still open wait for the rest of their input
+QUIET_S = 0.04  # after this long without an answer, connections that are still open wait for the rest of their input
 STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d) ")
 
 # == Inputs ==
@@ -150,7 +150,7 @@ HEADERS = st.lists(st.tuples(NAME, st.sampled_from([b": ", b":", b" : ", b""]), 
 
 @st.composite
 def made_up(draw: st.DrawFn) -> bytes:
-    """A request of which any part may be anything."""
+    """A request in which any part may be anything."""
     method = draw(st.sampled_from([b"GET", b"POST", b"HEAD", b"get", b"PUT", b"OPTIONS", b"PRI", b"\x16\x03"]))
     path = draw(st.sampled_from([b"/", b"/upload", b"/submit", b"/jobs/", b"*", b"http://x/upload", b"http://[", b"/swagger-ui/"])) + draw(
         PIECE
@@ -242,7 +242,7 @@ def exchange(port: int, inputs: list[bytes]) -> list[bytes]:
 
 
 def take(watch: select.epoll, lines: dict[int, tuple[int, socket.socket]], answers: list[bytes], quiet_s: float) -> bool:
-    """Take in what came within so long; False if nothing did."""
+    """Take in what comes within this time; False if nothing did."""
     events = watch.poll(quiet_s)
     for descriptor, _ in events:
         number, line = lines[descriptor]
@@ -266,7 +266,7 @@ def healthy(port: int) -> None:
 
 
 def check(port: int, inputs: list[bytes]) -> None:
-    """Each is answered without an error of ours; 501 is what RFC 9112 wants for a transfer coding that is not known."""
+    """Each is answered without a server error; 501 is what RFC 9112 wants for a transfer coding that is not known."""
     for text, answer in zip(inputs, exchange(port, inputs)):
         assert not answer or STATUS.match(answer), (text, answer)
         bad = [status for status in STATUS.findall(answer) if status >= b"500" and status != b"501"]

@@ -74,7 +74,7 @@ for line in sys.stdin:
 
 
 class Stranger:
-    """A process of another user with one connection, which does what it is told."""
+    """A process of another user with one connection, which obeys commands."""
 
     def __init__(self, user: int = STRANGER_UID) -> None:
         command = [open_python(), "-c", STRANGER]
@@ -160,7 +160,7 @@ LOOKS: list[Callable[[Callable[[], Any]], Any]] = [with_netlink, without_netlink
 
 
 class Accepted:
-    """A listener of ours with one accepted connection of a stranger."""
+    """A listener with one accepted connection of a stranger."""
 
     def __init__(self, stranger: Stranger, host: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -395,7 +395,7 @@ def test_a_stranger_gets_in_by_no_state_of_his_socket(server_of_nobody: Process,
 
 
 def test_the_overflow_user_is_nobody_in_a_user_namespace(make_process: MakeProcess, open_folder: Path, pyz: Path, root: None) -> None:
-    """A server that is 65534 in a namespace, as every stranger is there: nobody is told from anybody, so nobody is let in by TCP."""
+    """A server that is 65534 in a namespace, as every stranger is there: users look alike, so nobody is let in by TCP."""
     program = ["unshare", "--user", "--map-user=65534", *open_program(open_folder, pyz)]
     run = open_folder / "run"
     run.mkdir(mode=0o700)
@@ -453,7 +453,7 @@ PROXIED = ["Forwarded: for=192.0.2.1", "X-Forwarded-For: 192.0.2.1", "Via: 1.1 p
 
 @pytest.mark.parametrize("header", PROXIED)
 def test_a_request_through_a_proxy_is_nobodys(plain_server: Process, header: str) -> None:
-    """A proxy of ours passes on what others send; the refusal says why, and what to do."""
+    """A proxy of this user passes on what others send; the refusal says why, and what to do."""
     name, _, value = header.partition(":")
     said = assert_error(plain_server.get("/jobs", headers={name: value.strip()}), 403, "proxy")["message"]
     assert name.lower() in said.lower() and "JOBORCH_TOKEN" in said
@@ -907,7 +907,7 @@ def test_doctor_asks_the_running_server_by_its_socket(make_process: MakeProcess,
     assert f"a server runs on port {server.port}" in done.stdout
 
 
-# == What a route is told, and who needs no proof ==
+# == What a route knows of its caller, and who needs no proof ==
 
 PUBLIC = {"status", "database"}
 

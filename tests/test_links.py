@@ -79,7 +79,7 @@ def proven(said: Said, asked: Asked, token: str) -> Said:
 class Peer:
     """An HTTP server on loopback. `says` maps the beginning of a path to the answers to give, the last one for ever.
 
-    It says hello and proves its answers by its token as a client of ours does, unless `says` has a /hello of its own.
+    It says hello and proves its answers by its token as a joborch client does, unless `says` has a /hello of its own.
     """
 
     def __init__(self, token: str = "a-token") -> None:
@@ -108,7 +108,7 @@ class Peer:
         return proven(self.next_answer(asked), asked, self.token)
 
     def next_answer(self, asked: Asked) -> Said:
-        """What it is told to say to a request."""
+        """Its prepared answer to a request."""
         for path, answers in self.says.items():
             if asked.path.startswith(path):
                 said = answers[0] if len(answers) == 1 else answers.pop(0)

@@ -380,7 +380,7 @@ ANSWER_FAULTS: dict[str, Callable[[Head, bytes], tuple[Head, bytes] | None]] = {
     ),
     "another type": lambda head, body: (with_header(head, b"Content-Type", b"text/html"), body),
     "no proof": lambda head, body: (without(head, b"X-Joborch-Mac"), body),
-    "no header of ours": lambda head, body: ([line for line in head if b"X-Joborch" not in line], body),
+    "no joborch header": lambda head, body: ([line for line in head if b"X-Joborch" not in line], body),
     "cut": lambda head, body: None,
     "401": lambda head, body: ([b"HTTP/1.1 401 Unauthorized", b"X-Joborch: 0.2.0", b"Content-Length: 0"], b""),
     "401 with a nonce": lambda head, body: (
@@ -793,7 +793,7 @@ def old_fixture(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_client_of_version_0_1_0(old: list[str], make_pair: MakePair, tmp_path: Path) -> None:
-    """It is told in one line what to do; what runs there is Unknown, not lost, and goes on once it is replaced, adopted by the new one."""
+    """One line says what to do; what runs there is Unknown, not lost, and goes on once it is replaced, adopted by the new one."""
     own = make_pair(server={"SERVICE_EXAMPLE_LOST_AFTER": "1", "SERVICE_EXAMPLE_RETRIES": "5"})
     new = own.client.program
     own.client.program = own.server.program = old
