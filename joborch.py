@@ -1174,7 +1174,7 @@ def check_config(config: Config) -> None:
     """Refuse combinations that cannot be meant."""
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
-    beyond = [host for host in map(str.strip, config.host.split(",")) if host and not is_loopback(host)]
+    beyond = beyond_loopback(config.host)
     if (
         beyond
         and not config.token
@@ -1199,6 +1199,11 @@ def access_warnings(config: Config) -> Iterator[str]:
         yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
     if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
         yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
+
+
+def beyond_loopback(hosts: str) -> list[str]:
+    """Return those of the addresses to listen on that other machines can reach."""
+    return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
 
 
 def is_loopback(host: str) -> bool:
@@ -12673,7 +12678,7 @@ NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes
 def weak_setups(config: Config) -> Iterator[Finding]:
     """Yield what lets others in, each with its remedy. A start refuses what is False, and warns of the rest."""
     if os.geteuid() == 0:
-        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no right of root's"
+        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no rights of root"
         yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a user of its own, as by User= in a systemd unit")
     yield from weak_tokens(config)
     for path, what in secret_files(config):
@@ -12691,12 +12696,9 @@ def weak_tokens(config: Config) -> Iterator[Finding]:
     """Yield which tokens can be guessed, or read by other users of this machine."""
     shortest = min(map(len, filter(None, config.token.split(","))), default=TOKEN_LEAST)
     if shortest < TOKEN_LEAST:
-        beyond = not is_loopback(config.host)
-        where = f", and JOBORCH_HOST={config.host} lets others try" if beyond else ""
-        text = (
-            f"JOBORCH_TOKEN holds a token of {counted(shortest, 'character', 'characters')}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
-        )
-        yield Finding(False if beyond else None, text)
+        where = f", and JOBORCH_HOST={config.host} lets other machines try" if beyond_loopback(config.host) else ""
+        how_long = counted(shortest, "character", "characters")
+        yield Finding(None, f"JOBORCH_TOKEN holds a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
     if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
         yield Finding(None, "the token was given as --token, which every user of this machine can see by ps: set JOBORCH_TOKEN_FILE")
     for service in config.services.values():
