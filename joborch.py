@@ -11087,6 +11087,7 @@ class Doors:
     """What our listeners add to those of waitress: they keep the rules of their House."""
 
     house: House
+    siblings: Sequence[Any] = ()  # the other listeners of the process
     next_look = paused_until = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -11096,6 +11097,14 @@ class Doors:
             self.next_look = now + 1
             self.close_overdue(now)
         return bool(cast(Any, self).accepting and now >= self.paused_until)
+
+    def close(self) -> None:
+        """Listen no more, on no address."""
+        siblings, self.siblings = self.siblings, ()
+        for listener in siblings:
+            listener.siblings = ()
+            listener.close()
+        cast(Any, super()).close()
 
     def close_overdue(self, now: float) -> None:
         """Close the connections whose time is over, and those that keep too much for nothing."""
@@ -11205,6 +11214,7 @@ def make_http_server(node: Node, app: Any) -> Any:
     for listener in listeners:
         set_up_listener(node, listener, house, watch)
     server = listeners[0]
+    server.siblings = listeners[1:]
     server.asyncore = types.SimpleNamespace(loop=watch.loop)
     server.socket_file = local and local.getsockname()
     server.socket_inode = local and os.lstat(server.socket_file).st_ino
