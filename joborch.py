@@ -100,7 +100,7 @@ FIELD_LIMIT_BYTES = 64 * KIB  # a text field of a form
 PARTS_LIMIT = 20_000  # parts of a form
 PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
-WAIT_LIMIT_S = 60.0  # the longest `?wait=`
+WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
@@ -5884,6 +5884,7 @@ class Link:
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
         headers = options.pop("headers", {})
+        headers[OURS_HEADER] = __version__
         token = self.token()
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -7750,6 +7751,7 @@ class Parameter:
     least: int | None = None
     most: int | None = None
     choices: tuple[str, ...] = ()
+    pattern: str = ""  # of a string
 
 
 @dataclass(frozen=True)
@@ -7768,8 +7770,13 @@ class Request:
     environ: Mapping[str, Any]
 
     @functools.cached_property
+    def query_pairs(self) -> list[tuple[str, str]]:
+        """The parameters of the address, in its order."""
+        return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
+
+    @functools.cached_property
     def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True))
+        return dict(self.query_pairs)
 
     @property
     def method(self) -> str:
@@ -7804,8 +7811,8 @@ class Request:
     def seconds(self, name: str) -> float:
         """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; Refusal 400."""
         text = self.query.get(name, "0")
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
-            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, {WAIT_LIMIT_S:g} at most", name)
+        if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
+            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, as in {name}=30", name)
         return min(float(text), WAIT_LIMIT_S)
 
 
@@ -7894,6 +7901,27 @@ def find_route(mode: str, method: str, path: str) -> Route:
     raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
 
 
+def check_query(node: Node, request: Request, declared: Route) -> None:
+    """Refuse a parameter that the route does not declare, or that stands in the address twice; Refusal 400 names the nearest.
+
+    A caller whose filter was silently left out would take the answer for what it asked. A server is exempt at its client:
+    it may be newer, and ask for more than this version knows.
+    """
+    if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
+        return
+    known = [parameter.name for parameter in declared.takes if parameter.place == "query"]
+    for name, times in Counter(name for name, _ in request.query_pairs).items():
+        shown = one_line(name, 80)
+        if name not in known and any(parameter.name == name and parameter.place == "form" for parameter in declared.takes):
+            raise Refusal(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
+            raise Refusal(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
+        if times > 1:
+            raise Refusal(400, f"{shown} stands in the address {times} times: give it once", shown)
+
+
 def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
     """Refuse a body before it is read: 411, 413 or 507."""
     if not found.takes_form:
@@ -7935,6 +7963,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
 
     request = Request(bottle.request.environ)
     try:
+        check_query(node, request, declared)
         with node.gate if declared.quick else contextlib.nullcontext():
             answer = declared.handler(node, request, **arguments)
     except Refusal as refusal:
@@ -8581,9 +8610,16 @@ def running_archive(server: Server, link: Link, job: Job) -> Archive:
     return Archive(spool, into.size, into.digest.hexdigest())
 
 
-WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
 STATUS_NAMES = tuple(status.value for status in Status)
-SINCE = Parameter("since", "query", "string", "the status you know; the answer comes once it is another", "Queued", choices=STATUS_NAMES)
+WAIT = Parameter("wait", "query", "number", "wait until the job has ended, for this many seconds at most; more than 45 count as 45", 30)
+SINCE = Parameter(
+    "since",
+    "query",
+    "string",
+    "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
+    "Queued,Processing",
+    pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
+)
 
 
 @route(
@@ -8597,28 +8633,37 @@ SINCE = Parameter("since", "query", "string", "the status you know; the answer c
 )
 def show_job(server: Server, request: Request, job_id: str) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
-    wait_s = request.seconds("wait")
+    wait_s, known = request.seconds("wait"), known_statuses(request)
     job = known_job(server, request, job_id)
-    since = request.query.get("since", job.status.value)
-    if since not in Status._value2member_map_:
-        names = ", ".join(status.value for status in Status if status is not Status.PREPARED)
-        raise Refusal(400, f"since is {one_line(since, 40)!r}: give one of {names}", "since")
-    if wait_s and job.status.value == since:
+    if wait_s and job.status.value in known:
         with server.waiters.place() as parked:
             if not parked:  # without the parts that cost a further look: those who come again must not starve the others
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left, job.id)
+            server.wait_until(lambda: status_other_than(server, job.id, known), wait_s, request.left, job.id)
         job = known_job(server, request, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
 
 
-def status_other_than(server: Server, job_id: int, since: str) -> str | None:
-    """Return a job's status where it is not `since` any more; an empty text where the row is gone."""
+def known_statuses(request: Request) -> frozenset[str]:
+    """Return the statuses that `since` names; without it all that a job has before its end. Refusal 400."""
+    if "since" not in request.query:
+        return frozenset(status.value for status in Status if status not in OVER)
+    names = [name.strip() for name in request.query["since"].split(",")]
+    for name in names:
+        if name not in STATUS_NAMES:
+            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
+            close = nearest(name.capitalize(), STATUS_NAMES)
+            raise Refusal(400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since")
+    return frozenset(names)
+
+
+def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
+    """Return a job's status if it is none of `known`; an empty text if the row is gone."""
     rows = server.store.read(JOB_STATUS, id=job_id)
     if not rows:
         return ""
-    return None if rows[0]["status"] == since else str(rows[0]["status"])
+    return None if rows[0]["status"] in known else str(rows[0]["status"])
 
 
 LIST_FILTERS = (
@@ -8813,7 +8858,9 @@ def show_user(server: Server, request: Request, user_id: str) -> Answer:
 @route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: str) -> Answer:
     """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
-    user, text = user_of(user_id), request.query.get("weight", "")
+    user, text = user_of(user_id), request.query.get("weight")
+    if text is None:
+        raise Refusal(400, f"weight is missing: give it in the address, as in PUT /users/{user}?weight=2", "weight")
     try:
         weight = read_weight(text)
     except ValueError as error:
@@ -9390,6 +9437,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}] if declared.who == "anyone" else [{}, {"token": []}],
     }
+    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
     if declared.who != "anyone":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
@@ -9436,7 +9484,11 @@ def openapi_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.kind == "file":
         return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
     bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
-    return {"type": parameter.kind, **bounds, **({"enum": list(parameter.choices)} if parameter.choices else {})}
+    allowed = {
+        **({"enum": list(parameter.choices)} if parameter.choices else {}),
+        **({"pattern": parameter.pattern} if parameter.pattern else {}),
+    }
+    return {"type": parameter.kind, **bounds, **allowed}
 
 
 def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
