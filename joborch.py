@@ -1737,6 +1737,78 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return open(descriptor, "rb")
+
+
+# -- run.sh --
+
+SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # whose scripts bash can run, too
+SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
+
+
+def interpreter_of(first_line: bytes) -> str:
+    """Return the name of the program that a `#!` line calls, by way of env or not; an empty text if it is no such line."""
+    words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
+    if words and os.path.basename(words[0]) == "env":
+        words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+    return os.path.basename(words[0]) if words else ""
+
+
+def script_hints(head: bytes) -> list[str]:
+    """Return a sentence on each thing about a run.sh, given by its first bytes, that bash does not take as its author meant it."""
+    hints = []
+    name = interpreter_of(head[:500].partition(b"\n")[0])
+    if name and not SHELLS.fullmatch(name):
+        said, name = one_line(head[:500].partition(b"\n")[0].decode("utf-8", "replace"), 80), one_line(name, 40)
+        other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
+        hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
+    if head.startswith(b"\x7fELF"):
+        hints.append("run.sh is a program and not a script: send it as your-program, and put `./your-program` into run.sh")
+    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
+    if b"\r\n" in head:
+        hints.append("run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix")
+    return hints
+
+
+def hints_for(script: str | Path) -> list[str]:
+    """Return the hints for a run.sh that is on the disk; see script_hints."""
+    try:
+        with open_regular(script) as file:
+            return script_hints(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none that could be read, which is said elsewhere
+
+
+def no_script_text(paths: Sequence[str]) -> str:
+    """Return what to do about files of which none is run.sh: names what there is."""
+    below = [path for path in paths if path.endswith("/run.sh")]
+    top = paths[0].partition("/")[0]
+    if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
+        inner, found = below[0].rpartition("/")[0], one_line(below[0], 80)
+        return f"there is no run.sh, but {found}: leave the folder {one_line(inner, 80)} out of the file names{example_part(below[0])}"
+    among = ", ".join(one_line(path, 80) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    text = f"there is no run.sh among {among}"
+    scripts = below or [path for path in paths if re.fullmatch(r"run\.sh\S*|.*\.(sh|bash)", path.lower())] or list(paths)
+    if len(scripts) != 1:
+        return f"{text}: send a bash script of that name, as in -F file=@run.sh"
+    if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
+        return f"{text}: an archive is not unpacked; send the files in it, as in -F file=@run.sh"
+    which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
+    return f"{text}: rename {which}{example_part(scripts[0])}"
+
+
+def example_part(path: str) -> str:
+    """Return how curl sends `path` as run.sh, as the end of a sentence; an empty text for a name that would need quoting."""
+    return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
+
+
 # == 7. Folders ==  What is promised is on the disk, and one process alone uses a data folder.
 
 
@@ -1782,15 +1854,6 @@ def sync_file_system(path: Path) -> None:
 def libc() -> ctypes.CDLL:
     """Return the C library of this process, for what Python has no name for."""
     return ctypes.CDLL(None, use_errno=True)
-
-
-def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return open(descriptor, "rb")
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -7417,10 +7480,7 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
-    with contextlib.suppress(OSError), open_regular(folder / "work" / "run.sh") as script:
-        if b"\r\n" in script.read(64 * KIB):
-            text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
-    return text
+    return "; ".join([text, *hints_for(folder / "work" / "run.sh")])
 
 
 def signal_name(number: int) -> str:
@@ -8415,6 +8475,8 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     service = service_field(server, fields)
     if not form.files:
         raise Refusal(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
+    if not any(file.path == "run.sh" for file in form.files):
+        raise Refusal(400, no_script_text([file.path for file in form.files]), "file")
     name = fields.get("name", "").strip() or None
     if name and (len(name) > 200 or not name.isprintable()):
         raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
@@ -8504,7 +8566,7 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
+    said = {**job_json(server, job), "warnings": [*field_warnings(form.fields), *hints_for(folder / "run.sh")]}
     server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 

@@ -6,7 +6,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Pair, assert_error, run_to_end, submit, wait_status
+from harness import (
+    Pair,
+    assert_error,
+    file_part,
+    form,
+    form_type,
+    nothing_left,
+    run_to_end,
+    submit,
+    upload,
+    wait_for,
+    wait_status,
+)
 
 PROMPT_S = 10  # "at once", on a busy machine
 
@@ -122,3 +134,83 @@ def test_since_may_be_a_list(pair: Pair) -> None:
 def test_since_that_cannot_be_meant(pair: Pair, since: str, words: list[str]) -> None:
     number = run_to_end(pair.server, "true")["id"]
     assert_error(pair.server.get(f"/jobs/{number}", params={"since": since}), 400, "since", "give one of Queued", *words)
+
+
+# == run.sh ==
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["dock.sh"], ["there is no run.sh among dock.sh: rename it, as in -F 'file=@dock.sh;filename=run.sh'"]),
+        (["myjob/run.sh", "myjob/data/a.txt"], ["myjob/run.sh", "leave the folder myjob out", "-F 'file=@myjob/run.sh;filename=run.sh'"]),
+        (["a/run.sh", "b/run.sh"], ["among a/run.sh, b/run.sh", "-F file=@run.sh"]),
+        (["a/run.sh", "b.txt"], ["rename a/run.sh"]),
+        (["Run.sh", "a.txt"], ["rename Run.sh", "filename=run.sh"]),
+        (["run.sh.txt", "a.txt"], ["rename run.sh.txt"]),
+        (["tree.tar.gz"], ["among tree.tar.gz", "not unpacked"]),
+        (["job.zip"], ["among job.zip", "not unpacked"]),
+        (["a.txt", "b.txt", "c.txt", "d.txt"], ["among a.txt, b.txt, c.txt and 1 more: send a bash script of that name"]),
+        (["it's;odd.sh"], ["rename it"]),
+        (["run.sh/inner"], ["among run.sh/inner"]),
+    ],
+)
+def test_files_without_run_sh(pair: Pair, names: list[str], words: list[str]) -> None:
+    """They are refused at once, nothing is kept, and the message names what there is."""
+    with nothing_left(pair.server):
+        answer = upload(pair.server, dict.fromkeys(names, b"echo\n"))
+        assert assert_error(answer, 400, *words)["field"] == "file"
+
+
+def test_a_client_still_takes_files_without_run_sh(pair: Pair) -> None:
+    """A 2.2 server sends them and counts on the status, not on a 400."""
+    token = {"Authorization": f"Bearer {pair.TOKEN}"}
+    body = form([file_part("dock.sh", b"echo\n")])
+    payload = pair.client.post("/submit", data=body, headers={**form_type(), **token}).json()
+    wait_for(lambda: pair.client.get(f"/retrieve/{payload['id']}", headers=token).json()["status"] == "Invalid")
+
+
+PYTHON = b"#!/usr/bin/env python3\nimport os\nprint('hi')\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (b"#!/bin/bash\r\n\r\n# only\r\n", ["Windows line ends (CRLF)", "dos2unix"]),
+        (PYTHON, ["run.sh begins with #!/usr/bin/env python3 but is run by bash", "put `python3 your.py` into run.sh"]),
+        (b"#!/usr/bin/perl -w\n", ["begins with #!/usr/bin/perl -w", "`perl your.pl`"]),
+        (b"#!/usr/bin/env -S A=1 Rscript --vanilla\n", ["`Rscript your.R`"]),
+        (b"#! /bin/tcsh\n", ["`tcsh your-script`"]),
+        (b"\x7fELF\x02\x01", ["is a program"]),
+        (b"\xef\xbb\xbf#!/bin/bash\n", ["byte order mark"]),
+        (b"#!/usr/bin/env python3\r\n", ["CRLF", "`python3 your.py`"]),
+    ],
+)
+def test_a_script_that_bash_will_not_take_as_meant(pair: Pair, script: bytes, words: list[str]) -> None:
+    """The answer to the upload says so, whatever becomes of it."""
+    answer = upload(pair.server, {"run.sh": script})
+    assert answer.status_code == 201
+    said = " ".join(answer.json()["warnings"])
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["#!/bin/bash", "#!/bin/sh -e", "#!/usr/bin/env bash", "#!/usr/bin/env -S bash -l", "#!/bin/bash-5", "#!", "echo"],
+)
+def test_a_script_for_a_shell_is_warned_of_nothing(pair: Pair, first: str) -> None:
+    assert upload(pair.server, {"run.sh": f"{first}\n".encode()}).json()["warnings"] == []
+
+
+def test_the_reason_of_a_python_script_says_it_too(pair: Pair) -> None:
+    job = run_to_end(pair.server, PYTHON.decode())
+    assert job["status"] == "Failed"
+    assert "run.sh begins with #!/usr/bin/env python3 but is run by bash" in job["reason"]
+
+
+def test_crlf_is_said_of_a_script_that_succeeds(pair: Pair) -> None:
+    """bash ends with status 0 all the same, where no line of it is a command."""
+    answer = upload(pair.server, {"run.sh": b"#!/bin/bash\r\ntrue #\r\n"})
+    assert "CRLF" in answer.json()["warnings"][0]
+    wait_status(pair.server, answer.json()["id"], "Completed")
