@@ -1915,11 +1915,28 @@ def remove_tree(path: Path) -> None:
             raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
 
+LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process has the lock; any other error is the file system's
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_trouble(error: OSError) -> str:
+    """Return what to do about a file system that did not give a lock, where nobody else holds it."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno not in NO_LOCKS:
+        return f"{reason}; is this file system well?"
+    return (
+        f"this file system has no locks ({reason}); use a folder of another one, as on a local disk, "
+        "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
+    )
+
+
 def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it."""
+    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it, or why it cannot be locked."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in LOCK_HELD:
+            raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
         file.seek(0)
         owner = file.read().strip() or "unknown"
         raise ConfigError(f"{name} is in use by process {owner}: stop it, or give another {kind}") from error
@@ -4922,7 +4939,8 @@ class DiracLogin:
                 pass
             file.close()
         except OSError as error:
-            raise SystemAway(f"DIRAC: {self.path} cannot be used: {os.strerror(error.errno or 0)}") from error
+            trouble = lock_trouble(error) if error.errno in NO_LOCKS else os.strerror(error.errno or 0)
+            raise SystemAway(f"DIRAC: {self.path} cannot be used: {trouble}") from error
         return None
 
 
@@ -9630,8 +9648,8 @@ def examine(config: Config) -> Iterator[Finding]:
     if config.mode == "client":
         with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
             data = DataFolder(folder)
-            data.open()
             try:
+                data.open()
                 yield from EXECUTORS[config.executor](data, config).examine()
             except ConfigError as error:
                 yield Finding(False, str(error))
@@ -9648,9 +9666,12 @@ def examine_folder(config: Config) -> Iterator[Finding]:
     try:
         with tempfile.NamedTemporaryFile(dir=place) as probe:
             ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
+            locks = trouble_with_lock(probe.fileno())
     except OSError as error:
         yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
         return
+    if locks:
+        yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
     free, needed = free_bytes(place), config.min_free_bytes
     remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
     yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
@@ -9662,6 +9683,15 @@ def examine_folder(config: Config) -> Iterator[Finding]:
         yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
     elif shared:
         yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
+
+
+def trouble_with_lock(descriptor: int) -> str:
+    """Return why a file that nobody else uses cannot be locked, and the remedy; an empty text if it can."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return lock_trouble(error)
+    return ""
 
 
 def examine_port(config: Config) -> Finding:
@@ -9685,7 +9715,7 @@ def is_in_use(folder: Path) -> bool:
         with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN) and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
+        return error.errno in LOCK_HELD and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
     return False
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from harness import (
+    SOURCE,
     Pair,
     assert_error,
+    clean_environment,
     file_part,
     form,
     form_type,
+    free_port,
     nothing_left,
     run_to_end,
     submit,
@@ -214,3 +221,55 @@ def test_crlf_is_said_of_a_script_that_succeeds(pair: Pair) -> None:
     answer = upload(pair.server, {"run.sh": b"#!/bin/bash\r\ntrue #\r\n"})
     assert "CRLF" in answer.json()["warnings"][0]
     wait_status(pair.server, answer.json()["id"], "Completed")
+
+
+# == Locks ==
+
+WITHOUT_LOCKS = """
+import fcntl, os, runpy, sys
+number = int(sys.argv[1])
+def lockf(*_):
+    raise OSError(number, os.strerror(number))
+fcntl.lockf = lockf
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def without_locks(number: int, folder: Path, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Run joborch where locking fails with this errno, as on Lustre or NFS; return exit status and what it said."""
+    environment = {**clean_environment(folder), "DATA_PATH": str(folder / "data"), "PORT": str(free_port()), **settings}
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(number), str(SOURCE), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_a_file_system_without_locks(number: int, role: str, tmp_path: Path) -> None:
+    """It is not called a folder in use: nobody would ever find the process that uses it."""
+    code, said = without_locks(number, tmp_path, role, JOBORCH_TOKEN="t")
+    assert (code, "in use" in said, len(said.strip().splitlines())) == (2, False, 1), said
+    for words in ("DATA_PATH", "this file system has no locks", "another one", "-o flock"):
+        assert words in said, said
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_holds(number: int, tmp_path: Path) -> None:
+    code, said = without_locks(number, tmp_path, "server")
+    assert (code, "in use by process" in said) == (2, True), said
+
+
+def test_a_lock_that_fails_otherwise(tmp_path: Path) -> None:
+    code, said = without_locks(errno.EIO, tmp_path, "server")
+    assert (code, "in use" in said, "Input/output error" in said) == (2, False, True), said
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_doctor_tries_a_lock(role: str, tmp_path: Path) -> None:
+    """In the folder itself, and goes on to examine the rest."""
+    code, said = without_locks(errno.ENOLCK, tmp_path, "doctor", role)
+    assert code == 1
+    assert f"PROBLEM DATA_PATH '{tmp_path}': this file system has no locks" in said, said
+    assert " is free" in said and "Traceback" not in said
