@@ -38,7 +38,21 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
-MAIN = b"from joborch import main\nraise SystemExit(main())\n"
+# In the syntax of Python 3.6, which is what `python3` is on machines that are otherwise well kept.
+MAIN = b"""import sys
+
+if sys.version_info < (3, 9):
+    import shutil
+
+    newer = [name for name in ("python3.%d" % minor for minor in range(15, 8, -1)) if shutil.which(name)]
+    remedy = "start it with %s" % newer[0] if newer else "try python3.11, or `module load python`"
+    sys.stderr.write("joborch needs Python 3.9 or later, and this is %d.%d.%d: %s\\n" % (tuple(sys.version_info[:3]) + (remedy,)))
+    sys.exit(2)
+
+from joborch import main
+
+raise SystemExit(main())
+"""
 
 SOURCES = ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb")
 OPTIONAL_FOLDERS = ("web",)

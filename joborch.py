@@ -83,8 +83,11 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
+
+if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
@@ -763,10 +766,29 @@ class Config:
         return self.batch.get((service or "").lower(), BatchOptions())
 
 
+QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
+
+
+def env_value(text: str) -> str:
+    """Return the value in what follows `NAME=`, as systemd and shells read it; ValueError if a quote is not closed.
+
+    Quotes at its beginning are taken off, with the backslashes that double ones need; what follows ` #` is a comment.
+    Other quotes and backslashes stand for themselves.
+    """
+    pieces, rest = "", text
+    while quoted := QUOTED.match(rest):
+        pieces += quoted[2] if quoted[1] is None else re.sub(r'\\(["\\$`])', r"\1", quoted[1])
+        rest = rest[quoted.end() :]
+    bare = re.split(r"\s#", rest, maxsplit=1)[0].strip()
+    if bare[:1] in ("'", '"'):
+        raise ValueError("a quote is not closed")
+    return pieces + bare
+
+
 def read_env_file(path: str) -> dict[str, str]:
-    """Return the KEY=VALUE lines of `path`, as systemd and docker read them: `#` comments, optional quotes."""
+    """Return the NAME=VALUE lines of `path`, as systemd and shells read them: comments, quotes and `export` are understood."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
     pairs = {}
@@ -774,12 +796,13 @@ def read_env_file(path: str) -> dict[str, str]:
         text = line.strip()
         if not text or text.startswith(("#", ";")):
             continue
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+", name.strip()):
+        found = re.fullmatch(r"(?:export\s+)?(\w+)\s*=(.*)", text)
+        if not found:
             raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
-        value = value.strip()
-        quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
-        pairs[name.strip()] = value[1:-1] if quoted else value
+        try:
+            pairs[found[1]] = env_value(found[2])
+        except ValueError as error:
+            raise ConfigError(f"--env-file {path}, line {number}: {found[1]}: {error}") from error
     return pairs
 
 
@@ -844,6 +867,7 @@ def read_token_file(path: str, shown_name: str) -> str:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
@@ -860,9 +884,10 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
     first = reference_address(name, values)
     addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
-    for address in addresses:
-        for url in (address.upload_url, address.download_url, address.terminate_url):
-            check_url(url, prefix + ("CLIENTS" if bases else "UPLOAD_URL"))
+    for base in bases:
+        check_url(base, prefix + "CLIENTS")
+    for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
+        check_url(url, prefix + setting)
     if not addresses and name == "example":
         addresses = (client_address(EXAMPLE_CLIENT_URL),)
     if not addresses:
@@ -918,10 +943,20 @@ def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     for name in sorted(environment):
         ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
         if ours:
-            warnings.append(f"{name} is not a setting{nearest(name, known)}")
+            plain = name.replace("JOBORCH_", "", 1)
+            meant = f" (did you mean {plain}?)" if plain in known else nearest(name, known)
+            warnings.append(f"{name} is not a setting{meant}")
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
             warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
     return tuple(warnings)
+
+
+def unit_warning(setting: Setting, text: str, shown_name: str) -> str:
+    """Return a question about a time of a few seconds where hours or days are usual; an empty text if it is no such."""
+    usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+    if usual_s < LONG_TIME_S or not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
+        return ""
+    return f"{shown_name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
@@ -930,6 +965,15 @@ def machine_memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
+
+
+def unasked_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a question about each time that is set without a unit, and looks as if hours or days were meant."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    return tuple(filter(None, (unit_warning(setting, text, name) for setting, text, name in given)))
 
 
 def default_folder(kind: str) -> str:
@@ -969,13 +1013,14 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
     values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
+    values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
     if not values["token"] and values["token_file"]:
         values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
-    warnings = unknown_names(merged)
+    warnings = unknown_names(merged) + unasked_units(arguments, merged)
     if batch and values["executor"] == "local":
         warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
@@ -9984,6 +10029,9 @@ def open_node(config: Config) -> Node:
     return server
 
 
+IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a log that is rotated: none ends us
+
+
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
     set_up_logging(config)
@@ -9996,7 +10044,7 @@ def serve(config: Config) -> int:
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *IGNORED_SIGNALS):
         signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
     node = open_node(config)
     http_server = make_http_server(node, make_app(node))
@@ -10044,12 +10092,14 @@ def warn_of_problems(client: Client) -> None:
 
 
 def listen_for_signals(node: Node, wake_read: int) -> None:
-    """Wait for INT or TERM; the end of a child wakes the runner."""
+    """Wait for INT or TERM; the end of a child wakes the runner, and IGNORED_SIGNALS leave a line in the log."""
     while True:
         select.select([wake_read], [], [])
         numbers = os.read(wake_read, 512)
         if signal.SIGINT in numbers or signal.SIGTERM in numbers:
             return
+        for number in set(numbers).intersection(IGNORED_SIGNALS):
+            log.info("%s is ignored: settings are read at the start alone, restart to have them read again", signal_name(number))
         node.wake("run")
 
 
@@ -10198,10 +10248,40 @@ def command_demo(keep: bool) -> int:
 # -- the command line --
 
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what was wrong and what would be right; its usage stays with --help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print why the command line is refused, and end with exit status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
+
+    def plain(self, message: str) -> str:
+        """Return what argparse said, in words of ours, with the nearest word or flag that there is."""
+        wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
+        if wrong:
+            known = [word.strip(" '") for word in wrong[3].split(",")]
+            what = "no command" if wrong[1] == "COMMAND" else "none of " + ", ".join(known)
+            return f"{one_line(wrong[2], 80)!r} is {what}{nearest(wrong[2], known)}"
+        missing = re.match(r"argument ([^:]+): expected one argument", message)
+        if missing:
+            switch = any(setting.flag == missing[1] and setting.read is read_switch for setting in SETTINGS)
+            return f"{missing[1]} needs a value" + (f", as in {missing[1]} 1" if switch else "")
+        return message
+
+    def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
+        """Refuse a word of the command line that nothing takes."""
+        flag = word.partition("=")[0]
+        self.error(
+            f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}"
+            if word.startswith("-")
+            else f"{one_line(word, 80)!r} is one word too many"
+        )
+
+
+def make_parser() -> Parser:
     """Return the command line's parser: words, flags of every setting, and an example each."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "joborch",
         description="Turns any machine into a job server or a compute client.",
         formatter_class=raw,
@@ -10238,7 +10318,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
     """Give a command the flags of its settings, from SETTINGS."""
-    word.add_argument("--env-file", metavar="FILE", help="read KEY=VALUE lines from FILE; the environment goes before it")
+    word.add_argument(
+        "--env-file", metavar="FILE", help="read NAME=VALUE lines from FILE, as systemd and shells do; the environment goes before it"
+    )
     for setting in SETTINGS:
         storage = mode in ("backup", "restore") and setting.field in ("data_path", "db_path")
         if storage or mode in ("config", "doctor") or mode in setting.modes.split():
@@ -10265,15 +10347,42 @@ def run_command(arguments: argparse.Namespace) -> int:
     return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
 
 
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line as argparse reads it; SystemExit with one line if it cannot be meant."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if not arguments.command:
+        if rest:
+            parser.unknown(rest[0], ("--version", "--help"))
+        parser.print_help()
+        raise SystemExit(EXIT_USAGE)
+    if rest:
+        (words,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        word: Parser = words.choices[arguments.command]
+        word.unknown(rest[0], word._option_string_actions)
+    return arguments
+
+
+def use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding: names of files are UTF-8 to us."""
+    if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
+        return
+    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not say what flags it was given
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *arguments])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.command:
-        parser.print_help()
-        return EXIT_USAGE
+    if argv is None:
+        use_utf8()
     try:
-        return run_command(arguments)
+        try:
+            return run_command(parse_command(argv))
+        finally:
+            sys.stdout.flush()  # here, where an error can still be caught
+    except BrokenPipeError:  # as in `joborch config | head`: who read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"joborch: {error}", file=sys.stderr)
         return EXIT_USAGE

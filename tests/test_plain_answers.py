@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import errno
+import json
+import os
+import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import MakePair, MakeProcess
 from harness import (
+    ENDED,
     SOURCE,
     Pair,
     assert_error,
     clean_environment,
+    download,
     file_part,
     form,
     form_type,
     free_port,
+    from_source,
     nothing_left,
     run_to_end,
     submit,
@@ -273,3 +285,203 @@ def test_doctor_tries_a_lock(role: str, tmp_path: Path) -> None:
     assert code == 1
     assert f"PROBLEM DATA_PATH '{tmp_path}': this file system has no locks" in said, said
     assert " is free" in said and "Traceback" not in said
+
+
+# == Signals ==
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_means_reload_ends_nobody(role: str, number: signal.Signals, make_process: MakeProcess) -> None:
+    """A closed terminal and `kill -HUP` leave a line in the log, and TERM still ends it."""
+    process = make_process(role, {"JOBORCH_TOKEN": "t", "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
+    os.kill(process.pid, number)
+    wait_for(lambda: f"{number.name} is ignored" in process.log, what="a line in the log")
+    assert process.get("/health", headers={"Authorization": "Bearer t"}).status_code == 200
+    assert process.stop() == 0
+
+
+# == The command line ==
+
+
+def joborch_says(folder: Path, *arguments: str, **settings: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of one command."""
+    environment = {**clean_environment(folder), **settings}
+    done = subprocess.run([*from_source(), *arguments], env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("sevrer", "joborch: 'sevrer' is no command (did you mean server?)"),
+        ("server --prot 1", "joborch server: --prot is not a flag (did you mean --port?)"),
+        ("client --slot=2 --exekutor=slurm", "joborch client: --exekutor is not a flag (did you mean --executor?)"),
+        ("config sever", "joborch config: 'sever' is none of server, client (did you mean server?)"),
+        ("server --allow-anonymous", "joborch server: --allow-anonymous needs a value, as in --allow-anonymous 1"),
+        ("server --port", "joborch server: --port needs a value"),
+        ("demo now", "joborch demo: 'now' is one word too many"),
+        ("--verison", "joborch: --verison is not a flag (did you mean --version?)"),
+        ("backup", "joborch backup: the following arguments are required: FILE"),
+    ],
+)
+def test_a_word_that_is_not_known(line: str, said: str, tmp_path: Path) -> None:
+    """One line with the nearest that there is, instead of ten lines of usage."""
+    code, out, errors = joborch_says(tmp_path, *line.split())
+    assert (code, out, len(errors.splitlines())) == (2, "", 1), errors
+    assert errors.startswith(said), errors
+    assert "--help" in errors
+
+
+@pytest.mark.parametrize("command", ["config", "--help", "server --help"])
+def test_output_that_nobody_reads(command: str, tmp_path: Path) -> None:
+    """As in `joborch config | head -n 0`: no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*from_source(), *command.split()], env=clean_environment(tmp_path), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_restore_with_a_relative_path(make_process: MakeProcess, tmp_path: Path) -> None:
+    """It is done, and says so."""
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
+    number = submit(server, "true")
+    data = {"DATA_PATH": "data", "DB_PATH": "jobs.db"}
+    code, _, errors = joborch_says(tmp_path, "backup", "copy.db", DATA_PATH=str(server.data))
+    assert code == 0, errors
+    for _ in range(2):  # into nothing, and over a database
+        code, out, errors = joborch_says(tmp_path, "restore", "copy.db", **data)
+        assert (code, errors) == (0, ""), errors
+        assert out.startswith(f"restored {tmp_path}/jobs.db from copy.db"), out
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
+        assert db.execute("SELECT id FROM jobs").fetchall() == [(number,)]
+
+
+# == Settings ==
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("JOBORCH_HOSTS=a.org", "JOBORCH_HOSTS", "a.org"),
+        ('JOBORCH_HOSTS="a.org,b.org"', "JOBORCH_HOSTS", "a.org,b.org"),
+        ("export JOBORCH_HOSTS='a.org'", "JOBORCH_HOSTS", "a.org"),
+        ("JOBORCH_HOSTS = a.org   # our own", "JOBORCH_HOSTS", "a.org"),
+        ('JOBORCH_HOSTS="a.org" # our own', "JOBORCH_HOSTS", "a.org"),
+        ("JOBORCH_HOSTS='a # b'", "JOBORCH_HOSTS", "a # b"),
+        (r'JOBORCH_HOSTS="a \"b\" \\ \$c"', "JOBORCH_HOSTS", r'a "b" \ $c'),
+        ("JOBORCH_HOSTS=a#b", "JOBORCH_HOSTS", "a#b"),
+        ("""JOBORCH_HOSTS="a"'b'c""", "JOBORCH_HOSTS", "abc"),
+        ("JOBORCH_HOSTS=a b", "JOBORCH_HOSTS", "a b"),
+        ('\ufeffJOBORCH_HOSTS="a"\r', "JOBORCH_HOSTS", "a"),
+        ('SERVICE_EXAMPLE_CLIENTS="http://127.0.0.1:9000" # comment', "SERVICE_EXAMPLE_CLIENTS", "http://127.0.0.1:9000"),
+    ],
+)
+def test_a_line_of_an_environment_file(line: str, name: str, value: str, tmp_path: Path) -> None:
+    """It is read as systemd and shells read it."""
+    (tmp_path / "env").write_bytes(f"{line}\n\n# a comment\n; another\n".encode())
+    code, out, errors = joborch_says(tmp_path, "config", "--json", "--env-file", "env")
+    assert code == 0, errors
+    assert json.loads(out)[name] == {"value": value, "source": "--env-file"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('JOBORCH_HOSTS="a', ["line 1", "JOBORCH_HOSTS", "a quote is not closed"]),
+        ("export JOBORCH_HOSTS", ["line 1", "write NAME=VALUE"]),
+        ("SERVICE_X_CLIENTS=ftp://gpu1", ["SERVICE_X_CLIENTS is 'ftp://gpu1'"]),
+        ("SERVICE_X_UPLOAD_URL=http://a/submit\nSERVICE_X_DOWNLOAD_URL=b", ["SERVICE_X_DOWNLOAD_URL is 'b'"]),
+    ],
+)
+def test_a_line_that_cannot_be_meant(line: str, words: list[str], tmp_path: Path) -> None:
+    """What is shown is what somebody typed."""
+    (tmp_path / "env").write_text(line + "\n")
+    code, _, errors = joborch_says(tmp_path, "config", "--env-file", "env")
+    assert (code, len(errors.splitlines()), "/submit" in errors) == (2, 1, False), errors
+    for word in words:
+        assert word in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "warned"),
+    [
+        ("MAX_AGE", "48", True),
+        ("MAX_AGE", "48s", False),
+        ("MAX_AGE", "48h", False),
+        ("MAX_AGE", "172800", False),
+        ("MAX_AGE", "0", False),
+        ("JOBORCH_KEEP_ROWS", "365", True),
+        ("SERVICE_EXAMPLE_UNREACHABLE_AFTER", "24", True),
+        ("SERVICE_EXAMPLE_TIMEOUT", "30", False),
+        ("JOBORCH_KILL_GRACE", "5", False),
+    ],
+)
+def test_a_time_of_a_few_seconds_is_asked_about(name: str, text: str, warned: bool, tmp_path: Path) -> None:
+    """Results that go after 48 seconds are seldom meant, and were deleted without a word."""
+    code, _, errors = joborch_says(tmp_path, "config", **{name: text})
+    assert code == 0
+    assert (f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d" in errors) is warned
+
+
+def test_a_setting_of_the_reference_with_our_prefix(tmp_path: Path) -> None:
+    assert "JOBORCH_PORT is not a setting (did you mean PORT?)" in joborch_says(tmp_path, "config", JOBORCH_PORT="1")[2]
+
+
+# == Locales and Pythons ==
+
+
+def test_a_locale_that_is_not_utf_8(make_pair: MakePair, tmp_path: Path) -> None:
+    """Names of files arrive as they are, whatever the locale of server and client: not `the digests differ` for ever."""
+    if shutil.which("localedef") is None:
+        pytest.skip("there is no localedef to make a locale with")
+    made = tmp_path / "locales" / "en_US.ISO-8859-1"
+    made.parent.mkdir()
+    done = subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(made)], capture_output=True)
+    if done.returncode > 1:
+        pytest.skip("localedef cannot make en_US.ISO-8859-1 here")
+    latin = {"LOCPATH": str(made.parent), "LC_ALL": made.name, "PYTHONUTF8": None}
+    pair = make_pair(server=latin, client=latin).start()
+    answer = upload(pair.server, {"run.sh": b"cat h*.txt > ergebnis-\xc3\xbc.txt", "häagen.txt": b"hallo\n"})
+    job = wait_status(pair.server, answer.json()["id"], *ENDED)
+    assert job["status"] == "Completed", job
+    assert download(pair.server, job["id"])["ergebnis-ü.txt"] == b"hallo\n"
+
+
+def main_of(pyz: Path) -> str:
+    with zipfile.ZipFile(pyz) as archive:
+        return archive.read("__main__.py").decode()
+
+
+def test_an_old_python_gets_one_line(pyz: Path) -> None:
+    """Python 3.6 can parse what stands before the first import, and is told what it lacks."""
+    text = main_of(pyz)
+    ast.parse(text, feature_version=(3, 6))
+    for version in ((3, 6, 15), (3, 8, 19)):
+        fake = f"import sys\nsys.version_info = {version}\nexec(compile({text!r}, '__main__.py', 'exec'))"
+        done = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+        assert done.stderr.startswith(f"joborch needs Python 3.9 or later, and this is {'.'.join(map(str, version))}: ")
+
+
+def test_a_real_old_python_gets_one_line(pyz: Path) -> None:
+    folder = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
+    names = [*(f"python3.{minor}" for minor in (6, 7, 8)), *map(str, folder.glob("3.[678].*/bin/python3"))]
+    check = "import sys; sys.exit(sys.version_info >= (3, 9))"
+    old = [name for name in names if shutil.which(name) and subprocess.run([name, "-c", check], capture_output=True).returncode == 0]
+    if not old:
+        pytest.skip("there is no Python below 3.9 here")
+    done = subprocess.run([old[0], str(pyz), "client"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines()), "needs Python 3.9" in done.stderr) == (2, 1, True), done.stderr
+
+
+def test_the_module_alone_says_it_too() -> None:
+    """By 3.8, which can parse it; nothing that 3.8 lacks stands before the check."""
+    tree = ast.parse(SOURCE.read_text(), feature_version=(3, 8))
+    checks = [number for number, node in enumerate(tree.body) if isinstance(node, ast.If) and "version_info" in ast.unparse(node.test)]
+    assert checks, "no check of the version"
+    before = tree.body[: checks[0]]
+    assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)) for node in before)
