@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -9371,11 +9372,16 @@ def prefers_html(accept: str) -> bool:
 
 # == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
-TEXT_TYPE = "text/plain; charset=utf-8"
+TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
+COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
 OFFSET = Parameter("offset", "query", "integer", "bytes of the script's output that you have: X-Next-Offset of the last answer", 0, least=0)
 FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"))
-LOG_PART = Gives("output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins", TEXT_TYPE)
+LOG_PART = Gives(
+    "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
+    "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
+    TEXT_TYPE,
+)
 NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
 
 
@@ -9482,15 +9488,22 @@ def job_logs(server: Server, request: Request, job_id: str) -> Answer:
         place = contextlib.ExitStack()
         if not place.enter_context(server.waiters.place()):
             raise Refusal(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
-        return Answer(followed_log(server, request, job, stream, offset, place), 200, headers)
+        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
+        if EVENT_TYPE not in request.header("Accept"):
+            parts = followed_log(server, request, job, stream, offset, place)
+            return Answer((part.text for part in parts), 200, headers)
+        known = request.header("Last-Event-ID")  # a browser that comes again says how far it was
+        offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
+        parts = followed_log(server, request, job, stream, offset, place)
+        return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
     part = job_log(server, job, stream, offset)
     return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
 
 
 def followed_log(
     server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
-) -> Iterator[bytes]:
-    """Yield a job's output until it has ended, holding `place`; a new attempt begins with a line that says so."""
+) -> Iterator[LogPart]:
+    """Yield a job's output until it has ended, holding `place`, and now and then nothing; a new attempt begins with a line that says so."""
     pause_s, attempt = 0.1, job.attempt
     with place:
         while not server.stopping.wait(pause_s) and not request.left():
@@ -9499,15 +9512,40 @@ def followed_log(
                 return
             if current.attempt != attempt:
                 attempt, offset = current.attempt, 0
-                yield f"\n[joborch: attempt {attempt}]\n".encode()
+                yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
             part = LogPart(b"", offset)
             with contextlib.suppress(Refusal):  # it cannot be had now, or will never be; the job's end is waited for
                 part = job_log(server, current, stream, offset)
             pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
             offset = part.following
-            yield part.text
+            yield part
             if current.status in OVER and not part.text:
                 return
+
+
+def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
+    """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
+
+    A plain text has no room for what keeps a gateway from giving up, since it would be taken for output. Carriage returns
+    become line feeds here, and bytes that are no UTF-8 a question mark in a box: the plain text has them as they are.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
+    said_at = server.clock.monotonic()
+    for part in parts:
+        text = decoder.decode(part.text)
+        if text:
+            lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", text))
+            yield f"id: {part.following - len(decoder.getstate()[0])}\n{lines}\n".encode()
+        elif server.clock.monotonic() - said_at >= COMMENT_EVERY_S:
+            yield b": quiet\n\n"
+        else:
+            yield b""
+            continue
+        said_at = server.clock.monotonic()
+    ended = server.store.get(job.id)
+    if ended is not None and ended.status in OVER:
+        yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
 # == 37. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
