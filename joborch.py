@@ -10369,7 +10369,10 @@ def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run the command that was given; return its exit status."""
+    """Run the command that was given, or print what there is if none was; return its exit status."""
+    if not arguments.command:
+        make_parser().print_help()
+        return EXIT_USAGE
     if arguments.command == "version":
         return command_version(arguments.json)
     if arguments.command == "demo":
@@ -10392,9 +10395,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     if not arguments.command:
         if rest:
             parser.unknown(rest[0], ("--version", "--help"))
-        parser.print_help()
-        raise SystemExit(EXIT_USAGE)
-    if rest:
+    elif rest:
         (words,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         word: Parser = words.choices[arguments.command]
         word.unknown(rest[0], word._option_string_actions)

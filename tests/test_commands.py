@@ -131,7 +131,8 @@ def test_wrong_use(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         joborch.main(words)
     assert caught.value.code == 2
-    assert "usage: joborch" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (said.startswith("joborch"), len(said.splitlines()), "--help" in said) == (True, 1, True), said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
