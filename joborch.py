@@ -1188,11 +1188,17 @@ class Job(NamedTuple):
     blocked: int  # server: how many of these have not ended
     arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
     charged: float  # server: slot-seconds that its user is charged for this attempt
+    ended_as: str | None  # the status that one had before it was cleaned; `end` says it of all that ended
 
     @property
     def mark(self) -> str:
         """What tells this attempt from every other one, everywhere."""
         return f"{self.uuid}.{self.attempt}"
+
+    @property
+    def end(self) -> str | None:
+        """How it ended, whether its files were cleaned since or not; None until it has."""
+        return self.status.value if self.status in ENDED else self.ended_as
 
 
 STATUS_AT = Job._fields.index("status")
@@ -2409,13 +2415,16 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
 
 # == 9. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
 CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
 CREATE INDEX jobs_unsynced ON jobs(id)
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+"""
+
+ENDED_AS_INDEX = """CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
 """
 
 QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
@@ -2508,7 +2517,8 @@ CREATE TABLE jobs (
     after_ids TEXT NOT NULL DEFAULT '',
     blocked INTEGER NOT NULL DEFAULT 0,
     arrived_at REAL NOT NULL DEFAULT 0,
-    charged REAL NOT NULL DEFAULT 0
+    charged REAL NOT NULL DEFAULT 0,
+    ended_as TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -2518,7 +2528,7 @@ CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@QUEUES@@AGES@CREATE TABLE history (
+@QUEUES@@AGES@@ENDED_AS@CREATE TABLE history (
     job_id INTEGER NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
@@ -2550,10 +2560,11 @@ CREATE TABLE attempts (
     steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;
 COMMIT;
 """.replace("@QUEUES@", QUEUE_INDEXES)
     .replace("@AGES@", AGE_INDEXES)
+    .replace("@ENDED_AS@", ENDED_AS_INDEX)
     .replace("@TURNS@", TURN_TABLES)
 )
 
@@ -2588,6 +2599,17 @@ DROP INDEX jobs_client;
 @QUEUES@@TURNS@PRAGMA user_version = 3;
 COMMIT;
 """.replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
+    3: """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+UPDATE jobs
+   SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
+       reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
+                           ORDER BY number DESC LIMIT 1), reason)
+ WHERE status = 'Cleaned';
+@ENDED_AS@PRAGMA user_version = 4;
+COMMIT;
+""".replace("@ENDED_AS@", ENDED_AS_INDEX),
 }
 
 JOB_ADD = """
@@ -2599,7 +2621,7 @@ VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :m
         :inputs_sha256, :after_ids, :blocked, :moved_at)
 """
 JOB_MOVE = """
-UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
+UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :cause, exit_code = :exit_code, signal = :signal,
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
                 result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
@@ -2816,10 +2838,15 @@ SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_OF_USER = """
 SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
-   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status) ORDER BY id DESC LIMIT :limit
+   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
+ ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_IN_STATUS = """
 SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
+   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_CLEANED = """
+SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_OF_SERVICE = """
@@ -3163,12 +3190,16 @@ class Store(Database):
         return self.job(JOB_GET, id=job_id)
 
     def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given."""
+        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given.
+
+        A job that was cleaned is found by the status with which it ended, too.
+        """
         values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
         if user_id is not None:
             return self.jobs(JOBS_PAGE_OF_USER, **values)
         if status is not None:
-            return self.jobs(JOBS_PAGE_IN_STATUS, **values)
+            found = {job.id: job for sql in (JOBS_PAGE_IN_STATUS, JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)}
+            return sorted(found.values(), key=lambda job: -job.id)[:limit]
         return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
 
     @staticmethod
@@ -3252,7 +3283,9 @@ class Store(Database):
         if to in ENDED and job.status not in ENDED:
             changes.setdefault("ended_at", now)
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
+        cleaned = to is Status.CLEANED  # it keeps why it ended; that it was cleaned is in its history
+        values.update(id=job.id, to=to.value, source=job.status.value, expected=job.attempt)
+        values.update(reason=job.reason if cleaned else reason, ended_as=job.status.value if cleaned else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
@@ -8377,7 +8410,7 @@ def make_http_server(node: Node, app: Any) -> Any:
 # == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
-    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
+    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued", "ended_as": None,
     "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None, "timeout": None,
     "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
     "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
@@ -8425,7 +8458,7 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
     result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
     return {
-        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
+        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value, "ended_as": job.end,
         "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal, "priority": job.priority,
         "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
         "after": ids_in(job.after_ids), "attempt": job.attempt,
@@ -8795,7 +8828,7 @@ def status_other_than(server: Server, job_id: int, known: Collection[str]) -> st
 LIST_FILTERS = (
     Parameter("user_id", "query", "integer", "jobs of this user alone", 1),
     Parameter("service", "query", "string", "jobs of this service alone", "example"),
-    Parameter("status", "query", "string", "jobs in this state alone", "Running", choices=STATUS_NAMES),
+    Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
     Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000),
     Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1),
 )

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MakePair, MakeProcess
@@ -485,3 +487,86 @@ def test_the_module_alone_says_it_too() -> None:
     assert checks, "no check of the version"
     before = tree.body[: checks[0]]
     assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)) for node in before)
+
+
+# == After cleaning ==
+
+
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pair, dict[str, dict[str, Any]]]]:
+    """A pair whose jobs are cleaned soon after their end, and jobs as they were before that, by how they ended."""
+    settings = {"MAX_AGE": "3s", "JOBORCH_CLEAN_INTERVAL": "0.2"}
+    pair = Pair(tmp_path_factory.mktemp("cleaned"), settings, settings)
+    try:
+        pair.start()
+        ended = {"Completed": run_to_end(pair.server, "true"), "Failed": run_to_end(pair.server, "echo no disk >&2; exit 3", user_id=7)}
+        number = submit(pair.server, "sleep 60")
+        wait_status(pair.server, number, "Running")
+        pair.server.post(f"/terminate/{number}")
+        ended["Killed"] = pair.server.job(number)
+        ended["Invalid"] = run_to_end(pair.server, "")
+        for status, job in ended.items():
+            assert (job["status"], job["ended_as"]) == (status, status)
+            wait_for(lambda: pair.server.job(job["id"])["status"] == "Cleaned", what="cleaning")  # noqa: B023 - called at once
+        yield pair, ended
+    finally:
+        pair.close()
+
+
+@pytest.mark.parametrize("status", ["Completed", "Failed", "Killed", "Invalid"])
+def test_a_cleaned_job_keeps_how_it_ended(cleaned: tuple[Pair, dict[str, dict[str, Any]]], status: str) -> None:
+    """In its own answer and in lists; that it was cleaned is in its history."""
+    pair, ended = cleaned
+    before, now = ended[status], pair.server.job(ended[status]["id"])
+    (row,) = [job for job in pair.server.jobs() if job["id"] == now["id"]]
+    for said in (now, row):
+        assert (said["status"], said["ended_as"]) == ("Cleaned", status)
+        for name in ("reason", "cause", "exit_code", "signal", "ended_at"):
+            assert said[name] == before[name], name
+    assert (now["history"][-1]["to"], "after it ended" in now["history"][-1]["reason"]) == ("Cleaned", True)
+
+
+@pytest.mark.parametrize("more", [{}, {"user_id": 7}, {"service": "example"}])
+def test_failed_jobs_are_found_after_cleaning(cleaned: tuple[Pair, dict[str, dict[str, Any]]], more: dict[str, Any]) -> None:
+    pair, ended = cleaned
+    assert [job["id"] for job in pair.server.jobs(status="Failed", **more)] == [ended["Failed"]["id"]]
+    assert "no disk" in pair.server.jobs(status="Failed", **more)[0]["reason"]
+
+
+def test_pages_of_cleaned_and_others(cleaned: tuple[Pair, dict[str, dict[str, Any]]]) -> None:
+    """Newest first, each once, whichever of the two it is in."""
+    pair, ended = cleaned
+    assert {job["id"] for job in pair.server.jobs(status="Cleaned")} >= {job["id"] for job in ended.values()}
+    fresh = [run_to_end(pair.server, "exit 1")["id"] for _ in range(3)]
+    found, before = [], 2**62
+    while before:
+        page = pair.server.get(f"/jobs?status=Failed&limit=1&before={before}").json()
+        found += [job["id"] for job in page["jobs"]]
+        before = page["next"]
+    assert found == [*reversed(fresh), ended["Failed"]["id"]]
+
+
+def test_a_job_that_has_not_ended_has_no_end(pair: Pair) -> None:
+    number = submit(pair.server, "until [ -e go ]; do sleep 0.05; done")
+    assert pair.server.job(number)["ended_as"] is None
+    pair.server.post(f"/terminate/{number}")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_what_an_older_version_cleaned(version: int, make_process: MakeProcess) -> None:
+    """Its end is taken from its history."""
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"})
+    with contextlib.closing(sqlite3.connect(server.data / "joborch.db")) as db:
+        db.executescript((Path(__file__).parent / f"schema-{version}.sql").read_text())
+        row = {"id": 1, "uuid": "a", "user_id": 1, "service": "example", "status": "Cleaned", "reason": "2 days after it ended"}
+        row.update(created_at=time.time(), ended_at=time.time(), **({"moved_at": time.time()} if version > 1 else {}))
+        db.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
+        moves = [(None, "Queued", "uploaded"), ("Running", "Failed", "exit status 3"), ("Failed", "Cleaned", row["reason"])]
+        for number, move in enumerate(moves, 1):
+            row = dict(zip(("job_id", "number", "at", "attempt", "source", "target", "reason"), (1, number, time.time(), 1, *move)))
+            db.execute(f"INSERT INTO history ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
+        db.commit()
+    (server.data / "joborch.lock").touch()
+    server.start()
+    (job,) = server.jobs(status="Failed")
+    assert (job["status"], job["ended_as"], job["reason"]) == ("Cleaned", "Failed", "exit status 3")
