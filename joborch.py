@@ -8410,9 +8410,9 @@ def make_http_server(node: Node, app: Any) -> Any:
 # == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
-    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued", "ended_as": None,
-    "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None, "timeout": None,
-    "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
+    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
+    "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
+    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
     "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
     "ended_at": None, "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
     "waiting_for": "it is next for a free place at a client for example",
@@ -8458,9 +8458,9 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
     result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
     return {
-        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value, "ended_as": job.end,
-        "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal, "priority": job.priority,
-        "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
+        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
+        "ended_as": job.end, "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal,
+        "priority": job.priority, "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
         "after": ids_in(job.after_ids), "attempt": job.attempt,
         "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
         "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
