@@ -370,6 +370,23 @@ def read_bytes(text: str) -> int:
     return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
 
 
+def read_run_time(text: str) -> float:
+    """Return a run time limit of a job, in seconds."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?[smhd]?", text) or not 0 < read_seconds(text) < 1e9:
+        raise ValueError("give seconds above 0, or a number with s, m, h or d, as in 3600, 90m or 2d")
+    return read_seconds(text)
+
+
+def read_mib(text: str) -> int:
+    """Return memory in MiB, rounded up: a number alone is MiB, with K, M or G it is that."""
+    if not re.fullmatch(r"[0-9]{1,10}([KMGkmg]i?[Bb]?)?", text):
+        raise ValueError("give MiB, or a number with M or G, as in 8192 or 8G")
+    mib = -(-read_bytes(text + "M" if text.isdecimal() else text) // MIB)
+    if not 1 <= mib <= 2**31:
+        raise ValueError(f"give at least 1 and at most {2**31} MiB")
+    return mib
+
+
 def read_weight(text: str) -> float:
     """Return a weight: how large a user's share is, 1 being the usual."""
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0.001 <= float(text) <= 1_000_000:
@@ -486,7 +503,7 @@ SETTINGS: tuple[Setting, ...] = (
         "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
         secret=True,
     ),
-    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
+    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token; a client makes it where there is none"),
     Setting("JOBORCH_ALLOW_ANONYMOUS", "allow_anonymous", read_switch, "0", "1: serve callers without a token, knowingly"),
     Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
     Setting(
@@ -869,6 +886,15 @@ def read_token_file(path: str, shown_name: str) -> str:
 
 
 LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
+
+
+def token_in_file(mode: str, path: str) -> str:
+    """Return the token that JOBORCH_TOKEN_FILE holds; an empty text if it is not set, or a client makes the file at its first start."""
+    if not path or (mode == "client" and not os.path.lexists(path)):
+        return ""
+    return read_token_file(path, "JOBORCH_TOKEN_FILE")
+
+
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
@@ -1015,8 +1041,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
     values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
     values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
-    if not values["token"] and values["token_file"]:
-        values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
+    values["token"] = values["token"] or token_in_file(mode, values["token_file"])
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
     for name in filter(lambda name: split_service_name(name.upper()), merged):
@@ -1038,6 +1063,11 @@ def check_config(config: Config) -> None:
             f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
             "or JOBORCH_ALLOW_ANONYMOUS=1 where a web back end in front authenticates its users"
         )
+
+
+def url_host(host: str) -> str:
+    """Return a host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def is_loopback(host: str) -> bool:
@@ -3258,8 +3288,9 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
-        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
+        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the table.
+        `changes` are other columns of MOVABLE, and `row_reason` for a row that keeps another reason than its history. An end
+        is durable on the server, whatever `durable` says.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
@@ -3279,13 +3310,12 @@ class Store(Database):
         if (job.status, to) not in MOVES[self.mode]:
             raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
         now = self.clock.wall()
-        run_s = changes.pop("run_s", None)
+        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
         if to in ENDED and job.status not in ENDED:
             changes.setdefault("ended_at", now)
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        cleaned = to is Status.CLEANED  # it keeps why it ended; that it was cleaned is in its history
-        values.update(id=job.id, to=to.value, source=job.status.value, expected=job.attempt)
-        values.update(reason=job.reason if cleaned else reason, ended_as=job.status.value if cleaned else None)
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
+        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
@@ -5911,6 +5941,16 @@ def client_token_file() -> Path | None:
         return None
 
 
+def token_place(config: Config) -> Path | None:
+    """Return where a client keeps the token that it made: as JOBORCH_TOKEN_FILE says, else in its user's home; None without either."""
+    return Path(config.token_file) if config.token_file else client_token_file()
+
+
+def token_remedy(config: Config) -> str:
+    """Return what to do where a client's token cannot be kept in the usual place."""
+    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
@@ -5980,7 +6020,9 @@ class Link:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
         text, now = one_line(str(error)), self.clock.monotonic()
         if text != self.trouble:
-            log.warning("client %s: %s", self.name, text)
+            never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
+            hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
+            log.warning("client %s: %s%s", self.name, text, hint)
         self.trouble, self.failed_at, self.probing = text, now, True
         if now >= self.held_until or not self.failures:
             self.failures += 1
@@ -6087,7 +6129,7 @@ class Link:
             "X-Joborch-Cpus": str(job.cpus),
             **({} if self.legacy else {"X-Joborch-Digests": "1"}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
-            **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
+            **({"X-Joborch-Timeout": f"{job.timeout:.3f}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
         answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
@@ -6341,6 +6383,7 @@ class Node:
         self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.started = self.clock.monotonic()
+        self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
@@ -6414,7 +6457,7 @@ def clean_tick(node: Node) -> bool:
         except OSError as error:
             log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
             continue
-        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
+        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended", row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
@@ -7301,6 +7344,7 @@ class Client(Node):
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
         self.packings: dict[int, Any] = {}  # by payload id: results that are packed, or being packed
         self.holes = True  # the file system can punch them, as far as we know
+        self.troubled_at: float | None = None  # wall: since when nothing can be started, for all services or for one
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
             "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
@@ -7318,6 +7362,7 @@ def run_tick(client: Client) -> bool:
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll(started)
     problem = client.executor.problem()
+    problem_since(client, problem)
     for job in started:
         if fates[job.id].alive and job.kill_requested_at is None:
             follow(client, job, fates[job.id], problem)
@@ -7372,6 +7417,15 @@ def problem_of(client: Client, for_all: bool = False) -> str:
     now = client.clock.monotonic()
     held = [hold.reason for key, hold in list(client.holds.items()) if now < hold.until and not (for_all and key)]
     return client.executor.problem() or (held[0] if held else "")
+
+
+def problem_since(client: Client, problem: str) -> float | None:
+    """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
+    if not problem and not client.holds:  # one that is over for a moment, to be tried again, goes on
+        client.troubled_at = None
+    elif client.troubled_at is None:
+        client.troubled_at = client.clock.wall()
+    return client.troubled_at if problem else None
 
 
 def hold(client: Client, service: str | None, error: SystemAway) -> None:
@@ -8055,7 +8109,18 @@ def find_route(mode: str, method: str, path: str) -> Route:
     if here:
         allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
         raise Refusal(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
-    raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
+    raise Refusal(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
+
+
+def nearest_path(mode: str, path: str) -> str:
+    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
+    first, *rest = path.strip("/").split("/")
+    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
+        meant = "/" + "/".join([close, *rest])
+        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
+            return f" (did you mean {one_line(meant)}?)"
+    return ""
 
 
 def check_query(node: Node, request: Request, declared: Route) -> None:
@@ -8079,6 +8144,9 @@ def check_query(node: Node, request: Request, declared: Route) -> None:
             raise Refusal(400, f"{shown} stands in the address {times} times: give it once", shown)
 
 
+FULL_SAID_EVERY_S = 60.0
+
+
 def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
     """Refuse a body before it is read: 411, 413 or 507."""
     if not found.takes_form:
@@ -8091,7 +8159,20 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> None:
     if length > limit:
         raise Refusal(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
     if free_bytes(node.data.path) - 2 * length < node.config.min_free_bytes:
-        raise Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
+        say_full(node)
+        what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
+        raise Refusal(507, f"{what}: try again later, or have its operator make room (JOBORCH_MIN_FREE)", Retry_After="60")
+
+
+def say_full(node: Node) -> None:
+    """Tell the operator that uploads are refused for want of space: a line a minute, however many there are."""
+    now = node.clock.monotonic()
+    if now - node.full_said_at >= FULL_SAID_EVERY_S:
+        node.full_said_at = now
+        free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
+        log.warning(
+            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: make room, or lower it", node.data.path, free, kept
+        )
 
 
 def make_app(node: Node) -> bottle.Bottle:
@@ -8129,11 +8210,14 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         log.error("%s %s: %s", request.method, declared.path, error)
         answer = Answer({"message": "the database cannot be used now: try again soon"}, 503, {"Retry-After": "5"})
     except OSError as error:
-        log.exception("%s %s", request.method, declared.path)
-        answer = Answer.of(disk_refusal(node, error))
+        trouble = disk_refusal(node, error)
+        if trouble.status != 507:  # which say_full tells, a line a minute
+            log.exception("%s %s: %s", request.method, declared.path, trouble.message)
+        answer = Answer.of(trouble)
     except Exception:
-        log.exception("%s %s", request.method, declared.path)
-        answer = Answer.of(Refusal(500, "internal error: see the log"))
+        trouble = internal_error(node)
+        log.exception("%s %s: %s", request.method, declared.path, trouble.message)
+        answer = Answer.of(trouble)
     body, headers = answer.body, dict(answer.headers)
     if isinstance(body, (dict, list, int, float, str)):
         body = json.dumps(body).encode() + b"\n"
@@ -8146,13 +8230,19 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
 
 
+def internal_error(node: Node) -> Refusal:
+    """Return a 500 with a number of its own, by which its cause is found in the log."""
+    return Refusal(500, f"internal error {secrets.token_hex(4)}: its cause is in the log of this {node.config.mode}, under this number")
+
+
 def disk_refusal(node: Node, error: OSError) -> Refusal:
     """Return what a caller is told of a disk that does not do its work: 507 where it is full, else 503."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        say_full(node)
         return Refusal(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
     if error.errno in DISK_TROUBLES:
         return Refusal(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
-    return Refusal(500, "internal error: see the log")
+    return internal_error(node)
 
 
 def reason_phrase(status: int) -> str:
@@ -8412,9 +8502,10 @@ def make_http_server(node: Node, app: Any) -> Any:
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
-    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
-    "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
-    "ended_at": None, "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
+    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
+    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free place at a client for example",
+    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
+    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
     "waiting_for": "it is next for a free place at a client for example",
     "result": None, "attempts": [],
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
@@ -8501,10 +8592,10 @@ FORM_FIELDS = (
     Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob"),
     Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100),
     Parameter("after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41"),
-    Parameter("timeout", "form", "number", "run time limit in seconds", 3600),
+    Parameter("timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=r"^[0-9]+(\.[0-9]+)?[smhd]?$"),
     Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
     Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000),
-    Parameter("memory", "form", "integer", "memory the script needs, in MiB", 2048, least=1, most=2**31),
+    Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=r"^[0-9]+([KMGkmg]i?[Bb]?)?$"),
 )
 FIELD_NAMES = tuple(parameter.name for parameter in FORM_FIELDS)
 
@@ -8517,22 +8608,30 @@ def whole_field(fields: Mapping[str, str], name: str) -> int | None:
         return None
     if name not in fields:
         raise Refusal(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
+    if name == "user_id" and not re.fullmatch(r"[+-]?[0-9]+", text):
+        shown = one_line(text, 40)
+        raise Refusal(400, f"user_id is {shown!r}: give the number that the user has in your system, as in -F user_id=1", name)
     least, most = parameter.least or 0, parameter.most or 0
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
 
+def read_field(fields: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
+    """Return what `read` makes of a field of the form, or None where it is absent; Refusal 400 says what would be right."""
+    text = fields.get(name, "").strip()
+    try:
+        return read(text) if text else None
+    except ValueError as error:
+        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: {error}", name) from error
+
+
 def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
     """Return the run time limit of a job: its own, but never above its service's."""
-    text = fields.get("timeout", "").strip()
-    if not text:
-        return service.timeout_s
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text) or float(text) <= 0:
-        raise Refusal(400, f"timeout is {one_line(text, 40)!r}: give seconds above 0, as in -F timeout=3600", "timeout")
-    if service.timeout_s is not None and float(text) > service.timeout_s:
-        raise Refusal(400, f"timeout is {text}: service {service.name} allows at most {service.timeout_s:g} seconds", "timeout")
-    return float(text)
+    limit_s = read_field(fields, "timeout", read_run_time)
+    if limit_s is not None and service.timeout_s is not None and limit_s > service.timeout_s:
+        raise Refusal(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {service.timeout_s:.12g} seconds", "timeout")
+    return service.timeout_s if limit_s is None else limit_s
 
 
 def after_field(fields: Mapping[str, str]) -> str:
@@ -8578,7 +8677,7 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     if name and (len(name) > 200 or not name.isprintable()):
         raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
     retries = whole_field(fields, "retries")
-    cpus, memory = whole_field(fields, "cpus") or 1, whole_field(fields, "memory")
+    cpus, memory = whole_field(fields, "cpus") or 1, read_field(fields, "memory", read_mib)
     refuse_too_large(server, service, cpus, memory)
     return NewJob(
         uuid=job_uuid,
@@ -9380,7 +9479,9 @@ def health(node: Node, request: Request) -> Answer:
     try:
         node.store.check()
         if isinstance(node, Client):
-            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
+            problem = problem_of(node)
+            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
+            said["problem_since"] = rfc3339(problem_since(node, problem))
     except StorageError as error:
         log.error("health: %s", error)
         return Answer({**said, "status": "error", "database": "error", "message": str(error)}, 503, {"Retry-After": "5"})
@@ -9762,6 +9863,8 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from examine_folder(config)
     yield examine_port(config)
     if config.mode == "client":
+        yield from examine_token(config)
+        yield from (Finding(None, text) for text in forgotten_executor(config))
         with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
             data = DataFolder(folder)
             try:
@@ -9812,17 +9915,44 @@ def trouble_with_lock(descriptor: int) -> str:
 
 def examine_port(config: Config) -> Finding:
     """Say whether the port is free, or a joborch of ours listens there."""
-    host = "127.0.0.1" if config.host in ("", "0.0.0.0", "localhost") else config.host
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((config.host or "127.0.0.1", config.port)):
+        with socket.create_server((config.host or "127.0.0.1", config.port), family=family):
             return Finding(True, f"port {config.port} is free")
     except OSError as error:
         problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
-    said = health_of(f"http://{host}:{config.port}")
+    said = health_of(f"http://{url_host(host)}:{config.port}")
+    if said.get("mode") and not is_in_use(Path(config.data_path)):
+        problem = f"port {config.port} cannot be used: a joborch {said['mode']} with another data folder listens there; set PORT, or end it"
     if said.get("mode") != config.mode or not is_in_use(Path(config.data_path)):
         return Finding(False, problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def examine_token(config: Config) -> Iterator[Finding]:
+    """Yield whether a client could not read the token that it made, or not make one at its first start."""
+    if config.token or config.allow_anonymous:
+        return
+    path = token_place(config)
+    if path is None:
+        yield Finding(False, f"there is no home folder to keep a token in: {token_remedy(config)}")
+        return
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.R_OK if place == path else os.W_OK | os.X_OK):
+        what = "read" if place == path else f"made (nothing can be written in {place})"
+        yield Finding(False, f"the token file {path} cannot be {what}: {token_remedy(config)}")
+
+
+def forgotten_executor(config: Config) -> list[str]:
+    """Return a question about a client that runs payloads itself on what looks like the login node of a cluster, if it is one."""
+    forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
+    if not forgotten or shutil.which("sbatch") is None:
+        return []
+    return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
 
 
 def is_in_use(folder: Path) -> bool:
@@ -9895,7 +10025,9 @@ def example_file(name: str) -> bytes:
     loader: Any = globals().get("__loader__")
     if hasattr(loader, "archive"):
         return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    return (Path(__file__).parent / "example" / name).read_bytes()
+    beside = Path(__file__).parent
+    installed = beside / "joborch_example" / name  # as pip puts it
+    return (installed if installed.exists() else beside / "example" / name).read_bytes()
 
 
 class Demo:
@@ -10045,11 +10177,9 @@ def ensure_client_token(config: Config) -> Config:
     """Return the configuration with a token: the one set, else the one made at the first start, mode 0600."""
     if config.token or config.allow_anonymous:
         return config
-    path = client_token_file()
+    path = token_place(config)
     if path is None:
-        raise ConfigError(
-            "JOBORCH_TOKEN is not set and this user has no home folder to keep one in: set JOBORCH_TOKEN or JOBORCH_TOKEN_FILE"
-        )
+        raise ConfigError(f"JOBORCH_TOKEN is not set and this user has no home folder to keep one in: {token_remedy(config)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists() or not path.read_text(encoding="ascii").strip():
@@ -10057,7 +10187,7 @@ def ensure_client_token(config: Config) -> Config:
             log.info("made a token for callers in %s", path)
         return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
     except OSError as error:
-        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): set JOBORCH_TOKEN") from error
+        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
 
 
 def name_results(store: Store, data: DataFolder) -> None:
@@ -10139,7 +10269,7 @@ def greet(node: Node, http_server: Any) -> None:
     """Log where the process listens, and what it needs to be of use."""
     config = node.config
     port = getattr(http_server, "effective_port", None) or config.port
-    log.info("joborch %s %s listens on http://%s:%s (data in %s)", __version__, config.mode, config.host, port, config.data_path)
+    log.info("joborch %s %s listens on http://%s:%s (data in %s)", __version__, config.mode, url_host(config.host), port, config.data_path)
     if isinstance(node, Server):
         if not any(name.startswith("SERVICE_") for name in config.sources):
             log.info("no SERVICE_* is set: service example is served by a client at http://127.0.0.1:9000")
@@ -10153,6 +10283,8 @@ def greet(node: Node, http_server: Any) -> None:
             )
     else:
         log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+        for text in forgotten_executor(config):
+            log.warning("%s", text)
 
 
 def warn_of_problems(client: Client) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import pytest
 from conftest import MakePair, MakeProcess
 from harness import (
     ENDED,
+    NOBODY_UID,
+    ROOT,
     SOURCE,
     Pair,
     assert_error,
@@ -34,6 +38,7 @@ from harness import (
     free_port,
     from_source,
     nothing_left,
+    open_program,
     run_to_end,
     submit,
     upload,
@@ -570,3 +575,202 @@ def test_what_an_older_version_cleaned(version: int, make_process: MakeProcess) 
     server.start()
     (job,) = server.jobs(status="Failed")
     assert (job["status"], job["ended_as"], job["reason"]) == ("Cleaned", "Failed", "exit status 3")
+
+
+# == Fields of an upload ==
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10m", 600), ("90", 90), ("1.5h", 5400), ("2d", 172800), ("30d", 2_592_000), ("1234567", 1_234_567)]
+)
+def test_a_time_limit_with_its_unit(pair: Pair, text: str, seconds: float) -> None:
+    """And a long one reaches the client as it is: 30 days were written 2.592e+06, and refused there."""
+    number = submit(pair.server, "true", timeout=text)
+    assert pair.server.job(number)["timeout"] == seconds
+    wait_status(pair.server, number, "Completed")
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [("1G", 1024), ("512M", 512), ("300", 300), ("2048K", 2), ("1K", 1), ("1GiB", 1024), ("1g", 1024)]
+)
+def test_memory_with_its_unit(pair: Pair, text: str, mib: int) -> None:
+    """A number alone is MiB."""
+    number = submit(pair.server, 'echo "$JOBORCH_MEMORY"', memory=text)
+    assert pair.server.job(number)["memory"] == mib
+    wait_status(pair.server, number, "Completed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"timeout": "soon"}, ["timeout is 'soon'", "90m"]),
+        ({"timeout": "0"}, ["timeout is '0'", "above 0"]),
+        ({"timeout": "99999d"}, ["timeout is '99999d'"]),
+        ({"memory": "lots"}, ["memory is 'lots'", "8192 or 8G"]),
+        ({"memory": "0G"}, ["memory is '0G'", "at least 1"]),
+        ({"memory": "-1"}, ["memory is '-1'"]),
+        ({"user_id": "alice"}, ["user_id is 'alice'", "the number that the user has in your system"]),
+        ({"user_id": "9" * 30}, ["user_id is '9", "give a whole number from"]),
+    ],
+)
+def test_a_field_that_cannot_be_meant(pair: Pair, fields: dict[str, str], words: list[str]) -> None:
+    assert_error(upload(pair.server, {"run.sh": b"true"}, **fields), 400, *words)
+
+
+# == Errors ==
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("/job/1", "/jobs/1"), ("/jobs/", "/jobs"), ("/downlod/7", "/download/7"), ("/helth", "/health"), ("/job/1/log", "")],
+)
+def test_a_path_that_is_almost_one(pair: Pair, path: str, meant: str) -> None:
+    said = assert_error(pair.server.get(path), 404, "there is nothing at")["message"]
+    assert (f"(did you mean {meant}?)" in said) if meant else "did you mean" not in said
+
+
+def test_uploads_that_the_disk_has_no_room_for(make_process: MakeProcess) -> None:
+    """The log says so and what to do, once for many of them."""
+    settings = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}", "JOBORCH_MIN_FREE": "900000G"}
+    server = make_process("server", settings).start()
+    for _ in range(5):
+        assert_error(upload(server, {"run.sh": b"true"}), 507, "try again later", "operator", "JOBORCH_MIN_FREE")
+    lines = [line for line in server.log.splitlines() if "uploads are refused" in line]
+    assert len(lines) == 1, lines
+    for words in ("WARNING", str(server.data), "MiB free", "JOBORCH_MIN_FREE", "make room"):
+        assert words in lines[0]
+    assert "Traceback" not in server.log
+
+
+def test_an_internal_error_is_found_in_the_log(make_process: MakeProcess) -> None:
+    """By the number that the caller got."""
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
+    shutil.rmtree(server.data / "jobs")
+    (server.data / "jobs").symlink_to("jobs")  # ELOOP, which is no trouble of a disk
+    said = assert_error(upload(server, {"run.sh": b"true"}), 500, "internal error", "log of this server")["message"]
+    (number,) = re.findall("internal error ([0-9a-f]{8})", said)
+    assert number in server.log
+
+
+def test_a_client_that_was_not_started_yet(make_process: MakeProcess) -> None:
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
+    wait_for(lambda: "connection refused; it has not answered yet: start one there with `joborch client`" in server.log)
+
+
+# == What a client says of itself ==
+
+
+def test_since_when_a_client_has_a_problem(make_process: MakeProcess, tmp_path: Path) -> None:
+    """As RFC 3339, beside what it is; null while all is well."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo"):
+        (tools / name).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    settings = {"JOBORCH_TOKEN": "t", "JOBORCH_EXECUTOR": "slurm", "PATH": path, "JOBORCH_BATCH_INTERVAL": "0.2"}
+    client = make_process("client", settings).start()
+    token = {"Authorization": "Bearer t"}
+    assert client.get("/health", headers=token).json()["problem_since"] is None
+    begun = time.time()
+    client.post("/submit", data=form([file_part("run.sh", b"true")]), headers={**form_type(), **token})
+    said = wait_for(lambda: (health := client.get("/health", headers=token).json())["problem"] and health)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["problem_since"])
+    at = datetime.fromisoformat(said["problem_since"].replace("Z", "+00:00")).timestamp()
+    assert begun - 1 <= at <= time.time() + 1
+    wait_for(lambda: client.log.count("Unable to contact") > 0)
+    later = wait_for(lambda: (health := client.get("/health", headers=token).json())["problem"] and health)
+    assert later["problem_since"] == said["problem_since"], "it is one problem"
+
+
+# == Doctor, tokens and the start ==
+
+
+def doctor_says(folder: Path, role: str, **settings: str) -> tuple[int, str]:
+    """Exit status and output of `joborch doctor`."""
+    chosen = {"PORT": str(free_port()), "DATA_PATH": str(folder / "data"), **settings}
+    code, out, errors = joborch_says(folder, "doctor", role, **chosen)
+    assert errors == ""
+    return code, out
+
+
+def test_a_home_that_cannot_be_written(root: None, open_folder: Path, pyz: Path) -> None:
+    """`doctor` finds it before the start does, both name the remedy, and with that the client starts."""
+    home, data = open_folder / "home", open_folder / "data"
+    home.mkdir()
+    data.mkdir()
+    os.chown(data, NOBODY_UID, NOBODY_UID)
+    program = open_program(open_folder, pyz)
+    base = {**clean_environment(home), "DATA_PATH": str(data), "PORT": str(free_port()), "JOBORCH_MIN_FREE": "1M"}
+    as_nobody: dict[str, Any] = {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": [], "cwd": open_folder}
+
+    def say(*words: str, **settings: str) -> tuple[int, str]:
+        environment = {**base, **settings}
+        done = subprocess.run([*program, *words], env=environment, capture_output=True, text=True, timeout=60, **as_nobody)
+        return done.returncode, done.stdout + done.stderr
+
+    remedy = f"set JOBORCH_TOKEN_FILE={data}/token, one is made there; or set JOBORCH_TOKEN"
+    code, said = say("doctor", "client")
+    assert (code, "PROBLEM the token file" in said, remedy in said) == (1, True, True), said
+    code, said = say("client")
+    assert (code, len(said.splitlines()), remedy in said) == (2, 1, True), said
+    assert "token" not in say("doctor", "client", JOBORCH_TOKEN_FILE=f"{data}/token")[1]
+    environment = {**base, "JOBORCH_TOKEN_FILE": f"{data}/token"}
+    with subprocess.Popen([*program, "client"], env=environment, stderr=subprocess.PIPE, text=True, **as_nobody) as client:
+        try:
+            wait_for(lambda: (data / "token").exists() and len((data / "token").read_text()) > 20)
+            assert (data / "token").stat().st_mode & 0o777 == 0o600
+        finally:
+            client.terminate()
+
+
+def test_doctor_knows_ipv6(make_process: MakeProcess, tmp_path: Path) -> None:
+    """A free port is free there, too, and a server that listens there is found."""
+    if not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("this machine has no IPv6")
+    assert " is free" in doctor_says(tmp_path, "client", JOBORCH_HOST="::1", JOBORCH_TOKEN="t")[1]
+    client = make_process("client", {"JOBORCH_HOST": "::1", "JOBORCH_TOKEN": "t"})
+    client.spawn()
+    wait_for(lambda: f"listens on http://[::1]:{client.port}" in client.log)
+    same = {"PORT": str(client.port), "DATA_PATH": str(client.data), "JOBORCH_HOST": "::1", "JOBORCH_TOKEN": "t"}
+    assert f"a client runs on port {client.port}" in doctor_says(tmp_path, "client", **same)[1]
+
+
+def test_doctor_names_a_joborch_that_has_the_port(pair: Pair, tmp_path: Path) -> None:
+    code, said = doctor_says(tmp_path, "server", PORT=str(pair.server.port), SERVICE_EXAMPLE_CLIENTS=pair.client.url)
+    assert (code, "a joborch server with another data folder listens there" in said) == (1, True), said
+
+
+def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: Path) -> None:
+    """Payloads would take all cores of a login node: `doctor` and the start ask whether that is meant, unless somebody says so."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text("#!/bin/sh\n")
+    (tools / "sbatch").chmod(0o755)
+    path = {"PATH": f"{tools}:{os.environ['PATH']}", "JOBORCH_TOKEN": "t"}
+    question = "sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant?"
+    assert f"note    {question}" in doctor_says(tmp_path, "client", **path)[1]
+    assert question not in doctor_says(tmp_path, "client", JOBORCH_EXECUTOR="local", **path)[1]
+    assert question not in doctor_says(tmp_path, "server", **path)[1]
+    client = make_process("client", dict(path)).start()
+    wait_for(lambda: question in client.log)
+
+
+def test_demo_of_an_installed_copy(tmp_path: Path) -> None:
+    """The example is packaged: as setuptools builds it, from a copy of the sources."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("joborch.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "example", source / "example")
+    text = (source / "pyproject.toml").read_text()  # an older setuptools than it asks for knows no licence of PEP 639
+    (source / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", text, flags=re.MULTILINE))
+    build = "from setuptools import setup; setup()"
+    command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(site)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=100)
+    if "No module named 'setuptools'" in done.stderr:
+        pytest.skip("there is no setuptools")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, str(site / "joborch.py"), "demo"]
+    demo = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert (demo.returncode, "downloaded the result" in demo.stdout) == (0, True), demo.stdout + demo.stderr
