@@ -609,7 +609,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
-    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
+    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level: debug, info, warning or error"),
     Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
 )
 
