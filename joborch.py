@@ -6129,7 +6129,7 @@ class Link:
             "X-Joborch-Cpus": str(job.cpus),
             **({} if self.legacy else {"X-Joborch-Digests": "1"}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
-            **({"X-Joborch-Timeout": f"{job.timeout:.3f}"} if job.timeout else {}),
+            **({"X-Joborch-Timeout": f"{job.timeout:.12g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
         answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
