@@ -9923,10 +9923,9 @@ def examine_port(config: Config) -> Finding:
     except OSError as error:
         problem = f"port {config.port} cannot be used ({os.strerror(error.errno or 0)}): set PORT, or end what listens there"
     said = health_of(f"http://{url_host(host)}:{config.port}")
-    if said.get("mode") and not is_in_use(Path(config.data_path)):
-        problem = f"port {config.port} cannot be used: a joborch {said['mode']} with another data folder listens there; set PORT, or end it"
     if said.get("mode") != config.mode or not is_in_use(Path(config.data_path)):
-        return Finding(False, problem)
+        who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
+        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or end it" if who else problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
 
