@@ -38,10 +38,22 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
+# In the syntax of Python 3.6, which is what `python3` is on machines that are otherwise well kept.
 # Undumpable (PR_SET_DUMPABLE) before the import, which takes a third of a second: the environment may hold a token.
-MAIN = b"""import ctypes
+MAIN = b"""import sys
+
+if sys.version_info < (3, 9):
+    import shutil
+
+    newer = [name for name in ("python3.%d" % minor for minor in range(15, 8, -1)) if shutil.which(name)]
+    remedy = "try %s" % newer[0] if newer else "try python3.11, or `module load python`"
+    sys.stderr.write("joborch needs Python 3.9 or later, and this is %d.%d.%d: %s\n" % (tuple(sys.version_info[:3]) + (remedy,)))
+    sys.exit(2)
+
+import ctypes
 
 ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+
 from joborch import main
 
 raise SystemExit(main())

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -97,6 +98,9 @@ from random import uniform
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
+if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
+
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
     import urllib3
@@ -111,7 +115,7 @@ FIELD_LIMIT_BYTES = 64 * KIB  # a text field of a form
 PARTS_LIMIT = 20_000  # parts of a form
 PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
-WAIT_LIMIT_S = 60.0  # the longest `?wait=`
+WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
 EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
@@ -433,6 +437,23 @@ def read_bytes(text: str) -> int:
     return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
 
 
+def read_run_time(text: str) -> float:
+    """Return a run time limit of a job, in seconds."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?[smhd]?", text) or not 0 < read_seconds(text) < 1e9:
+        raise ValueError("give seconds above 0, or a number with s, m, h or d, as in 3600, 90m or 2d")
+    return read_seconds(text)
+
+
+def read_mib(text: str) -> int:
+    """Return memory in MiB, rounded up: a number alone is MiB, with K, M or G it is that."""
+    if not re.fullmatch(r"[0-9]{1,10}([KMGkmg]i?[Bb]?)?", text):
+        raise ValueError("give MiB, or a number with M or G, as in 8192 or 8G")
+    mib = -(-read_bytes(text + "M" if text.isdecimal() else text) // MIB)
+    if not 1 <= mib <= 2**31:
+        raise ValueError(f"give at least 1 and at most {2**31} MiB")
+    return mib
+
+
 def read_weight(text: str) -> float:
     """Return a weight: how large a user's share is, 1 being the usual."""
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0.001 <= float(text) <= 1_000_000:
@@ -581,7 +602,7 @@ SETTINGS: tuple[Setting, ...] = (
         "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
         secret=True,
     ),
-    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token"),
+    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token; a client makes it if there is none"),
     Setting(
         "JOBORCH_ALLOW_ANONYMOUS",
         "allow_anonymous",
@@ -737,7 +758,7 @@ SETTINGS: tuple[Setting, ...] = (
         "server",
     ),
     Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
-    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level"),
+    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level: debug, info, warning or error"),
     Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
 )
 
@@ -930,10 +951,29 @@ class Config:
         return self.batch.get((service or "").lower(), BatchOptions())
 
 
+QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
+
+
+def env_value(text: str) -> str:
+    """Return the value in what follows `NAME=`, as systemd and shells read it; ValueError if a quote is not closed.
+
+    Quotes at its beginning are taken off, with the backslashes that double ones need; what follows ` #` is a comment.
+    Other quotes and backslashes stand for themselves.
+    """
+    pieces, rest = "", text
+    while quoted := QUOTED.match(rest):
+        pieces += quoted[2] if quoted[1] is None else re.sub(r'\\(["\\$`])', r"\1", quoted[1])
+        rest = rest[quoted.end() :]
+    bare = re.split(r"\s#", rest, maxsplit=1)[0].strip()
+    if bare[:1] in ("'", '"'):
+        raise ValueError("a quote is not closed")
+    return pieces + bare
+
+
 def read_env_file(path: str) -> dict[str, str]:
-    """Return the KEY=VALUE lines of `path`, as systemd and docker read them: `#` comments, optional quotes."""
+    """Return the NAME=VALUE lines of `path`, as systemd and shells read them: comments, quotes and `export` are understood."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
     pairs = {}
@@ -941,12 +981,13 @@ def read_env_file(path: str) -> dict[str, str]:
         text = line.strip()
         if not text or text.startswith(("#", ";")):
             continue
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+", name.strip()):
+        found = re.fullmatch(r"(?:export\s+)?(\w+)\s*=(.*)", text)
+        if not found:
             raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
-        value = value.strip()
-        quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
-        pairs[name.strip()] = value[1:-1] if quoted else value
+        try:
+            pairs[found[1]] = env_value(found[2])
+        except ValueError as error:
+            raise ConfigError(f"--env-file {path}, line {number}: {found[1]}: {error}") from error
     return pairs
 
 
@@ -1011,6 +1052,16 @@ def read_token_file(path: str, shown_name: str) -> str:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
+
+
+def token_in_file(mode: str, path: str) -> str:
+    """Return the token that JOBORCH_TOKEN_FILE holds; an empty text if it is not set, or a client makes the file at its first start."""
+    if not path or (mode == "client" and not os.path.lexists(path)):
+        return ""
+    return read_token_file(path, "JOBORCH_TOKEN_FILE")
+
+
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
@@ -1027,9 +1078,10 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
     bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
     first = reference_address(name, values)
     addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
-    for address in addresses:
-        for url in (address.upload_url, address.download_url, address.terminate_url):
-            check_url(url, prefix + ("CLIENTS" if bases else "UPLOAD_URL"))
+    for base in bases:
+        check_url(base, prefix + "CLIENTS")
+    for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
+        check_url(url, prefix + setting)
     if not addresses and name == "example":
         addresses = (client_address(EXAMPLE_CLIENT_URL),)
     if not addresses:
@@ -1086,10 +1138,20 @@ def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     for name in sorted(environment):
         ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
         if ours:
-            warnings.append(f"{name} is not a setting{nearest(name, known)}")
+            plain = name.replace("JOBORCH_", "", 1)
+            meant = f" (did you mean {plain}?)" if plain in known else nearest(name, known)
+            warnings.append(f"{name} is not a setting{meant}")
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
             warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
     return tuple(warnings)
+
+
+def unit_warning(setting: Setting, text: str, shown_name: str) -> str:
+    """Return a question about a time of a few seconds where hours or days are usual; an empty text if it is no such."""
+    usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+    if usual_s < LONG_TIME_S or not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
+        return ""
+    return f"{shown_name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
@@ -1098,6 +1160,15 @@ def machine_memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
+
+
+def unasked_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a question about each time that is set without a unit, and looks as if hours or days were meant."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    return tuple(filter(None, (unit_warning(setting, text, name) for setting, text, name in given)))
 
 
 def default_folder(kind: str) -> str:
@@ -1144,13 +1215,12 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
         values[setting.field] = read_setting(setting, text, shown) if text else ""
     fill_defaults(values, mode)
     values["env_file"] = arguments.get("env_file") or ""
-    if not values["token"] and values["token_file"]:
-        values["token"] = read_token_file(values["token_file"], "JOBORCH_TOKEN_FILE")
+    values["token"] = values["token"] or token_in_file(mode, values["token_file"])
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
-    warnings = unknown_names(merged)
+    warnings = unknown_names(merged) + unasked_units(arguments, merged)
     if batch and values["executor"] == "local":
         warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
@@ -1204,6 +1274,11 @@ def access_warnings(config: Config) -> Iterator[str]:
 def beyond_loopback(hosts: str) -> list[str]:
     """Return those of the addresses to listen on that other machines can reach."""
     return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
+
+
+def url_host(host: str) -> str:
+    """Return a host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def is_loopback(host: str) -> bool:
@@ -1354,11 +1429,17 @@ class Job(NamedTuple):
     blocked: int  # server: how many of these have not ended
     arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
     charged: float  # server: slot-seconds that its user is charged for this attempt
+    ended_as: str | None  # the status that one had before it was cleaned; `end` says it of all that ended
 
     @property
     def mark(self) -> str:
         """What tells this attempt from every other one, everywhere."""
         return f"{self.uuid}.{self.attempt}"
+
+    @property
+    def end(self) -> str | None:
+        """How it ended, whether its files were cleaned since or not; None until it has."""
+        return self.status.value if self.status in ENDED else self.ended_as
 
 
 STATUS_AT = Job._fields.index("status")
@@ -2206,17 +2287,97 @@ def remove_tree(path: Path) -> None:
             raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
 
+LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process has the lock; any other error is the file system's
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_trouble(error: OSError) -> str:
+    """Return what to do about a file system that did not give a lock, where nobody else holds it."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno not in NO_LOCKS:
+        return f"{reason}; is this file system well?"
+    return (
+        f"this file system has no locks ({reason}); use a folder of another one, as on a local disk, "
+        "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
+    )
+
+
 def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it."""
+    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it, or why it cannot be locked."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in LOCK_HELD:
+            raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
         file.seek(0)
         owner = file.read().strip() or "unknown"
         raise ConfigError(f"{name} is in use by process {owner}: stop it, or give another {kind}") from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
+
+
+# -- run.sh --
+
+SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # whose scripts bash can run, too
+SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
+
+
+def interpreter_of(first_line: bytes) -> str:
+    """Return the name of the program that a `#!` line calls, by way of env or not; an empty text if it is no such line."""
+    words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
+    if words and os.path.basename(words[0]) == "env":
+        words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+    return os.path.basename(words[0]) if words else ""
+
+
+def script_hints(head: bytes) -> list[str]:
+    """Return a sentence on each thing about a run.sh, given by its first bytes, that bash does not take as its author meant it."""
+    hints = []
+    name = interpreter_of(head[:500].partition(b"\n")[0])
+    if name and not SHELLS.fullmatch(name):
+        said, name = one_line(head[:500].partition(b"\n")[0].decode("utf-8", "replace"), 80), one_line(name, 40)
+        other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
+        hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
+    if head.startswith(b"\x7fELF"):
+        hints.append("run.sh is a program and not a script: send it as your-program, and put `./your-program` into run.sh")
+    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
+    if b"\r\n" in head:
+        hints.append("run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix")
+    return hints
+
+
+def hints_for(folder: Path, *inner: str) -> list[str]:
+    """Return the hints for a run.sh that is on the disk, given as to `open_regular`; see script_hints."""
+    try:
+        with open_regular(folder, *inner) as file:
+            return script_hints(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none that could be read, which is said elsewhere
+
+
+def no_script_text(paths: Sequence[str]) -> str:
+    """Return what to do about files of which none is run.sh: names what there is."""
+    below = [path for path in paths if path.endswith("/run.sh")]
+    top = paths[0].partition("/")[0]
+    if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
+        inner, found = below[0].rpartition("/")[0], one_line(below[0], 80)
+        return f"there is no run.sh, but {found}: leave the folder {one_line(inner, 80)} out of the file names{example_part(below[0])}"
+    among = ", ".join(one_line(path, 80) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    text = f"there is no run.sh among {among}"
+    scripts = below or [path for path in paths if re.fullmatch(r"run\.sh\S*|.*\.(sh|bash)", path.lower())] or list(paths)
+    if len(scripts) != 1:
+        return f"{text}: send a bash script of that name, as in -F file=@run.sh"
+    if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
+        return f"{text}: an archive is not unpacked; send the files in it, as in -F file=@run.sh"
+    which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
+    return f"{text}: rename {which}{example_part(scripts[0])}"
+
+
+def example_part(path: str) -> str:
+    """Return how curl sends `path` as run.sh, as the end of a sentence; an empty text for a name that would need quoting."""
+    return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
 # == 8. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
@@ -3050,13 +3211,16 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
 
 # == 11. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
 CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
 CREATE INDEX jobs_unsynced ON jobs(id)
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+"""
+
+ENDED_AS_INDEX = """CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
 """
 
 QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
@@ -3149,7 +3313,8 @@ CREATE TABLE jobs (
     after_ids TEXT NOT NULL DEFAULT '',
     blocked INTEGER NOT NULL DEFAULT 0,
     arrived_at REAL NOT NULL DEFAULT 0,
-    charged REAL NOT NULL DEFAULT 0
+    charged REAL NOT NULL DEFAULT 0,
+    ended_as TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -3159,7 +3324,7 @@ CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@QUEUES@@AGES@CREATE TABLE history (
+@QUEUES@@AGES@@ENDED_AS@CREATE TABLE history (
     job_id INTEGER NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
@@ -3191,10 +3356,11 @@ CREATE TABLE attempts (
     steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;
 COMMIT;
 """.replace("@QUEUES@", QUEUE_INDEXES)
     .replace("@AGES@", AGE_INDEXES)
+    .replace("@ENDED_AS@", ENDED_AS_INDEX)
     .replace("@TURNS@", TURN_TABLES)
 )
 
@@ -3229,6 +3395,17 @@ DROP INDEX jobs_client;
 @QUEUES@@TURNS@PRAGMA user_version = 3;
 COMMIT;
 """.replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
+    3: """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+UPDATE jobs
+   SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
+       reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
+                           ORDER BY number DESC LIMIT 1), reason)
+ WHERE status = 'Cleaned';
+@ENDED_AS@PRAGMA user_version = 4;
+COMMIT;
+""".replace("@ENDED_AS@", ENDED_AS_INDEX),
 }
 
 JOB_ADD = """
@@ -3240,7 +3417,7 @@ VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :m
         :inputs_sha256, :after_ids, :blocked, :moved_at)
 """
 JOB_MOVE = """
-UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exit_code, signal = :signal,
+UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :cause, exit_code = :exit_code, signal = :signal,
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
                 result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
@@ -3457,10 +3634,15 @@ SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_OF_USER = """
 SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
-   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status) ORDER BY id DESC LIMIT :limit
+   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
+ ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_IN_STATUS = """
 SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
+   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_CLEANED = """
+SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_OF_SERVICE = """
@@ -3804,12 +3986,16 @@ class Store(Database):
         return self.job(JOB_GET, id=job_id)
 
     def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given."""
+        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given.
+
+        A job that was cleaned is found by the status with which it ended, too.
+        """
         values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
         if user_id is not None:
             return self.jobs(JOBS_PAGE_OF_USER, **values)
         if status is not None:
-            return self.jobs(JOBS_PAGE_IN_STATUS, **values)
+            found = {job.id: job for sql in (JOBS_PAGE_IN_STATUS, JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)}
+            return sorted(found.values(), key=lambda job: -job.id)[:limit]
         return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
 
     @staticmethod
@@ -3868,8 +4054,9 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
-        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
+        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the table.
+        `changes` are other columns of MOVABLE, and `row_reason` for a row that keeps another reason than its history. An end
+        is durable on the server, whatever `durable` says.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
@@ -3889,11 +4076,12 @@ class Store(Database):
         if (job.status, to) not in MOVES[self.mode]:
             raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
         now = self.clock.wall()
-        run_s = changes.pop("run_s", None)
+        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
         if to in ENDED and job.status not in ENDED:
             changes.setdefault("ended_at", now)
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
+        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
@@ -4758,10 +4946,7 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
-    with contextlib.suppress(OSError), open_regular(folder, "work", "run.sh") as script:
-        if b"\r\n" in script.read(64 * KIB):
-            text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
-    return text
+    return "; ".join([text, *hints_for(folder, "work", "run.sh")])
 
 
 def signal_name(number: int) -> str:
@@ -5760,7 +5945,8 @@ class DiracLogin:
                 pass
             file.close()
         except OSError as error:
-            raise SystemAway(f"DIRAC: {self.path} cannot be used: {os.strerror(error.errno or 0)}") from error
+            trouble = lock_trouble(error) if error.errno in NO_LOCKS else os.strerror(error.errno or 0)
+            raise SystemAway(f"DIRAC: {self.path} cannot be used: {trouble}") from error
         return None
 
 
@@ -7539,6 +7725,16 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
+def token_place(config: Config) -> Path | None:
+    """Return where a client keeps the token that it made: as JOBORCH_TOKEN_FILE says, else in its user's home; None without either."""
+    return Path(config.token_file) if config.token_file else client_token_file()
+
+
+def token_remedy(config: Config) -> str:
+    """Return what to do where a client's token cannot be kept in the usual place."""
+    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
@@ -7634,7 +7830,9 @@ class Link:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
         text, now = one_line(str(error)), self.clock.monotonic()
         if text != self.trouble:
-            log.warning("client %s: %s", self.name, text)
+            never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
+            hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
+            log.warning("client %s: %s%s", self.name, text, hint)
         self.trouble, self.failed_at, self.probing = text, now, True
         if now >= self.held_until or not self.failures:
             self.failures += 1
@@ -7882,7 +8080,7 @@ class Link:
         import urllib3
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
 
-        options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
+        options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", OURS_HEADER: __version__}
         options.update(preload_content=False, decode_content=False, redirect=False)
         CALL.bounds = Bounds(read_timeout_s, unwanted)
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
@@ -7928,7 +8126,7 @@ class Link:
             **({} if self.legacy else {"X-Joborch-Digests": "1"}),
             **({} if self.legacy or not job.inputs_sha256 else {"X-Joborch-Inputs": job.inputs_sha256}),
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
-            **({"X-Joborch-Timeout": f"{job.timeout:g}"} if job.timeout else {}),
+            **({"X-Joborch-Timeout": f"{job.timeout:.12g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
         answer = self.call("POST", self.address.upload_url, service=job.service, body=body, headers=headers)
@@ -8428,6 +8626,7 @@ class Node:
         self.proofs = ProofReader(self.tokens)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
         self.started = self.clock.monotonic()
+        self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
@@ -8502,7 +8701,7 @@ def clean_tick(node: Node) -> bool:
         except OSError as error:
             log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
             continue
-        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
+        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended", row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
@@ -9512,6 +9711,7 @@ class Client(Node):
         self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
         self.measurers = threading.BoundedSemaphore(PACKERS)
         self.holes = True  # the file system can punch them, as far as we know
+        self.troubled_at: float | None = None  # wall: since when nothing can be started, for all services or for one
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
             "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
@@ -9530,6 +9730,7 @@ def run_tick(client: Client) -> bool:
     fates = client.executor.poll([job for job in started if job.id not in client.measurings])
     fates.update({job_id: measuring.fate for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
     problem = client.executor.problem()
+    problem_since(client, problem)
     for job in started:
         if fates[job.id].alive and job.kill_requested_at is None:
             follow(client, job, fates[job.id], problem)
@@ -9584,6 +9785,15 @@ def problem_of(client: Client, for_all: bool = False) -> str:
     now = client.clock.monotonic()
     held = [hold.reason for key, hold in list(client.holds.items()) if now < hold.until and not (for_all and key)]
     return client.executor.problem() or (held[0] if held else "")
+
+
+def problem_since(client: Client, problem: str) -> float | None:
+    """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
+    if not problem and not client.holds:  # one that is over for a moment, to be tried again, goes on
+        client.troubled_at = None
+    elif client.troubled_at is None:
+        client.troubled_at = client.clock.wall()
+    return client.troubled_at if problem else None
 
 
 def hold(client: Client, service: str | None, error: SystemAway) -> None:
@@ -10368,6 +10578,7 @@ class Parameter:
     least: int | None = None
     most: int | None = None
     choices: tuple[str, ...] = ()
+    pattern: str = ""  # of a string
 
 
 @dataclass(frozen=True)
@@ -10391,8 +10602,13 @@ class Request:
         return cast("Caller | None", self.environ.get(CALLER_KEY))
 
     @functools.cached_property
+    def query_pairs(self) -> list[tuple[str, str]]:
+        """The parameters of the address, in its order."""
+        return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
+
+    @functools.cached_property
     def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True))
+        return dict(self.query_pairs)
 
     @property
     def method(self) -> str:
@@ -10433,8 +10649,8 @@ class Request:
     def seconds(self, name: str) -> float:
         """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; Refusal 400."""
         text = self.query.get(name, "0")
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
-            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, {WAIT_LIMIT_S:g} at most", name)
+        if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
+            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, as in {name}=30", name)
         return min(float(text), WAIT_LIMIT_S)
 
 
@@ -10520,7 +10736,42 @@ def find_route(mode: str, method: str, path: str) -> Route:
     if here:
         allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
         raise Refusal(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
-    raise Refusal(404, f"there is nothing at {one_line(path, 80)}: see /swagger-ui/")
+    raise Refusal(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
+
+
+def nearest_path(mode: str, path: str) -> str:
+    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
+    first, *rest = path.strip("/").split("/")
+    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
+        meant = "/" + "/".join([close, *rest])
+        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
+            return f" (did you mean {one_line(meant)}?)"
+    return ""
+
+
+def check_query(node: Node, request: Request, declared: Route) -> None:
+    """Refuse a parameter that the route does not declare, or that stands in the address twice; Refusal 400 names the nearest.
+
+    A caller whose filter was silently left out would take the answer for what it asked. A server is exempt at its client:
+    it may be newer, and ask for more than this version knows.
+    """
+    if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
+        return
+    known = [parameter.name for parameter in declared.takes if parameter.place == "query"]
+    for name, times in Counter(name for name, _ in request.query_pairs).items():
+        shown = one_line(name, 80)
+        if name not in known and any(parameter.name == name and parameter.place == "form" for parameter in declared.takes):
+            raise Refusal(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
+            raise Refusal(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
+        if times > 1:
+            raise Refusal(400, f"{shown} stands in the address {times} times: give it once", shown)
+
+
+FULL_SAID_EVERY_S = 60.0
 
 
 def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
@@ -10546,8 +10797,21 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
 
 
 def too_full(node: Node, length: int) -> Refusal:
-    """Return the answer to a caller whose body of so many bytes does not fit on the disk."""
-    return Refusal(507, f"the disk of this {node.config.mode} is too full for {length} bytes more: try again later", Retry_After="60")
+    """Return the answer to a caller whose body of so many bytes does not fit on the disk; the operator finds a line in the log."""
+    say_full(node)
+    what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
+    return Refusal(507, f"{what}: try again later, or have its operator make room (JOBORCH_MIN_FREE)", Retry_After="60")
+
+
+def say_full(node: Node) -> None:
+    """Log that uploads are refused because the disk is full: a line a minute, however many there are."""
+    now = node.clock.monotonic()
+    if now - node.full_said_at >= FULL_SAID_EVERY_S:
+        node.full_said_at = now
+        free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
+        log.warning(
+            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: make room, or lower it", node.data.path, free, kept
+        )
 
 
 def make_app(node: Node) -> bottle.Bottle:
@@ -10576,6 +10840,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
 
     request = Request(bottle.request.environ)
     try:
+        check_query(node, request, declared)
         with node.gate if declared.quick else contextlib.nullcontext():
             answer = declared.handler(node, request, **arguments)
     except Refusal as refusal:
@@ -10586,11 +10851,14 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     except DiskFull as error:
         answer = Answer.of(too_full(node, error.needed))
     except OSError as error:
-        log.exception("%s %s", request.method, declared.path)
-        answer = Answer.of(disk_refusal(node, error))
+        trouble = disk_refusal(node, error)
+        if trouble.status != 507:  # which say_full tells, a line a minute
+            log.exception("%s %s: %s", request.method, declared.path, trouble.message)
+        answer = Answer.of(trouble)
     except Exception:
-        log.exception("%s %s", request.method, declared.path)
-        answer = Answer.of(Refusal(500, "internal error: see the log"))
+        trouble = internal_error(node)
+        log.exception("%s %s: %s", request.method, declared.path, trouble.message)
+        answer = Answer.of(trouble)
     body, headers = answer.body, dict(answer.headers)
     if isinstance(body, (dict, list, int, float, str)):
         body = json.dumps(body, allow_nan=False).encode() + b"\n"
@@ -10603,13 +10871,19 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
 
 
+def internal_error(node: Node) -> Refusal:
+    """Return a 500 with a number of its own, by which its cause is found in the log."""
+    return Refusal(500, f"internal error {secrets.token_hex(4)}: its cause is in the log of this {node.config.mode}, under this number")
+
+
 def disk_refusal(node: Node, error: OSError) -> Refusal:
     """Return what a caller is told of a disk that does not do its work: 507 where it is full, else 503."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        say_full(node)
         return Refusal(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
     if error.errno in DISK_TROUBLES:
         return Refusal(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
-    return Refusal(500, "internal error: see the log")
+    return internal_error(node)
 
 
 def reason_phrase(status: int) -> str:
@@ -11255,10 +11529,11 @@ def remove_socket_file(server: Any) -> None:
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
-    "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None, "timeout": None,
-    "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "", "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
-    "message": "it is next for a free place at a client for example", "created_at": "2026-11-24T09:00:00.000Z", "started_at": None,
-    "ended_at": None, "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
+    "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
+    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
+    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free place at a client for example",
+    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
+    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
     "waiting_for": "it is next for a free place at a client for example",
     "result": None, "attempts": [],
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
@@ -11303,8 +11578,8 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
     result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
     return {
         "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
-        "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal, "priority": job.priority,
-        "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
+        "ended_as": job.end, "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal,
+        "priority": job.priority, "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
         "after": ids_in(job.after_ids), "attempt": job.attempt,
         "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
         "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
@@ -11345,10 +11620,10 @@ FORM_FIELDS = (
     Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob"),
     Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100),
     Parameter("after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41"),
-    Parameter("timeout", "form", "number", "run time limit in seconds", 3600),
+    Parameter("timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=r"^[0-9]+(\.[0-9]+)?[smhd]?$"),
     Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
     Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000),
-    Parameter("memory", "form", "integer", "memory the script needs, in MiB", 2048, least=1, most=2**31),
+    Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=r"^[0-9]+([KMGkmg]i?[Bb]?)?$"),
 )
 FIELD_NAMES = tuple(parameter.name for parameter in FORM_FIELDS)
 
@@ -11361,22 +11636,30 @@ def whole_field(fields: Mapping[str, str], name: str) -> int | None:
         return None
     if name not in fields:
         raise Refusal(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
+    if name == "user_id" and not re.fullmatch(r"[+-]?[0-9]+", text):
+        shown = one_line(text, 40)
+        raise Refusal(400, f"user_id is {shown!r}: give the number that the user has in your system, as in -F user_id=1", name)
     least, most = parameter.least or 0, parameter.most or 0
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
 
+def read_field(fields: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
+    """Return what `read` makes of a field of the form, or None where it is absent; Refusal 400 says what would be right."""
+    text = fields.get(name, "").strip()
+    try:
+        return read(text) if text else None
+    except ValueError as error:
+        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: {error}", name) from error
+
+
 def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
     """Return the run time limit of a job: its own, but never above its service's."""
-    text = fields.get("timeout", "").strip()
-    if not text:
-        return service.timeout_s
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text) or float(text) <= 0:
-        raise Refusal(400, f"timeout is {one_line(text, 40)!r}: give seconds above 0, as in -F timeout=3600", "timeout")
-    if service.timeout_s is not None and float(text) > service.timeout_s:
-        raise Refusal(400, f"timeout is {text}: service {service.name} allows at most {service.timeout_s:g} seconds", "timeout")
-    return float(text)
+    limit_s = read_field(fields, "timeout", read_run_time)
+    if limit_s is not None and service.timeout_s is not None and limit_s > service.timeout_s:
+        raise Refusal(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {service.timeout_s:.12g} seconds", "timeout")
+    return service.timeout_s if limit_s is None else limit_s
 
 
 def after_field(fields: Mapping[str, str]) -> str:
@@ -11416,11 +11699,13 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     service = service_field(server, fields)
     if not form.files:
         raise Refusal(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
+    if not any(file.path == "run.sh" for file in form.files):
+        raise Refusal(400, no_script_text([file.path for file in form.files]), "file")
     name = fields.get("name", "").strip() or None
     if name and (len(name) > 200 or not name.isprintable()):
         raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
     retries = whole_field(fields, "retries")
-    cpus, memory = whole_field(fields, "cpus") or 1, whole_field(fields, "memory")
+    cpus, memory = whole_field(fields, "cpus") or 1, read_field(fields, "memory", read_mib)
     refuse_too_large(server, service, cpus, memory)
     return NewJob(
         uuid=job_uuid,
@@ -11505,7 +11790,7 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
+    said = {**job_json(server, job), "warnings": [*field_warnings(form.fields), *hints_for(folder / "run.sh")]}
     server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
@@ -11658,9 +11943,16 @@ def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bo
     return True
 
 
-WAIT = Parameter("wait", "query", "number", "wait for a change of status, at most so many seconds (60 at most)", 30)
 STATUS_NAMES = tuple(status.value for status in Status)
-SINCE = Parameter("since", "query", "string", "the status you know; the answer comes once it is another", "Queued", choices=STATUS_NAMES)
+WAIT = Parameter("wait", "query", "number", "wait until the job has ended, for this many seconds at most; more than 45 count as 45", 30)
+SINCE = Parameter(
+    "since",
+    "query",
+    "string",
+    "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
+    "Queued,Processing",
+    pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
+)
 
 
 @route(
@@ -11674,34 +11966,43 @@ SINCE = Parameter("since", "query", "string", "the status you know; the answer c
 )
 def show_job(server: Server, request: Request, job_id: str) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
-    wait_s = request.seconds("wait")
+    wait_s, known = request.seconds("wait"), known_statuses(request)
     job = known_job(server, request, job_id)
-    since = request.query.get("since", job.status.value)
-    if since not in Status._value2member_map_:
-        names = ", ".join(status.value for status in Status if status is not Status.PREPARED)
-        raise Refusal(400, f"since is {one_line(since, 40)!r}: give one of {names}", "since")
-    if wait_s and job.status.value == since:
+    if wait_s and job.status.value in known:
         with server.waiters.place() as parked:
             if not parked:  # without the parts that cost a further look: those who come again must not starve the others
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left, job.id)
+            server.wait_until(lambda: status_other_than(server, job.id, known), wait_s, request.left, job.id)
         job = known_job(server, request, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
 
 
-def status_other_than(server: Server, job_id: int, since: str) -> str | None:
-    """Return a job's status where it is not `since` any more; an empty text where the row is gone."""
+def known_statuses(request: Request) -> frozenset[str]:
+    """Return the statuses that `since` names; without it all that a job has before its end. Refusal 400."""
+    if "since" not in request.query:
+        return frozenset(status.value for status in Status if status not in OVER)
+    names = [name.strip() for name in request.query["since"].split(",")]
+    for name in names:
+        if name not in STATUS_NAMES:
+            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
+            close = nearest(name.capitalize(), STATUS_NAMES)
+            raise Refusal(400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since")
+    return frozenset(names)
+
+
+def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
+    """Return a job's status if it is none of `known`; an empty text if the row is gone."""
     rows = server.store.read(JOB_STATUS, id=job_id)
     if not rows:
         return ""
-    return None if rows[0]["status"] == since else str(rows[0]["status"])
+    return None if rows[0]["status"] in known else str(rows[0]["status"])
 
 
 LIST_FILTERS = (
     Parameter("user_id", "query", "integer", "jobs of this user alone", 1),
     Parameter("service", "query", "string", "jobs of this service alone", "example"),
-    Parameter("status", "query", "string", "jobs in this state alone", "Running", choices=STATUS_NAMES),
+    Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
     Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000),
     Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1),
 )
@@ -11895,7 +12196,9 @@ def show_user(server: Server, request: Request, user_id: str) -> Answer:
 @route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: str) -> Answer:
     """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
-    user, text = user_of(user_id), request.query.get("weight", "")
+    user, text = user_of(user_id), request.query.get("weight")
+    if text is None:
+        raise Refusal(400, f"weight is missing: give it in the address, as in PUT /users/{user}?weight=2", "weight")
     try:
         weight = read_weight(text)
     except ValueError as error:
@@ -12314,7 +12617,9 @@ def health(node: Node, request: Request) -> Answer:
         if known:
             said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
         if known and isinstance(node, Client):
-            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
+            problem = problem_of(node)
+            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
+            said["problem_since"] = rfc3339(problem_since(node, problem))
     except StorageError as error:
         log.error("health: %s", error)
         said.update(status="error", database="error", **({"message": str(error)} if known else {}))
@@ -12340,11 +12645,16 @@ def prefers_html(accept: str) -> bool:
 
 # == 39. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
-TEXT_TYPE = "text/plain; charset=utf-8"
+TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
+COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
 OFFSET = Parameter("offset", "query", "integer", "bytes of the script's output that you have: X-Next-Offset of the last answer", 0, least=0)
 FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"))
-LOG_PART = Gives("output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins", TEXT_TYPE)
+LOG_PART = Gives(
+    "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
+    "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
+    TEXT_TYPE,
+)
 NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
 
 
@@ -12463,15 +12773,22 @@ def job_logs(server: Server, request: Request, job_id: str) -> Answer:
         place = contextlib.ExitStack()
         if not place.enter_context(server.waiters.place()):
             raise Refusal(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
-        return Answer(followed_log(server, request, job, stream, offset, place), 200, headers)
+        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
+        if EVENT_TYPE not in request.header("Accept"):
+            parts = followed_log(server, request, job, stream, offset, place)
+            return Answer((part.text for part in parts), 200, headers)
+        known = request.header("Last-Event-ID")  # a browser that comes again says how far it was
+        offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
+        parts = followed_log(server, request, job, stream, offset, place)
+        return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
     part = job_log(server, request, job, stream, offset)
     return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
 
 
 def followed_log(
     server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
-) -> Iterator[bytes]:
-    """Yield a job's output until it has ended, holding `place`; a new attempt begins with a line that says so."""
+) -> Iterator[LogPart]:
+    """Yield a job's output until it has ended, holding `place`, and now and then nothing; a new attempt begins with a line that says so."""
     pause_s, attempt = 0.1, job.attempt
     with place:
         while not server.stopping.wait(pause_s) and not request.left():
@@ -12480,15 +12797,40 @@ def followed_log(
                 return
             if current.attempt != attempt:
                 attempt, offset = current.attempt, 0
-                yield f"\n[joborch: attempt {attempt}]\n".encode()
+                yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
             part = LogPart(b"", offset)
             with contextlib.suppress(Refusal):  # it cannot be had now, or will never be; the job's end is waited for
                 part = job_log(server, request, current, stream, offset)
             pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
             offset = part.following
-            yield part.text
+            yield part
             if current.status in OVER and not part.text:
                 return
+
+
+def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
+    """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
+
+    A plain text has no room for what keeps a gateway from giving up, since it would be taken for output. Carriage returns
+    become line feeds here, and bytes that are no UTF-8 a question mark in a box: the plain text has them as they are.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
+    said_at = server.clock.monotonic()
+    for part in parts:
+        text = decoder.decode(part.text)
+        if text:
+            lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", text))
+            yield f"id: {part.following - len(decoder.getstate()[0])}\n{lines}\n".encode()
+        elif server.clock.monotonic() - said_at >= COMMENT_EVERY_S:
+            yield b": quiet\n\n"
+        else:
+            yield b""
+            continue
+        said_at = server.clock.monotonic()
+    ended = server.store.get(job.id)
+    if ended is not None and ended.status in OVER:
+        yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
 # == 40. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
@@ -12543,6 +12885,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
+    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
     if declared.who == "caller":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
@@ -12589,7 +12932,11 @@ def openapi_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.kind == "file":
         return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
     bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
-    return {"type": parameter.kind, **bounds, **({"enum": list(parameter.choices)} if parameter.choices else {})}
+    allowed = {
+        **({"enum": list(parameter.choices)} if parameter.choices else {}),
+        **({"pattern": parameter.pattern} if parameter.pattern else {}),
+    }
+    return {"type": parameter.kind, **bounds, **allowed}
 
 
 def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
@@ -12669,10 +13016,12 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from examine_folder(config)
     yield examine_port(config)
     if config.mode == "client":
+        yield from examine_token(config)
+        yield from (Finding(None, text) for text in forgotten_executor(config))
         with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
             data = DataFolder(folder)
-            data.open()
             try:
+                data.open()
                 yield from EXECUTORS[config.executor](data, config).examine()
             except ConfigError as error:
                 yield Finding(False, str(error))
@@ -12766,9 +13115,12 @@ def examine_folder(config: Config) -> Iterator[Finding]:
     try:
         with tempfile.NamedTemporaryFile(dir=place) as probe:
             ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
+            locks = trouble_with_lock(probe.fileno())
     except OSError as error:
         yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
         return
+    if locks:
+        yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
     free, needed = free_bytes(place), config.min_free_bytes
     remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
     yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
@@ -12782,8 +13134,17 @@ def examine_folder(config: Config) -> Iterator[Finding]:
         yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
 
 
+def trouble_with_lock(descriptor: int) -> str:
+    """Return why a file that nobody else uses cannot be locked, and the remedy; an empty text if it can."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return lock_trouble(error)
+    return ""
+
+
 def examine_port(config: Config) -> Finding:
-    """Say whether the port is free on every address, or this user's joborch listens there."""
+    """Say whether the port is free on every address, or which joborch of this user listens there."""
     try:
         for listener in open_listeners(config.host, config.port):
             listener.close()
@@ -12793,7 +13154,8 @@ def examine_port(config: Config) -> Finding:
     said = own_health(config)
     another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
     if another or not is_in_use(Path(config.data_path)):
-        return Finding(False, problem)
+        who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
+        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or end it" if who else problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
 
@@ -12844,13 +13206,37 @@ def own_health(config: Config) -> dict[str, Any]:
     return {}
 
 
+def examine_token(config: Config) -> Iterator[Finding]:
+    """Yield whether a client could not read the token that it made, or not make one at its first start."""
+    if config.token or config.allow_anonymous:
+        return
+    path = token_place(config)
+    if path is None:
+        yield Finding(False, f"there is no home folder to keep a token in: {token_remedy(config)}")
+        return
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.R_OK if place == path else os.W_OK | os.X_OK):
+        what = "read" if place == path else f"made (nothing can be written in {place})"
+        yield Finding(False, f"the token file {path} cannot be {what}: {token_remedy(config)}")
+
+
+def forgotten_executor(config: Config) -> list[str]:
+    """Return a question about a client that runs payloads itself on what looks like the login node of a cluster, if it is one."""
+    forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
+    if not forgotten or shutil.which("sbatch") is None:
+        return []
+    return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
+
+
 def is_in_use(folder: Path) -> bool:
     """Tell whether a joborch runs on this data folder now."""
     try:
         with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN) and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
+        return error.errno in LOCK_HELD and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
     return False
 
 
@@ -12913,7 +13299,9 @@ def example_file(name: str) -> bytes:
     loader: Any = globals().get("__loader__")
     if hasattr(loader, "archive"):
         return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    return (Path(__file__).parent / "example" / name).read_bytes()
+    beside = Path(__file__).parent
+    installed = beside / "joborch_example" / name  # as pip puts it
+    return (installed if installed.exists() else beside / "example" / name).read_bytes()
 
 
 class Demo:
@@ -13082,11 +13470,9 @@ def ensure_client_token(config: Config) -> Config:
     """Return the configuration with a token: the one set, else the one made at the first start, mode 0600."""
     if config.token or config.allow_anonymous:
         return config
-    path = client_token_file()
+    path = token_place(config)
     if path is None:
-        raise ConfigError(
-            "JOBORCH_TOKEN is not set and this user has no home folder to keep one in: set JOBORCH_TOKEN or JOBORCH_TOKEN_FILE"
-        )
+        raise ConfigError(f"JOBORCH_TOKEN is not set and this user has no home folder to keep one in: {token_remedy(config)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
@@ -13096,7 +13482,7 @@ def ensure_client_token(config: Config) -> Config:
             log.info("made a token for callers in %s", path)
         return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
     except OSError as error:
-        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): set JOBORCH_TOKEN") from error
+        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
 
 
 def name_results(store: Store, data: DataFolder) -> None:
@@ -13140,6 +13526,9 @@ def open_node(config: Config) -> Node:
     return server
 
 
+IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a log that is rotated: none ends us
+
+
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
     hide_from_payloads()
@@ -13157,7 +13546,7 @@ def serve(config: Config) -> int:
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *IGNORED_SIGNALS):
         signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
     node = open_node(config)
     http_server = make_http_server(node, make_app(node))
@@ -13207,6 +13596,8 @@ def greet(node: Node, http_server: Any) -> None:
             )
     else:
         log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+        for text in forgotten_executor(config):
+            log.warning("%s", text)
 
 
 def warn_of_weak_setups(config: Config) -> None:
@@ -13225,12 +13616,14 @@ def warn_of_problems(client: Client) -> None:
 
 
 def listen_for_signals(node: Node, wake_read: int) -> None:
-    """Wait for INT or TERM; the end of a child wakes the runner."""
+    """Wait for INT or TERM; the end of a child wakes the runner, and IGNORED_SIGNALS leave a line in the log."""
     while True:
         select.select([wake_read], [], [])
         numbers = os.read(wake_read, 512)
         if signal.SIGINT in numbers or signal.SIGTERM in numbers:
             return
+        for number in set(numbers).intersection(IGNORED_SIGNALS):
+            log.info("%s is ignored: settings are read at the start alone, restart to have them read again", signal_name(number))
         node.wake("run")
 
 
@@ -13381,10 +13774,40 @@ def command_demo(keep: bool) -> int:
 # -- the command line --
 
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what was wrong and what would be right; its usage stays with --help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print why the command line is refused, and end with exit status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
+
+    def plain(self, message: str) -> str:
+        """Return what argparse said, in words of ours, with the nearest word or flag that there is."""
+        wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
+        if wrong:
+            known = [word.strip(" '") for word in wrong[3].split(",")]
+            what = "no command" if wrong[1] == "COMMAND" else "none of " + ", ".join(known)
+            return f"{one_line(wrong[2], 80)!r} is {what}{nearest(wrong[2], known)}"
+        missing = re.match(r"argument ([^:]+): expected one argument", message)
+        if missing:
+            switch = any(setting.flag == missing[1] and setting.read is read_switch for setting in SETTINGS)
+            return f"{missing[1]} needs a value" + (f", as in {missing[1]} 1" if switch else "")
+        return message
+
+    def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
+        """Refuse a word of the command line that nothing takes."""
+        flag = word.partition("=")[0]
+        self.error(
+            f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}"
+            if word.startswith("-")
+            else f"{one_line(word, 80)!r} is one word too many"
+        )
+
+
+def make_parser() -> Parser:
     """Return the command line's parser: words, flags of every setting, and an example each."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "joborch",
         description="Turns any machine into a job server or a compute client.",
         formatter_class=raw,
@@ -13421,7 +13844,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
     """Give a command the flags of its settings, from SETTINGS."""
-    word.add_argument("--env-file", metavar="FILE", help="read KEY=VALUE lines from FILE; the environment goes before it")
+    word.add_argument(
+        "--env-file", metavar="FILE", help="read NAME=VALUE lines from FILE, as systemd and shells do; the environment goes before it"
+    )
     for setting in SETTINGS:
         storage = mode in ("backup", "restore") and setting.field in ("data_path", "db_path")
         if storage or mode in ("config", "doctor") or mode in setting.modes.split():
@@ -13432,7 +13857,10 @@ def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run the command that was given; return its exit status."""
+    """Run the command that was given, or print what there is if none was; return its exit status."""
+    if not arguments.command:
+        make_parser().print_help()
+        return EXIT_USAGE
     if arguments.command == "version":
         return command_version(arguments.json)
     if arguments.command == "demo":
@@ -13448,17 +13876,41 @@ def run_command(arguments: argparse.Namespace) -> int:
     return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
 
 
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line as argparse reads it; SystemExit with one line if it cannot be meant."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if not arguments.command:
+        if rest:
+            parser.unknown(rest[0], ("--version", "--help"))
+    elif rest:
+        (words,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        word: Parser = words.choices[arguments.command]
+        word.unknown(rest[0], word._option_string_actions)
+    return arguments
+
+
+def use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding: names of files are UTF-8 to us."""
+    if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
+        return
+    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not say what flags it was given
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *arguments])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
     if argv is None:  # as a program: before anything else, since the environment may hold a token
         hide_from_payloads()
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.command:
-        parser.print_help()
-        return EXIT_USAGE
+        use_utf8()
     try:
-        return run_command(arguments)
+        try:
+            return run_command(parse_command(argv))
+        finally:
+            sys.stdout.flush()  # here, where an error can still be caught
+    except BrokenPipeError:  # as in `joborch config | head`: who read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"joborch: {error}", file=sys.stderr)
         return EXIT_USAGE

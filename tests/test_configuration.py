@@ -241,7 +241,7 @@ def test_flag_before_environment_before_file_before_default(setting: Setting, gi
             1 << given_in.bit_length() - 1
         ]
         wanted = setting.read(text)
-        assert getattr(config, setting.field) == (str(Path(wanted).resolve()) if setting.field == "data_path" else wanted)
+        assert getattr(config, setting.field) == (str(Path(wanted).resolve()) if setting.field in ("data_path", "db_path") else wanted)
         assert config.sources[setting.name] == source
     else:
         assert config.sources[setting.name] == "default"
@@ -288,11 +288,11 @@ def test_config_says_where_each_value_came_from(from_file: bool, tmp_path: Path)
 # == --env-file ==
 
 
-def test_env_file_as_systemd_and_docker_read_it(tmp_path: Path) -> None:
-    text = "# a comment\r\n; another\r\n\r\nPORT=7\r\n  DATA_PATH = '/a b' \nX=\nQ=\"a=b\"\nU='\nJ=a#b\n"
+def test_env_file_as_systemd_and_shells_read_it(tmp_path: Path) -> None:
+    text = "# a comment\r\n; another\r\n\r\nPORT=7\r\n  DATA_PATH = '/a b' \nX=\nQ=\"a=b\"\nU=a'\nJ=a#b\nexport K=1 # a\n"
     (tmp_path / "env").write_text(text, newline="")
     read = joborch.read_env_file(str(tmp_path / "env"))
-    assert read == {"PORT": "7", "DATA_PATH": "/a b", "X": "", "Q": "a=b", "U": "'", "J": "a#b"}
+    assert read == {"PORT": "7", "DATA_PATH": "/a b", "X": "", "Q": "a=b", "U": "a'", "J": "a#b", "K": "1"}
 
 
 @given(st.dictionaries(st.text(string.ascii_uppercase + "_", min_size=1), st.text(st.characters(exclude_categories=["C", "Z"]))))
@@ -301,11 +301,13 @@ def test_env_file_reads_back_what_was_written(tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.getbasetemp() / "env"
     for quote in ("", "'", '"'):
         assume(quote or not any(value[:1] in ("'", '"') for value in pairs.values()))
-        path.write_text("".join(f"{name}={quote}{value}{quote}\n" for name, value in pairs.items()), encoding="utf-8")
+        assume(quote != "'" or not any("'" in value for value in pairs.values()))
+        written = {name: re.sub(r'(["\\$`])', r"\\\1", value) if quote == '"' else value for name, value in pairs.items()}
+        path.write_text("".join(f"{name}={quote}{value}{quote}\n" for name, value in written.items()), encoding="utf-8")
         assert joborch.read_env_file(str(path)) == pairs
 
 
-@pytest.mark.parametrize(("text", "line"), [("PORT\n", 1), ("\nA=1\nexport B=2\n", 3), ("=1\n", 1), ("A-B=1\n", 1)])
+@pytest.mark.parametrize(("text", "line"), [("PORT\n", 1), ("\nA=1\nexport B\n", 3), ("=1\n", 1), ("A-B=1\n", 1)])
 def test_env_file_with_a_wrong_line(tmp_path: Path, text: str, line: int) -> None:
     (tmp_path / "env").write_text(text)
     assert f"line {line}: write NAME=VALUE" in refused(env_file=str(tmp_path / "env"))
@@ -488,7 +490,11 @@ def test_an_unknown_name_is_warned_of_with_the_nearest(name: str, hint: str) -> 
 
 
 def test_known_names_and_those_of_others_are_not_warned_of(tmp_path: Path) -> None:
-    known = {setting.name: "1" for setting in SETTINGS if setting.read in WRONG and setting.field != "allow_anonymous"}
+    known = {
+        setting.name: "1s" if setting.read in (joborch.read_seconds, joborch.read_period) else "1"
+        for setting in SETTINGS
+        if setting.read in WRONG and setting.field != "allow_anonymous"
+    }
     others = {"JOBORCH_SERVER": "http://h", "JOBORCH_TOKEN": "t", "SERVICES": "1", "PATH": "/bin", "JOB": "1"}
     assert load("client", {**known, **others, "SERVICE_A_CLIENTS": "http://h:1"}).warnings == ()
     (tmp_path / "env").write_text("JOBORCH_SLOT=1\n")

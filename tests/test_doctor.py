@@ -70,9 +70,8 @@ def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: P
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
     code, found = doctor("client", tmp_path, PORT=str(server.port))
     (problem,) = problems(found)
-    holder = f"a process of user {os.getuid()} listens there"
-    place = f"127.0.0.1:{server.port} (address already in use)"
-    assert (code, problem) == (1, f"PORT is {server.port}: cannot listen on {place}; {holder}; give another PORT or JOBORCH_HOST")
+    there = "a joborch server with another data folder listens there"
+    assert (code, problem) == (1, f"port {server.port} cannot be used: {there}; set PORT, or end it")
 
 
 def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:

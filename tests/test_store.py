@@ -875,7 +875,7 @@ def schema_of(store: Store) -> dict[str, Any]:
     return {**columns, **{row["name"]: re.sub(r"\s+", " ", row["sql"]) for row in indexes}}
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_older_database_is_brought_on(version: int, tmp_path: Path, store: Store) -> None:
     """It has then what a new one has, and all its rows."""
     path = tmp_path / "old"
@@ -886,9 +886,11 @@ def test_an_older_database_is_brought_on(version: int, tmp_path: Path, store: St
             names = ", ".join([*row, "ended_at"])
             db.execute(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * (len(row) + 1))})", [*row.values(), ended])
             db.execute("INSERT INTO history (job_id, number, at, target, reason, attempt) VALUES (?, 1, 901.0, 'Queued', '', 1)", [number])
-        if version == 2:
+        if version > 1:
             db.execute("UPDATE jobs SET moved_at = coalesce(ended_at, created_at)")
             db.execute("UPDATE history SET seq = 901000000")
+        if version > 2:
+            db.execute("UPDATE jobs SET arrived_at = created_at")
         db.commit()
     old = Store(str(path), "server", HandClock())
     assert schema_of(old) == schema_of(store)
