@@ -5769,6 +5769,7 @@ class Link:
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.answers = True  # it has answered since it failed last
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
@@ -5814,17 +5815,30 @@ class Link:
                 for found in self.ended.values():
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
-        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
         text, now = one_line(str(error)), self.clock.monotonic()
         if text != self.trouble:
             log.warning("client %s: %s", self.name, text)
-        self.trouble, self.failed_at, self.probing = text, now, True
+        self.trouble, self.failed_at, self.probing, self.answers = text, now, True, False
         if now >= self.held_until or not self.failures:
             self.failures += 1
             self.held_until = now + backoff_s(self.failures)
+
+    def probe(self) -> None:
+        """Ask a client that failed whether it answers again, by a question that no job hangs on."""
+        try:
+            if self.legacy:
+                self.ping()
+            else:
+                self.events(0, ())
+            self.answers = True
+        except Gone as error:
+            log.debug("client %s: %s", self.name, error)  # get_tick learns by this that it is a 2.2 client
+        except (NothingSent, NoAnswer) as error:
+            self.failed(error)
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
@@ -5837,8 +5851,8 @@ class Link:
         self.refusals, self.refusal, self.probing = 0, "", False
 
     def takes_jobs(self) -> bool:
-        """Tell whether a new job may be sent now."""
-        return not self.drained and self.ready()
+        """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
+        return not self.drained and self.answers and self.ready()
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
@@ -6412,6 +6426,7 @@ def send_tick(server: Server, link: Link) -> bool:
     """Send one job to one client; True where there was one."""
     job = next_to_send(server, link)
     if job is None:
+        probe_tick(server, link)
         return False
     was_probing = link.probing
     try:
@@ -6423,6 +6438,18 @@ def send_tick(server: Server, link: Link) -> bool:
         if was_full:
             server.wake("dispatch")
     return True
+
+
+def probe_tick(server: Server, link: Link) -> None:
+    """Ask a client that failed whether it answers: what waits stays Queued until it does, and needs no job to find that out.
+
+    Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
+    """
+    if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
+        return
+    link.probe()
+    if link.answers:
+        server.wake("dispatch")
 
 
 def next_to_send(server: Server, link: Link) -> Job | None:
@@ -6722,7 +6749,7 @@ def poll_tick(server: Server, link: Link) -> bool:
     """Ask a 2.2 client about each job that is due, with growing pauses; make sure that it answers at all."""
     jobs = [job for job in server.store.jobs(AT_CLIENT, client=link.name) if job.dest_id]
     now = server.clock.monotonic()
-    if link.heard_at is None or (not jobs and now - link.heard_at > 10):
+    if link.heard_at is None or not link.answers or (not jobs and now - link.heard_at > 10):
         link.ping()
         link.heard()
         server.wake(f"send:{link.name}")
@@ -8724,7 +8751,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
         held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
         said.append({
-            "name": link.name, "services": [service.name for service in link.services], "reachable": not link.held(),
+            "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
             "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
