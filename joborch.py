@@ -1210,6 +1210,8 @@ def as_job(row: sqlite3.Row) -> Job:
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
 HEADS_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
 UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
+TURN_S = 0.001  # what each turn costs at least: whose jobs take no time does not stand before those who had no turn yet
+TURNS_VERSION = 2  # of the rules by which ranks are made: ranks that an older version stored are made anew
 TURNING_S = 1.0  # a client where no run has ended for so long gets nothing ahead
 HANDOVER_S = 0.2  # work that may wait at a client, so that its slots do not stand idle between two jobs
 FULL_QUEUE_RETRY_S = 60
@@ -1239,6 +1241,7 @@ class Waiting(NamedTuple):
 class Usage:
     """What a user has used of a service, as the base-2 logarithm of slot-seconds; and how long his runs take.
 
+    Only runs that are over are in it. What runs now is added where it matters (`with_open_runs`), so nothing is ever given back.
     A use u of now is kept as log2(u) + now / half-life. So it never has to be brought up to date: by the time a half-life
     has passed, every new slot-second counts twice as much as it, and the order of users does not change while time passes.
     """
@@ -1250,9 +1253,8 @@ class Usage:
 
 @dataclass
 class Pace:
-    """What is known of a service: how far its turns have come (the rank served last), and how long its runs take."""
+    """What is known of a service: how long its runs take."""
 
-    level: float = NO_USE
     runs: int = 0
     mean_s: float = 0.0
 
@@ -1263,14 +1265,34 @@ def with_run(known: Usage | Pace, run_s: float) -> None:
     known.mean_s += (run_s - known.mean_s) / min(known.runs, 20)
 
 
+class OpenRun(NamedTuple):
+    """A job that is with a client: what its user is charged for it, and what he has had of it."""
+
+    cpus: int
+    charged: float  # slot-seconds, in advance; more once it has run for longer
+    run_s: float  # how long it has run; 0 where it has not begun
+
+
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
-    """Return a use after `slot_s` more slot-seconds at `now`; fewer where they are negative: given back, as far as there are some."""
-    if not slot_s:
+    """Return a use after `slot_s` more slot-seconds at `now`."""
+    if slot_s <= 0:
         return use
-    term = now / half_life_s + math.log2(abs(slot_s))
-    if slot_s > 0:
-        return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
-    return use + math.log2(1 - 2.0 ** (term - use)) if term < use else NO_USE
+    term = now / half_life_s + math.log2(slot_s)
+    return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
+
+
+def counted_s(run_s: float, half_life_s: float) -> float:
+    """Return how many seconds of a run count now: of a long one, each eighth of a half-life less than the next."""
+    step_s, fade = half_life_s / 8, 2.0 ** (-1 / 8)
+    whole = min(run_s // step_s, 1000.0)
+    return float(step_s * (1 - fade**whole) / (1 - fade) + (run_s - whole * step_s) * fade**whole)
+
+
+def with_open_runs(use: float, runs: Collection[OpenRun], now: float, half_life_s: float, in_advance: bool = True) -> float:
+    """Return a use with what runs now: as much as was charged in advance, or only what has run of it."""
+    had = sum(run.cpus * counted_s(run.run_s, half_life_s) for run in runs)
+    ahead = sum(max(0.0, run.charged - run.cpus * run.run_s) for run in runs) if in_advance else 0.0
+    return used(use, had + ahead, now, half_life_s)
 
 
 def use_now(use: float, now: float, half_life_s: float) -> float:
@@ -1279,7 +1301,7 @@ def use_now(use: float, now: float, half_life_s: float) -> float:
 
 
 def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) -> float:
-    """Return the slot-seconds that a job is charged when its run begins, so that running slots count at once.
+    """Return the slot-seconds that a job is charged while it runs, so that running slots count at once.
 
     As long as the user's runs take, else those of the service; what it takes longer is charged as it runs.
     """
@@ -1288,7 +1310,11 @@ def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) ->
 
 
 def welcomed(use: float, weight: float, level: float) -> float:
-    """Return the use of a user who comes back after idling: his credit is one half-life before the turn served last, not more."""
+    """Return the use of a user who comes back after idling: his credit is one half-life before the others who are active, not more.
+
+    `level` is the least use by weight among them. This is applied when a run is over, not when a job comes: until he has had
+    something, a newcomer stands before all who have used more than he has.
+    """
     return max(use, level - 1 + math.log2(weight))
 
 
@@ -2322,7 +2348,7 @@ CREATE TABLE usage (
 CREATE INDEX usage_user ON usage(user_id);
 CREATE TABLE pace (
     service TEXT PRIMARY KEY,
-    level REAL NOT NULL,
+    level REAL NOT NULL, -- not used any more
     runs INTEGER NOT NULL,
     mean_s REAL NOT NULL
 ) WITHOUT ROWID;
@@ -2639,13 +2665,25 @@ SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn
  WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
 """
 CONTENDERS_COUNT = "SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn WHERE service = :service LIMIT 10000)"
+OPEN_RUNS = """
+SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+OPEN_RUNS_OF_OTHERS = """
+SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s
+  FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
+"""
+LEAST_RANK_OF_OTHERS = """
+SELECT rank FROM contenders INDEXED BY contenders_turn
+ WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
+"""
 USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
 USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
 USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
 USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
-PACE_GET = "SELECT level, runs, mean_s FROM pace WHERE service = :service"
-PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, :level, :runs, :mean_s)"
-PACE_ALL = "SELECT service, level, runs, mean_s FROM pace"
+PACE_GET = "SELECT runs, mean_s FROM pace WHERE service = :service"
+PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
 JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
 JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
 JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
@@ -3080,7 +3118,6 @@ class Store(Database):
             return self.row(db, job_id)
         if self.mode == "server":  # a client's payload that is only Prepared is no news
             self.moved.add(job_id)
-            self.welcome(db, job.service, job.user_id)
         self.refresh_turn(db, job.service, job.user_id)
         return job
 
@@ -3152,7 +3189,6 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.welcome(db, job.service, job.user_id)
                     self.refresh_turn(db, job.service, job.user_id)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
@@ -3223,28 +3259,56 @@ class Store(Database):
         db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
 
     def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
-        db.execute(PACE_SET, {"service": service, "level": pace.level, "runs": pace.runs, "mean_s": pace.mean_s})
+        db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user for a run that begins, or set right what he was charged for one that is over."""
-        now, half_life_s = self.steady(), self.sharing.half_life_s
+        """Charge a user in advance for a run that begins, or for what it took now that it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
-            charged = charge_in_advance(job, usage, pace, half_life_s)
-            pace.level = max(pace.level, usage.use - math.log2(self.weight_of(db, job.user_id)))
-            usage.use = used(usage.use, charged, now, half_life_s)
+            charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
         else:
-            before = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            charged = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            now = self.steady()
             if run_s is None:
-                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else before / job.cpus
+                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
             elif to in (Status.COMPLETED, Status.FAILED):
                 with_run(usage, run_s)
                 with_run(pace, run_s)
-            charged = job.cpus * max(0.0, run_s)
-            usage.use = used(usage.use, charged - before, now, half_life_s)
+                self.set_pace(db, job.service, pace)
+            if run_s > TURN_S:
+                usage.use = self.without_old_credit(db, job, usage.use)
+            charged = job.cpus * max(run_s, TURN_S)
+            usage.use = used(usage.use, job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s), now, self.sharing.half_life_s)
         db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
         self.set_usage(db, job.service, job.user_id, usage)
-        self.set_pace(db, job.service, pace)
+
+    def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
+        """Return the use of a job's user, measured against the others of its service whose jobs wait or run: see `welcomed`.
+
+        What they were charged in advance does not count: nobody is measured by what they may not come to use.
+        """
+        service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
+        now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
+        waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
+        level = float("inf") if waiting is None else float(waiting["rank"])
+        if service is None or service.policy != "share" or welcomed(use, weight, level) == use:
+            return use
+        open_runs: dict[int, list[OpenRun]] = {}
+        for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
+            open_runs.setdefault(row["user_id"], []).append(OpenRun(row["cpus"], row["charged"], row["run_s"]))
+        for user_id, runs in open_runs.items():
+            theirs = self.usage_of(db, job.service, user_id).use
+            had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
+            level = min(level, had - math.log2(self.weight_of(db, user_id)))
+        return use if level == float("inf") else welcomed(use, weight, level)
+
+    def used_slot_s(self, service: str, user_id: int) -> float:
+        """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
+        now, half_life_s = self.steady(), self.sharing.half_life_s
+        rows = self.read(USAGE_GET, service=service, user_id=user_id)
+        runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
+        use = with_open_runs(rows[0]["used"] if rows else NO_USE, runs, now, half_life_s, in_advance=False)
+        return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
         """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
@@ -3253,23 +3317,9 @@ class Store(Database):
         def charge(db: sqlite3.Connection) -> None:
             values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
             if db.execute(JOB_CHARGE, values).rowcount:
-                usage = self.usage_of(db, job.service, job.user_id)
-                usage.use = used(usage.use, more, self.steady(), self.sharing.half_life_s)
-                self.set_usage(db, job.service, job.user_id, usage)
                 self.refresh_turn(db, job.service, job.user_id)
 
         self.write(charge, durable=False)
-
-    def welcome(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> None:
-        """Bound the credit of a user who comes back after idling."""
-        pair = {"service": service, "user_id": user_id}
-        if db.execute(CONTENDER_GET, pair).fetchone() or db.execute(BUSY_OF_USER, pair).fetchone()[0]:
-            return
-        usage = self.usage_of(db, service, user_id)
-        use = welcomed(usage.use, self.weight_of(db, user_id), self.pace_of(db, service).level)
-        if use > usage.use:
-            usage.use = use
-            self.set_usage(db, service, user_id, usage)
 
     def refresh_turn(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
         """Keep up `contenders`: one row for each user who has work of a service that could run."""
@@ -3282,9 +3332,11 @@ class Store(Database):
         if not waiting:
             db.execute(CONTENDER_CLEAR, pair)
             return
-        share_rank = self.usage_of(db, name, user_id).use - math.log2(self.weight_of(db, user_id)) if service.policy == "share" else 0.0
-        rank, head = turn_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
-        at_quota = db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+        now = self.steady()
+        runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
+        use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
+        rank, head = turn_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
+        at_quota = len(runs) >= service.runs_per_user
         values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
         db.execute(CONTENDER_SET, {**pair, **values, "timeout": head.timeout})
 
@@ -3292,7 +3344,7 @@ class Store(Database):
         """Take these services and rules; where they are not those that `contenders` was made by, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
-            sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
+            TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
             self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
         ])  # fmt: skip
         rules, half_life_s = self.read(TURNS_MADE)[0]
@@ -3305,8 +3357,6 @@ class Store(Database):
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
             db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
-        for row in db.execute(PACE_ALL).fetchall() if shift else ():
-            db.execute(PACE_SET, {**dict(row), "level": row["level"] + shift})
         db.execute(CONTENDERS_EMPTY)
         for service in self.limits:
             for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
@@ -5827,8 +5877,8 @@ class Link:
             self.failures += 1
             self.held_until = now + backoff_s(self.failures)
 
-    def probe(self) -> None:
-        """Ask a client that failed whether it answers again, by a question that no job hangs on."""
+    def probe(self) -> bool:
+        """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
         try:
             if self.legacy:
                 self.ping()
@@ -5839,6 +5889,7 @@ class Link:
             log.debug("client %s: %s", self.name, error)  # get_tick learns by this that it is a 2.2 client
         except (NothingSent, NoAnswer) as error:
             self.failed(error)
+        return self.answers
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
@@ -5954,6 +6005,8 @@ class Link:
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
         text = read_some(answer, 256 * MIB)
+        if answer.status == 404 and OURS_HEADER in answer.headers:
+            raise NothingSent("is joborch, and no client: is it a server? Look at SERVICE_<NAME>_CLIENTS")
         if answer.status == 404:
             raise Gone("no /events")
         if answer.status != 200:
@@ -6447,8 +6500,7 @@ def probe_tick(server: Server, link: Link) -> None:
     """
     if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
         return
-    link.probe()
-    if link.answers:
+    if link.probe():
         server.wake("dispatch")
 
 
@@ -8813,7 +8865,7 @@ def user_of(text: str) -> int:
 
 def user_answer(server: Server, user_id: int) -> Answer:
     """Return what a user's turns depend on."""
-    now, services = server.store.steady(), []
+    services = []
     for row in server.store.read(USAGE_OF_USER, user_id=user_id):
         pair = {"service": row["service"], "user_id": user_id}
         turn = server.store.read(CONTENDER_GET, **pair)
@@ -8821,7 +8873,7 @@ def user_answer(server: Server, user_id: int) -> Answer:
             server.store.number(CONTENDERS_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
         )
         services.append({
-            "name": row["service"], "used_slot_s": round(use_now(row["used"], now, server.config.share_half_life_s), 3),
+            "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
             "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
             "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
         })  # fmt: skip

@@ -333,7 +333,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
         pass
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
     with desk.store.lock:
-        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "level": 0.0, "runs": 5, "mean_s": 0.01})
+        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "runs": 5, "mean_s": 0.01})
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
