@@ -112,6 +112,7 @@ RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may hav
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
+TRY_AGAIN_S = 1.0  # so long what was refused is not tried again, whoever comes meanwhile
 FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
@@ -1312,8 +1313,8 @@ def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) ->
 def welcomed(use: float, weight: float, level: float) -> float:
     """Return the use of a user who comes back after idling: his credit is one half-life before the others who are active, not more.
 
-    `level` is the least use by weight among them. This is applied when a run is over, not when a job comes: until he has had
-    something, a newcomer stands before all who have used more than he has.
+    `level` is the least use by weight among them. This is applied when a run is over and he has more to run, not when a job
+    comes: until he has had something, a newcomer stands before all who have used more than he has.
     """
     return max(use, level - 1 + math.log2(weight))
 
@@ -3283,15 +3284,18 @@ class Store(Database):
         self.set_usage(db, job.service, job.user_id, usage)
 
     def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
-        """Return the use of a job's user, measured against the others of its service whose jobs wait or run: see `welcomed`.
+        """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
 
-        What they were charged in advance does not count: nobody is measured by what they may not come to use.
+        See `welcomed`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
+        charged in advance does not count: nobody is measured by what they may not come to use.
         """
         service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
         now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
         waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
         level = float("inf") if waiting is None else float(waiting["rank"])
         if service is None or service.policy != "share" or welcomed(use, weight, level) == use:
+            return use
+        if db.execute(CONTENDER_GET, others).fetchone() is None:
             return use
         open_runs: dict[int, list[OpenRun]] = {}
         for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
@@ -3963,9 +3967,14 @@ SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not f
 )
 SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
     r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
-    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported",
+    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
+    r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
     re.IGNORECASE,
 )
+SLURM_OVER_LIMIT = re.compile(
+    r"\b((QOS|Assoc)?(Max|Min)\w*(PerJob|PerNode)\w*|(QOS|Assoc)Min\w+)\b"
+)  # of one job's size, not of how many there are
+SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
 SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
 SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
@@ -4039,6 +4048,9 @@ def slurm_error(command: str, said: str) -> JoborchError:
     words = [line for line in said.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
     text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
+    too_large = SLURM_OVER_LIMIT.search(said)
+    if command == "sbatch" and too_large:
+        return CannotRun(f"Slurm refuses it: {too_large[0]}: {text}")
     if command == "sbatch" and SLURM_NEVER.search(text):
         return CannotRun(f"Slurm refuses it: {text}")
     return SystemAway(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else NotTaken(f"sbatch: {text}")
@@ -4288,7 +4300,10 @@ class SlurmExecutor:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
                 raise SystemAway(f"sbatch answers garbage: {one_line(said, 80)}")
-        except NotTaken:
+        except NotTaken as error:
+            if job.memory and SLURM_TWO_MEMORIES in str(error):
+                named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
+                raise CannotRun(f"Slurm refuses it: {str(error).partition(': ')[2]} {named}") from error
             raise
         except SystemAway as error:
             if "unable to contact" not in str(error).lower():
@@ -7191,7 +7206,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# -- at a client --
 
 
 @dataclass
@@ -7203,6 +7218,117 @@ class Hold:
     until: float  # monotonic
 
 
+@dataclass
+class Held:
+    """A payload that waits at the client: what runs payloads has not taken it yet, or was not asked."""
+
+    reason: str = ""
+    refusals: int = 0  # in a row
+    tried_at: float = float("-inf")  # monotonic
+    until: float = float("-inf")  # monotonic: it is not tried again before, unless others come
+    passed: bool = False  # others were taken after it was refused: the trouble is its own
+
+
+class Holds:
+    """Which payloads are handed over now: of each service first who has waited longest, and nobody waits for the trouble of another."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.by_service: dict[str, Hold] = {}  # "" for all
+        self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
+
+    def of(self, key: str) -> Hold | None:
+        """Return what holds a service now, or None."""
+        hold = self.by_service.get(key)
+        return hold if hold and self.clock.monotonic() < hold.until else None
+
+    def of_all(self) -> Hold | None:
+        """Return what keeps every payload from being started now, or None."""
+        return self.of("")
+
+    def reasons(self, for_all: bool) -> list[str]:
+        """Return why payloads wait here, those of all services or of one, too."""
+        held = [hold.reason for key, hold in list(self.by_service.items()) if self.of(key) and not (for_all and key)]
+        return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
+
+    def reason_of(self, job: Job) -> str:
+        """Return why a payload waits here."""
+        away, hold = self.of_all(), self.of(job.service or "-")
+        return away.reason if away else self.held[job.id].reason or (hold.reason if hold else "")
+
+    def hold(self, key: str, reason: str) -> None:
+        """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
+        known = self.by_service.get(key)
+        if key and self.of(key):
+            return  # asked once more because others came: that makes it no longer
+        if known is None or known.reason != reason:
+            log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
+        failures = known.failures + 1 if known else 1
+        self.by_service[key] = Hold(reason, failures, self.clock.monotonic() + backoff_s(failures))
+
+    def put_off(self, job: Job, reason: str) -> None:
+        """Note that what runs payloads does not take one now: it is tried again, later and later."""
+        held, now = self.held.setdefault(job.id, Held()), self.clock.monotonic()
+        if held.reason != reason:
+            log.warning("payload %d is not taken: %s", job.id, reason)
+        held.reason, held.refusals, held.tried_at = reason, held.refusals + 1, now
+        held.until = now + backoff_s(held.refusals)
+
+    def taken(self, job: Job) -> None:
+        """Note that what runs payloads has taken one."""
+        self.by_service.pop("", None)
+        self.by_service.pop(job.service or "-", None)
+        self.held.pop(job.id, None)
+
+    def due(self, waiting: Sequence[Job]) -> list[Job]:
+        """Return those that may be tried now, of the payloads that wait here in the order in which they came."""
+        services = dict.fromkeys(job.service for job in waiting)
+        if self.of_all():
+            return []
+        return [job for service in services for job in self.due_of([job for job in waiting if job.service == service])]
+
+    def due_of(self, waiting: Sequence[Job]) -> list[Job]:
+        """Return those of one service that may be tried now: all once the first of them may be.
+
+        Only one that was refused while others were taken waits by itself.
+        """
+        now = self.clock.monotonic()
+        in_line = [job for job in waiting if not self.held[job.id].passed]
+        alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
+        first, others_came = self.held[in_line[0].id] if in_line else Held(), any(not self.held[job.id].refusals for job in in_line)
+        early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
+        held = not others_came and self.of(waiting[0].service or "-")
+        return alone if first.refusals and (early or held) else in_line + alone
+
+    def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
+        """Start payloads that are due, each service by itself."""
+        for service in dict.fromkeys(job.service for job in due):
+            self.start_in_turn([job for job in due if job.service == service], start)
+
+    def start_in_turn(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
+        """Start payloads of one service in their order; after one that is refused that which was tried longest ago, if ever.
+
+        Where this is taken, the first had a trouble of its own. Where it is refused too, none of the service is started for a while.
+        """
+        waiting, refused = list(due), cast("list[Held]", [])
+        while waiting and len(refused) < 2 and not self.of_all():
+            job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
+            waiting.remove(job)
+            held = self.held[job.id]
+            before = held.refusals
+            if start(job):
+                for other in refused:
+                    other.passed = True
+                refused.clear()
+            elif held.refusals > before and not held.passed:
+                refused.append(held)
+        if len(refused) == 2:
+            self.hold(due[0].service or "-", refused[1].reason)
+
+
+# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+
+
 class Client(Node):
     """A client: its executor, and which payloads are being ended."""
 
@@ -7210,9 +7336,9 @@ class Client(Node):
         super().__init__(config, store, data, clock)
         self.executor = EXECUTORS[config.executor](data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
-        self.holds: dict[str, Hold] = {}  # by service, "" for all: why nothing is started
+        self.holds = Holds(self.clock)
         self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
-        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and not taken
+        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
@@ -7279,27 +7405,10 @@ def shown_status(job: Job) -> Status:
     return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
 
 
-def hold_of(client: Client, service: str | None) -> Hold | None:
-    """Return what keeps payloads of a service from being started now, or None."""
-    holds = [client.holds.get(""), client.holds.get(service or "-")]
-    return next((hold for hold in holds if hold and client.clock.monotonic() < hold.until), None)
-
-
 def problem_of(client: Client, for_all: bool = False) -> str:
     """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
-    now = client.clock.monotonic()
-    held = [hold.reason for key, hold in list(client.holds.items()) if now < hold.until and not (for_all and key)]
+    held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
-
-
-def hold(client: Client, service: str | None, error: SystemAway) -> None:
-    """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
-    key = (service or "-") if isinstance(error, NotTaken) else ""
-    known = client.holds.get(key)
-    failures = known.failures + 1 if known else 1
-    if known is None or known.reason != str(error):
-        log.warning("no payload%s is started: %s", f" of {service}" if key else "", error)
-    client.holds[key] = Hold(str(error), failures, client.clock.monotonic() + backoff_s(failures))
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
@@ -7311,6 +7420,7 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
     if client.executor.in_line:  # its cores are not ours to count
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
+        start_held(client)
         return
     used_slots, used_memory = sum(job.cpus for job in running), sum(job.memory or 0 for job in running)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - used_slots)):
@@ -7359,20 +7469,25 @@ def launch(client: Client, job: Job) -> None:
     in_line = client.executor.in_line
     if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
         crash_point("run.marked")
-        hand_over(client, job)
+        if in_line:
+            client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
+        else:
+            hand_over(client, job)
 
 
-def hand_over(client: Client, job: Job) -> None:
-    """Have a payload started whose row says Running; where that cannot be done now it is tried again, where it never can it has failed."""
-    held = hold_of(client, job.service)
-    if held:
-        note(client, job.id, held.reason)
-        return
+def hand_over(client: Client, job: Job) -> bool:
+    """Have a payload started whose row says Running; True where it was taken.
+
+    Where that cannot be done now it is tried again, where it never can it has failed.
+    """
     try:
         handle = client.executor.start(job)
+    except NotTaken as error:
+        client.holds.put_off(job, str(error))
     except SystemAway as error:
+        client.holds.held.pop(job.id, None)  # nobody knows whether it has it
         client.tried[job.id] = client.clock.monotonic()
-        hold(client, job.service, error)
+        client.holds.hold("", str(error))
         note(client, job.id, str(error))
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
@@ -7380,11 +7495,12 @@ def hand_over(client: Client, job: Job) -> None:
         fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
     else:
         crash_point("run.started")
-        client.holds.pop("", None)
-        client.holds.pop(job.service or "-", None)
+        client.holds.taken(job)
         client.tried.pop(job.id, None)
         keep_handle(client, job, handle)
         crash_point("run.stored")
+        return True
+    return False
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
@@ -7603,38 +7719,65 @@ def adopt(client: Client) -> None:
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find again what was started before a crash or a lost answer, or start what provably never was."""
-    before = client.clock.monotonic() - FIND_AGAIN_S
-    cut_off = [job for job in cut_off if client.tried.get(job.id, before) <= before]
-    if not cut_off or all(hold_of(client, job.service) for job in cut_off):
+    """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
+    before, held = client.clock.monotonic() - FIND_AGAIN_S, client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].refusals}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else client.tried.get(job.id, before) <= before)]
+    if not asked or client.holds.of_all():
         return
     try:
-        handles = client.executor.find(cut_off)
+        handles = client.executor.find(asked)
     except SystemAway as error:
-        hold(client, None, error)
-        for job in cut_off:
+        client.holds.hold("", str(error))
+        for job in asked:
             note(client, job.id, str(error))
         return
-    for job in sorted(cut_off, key=lambda job: client.tried.get(job.id, 0.0)):  # one that is never taken keeps no other waiting
+    for job in asked:
         handle = handles.get(job.mark)
         if handle:
+            held.pop(job.id, None)
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
+            held.pop(job.id, None)
             client.tried[job.id] = client.clock.monotonic()
             note(client, job.id, "whether its submission, which was cut off, got through is waited for")
-        elif not hold_of(client, job.service):
-            start_now(client, job)
+        elif job.id not in held:
+            if job.id not in client.tried:
+                log.warning("payload %d was marked and never started: it is started now", job.id)
+            held[job.id] = Held()
+    start_held(client)
 
 
-def start_now(client: Client, job: Job) -> None:
-    """Start a payload that was marked and never started, unless it shall end meanwhile."""
+def start_held(client: Client) -> None:
+    """Start what waits here for what runs payloads to take it, as far as its turn has come; the others hear why they wait."""
+    client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
+    for job in waiting_here(client):
+        reason = client.holds.reason_of(job)
+        if reason:
+            note(client, job.id, reason)
+
+
+def waiting_here(client: Client) -> list[Job]:
+    """Return the payloads that wait here, as they came; what has ended or was found meanwhile waits no more."""
+    found = []
+    for job_id in sorted(client.holds.held):
+        job = client.store.get(job_id)
+        if job is None or job.status is not Status.RUNNING or job.handle is not None:
+            client.holds.held.pop(job_id)
+        elif job.kill_requested_at is None:
+            found.append(job)
+    return found
+
+
+def start_now(client: Client, job: Job) -> bool:
+    """Start a payload that was marked and never started, unless it shall end meanwhile; True where it was taken."""
+    taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
         if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
-            if job.id not in client.tried:
-                log.warning("payload %d was marked and never started: it is started now", job.id)
-            hand_over(client, current)
+            taken = hand_over(client, current)
     client.wake("end")
+    return taken
 
 
 def distrust(client: Client) -> None:

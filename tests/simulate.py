@@ -181,7 +181,7 @@ class Site:
     def measured(self, job: Job, now: float) -> float:
         """The use of a job's user without the credit of having been idle for long: Store.without_old_credit."""
         use, weight = self.users[job.user].usage.use, self.sharing.weights.get(job.user, 1.0)
-        if self.policy != "share" or job.run_s <= joborch.TURN_S:
+        if self.policy != "share" or job.run_s <= joborch.TURN_S or not any(self.users[job.user].queues.values()):
             return use
         levels = [next((rank for rank, _, user_id in self.turns if user_id != job.user), math.inf)]
         if joborch.welcomed(use, weight, levels[0]) == use:

@@ -199,7 +199,7 @@ def test_a_job_that_waits_for_days_in_a_batch_system_costs_what_it_ran() -> None
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.floats(0, 1e7), st.floats(60, 1e6))
+@given(st.floats(0.001, 1e7), st.floats(60, 1e6))
 def test_a_long_run_counts_as_if_it_had_been_charged_while_it_ran(run_s: float, half_life_s: float) -> None:
     """Between what its decay to the second would give and an eighth of a half-life more; a short one counts whole."""
     exact = half_life_s / math.log(2) * -math.expm1(-math.log(2) * run_s / half_life_s)

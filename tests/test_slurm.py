@@ -124,6 +124,13 @@ TOO_WIDE = f"sbatch: error: CPU count per node can not be satisfied\n{FAILED}Req
         ("sbatch", f"{FAILED}Invalid partition name specified", NotTaken),
         ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", NotTaken),
         ("sbatch", TOO_MANY, NotTaken),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit"), NotTaken),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxCpuPerJobLimit"), CannotRun),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "AssocMaxWallDurationPerJobLimit"), CannotRun),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMinCpuNotSatisfied"), CannotRun),
+        ("sbatch", "sbatch: error: Invalid --time specification", CannotRun),
+        ("sbatch", 'sbatch: error: Invalid numeric value "0" for --cpus-per-task.', CannotRun),
+        ("sbatch", "sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information", NotTaken),
         ("sbatch", TOO_WIDE, CannotRun),
         ("sbatch", f"{FAILED}Memory required by task is not available", CannotRun),
         ("sbatch", f"{FAILED}Requested topology configuration is not available", CannotRun),
@@ -325,6 +332,8 @@ echo {name} >>{self.calls}
 case $(cat {self.bin}/{name}.lie 2>/dev/null) in
     garbage) echo '<html>Lorem ipsum'; exit 0;;
     hang) exec sleep 600;;
+    limit) echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
+           echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1;;
     slow) sleep 3;;
 esac
 exec {shutil.which(name)} "$@"
@@ -513,6 +522,36 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     pair.client.settings["SERVICE_OTHER_SLURM_PARTITION"] = "main"
     pair.client.restart()
     assert wait_status(pair.server, waits, "Completed", limit_s=60)["attempt"] == 1
+
+
+def test_one_kind_of_memory_beside_another(slurm: Callable[..., Pair]) -> None:
+    """`memory` of a job, where the site's settings say --mem-per-cpu: it can never run, and says why; the others do not wait for it."""
+    pair = slurm(SERVICE_EXAMPLE_SLURM_ARGS="--mem-per-cpu=50").start()
+    numbers = [submit(pair.server, "true", memory=memory) for memory in (100, None, 100, None)]
+    for number in numbers[1::2]:
+        wait_status(pair.server, number, "Completed", limit_s=30)
+    for number in numbers[::2]:
+        job = wait_status(pair.server, number, "Failed", limit_s=30)
+        assert (job["cause"], job["attempt"]) == ("limit", 1)
+        assert "mutually exclusive" in job["reason"] and "SERVICE_EXAMPLE_SLURM_ARGS" in job["reason"]
+
+
+def test_a_submit_limit(slurm: Callable[..., Pair], cluster: Cluster) -> None:
+    """What waits for it is Killed at once when asked, and what remains begins in the order in which it came."""
+    pair = slurm().start()
+    cluster.lie("sbatch", "limit")
+    numbers: list[int] = []
+    for _ in range(5):
+        numbers.append(submit(pair.server, "true"))
+        wait_for(lambda: "AssocMaxSubmitJobLimit" in str(pair.server.job(numbers[-1])["message"]), 30, "a reason")
+    killed = numbers.pop(1)
+    answer = pair.server.post(f"/terminate/{killed}")
+    assert (answer.status_code, pair.server.job(killed)["status"]) == (200, "Killed")
+    cluster.lie("sbatch", "")
+    for number in numbers:
+        wait_status(pair.server, number, "Completed", limit_s=90)
+    begun = [int(found) for found in re.findall(r"payload (\d+) is job \d+ of", pair.client.log)]
+    assert begun == sorted(begun) and len(begun) == len(numbers), "in the order in which they came"
 
 
 @pytest.mark.parametrize("point", ["run.marked", "slurm.submitted"])
