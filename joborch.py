@@ -5981,9 +5981,14 @@ class Link:
         return self.its_own(answer)
 
     def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
-        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
+        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client.
+
+        But a gateway to which a request is too large says for certain that the client got nothing of it.
+        """
         if OURS_HEADER in answer.headers:
             self.ours = True
+        elif answer.status == 413:
+            return answer
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
             raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
@@ -6010,6 +6015,10 @@ class Link:
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
         answer = self.call("POST", self.address.upload_url, body=body, headers=headers)
+        if answer.status == 413 and self.ours and OURS_HEADER not in answer.headers:
+            read_some(answer, KIB)
+            remedy = "raise its limit (nginx: client_max_body_size 0), or send less"
+            raise Rejected(f"a gateway before it lets no {len(body):,} bytes through (it answered 413): {remedy}")
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
     def events(self, wait_s: float, done: Sequence[str]) -> Heard:

@@ -6,6 +6,10 @@ import dataclasses
 import itertools
 import math
 import random
+import re
+import socket
+import socketserver
+import threading
 from pathlib import Path
 
 import pytest
@@ -292,3 +296,63 @@ def test_a_job_stays_queued_while_no_client_answers(how: str, make_pair: MakePai
     pair.client.start()
     wait_status(pair.server, number, "Completed", limit_s=60)
     assert moves(pair.server, number).count("Queued") == 1
+
+
+# == The trouble of one job ==
+
+
+class Gateway(socketserver.ThreadingTCPServer):
+    """What stands before a client, as nginx does: one request a connection, and none whose body is too large for it."""
+
+    daemon_threads, allow_reuse_address = True, True
+
+    def __init__(self, target: int, limit_bytes: int) -> None:
+        super().__init__(("127.0.0.1", 0), GatewayCall)
+        self.target, self.limit_bytes, self.refused = target, limit_bytes, 0
+
+
+class GatewayCall(socketserver.StreamRequestHandler):
+    """One connection."""
+
+    server: Gateway
+
+    def handle(self) -> None:
+        """Forward a request and its answer, or refuse it by its length."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = self.rfile.readline()
+            if not line:
+                return
+            head += line
+        length = int((re.findall(rb"(?i)content-length: *(\d+)", head) or [b"0"])[0])
+        if length > self.server.limit_bytes:
+            self.server.refused += 1
+            self.wfile.write(
+                b"HTTP/1.1 413 Request Entity Too Large\r\nServer: nginx\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>"
+            )
+            self.rfile.read(length)  # lingering_close
+            return
+        with socket.create_connection(("127.0.0.1", self.server.target)) as line:
+            line.sendall(re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n" + self.rfile.read(length))
+            for data in iter(lambda: line.recv(65536), b""):
+                self.wfile.write(data)
+
+
+def test_what_a_gateway_does_not_let_through_holds_up_nobody(make_pair: MakePair) -> None:
+    """It says that the client got nothing of the job: this one ends with the reason, and the others go on."""
+    pair = make_pair()
+    with Gateway(pair.client.port, 100_000) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = f"http://127.0.0.1:{gateway.server_address[1]}"
+        pair.start()
+        wait_status(pair.server, submit(pair.server, "true"), "Completed")
+        large = submit(pair.server, "true", {"data": bytes(300_000)}, user_id=1)
+        small = [submit(pair.server, "true", user_id=user_id) for user_id in (1, 1, 2)]
+        for number in small:
+            wait_status(pair.server, number, "Completed", limit_s=15)
+        job = wait_status(pair.server, large, "Invalid")
+        assert "413" in job["reason"] and "gateway" in job["reason"] and "client_max_body_size" in job["reason"]
+        assert gateway.refused == 1
+        assert pair.server.get("/clients").json()["clients"][0]["trouble"] == ""
+        pair.server.stop()
+        gateway.shutdown()
