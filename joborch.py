@@ -3827,9 +3827,13 @@ class LocalExecutor:
         for job in ended:
             if not fates[job.id].alive:
                 fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
-                for marks in (self.seen, self.own, self.untidy):
-                    marks.discard(job.mark)
+                self.forget(job)
         return fates
+
+    def forget(self, job: Job) -> None:
+        """Let go of what is known of an attempt that has ended."""
+        for marks in (self.seen, self.own, self.untidy):
+            marks.discard(job.mark)
 
     def reap(self) -> bool:
         """Take in the ends of our children and of orphans; tell whether there are orphans that live.
@@ -3915,6 +3919,7 @@ class LocalExecutor:
             time.sleep(0.02)
         for _ in range(200):
             if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
+                self.forget(job)
                 return
             # Stopped first: what forks faster than we look cannot fork any more.
             signal_all(tree_of(job, folder, pid), signal.SIGSTOP)
@@ -3971,9 +3976,8 @@ SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partiti
     r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
     re.IGNORECASE,
 )
-SLURM_OVER_LIMIT = re.compile(
-    r"\b((QOS|Assoc)?(Max|Min)\w*(PerJob|PerNode)\w*|(QOS|Assoc)Min\w+)\b"
-)  # of one job's size, not of how many there are
+SLURM_LIMIT = re.compile(r"\b(QOS|Assoc|Max)[A-Z]\w+")  # sbatch names the limit that binds in a line of its own
+SLURM_SIZE_LIMIT = re.compile("(Max|Min).*(PerJob|PerNode)|^(QOS|Assoc)Min")  # on the size of a job, not on how many there are
 SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
 SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
@@ -4048,10 +4052,10 @@ def slurm_error(command: str, said: str) -> JoborchError:
     words = [line for line in said.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
     text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
-    too_large = SLURM_OVER_LIMIT.search(said)
-    if command == "sbatch" and too_large:
-        return CannotRun(f"Slurm refuses it: {too_large[0]}: {text}")
-    if command == "sbatch" and SLURM_NEVER.search(text):
+    limit = SLURM_LIMIT.search(said)
+    if limit and limit[0] not in text:
+        text = f"{limit[0]}: {text}"
+    if command == "sbatch" and (SLURM_NEVER.search(text) or (limit and SLURM_SIZE_LIMIT.search(limit[0]))):
         return CannotRun(f"Slurm refuses it: {text}")
     return SystemAway(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else NotTaken(f"sbatch: {text}")
 
@@ -4300,6 +4304,9 @@ class SlurmExecutor:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
                 raise SystemAway(f"sbatch answers garbage: {one_line(said, 80)}")
+        except CannotRun:
+            self.forget([job])
+            raise
         except NotTaken as error:
             if job.memory and SLURM_TWO_MEMORIES in str(error):
                 named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
@@ -5252,6 +5259,8 @@ class DiracExecutor:
             self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in self.polled}
             self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
             self.fetched &= set(self.polled)
+            numbers = {number for number, _ in self.polled.values()}
+            self.unbegun, self.killing = self.unbegun & numbers, self.killing & numbers
             self.bringing = {mark: lock for mark, lock in self.bringing.items() if mark in self.polled}
             self.fetch_failed = {mark: since for mark, since in self.fetch_failed.items() if mark in self.polled}
 
@@ -5652,6 +5661,7 @@ class Heard:
     memory: int | None = None  # MiB
     load: float = 0.0  # percent
     job_slots: bool = False  # a slot takes a job, however many cores that needs
+    problem: str = ""  # why it takes no payload now
 
 
 @dataclass
@@ -5835,6 +5845,7 @@ class Link:
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
         self.answers = True  # it has answered since it failed last
+        self.problem = ""  # why it takes no payload now, as it says itself
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
@@ -5918,7 +5929,7 @@ class Link:
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
-        return not self.drained and self.answers and self.ready()
+        return not self.drained and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
@@ -5934,7 +5945,7 @@ class Link:
             return "is drained: somebody asked that it gets no more jobs"
         if self.takes_jobs():
             return ""
-        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.refusal or "was not asked yet"
+        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.problem or self.refusal or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -6041,6 +6052,7 @@ class Link:
             heard.memory = None if said.get("memory") is None else int(said["memory"])
             heard.load = float(said.get("load") or 0.0)
             heard.job_slots = said.get("job_slots") is True
+            heard.problem = one_line(str(said.get("problem") or ""))
             if not all(isinstance(payload, dict) for payload in heard.payloads) or not re.fullmatch(r"[\w.-]{1,64}", heard.instance):
                 raise ValueError("payloads that are none")
             return heard
@@ -6733,7 +6745,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
-    link.job_slots = heard.job_slots
+    link.job_slots, link.problem = heard.job_slots, heard.problem
     if fresh:
         link.notes.clear()
     each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
@@ -7029,7 +7041,10 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone:
             log.info("job %d: %s knows nothing of attempt %d any more", stray.id, link.name, stray.attempt)
         link.strays.pop(stray.mark, None)
-    for job in server.store.jobs(KILLS_AT_CLIENT, client=link.name):
+    jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
+    for job_id in set(link.kill_due).difference(job.id for job in jobs):
+        link.kill_due.pop(job_id, None)
+    for job in jobs:
         if link.kill_due.get(job.id, 0.0) > now:
             continue
         link.kill_due[job.id] = now + 2.0
@@ -7054,7 +7069,19 @@ def watch_tick(server: Server) -> bool:
     each(busy, functools.partial(judge, server))
     each(busy, functools.partial(charge_if_longer, server))
     each(server.services.values(), functools.partial(fail_unreachable, server))
+    forget_ended(server, {job.id for job in busy})
     return False
+
+
+def forget_ended(server: Server, busy: Collection[int]) -> None:
+    """Keep nothing in mind of jobs that are with no client any more, however they ended."""
+    for link in server.links.values():
+        tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
+        for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
+            job = server.store.get(job_id)  # it may have gone there since the list was read
+            if job is None or job.status not in BUSY:
+                for table in tables:
+                    table.pop(job_id, None)
 
 
 def charge_if_longer(server: Server, job: Job) -> None:
@@ -7367,6 +7394,8 @@ def run_tick(client: Client) -> bool:
     """Take in what ended, and start what a slot is free for."""
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
+        let_go(client, job_id)  # noted by another thread, just after its end
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll(started)
@@ -9319,7 +9348,7 @@ EXAMPLE_EVENT = {
     "ended_at": 1795510803.5,
 }
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
+EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "load": 12.5, **EXAMPLE_ROOM, "problem": None, "payloads": [EXAMPLE_EVENT]}
 CHANGED = Gives("payloads that changed", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
@@ -9349,8 +9378,9 @@ def events(client: Client, request: Request) -> Answer:
         ended = [(job, said) for job, said in zip(jobs, payloads) if job.status in ENDED and job.fetched_at is None]
         for job, said in ended[:INLINE_PAYLOADS]:
             said.update(inline_archive(client, job))
-    said = {"instance": client.instance, "next": last, "load": client.cpu_load(), **room_json(client), "payloads": payloads}
-    return Answer(said)
+    problem = problem_of(client, for_all=True) or None
+    said = {"instance": client.instance, "next": last, "load": client.cpu_load(), **room_json(client), "problem": problem}
+    return Answer({**said, "payloads": payloads})
 
 
 def room_json(client: Client) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import socket
 import socketserver
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from conftest import MakePair
 from harness import Pair, Process, submit, wait_for, wait_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_client import Yard, yard_fixture  # noqa: F401 - a fixture
+from test_files import data_fixture  # noqa: F401 - a fixture
+from test_links import Peer, peer_fixture, reply  # noqa: F401 - a fixture
+from test_server import Desk, event
 from test_states import HandClock, a_service, new_job
 
 import joborch
@@ -356,3 +361,68 @@ def test_what_a_gateway_does_not_let_through_holds_up_nobody(make_pair: MakePair
         assert pair.server.get("/clients").json()["clients"][0]["trouble"] == ""
         pair.server.stop()
         gateway.shutdown()
+
+
+# == What is kept in mind ==
+
+
+def sizes(*owners: object) -> dict[str, int]:
+    """How much each container of these objects holds."""
+    found = {}
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if isinstance(value, (dict, set, list, deque)):
+                found[f"{type(owner).__name__}.{name}"] = len(value)
+    return found
+
+
+def test_a_client_keeps_nothing_in_mind_of_payloads_that_were_ended(yard: Yard) -> None:
+    """Killed while they run, before they start, at their time limit; Failed, Completed: it is all the same after each round."""
+    client = yard.client
+    before = sizes(client, client.executor, client.holds, client.store)
+    for _ in range(3):
+        jobs = [yard.submit("sleep 600"), yard.submit("sleep 600", X_Joborch_Timeout="5"), yard.submit("sleep 600")]
+        joborch.run_tick(client)
+        yard.store.wish_end(jobs[0].id, Cause.CANCELLED)
+        yard.store.wish_end(jobs[1].id, Cause.LIMIT)
+        yard.store.wish_end(jobs[2].id, Cause.CANCELLED)
+        while joborch.end_tick(client):
+            pass
+        assert {yard[job].status for job in jobs} == {Status.KILLED, Status.FAILED}
+        for script in ("true", "false", "kill -9 $PPID"):
+            yard.run(yard.submit(script))
+        client.executor.poll([])
+        joborch.run_tick(client)
+        after = sizes(client, client.executor, client.holds, client.store)
+        after["Store.moved"] = before["Store.moved"]
+        assert after == before
+
+
+def test_a_server_keeps_nothing_in_mind_of_jobs_that_were_ended(data: joborch.DataFolder, peer: Peer) -> None:
+    """However they ended: at their client, on request, lost there, or while nobody answered."""
+    desk = Desk(data, peer.url)
+    server, link = desk.server, desk.link
+    before = sizes(server, link, desk.store)
+    for number in range(3):
+        jobs = [desk.with_client(Status.RUNNING, retries=0) for _ in range(4)]
+        for job in jobs:
+            joborch.report(server, link, event(job, status="Running", reason="Slurm: pending"))
+        assert len(link.notes) == 4
+        for job in jobs[:2]:
+            desk.store.wish_end(job.id, Cause.CANCELLED)
+        peer.says["/kill/7"] = [reply(200, {}), reply(404, {})]
+        joborch.kill_tick(server, link)
+        assert len(link.kill_due) == 2
+        joborch.payload_gone(server, desk[jobs[0]], "gone")
+        joborch.payload_gone(server, desk[jobs[2]], "gone")
+        for job in (jobs[1], jobs[3]):
+            joborch.report(server, link, event(job, status="Failed", reason=f"{number}"))
+            peer.says["/retrieve_partial/7"] = [reply(404, {})]
+            while joborch.fetch_tick(server, link):
+                pass
+        assert all(desk[job].status in joborch.OVER for job in jobs)
+        link.settled.clear()
+        joborch.kill_tick(server, link)
+        joborch.watch_tick(server)
+        assert sizes(server, link, desk.store) == before
+    desk.store.close()

@@ -1438,3 +1438,21 @@ def test_services_are_those_of_the_settings(desk: Desk) -> None:
     assert desk.server.service(job) == desk.server.services["example"]
     strange = changed(job, service="gone")
     assert (desk.server.service(strange).retries, desk.server.service(strange).lost_after_s) == (2, 3600.0)
+
+
+def test_a_client_that_says_that_it_takes_nothing_is_sent_nothing(desk: Desk, peer: Peer) -> None:
+    """The jobs stay Queued, without a move to and fro at each try; once it says so no more, they are sent."""
+    job = desk.upload()
+    peer.says["/events"] = [events(problem="Slurm: unable to contact\ncontroller"), events()]
+    get_tick(desk.server, desk.link)
+    for _ in range(5):
+        desk.clock.pass_s(10)
+        assert not desk.send()
+    assert len(desk.store.read(joborch.HISTORY_GET, id=job.id)) == 1
+    assert joborch.outlook_of(desk.server, desk[job]).waiting_for == (
+        f"no client for example takes jobs: {desk.link.name} Slurm: unable to contact controller"
+    )
+    get_tick(desk.server, desk.link)
+    peer.says["/submit"] = [reply(200, {"id": 7})]
+    assert desk.send()
+    assert desk[job].status is Status.SUBMITTED
