@@ -7507,7 +7507,7 @@ def launch(client: Client, job: Job) -> None:
     in_line = client.executor.in_line
     if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
         crash_point("run.marked")
-        if in_line:
+        if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
             client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
         else:
             hand_over(client, job)

@@ -572,8 +572,9 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     """sbatch outlives it, and Slurm does not know the job yet: that is waited for, and the job is submitted once."""
     pair = slurm().start()
     cluster.lie("sbatch", "slow")
+    before = cluster.calls.read_text().split().count("sbatch")
     number = submit(pair.server, "echo done > result")
-    wait_for(lambda: pair.client.get("/health").json()["waiting"], 20, "the payload handed over")
+    wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
     wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 20, "the reason")
