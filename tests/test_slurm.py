@@ -334,7 +334,7 @@ case $(cat {self.bin}/{name}.lie 2>/dev/null) in
     hang) exec sleep 600;;
     limit) echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
            echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1;;
-    slow) sleep 3;;
+    slow) sleep 8;;
 esac
 exec {shutil.which(name)} "$@"
 """
