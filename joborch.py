@@ -128,6 +128,7 @@ RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may hav
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
+TRY_AGAIN_S = 1.0  # so long what was refused is not tried again, whoever comes meanwhile
 FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
@@ -1503,6 +1504,8 @@ def as_job(row: sqlite3.Row) -> Job:
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
 HEADS_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
 UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
+TURN_S = 0.001  # what each turn costs at least: whose jobs take no time does not stand before those who had no turn yet
+TURNS_VERSION = 2  # of the rules by which ranks are made: ranks that an older version stored are made anew
 TURNING_S = 1.0  # a client where no run has ended for so long gets nothing ahead
 HANDOVER_S = 0.2  # work that may wait at a client, so that its slots do not stand idle between two jobs
 FULL_QUEUE_RETRY_S = 60
@@ -1532,6 +1535,7 @@ class Waiting(NamedTuple):
 class Usage:
     """What a user has used of a service, as the base-2 logarithm of slot-seconds; and how long his runs take.
 
+    Only runs that are over are in it. What runs now is added where it matters (`with_open_runs`), so nothing is ever given back.
     A use u of now is kept as log2(u) + now / half-life. So it never has to be brought up to date: by the time a half-life
     has passed, every new slot-second counts twice as much as it, and the order of users does not change while time passes.
     """
@@ -1543,9 +1547,8 @@ class Usage:
 
 @dataclass
 class Pace:
-    """What is known of a service: how far its turns have come (the rank served last), and how long its runs take."""
+    """What is known of a service: how long its runs take."""
 
-    level: float = NO_USE
     runs: int = 0
     mean_s: float = 0.0
 
@@ -1556,14 +1559,34 @@ def with_run(known: Usage | Pace, run_s: float) -> None:
     known.mean_s += (run_s - known.mean_s) / min(known.runs, 20)
 
 
+class OpenRun(NamedTuple):
+    """A job that is with a client: what its user is charged for it, and what he has had of it."""
+
+    cpus: int
+    charged: float  # slot-seconds, in advance; more once it has run for longer
+    run_s: float  # how long it has run; 0 where it has not begun
+
+
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
-    """Return a use after `slot_s` more slot-seconds at `now`; fewer where they are negative: given back, as far as there are some."""
-    if not slot_s:
+    """Return a use after `slot_s` more slot-seconds at `now`."""
+    if slot_s <= 0:
         return use
-    term = now / half_life_s + math.log2(abs(slot_s))
-    if slot_s > 0:
-        return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
-    return use + math.log2(1 - 2.0 ** (term - use)) if term < use else NO_USE
+    term = now / half_life_s + math.log2(slot_s)
+    return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
+
+
+def counted_s(run_s: float, half_life_s: float) -> float:
+    """Return how many seconds of a run count now: of a long one, each eighth of a half-life less than the next."""
+    step_s, fade = half_life_s / 8, 2.0 ** (-1 / 8)
+    whole = min(run_s // step_s, 1000.0)
+    return float(step_s * (1 - fade**whole) / (1 - fade) + (run_s - whole * step_s) * fade**whole)
+
+
+def with_open_runs(use: float, runs: Collection[OpenRun], now: float, half_life_s: float, in_advance: bool = True) -> float:
+    """Return a use with what runs now: as much as was charged in advance, or only what has run of it."""
+    had = sum(run.cpus * counted_s(run.run_s, half_life_s) for run in runs)
+    ahead = sum(max(0.0, run.charged - run.cpus * run.run_s) for run in runs) if in_advance else 0.0
+    return used(use, had + ahead, now, half_life_s)
 
 
 def use_now(use: float, now: float, half_life_s: float) -> float:
@@ -1572,7 +1595,7 @@ def use_now(use: float, now: float, half_life_s: float) -> float:
 
 
 def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) -> float:
-    """Return the slot-seconds that a job is charged when its run begins, so that running slots count at once.
+    """Return the slot-seconds that a job is charged while it runs, so that running slots count at once.
 
     As long as the user's runs take, else those of the service; what it takes longer is charged as it runs.
     """
@@ -1581,7 +1604,11 @@ def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) ->
 
 
 def welcomed(use: float, weight: float, level: float) -> float:
-    """Return the use of a user who comes back after idling: his credit is one half-life before the turn served last, not more."""
+    """Return the use of a user who comes back after idling: his credit is one half-life before the others who are active, not more.
+
+    `level` is the least use by weight among them. This is applied when a run is over and he has more to run, not when a job
+    comes: until he has had something, a newcomer stands before all who have used more than he has.
+    """
     return max(use, level - 1 + math.log2(weight))
 
 
@@ -3253,7 +3280,7 @@ CREATE TABLE usage (
 CREATE INDEX usage_user ON usage(user_id);
 CREATE TABLE pace (
     service TEXT PRIMARY KEY,
-    level REAL NOT NULL,
+    level REAL NOT NULL, -- not used any more
     runs INTEGER NOT NULL,
     mean_s REAL NOT NULL
 ) WITHOUT ROWID;
@@ -3583,13 +3610,25 @@ SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn
  WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
 """
 CONTENDERS_COUNT = "SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn WHERE service = :service LIMIT 10000)"
+OPEN_RUNS = """
+SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+OPEN_RUNS_OF_OTHERS = """
+SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s
+  FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
+"""
+LEAST_RANK_OF_OTHERS = """
+SELECT rank FROM contenders INDEXED BY contenders_turn
+ WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
+"""
 USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
 USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
 USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
 USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
-PACE_GET = "SELECT level, runs, mean_s FROM pace WHERE service = :service"
-PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, :level, :runs, :mean_s)"
-PACE_ALL = "SELECT service, level, runs, mean_s FROM pace"
+PACE_GET = "SELECT runs, mean_s FROM pace WHERE service = :service"
+PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
 JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
 JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
 JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
@@ -4033,7 +4072,6 @@ class Store(Database):
             return self.row(db, job_id)
         if self.mode == "server":  # a client's payload that is only Prepared is no news
             self.moved.add(job_id)
-            self.welcome(db, job.service, job.user_id)
         self.refresh_turn(db, job.service, job.user_id)
         return job
 
@@ -4107,7 +4145,6 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.welcome(db, job.service, job.user_id)
                     self.refresh_turn(db, job.service, job.user_id)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
@@ -4178,28 +4215,59 @@ class Store(Database):
         db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
 
     def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
-        db.execute(PACE_SET, {"service": service, "level": pace.level, "runs": pace.runs, "mean_s": pace.mean_s})
+        db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user for a run that begins, or set right what he was charged for one that is over."""
-        now, half_life_s = self.steady(), self.sharing.half_life_s
+        """Charge a user in advance for a run that begins, or for what it took now that it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
-            charged = charge_in_advance(job, usage, pace, half_life_s)
-            pace.level = max(pace.level, usage.use - math.log2(self.weight_of(db, job.user_id)))
-            usage.use = used(usage.use, charged, now, half_life_s)
+            charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
         else:
-            before = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            charged = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            now = self.steady()
             if run_s is None:
-                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else before / job.cpus
+                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
             elif to in (Status.COMPLETED, Status.FAILED):
                 with_run(usage, run_s)
                 with_run(pace, run_s)
-            charged = job.cpus * max(0.0, run_s)
-            usage.use = used(usage.use, charged - before, now, half_life_s)
+                self.set_pace(db, job.service, pace)
+            if run_s > TURN_S:
+                usage.use = self.without_old_credit(db, job, usage.use)
+            charged = job.cpus * max(run_s, TURN_S)
+            usage.use = used(usage.use, job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s), now, self.sharing.half_life_s)
         db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
         self.set_usage(db, job.service, job.user_id, usage)
-        self.set_pace(db, job.service, pace)
+
+    def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
+        """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
+
+        See `welcomed`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
+        charged in advance does not count: nobody is measured by what they may not come to use.
+        """
+        service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
+        now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
+        waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
+        level = float("inf") if waiting is None else float(waiting["rank"])
+        if service is None or service.policy != "share" or welcomed(use, weight, level) == use:
+            return use
+        if db.execute(CONTENDER_GET, others).fetchone() is None:
+            return use
+        open_runs: dict[int, list[OpenRun]] = {}
+        for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
+            open_runs.setdefault(row["user_id"], []).append(OpenRun(row["cpus"], row["charged"], row["run_s"]))
+        for user_id, runs in open_runs.items():
+            theirs = self.usage_of(db, job.service, user_id).use
+            had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
+            level = min(level, had - math.log2(self.weight_of(db, user_id)))
+        return use if level == float("inf") else welcomed(use, weight, level)
+
+    def used_slot_s(self, service: str, user_id: int) -> float:
+        """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
+        now, half_life_s = self.steady(), self.sharing.half_life_s
+        rows = self.read(USAGE_GET, service=service, user_id=user_id)
+        runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
+        use = with_open_runs(rows[0]["used"] if rows else NO_USE, runs, now, half_life_s, in_advance=False)
+        return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
         """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
@@ -4208,23 +4276,9 @@ class Store(Database):
         def charge(db: sqlite3.Connection) -> None:
             values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
             if db.execute(JOB_CHARGE, values).rowcount:
-                usage = self.usage_of(db, job.service, job.user_id)
-                usage.use = used(usage.use, more, self.steady(), self.sharing.half_life_s)
-                self.set_usage(db, job.service, job.user_id, usage)
                 self.refresh_turn(db, job.service, job.user_id)
 
         self.write(charge, durable=False)
-
-    def welcome(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> None:
-        """Bound the credit of a user who comes back after idling."""
-        pair = {"service": service, "user_id": user_id}
-        if db.execute(CONTENDER_GET, pair).fetchone() or db.execute(BUSY_OF_USER, pair).fetchone()[0]:
-            return
-        usage = self.usage_of(db, service, user_id)
-        use = welcomed(usage.use, self.weight_of(db, user_id), self.pace_of(db, service).level)
-        if use > usage.use:
-            usage.use = use
-            self.set_usage(db, service, user_id, usage)
 
     def refresh_turn(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
         """Keep up `contenders`: one row for each user who has work of a service that could run."""
@@ -4237,9 +4291,11 @@ class Store(Database):
         if not waiting:
             db.execute(CONTENDER_CLEAR, pair)
             return
-        share_rank = self.usage_of(db, name, user_id).use - math.log2(self.weight_of(db, user_id)) if service.policy == "share" else 0.0
-        rank, head = turn_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
-        at_quota = db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+        now = self.steady()
+        runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
+        use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
+        rank, head = turn_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
+        at_quota = len(runs) >= service.runs_per_user
         values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
         db.execute(CONTENDER_SET, {**pair, **values, "timeout": head.timeout})
 
@@ -4247,7 +4303,7 @@ class Store(Database):
         """Take these services and rules; where they are not those that `contenders` was made by, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
-            sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
+            TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
             self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
         ])  # fmt: skip
         rules, half_life_s = self.read(TURNS_MADE)[0]
@@ -4260,8 +4316,6 @@ class Store(Database):
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
             db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
-        for row in db.execute(PACE_ALL).fetchall() if shift else ():
-            db.execute(PACE_SET, {**dict(row), "level": row["level"] + shift})
         db.execute(CONTENDERS_EMPTY)
         for service in self.limits:
             for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
@@ -4816,9 +4870,13 @@ class LocalExecutor:
         for job in ended:
             if not fates[job.id].alive:
                 fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
-                for marks in (self.seen, self.own, self.untidy):
-                    marks.discard(job.mark)
+                self.forget(job)
         return fates
+
+    def forget(self, job: Job) -> None:
+        """Let go of what is known of an attempt that has ended."""
+        for marks in (self.seen, self.own, self.untidy):
+            marks.discard(job.mark)
 
     def reap(self) -> bool:
         """Take in the ends of our children and of orphans; tell whether there are orphans that live.
@@ -4904,6 +4962,7 @@ class LocalExecutor:
             time.sleep(0.02)
         for _ in range(200):
             if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
+                self.forget(job)
                 return
             # Stopped first: what forks faster than we look cannot fork any more.
             signal_all(tree_of(job, folder, pid), signal.SIGSTOP)
@@ -4981,9 +5040,13 @@ SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not f
 )
 SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
     r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
-    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported",
+    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
+    r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
     re.IGNORECASE,
 )
+SLURM_LIMIT = re.compile(r"\b(QOS|Assoc|Max)[A-Z]\w+")  # sbatch names the limit that binds in a line of its own
+SLURM_SIZE_LIMIT = re.compile("(Max|Min).*(PerJob|PerNode)|^(QOS|Assoc)Min")  # on the size of a job, not on how many there are
+SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
 SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
 SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
@@ -5059,7 +5122,10 @@ def slurm_error(command: str, said: str) -> JoborchError:
     words = [line for line in said.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
     text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
-    if command == "sbatch" and SLURM_NEVER.search(text):
+    limit = SLURM_LIMIT.search(said)
+    if limit and limit[0] not in text:
+        text = f"{limit[0]}: {text}"
+    if command == "sbatch" and (SLURM_NEVER.search(text) or (limit and SLURM_SIZE_LIMIT.search(limit[0]))):
         return CannotRun(f"Slurm refuses it: {text}")
     return SystemAway(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else NotTaken(f"sbatch: {text}")
 
@@ -5310,7 +5376,13 @@ class SlurmExecutor:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
                 raise SystemAway(f"sbatch answers garbage: {one_line(said, 80)}")
-        except NotTaken:
+        except CannotRun:
+            self.forget([job])
+            raise
+        except NotTaken as error:
+            if job.memory and SLURM_TWO_MEMORIES in str(error):
+                named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
+                raise CannotRun(f"Slurm refuses it: {str(error).partition(': ')[2]} {named}") from error
             raise
         except SystemAway as error:
             if "unable to contact" not in str(error).lower():
@@ -6274,6 +6346,8 @@ class DiracExecutor:
             self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in self.polled}
             self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
             self.fetched &= set(self.polled)
+            numbers = {number for number, _ in self.polled.values()}
+            self.unbegun, self.killing = self.unbegun & numbers, self.killing & numbers
             self.bringing = {mark: lock for mark, lock in self.bringing.items() if mark in self.polled}
             self.fetch_failed = {mark: since for mark, since in self.fetch_failed.items() if mark in self.polled}
 
@@ -7315,6 +7389,7 @@ class Heard:
     job_slots: bool = False  # a slot takes a job, however many cores that needs
     more: bool = False  # the list goes on: it comes in pages
     size: int = field(default=0, compare=False)  # bytes of the answer
+    problem: str = ""  # why it takes no payload now
 
 
 @dataclass
@@ -7424,6 +7499,8 @@ def read_events(text: bytes) -> Heard:
     cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
     heard = Heard(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
+    problem = said.get("problem")
+    heard.problem = one_line(problem) if isinstance(problem, str) else ""
     return heard
 
 
@@ -7757,6 +7834,8 @@ class Link:
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.answers = True  # it has answered since it failed last
+        self.problem = ""  # why it takes no payload now, as it says itself
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
@@ -7824,7 +7903,7 @@ class Link:
                 for found in self.ended.values():
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
-        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
@@ -7833,10 +7912,24 @@ class Link:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
             hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
             log.warning("client %s: %s%s", self.name, text, hint)
-        self.trouble, self.failed_at, self.probing = text, now, True
+        self.trouble, self.failed_at, self.probing, self.answers = text, now, True, False
         if now >= self.held_until or not self.failures:
             self.failures += 1
             self.held_until = now + backoff_s(self.failures)
+
+    def probe(self) -> bool:
+        """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
+        try:
+            if self.legacy:
+                self.ping()
+            else:
+                self.events(0, ())
+            self.answers = True
+        except Gone as error:
+            log.debug("client %s: %s", self.name, error)  # get_tick learns by this that it is a 2.2 client
+        except (NothingSent, NoAnswer) as error:
+            self.failed(error)
+        return self.answers
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
@@ -7849,8 +7942,8 @@ class Link:
         self.refusals, self.refusal, self.probing = 0, "", False
 
     def takes_jobs(self) -> bool:
-        """Tell whether a new job may be sent now."""
-        return not self.drained and self.ready()
+        """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
+        return not self.drained and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
@@ -7866,7 +7959,7 @@ class Link:
             return "is drained: somebody asked that it gets no more jobs"
         if self.takes_jobs():
             return ""
-        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.refusal or "was not asked yet"
+        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.problem or self.refusal or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -7970,7 +8063,9 @@ class Link:
         """Say hello, which reveals nothing; return the answer of a joborch client, None for a 2.2 client. NothingSent for all others."""
         answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
         version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
-        self.outdated = bool(version) and answer.status == 404
+        self.outdated = version.startswith("0.1.") and answer.status == 404
+        if version and answer.status == 404 and not self.outdated:
+            raise NothingSent("is joborch, and no client: is it a server? Look at SERVICE_<NAME>_CLIENTS")
         if self.outdated:
             self.silent_since = self.clock.monotonic()  # it answers: what it runs is not lost
             raise NothingSent(
@@ -8044,6 +8139,8 @@ class Link:
         if not proven and answer.status == 401 and NONCE_HEADER in answer.headers:
             answer.close()
             answer, proven = self.call_again(method, url, read_timeout_s, service, **options)
+        if not proven and answer.status == 413 and OURS_HEADER not in answer.headers:
+            return answer  # of a gateway: it says for certain that the client got nothing
         if not proven:
             answer.close()
             raise NoAnswer(self.unproven(answer))
@@ -8097,12 +8194,17 @@ class Link:
         return refuse_encoded(answer)
 
     def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
-        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client."""
+        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client.
+
+        But a gateway to which a request is too large says for certain that the client got nothing of it.
+        """
         if OURS_HEADER in answer.headers:
             self.ours = True
             if self.legacy and self.address.base_url and answer.status in (401, 403):  # a joborch client has taken a 2.2 client's place
                 self.legacy = False
                 self.sessions.clear()
+        elif answer.status == 413:
+            return answer
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
             raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
@@ -8130,6 +8232,10 @@ class Link:
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
         }
         answer = self.call("POST", self.address.upload_url, service=job.service, body=body, headers=headers)
+        if answer.status == 413 and OURS_HEADER not in answer.headers:
+            read_some(answer, KIB)
+            remedy = "raise its limit (nginx: client_max_body_size 0), or send less"
+            raise Rejected(f"a gateway before it lets no {len(body):,} bytes through (it answered 413): {remedy}")
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
     def events(self, wait_s: float, done: Sequence[str]) -> Heard:
@@ -8861,6 +8967,7 @@ def send_tick(server: Server, link: Link) -> bool:
     """Send one job to one client; True where there was one."""
     job = next_to_send(server, link)
     if job is None:
+        probe_tick(server, link)
         return False
     was_probing = link.probing
     try:
@@ -8872,6 +8979,17 @@ def send_tick(server: Server, link: Link) -> bool:
         if was_full:
             server.wake("dispatch")
     return True
+
+
+def probe_tick(server: Server, link: Link) -> None:
+    """Ask a client that failed whether it answers: what waits stays Queued until it does, and needs no job to find that out.
+
+    Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
+    """
+    if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
+        return
+    if link.probe():
+        server.wake("dispatch")
 
 
 def next_to_send(server: Server, link: Link) -> Job | None:
@@ -9054,7 +9172,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
         link.instance, link.since = heard.instance, 0
         return  # the next tick asks for all
     link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
-    link.job_slots = heard.job_slots
+    link.job_slots, link.problem = heard.job_slots, heard.problem
     if fresh:
         link.notes.clear()
         link.listed = set()
@@ -9197,7 +9315,7 @@ def poll_tick(server: Server, link: Link) -> bool:
     """Ask a 2.2 client about each job that is due, with growing pauses; make sure that it answers at all."""
     jobs = [job for job in server.store.jobs(AT_CLIENT, client=link.name) if job.dest_id]
     now = server.clock.monotonic()
-    if link.heard_at is None or (not jobs and now - link.heard_at > 10):
+    if link.heard_at is None or not link.answers or (not jobs and now - link.heard_at > 10):
         link.ping()
         link.heard()
         server.wake(f"send:{link.name}")
@@ -9493,7 +9611,10 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone:
             log.info("job %d: %s knows nothing of attempt %d any more", stray.id, link.name, stray.attempt)
         link.strays.pop(stray.mark, None)
-    for job in server.store.jobs(KILLS_AT_CLIENT, client=link.name):
+    jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
+    for job_id in set(link.kill_due).difference(job.id for job in jobs):
+        link.kill_due.pop(job_id, None)
+    for job in jobs:
         if link.kill_due.get(job.id, 0.0) > now:
             continue
         link.kill_due[job.id] = now + 2.0
@@ -9518,7 +9639,19 @@ def watch_tick(server: Server) -> bool:
     each(busy, functools.partial(judge, server))
     each(busy, functools.partial(charge_if_longer, server))
     each(server.services.values(), functools.partial(fail_unreachable, server))
+    forget_ended(server, {job.id for job in busy})
     return False
+
+
+def forget_ended(server: Server, busy: Collection[int]) -> None:
+    """Keep nothing in mind of jobs that are with no client any more, however they ended."""
+    for link in server.links.values():
+        tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
+        for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
+            job = server.store.get(job_id)  # it may have gone there since the list was read
+            if job is None or job.status not in BUSY:
+                for table in tables:
+                    table.pop(job_id, None)
 
 
 def charge_if_longer(server: Server, job: Job) -> None:
@@ -9679,7 +9812,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 30. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# -- at a client --
 
 
 @dataclass
@@ -9691,6 +9824,117 @@ class Hold:
     until: float  # monotonic
 
 
+@dataclass
+class Held:
+    """A payload that waits at the client: what runs payloads has not taken it yet, or was not asked."""
+
+    reason: str = ""
+    refusals: int = 0  # in a row
+    tried_at: float = float("-inf")  # monotonic
+    until: float = float("-inf")  # monotonic: it is not tried again before, unless others come
+    passed: bool = False  # others were taken after it was refused: the trouble is its own
+
+
+class Holds:
+    """Which payloads are handed over now: of each service first who has waited longest, and nobody waits for the trouble of another."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.by_service: dict[str, Hold] = {}  # "" for all
+        self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
+
+    def of(self, key: str) -> Hold | None:
+        """Return what holds a service now, or None."""
+        hold = self.by_service.get(key)
+        return hold if hold and self.clock.monotonic() < hold.until else None
+
+    def of_all(self) -> Hold | None:
+        """Return what keeps every payload from being started now, or None."""
+        return self.of("")
+
+    def reasons(self, for_all: bool) -> list[str]:
+        """Return why payloads wait here, those of all services or of one, too."""
+        held = [hold.reason for key, hold in list(self.by_service.items()) if self.of(key) and not (for_all and key)]
+        return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
+
+    def reason_of(self, job: Job) -> str:
+        """Return why a payload waits here."""
+        away, hold = self.of_all(), self.of(job.service or "-")
+        return away.reason if away else self.held[job.id].reason or (hold.reason if hold else "")
+
+    def hold(self, key: str, reason: str) -> None:
+        """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
+        known = self.by_service.get(key)
+        if key and self.of(key):
+            return  # asked once more because others came: that makes it no longer
+        if known is None or known.reason != reason:
+            log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
+        failures = known.failures + 1 if known else 1
+        self.by_service[key] = Hold(reason, failures, self.clock.monotonic() + backoff_s(failures))
+
+    def put_off(self, job: Job, reason: str) -> None:
+        """Note that what runs payloads does not take one now: it is tried again, later and later."""
+        held, now = self.held.setdefault(job.id, Held()), self.clock.monotonic()
+        if held.reason != reason:
+            log.warning("payload %d is not taken: %s", job.id, reason)
+        held.reason, held.refusals, held.tried_at = reason, held.refusals + 1, now
+        held.until = now + backoff_s(held.refusals)
+
+    def taken(self, job: Job) -> None:
+        """Note that what runs payloads has taken one."""
+        self.by_service.pop("", None)
+        self.by_service.pop(job.service or "-", None)
+        self.held.pop(job.id, None)
+
+    def due(self, waiting: Sequence[Job]) -> list[Job]:
+        """Return those that may be tried now, of the payloads that wait here in the order in which they came."""
+        services = dict.fromkeys(job.service for job in waiting)
+        if self.of_all():
+            return []
+        return [job for service in services for job in self.due_of([job for job in waiting if job.service == service])]
+
+    def due_of(self, waiting: Sequence[Job]) -> list[Job]:
+        """Return those of one service that may be tried now: all once the first of them may be.
+
+        Only one that was refused while others were taken waits by itself.
+        """
+        now = self.clock.monotonic()
+        in_line = [job for job in waiting if not self.held[job.id].passed]
+        alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
+        first, others_came = self.held[in_line[0].id] if in_line else Held(), any(not self.held[job.id].refusals for job in in_line)
+        early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
+        held = not others_came and self.of(waiting[0].service or "-")
+        return alone if first.refusals and (early or held) else in_line + alone
+
+    def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
+        """Start payloads that are due, each service by itself."""
+        for service in dict.fromkeys(job.service for job in due):
+            self.start_in_turn([job for job in due if job.service == service], start)
+
+    def start_in_turn(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
+        """Start payloads of one service in their order; after one that is refused that which was tried longest ago, if ever.
+
+        Where this is taken, the first had a trouble of its own. Where it is refused too, none of the service is started for a while.
+        """
+        waiting, refused = list(due), cast("list[Held]", [])
+        while waiting and len(refused) < 2 and not self.of_all():
+            job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
+            waiting.remove(job)
+            held = self.held[job.id]
+            before = held.refusals
+            if start(job):
+                for other in refused:
+                    other.passed = True
+                refused.clear()
+            elif held.refusals > before and not held.passed:
+                refused.append(held)
+        if len(refused) == 2:
+            self.hold(due[0].service or "-", refused[1].reason)
+
+
+# == 30. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+
+
 class Client(Node):
     """A client: its executor, and which payloads are being ended."""
 
@@ -9698,9 +9942,9 @@ class Client(Node):
         super().__init__(config, store, data, clock)
         self.executor = EXECUTORS[config.executor](data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
-        self.holds: dict[str, Hold] = {}  # by service, "" for all: why nothing is started
+        self.holds = Holds(self.clock)
         self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
-        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and not taken
+        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
@@ -9725,6 +9969,8 @@ def run_tick(client: Client) -> bool:
     """Take in what ended, and start what a slot is free for."""
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
+        let_go(client, job_id)  # noted by another thread, just after its end
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll([job for job in started if job.id not in client.measurings])
@@ -9774,36 +10020,19 @@ def shown_status(job: Job) -> Status:
     return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
 
 
-def hold_of(client: Client, service: str | None) -> Hold | None:
-    """Return what keeps payloads of a service from being started now, or None."""
-    holds = [client.holds.get(""), client.holds.get(service or "-")]
-    return next((hold for hold in holds if hold and client.clock.monotonic() < hold.until), None)
-
-
 def problem_of(client: Client, for_all: bool = False) -> str:
     """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
-    now = client.clock.monotonic()
-    held = [hold.reason for key, hold in list(client.holds.items()) if now < hold.until and not (for_all and key)]
+    held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
 
 
 def problem_since(client: Client, problem: str) -> float | None:
     """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
-    if not problem and not client.holds:  # one that is over for a moment, to be tried again, goes on
+    if not problem and not client.holds.by_service:  # one that is over for a moment, to be tried again, goes on
         client.troubled_at = None
     elif client.troubled_at is None:
         client.troubled_at = client.clock.wall()
     return client.troubled_at if problem else None
-
-
-def hold(client: Client, service: str | None, error: SystemAway) -> None:
-    """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
-    key = (service or "-") if isinstance(error, NotTaken) else ""
-    known = client.holds.get(key)
-    failures = known.failures + 1 if known else 1
-    if known is None or known.reason != str(error):
-        log.warning("no payload%s is started: %s", f" of {service}" if key else "", error)
-    client.holds[key] = Hold(str(error), failures, client.clock.monotonic() + backoff_s(failures))
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
@@ -9815,6 +10044,7 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
     if client.executor.in_line:  # its cores are not ours to count
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
+        start_held(client)
         return
     used_slots, used_memory = sum(job.cpus for job in running), sum(job.memory or 0 for job in running)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - used_slots)):
@@ -9863,20 +10093,25 @@ def launch(client: Client, job: Job) -> None:
     in_line = client.executor.in_line
     if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
         crash_point("run.marked")
-        hand_over(client, job)
+        if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
+            client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
+        else:
+            hand_over(client, job)
 
 
-def hand_over(client: Client, job: Job) -> None:
-    """Have a payload started whose row says Running; where that cannot be done now it is tried again, where it never can it has failed."""
-    held = hold_of(client, job.service)
-    if held:
-        note(client, job.id, held.reason)
-        return
+def hand_over(client: Client, job: Job) -> bool:
+    """Have a payload started whose row says Running; True where it was taken.
+
+    Where that cannot be done now it is tried again, where it never can it has failed.
+    """
     try:
         handle = client.executor.start(job)
+    except NotTaken as error:
+        client.holds.put_off(job, str(error))
     except SystemAway as error:
+        client.holds.held.pop(job.id, None)  # nobody knows whether it has it
         client.tried[job.id] = client.clock.monotonic()
-        hold(client, job.service, error)
+        client.holds.hold("", str(error))
         note(client, job.id, str(error))
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
@@ -9884,11 +10119,12 @@ def hand_over(client: Client, job: Job) -> None:
         fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
     else:
         crash_point("run.started")
-        client.holds.pop("", None)
-        client.holds.pop(job.service or "-", None)
+        client.holds.taken(job)
         client.tried.pop(job.id, None)
         keep_handle(client, job, handle)
         crash_point("run.stored")
+        return True
+    return False
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
@@ -10126,38 +10362,65 @@ def adopt(client: Client) -> None:
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find again what was started before a crash or a lost answer, or start what provably never was."""
-    before = client.clock.monotonic() - FIND_AGAIN_S
-    cut_off = [job for job in cut_off if client.tried.get(job.id, before) <= before]
-    if not cut_off or all(hold_of(client, job.service) for job in cut_off):
+    """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
+    before, held = client.clock.monotonic() - FIND_AGAIN_S, client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].refusals}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else client.tried.get(job.id, before) <= before)]
+    if not asked or client.holds.of_all():
         return
     try:
-        handles = client.executor.find(cut_off)
+        handles = client.executor.find(asked)
     except SystemAway as error:
-        hold(client, None, error)
-        for job in cut_off:
+        client.holds.hold("", str(error))
+        for job in asked:
             note(client, job.id, str(error))
         return
-    for job in sorted(cut_off, key=lambda job: client.tried.get(job.id, 0.0)):  # one that is never taken keeps no other waiting
+    for job in asked:
         handle = handles.get(job.mark)
         if handle:
+            held.pop(job.id, None)
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
+            held.pop(job.id, None)
             client.tried[job.id] = client.clock.monotonic()
             note(client, job.id, "whether its submission, which was cut off, got through is waited for")
-        elif not hold_of(client, job.service):
-            start_now(client, job)
+        elif job.id not in held:
+            if job.id not in client.tried:
+                log.warning("payload %d was marked and never started: it is started now", job.id)
+            held[job.id] = Held()
+    start_held(client)
 
 
-def start_now(client: Client, job: Job) -> None:
-    """Start a payload that was marked and never started, unless it shall end meanwhile."""
+def start_held(client: Client) -> None:
+    """Start what waits here for what runs payloads to take it, as far as its turn has come; the others hear why they wait."""
+    client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
+    for job in waiting_here(client):
+        reason = client.holds.reason_of(job)
+        if reason:
+            note(client, job.id, reason)
+
+
+def waiting_here(client: Client) -> list[Job]:
+    """Return the payloads that wait here, as they came; what has ended or was found meanwhile waits no more."""
+    found = []
+    for job_id in sorted(client.holds.held):
+        job = client.store.get(job_id)
+        if job is None or job.status is not Status.RUNNING or job.handle is not None:
+            client.holds.held.pop(job_id)
+        elif job.kill_requested_at is None:
+            found.append(job)
+    return found
+
+
+def start_now(client: Client, job: Job) -> bool:
+    """Start a payload that was marked and never started, unless it shall end meanwhile; True where it was taken."""
+    taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
         if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
-            if job.id not in client.tried:
-                log.warning("payload %d was marked and never started: it is started now", job.id)
-            hand_over(client, current)
+            taken = hand_over(client, current)
     client.wake("end")
+    return taken
 
 
 def distrust(client: Client) -> None:
@@ -12107,7 +12370,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
         held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
         said.append({
-            "name": link.name, "services": [service.name for service in link.services], "reachable": not link.held(),
+            "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
             "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
@@ -12169,7 +12432,7 @@ def user_of(text: str) -> int:
 
 def user_answer(server: Server, user_id: int) -> Answer:
     """Return what a user's turns depend on."""
-    now, services = server.store.steady(), []
+    services = []
     for row in server.store.read(USAGE_OF_USER, user_id=user_id):
         pair = {"service": row["service"], "user_id": user_id}
         turn = server.store.read(CONTENDER_GET, **pair)
@@ -12177,7 +12440,7 @@ def user_answer(server: Server, user_id: int) -> Answer:
             server.store.number(CONTENDERS_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
         )
         services.append({
-            "name": row["service"], "used_slot_s": round(use_now(row["used"], now, server.config.share_half_life_s), 3),
+            "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
             "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
             "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
         })  # fmt: skip
@@ -12490,7 +12753,9 @@ EXAMPLE_EVENT = {
     "ended_at": 1795510803.5,
 }
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
+EXAMPLE_EVENTS = {
+    "instance": "a1b2c3", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None, "payloads": [EXAMPLE_EVENT],
+}  # fmt: skip
 CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
@@ -12535,7 +12800,8 @@ def events(client: Client, request: Request) -> Answer:
     jobs, payloads = events_page(client, found, inline)
     more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
     said = {"instance": client.instance, "next": told if more else max(told, last), "more": more, "load": client.cpu_load()}
-    return Answer({**said, **room_json(client), "payloads": payloads})
+    problem = problem_of(client, for_all=True)[:1000] or None
+    return Answer({**said, **room_json(client), "problem": problem, "payloads": payloads})
 
 
 def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:

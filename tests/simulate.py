@@ -110,7 +110,7 @@ class User:
     """What the Store keeps of one user of one service."""
 
     queues: dict[int, deque[Job]] = field(default_factory=lambda: defaultdict(deque))  # by priority
-    running: int = 0
+    running: dict[int, joborch.OpenRun] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
 
@@ -133,15 +133,16 @@ class Site:
 
     # -- what the Store does --
 
-    def refresh(self, user_id: int) -> None:
-        """Keep up the turns, as Store.refresh_turn does."""
+    def refresh(self, user_id: int, now: float) -> None:
+        """Keep up the turns, as Store.refresh_turn does. A run counts as charged until it is over; the server charges for longer ones."""
         old = self.turn.pop(user_id, None)
         if old is not None:
             del self.turns[bisect_left(self.turns, old)]
         user = self.users[user_id]
         waiting = [waiting_of(queue[0]) for queue in user.queues.values() if queue]
-        if waiting and user.running < self.quota:
-            share = user.usage.use - math.log2(self.sharing.weights.get(user_id, 1.0))
+        if waiting and len(user.running) < self.quota:
+            use = joborch.with_open_runs(user.usage.use, [*user.running.values()], EPOCH_S + now, self.sharing.half_life_s)
+            share = use - math.log2(self.sharing.weights.get(user_id, 1.0))
             rank, head = joborch.turn_of(self.policy, waiting, share, self.sharing.ageing_s)
             self.turn[user_id] = (rank, head.job_id, user_id)
             insort(self.turns, self.turn[user_id])
@@ -149,36 +150,45 @@ class Site:
     def arrive(self, job: Job) -> None:
         """A job is uploaded: Store.add."""
         user = self.users[job.user]
-        if not user.running and not any(user.queues.values()):
-            user.usage.use = joborch.welcomed(user.usage.use, self.sharing.weights.get(job.user, 1.0), self.pace.level)
         user.queues[job.priority].append(job)
         self.jobs[job.number] = job
-        self.refresh(job.user)
+        self.refresh(job.user, job.at)
 
     def claim(self, job: Job, client: str, now: float) -> None:
         """A job is sent: Store.claim."""
         user = self.users[job.user]
         user.queues[job.priority].remove(job)
-        self.pace.level = max(self.pace.level, user.usage.use - math.log2(self.sharing.weights.get(job.user, 1.0)))
         row: Any = job
         self.charged[job.number] = joborch.charge_in_advance(row, user.usage, self.pace, self.sharing.half_life_s)
-        user.usage.use = joborch.used(user.usage.use, self.charged[job.number], EPOCH_S + now, self.sharing.half_life_s)
-        user.running += 1
+        user.running[job.number] = joborch.OpenRun(job.cpus, self.charged[job.number], 0.0)
         self.running[client][job.number] = (job, now)
         self.waits[job.number] = now - job.at
         self.order.append(job.number)
-        self.refresh(job.user)
+        self.refresh(job.user, now)
 
     def end(self, job: Job, client: str, now: float) -> None:
-        """A run is over: Store.account. What it took longer than was charged is charged now; the server does it as it runs."""
+        """A run is over: Store.account."""
         user = self.users[job.user]
-        more = job.cpus * job.run_s - self.charged.pop(job.number)
+        del self.charged[job.number]
         joborch.with_run(user.usage, job.run_s)
         joborch.with_run(self.pace, job.run_s)
-        user.usage.use = joborch.used(user.usage.use, more, EPOCH_S + now, self.sharing.half_life_s)
-        user.running -= 1
+        del user.running[job.number]
         del self.running[client][job.number]
-        self.refresh(job.user)
+        slot_s = job.cpus * joborch.counted_s(max(job.run_s, joborch.TURN_S), self.sharing.half_life_s)
+        user.usage.use = joborch.used(self.measured(job, now), slot_s, EPOCH_S + now, self.sharing.half_life_s)
+        self.refresh(job.user, now)
+
+    def measured(self, job: Job, now: float) -> float:
+        """The use of a job's user without the credit of having been idle for long: Store.without_old_credit."""
+        use, weight = self.users[job.user].usage.use, self.sharing.weights.get(job.user, 1.0)
+        if self.policy != "share" or job.run_s <= joborch.TURN_S or not any(self.users[job.user].queues.values()):
+            return use
+        levels = [next((rank for rank, _, user_id in self.turns if user_id != job.user), math.inf)]
+        if joborch.welcomed(use, weight, levels[0]) == use:
+            return use
+        others = {other.user for jobs in self.running.values() for other, _ in jobs.values()} - {job.user}
+        levels += [self.users[user_id].usage.use - math.log2(self.sharing.weights.get(user_id, 1.0)) for user_id in others]
+        return use if min(levels) == math.inf else joborch.welcomed(use, weight, min(levels))
 
     def watch(self, now: float) -> None:
         """Count who holds the slots, as long as somebody else than the heaviest user waits."""

@@ -61,14 +61,6 @@ def test_use_decays_by_its_half_life(runs: list[tuple[float, float]], later_s: f
 
 
 @BOUNDED
-@given(st.floats(0.001, 1e6), st.floats(0.001, 1e6))
-def test_what_is_given_back_was_never_used(first: float, second: float) -> None:
-    use = used(used(NO_USE, first, NOW, HALF_LIFE_S), second, NOW, HALF_LIFE_S)
-    assert use_now(used(use, -second, NOW, HALF_LIFE_S), NOW, HALF_LIFE_S) == pytest.approx(first, rel=1e-3, abs=1e-3 * second)
-    assert used(use, -3 * (first + second), NOW, HALF_LIFE_S) == NO_USE, "there is no negative use"
-
-
-@BOUNDED
 @given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.floats(0, 1e7))
 def test_the_order_of_users_does_not_change_while_time_passes(one: float, other: float, later_s: float) -> None:
     """That is why a rank can stand in an index."""

@@ -48,8 +48,12 @@ class System(joborch.LocalExecutor):
         self.cancelled: list[int] = []
         self.collects: Exception | None = None
         self.trouble = ""
+        self.limit, self.tries = 1000, 0  # jobs that it takes at once; how often it was asked to
 
     def start(self, job: Job) -> str:
+        self.tries += 1
+        if len(self.has) >= self.limit:
+            raise NotTaken("AssocMaxSubmitJobLimit")
         if job.id in self.refuses:
             raise self.refuses[job.id]
         self.has.append(job.id)
@@ -80,8 +84,8 @@ class System(joborch.LocalExecutor):
 class Site:
     """A client with such a system."""
 
-    def __init__(self, data: DataFolder) -> None:
-        self.yard = Yard(data, JOBORCH_SLOTS="5")
+    def __init__(self, data: DataFolder, slots: int = 5) -> None:
+        self.yard = Yard(data, JOBORCH_SLOTS=str(slots))
         self.system = self.yard.client.executor = System(data)
 
     def submit(self, **headers: str) -> Job:
@@ -314,3 +318,61 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
     site.tick()
     joborch.check_executor(client)
     assert (site.yard.data.path / "executor").read_text() == "slurm"
+
+
+# == What a batch system does not take ==
+
+
+def test_what_was_held_begins_with_who_has_waited_longest(site: Site) -> None:
+    """A submit limit is reached, more come meanwhile, and some of them were never even tried: when it is over, the first is first."""
+    limit = NotTaken("AssocMaxSubmitJobLimit")
+    jobs = []
+    site.system.limit = 0
+    for _ in range(5):
+        jobs.append(site.submit())
+        site.tick(0.3)
+    assert site.system.has == []
+    for _ in range(30):
+        site.tick(1.0)
+    assert {site.told(job) for job in jobs} == {("Prepared", str(limit))}
+    assert site.system.tries < 60, "with each that comes the first is tried again, and nobody else but those that never were"
+    for most in (1, 2, 4, 5):
+        site.system.limit = most
+        for _ in range(35):
+            site.tick(1.0)
+        assert site.system.has == [job.id for job in jobs[:most]]
+
+
+def test_the_limit_ends_while_another_comes(site: Site) -> None:
+    first = site.submit()
+    site.system.limit = 0
+    site.tick()
+    for _ in range(20):
+        site.tick(1.0)
+    site.system.limit = 9
+    second = site.submit()
+    for _ in range(4):
+        site.tick(0.5)
+    assert site.system.has == [first.id, second.id]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_trouble_of_some_holds_up_nobody(count: int, data: joborch.DataFolder) -> None:
+    """Whatever the batch system has against some payloads, the next one begins within seconds, and so do those after it."""
+    site = Site(data, slots=50)
+    bad = [site.submit() for _ in range(count)]
+    site.system.refuses = {job.id: NotTaken("Unspecified error") for job in bad}
+    for _ in range(200):
+        site.tick(1.0)
+    for round_ in range(5):
+        good = [site.submit() for _ in range(3)]
+        for _ in range(6 if round_ == 0 else 3):
+            site.tick(1.0)
+        assert {job.id for job in good} <= set(site.system.has)
+    for job in bad:
+        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+        joborch.end_tick(site.yard.client)
+        assert site.yard[job].status is Status.KILLED, "at once"
+    site.tick(60.0)
+    assert not site.yard.client.holds.held and not set(site.system.has) & {job.id for job in bad}
+    site.yard.store.close()

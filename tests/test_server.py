@@ -333,7 +333,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
         pass
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
     with desk.store.lock:
-        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "level": 0.0, "runs": 5, "mean_s": 0.01})
+        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "runs": 5, "mean_s": 0.01})
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
@@ -1439,3 +1439,21 @@ def test_services_are_those_of_the_settings(desk: Desk) -> None:
     assert desk.server.service(job) == desk.server.services["example"]
     strange = changed(job, service="gone")
     assert (desk.server.service(strange).retries, desk.server.service(strange).lost_after_s) == (2, 3600.0)
+
+
+def test_a_client_that_says_that_it_takes_nothing_is_sent_nothing(desk: Desk, peer: Peer) -> None:
+    """The jobs stay Queued, without a move to and fro at each try; once it says so no more, they are sent."""
+    job = desk.upload()
+    peer.says["/events"] = [events(problem="Slurm: unable to contact\ncontroller"), events()]
+    get_tick(desk.server, desk.link)
+    for _ in range(5):
+        desk.clock.pass_s(10)
+        assert not desk.send()
+    assert len(desk.store.read(joborch.HISTORY_GET, id=job.id)) == 1
+    assert joborch.outlook_of(desk.server, desk[job]).waiting_for == (
+        f"no client for example takes jobs: {desk.link.name} Slurm: unable to contact controller"
+    )
+    get_tick(desk.server, desk.link)
+    peer.says["/submit"] = [reply(200, {"id": 7})]
+    assert desk.send()
+    assert desk[job].status is Status.SUBMITTED

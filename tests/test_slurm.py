@@ -124,6 +124,13 @@ TOO_WIDE = f"sbatch: error: CPU count per node can not be satisfied\n{FAILED}Req
         ("sbatch", f"{FAILED}Invalid partition name specified", NotTaken),
         ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", NotTaken),
         ("sbatch", TOO_MANY, NotTaken),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit"), NotTaken),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxCpuPerJobLimit"), CannotRun),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "AssocMaxWallDurationPerJobLimit"), CannotRun),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMinCpuNotSatisfied"), CannotRun),
+        ("sbatch", "sbatch: error: Invalid --time specification", CannotRun),
+        ("sbatch", 'sbatch: error: Invalid numeric value "0" for --cpus-per-task.', CannotRun),
+        ("sbatch", "sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information", NotTaken),
         ("sbatch", TOO_WIDE, CannotRun),
         ("sbatch", f"{FAILED}Memory required by task is not available", CannotRun),
         ("sbatch", f"{FAILED}Requested topology configuration is not available", CannotRun),
@@ -325,7 +332,9 @@ echo {name} >>{self.calls}
 case $(cat {self.bin}/{name}.lie 2>/dev/null) in
     garbage) echo '<html>Lorem ipsum'; exit 0;;
     hang) exec sleep 600;;
-    slow) sleep 3;;
+    limit) echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
+           echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1;;
+    slow) sleep 8;;
 esac
 exec {shutil.which(name)} "$@"
 """
@@ -526,6 +535,36 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     assert wait_status(pair.server, waits, "Completed", limit_s=60)["attempt"] == 1
 
 
+def test_one_kind_of_memory_beside_another(slurm: Callable[..., Pair]) -> None:
+    """`memory` of a job, where the site's settings say --mem-per-cpu: it can never run, and says why; the others do not wait for it."""
+    pair = slurm(SERVICE_EXAMPLE_SLURM_ARGS="--mem-per-cpu=50").start()
+    numbers = [submit(pair.server, "true", memory=memory) for memory in (100, None, 100, None)]
+    for number in numbers[1::2]:
+        wait_status(pair.server, number, "Completed", limit_s=30)
+    for number in numbers[::2]:
+        job = wait_status(pair.server, number, "Failed", limit_s=30)
+        assert (job["cause"], job["attempt"]) == ("limit", 1)
+        assert "mutually exclusive" in job["reason"] and "SERVICE_EXAMPLE_SLURM_ARGS" in job["reason"]
+
+
+def test_a_submit_limit(slurm: Callable[..., Pair], cluster: Cluster) -> None:
+    """What waits for it is Killed at once when asked, and what remains begins in the order in which it came."""
+    pair = slurm().start()
+    cluster.lie("sbatch", "limit")
+    numbers: list[int] = []
+    for _ in range(5):
+        numbers.append(submit(pair.server, "true"))
+        wait_for(lambda: "AssocMaxSubmitJobLimit" in str(pair.server.job(numbers[-1])["message"]), 30, "a reason")
+    killed = numbers.pop(1)
+    answer = pair.server.post(f"/terminate/{killed}")
+    assert (answer.status_code, pair.server.job(killed)["status"]) == (200, "Killed")
+    cluster.lie("sbatch", "")
+    for number in numbers:
+        wait_status(pair.server, number, "Completed", limit_s=90)
+    begun = [int(found) for found in re.findall(r"payload (\d+) is job \d+ of", pair.client.log)]
+    assert begun == sorted(begun) and len(begun) == len(numbers), "in the order in which they came"
+
+
 @pytest.mark.parametrize("point", ["run.marked", "slurm.submitted"])
 def test_the_client_is_killed_while_it_submits(point: str, slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
     """Before sbatch, or between its answer and the stored handle: the job is in Slurm once, and runs once."""
@@ -544,8 +583,9 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     """sbatch outlives it, and Slurm does not know the job yet: that is waited for, and the job is submitted once."""
     pair = slurm().start()
     cluster.lie("sbatch", "slow")
+    before = cluster.calls.read_text().split().count("sbatch")
     number = submit(pair.server, "echo done > result")
-    wait_for(lambda: pair.client.health()["waiting"], 20, "the payload handed over")
+    wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
     wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 20, "the reason")
@@ -636,7 +676,9 @@ def test_slurm_is_away(slurm: Callable[..., Pair], cluster: Cluster, open_folder
         assert "Slurm: " in problem or "sbatch: " in problem
     finally:
         cluster.start_slurmctld()
-    assert wait_status(pair.server, later, "Completed", limit_s=60)["attempt"] == 1
+    job = wait_status(pair.server, later, "Completed", limit_s=60)
+    assert job["attempt"] == 1
+    assert len(job["history"]) <= 7, "it is sent once more before the client says that it takes none, and then stays Queued"
     wait_for(lambda: pair.client.health()["problem"] is None, 20, "no problem")
 
 

@@ -356,6 +356,16 @@ def completed(store: Store, job: Job) -> bool:
     return any(row["target"] == "Completed" for row in store.read(joborch.HISTORY_GET, id=job.id))
 
 
+def rank_with_runs(store: Store, pair: tuple[str, int | None], rank: float) -> float:
+    """The rank that is stored for a user who has runs: what they were charged counted when it was made, so it lies between two bounds."""
+    rows = [row for row in store.read(CONTENDERS_ALL) if (row["service"], row["user_id"]) == pair]
+    jobs = [job for job in store.jobs(EVERYTHING) if (job.service, job.user_id) == pair and job.status in BUSY]
+    slot_s = sum(job.charged + job.cpus * (store.clock.wall() - job.moved_at) for job in jobs)
+    most = joborch.used(rank, 100 * slot_s, store.clock.wall(), store.sharing.half_life_s)  # a weight of 0.01 at the least
+    assert [row for row in rows if rank <= row["rank"] <= most], (rows, rank, most)
+    return float(rows[0]["rank"])
+
+
 def scanned_contenders(store: Store) -> list[tuple[Any, ...]]:
     """What `contenders` has to hold, by a look at every row."""
     jobs, found = store.jobs(EVERYTHING), []
@@ -374,6 +384,8 @@ def scanned_contenders(store: Store) -> list[tuple[Any, ...]]:
             rows = store.read(joborch.USAGE_GET, service=pair[0], user_id=pair[1])
             weight = store.sharing.weights.get(pair[1] or 0, 1.0)
             rank = (rows[0]["used"] if rows else joborch.NO_USE) - math.log2(weight)
+            if busy[pair]:
+                rank = rank_with_runs(store, pair, rank)
         found.append((*pair, int(busy[pair] >= service.runs_per_user), rank, head.id, head.cpus, head.memory, head.timeout))
     return sorted(found, key=str)
 
@@ -913,14 +925,14 @@ def test_an_older_database_is_brought_on(version: int, tmp_path: Path, store: St
 STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
-# What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `pace` and `drained` one a
-# service or client; `contenders` is made anew and `usage` set to another half-life where a setting changed; a restore reads
+# What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `drained` one a client;
+# `contenders` is made anew and `usage` set to another half-life where a setting changed; a restore reads
 # all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
 SCANS_MEANT.update(
     CONTENDERS_EMPTY="contenders", QUEUED_USERS="waiting", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
 )
-SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", PACE_ALL="pace", DRAINED_ALL="drained")
+SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", DRAINED_ALL="drained")
 SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
 
 
