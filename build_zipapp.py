@@ -47,7 +47,7 @@ if sys.version_info < (3, 9):
 
     newer = [name for name in ("python3.%d" % minor for minor in range(15, 8, -1)) if shutil.which(name)]
     remedy = "try %s" % newer[0] if newer else "try python3.11, or `module load python`"
-    sys.stderr.write("joborch needs Python 3.9 or later, and this is %d.%d.%d: %s\n" % (tuple(sys.version_info[:3]) + (remedy,)))
+    sys.stderr.write("joborch needs Python 3.9 or later, and this is %d.%d.%d: %s\\n" % (tuple(sys.version_info[:3]) + (remedy,)))
     sys.exit(2)
 
 import ctypes

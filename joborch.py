@@ -1191,6 +1191,7 @@ def fill_defaults(values: dict[str, Any], mode: str) -> None:
     values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
     values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
     values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
+    values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
 
 
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
