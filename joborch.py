@@ -2299,6 +2299,11 @@ def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> 
     return files, folders[::-1], count
 
 
+def helper_environment() -> dict[str, str]:
+    """Return all that helper programs (rm, chmod, zstd) need of the environment: payloads can read theirs, and find no secret there."""
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+
+
 def remove_tree(path: Path) -> None:
     """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
     if path.is_symlink() or path.is_file():
@@ -2309,8 +2314,10 @@ def remove_tree(path: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = subprocess.run(["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace")
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
         if done.returncode != 0 and path.exists():
             raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
@@ -6547,7 +6554,9 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
             if pfn.endswith(".tar.zst"):  # Python reads it from 3.14 on
                 if not shutil.which("zstd"):
                     raise SystemAway("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
-                unpacker = stack.enter_context(subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE))
+                unpacker = stack.enter_context(
+                    subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE, env=helper_environment())
+                )
                 outer = stack.enter_context(tarfile.open(fileobj=unpacker.stdout, mode="r|", tarinfo=careful_members()))
             else:
                 outer = stack.enter_context(tarfile.open(folder / "sandbox", mode="r|*", tarinfo=careful_members()))
@@ -13724,13 +13733,10 @@ def close_at_exec() -> None:
                     os.set_inheritable(descriptor, False)
 
 
-def forget_environment(config: Config) -> None:
-    """Drop from our environment what no script gets: the programs that we start (rm, chmod, zstd) are not hidden from payloads."""
-    kept = passed_on(os.environ, config.pass_env)
-    for name in set(os.environ) - set(kept):
-        needed = name == "SLURM_JWT" and config.executor == "slurm"
-        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST")):
-            del os.environ[name]
+def forget_tokens(config: Config) -> None:
+    """Drop the tokens from the environment, now that they are read: programs that are started later need not have them."""
+    for name in token_names(config):
+        os.environ.pop(name, None)
 
 
 def ensure_client_token(config: Config) -> Config:
@@ -13808,7 +13814,7 @@ def serve(config: Config) -> int:
     if config.mode == "client":
         log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
         config = ensure_client_token(config)
-    forget_environment(config)
+    forget_tokens(config)
     raise_file_limit()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
