@@ -10654,7 +10654,8 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
         return packing.opened()
     finally:
         with client.lock:
-            if told:  # first: without a reader and a lease it would be given up
+            # A server whose call broke comes again for what has ended. First: without a reader and a lease it would be given up.
+            if told or not (packing.passing or packing.done.is_set()):
                 packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
             packing.readers -= 1
             if not told and packing.done.is_set() and not packing.readers:
