@@ -2506,7 +2506,6 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
     elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
         fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
-    yield from examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
 
 
 # == 9. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
@@ -13321,6 +13320,9 @@ def weak_setups(config: Config) -> Iterator[Finding]:
         remedy = "joborch makes it 0600 at its start; remove it for a new one, since the old one may be known"
         made_by_us = config.mode == "client" and what == CLIENT_TOKEN
         yield from examine_secret_file(path, what, remedy if made_by_us else "")
+        found = examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
+        # The login of DIRAC is where its own program puts it: a warning has to do.
+        yield from (finding._replace(good=None) if "DIRAC" in what else finding for finding in found)
     yield from DataFolder(config.data_path).weak_spots()
     if config.db_path != ":memory:" and os.path.dirname(os.path.realpath(config.db_path)) != os.path.realpath(config.data_path):
         yield from examine_place(os.path.dirname(os.path.abspath(config.db_path)), "DB_PATH")

@@ -6,6 +6,7 @@ Nothing in here imports joborch: it is started as a user starts it, and spoken t
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import hmac
 import io
@@ -58,17 +59,23 @@ def wait_for(condition: Callable[[], T], limit_s: float = LIMIT_S, what: str = "
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses, below the range from which the kernel gives out ports by itself."""
+    """A loopback port that nobody uses on 127.0.0.1 or ::1, below the range from which the kernel gives out ports by itself."""
     for _ in range(200):
         port = random.randrange(12_000, 32_000)
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        if all(can_be_bound(family, host, port) for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))):
             return port
     raise AssertionError("no free port found")
+
+
+def can_be_bound(family: socket.AddressFamily, host: str, port: int) -> bool:
+    """Whether nobody listens there; a machine without this kind of address has no listener either."""
+    try:
+        with closing(socket.socket(family)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    return True
 
 
 def need_backend(command: Path) -> None:
