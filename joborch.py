@@ -2460,7 +2460,7 @@ def is_private_group(gid: int) -> bool:
 def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
     """Yield who else can replace what a folder holds, or (with `itself` False: only) the folder, by one of its parents.
 
-    False: any user can, or the owner of the folder. None: a group can, or the owner of a parent, as is usual on clusters.
+    False: what is in the folder itself. None: the folder, by one of its parents, as is usual on clusters; or a group can.
     """
     real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
     for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
@@ -2473,9 +2473,8 @@ def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[
             good = False if folder == real else None
             yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace what is in it: use a folder of your own")
         elif mode & 0o002 and not mode & stat.S_ISVTX:
-            yield Finding(
-                False, f"{place} is writable by every user (mode {mode:04o}), who can replace what is in it: chmod o-w, or chmod +t"
-            )
+            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace what is in it"
+            yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
         elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
             yield Finding(
                 None, f"{place} is writable by a group (mode {mode:04o}), which can replace what is in it: chmod g-w, or chmod +t"
