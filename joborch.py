@@ -2427,6 +2427,9 @@ class Spool:
         return getattr(self.file, name)
 
 
+STOP_NOTE = "stopped"  # an empty file in a client's data folder: its time says when the client was last stopped
+
+
 class DataFolder:
     """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, and the lock.
 
@@ -2436,7 +2439,17 @@ class DataFolder:
 
     LOCK = "joborch.lock"
     NAMES = frozenset(
-        ("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", LOCK, *("joborch.db" + end for end in ("", "-wal", "-shm")))
+        (
+            "jobs",
+            "results",
+            "tmp",
+            "reserve",
+            "wrapper.sh",
+            "executor",
+            STOP_NOTE,
+            LOCK,
+            *("joborch.db" + end for end in ("", "-wal", "-shm")),
+        )
     )
 
     def __init__(self, path: str) -> None:
@@ -4329,7 +4342,7 @@ told=0 over=0
 trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
 trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
 [ -z "$3" ] || trap over=1 ALRM
-printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
 echo ready >>"../started.$2" || exit 1
@@ -4348,6 +4361,7 @@ wait $pid 2>/dev/null; last=$?                     # it may have ended between a
 [ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
+[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
 printf '{"status": %d, "left": %d, "told": %d, "limit": %d}' $status $left $told $over >&9
 exit $status
 """
@@ -4562,6 +4576,10 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
+STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
+
+
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
 
@@ -4676,7 +4694,7 @@ class LocalExecutor:
             return Fate(True)
         ended = read_exit(folder)
         if ended:
-            return ended
+            return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
         if "ready" not in (read_claim(folder, job.attempt) or ""):
@@ -4689,6 +4707,28 @@ class LocalExecutor:
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
         reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
         return Fate(False, cause=Cause.USER, reason=reason)
+
+    def stopped_by_others(self, job: Job, folder: Path, ended: Fate) -> Fate | None:
+        """Return the fate of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
+
+        Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
+        """
+        alone = not ended.told
+        if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
+            return None  # nobody stopped it, or the client did
+        if alone and not self.ended_with_client(folder):
+            return None  # the script sent the signal to itself
+        reason = f"it was stopped from outside joborch, {'together with the client' if alone else 'and its wrapper, too'}"
+        how = f"run.sh ended with exit status {ended.exit_status}; if a service manager did it, set KillMode=process for the client"
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: {how}")
+
+    def ended_with_client(self, folder: Path) -> bool:
+        """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
+        try:
+            stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
+            return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
+        except OSError:
+            return False  # no client was ever stopped here
 
     def own_wrapper(self, job: Job) -> int:
         """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
@@ -9515,9 +9555,19 @@ class Client(Node):
             "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
         }
 
+    def stop(self) -> None:
+        """Note the time first: what stopped the client may have stopped payloads, too."""
+        try:
+            (self.data.path / STOP_NOTE).touch()
+        except OSError as error:
+            log.warning("the time of the stop cannot be kept: %s", error)
+        super().stop()
+
 
 def run_tick(client: Client) -> bool:
-    """Take in what ended, and start what a slot is free for."""
+    """Take in what ended, and start what a slot is free for. A client that is being stopped leaves both to the next one."""
+    if client.stopping.is_set():
+        return False
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
@@ -9643,7 +9693,9 @@ def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
 
 
 def launch(client: Client, job: Job) -> None:
-    """Start one payload that can run, unless it is not Prepared any more."""
+    """Start one payload that can run, unless it is not Prepared any more or the client is being stopped."""
+    if client.stopping.is_set():
+        return
     # What a batch system was given outlives a power failure of this machine: the mark must, too.
     in_line = client.executor.in_line
     if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
@@ -9826,7 +9878,7 @@ def end_tick(client: Client) -> bool:
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
         fate = measuring.fate if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
-        if fate.exit_status is not None and not begun.exists():  # it was quicker than the wish
+        if fate.exit_status is not None and fate.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
             finish(client, job, fate, patient=True)
             return True
         if job.status is Status.RUNNING:

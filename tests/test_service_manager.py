@@ -1,0 +1,127 @@
+"""What happens around a running process: a service manager stops it, its archive is replaced, its folders go, strangers come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from harness import ENDED, LIMIT_S, Pair, alive, download, run_to_end, submit, wait_for, wait_status
+
+# == Stopped by a service manager ==
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process and all its threads have started, and those that these have started."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *children(child)]
+    return found
+
+
+def send(number: int, pids: Iterable[int]) -> None:
+    """Send a signal to each of these that is still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def ready(pair: Pair, script: str) -> int:
+    """Submit a script, in which READY stands for a word to this test; return the job once it has come so far."""
+    mark = pair.folder / f"ready-{time.monotonic_ns()}"
+    number = submit(pair.server, script.replace("READY", f"echo > {mark}"))
+    wait_for(mark.exists, what="the script to begin")
+    return number
+
+
+# The first attempt waits to be stopped; a later one runs to its end.
+FIRST = '[ "$JOBORCH_ATTEMPT" = 1 ] || { echo whole > result; exit 0; }\n'
+STOPPED = {
+    "run.sh does not handle TERM": "READY; sleep 1000",
+    "it ends with 0": "trap 'exit 0' TERM; echo half > result; READY; sleep 1000 & wait",
+    "it ends with a code of its own": "trap 'exit 3' TERM; READY; sleep 1000 & wait",
+    "what it calls ends": "set -e; trap : TERM; READY; sleep 1000",
+    "it goes on and has half a result": "trap : TERM; READY; sleep 1000; echo half > result",
+    "it is deaf, and killed": "trap '' TERM; READY; while :; do sleep 0.1; done",
+}
+
+
+@pytest.mark.parametrize("order", ["from the top", "from the bottom"])
+@pytest.mark.parametrize("script", STOPPED.values(), ids=STOPPED)
+def test_a_service_manager_that_stops_everything(script: str, order: str, own_pair: Pair) -> None:
+    """TERM for the client and all that it started, then KILL for what is left, as systemd does by default: a new attempt."""
+    number = ready(own_pair, FIRST + script)
+    everything = [own_pair.client.pid, *children(own_pair.client.pid)]
+    assert len(everything) > 2
+    send(signal.SIGTERM, everything if order == "from the top" else reversed(everything))
+    assert own_pair.client.process is not None
+    own_pair.client.process.wait(LIMIT_S)
+    deadline = time.monotonic() + 1.5
+    wait_for(lambda: time.monotonic() > deadline or not any(map(alive, everything)), what="the end of all, or a short patience")
+    send(signal.SIGKILL, everything)
+    own_pair.client.start()
+    job = wait_status(own_pair.server, number, "Completed")
+    assert job["attempt"] == 2
+    assert download(own_pair.server, number).text("result") == "whole\n"
+    [first] = [each for each in job["attempts"] if each["attempt"] == 1]
+    assert first["cause"] == "infrastructure"
+
+
+def test_a_stop_that_spares_the_wrapper(own_pair: Pair) -> None:
+    """A payload that dies of a TERM that nobody asked for just when its client is stopped was stopped with it."""
+    number = ready(own_pair, FIRST + "READY; sleep 1000")
+    script = [pid for pid in children(own_pair.client.pid) if b"./run.sh" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(own_pair.client.pid, signal.SIGSTOP)  # it hears of the end only after it was stopped itself
+    send(signal.SIGTERM, [*script, own_pair.client.pid])
+    os.kill(own_pair.client.pid, signal.SIGCONT)
+    assert own_pair.client.process is not None
+    own_pair.client.process.wait(LIMIT_S)
+    own_pair.client.start()
+    assert wait_status(own_pair.server, number, "Completed")["attempt"] == 2
+
+
+def test_the_reason_names_the_remedy(own_pair: Pair) -> None:
+    """Where no attempt is left, the job says what happened and what to set."""
+    number = submit(own_pair.server, "echo > ../begun; sleep 1000", retries=0)
+    wait_status(own_pair.server, number, "Running")
+    [mark] = wait_for(lambda: list(own_pair.client.data.glob("jobs/*/begun")), what="the script to begin")
+    send(signal.SIGTERM, children(own_pair.client.pid))
+    job = wait_status(own_pair.server, number, "Failed")
+    assert job["cause"] == "infrastructure"
+    assert "KillMode=process" in job["reason"], job["reason"]
+    assert "143" in job["reason"]
+    assert mark.name == "begun"
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "KILL"])
+def test_a_signal_of_its_own_is_the_scripts_failure(name: str, pair: Pair) -> None:
+    """Nobody else was told to end: the script did it, and is not run again."""
+    job = run_to_end(pair.server, f"trap - INT; kill -{name} $$; sleep 1000")
+    assert (job["status"], job["cause"], job["attempt"]) == ("Failed", "user", 1)
+
+
+def test_a_script_that_killed_itself_while_its_client_was_away(own_pair: Pair) -> None:
+    """It runs on after the client was stopped, and dies later of its own TERM: its own failure."""
+    go = own_pair.folder / "go"
+    number = ready(own_pair, f"READY; until [ -e {go} ]; do sleep 0.05; done; kill -TERM $$; sleep 1000")
+    own_pair.client.stop()
+    note = own_pair.client.data / "stopped"
+    os.utime(note, (time.time() - 60, time.time() - 60))  # a minute ago
+    go.touch()
+    wait_for(lambda: any(path.read_text().strip() for path in own_pair.client.data.glob("jobs/*/exit.json")), what="the end of the script")
+    own_pair.client.start()
+    job = wait_status(own_pair.server, number, *ENDED)
+    assert (job["status"], job["cause"], job["attempt"]) == ("Failed", "user", 1)
+
+
+def test_a_terminated_job_is_killed_although_its_wrapper_was_told_to_end(own_pair: Pair) -> None:
+    """Terminate tells the wrapper, too: that is no service manager."""
+    number = ready(own_pair, "trap 'exit 0' TERM; READY; sleep 1000 & wait")
+    assert own_pair.server.post(f"/terminate/{number}").status_code == 200
+    assert own_pair.server.job(number)["status"] == "Killed"
