@@ -8448,6 +8448,36 @@ class Watch:
             self.known[descriptor] = (each, flags)
 
 
+class Program:
+    """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
+
+    def __init__(self) -> None:
+        archive = getattr(globals().get("__loader__"), "archive", None)  # perhaps a copy in memory: see build_zipapp.py
+        self.path = os.path.abspath(sys.argv[0] if archive else __file__)
+        self.digest = hashlib.sha256(Path(archive or __file__).read_bytes()).digest()
+        self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def restart_needed(self) -> str:
+        """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
+        name = os.path.basename(self.path)
+        with self.lock:
+            try:
+                state = os.stat(self.path)
+                seen: tuple[int, ...] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+                if seen == self.seen:
+                    return self.trouble
+                same = hashlib.sha256(Path(self.path).read_bytes()).digest() == self.digest
+                trouble = "" if same else f"{name} was replaced after this process started: restart it to run the new file"
+            except FileNotFoundError:
+                seen, trouble = (), f"{name} was removed after this process started: put it back, or the next start will fail"
+            except OSError:
+                return self.trouble  # it cannot be read now
+            if trouble and trouble != self.trouble:
+                log.warning("%s", trouble)
+            self.seen, self.trouble = seen, trouble
+            return trouble
+
+
 class Node:
     """One process, server or client: its settings, its store, its folders, its loops."""
 
@@ -8462,7 +8492,7 @@ class Node:
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.proofs = ProofReader(self.tokens)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
-        self.started = self.clock.monotonic()
+        self.started, self.program = self.clock.monotonic(), Program()
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
@@ -8524,6 +8554,7 @@ def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
+    node.program.restart_needed()  # it is logged
     node.data.keep_reserve()
     now, age = node.store.steady(), node.config.max_age_s
     more = False
@@ -11301,7 +11332,7 @@ EXAMPLE_JOB: dict[str, Any] = {
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
-EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5}
+EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None}
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
 
@@ -12350,6 +12381,7 @@ def health(node: Node, request: Request) -> Answer:
         node.store.check()
         if known:
             said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
+            said["restart_needed"] = node.program.restart_needed() or None
         if known and isinstance(node, Client):
             said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
     except StorageError as error:
@@ -13180,6 +13212,13 @@ def open_node(config: Config) -> Node:
     return server
 
 
+def import_what_will_be_needed(config: Config) -> None:
+    """Import before we listen: a newer release may take the place of these files while the process runs."""
+    names = ["multipart"] if config.mode == "client" else ["multipart", "urllib3"]
+    for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
+        importlib.import_module(name)
+
+
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
     hide_from_payloads()
@@ -13199,6 +13238,7 @@ def serve(config: Config) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
+    import_what_will_be_needed(config)
     node = open_node(config)
     http_server = make_http_server(node, make_app(node))
     node.start()

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import shutil
 import signal
+import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from harness import ENDED, LIMIT_S, Pair, alive, download, run_to_end, submit, wait_for, wait_status
+from conftest import MakePair, MakeProcess
+from harness import (
+    ENDED,
+    LIMIT_S,
+    Pair,
+    Process,
+    alive,
+    download,
+    partial,
+    post_form,
+    raw_exchange,
+    raw_head,
+    run_to_end,
+    submit,
+    wait_for,
+    wait_status,
+)
+from test_proof import Between
 
 # == Stopped by a service manager ==
 
@@ -125,3 +148,114 @@ def test_a_terminated_job_is_killed_although_its_wrapper_was_told_to_end(own_pai
     number = ready(own_pair, "trap 'exit 0' TERM; READY; sleep 1000 & wait")
     assert own_pair.server.post(f"/terminate/{number}").status_code == 200
     assert own_pair.server.job(number)["status"] == "Killed"
+
+
+# == The archive is replaced ==
+
+
+def call_everything(process: Process) -> dict[str, int]:
+    """Every route of a process, as a browser, with the token and without; return the codes of the first by path."""
+    paths = json.loads(process.get("/api-docs/openapi.json").content)["paths"]
+    codes = {}
+    for path, methods in paths.items():
+        told = re.sub(r"{name}", "swagger-ui-bundle.js", re.sub(r"{\w+_id}", "1", path))
+        for method in methods:
+            if method in ("get", "head"):
+                codes[f"{method} {path}"] = process.call(method, told, headers={"Authorization": f"Bearer {Pair.TOKEN}"}).status_code
+            process.call(method, told, headers={"Accept": "text/html"}, data=b"no form")
+    raw_exchange(process.port, b"\x00\xff\r\n\r\n")
+    raw_exchange(process.port, raw_head("GET", "/%ff", process.port, "Range: bytes=x", "Expect: 100-continue"))
+    return codes
+
+
+def do_everything(pair: Pair) -> None:
+    """A whole job with its result and logs, one that is terminated, one that fails, uploads that are refused, and every route."""
+    done = run_to_end(pair.server, "cat input; echo kept > result", {"input": b"in"})
+    assert download(pair.server, done["id"]).text("result") == "kept\n"
+    assert pair.server.get(f"/jobs/{done['id']}/logs?follow=1").text == "in"
+    assert run_to_end(pair.server, "exit 3")["reason"].startswith("run.sh ended with exit status 3")
+    number = ready(pair, "READY; sleep 1000")
+    assert ".joborch/stdout" in partial(pair.server, number).names()
+    assert pair.server.post(f"/terminate/{number}").status_code == 200
+    assert post_form(pair.server, [b"no part"]).status_code == 400
+    assert pair.server.get("/swagger-ui/swagger-ui.css").status_code == 200
+    for process in (pair.server, pair.client):
+        failed = {path: code for path, code in call_everything(process).items() if code >= 500}
+        assert not failed, f"{failed}\n{process.log[-3000:]}"
+        assert "Traceback" not in process.log
+
+
+def overwrite(old: Path, new: bytes) -> None:
+    """As `cp` and scp do: the same file gets another content."""
+    old.write_bytes(new)
+
+
+def put_in_place(old: Path, new: bytes) -> None:
+    """As `mv` and rsync do: another file gets the name."""
+    (old.parent / "new.pyz").write_bytes(new)
+    (old.parent / "new.pyz").replace(old)
+
+
+def remove(old: Path, new: bytes) -> None:
+    """The file goes, and no other comes."""
+    assert new
+    old.unlink()
+
+
+@pytest.mark.parametrize("change", [overwrite, put_in_place, remove])
+def test_an_archive_that_is_replaced_while_it_runs(
+    change: Callable[[Path, bytes], None], pyz: Path, make_pair: MakePair, tmp_path: Path
+) -> None:
+    """What was started goes on with all that it can do, and says that it should be started again."""
+    archive = Path(shutil.copy(pyz, tmp_path / "joborch.pyz"))
+    own = make_pair(program=[sys.executable, str(archive)]).start()
+    assert own.server.health()["restart_needed"] is None
+    change(archive, b"#!/usr/bin/env python3\n# of another size, and no ZIP at all\n")
+    do_everything(own)
+    for process in (own.server, own.client):
+        for _ in range(3):
+            assert "joborch.pyz was re" in process.health()["restart_needed"]
+            assert process.health()["status"] == "ok"
+        assert process.log.count("joborch.pyz was re") == 1
+
+
+def test_a_file_that_is_the_same_needs_no_restart(pyz: Path, make_process: MakeProcess, tmp_path: Path) -> None:
+    """It was copied once more, or touched; and when the old one is put back, all is well again."""
+    archive = Path(shutil.copy(pyz, tmp_path / "joborch.pyz"))
+    process = make_process("server", program=[sys.executable, str(archive)]).start()
+    put_in_place(archive, pyz.read_bytes())
+    assert process.health()["restart_needed"] is None
+    overwrite(archive, b"another")
+    assert "restart it" in process.health()["restart_needed"]
+    put_in_place(archive, pyz.read_bytes())
+    assert process.health()["restart_needed"] is None
+
+
+def test_strangers_hear_nothing_of_it(make_process: MakeProcess) -> None:
+    process = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN}).start()
+    assert "restart_needed" in process.health()
+    assert set(process.get("/health").json()) == {"status", "database"}
+
+
+def imported(log: str) -> list[str]:
+    """The modules that a Python with -X importtime names."""
+    return [line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl to make a certificate")
+def test_nothing_is_imported_after_it_listens(pyz: Path, make_pair: MakePair, tmp_path: Path) -> None:
+    """However it is installed: the files of its packages may be replaced while it runs. The link is under TLS."""
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(["openssl", "req", *words, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    own = make_pair(program=[sys.executable, "-X", "importtime", str(pyz)])
+    middle = Between(own.client, context)
+    own.server.settings.update({"SERVICE_EXAMPLE_CLIENTS": middle.url, "JOBORCH_CA_FILE": certificate})
+    do_everything(own.start())
+    middle.close()
+    for process in (own.server, own.client):
+        before, after = process.log.split("listens on")
+        assert "joborch" in imported(before)
+        assert imported(after) == []
