@@ -4362,7 +4362,10 @@ wait $pid 2>/dev/null; last=$?                     # it may have ended between a
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
 [ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
-printf '{"status": %d, "left": %d, "told": %d, "limit": %d}' $status $left $told $over >&9
+gone=                                              # somebody removed the work folder, or put another in its place
+there() { [ "$1/work" -ef /proc/$$/cwd ]; }
+there "$1" || { [ -x "$1" ] || chmod u+x "$1"; there "$1"; } 2>/dev/null || gone=', "gone": 1'
+printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
 exit $status
 """
 
@@ -4425,16 +4428,32 @@ def read_exit(folder: Path) -> Fate | None:
     try:
         with open_regular(folder, "exit.json") as file:
             said = parse_json(file.read(400))
-        status, limit = said["status"], Cause.LIMIT if said.get("limit") else None
+        status, cause = said["status"], Cause.LIMIT if said.get("limit") else None
         fits = type(status) is int and 0 <= status < 256
         reason = one_line(str(said.get("reason", "")), 200)
-        return Fate(False, status, bool(said["left"]), limit, reason, told=bool(said.get("told"))) if fits else None
+        if said.get("gone") and cause is None and fits:
+            cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
+        return Fate(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
             give_rights(folder)  # the script took it from its parent folder; the next look finds it
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
+
+
+def work_gone(status: int | None) -> str:
+    """Return the reason of a payload that has lost its work folder."""
+    how = "" if status is None else f" (run.sh ended with exit status {status})"
+    return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
+
+
+def has_work(folder: Path) -> bool:
+    """Tell whether the work folder of a payload is there, as a folder; True where that cannot be seen."""
+    try:
+        return stat.S_ISDIR(state_below(folder, "work").st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def last_line(path: Path) -> str:
@@ -7574,6 +7593,15 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
+def said_status(text: bytes) -> str | None:
+    """Return the status in a client's answer about a payload, or None where it says none."""
+    try:
+        said = parse_json(text)
+    except ValueError:
+        return None
+    return str(said.get("status")) if isinstance(said, dict) else None
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
@@ -8039,6 +8067,8 @@ class Link:
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        if answer.status == 200 and said_status(text) == Status.CLEANED.value:
+            raise Gone(f"the result is missing at {self.name}: somebody removed its files there")
         if answer.status == 416:  # it has become shorter than what is here
             into.begin()
         if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
@@ -9852,6 +9882,8 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
     except SystemAway as error:
         note(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
+    if fate.cause is None and not has_work(folder):
+        fate = dataclasses.replace(fate, cause=Cause.INFRASTRUCTURE, reason=work_gone(fate.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
@@ -12174,6 +12206,9 @@ RETRIEVED = Gives("completed: the result as application/zip; else the payload wi
 def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
+    if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
+        client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
+        job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
     archive = asked_archive(client, request, job)

@@ -259,3 +259,56 @@ def test_nothing_is_imported_after_it_listens(pyz: Path, make_pair: MakePair, tm
         before, after = process.log.split("listens on")
         assert "joborch" in imported(before)
         assert imported(after) == []
+
+
+# == The folder goes ==
+
+AT_HOME = "case $PWD in */jobs/*.[0-9]/work) ;; *) exit 99 ;; esac\n"
+GONE = {
+    "the work folder": "rm -rf $PWD",
+    "the work folder, and it fails": "rm -rf $PWD; exit 3",
+    "the work folder, and another one comes": "W=$PWD; mv $W $W.old; mkdir $W; echo other > $W/result",
+    "the work folder, and a link comes": "W=$PWD; mv $W $W.old; ln -s $W.old $W",
+    "the payload's folder": "rm -rf ${PWD%/work}",
+}
+
+
+@pytest.mark.parametrize("script", GONE.values(), ids=GONE)
+def test_a_folder_that_goes_while_the_script_runs(script: str, pair: Pair) -> None:
+    """Nobody can tell whether the script or somebody else did it: it is tried again, and the reason says what is missing."""
+    again = run_to_end(pair.server, f'{AT_HOME}if [ "$JOBORCH_ATTEMPT" = 1 ]; then {script}; exit; fi; echo whole > result')
+    assert (again["status"], again["attempt"]) == ("Completed", 2)
+    assert download(pair.server, again["id"]).text("result") == "whole\n"
+    job = run_to_end(pair.server, AT_HOME + script, retries=0)
+    assert (job["status"], job["cause"]) == ("Failed", "infrastructure")
+    assert "folder was removed" in job["reason"]
+
+
+def test_a_work_folder_that_somebody_else_removes(pair: Pair) -> None:
+    go = pair.folder / "go-on"
+    number = ready(pair, f"[ $JOBORCH_ATTEMPT = 2 ] || pwd > {go}.where; READY; until [ -e {go} ]; do sleep 0.02; done; true")
+    shutil.rmtree(Path(f"{go}.where").read_text().strip())
+    go.touch()
+    assert wait_status(pair.server, number, "Completed")["attempt"] == 2
+
+
+def test_an_ended_payloads_work_folder_that_goes_before_it_is_fetched(own_pair: Pair) -> None:
+    """The result is lost with it: no empty one is taken for it."""
+    go = own_pair.folder / "go-on"
+    number = ready(own_pair, f"READY; until [ -e {go} ]; do sleep 0.02; done; [ $JOBORCH_ATTEMPT = 2 ] && echo whole > result; true")
+    own_pair.server.kill()
+    go.touch()
+    wait_for(lambda: own_pair.client.health()["running"] == 0, what="the end of the payload")
+    [work] = own_pair.client.data.glob("jobs/*/work")
+    shutil.rmtree(work)
+    own_pair.server.start()
+    job = wait_status(own_pair.server, number, "Completed")
+    assert job["attempt"] == 2
+    assert download(own_pair.server, number).text("result") == "whole\n"
+
+
+def test_a_script_that_takes_its_folders_rights_away(pair: Pair) -> None:
+    """They are there, and that is what counts."""
+    job = run_to_end(pair.server, f"{AT_HOME}echo kept > result; chmod 000 . ..")
+    assert job["status"] == "Completed"
+    assert download(pair.server, job["id"]).text("result") == "kept\n"
