@@ -4491,6 +4491,7 @@ class Process:
     group: int
     session: int
     start: str
+    terminal: int = 0  # 0: none
 
 
 def all_processes() -> list[Process]:
@@ -4505,32 +4506,59 @@ def all_processes() -> list[Process]:
             continue
         fields = text.rpartition(")")[2].split()
         if fields[0] not in ("Z", "X"):
-            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19]))
+            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19], int(fields[4])))
     return found
 
 
-def bears_mark(pid: int, mark: bytes, folder: bytes) -> bool:
-    """Tell whether a process has the attempt's mark in its environment, or works in its folder."""
+def bears_mark(pid: int, mark: str) -> bool:
+    """Tell whether a process has an attempt's mark in its environment."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if mark in file.read():
-                return True
+        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        pass  # it ended, or is another user's
-    try:
-        where = os.readlink(f"/proc/{pid}/cwd".encode())
-    except OSError:
-        return False
-    return where == folder or where.startswith(folder + b"/")
+        return False  # it ended, or is another user's
 
 
-def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
-    """Return all processes of an attempt: by session, group, parent, environment mark and work folder."""
-    everything = all_processes()
-    mark, place = f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)
+def marks_of(process: Process, jobs: Path) -> list[bytes]:
+    """Return the marks of the payloads below `jobs` that a process belongs to, by what can be seen of it alone; mostly none.
+
+    The mark in its environment proves it. That it works in a payload's folder does not: a person may have gone there with a
+    shell or an editor. It counts only where nothing else could: an orphan without a terminal, whose environment was emptied.
+    """
+    try:
+        environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
+        marks = re.findall(rb"\0JOBORCH_MARK=([^\0]+)(?=\0)", environment)
+        # People's processes have a HOME, systemd's services an INVOCATION_ID.
+        others = re.search(rb"\0(HOME|INVOCATION_ID)=", environment) and b"\0JOBORCH_ATTEMPT=" not in environment
+        if marks or others or process.terminal:
+            return marks
+        where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
+        return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
+    except OSError:
+        return []  # it ended, or is another user's
+
+
+def is_orphan(process: Process) -> bool:
+    """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
+    if process.parent in (1, os.getpid()):
+        return True
+    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
+
+
+def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
+    """Return all processes of an attempt that run, also those `known` from an earlier look: their parents may have ended since."""
+    return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
+
+
+def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
+    """Return all processes of these attempts: by mark (see `marks_of`) or session, and by parent and group of those."""
     # Process 1 and kernel threads may have session and group 0, which are nobody's.
-    everything = [process for process in everything if process.pid != 1 and process.group != 0]
-    found = {process.pid for process in everything if process.session == wrapper_pid != 0 or bears_mark(process.pid, mark, place)}
+    everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
+    before = {(process.pid, process.start) for process in known}
+    found = {
+        process.pid
+        for process in everything
+        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(marks_of(process, jobs))
+    }
     grown = -1
     while grown != len(found):
         grown = len(found)
@@ -4540,15 +4568,8 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
 
 
 def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` of which something runs, by environment and work folder: one look at /proc."""
-    place, found = os.fsencode(jobs) + b"/", set()
-    for process in all_processes():
-        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/environ", "rb") as file:
-            found.update(re.findall(rb"JOBORCH_MARK=([^\0]+)\0", file.read()))
-        with contextlib.suppress(OSError):
-            where = os.readlink(f"/proc/{process.pid}/cwd".encode())
-            found.update([where[len(place) :].split(b"/")[0]] if where.startswith(place) else [])
-    return {os.fsdecode(mark) for mark in found}
+    """Return the marks of all payloads below `jobs` of which something runs: one look at /proc."""
+    return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
 
 
 def become_subreaper() -> bool:
@@ -4639,7 +4660,7 @@ class LocalExecutor:
         for job in jobs:
             pid = self.claimed_pid(job)
             if pid is not None:
-                ours = pid and bears_mark(pid, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
+                ours = pid and bears_mark(pid, job.mark)
                 handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
         return handles
 
@@ -4707,9 +4728,9 @@ class LocalExecutor:
 
     def fate_without_wrapper(self, job: Job, folder: Path) -> Fate:
         """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
-        claimed, mark = self.claimed_pid(job), f"JOBORCH_MARK={job.mark}\0".encode()
+        claimed = self.claimed_pid(job)
         # The handle may name a second wrapper, which lost the claim to the first.
-        if claimed and bears_mark(claimed, mark, os.fsencode(folder)):
+        if claimed and bears_mark(claimed, job.mark):
             return Fate(True)
         ended = read_exit(folder)
         if ended:
@@ -4756,39 +4777,39 @@ class LocalExecutor:
             return 0
         if pid == "0":
             claimed = self.claimed_pid(job) or 0
-            ours = claimed and bears_mark(claimed, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
-            return claimed if ours else 0
+            return claimed if claimed and bears_mark(claimed, job.mark) else 0
         # No number is given out again while its session has members: where the leader is gone, what is left is ours.
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
         folder = self.data.job(job.mark)
         pid = self.own_wrapper(job)
-        signal_all(tree_of(job, folder, pid), signal.SIGTERM)
+        known = tree_of(job, folder, pid)
+        signal_all(known, signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
-        while time.monotonic() < deadline and self.still_there(job, folder, pid):
+        while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
+            known = found
             time.sleep(0.02)
         for _ in range(200):
-            if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
+            if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
                 return
             # Stopped first: what forks faster than we look cannot fork any more.
-            signal_all(tree_of(job, folder, pid), signal.SIGSTOP)
-            signal_all(tree_of(job, folder, pid), signal.SIGKILL)
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGSTOP)
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGKILL)
             time.sleep(0.01)
         raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
 
-    def still_there(self, job: Job, folder: Path, pid: int) -> list[Process]:
+    def still_there(self, job: Job, folder: Path, pid: int, known: Collection[Process]) -> list[Process]:
         self.reap()
-        return tree_of(job, folder, pid)
+        return tree_of(job, folder, pid, known)
 
     def collect(self, job: Job) -> None:
         """The folder is this machine's own: the outputs are there."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        for mark in marks:
-            for process in all_processes():
-                if bears_mark(process.pid, f"JOBORCH_MARK={mark}\0".encode(), os.fsencode(self.data.job(mark))):
-                    signal_all([process], signal.SIGKILL)
+        signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
 
     def problem(self) -> str:
         return ""

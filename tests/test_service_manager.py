@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -312,3 +315,140 @@ def test_a_script_that_takes_its_folders_rights_away(pair: Pair) -> None:
     job = run_to_end(pair.server, f"{AT_HOME}echo kept > result; chmod 000 . ..")
     assert job["status"] == "Completed"
     assert download(pair.server, job["id"]).text("result") == "kept\n"
+
+
+# == Strangers in the folder ==
+
+
+class Shell:
+    """An interactive shell that a person has opened in a folder, with a terminal and an environment of a login."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], dict(environment))
+        self.said = b""
+        self.ask("echo here-$((20 + 3))", "here-23")
+
+    def ask(self, line: str, answer: str) -> None:
+        """Type a line and wait for an answer; fails where the shell has ended (EIO) or stays silent."""
+        os.write(self.terminal, line.encode() + b"\n")
+        wait_for(lambda: self.reads(answer.encode()), what=f"the shell to say {answer}")
+
+    def reads(self, answer: bytes) -> bool:
+        if select.select([self.terminal], [], [], 0.1)[0]:
+            self.said += os.read(self.terminal, 4096)
+        return answer in self.said
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+
+
+LOGIN = {"HOME": "/root", "PATH": os.environ["PATH"], "TERM": "dumb"}
+
+
+@contextlib.contextmanager
+def strangers(folder: Path) -> Iterator[None]:
+    """A shell with a command in the background, one with an empty environment, and an editor without a terminal; all live on."""
+    shells = [Shell(folder, LOGIN), Shell(folder, {})]
+    shells[0].ask("sleep 1000 & echo started-$((20 + 4))", "started-24")
+    editor = subprocess.Popen(
+        ["bash", "-c", "trap '' HUP; while :; do sleep 0.1; done"], cwd=folder, env={**LOGIN, "PWD": str(folder)}, start_new_session=True
+    )
+    try:
+        yield
+        assert editor.poll() is None, "the editor was ended"
+        for shell in shells:
+            shell.ask("echo alive-$((20 + 5)) $(jobs)", "alive-25")
+        assert b"Terminated" not in shells[0].said + shells[1].said
+        assert b"Killed" not in shells[0].said + shells[1].said
+    finally:
+        for shell in shells:
+            shell.close()
+        os.killpg(editor.pid, signal.SIGKILL)
+        editor.wait()
+
+
+@pytest.fixture(autouse=True)
+def orphans_go_to_process_1() -> None:
+    """Other tests make this process the one that orphans go to (PR_SET_CHILD_SUBREAPER)."""
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+def terminate(pair: Pair, number: int) -> None:
+    """Have a job killed; it may take a moment where the client has just come back."""
+    assert pair.server.post(f"/terminate/{number}").status_code in (200, 202)
+    wait_status(pair.server, number, "Killed")
+
+
+def work_of(pair: Pair) -> Path:
+    """The one work folder of a client."""
+    [work] = pair.client.data.glob("jobs/*/work")
+    return work
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_persons_processes_in_the_folder_are_left_alone(restarted: bool, own_pair: Pair) -> None:
+    """A job is terminated in whose folder somebody stands, before and after a restart of the client."""
+    number = ready(own_pair, "setsid sleep 1000 & READY; sleep 1000")
+    with strangers(work_of(own_pair)):
+        if restarted:
+            own_pair.client.kill()
+            own_pair.client.start()
+        terminate(own_pair, number)
+
+
+def test_a_job_ends_while_a_person_stands_in_its_folder(own_pair: Pair) -> None:
+    """It does not wait for that person, and says nothing of something that it left running."""
+    go = own_pair.folder / "go-on"
+    number = ready(own_pair, f"(setsid true &); READY; until [ -e {go} ]; do sleep 0.02; done; true")
+    with strangers(work_of(own_pair)):
+        go.touch()
+        job = wait_status(own_pair.server, number, "Completed")
+        assert job["reason"] == "run.sh ended with exit status 0"
+
+
+def test_a_client_with_a_new_database_spares_strangers(own_pair: Pair) -> None:
+    """It ends what an earlier one left, and nobody else."""
+    ready(own_pair, "env -i setsid /bin/sleep 1000 & READY; sleep 1000")
+    left = children(own_pair.client.pid)
+    work = work_of(own_pair)
+    own_pair.server.kill()
+    with strangers(work):
+        own_pair.client.kill()
+        for path in own_pair.client.data.glob("joborch.db*"):
+            path.unlink()
+        own_pair.client.start()
+        wait_for(lambda: not any(map(alive, left)), what="the end of all processes of the payload")
+    assert not work.exists()
+
+
+HIDDEN = {
+    "its environment emptied": "(env -i setsid /bin/sleep 1000 &)",
+    "without the mark": "(env -u JOBORCH_MARK setsid sleep 1000 &)",
+    "deaf, with a home of its own": "env -i HOME=/x setsid /bin/bash -c \"trap '' TERM; while :; do /bin/sleep 0.1; done\" & sleep 0.1",
+}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("script", HIDDEN.values(), ids=HIDDEN)
+def test_processes_that_hide_are_ended_with_their_payload(script: str, restarted: bool, own_pair: Pair) -> None:
+    """A session of its own and no mark: the folder of an orphan, and the parents of the others, tell whose it is."""
+    number = ready(own_pair, f"{script}\nREADY; sleep 1000")
+    left = wait_for(lambda: [pid for pid in children(own_pair.client.pid) if sleeps(pid)], what="the process that hides")
+    if restarted:
+        own_pair.client.kill()
+        own_pair.client.start()
+    terminate(own_pair, number)
+    assert not any(map(alive, left))
+
+
+def sleeps(pid: int) -> bool:
+    """Whether a process is one of those that hide: it has no mark."""
+    with contextlib.suppress(OSError):
+        return b"JOBORCH_MARK" not in Path(f"/proc/{pid}/environ").read_bytes()
+    return False
