@@ -4360,7 +4360,27 @@ done
 wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
 [ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
-if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
+runs() {                                           # whether anything of run.sh's group runs; a zombie does not
+    local file line
+    for file in /proc/[0-9]*/stat; do
+        { read -r line <"$file"; } 2>/dev/null || continue
+        set -- ${line##*) }
+        [ "$3" != $pid ] || [ "$1" = Z ] || [ "$1" = X ] || return 0
+    done
+    return 1
+}
+rest() {                                           # gives what still runs these seconds to end by itself
+    for pause; do
+        runs && [ $told$over = 00 ] || return 0
+        sleep $pause 7>&- 8>&- 9>&-
+    done
+}
+left=0
+if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(tee log)`, and what was started by &
+    rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
+    runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
+    kill -KILL -- -$pid
+fi 2>/dev/null
 [ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
 gone=                                              # somebody removed the work folder, or put another in its place
 there() { [ "$1/work" -ef /proc/$$/cwd ]; }
@@ -4616,6 +4636,7 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
+REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
 STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
 
@@ -4632,6 +4653,7 @@ class LocalExecutor:
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
+        self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
         self.reaps_orphans = become_subreaper()
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
 
@@ -4676,13 +4698,13 @@ class LocalExecutor:
         fates = {job.id: self.fate(job) for job in jobs}
         ended = [job for job in jobs if not fates[job.id].alive]
         for job in self.left_running(ended, orphans):
-            self.untidy.add(job.mark)
             fates[job.id] = Fate(True)
         for job in ended:
             if not fates[job.id].alive:
                 fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
                 for marks in (self.seen, self.own, self.untidy):
                     marks.discard(job.mark)
+                self.resting.pop(job.mark, None)
         return fates
 
     def reap(self) -> bool:
@@ -4703,7 +4725,10 @@ class LocalExecutor:
         return alive > 0
 
     def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
-        """Kill what these payloads left running; return those that did."""
+        """Kill what these payloads left running; return those that did.
+
+        What stayed in the script's session has a moment to end by itself, then TERM: it may still write down the output.
+        """
         suspects = [job for job in ended if orphans or job.mark not in self.own]
         marked = marked_below(self.data.jobs) if suspects else set()
         left = []
@@ -4711,10 +4736,18 @@ class LocalExecutor:
             wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
             processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
             processes = [process for process in processes if process.pid != wrapper]
-            if processes:
-                signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
-                signal_all(processes, signal.SIGKILL)
-                left.append(job)
+            if not processes:
+                continue
+            left.append(job)
+            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
+            if rested_s < REST_S and any(process.session == wrapper for process in processes):
+                continue
+            self.untidy.add(job.mark)
+            if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
+                signal_all(processes, signal.SIGTERM)
+                continue
+            signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
+            signal_all(processes, signal.SIGKILL)
         return left
 
     def fate(self, job: Job) -> Fate:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -452,3 +453,41 @@ def sleeps(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b"JOBORCH_MARK" not in Path(f"/proc/{pid}/environ").read_bytes()
     return False
+
+
+# == Writers in the background ==
+
+STAMP = 'while IFS= read -r line; do echo "$(date +%T) $line"; done | tee log.txt'
+WRITERS = {
+    "a filter": f"exec > >({STAMP}) 2>&1",
+    "a filter that is slow": "exec > >(sleep 0.7; cat > log.txt)",
+    "a filter in a script with job control": f"set -m; exec > >({STAMP}) 2>&1",
+    "a writer by &": "(sleep 0.7; echo RESULT 42 > log.txt) &",
+}
+
+
+@pytest.mark.parametrize("script", WRITERS.values(), ids=WRITERS)
+def test_what_is_written_in_the_background_arrives(script: str, pair: Pair) -> None:
+    """Whatever of the script's own still writes at its end has two seconds, and nothing is said of it."""
+    job = run_to_end(pair.server, f"{script}\nfor i in $(seq 300); do echo step $i; done; echo RESULT 42")
+    assert (job["status"], job["reason"]) == ("Completed", "run.sh ended with exit status 0")
+    assert "RESULT 42" in download(pair.server, job["id"]).text("log.txt")
+
+
+def test_what_does_not_end_has_term_then_kill(pair: Pair) -> None:
+    script = (
+        "(trap 'echo tidy > tidied; exit' TERM; while :; do sleep 0.05; done) & (trap '' TERM; while :; do sleep 0.05; done) & sleep 0.2"
+    )
+    begun = time.monotonic()
+    job = run_to_end(pair.server, script)
+    assert 2 < time.monotonic() - begun < 8
+    assert job["reason"] == "run.sh ended with exit status 0; what it left running was ended"
+    assert download(pair.server, job["id"]).text("tidied") == "tidy\n"
+
+
+def test_a_job_that_leaves_nothing_does_not_wait(pair: Pair) -> None:
+    """Nor does one whose background processes have ended: all stay below the two seconds that others have."""
+    for script in ("true", "sleep 0.01 & sleep 0.01 & wait", "(sleep 0.05 &) ; sleep 0.1"):
+        job = run_to_end(pair.server, script)
+        ran_s = [datetime.fromisoformat(job[name].replace("Z", "+00:00")).timestamp() for name in ("started_at", "ended_at")]
+        assert ran_s[1] - ran_s[0] < 1.9, job
