@@ -4636,6 +4636,58 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
+class Engines:
+    """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
+
+    NAMES = ("docker", "podman")
+    CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
+    AWAY_S = 60.0  # an engine that did not answer is not asked again for so long
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment, path = environment, environment.get("PATH")
+        self.engines = [found for found in (shutil.which(name, path=path) for name in self.NAMES) if found]
+        self.away_until: dict[str, float] = {}  # monotonic, by engine
+
+    def stop_mounting(self, folder: Path) -> None:
+        """Stop the containers that mount a payload's folder, or something in it."""
+        for engine in self.engines:
+            if self.away_until.get(engine, 0.0) > time.monotonic():
+                continue
+            try:
+                self.stop_in(engine, folder)
+            except (OSError, subprocess.SubprocessError) as error:
+                self.away_until[engine] = time.monotonic() + self.AWAY_S
+                words = getattr(error, "stderr", None) or str(error).encode()
+                log.info("%s cannot be asked for containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
+
+    def stop_in(self, engine: str, folder: Path) -> None:
+        """Do it with one engine. OSError, SubprocessError."""
+        running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
+        if not running:
+            return
+        places = {str(folder), os.path.realpath(folder)}
+        chosen = []
+        for line in self.call(engine, "inspect", "--format", "{{.Id}}{{range .Mounts}}|{{.Source}}{{end}}", *running).splitlines():
+            name, *sources = line.split("|")
+            if any(source == place or source.startswith(f"{place}/") for source in sources for place in places):
+                chosen.append(name)
+        if chosen:
+            log.info("containers that mount %s are stopped by %s: %s", folder.name, engine, ", ".join(chosen))
+            self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
+
+    def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
+        """Return what an engine prints."""
+        done = subprocess.run(
+            [engine, *words],
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=self.CALL_S + more_s,
+            check=True,
+        )
+        return done.stdout.decode("utf-8", "replace")
+
+
 REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
 STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
@@ -4654,7 +4706,7 @@ class LocalExecutor:
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
-        self.reaps_orphans = become_subreaper()
+        self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
 
     def start(self, job: Job) -> str:
@@ -4705,6 +4757,9 @@ class LocalExecutor:
                 for marks in (self.seen, self.own, self.untidy):
                     marks.discard(job.mark)
                 self.resting.pop(job.mark, None)
+                if fates[job.id].children_left and self.engines.engines:
+                    place = self.data.job(job.mark)
+                    threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
         return fates
 
     def reap(self) -> bool:
@@ -4825,6 +4880,7 @@ class LocalExecutor:
             time.sleep(0.02)
         for _ in range(200):
             if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
+                self.engines.stop_mounting(folder)
                 return
             # Stopped first: what forks faster than we look cannot fork any more.
             known = tree_of(job, folder, pid, known)

@@ -491,3 +491,76 @@ def test_a_job_that_leaves_nothing_does_not_wait(pair: Pair) -> None:
         job = run_to_end(pair.server, script)
         ran_s = [datetime.fromisoformat(job[name].replace("Z", "+00:00")).timestamp() for name in ("started_at", "ended_at")]
         assert ran_s[1] - ran_s[0] < 1.9, job
+
+
+# == Containers ==
+
+# Containers are files that hold the folder that they mount; all calls are written down.
+ENGINE = """#!/bin/bash
+here=$(dirname "$(realpath "$0")")
+echo "$*" >> "$here/calls"
+[ ! -e "$here/fails" ] || { echo "cannot connect" >&2; exit 1; }
+case $1 in
+    ps) cd "$here/containers"; ls ;;
+    inspect) cd "$here/containers"; for id in "${@:4}"; do [ ! -e "$id" ] || echo "$id|/elsewhere|$(cat "$id")"; done ;;
+    stop) cd "$here/containers"; rm "${@:4}" ;;
+esac
+"""
+
+
+class Engine:
+    """A stand-in for docker or podman in a folder that comes first in a client's PATH."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.containers = folder, folder / "containers"
+        self.containers.mkdir(parents=True)
+        (folder / name).write_text(ENGINE)
+        (folder / name).chmod(0o755)
+        self.path = f"{folder}:/usr/bin:/bin"
+
+    def calls(self) -> list[str]:
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.containers.iterdir()}
+
+
+@pytest.fixture(name="engine", params=["docker", "podman"])
+def engine_fixture(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    return Engine(tmp_path / "engine", request.param)
+
+
+def test_containers_of_a_terminated_job_are_stopped(engine: Engine, make_pair: MakePair) -> None:
+    """Those that mount its work folder or something in it; nobody else's. A job that just ends asks no engine."""
+    own = make_pair(client={"PATH": engine.path}).start()
+    (engine.containers / "foreign").write_text("/srv/data")
+    assert run_to_end(own.server, "true")["status"] == "Completed"
+    assert engine.calls() == []
+    (engine.containers / "neighbour").write_text(f"{own.client.data}/jobs")
+    number = ready(own, f"mkdir d; echo $PWD > {engine.containers}/one; echo $PWD/d > {engine.containers}/two; READY; sleep 1000")
+    (engine.containers / "tenth").write_text(f"{folder_of(own, number)}0/work")
+    terminate(own, number)
+    assert engine.names() == {"foreign", "neighbour", "tenth"}
+
+
+def folder_of(pair: Pair, number: int) -> Path:
+    """The folder of a job's first attempt."""
+    return pair.client.data / "jobs" / f"{pair.server.job(number)['uuid']}.1"
+
+
+def test_containers_of_a_job_that_left_something_running(engine: Engine, make_pair: MakePair) -> None:
+    own = make_pair(client={"PATH": engine.path}).start()
+    job = run_to_end(own.server, f"echo $PWD > {engine.containers}/one; sleep 1000 &")
+    assert "what it left running was ended" in job["reason"]
+    wait_for(lambda: engine.names() == set(), what="the end of the container")
+
+
+def test_an_engine_that_is_away_keeps_no_kill_waiting(engine: Engine, make_pair: MakePair) -> None:
+    """It is asked once, and not again for each of the next kills; the log says why."""
+    own = make_pair(client={"PATH": engine.path}).start()
+    (engine.folder / "fails").touch()
+    for _ in range(3):
+        terminate(own, ready(own, "READY; sleep 1000"))
+    assert len(engine.calls()) == 1
+    assert own.client.log.count("cannot connect") == 1
