@@ -2057,6 +2057,25 @@ def state_below(folder: Path, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
 
 
+def has_work(folder: Path) -> bool:
+    """Tell whether the work folder of a payload is there, as a folder; True where that cannot be seen."""
+    try:
+        return stat.S_ISDIR(state_below(folder, "work").st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text file that is not blank, made safe to show."""
+    try:
+        with open_regular(path.parent, path.name) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
+
+
 def give_rights(folder: Path | int, *inner: str) -> None:
     """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
     with opened_folder(folder, *inner) as descriptor:
@@ -4466,25 +4485,6 @@ def work_gone(status: int | None) -> str:
     """Return the reason of a payload that has lost its work folder."""
     how = "" if status is None else f" (run.sh ended with exit status {status})"
     return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
-
-
-def has_work(folder: Path) -> bool:
-    """Tell whether the work folder of a payload is there, as a folder; True where that cannot be seen."""
-    try:
-        return stat.S_ISDIR(state_below(folder, "work").st_mode)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, made safe to show."""
-    try:
-        with open_regular(path.parent, path.name) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError:
-        return ""
-    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
 
 
 def boot_id() -> str:
