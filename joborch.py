@@ -4353,6 +4353,7 @@ WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
 @FIRST@umask @UMASK@@FILES@
 cd "$1" || exit 1
+here=$PWD                                          # $1 may be relative
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
 echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
 set +C
@@ -4402,8 +4403,8 @@ if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(te
 fi 2>/dev/null
 [ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
 gone=                                              # somebody removed the work folder, or put another in its place
-there() { [ "$1/work" -ef /proc/$$/cwd ]; }
-there "$1" || { [ -x "$1" ] || chmod u+x "$1"; there "$1"; } 2>/dev/null || gone=', "gone": 1'
+there() { [ "$here/work" -ef /proc/$$/cwd ]; }
+there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
 printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
 exit $status
 """

@@ -311,6 +311,12 @@ def test_an_ended_payloads_work_folder_that_goes_before_it_is_fetched(own_pair: 
     assert download(own_pair.server, number).text("result") == "whole\n"
 
 
+def test_a_data_folder_by_a_relative_path(make_pair: MakePair) -> None:
+    """The wrapper looks for the folder that it began in, whatever the path that it was given."""
+    own = make_pair(client={"DATA_PATH": "data"}).start()
+    assert run_to_end(own.server, "cd /; true")["status"] == "Completed"
+
+
 def test_a_script_that_takes_its_folders_rights_away(pair: Pair) -> None:
     """They are there, and that is what counts."""
     job = run_to_end(pair.server, f"{AT_HOME}echo kept > result; chmod 000 . ..")
