@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
 # In the syntax of Python 3.6, which is what `python3` is on machines that are otherwise well kept.
 # Undumpable (PR_SET_DUMPABLE) before the import, which takes a third of a second: the environment may hold a token.
+# A server or client runs from a copy in memory: a newer file may take the archive's place while the process runs.
 MAIN = b"""import sys
 
 if sys.version_info < (3, 9):
@@ -51,9 +52,17 @@ if sys.version_info < (3, 9):
     sys.exit(2)
 
 import ctypes
+import os
 
 ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-
+if {"server", "client"}.intersection(sys.argv[1:]) and hasattr(os, "memfd_create"):
+    try:
+        with open(sys.path[0], "rb") as archive:
+            copy = os.memfd_create("joborch.pyz")
+            os.write(copy, archive.read())
+        sys.path[0] = "/proc/self/fd/%d" % copy
+    except OSError:
+        pass  # an old kernel, or no /proc: it runs from the archive itself
 from joborch import main
 
 raise SystemExit(main())

@@ -2171,6 +2171,25 @@ def state_below(folder: Path, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
 
 
+def has_work(folder: Path) -> bool:
+    """Tell whether the work folder of a payload is there, as a folder; True where that cannot be seen."""
+    try:
+        return stat.S_ISDIR(state_below(folder, "work").st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text file that is not blank, made safe to show."""
+    try:
+        with open_regular(path.parent, path.name) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
+
+
 def give_rights(folder: Path | int, *inner: str) -> None:
     """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
     with opened_folder(folder, *inner) as descriptor:
@@ -2626,6 +2645,9 @@ class Spool:
         return getattr(self.file, name)
 
 
+STOP_NOTE = "stopped"  # an empty file in a client's data folder: its time says when the client was last stopped
+
+
 class DataFolder:
     """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, and the lock.
 
@@ -2635,7 +2657,17 @@ class DataFolder:
 
     LOCK = "joborch.lock"
     NAMES = frozenset(
-        ("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", LOCK, *("joborch.db" + end for end in ("", "-wal", "-shm")))
+        (
+            "jobs",
+            "results",
+            "tmp",
+            "reserve",
+            "wrapper.sh",
+            "executor",
+            STOP_NOTE,
+            LOCK,
+            *("joborch.db" + end for end in ("", "-wal", "-shm")),
+        )
     )
 
     def __init__(self, path: str) -> None:
@@ -4574,6 +4606,7 @@ WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
 @FIRST@umask @UMASK@@FILES@
 cd "$1" || exit 1
+here=$PWD                                          # $1 may be relative
 set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
 echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
 set +C
@@ -4582,7 +4615,7 @@ told=0 over=0
 trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
 trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
 [ -z "$3" ] || trap over=1 ALRM
-printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
 echo ready >>"../started.$2" || exit 1
@@ -4600,8 +4633,32 @@ done
 wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
 [ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
-if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
-printf '{"status": %d, "left": %d, "told": %d, "limit": %d}' $status $left $told $over >&9
+runs() {                                           # whether anything of run.sh's group runs; a zombie does not
+    local file line
+    for file in /proc/[0-9]*/stat; do
+        { read -r line <"$file"; } 2>/dev/null || continue
+        set -- ${line##*) }
+        [ "$3" != $pid ] || [ "$1" = Z ] || [ "$1" = X ] || return 0
+    done
+    return 1
+}
+rest() {                                           # gives what still runs these seconds to end by itself
+    for pause; do
+        runs && [ $told$over = 00 ] || return 0
+        sleep $pause 7>&- 8>&- 9>&-
+    done
+}
+left=0
+if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(tee log)`, and what was started by &
+    rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
+    runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
+    kill -KILL -- -$pid
+fi 2>/dev/null
+[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
+gone=                                              # somebody removed the work folder, or put another in its place
+there() { [ "$here/work" -ef /proc/$$/cwd ]; }
+there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
+printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
 exit $status
 """
 
@@ -4664,10 +4721,12 @@ def read_exit(folder: Path) -> Fate | None:
     try:
         with open_regular(folder, "exit.json") as file:
             said = parse_json(file.read(400))
-        status, limit = said["status"], Cause.LIMIT if said.get("limit") else None
+        status, cause = said["status"], Cause.LIMIT if said.get("limit") else None
         fits = type(status) is int and 0 <= status < 256
         reason = one_line(str(said.get("reason", "")), 200)
-        return Fate(False, status, bool(said["left"]), limit, reason, told=bool(said.get("told"))) if fits else None
+        if said.get("gone") and cause is None and fits:
+            cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
+        return Fate(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
             give_rights(folder)  # the script took it from its parent folder; the next look finds it
@@ -4676,15 +4735,10 @@ def read_exit(folder: Path) -> Fate | None:
         return None  # not there, not finished, or something that the script put in its place
 
 
-def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, made safe to show."""
-    try:
-        with open_regular(path.parent, path.name) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError:
-        return ""
-    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
+def work_gone(status: int | None) -> str:
+    """Return the reason of a payload that has lost its work folder."""
+    how = "" if status is None else f" (run.sh ended with exit status {status})"
+    return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
 
 
 def boot_id() -> str:
@@ -4711,6 +4765,7 @@ class Process:
     group: int
     session: int
     start: str
+    terminal: int = 0  # 0: none
 
 
 def all_processes() -> list[Process]:
@@ -4725,32 +4780,59 @@ def all_processes() -> list[Process]:
             continue
         fields = text.rpartition(")")[2].split()
         if fields[0] not in ("Z", "X"):
-            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19]))
+            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19], int(fields[4])))
     return found
 
 
-def bears_mark(pid: int, mark: bytes, folder: bytes) -> bool:
-    """Tell whether a process has the attempt's mark in its environment, or works in its folder."""
+def bears_mark(pid: int, mark: str) -> bool:
+    """Tell whether a process has an attempt's mark in its environment."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if mark in file.read():
-                return True
+        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        pass  # it ended, or is another user's
-    try:
-        where = os.readlink(f"/proc/{pid}/cwd".encode())
-    except OSError:
-        return False
-    return where == folder or where.startswith(folder + b"/")
+        return False  # it ended, or is another user's
 
 
-def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
-    """Return all processes of an attempt: by session, group, parent, environment mark and work folder."""
-    everything = all_processes()
-    mark, place = f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(folder)
+def marks_of(process: Process, jobs: Path) -> list[bytes]:
+    """Return the marks of the payloads below `jobs` that a process belongs to, by what can be seen of it alone; mostly none.
+
+    The mark in its environment proves it. That it works in a payload's folder does not: a person may have gone there with a
+    shell or an editor. It counts only where nothing else could: an orphan without a terminal, whose environment was emptied.
+    """
+    try:
+        environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
+        marks = re.findall(rb"\0JOBORCH_MARK=([^\0]+)(?=\0)", environment)
+        # People's processes have a HOME, systemd's services an INVOCATION_ID.
+        others = re.search(rb"\0(HOME|INVOCATION_ID)=", environment) and b"\0JOBORCH_ATTEMPT=" not in environment
+        if marks or others or process.terminal:
+            return marks
+        where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
+        return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
+    except OSError:
+        return []  # it ended, or is another user's
+
+
+def is_orphan(process: Process) -> bool:
+    """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
+    if process.parent in (1, os.getpid()):
+        return True
+    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
+
+
+def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
+    """Return all processes of an attempt that run, also those `known` from an earlier look: their parents may have ended since."""
+    return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
+
+
+def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
+    """Return all processes of these attempts: by mark (see `marks_of`) or session, and by parent and group of those."""
     # Process 1 and kernel threads may have session and group 0, which are nobody's.
-    everything = [process for process in everything if process.pid != 1 and process.group != 0]
-    found = {process.pid for process in everything if process.session == wrapper_pid != 0 or bears_mark(process.pid, mark, place)}
+    everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
+    before = {(process.pid, process.start) for process in known}
+    found = {
+        process.pid
+        for process in everything
+        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(marks_of(process, jobs))
+    }
     grown = -1
     while grown != len(found):
         grown = len(found)
@@ -4760,15 +4842,8 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int) -> list[Process]:
 
 
 def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` of which something runs, by environment and work folder: one look at /proc."""
-    place, found = os.fsencode(jobs) + b"/", set()
-    for process in all_processes():
-        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/environ", "rb") as file:
-            found.update(re.findall(rb"JOBORCH_MARK=([^\0]+)\0", file.read()))
-        with contextlib.suppress(OSError):
-            where = os.readlink(f"/proc/{process.pid}/cwd".encode())
-            found.update([where[len(place) :].split(b"/")[0]] if where.startswith(place) else [])
-    return {os.fsdecode(mark) for mark in found}
+    """Return the marks of all payloads below `jobs` of which something runs: one look at /proc."""
+    return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
 
 
 def become_subreaper() -> bool:
@@ -4815,6 +4890,63 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
+class Engines:
+    """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
+
+    NAMES = ("docker", "podman")
+    CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
+    AWAY_S = 60.0  # an engine that did not answer is not asked again for so long
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment, path = environment, environment.get("PATH")
+        self.engines = [found for found in (shutil.which(name, path=path) for name in self.NAMES) if found]
+        self.away_until: dict[str, float] = {}  # monotonic, by engine
+
+    def stop_mounting(self, folder: Path) -> None:
+        """Stop the containers that mount a payload's folder, or something in it."""
+        for engine in self.engines:
+            if self.away_until.get(engine, 0.0) > time.monotonic():
+                continue
+            try:
+                self.stop_in(engine, folder)
+            except (OSError, subprocess.SubprocessError) as error:
+                self.away_until[engine] = time.monotonic() + self.AWAY_S
+                words = getattr(error, "stderr", None) or str(error).encode()
+                log.info("%s cannot be asked for containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
+
+    def stop_in(self, engine: str, folder: Path) -> None:
+        """Do it with one engine. OSError, SubprocessError."""
+        running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
+        if not running:
+            return
+        places = {str(folder), os.path.realpath(folder)}
+        chosen = []
+        for line in self.call(engine, "inspect", "--format", "{{.Id}}{{range .Mounts}}|{{.Source}}{{end}}", *running).splitlines():
+            name, *sources = line.split("|")
+            if any(source == place or source.startswith(f"{place}/") for source in sources for place in places):
+                chosen.append(name)
+        if chosen:
+            log.info("containers that mount %s are stopped by %s: %s", folder.name, engine, ", ".join(chosen))
+            self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
+
+    def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
+        """Return what an engine prints."""
+        done = subprocess.run(
+            [engine, *words],
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=self.CALL_S + more_s,
+            check=True,
+        )
+        return done.stdout.decode("utf-8", "replace")
+
+
+REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
+STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
+
+
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
 
@@ -4827,7 +4959,8 @@ class LocalExecutor:
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
-        self.reaps_orphans = become_subreaper()
+        self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
+        self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
 
     def start(self, job: Job) -> str:
@@ -4855,7 +4988,7 @@ class LocalExecutor:
         for job in jobs:
             pid = self.claimed_pid(job)
             if pid is not None:
-                ours = pid and bears_mark(pid, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
+                ours = pid and bears_mark(pid, job.mark)
                 handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
         return handles
 
@@ -4871,18 +5004,21 @@ class LocalExecutor:
         fates = {job.id: self.fate(job) for job in jobs}
         ended = [job for job in jobs if not fates[job.id].alive]
         for job in self.left_running(ended, orphans):
-            self.untidy.add(job.mark)
             fates[job.id] = Fate(True)
         for job in ended:
             if not fates[job.id].alive:
                 fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
                 self.forget(job)
+                if fates[job.id].children_left and self.engines.engines:
+                    place = self.data.job(job.mark)
+                    threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
         return fates
 
     def forget(self, job: Job) -> None:
         """Let go of what is known of an attempt that has ended."""
         for marks in (self.seen, self.own, self.untidy):
             marks.discard(job.mark)
+        self.resting.pop(job.mark, None)
 
     def reap(self) -> bool:
         """Take in the ends of our children and of orphans; tell whether there are orphans that live.
@@ -4902,7 +5038,10 @@ class LocalExecutor:
         return alive > 0
 
     def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
-        """Kill what these payloads left running; return those that did."""
+        """Kill what these payloads left running; return those that did.
+
+        What stayed in the script's session has a moment to end by itself, then TERM: it may still write down the output.
+        """
         suspects = [job for job in ended if orphans or job.mark not in self.own]
         marked = marked_below(self.data.jobs) if suspects else set()
         left = []
@@ -4910,10 +5049,18 @@ class LocalExecutor:
             wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
             processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
             processes = [process for process in processes if process.pid != wrapper]
-            if processes:
-                signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
-                signal_all(processes, signal.SIGKILL)
-                left.append(job)
+            if not processes:
+                continue
+            left.append(job)
+            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
+            if rested_s < REST_S and any(process.session == wrapper for process in processes):
+                continue
+            self.untidy.add(job.mark)
+            if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
+                signal_all(processes, signal.SIGTERM)
+                continue
+            signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
+            signal_all(processes, signal.SIGKILL)
         return left
 
     def fate(self, job: Job) -> Fate:
@@ -4927,13 +5074,13 @@ class LocalExecutor:
 
     def fate_without_wrapper(self, job: Job, folder: Path) -> Fate:
         """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
-        claimed, mark = self.claimed_pid(job), f"JOBORCH_MARK={job.mark}\0".encode()
+        claimed = self.claimed_pid(job)
         # The handle may name a second wrapper, which lost the claim to the first.
-        if claimed and bears_mark(claimed, mark, os.fsencode(folder)):
+        if claimed and bears_mark(claimed, job.mark):
             return Fate(True)
         ended = read_exit(folder)
         if ended:
-            return ended
+            return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
             return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
         if "ready" not in (read_claim(folder, job.attempt) or ""):
@@ -4947,6 +5094,28 @@ class LocalExecutor:
         reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
         return Fate(False, cause=Cause.USER, reason=reason)
 
+    def stopped_by_others(self, job: Job, folder: Path, ended: Fate) -> Fate | None:
+        """Return the fate of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
+
+        Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
+        """
+        alone = not ended.told
+        if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
+            return None  # nobody stopped it, or the client did
+        if alone and not self.ended_with_client(folder):
+            return None  # the script sent the signal to itself
+        reason = f"it was stopped from outside joborch, {'together with the client' if alone else 'and its wrapper, too'}"
+        how = f"run.sh ended with exit status {ended.exit_status}; if a service manager did it, set KillMode=process for the client"
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: {how}")
+
+    def ended_with_client(self, folder: Path) -> bool:
+        """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
+        try:
+            stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
+            return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
+        except OSError:
+            return False  # no client was ever stopped here
+
     def own_wrapper(self, job: Job) -> int:
         """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
@@ -4954,40 +5123,41 @@ class LocalExecutor:
             return 0
         if pid == "0":
             claimed = self.claimed_pid(job) or 0
-            ours = claimed and bears_mark(claimed, f"JOBORCH_MARK={job.mark}\0".encode(), os.fsencode(self.data.job(job.mark)))
-            return claimed if ours else 0
+            return claimed if claimed and bears_mark(claimed, job.mark) else 0
         # No number is given out again while its session has members: where the leader is gone, what is left is ours.
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
         folder = self.data.job(job.mark)
         pid = self.own_wrapper(job)
-        signal_all(tree_of(job, folder, pid), signal.SIGTERM)
+        known = tree_of(job, folder, pid)
+        signal_all(known, signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
-        while time.monotonic() < deadline and self.still_there(job, folder, pid):
+        while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
+            known = found
             time.sleep(0.02)
         for _ in range(200):
-            if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
+            if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
                 self.forget(job)
+                self.engines.stop_mounting(folder)
                 return
             # Stopped first: what forks faster than we look cannot fork any more.
-            signal_all(tree_of(job, folder, pid), signal.SIGSTOP)
-            signal_all(tree_of(job, folder, pid), signal.SIGKILL)
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGSTOP)
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGKILL)
             time.sleep(0.01)
         raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
 
-    def still_there(self, job: Job, folder: Path, pid: int) -> list[Process]:
+    def still_there(self, job: Job, folder: Path, pid: int, known: Collection[Process]) -> list[Process]:
         self.reap()
-        return tree_of(job, folder, pid)
+        return tree_of(job, folder, pid, known)
 
     def collect(self, job: Job) -> None:
         """The folder is this machine's own: the outputs are there."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        for mark in marks:
-            for process in all_processes():
-                if bears_mark(process.pid, f"JOBORCH_MARK={mark}\0".encode(), os.fsencode(self.data.job(mark))):
-                    signal_all([process], signal.SIGKILL)
+        signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
 
     def problem(self) -> str:
         return ""
@@ -7820,6 +7990,15 @@ def token_remedy(config: Config) -> str:
     return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
 
 
+def said_status(text: bytes) -> str | None:
+    """Return the status in a client's answer about a payload, or None where it says none."""
+    try:
+        said = parse_json(text)
+    except ValueError:
+        return None
+    return str(said.get("status")) if isinstance(said, dict) else None
+
+
 class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
@@ -8316,6 +8495,8 @@ class Link:
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        if answer.status == 200 and said_status(text) == Status.CLEANED.value:
+            raise Gone(f"the result is missing at {self.name}: somebody removed its files there")
         if answer.status == 416:  # it has become shorter than what is here
             into.begin()
         if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
@@ -8725,6 +8906,36 @@ class Watch:
             self.known[descriptor] = (each, flags)
 
 
+class Program:
+    """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
+
+    def __init__(self) -> None:
+        archive = getattr(globals().get("__loader__"), "archive", None)  # perhaps a copy in memory: see build_zipapp.py
+        self.path = os.path.abspath(sys.argv[0] if archive else __file__)
+        self.digest = hashlib.sha256(Path(archive or __file__).read_bytes()).digest()
+        self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def restart_needed(self) -> str:
+        """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
+        name = os.path.basename(self.path)
+        with self.lock:
+            try:
+                state = os.stat(self.path)
+                seen: tuple[int, ...] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+                if seen == self.seen:
+                    return self.trouble
+                same = hashlib.sha256(Path(self.path).read_bytes()).digest() == self.digest
+                trouble = "" if same else f"{name} was replaced after this process started: restart it to run the new file"
+            except FileNotFoundError:
+                seen, trouble = (), f"{name} was removed after this process started: put it back, or the next start will fail"
+            except OSError:
+                return self.trouble  # it cannot be read now
+            if trouble and trouble != self.trouble:
+                log.warning("%s", trouble)
+            self.seen, self.trouble = seen, trouble
+            return trouble
+
+
 class Node:
     """One process, server or client: its settings, its store, its folders, its loops."""
 
@@ -8739,7 +8950,7 @@ class Node:
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.proofs = ProofReader(self.tokens)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
-        self.started = self.clock.monotonic()
+        self.started, self.program = self.clock.monotonic(), Program()
         self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
@@ -8802,6 +9013,7 @@ def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
+    node.program.restart_needed()  # it is logged
     node.data.keep_reserve()
     now, age = node.store.steady(), node.config.max_age_s
     more = False
@@ -9972,9 +10184,19 @@ class Client(Node):
             "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
         }
 
+    def stop(self) -> None:
+        """Note the time first: what stopped the client may have stopped payloads, too."""
+        try:
+            (self.data.path / STOP_NOTE).touch()
+        except OSError as error:
+            log.warning("the time of the stop cannot be kept: %s", error)
+        super().stop()
+
 
 def run_tick(client: Client) -> bool:
-    """Take in what ended, and start what a slot is free for."""
+    """Take in what ended, and start what a slot is free for. A client that is being stopped leaves both to the next one."""
+    if client.stopping.is_set():
+        return False
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
@@ -10096,7 +10318,9 @@ def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
 
 
 def launch(client: Client, job: Job) -> None:
-    """Start one payload that can run, unless it is not Prepared any more."""
+    """Start one payload that can run, unless it is not Prepared any more or the client is being stopped."""
+    if client.stopping.is_set():
+        return
     # What a batch system was given outlives a power failure of this machine: the mark must, too.
     in_line = client.executor.in_line
     if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
@@ -10228,6 +10452,8 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
     except SystemAway as error:
         note(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
+    if fate.cause is None and not has_work(folder):
+        fate = dataclasses.replace(fate, cause=Cause.INFRASTRUCTURE, reason=work_gone(fate.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
@@ -10285,7 +10511,7 @@ def end_tick(client: Client) -> bool:
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
         fate = measuring.fate if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
-        if fate.exit_status is not None and not begun.exists():  # it was quicker than the wish
+        if fate.exit_status is not None and fate.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
             finish(client, job, fate, patient=True)
             return True
         if job.status is Status.RUNNING:
@@ -11811,7 +12037,7 @@ EXAMPLE_JOB: dict[str, Any] = {
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
-EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5}
+EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None}
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
 
@@ -12681,6 +12907,9 @@ RETRIEVED = Gives("completed: the result as application/zip; else the payload wi
 def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
+    if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
+        client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
+        job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         return Answer(payload_json(client, job))
     archive = asked_archive(client, request, job)
@@ -12891,6 +13120,7 @@ def health(node: Node, request: Request) -> Answer:
         node.store.check()
         if known:
             said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
+            said["restart_needed"] = node.program.restart_needed() or None
         if known and isinstance(node, Client):
             problem = problem_of(node)
             said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
@@ -13804,6 +14034,13 @@ def open_node(config: Config) -> Node:
 IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a log that is rotated: none ends us
 
 
+def import_what_will_be_needed(config: Config) -> None:
+    """Import before we listen: a newer release may take the place of these files while the process runs."""
+    names = ["multipart"] if config.mode == "client" else ["multipart", "urllib3"]
+    for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
+        importlib.import_module(name)
+
+
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
     hide_from_payloads()
@@ -13823,6 +14060,7 @@ def serve(config: Config) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *IGNORED_SIGNALS):
         signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
+    import_what_will_be_needed(config)
     node = open_node(config)
     http_server = make_http_server(node, make_app(node))
     node.start()

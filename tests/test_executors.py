@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -620,26 +621,36 @@ def test_a_name_with_brackets_and_blanks_hides_nothing(tmp_path: Path) -> None:
         child.communicate()
 
 
-def test_a_mark_is_seen_in_environment_and_folder(tmp_path: Path) -> None:
+def test_a_mark_is_seen_in_the_environment_and_in_the_folder_of_orphans(tmp_path: Path) -> None:
+    """A folder alone is no proof: whoever has a home or a terminal is somebody else. (A child of this process counts as orphan.)"""
     inside = tmp_path / "uuid.1"
     inside.mkdir()
     (tmp_path / "uuid.10").mkdir()
-    mark, folder = b"JOBORCH_MARK=uuid.1\0", os.fsencode(inside)
     for environment, where, wanted in (
-        ({"JOBORCH_MARK": "uuid.1"}, "/", True),
-        ({"JOBORCH_MARK": "uuid.10"}, "/", False),
-        ({}, str(inside), True),
-        ({}, str(tmp_path / "uuid.10"), False),
-        ({}, str(tmp_path), False),
+        ({"JOBORCH_MARK": "uuid.1"}, "/", ["uuid.1"]),
+        ({"JOBORCH_MARK": "uuid.10"}, "/", ["uuid.10"]),
+        ({"OTHER_JOBORCH_MARK": "uuid.1"}, "/", []),
+        ({"JOBORCH_MARK": "uuid.1", "HOME": "/"}, str(tmp_path / "uuid.10"), ["uuid.1"]),
+        ({}, str(inside), ["uuid.1"]),
+        ({"JOBORCH_ATTEMPT": "1", "HOME": "/"}, str(inside), ["uuid.1"]),
+        ({"HOME": "/"}, str(inside), []),
+        ({"INVOCATION_ID": "1"}, str(inside), []),
+        ({}, str(tmp_path / "uuid.10"), ["uuid.10"]),
+        ({}, str(tmp_path), []),
     ):
         with subprocess.Popen(["/bin/cat"], env=environment, cwd=where, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdin and child.stdout
             child.stdin.write(b"it runs\n")
             child.stdin.flush()
             child.stdout.readline()
-            assert joborch.bears_mark(child.pid, mark, folder) is wanted, (environment, where)
+            process = Process(child.pid, os.getpid(), child.pid, child.pid, "1")
+            assert list(map(os.fsdecode, joborch.marks_of(process, tmp_path))) == wanted, (environment, where)
+            if "JOBORCH_MARK" not in environment:
+                assert joborch.marks_of(dataclasses.replace(process, terminal=1), tmp_path) == []
+                assert joborch.marks_of(dataclasses.replace(process, parent=os.getppid()), tmp_path) == [], "its parent lives"
+            assert joborch.bears_mark(child.pid, "uuid.1") is (environment.get("JOBORCH_MARK") == "uuid.1")
             child.communicate()
-    assert not joborch.bears_mark(child.pid, mark, folder), "it has ended"
+    assert joborch.marks_of(process, tmp_path) == [], "it has ended"
 
 
 def test_signalling_what_has_ended_is_fine() -> None:
@@ -695,4 +706,4 @@ def test_a_signal_that_comes_just_as_the_script_ends(bench: Bench) -> None:
     jobs = [bench.start("kill -TERM $PPID; exit 3") for _ in range(60)]
     fates = [bench.end(job) for job in jobs]
     assert {fate.exit_status for fate in fates} <= {3, 128 + signal.SIGTERM}
-    assert all(fate.told and not fate.alive and fate.cause is None for fate in fates)
+    assert all(fate.told and not fate.alive and fate.cause is Cause.INFRASTRUCTURE for fate in fates), "it was stopped from outside"
