@@ -2057,12 +2057,28 @@ def state_below(folder: Path, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
 
 
-def give_rights(folder: Path | int, *inner: str) -> None:
+def give_rights(folder: Path | int, *inner: str | bytes) -> None:
     """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
     with opened_folder(folder, *inner) as descriptor:
         path = f"/proc/self/fd/{descriptor}"
         if not os.access(path, os.R_OK | os.X_OK):
             os.chmod(path, 0o700)
+
+
+def open_unreadable(name: bytes | str, folder: int | None) -> int:
+    """Open a file of this user's whose mode lets even him not read it; it keeps its mode. PermissionError if it is another user's."""
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        os.chmod(path, stat.S_IMODE(state.st_mode) | stat.S_IRUSR)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        finally:
+            os.chmod(path, stat.S_IMODE(state.st_mode))
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -2120,12 +2136,14 @@ class Level:
         self.descriptor = -1
 
 
-def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], int]]:
+def walk_open(
+    root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
+) -> Iterator[tuple[int, bytes, list[bytes], int]]:
     """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
 
     What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
-    `room` entries are looked at; `note` gets the path of what is left out, and why. Depth costs no descriptors: the upper
-    folders are closed, and opened again on the way back.
+    `room` entries are looked at; `note` gets the path of what is left out, and why. With `mend`, this user gets back the
+    rights to folders of his own. Depth costs no descriptors: the upper folders are closed, and opened again on the way back.
     """
     levels: list[Level] = []
     entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
@@ -2142,13 +2160,13 @@ def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Itera
                     levels[-WALK_DESCRIPTORS - 1].close()
             while levels and not levels[-1].folders:
                 levels.pop().close()
-            entered = enter(root, levels[-1], note) if levels else None
+            entered = enter(root, levels[-1], note, mend) if levels else None
     finally:
         for level in [*levels, *([entered] if entered else [])]:
             level.close()
 
 
-def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level | None:
+def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
     """Open the next folder in another one; None, and a note, where that cannot be."""
     name = above.folders.pop()
     path = above.path + b"/" + name if above.path else name
@@ -2157,6 +2175,9 @@ def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level 
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if above.descriptor < 0:
             above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
+        if mend:
+            with contextlib.suppress(PermissionError):  # another user's: what it lets us read is read
+                give_rights(above.descriptor, name)
         return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
     except OSError as error:
         note(path, os.strerror(error.errno or 0))
@@ -2641,13 +2662,34 @@ class ResultLimits:
         return ""
 
 
-def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+class Losses:
+    """Counts what an archive of an ended payload's work folder will have to leave out; `places` are the paths of that folder."""
+
+    def __init__(self, places: Sequence[bytes] = ()) -> None:
+        self.places, self.count = places, 0
+
+    def note(self, path: bytes, why: str) -> None:
+        """Count a folder that cannot be entered."""
+        self.count += 1
+
+    def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
+        """Count an entry of a folder if it cannot be packed. OSError."""
+        if stat.S_ISLNK(state.st_mode):
+            self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
+        elif not stat.S_ISREG(state.st_mode):
+            self.count += 1
+        elif state.st_uid != os.geteuid():
+            self.count += not os.access(name, os.R_OK, dir_fd=folder)
+
+
+def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
     """Return the bytes and the number of files and links below an open folder, without the inputs that stayed as `skipped` says.
 
-    It looks no further once a limit is broken; too many folders count as one file too many.
+    It looks no further once a limit is broken; too many folders count as one file too many. With `losses`, of an ended payload,
+    what cannot be packed is counted there.
     """
     size = count = folders = 0
-    for folder, path, names, entries in walk_open(root, limits.entries, lambda _, why: None):
+    for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
         folders += entries - len(names)
         for name in names:
             with contextlib.suppress(OSError):  # it went meanwhile
@@ -2656,6 +2698,8 @@ def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]
                     continue
                 size += state.st_size * stat.S_ISREG(state.st_mode)
                 count += bool(path) or name != b"run.sh"
+                if losses:
+                    losses.look(root, folder, path, name, state)
             if size > limits.size_bytes or count > limits.files:
                 return size, count
         if folders > limits.folders:
@@ -2760,7 +2804,7 @@ class ZipWriter:
     def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
         """Add a member that is in memory; with method deflated where that makes it smaller by a tenth."""
         packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
-        if len(packed) > 0.9 * len(data):
+        if len(packed) >= 0.9 * len(data):  # also of an empty file: nothing is no deflated stream
             packed, method = data, zipfile.ZIP_STORED
         raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
         head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
@@ -2807,8 +2851,9 @@ class ZipWriter:
 class ZipPacker:
     """Packs a folder as it stands into a ZIP: nothing is followed out of it, nothing is lost silently, memory does not grow with it.
 
-    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files, links that
-    lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
+    Symbolic links are stored as links if they stay inside, absolute ones as relative ones; devices, fifos, sockets, unreadable
+    files, links that lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed
+    as it was read.
     """
 
     def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
@@ -2822,6 +2867,8 @@ class ZipPacker:
         self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
         self.wanted: Callable[[], bool] = lambda: True
         self.own, self.cut = ".joborch", False
+        self.places: Sequence[bytes] = ()  # further paths of the folder, as absolute links may name it
+        self.mends = False  # the folder's script has ended: what it left unreadable of this user's is read all the same
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
@@ -2837,8 +2884,8 @@ class ZipPacker:
 
     def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
         """Pack everything below an open folder."""
-        room = self.limits.entries
-        for folder, path, names, entries in walk_open(root, room, self.note):
+        room, self.places = self.limits.entries, (*self.places, path_of(root))
+        for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
             room -= entries
             self.cut = self.cut or room < 0
             inside = os.fsdecode(path) + "/" if path else ""
@@ -2878,7 +2925,12 @@ class ZipPacker:
 
     def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
         # O_NONBLOCK: a fifo put in the file's place since the stat must not hold us up.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except PermissionError:
+            if not self.mends:
+                raise
+            descriptor = open_unreadable(name, folder)
         with open(descriptor, "rb", buffering=0) as source:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
@@ -2915,13 +2967,14 @@ class ZipPacker:
 
     def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
         too_much = self.limits.broken_by(0, self.count + 1)
-        if too_much or leads_out(root, os.path.dirname(os.fsencode(name)), target):
+        stored = packed_target(root, os.path.dirname(os.fsencode(name)), target, self.places)
+        if too_much or stored is None:
             self.cut = self.cut or bool(too_much)
             why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
             self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
             return
         self.count += 1
-        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, target)
+        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
 
     def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
         """Pack a file of our own, below `.joborch/`; where it is known to be small, at once."""
@@ -2962,10 +3015,40 @@ class ZipPacker:
         return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
 
 
-def leads_out(root: int, folder: bytes, target: bytes) -> bool:
-    """Tell whether a link in `folder`, a path below the open folder `root`, leads out of that: by its letters, or by way of other links."""
+def path_of(folder: int) -> bytes:
+    """Return the real path of an open folder."""
+    return os.readlink(f"/proc/self/fd/{folder}".encode())
+
+
+def below(places: Sequence[bytes], path: bytes) -> bytes | None:
+    """Return an absolute path as one relative to the first of `places` that it lies below, or is; None if there is none."""
+    plain = re.sub(rb"/+", b"/", path)
+    for place in places:
+        if (plain + b"/").startswith(place + b"/"):
+            return plain[len(place) + 1 :] or b"."
+    return None
+
+
+def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
+    """Return what an archive holds of a link in `folder`, a path below the open folder `root`; None if it leads out of that.
+
+    An absolute target below one of `places`, the paths of `root`, becomes a relative one: elsewhere it would lead to nothing.
+    """
+    if not target.startswith(b"/"):
+        return None if leads_out(root, folder, target, places) else target
+    inner = below(places, target)
+    if inner is None or leads_out(root, b"", inner, places):
+        return None
+    return b"../" * len([part for part in folder.split(b"/") if part]) + inner
+
+
+def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
+    """Tell whether a relative link in `folder`, a path below the open folder `root`, leads out of that.
+
+    It may do so by its letters, or by way of other links; these may be absolute, below one of `places`.
+    """
     lexical = os.path.normpath(os.path.join(folder, target))
-    if target.startswith(b"/") or lexical == b".." or lexical.startswith(b"../"):
+    if lexical == b".." or lexical.startswith(b"../"):
         return True
     here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
     while ahead and links < 40:  # as many as the kernel follows: what comes after leads nowhere
@@ -2981,7 +3064,10 @@ def leads_out(root: int, folder: bytes, target: bytes) -> bool:
                 here.append(part)
                 continue
             if further.startswith(b"/"):
-                return True
+                inner = below(places, further)
+                if inner is None:
+                    return True
+                here, further = [], inner
             links, ahead = links + 1, ahead + further.split(b"/")[::-1]
     return False
 
@@ -9725,40 +9811,54 @@ class Measuring:
     """A large work folder of an ended payload, which a thread of its own measures: `fate` waits for `too_much`, None until it is known."""
 
     def __init__(self, client: Client, job: Job, fate: Fate) -> None:
-        self.fate, self.too_much = fate, cast("str | None", None)
+        self.fate, self.too_much, self.left_out = fate, cast("str | None", None), 0
         threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
 
     def measure(self, client: Client, job: Job) -> None:
         found: str | None = ""
         try:
             with client.measurers:
-                found = excess(client, job, client.limits)
+                found, self.left_out = excess(client, job, client.limits)
         finally:
             self.too_much = found or ""
             client.wake("run")
 
 
-def excess(client: Client, job: Job, limits: ResultLimits) -> str | None:
-    """Return what an ended payload left too much of, or an empty text; None where it is within the client's limits and not within these."""
+def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
+    """Return what an ended payload left too much of, or an empty text, and how many entries no archive of it can hold.
+
+    None instead of a text if it is within the client's limits, and not within these.
+    """
     try:
         with opened_folder(client.data.job(job.mark)) as folder:
             give_rights(folder, "work")
             with opened_folder(folder, "work") as work:
-                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder))
+                losses = Losses([path_of(work), work_path(client, job)])
+                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder), losses)
     except OSError:
-        return ""  # there is no such folder any more
-    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else "")
+        return "", 0  # there is no such folder any more
+    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else ""), losses.count
 
 
-def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> str | None:
-    """Return what an ended payload left too much of, or an empty text; None, if not `patient`, where that takes longer than a tick may."""
+def work_path(client: Client, job: Job) -> bytes:
+    """Return the path by which a payload's script may know its work folder."""
+    return os.fsencode(os.path.abspath(client.folder(job) / "work"))
+
+
+def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> tuple[str | None, int]:
+    """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
-        return client.measurings[job.id].too_much
+        return client.measurings[job.id].too_much, client.measurings[job.id].left_out
     quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
-    if found is None:
+    if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, fate)
     return found
+
+
+def left_out_text(count: int) -> str:
+    """Return what a reason says of files that no archive can hold; an empty text for none."""
+    return f"; {counted(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
 
 
 def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
@@ -9771,7 +9871,7 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
         return  # a later tick finds it ended again
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
-    too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
+    too_much, left_out = too_much_left(client, job, fate, patient) if fate.cause is None else ("", 0)
     if too_much is None:
         return
     started, ended = run_times(folder, job)
@@ -9784,12 +9884,12 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
         client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
         reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
-        client.store.move(job, Status.COMPLETED, reason, **changes)
+        client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = fate.exit_status or 0
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
+        client.store.move(job, Status.FAILED, reason + left_out_text(left_out), cause=Cause.USER.value, signal=number, **changes)
     let_go(client, job.id)
 
 
@@ -9987,6 +10087,7 @@ def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: 
 
     def fill(packer: ZipPacker) -> None:
         packer.wanted, packer.limits = wanted, limits or client.limits
+        packer.places, packer.mends = [work_path(client, job)], job.status in ENDED
         try:
             with opened_folder(client.folder(job)) as folder:
                 fill_archive(client, job, packer, folder)
