@@ -2222,6 +2222,16 @@ def remove_tree(path: Path) -> None:
             raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
 
+def bytes_below(path: Path) -> int:
+    """Return what the files below a folder have together, as far as this user can see them."""
+    total = 0
+    for here, _, names in walk(os.fsencode(path)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(here, name)).st_size
+    return total
+
+
 def take_lock(file: IO[str], name: str, kind: str) -> None:
     """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it."""
     try:
@@ -3527,7 +3537,7 @@ CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_chang
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
  WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
-   AND (fetched_at IS NOT NULL OR moved_at < :unfetched_before) ORDER BY moved_at LIMIT 500
+   AND (fetched_at IS NOT NULL OR moved_at < :unfetched_before) ORDER BY moved_at LIMIT :limit
 """
 CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
@@ -8510,6 +8520,7 @@ class Node:
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
         self.started = self.clock.monotonic()
         self.stopping = threading.Event()
+        self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
     def folder(self, job: Job) -> Path:
@@ -8566,6 +8577,45 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
+@dataclass
+class Unremovable:
+    """Files of an ended job that cannot be removed: where, how much of them, how often that failed, when (monotonic) it is tried again."""
+
+    folder: Path
+    size_bytes: int
+    failures: int
+    until: float
+
+
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses between tries, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    known = node.unremovable.get(job.id)
+    failures = known.failures + 1 if known else 1
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 1, 10), UNREMOVABLE_LAST_S)
+    folder = node.folder(job)
+    node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
+    if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None where all can."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
@@ -8574,15 +8624,19 @@ def clean_tick(node: Node) -> bool:
     now, age = node.store.steady(), node.config.max_age_s
     more = False
     unfetched_age = age if node.config.mode == "server" else 4 * age
-    for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
+    room = 500 + len(node.unremovable)  # these come first, and hold up none of the others
+    for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age, limit=room):
+        if job.id in node.unremovable and node.clock.monotonic() < node.unremovable[job.id].until:
+            continue
         try:
             remove_tree(node.folder(job))
             crash_point("clean.folder")
             remove_tree(node.data.result(job.mark))
             crash_point("clean.files")
         except OSError as error:
-            log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
+            put_off(node, job, error)
             continue
+        node.unremovable.pop(job.id, None)
         more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
@@ -8604,8 +8658,11 @@ def sweep(node: Node) -> None:
             job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
             given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
             if job is None or job.status is Status.CLEANED or given_up:
-                log.info("%s belongs to no %s: removed", path.name, node.store.noun)
-                remove_tree(path)
+                try:
+                    remove_tree(path)
+                    log.info("%s belongs to no %s: removed", path.name, node.store.noun)
+                except OSError as error:  # a container's files; what comes after them goes all the same
+                    log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
 
 
 def row_of(node: Node, path: Path) -> Job | None:
@@ -10070,7 +10127,10 @@ def end_orphans(client: Client) -> None:
     folders = list(client.data.jobs.iterdir())
     client.executor.end_orphans([folder.name for folder in folders])
     for folder in folders:
-        remove_tree(folder)
+        try:
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
 
 
 # == 31. Results ==  What a payload leaves is packed once, for all who ask for it.
@@ -12399,6 +12459,7 @@ def health(node: Node, request: Request) -> Answer:
         node.store.check()
         if known:
             said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
+            said.update(unremovable=unremovable_json(node))
         if known and isinstance(node, Client):
             said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem_of(node) or None)
     except StorageError as error:

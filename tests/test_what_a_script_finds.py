@@ -101,3 +101,50 @@ def test_files_of_another_user_are_left_out_and_said(make_pair: MakePair, open_f
     result = download(own.server, number)
     assert result["m/open"] == b"of root, too"
     assert {line.partition(":")[0] for line in result.text(".joborch/left-out.txt").splitlines()} == {"m/secret", "m/shut"}
+
+
+# == What cannot be removed ==
+
+
+def test_files_of_another_user_hold_up_no_cleaning(make_pair: MakePair, open_folder: Path, pyz: Path, root: None) -> None:
+    """It is said once, /health has the sum, everything else goes; and they go once somebody has helped."""
+    brief = {"MAX_AGE": "0.5", "JOBORCH_CLEAN_INTERVAL": "0.1", "JOBORCH_KEEP_FETCHED": "0.5"}
+    program = open_program(open_folder, pyz)
+    own = make_pair(folder=open_folder / "pair", user=NOBODY_UID, program=program, client=brief).start()
+    number = submit(own.server, "mkdir m; echo 1 >mine; while [ ! -e m/done ]; do sleep 0.1; done")
+    folder = Path(wait_for(lambda: list(own.client.data.glob("jobs/*/work/m")), what="the folder m")[0])
+    (folder / "sub").mkdir(mode=0o755)
+    (folder / "sub" / "file").write_text("of root")
+    (folder / "done").touch()
+    wait_status(own.server, number, "Completed")
+    said = wait_for(lambda: own.client.health()["unremovable"], what="/health saying so")
+    assert (said["count"], said["bytes"]) == (1, len("of root"))
+    assert str(folder.parent.parent) in said["message"]
+    assert not (folder.parent / "mine").exists()  # what can go has gone
+    later = run_to_end(own.server, "true")
+    assert later["status"] == "Completed"
+    wait_for(lambda: not list(own.client.data.glob(f"jobs/{later['uuid']}.*")), what="a later payload cleaned")
+    assert own.client.log.count("cannot be removed") == 1
+    subprocess.run(["rm", "-r", str(folder.parent.parent)], check=True)
+    own.client.restart()
+    wait_for(lambda: own.client.health()["unremovable"] is None, what="/health being well again")
+
+
+def test_a_start_with_a_new_database_goes_on_around_files_of_another_user(
+    make_pair: MakePair, open_folder: Path, pyz: Path, root: None
+) -> None:
+    """What an earlier database left is removed at the start; what cannot be, is named, and the client works."""
+    own = make_pair(folder=open_folder / "pair", user=NOBODY_UID, program=open_program(open_folder, pyz)).start()
+    run_to_end(own.server, "true")
+    own.client.stop()
+    for name in ("aaa.1", "zzz.1"):
+        (own.client.data / "jobs" / name).mkdir()
+        (own.client.data / "jobs" / name / "sub").mkdir()
+    os.chown(own.client.data / "jobs" / "zzz.1", NOBODY_UID, NOBODY_UID)
+    os.chown(own.client.data / "jobs" / "zzz.1" / "sub", NOBODY_UID, NOBODY_UID)
+    for path in own.client.data.glob("joborch.db*"):
+        path.unlink()
+    own.client.start()
+    assert (own.client.data / "jobs" / "aaa.1").exists()
+    assert not (own.client.data / "jobs" / "zzz.1").exists()
+    assert "aaa.1 was left by an earlier database, and cannot be removed" in own.client.log
