@@ -7,7 +7,6 @@ import stat
 import subprocess
 from pathlib import Path
 
-import pytest
 from conftest import MakePair
 from harness import NOBODY_UID, Archive, Pair, download, open_program, run_to_end, submit, wait_for, wait_status
 
