@@ -386,6 +386,13 @@ def read_text(text: str) -> str:
     return text
 
 
+def read_line(text: str) -> str:
+    """Take any text of one line."""
+    if not text.isprintable():
+        raise ValueError("give one line of printable characters")
+    return text
+
+
 def read_token(text: str) -> str:
     """Take a bearer token, or several with commas between."""
     if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
@@ -796,6 +803,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "seconds that a client may be silent before its jobs get a new attempt",
         "server",
     ),
+    Setting(
+        "PRELUDE",
+        "prelude",
+        read_line,
+        "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc",
+        "client",
+    ),
     Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
     Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
     Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
@@ -858,8 +873,9 @@ class Service:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service."""
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
 
+    prelude: str = ""
     slurm_partition: str = ""
     slurm_account: str = ""
     slurm_qos: str = ""
@@ -1151,7 +1167,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
     warnings = unknown_names(merged)
-    if batch and values["executor"] == "local":
+    if any(dataclasses.replace(options, prelude="") != BatchOptions() for options in batch.values()) and values["executor"] == "local":
         warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
     check_config(config)
@@ -1932,7 +1948,7 @@ class FormReader:
         self.tree.add(path)
         self.before_file()
         self.make_folders(path)
-        digest, size = hashlib.sha256(), 0
+        digest, size, head = hashlib.sha256(), 0, b""
         descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb", buffering=0) as target:
             for chunk in iter(lambda: next(events), None):
@@ -1940,6 +1956,9 @@ class FormReader:
                 self.after_write(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
+                head += chunk[: 4 - len(head)]
+            if head.startswith((b"#!", b"\x7fELF")):  # a form carries no modes, and a script calls ./tool
+                os.fchmod(descriptor, 0o700)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
     def make_folders(self, path: str) -> None:
@@ -4358,8 +4377,8 @@ def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
     return sorted(name for name in environment if name not in kept and not is_own_setting(name))
 
 
-def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return what the script sees: what it inherits, and our own words."""
+def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
+    """Return what the wrapper sees: what the script inherits, our own words, and for the wrapper alone what it runs before the script."""
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -4370,7 +4389,14 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
         "JOBORCH_MARK": job.mark,
         "TMPDIR": str(folder / "tmp"),
     }
-    return {**inherited, **ours}
+    return {**inherited, **ours, **({"JOBORCH_PRELUDE": prelude} if prelude else {})}
+
+
+def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
+    """Return what the wrapper sees on another machine: TMPDIR is what that machine or its site says."""
+    words = payload_environment(job, Path(), {}, prelude)
+    del words["TMPDIR"]
+    return {**inherited, **words}
 
 
 MOST_FILES = 65_536  # no more are asked for, even where there is no limit: some programs try every number up to theirs
@@ -4425,11 +4451,21 @@ told=0 over=0
 trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
 trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
 [ -z "$3" ] || trap over=1 ALRM
-printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+@SCRATCH@printf '%60s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
+prelude=$JOBORCH_PRELUDE login=
+unset JOBORCH_PRELUDE
+IFS= read -r -n 250 first 2>/dev/null <run.sh
+pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
+[[ $first =~ $pattern ]] && login=--login
 echo ready >>"../started.$2" || exit 1
-{ @BEFORE@exec bash ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
+    then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
+    { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+else
+    { @BEFORE@exec bash $login ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+fi
 pid=$!
 if [ -n "$3" ]; then
     { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
@@ -4445,8 +4481,21 @@ wait $pid 2>/dev/null; last=$?                     # it may have ended between a
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
 if kill -KILL -- -$pid 2>/dev/null; then left=1; else left=0; fi
 printf '{"status": %d, "left": %d, "told": %d, "limit": %d}' $status $left $told $over >&9
+shopt -s nullglob dotglob
+set -- "$TMPDIR"/*                                 # the client removes an empty one, which needs no process
+case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
 exit $status
 """
+# Where another machine runs the wrapper, that makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
+NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
+name=jo-${name:0:12}.$2
+for base in "${TMPDIR%/}" /tmp; do
+    [ "${base:0:1}" = / ] && [ ${#base} -le @LONGEST@ ] && mkdir -m 700 "$base/$name" 2>/dev/null && scratch=$base/$name && break
+done
+if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
+export TMPDIR=$scratch
+"""
+SCRATCH_BASE_BYTES = 40  # a socket's path has 107 bytes at most (unix(7)); Python's multiprocessing adds 32, and others more
 
 CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
 
@@ -4637,14 +4686,89 @@ def handicap() -> str:
     return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
 
 
-def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "") -> bytes:
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
     """Return the wrapper, with the umask that this process was started with and, if one is given, a soft limit of open files.
 
-    `first` is what it does first, `before_script` what it does just before the script.
+    `first` is what it does first, `before_script` what it does just before the script. It runs `here`, or makes TMPDIR itself.
     """
+    scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
     files = f"; ulimit -Sn {file_limit}" if file_limit else ""
     text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
-    return text.replace("@BEFORE@", before_script).encode()
+    return text.replace("@BEFORE@", before_script).replace("@SCRATCH@", scratch).encode()
+
+
+# -- scratch: what a script's TMPDIR is --
+
+
+def scratch_bases(environment: Mapping[str, str]) -> list[str]:
+    """Return the folders in which TMPDIR may be made: the site's, and /tmp."""
+    bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
+    return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
+
+
+def scratch_name(mark: str) -> str:
+    """Return the name of the folder that is an attempt's TMPDIR: by it the folder is found again, and none is taken for it."""
+    job_uuid, _, attempt = mark.partition(".")
+    return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
+
+
+def make_scratch(folder: Path, bases: Sequence[str]) -> str:
+    """Make an attempt's TMPDIR in one of `bases`, to which `tmp` in the payload's folder leads then; else `tmp` itself is it."""
+    note = folder / "tmp"
+    for base in bases:
+        place = f"{base}/{scratch_name(folder.name)}"
+        try:
+            if not is_own_scratch(place):
+                os.mkdir(place, 0o700)
+            if note.is_symlink():
+                note.unlink()  # a crash came just here, and the site's TMPDIR is another one now
+            os.symlink(place, note)
+            return place
+        except OSError as error:
+            log.debug("no TMPDIR in %s: %s", base, error)
+    if note.is_symlink():
+        note.unlink()
+    note.mkdir(exist_ok=True)
+    return str(note)
+
+
+def is_own_scratch(place: str) -> bool:
+    """Tell whether there is a folder of this user's, and no link."""
+    try:
+        state = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
@@ -4663,25 +4787,33 @@ class LocalExecutor:
 
     in_line = False
 
-    def __init__(self, data: DataFolder, kill_grace_s: float, pass_env: Sequence[str] = ()) -> None:
-        self.data, self.kill_grace_s = data, kill_grace_s
+    def __init__(
+        self,
+        data: DataFolder,
+        kill_grace_s: float,
+        pass_env: Sequence[str] = (),
+        options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
+    ) -> None:
+        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
+        self.scratch_bases = scratch_bases(os.environ)
         self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.reaps_orphans = become_subreaper()
-        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
+        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
-        (folder / "tmp").mkdir(exist_ok=True)
+        environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
+        environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
         # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
         # The wrapper's text, not its path: nobody can put another file in its place.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
-            env=payload_environment(job, folder, self.inherited),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -4849,10 +4981,30 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
+    text += shell_hint(folder)
     with contextlib.suppress(OSError), open_regular(folder, "work", "run.sh") as script:
         if b"\r\n" in script.read(64 * KIB):
             text += "; run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix"
     return text
+
+
+LOGIN_COMMANDS = re.compile(
+    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
+)
+
+
+def shell_hint(folder: Path) -> str:
+    """Return what helps a script that missed a command of login shells, by the begin and end of its standard error; else an empty text."""
+    try:
+        with open_regular(folder, "stderr") as file:
+            said = file.read(4 * KIB)
+            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
+            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
+    except OSError:
+        return ""
+    name = (missing[1] or missing[3]).decode() if missing else ""
+    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
+    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
 
 
 def signal_name(number: int) -> str:
@@ -5207,11 +5359,10 @@ class SlurmExecutor:
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
-        (folder / "tmp").mkdir(exist_ok=True)
         crash_point("run.prepared")
         limit = [f"{job.timeout:.3f}", f"{self.config.kill_grace_s:.3f}"] if job.timeout else []
         words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
-        environment = payload_environment(job, folder, self.inherited)
+        environment = node_environment(job, self.inherited, self.config.batch_options(job.service).prelude)
         try:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
@@ -5411,9 +5562,8 @@ OWN_JDL = re.compile(
 LAUNCHER_TEXT = r"""#!/bin/bash
 # joborch: runs the wrapper on a worker node, and packs what the script left.
 here=$PWD
-mkdir -p payload/tmp
+mkdir -p payload
 @EXPORTS@
-export TMPDIR="$here/payload/tmp"
 bash wrapper.sh "$here/payload" @ARGUMENTS@ &
 wrapper=$!
 pass_on() {                                        # to the wrapper and to run.sh, which has a group of its own
@@ -5511,10 +5661,9 @@ def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
     return "[\n" + "".join(f"{statement};\n" for statement in statements) + "]"
 
 
-def launcher(job: Job, kill_grace_s: float) -> bytes:
+def launcher(job: Job, kill_grace_s: float, prelude: str = "") -> bytes:
     """Return the script that a pilot runs."""
-    words = payload_environment(job, Path(), {})
-    words.pop("TMPDIR")
+    words = node_environment(job, {}, prelude)
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in words.items())
     arguments = f"{job.attempt} {job.timeout:.3f} {kill_grace_s:.3f}" if job.timeout else str(job.attempt)
     text = LAUNCHER_TEXT.replace("@ARGUMENTS@", arguments).replace("@ARCHIVE@", OUTPUT_ARCHIVE)
@@ -6068,7 +6217,8 @@ class DiracExecutor:
     def start(self, job: Job) -> str:
         with tempfile.TemporaryFile(dir=self.data.tmp) as file:
             try:
-                scripts = {LAUNCHER: launcher(job, self.config.kill_grace_s), "wrapper.sh": self.wrapper}
+                prelude = self.config.batch_options(job.service).prelude
+                scripts = {LAUNCHER: launcher(job, self.config.kill_grace_s, prelude), "wrapper.sh": self.wrapper}
                 packed = pack_inputs(self.data.job(job.mark), scripts, file)
                 with self.noted():
                     pfn = self.ask(self.service.upload, file, packed.size, packed.digest.hexdigest())
@@ -6416,7 +6566,7 @@ def exchange(new: Path, folder: Path) -> None:
 
 
 EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
-    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env),
+    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options),
     "slurm": SlurmExecutor,
     "dirac": DiracExecutor,
 }
@@ -8629,6 +8779,8 @@ def clean_tick(node: Node) -> bool:
         if job.id in node.unremovable and node.clock.monotonic() < node.unremovable[job.id].until:
             continue
         try:
+            if node.config.mode == "client":
+                remove_scratch(node.folder(job))
             remove_tree(node.folder(job))
             crash_point("clean.folder")
             remove_tree(node.data.result(job.mark))
@@ -8663,6 +8815,8 @@ def sweep(node: Node) -> None:
                     log.info("%s belongs to no %s: removed", path.name, node.store.noun)
                 except OSError as error:  # a container's files; what comes after them goes all the same
                     log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
+            elif node.config.mode == "client" and job.status in ENDED:
+                remove_scratch(path)
 
 
 def row_of(node: Node, path: Path) -> Job | None:
@@ -9699,11 +9853,19 @@ def note(client: Client, job_id: int, text: str) -> None:
     client.store.tell(job_id)
 
 
-def let_go(client: Client, job_id: int) -> None:
-    """Keep nothing in mind of a payload that is over."""
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+def let_go(client: Client, job: Job) -> None:
+    """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
+    drop_scratch(client, job)
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
-        table.pop(job_id, None)
+        table.pop(job.id, None)
 
 
 def shown_status(job: Job) -> Status:
@@ -9821,7 +9983,7 @@ def hand_over(client: Client, job: Job) -> None:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    let_go(client, job.id)
+    let_go(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
@@ -9947,7 +10109,7 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
         client.store.move(job, Status.FAILED, reason + left_out_text(left_out), cause=Cause.USER.value, signal=number, **changes)
-    let_go(client, job.id)
+    let_go(client, job)
 
 
 def limit_text(job: Job, folder: Path) -> str:
@@ -10000,7 +10162,7 @@ def end_tick(client: Client) -> bool:
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        let_go(client, job.id)
+        let_go(client, job)
     except StillRunning as error:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
@@ -10128,6 +10290,7 @@ def end_orphans(client: Client) -> None:
     client.executor.end_orphans([folder.name for folder in folders])
     for folder in folders:
         try:
+            remove_scratch(folder)
             remove_tree(folder)
         except OSError as error:
             log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
@@ -13224,7 +13387,7 @@ def forget_environment(config: Config) -> None:
     kept = passed_on(os.environ, config.pass_env)
     for name in set(os.environ) - set(kept):
         needed = name == "SLURM_JWT" and config.executor == "slurm"
-        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST")):
+        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST", "TMPDIR")):
             del os.environ[name]
 
 

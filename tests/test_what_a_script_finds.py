@@ -7,8 +7,9 @@ import stat
 import subprocess
 from pathlib import Path
 
-from conftest import MakePair
-from harness import NOBODY_UID, Archive, Pair, download, open_program, run_to_end, submit, wait_for, wait_status
+import pytest
+from conftest import MakePair, MakeProcess
+from harness import NOBODY_UID, Archive, Pair, download, open_program, partial, run_to_end, submit, wait_for, wait_status
 
 # == What comes back ==
 
@@ -147,3 +148,176 @@ def test_a_start_with_a_new_database_goes_on_around_files_of_another_user(
     assert (own.client.data / "jobs" / "aaa.1").exists()
     assert not (own.client.data / "jobs" / "zzz.1").exists()
     assert "aaa.1 was left by an earlier database, and cannot be removed" in own.client.log
+
+
+# == TMPDIR ==
+
+MANAGER = """
+cat >t.py <<'Y'
+import multiprocessing
+if __name__ == "__main__":
+    with multiprocessing.Manager() as manager:
+        print(dict(manager.dict(a=1)))
+Y
+python3 t.py
+"""
+
+
+def no_scratch(*places: str) -> bool:
+    """Whether none of these folders is there any more."""
+    return not any(os.path.lexists(place) for place in places)
+
+
+@pytest.fixture
+def far(make_pair: MakePair, tmp_path: Path) -> Pair:
+    """A pair whose data folder has a path as long as sockets' are short."""
+    return make_pair(client={"DATA_PATH": str(tmp_path / ("long" * 20) / "data")}).start()
+
+
+def test_sockets_can_be_made_in_tmpdir_however_long_the_home_is(far: Pair) -> None:
+    """multiprocessing.Manager makes one there; afterwards the folder is gone, and nothing of it is in the result."""
+    job = run_to_end(far.server, MANAGER + 'echo "$TMPDIR" >place; stat -c %a "$TMPDIR" >mode; mkdir "$TMPDIR"/d; echo x >"$TMPDIR"/d/.x')
+    assert job["status"] == "Completed", job
+    result = download(far.server, job["id"])
+    place = result.text("place").strip()
+    assert (len(place) < 60, result.text("mode"), result.text(".joborch/stdout")) == (True, "700\n", "{'a': 1}\n")
+    wait_for(lambda: no_scratch(place), what="TMPDIR removed")
+    assert result.own_files() == {"run.sh", "t.py", "place", "mode"}
+
+
+def test_a_site_has_its_own_tmpdir(make_pair: MakePair, open_folder: Path) -> None:
+    """As a node's fast disk; a path that is too long for sockets, or none that can be written, is passed over."""
+    far = open_folder / ("x" * 60)
+    far.mkdir()
+    for site, good in ((open_folder, True), (far, False), (open_folder / "none", False)):
+        own = make_pair(client={"TMPDIR": str(site)}).start()
+        job = run_to_end(own.server, 'echo "$TMPDIR"; : >"$TMPDIR"/x')
+        place = download(own.server, job["id"]).text(".joborch/stdout").strip()
+        assert place.startswith(f"{open_folder if good else '/tmp'}/jo-")
+        wait_for(lambda place=place: no_scratch(place), what="TMPDIR removed")  # type: ignore[misc]
+
+
+def test_a_script_cannot_have_something_else_removed(far: Pair, tmp_path: Path) -> None:
+    """Whatever it makes of its TMPDIR, and of what leads to it: no link is followed, and no other folder goes."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    (tmp_path / "jo-precious").mkdir()
+    places = []
+    for script in (
+        f'rmdir "$TMPDIR"; ln -s {tmp_path}/precious "$TMPDIR"',
+        f'rm ../tmp; ln -s {tmp_path}/precious ../tmp; echo x >"$TMPDIR/x"',
+        f"rm ../tmp; ln -s {tmp_path}/jo-precious ../tmp; kill -9 $PPID",
+        f'ln -s {tmp_path}/precious "$TMPDIR/link"; chmod 0 "$TMPDIR"',
+        'rmdir "$TMPDIR"; echo x >"$TMPDIR"',
+    ):
+        job = run_to_end(far.server, f'echo "$TMPDIR" >place; cp place ../../../place; {script}')
+        places.append((tmp_path / ("long" * 20) / "data" / "place").read_text().strip())
+        assert job["status"] in ("Completed", "Failed")
+    wait_for(lambda: no_scratch(*places), what="every TMPDIR removed")
+    assert (tmp_path / "precious" / "file").read_text() == "kept"
+    assert (tmp_path / "jo-precious").is_dir()
+
+
+def test_a_tmpdir_is_removed_after_a_kill_and_after_a_crash(far: Pair, tmp_path: Path) -> None:
+    """Of one that is terminated; of one that ended while the client was down, whose wrapper was killed with it."""
+    script = 'mkdir "$TMPDIR/d"; echo x >"$TMPDIR/d/x"; echo "$TMPDIR $PPID" >PLACE; exec sleep 1000'
+    said = [tmp_path / name for name in ("one", "two")]
+    numbers = [submit(far.server, script.replace("PLACE", str(path))) for path in said]
+    (one, _), (two, wrapper) = (
+        wait_for(lambda path=path: path.exists() and path.read_text().split(), what="the script")
+        for path in said  # type: ignore[misc]
+    )
+    far.server.post(f"/terminate/{numbers[0]}")
+    wait_status(far.server, numbers[0], "Killed")
+    wait_for(lambda: no_scratch(one), what="TMPDIR of a killed payload removed")
+    assert Path(two, "d", "x").exists()
+    far.client.kill()
+    os.kill(int(wrapper), 9)
+    far.client.start()
+    wait_for(lambda: no_scratch(two), what="TMPDIR of what a crash ended removed")
+
+
+def test_a_new_database_removes_the_tmpdir_of_what_it_ends(far: Pair, tmp_path: Path) -> None:
+    """Nothing else knows of it any more."""
+    submit(far.server, f'echo x >"$TMPDIR/x"; echo "$TMPDIR" >{tmp_path}/place; exec sleep 1000')
+    place = wait_for(lambda: (tmp_path / "place").exists() and (tmp_path / "place").read_text().strip(), what="the script")
+    far.client.kill()
+    for path in (tmp_path / ("long" * 20) / "data").glob("joborch.db*"):
+        path.unlink()
+    far.client.start()
+    assert no_scratch(place)
+
+
+# == Programs, and the shell ==
+
+
+def test_programs_among_the_inputs_can_be_run(pair: Pair, make_process: MakeProcess) -> None:
+    """Those that begin with #! or as ELF does, in folders, too; not a text."""
+    true = Path("/bin/true").read_bytes()
+    files = {"tool": b"#!/bin/sh\necho from the tool\n", "bin/elf": true, "one": b"#!", "text": b"# no program\n"}
+    job = run_to_end(pair.server, "./tool; bin/elf && echo elf; ls -l text >&2; test ! -x text", files)
+    assert job["status"] == "Completed", job
+    assert partial(pair.server, job["id"]).text(".joborch/stdout") == "from the tool\nelf\n"
+    client = make_process("client", {"JOBORCH_ALLOW_ANONYMOUS": "1"}).start()  # as a 2.2 server sends: the field's name is the path
+    answer = client.post("/submit", files={"run.sh": ("run.sh", b"./tool >said"), "tool": ("tool", files["tool"])})
+    folder = Path(answer.json()["loc"])
+    wait_for(lambda: (folder / "work" / "said").exists() and (folder / "work" / "said").read_text(), what="the tool's word")
+
+
+FIRST_LINES = {
+    "#!/bin/bash -l": True,
+    "#!/bin/bash --login": True,
+    "#! /usr/bin/bash  -l ": True,
+    "#!/usr/bin/env -S bash -l": True,
+    "#!/usr/bin/env -S bash --login": True,
+    "#!/bin/bash": False,
+    "#!/usr/bin/env bash": False,
+    "#!/bin/bash --norc": False,
+    "# -l": False,
+}
+
+
+def test_a_first_line_that_asks_for_a_login_shell_is_heeded(make_pair: MakePair) -> None:
+    """What the user's ~/.bash_profile defines, as `module` is on many sites, is there then, and else not."""
+    own = make_pair().start()
+    assert own.client.home is not None
+    (own.client.home / ".bash_profile").write_text('greet() { echo "loaded $2"; }\n')
+    numbers = {line: submit(own.server, f"{line}\nset -e\ngreet a b\n") for line in FIRST_LINES}
+    for line, number in numbers.items():
+        job = wait_status(own.server, number, "Completed", "Failed")
+        assert (job["status"] == "Completed") is FIRST_LINES[line], (line, job)
+        if not FIRST_LINES[line]:
+            assert job["exit_code"] == 127
+
+
+def test_a_missing_command_of_another_name_gets_no_hint(pair: Pair) -> None:
+    """module and conda get one, also if much else follows."""
+    for script, hint in (
+        ("set -e; module load gromacs", True),
+        ("gromacs", False),
+        ("conda activate x; seq 5000 >&2; exit 1", True),
+        ("my-module", False),
+    ):
+        assert ("PRELUDE" in run_to_end(pair.server, script)["reason"]) is hint, script
+
+
+def test_a_line_runs_before_each_script_of_a_service(make_pair: MakePair) -> None:
+    """In one login shell with the script, which keeps its name, its exit status and its lines; of no other service."""
+    prelude = "greet to gcc; said='it is'; f() { echo f; }; export JOINED=1"
+    own = make_pair(client={"SERVICE_EXAMPLE_PRELUDE": prelude}).start()
+    assert own.client.home is not None
+    (own.client.home / ".bash_profile").write_text('greet() { echo "loaded $2"; }\n')
+    script = 'echo "$said $(f) $0 $# $JOINED $LINENO"; env | grep -c PRELUDE; [ "$0" = "${BASH_SOURCE[0]}" ]; echo $?; exit 3'
+    job = run_to_end(own.server, script)
+    assert job["exit_code"] == 3
+    assert partial(own.server, job["id"]).text(".joborch/stdout") == "loaded gcc\nit is f ./run.sh 0 1 1\n0\n0\n"
+    assert "SERVICE_EXAMPLE" not in own.client.log  # no word that it had no effect
+
+
+def test_a_line_before_the_script_that_fails_is_said(make_pair: MakePair) -> None:
+    """The script runs all the same, as it would below that line."""
+    own = make_pair(client={"SERVICE_EXAMPLE_PRELUDE": "greet nobody"}).start()
+    job = run_to_end(own.server, "echo on")
+    result = download(own.server, job["id"])
+    assert result.text(".joborch/stdout") == "on\n"
+    assert "SERVICE_..._PRELUDE) failed: greet nobody" in result.text(".joborch/stderr")
