@@ -718,6 +718,14 @@ SETTINGS: tuple[Setting, ...] = (
         "server",
     ),
     Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
+    Setting(
+        "JOBORCH_KEEP_FETCHED",
+        "keep_fetched_s",
+        read_seconds,
+        "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result",
+        "client",
+    ),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting(
@@ -926,6 +934,7 @@ class Config:
     weights: Mapping[int, float]
     max_queued_per_user: int
     clean_interval_s: float
+    keep_fetched_s: float
     keep_rows_s: float
     max_upload_bytes: int
     max_result_bytes: int
@@ -1359,7 +1368,7 @@ class Job(NamedTuple):
     moves: int
     changed: int | None  # client: number of its last change, for /events
     moved_at: float  # steady: its last change of status
-    synced: int  # client: its files have surely reached the disk
+    synced: int  # client: 1, its files have surely reached the disk; 2, a server has confirmed that it holds the result
     inputs_sha256: str | None  # server: of the list of its files with their digests
     after_ids: str  # server: jobs that must be Completed first, commas between
     blocked: int  # server: how many of these have not ended
@@ -3371,6 +3380,10 @@ JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
 """
+JOB_CONFIRMED = """
+UPDATE jobs SET fetched_at = :now, synced = 2
+ WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
+"""
 JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
 KILL_WISH = """
 UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
@@ -3556,8 +3569,11 @@ CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_chang
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
  WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
-   AND (fetched_at IS NOT NULL OR moved_at < :unfetched_before) ORDER BY moved_at LIMIT :limit
-"""
+   AND (
+    moved_at < :unfetched_before
+    OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
+   ) ORDER BY moved_at LIMIT :limit
+"""  # moved_at is steady time, fetched_at that of the wall clock
 CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
@@ -3581,7 +3597,7 @@ SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
    AND moved_at <= :before ORDER BY id
 """
-JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id"
+JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id AND synced = 0"
 HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
 LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
 INSTANCE = "SELECT instance FROM heartbeat"
@@ -8766,18 +8782,27 @@ def unremovable_json(node: Node) -> dict[str, Any] | None:
     return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
 
 
+def due_for_cleaning(node: Node, now: float) -> list[Job]:
+    """Return ended jobs whose files are to go at `now` (steady): some, without those that could not be removed a while ago."""
+    age, is_client = node.config.max_age_s, node.config.mode == "client"
+    kept_s = min(age, node.config.keep_fetched_s) if is_client else age
+    moments = {
+        "before": now - kept_s,
+        "fetched_before": now - age,
+        "unfetched_before": now - (4 * age if is_client else age),
+        "confirmed_before": node.clock.wall() - kept_s,
+    }
+    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
+    return [job for job in jobs if job.id not in node.unremovable or node.unremovable[job.id].until <= node.clock.monotonic()]
+
+
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
     node.data.keep_reserve()
-    now, age = node.store.steady(), node.config.max_age_s
-    more = False
-    unfetched_age = age if node.config.mode == "server" else 4 * age
-    room = 500 + len(node.unremovable)  # these come first, and hold up none of the others
-    for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age, limit=room):
-        if job.id in node.unremovable and node.clock.monotonic() < node.unremovable[job.id].until:
-            continue
+    now, more = node.store.steady(), False
+    for job in due_for_cleaning(node, now):
         try:
             if node.config.mode == "client":
                 remove_scratch(node.folder(job))
@@ -8789,7 +8814,7 @@ def clean_tick(node: Node) -> bool:
             put_off(node, job, error)
             continue
         node.unremovable.pop(job.id, None)
-        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended") or more
+        more = node.store.move(job, Status.CLEANED, f"{spoken(max(0.0, now - job.moved_at))} after it ended") or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
@@ -12572,7 +12597,7 @@ def confirm(client: Client, done: str) -> None:
     ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
     if ids:
         now = client.clock.wall()
-        client.store.write(lambda db: [db.execute(JOB_FETCHED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
+        client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
         crash_point("events.confirmed")
         drop_packings(client, ids)
 

@@ -321,3 +321,41 @@ def test_a_line_before_the_script_that_fails_is_said(make_pair: MakePair) -> Non
     result = download(own.server, job["id"])
     assert result.text(".joborch/stdout") == "on\n"
     assert "SERVICE_..._PRELUDE) failed: greet nobody" in result.text(".joborch/stderr")
+
+
+# == What a client keeps ==
+
+
+def test_a_client_keeps_no_files_that_its_server_holds(make_pair: MakePair) -> None:
+    """Ten minutes after that is confirmed, or as set; a 2.2 server cannot confirm: what it has fetched stays as long as before."""
+    own = make_pair(client={"JOBORCH_KEEP_FETCHED": "0.5", "JOBORCH_CLEAN_INTERVAL": "0.1"}).start()
+    bearer = {"Authorization": f"Bearer {Pair.TOKEN}"}
+    old = own.client.post("/submit", files={"run.sh": ("run.sh", b"echo old")}, headers=bearer).json()
+    wait_for(lambda: own.client.get(f"/retrieve/{old['id']}", headers=bearer).content[:2] == b"PK", what="the result of the 2.2 server")
+    jobs = [run_to_end(own.server, script) for script in ("echo out; echo 1 >x", "echo out; echo 1 >x; exit 3")]
+    number = submit(own.server, "echo out; echo 1 >x; exec sleep 1000")
+    wait_for(lambda: own.server.get(f"/jobs/{number}/logs").text == "out\n", what="its output")
+    own.server.post(f"/terminate/{number}")
+    jobs.append(wait_status(own.server, number, "Killed"))
+    for job in jobs:
+        wait_for(lambda job=job: not list(own.client.data.glob(f"jobs/{job['uuid']}.*")), what="its files gone")  # type: ignore[misc]
+    assert Path(old["loc"]).exists()
+    own.client.stop()  # all is the server's own now
+    for job, status in zip(jobs, ("Completed", "Failed", "Killed")):
+        assert partial(own.server, job["id"])["x"] == b"1\n"
+        assert own.server.get(f"/jobs/{job['id']}/logs").text == "out\n"
+        assert own.server.job(job["id"])["status"] == status
+
+
+def test_a_client_keeps_what_its_server_does_not_hold_yet(make_pair: MakePair) -> None:
+    """The server was away: the result is there when it is back."""
+    own = make_pair(client={"JOBORCH_KEEP_FETCHED": "0", "JOBORCH_CLEAN_INTERVAL": "0.1"}).start()
+    gate = own.folder / "gate"
+    number = submit(own.server, f"while [ ! -e {gate} ]; do sleep 0.05; done; echo 1 >x")
+    wait_status(own.server, number, "Running")
+    own.server.stop()
+    gate.touch()
+    wait_for(lambda: own.client.health()["running"] == 0, what="its end")
+    own.server.start()
+    job = wait_status(own.server, number, "Completed")
+    assert (job["attempt"], download(own.server, number)["x"]) == (1, b"1\n")
