@@ -883,7 +883,6 @@ class Service:
 class BatchOptions:
     """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
 
-    prelude: str = ""
     slurm_partition: str = ""
     slurm_account: str = ""
     slurm_qos: str = ""
@@ -896,6 +895,7 @@ class BatchOptions:
     dirac_cpu_time_s: float | None = None
     dirac_platform: str = ""
     dirac_jdl: str = ""
+    prelude: str = ""
 
 
 @dataclass(frozen=True)
@@ -5154,6 +5154,11 @@ def service_options(options: BatchOptions) -> dict[str, str]:
     return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
 
 
+def propagates(options: BatchOptions) -> bool:
+    """Tell whether a site has chosen itself which limits of the login node its jobs get."""
+    return any(word.startswith("--prop") for word in options.slurm_args)
+
+
 def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
     """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
     limit_s = job.timeout or options.slurm_time_s
@@ -5167,10 +5172,12 @@ def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
         "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
     }
     # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
+    # --propagate=NONE: else jobs get the limits of the login node (ulimit), CPU time among them (sbatch(1)).
     return [
         "--parsable",
         "--export=ALL",
         "--no-requeue",
+        *(() if propagates(options) else ("--propagate=NONE",)),
         *(f"--{key}={value}" for key, value in named.items() if value),
         *options.slurm_args,
     ]
@@ -11789,6 +11796,24 @@ def field_warnings(fields: Mapping[str, str]) -> list[str]:
     ]
 
 
+BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
+
+
+def batch_line_warnings(script: Path) -> list[str]:
+    """Return a sentence on lines of a run.sh that a batch system would read, and nobody reads here."""
+    try:
+        with open_regular(script) as file:
+            words = BATCH_LINE.findall(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none
+    if not words:
+        return []
+    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
+    text = f"run.sh has {counted(len(words), 'line', 'lines')} with {which}, which nobody reads here"
+    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
+    return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
+
+
 @contextlib.contextmanager
 def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
     """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
@@ -11839,7 +11864,7 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    said = {**job_json(server, job), "warnings": field_warnings(form.fields)}
+    said = {**job_json(server, job), "warnings": [*field_warnings(form.fields), *batch_line_warnings(folder / "run.sh")]}
     server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
@@ -13001,6 +13026,8 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from (Finding(None, warning) for warning in config.warnings)
     yield from weak_setups(config)
     yield from examine_environment(config)
+    if config.mode == "client":
+        yield from examine_limits(config)
     yield from examine_folder(config)
     yield examine_port(config)
     if config.mode == "client":
@@ -13094,6 +13121,33 @@ def examine_environment(config: Config) -> Iterator[Finding]:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         text = f"scripts do not get {counted(len(names), 'variable', 'variables')} of this environment ({shown})"
         yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
+
+
+SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
+    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: spoken(float(value)), resource.RLIM_INFINITY),
+    (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_FSIZE, "-Sf", "the size of a file", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_NOFILE, "-Sn", "open files", str, 1024),
+)
+
+
+def examine_limits(config: Config) -> Iterator[Finding]:
+    """Yield which limits of the shell that starts a client would end it or its scripts."""
+    found = False
+    for limit, flag, what, text, enough in SHELL_LIMITS:
+        soft = first_file_limit()[0] if limit == resource.RLIMIT_NOFILE else resource.getrlimit(limit)[0]
+        if soft == resource.RLIM_INFINITY or 0 <= enough <= soft:
+            continue
+        found = True
+        whom = "the client and each script are ended or fail" if config.executor == "local" else "the client is ended or fails"
+        if config.executor == "slurm" and any(map(propagates, config.batch.values())):
+            whom += ", and so may jobs to which SLURM_ARGS passes it on"
+        most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
+        remedy = f"ulimit {flag} {most} before the start, or ask the site where services may run"
+        yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
+    if not found:
+        yield Finding(True, "this shell does not limit CPU time, memory or files (ulimit -S)")
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:

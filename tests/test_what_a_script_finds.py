@@ -9,7 +9,22 @@ from pathlib import Path
 
 import pytest
 from conftest import MakePair, MakeProcess
-from harness import NOBODY_UID, Archive, Pair, download, open_program, partial, run_to_end, submit, wait_for, wait_status
+from harness import (
+    NOBODY_UID,
+    Archive,
+    Pair,
+    clean_environment,
+    download,
+    free_port,
+    from_source,
+    open_program,
+    partial,
+    run_to_end,
+    submit,
+    upload,
+    wait_for,
+    wait_status,
+)
 
 # == What comes back ==
 
@@ -359,3 +374,39 @@ def test_a_client_keeps_what_its_server_does_not_hold_yet(make_pair: MakePair) -
     own.server.start()
     job = wait_status(own.server, number, "Completed")
     assert (job["attempt"], download(own.server, number)["x"]) == (1, b"1\n")
+
+
+# == Limits of the login shell, and lines for a batch system ==
+
+
+def doctor(*limits: str, **settings: str) -> str:
+    """What `doctor client` says in a shell with these limits (soft, as ulimit takes them)."""
+    command = "; ".join([*(f"ulimit -S{limit}" for limit in limits), f"exec {' '.join(from_source())} doctor client"])
+    environment = {**clean_environment(None), "HOME": os.environ["HOME"], "JOBORCH_HOST": "127.0.0.1", "PORT": str(free_port()), **settings}
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False).stdout
+
+
+def test_doctor_names_the_limits_of_the_login_shell(tmp_path: Path) -> None:
+    """Each with its remedy; and says so where there is none."""
+    said = doctor("t 6000", "f 2048", "n 200", "v 8000000", DATA_PATH=str(tmp_path))
+    for text in ("CPU time to 1", "the size of a file to 2.0 MiB", "open files to 200", "memory to 7.6 GiB"):
+        assert f"limits {text}" in said, said
+    assert "ulimit -St unlimited before the start" in said
+    plain = doctor("t unlimited", "f unlimited", "v unlimited", "d unlimited", "n 1024", DATA_PATH=str(tmp_path))
+    assert "does not limit CPU time, memory or files" in plain, plain
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("#!/bin/bash\n#SBATCH --mem=8G\n#SBATCH -t 60\ntrue\n", "2 lines with #SBATCH"),
+        ("#PBS -l walltime=1:00:00\n#SBATCH -c 4\ntrue\n", "2 lines with #PBS and #SBATCH"),
+        ("#$ -cwd\ntrue\n", "1 line with #$"),
+        ("#SBATCHes are none\n#$ make\necho '#SBATCH -t 1'\n", ""),
+        ("true\n", ""),
+    ],
+)
+def test_lines_for_a_batch_system_are_named_with_the_fields_that_do_it(script: str, said: str, pair: Pair) -> None:
+    """At the upload: nobody else would notice before the job runs out of memory or time."""
+    warnings = upload(pair.server, {"run.sh": script.encode()}).json()["warnings"]
+    assert [said in text and "-F cpus=4 -F memory=2048 -F timeout=3600" in text for text in warnings] == [True] * bool(said)
