@@ -5599,6 +5599,7 @@ while :; do
     kill -0 $wrapper 2>/dev/null || break
 done
 chmod -R u+rwX payload
+(cd payload && pwd && pwd -P) >payload/place       # by which absolute links inside are known
 tar -czf .packing -C payload --exclude=./tmp .
 [ $? -le 1 ] && mv .packing @ARCHIVE@              # 1: something changed while it was read
 [ $status -eq 0 ]                                  # never the script's own status: DIRAC runs a job again that ends with 222
@@ -5771,6 +5772,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
     SandboxTooLarge where it holds more than the limits let: what fits is there.
     """
     links: list[tuple[str, Any]] = []
+    places: list[bytes] = []  # the paths that the folder had where it was packed
     limits = limits or ResultLimits()
     left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
     while (member := archive.next()) is not None:
@@ -5778,6 +5780,8 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
         parts = safe_parts(member.name)
         path = os.path.join(root, *parts)
         if not parts:
+            if os.path.normpath(member.name) == "place" and member.isreg():
+                places = archive.extractfile(member).read(16 * KIB).split(b"\n")[:2]
             continue
         size, count = size + member.size, count + 1
         too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
@@ -5794,7 +5798,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
             links.append((path, member))
         else:
             left_out.append(member.name)
-    left_out += make_links(root, links)
+    left_out += make_links(root, links, [place for place in places if place.startswith(b"/")])
     if too_much:
         raise SandboxTooLarge(too_much)
     return left_out
@@ -5812,8 +5816,15 @@ def write_member(source: IO[bytes], path: str, member: Any) -> None:
         os.utime(path, (member.mtime, member.mtime))
 
 
-def make_links(root: str, links: Sequence[tuple[str, Any]]) -> list[str]:
-    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out."""
+def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[bytes] = ()) -> list[str]:
+    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out.
+
+    Absolute ones below `places`, the paths of `root` where it was packed, become relative ones.
+    """
+    for path, member in links:
+        inner = below(places, os.fsencode(member.linkname)) if member.issym() else None
+        if inner is not None:
+            member.linkname = os.path.relpath(root, os.path.dirname(path)) + "/" + os.fsdecode(inner)
     left_out = [member.name for path, member in links if not make_link(root, path, member)]
     for path, member in links:  # only now: a link may lead through one that came after it
         end = os.path.realpath(path)

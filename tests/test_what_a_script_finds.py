@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
+import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,8 @@ from harness import (
     wait_for,
     wait_status,
 )
+
+import joborch
 
 # == What comes back ==
 
@@ -116,6 +121,30 @@ def test_files_of_another_user_are_left_out_and_said(make_pair: MakePair, open_f
     result = download(own.server, number)
     assert result["m/open"] == b"of root, too"
     assert {line.partition(":")[0] for line in result.text(".joborch/left-out.txt").splitlines()} == {"m/secret", "m/shut"}
+
+
+def test_absolute_links_come_back_from_a_grid_as_relative_ones(tmp_path: Path) -> None:
+    """There the folder had another path; what leads out is left out as before."""
+    there = tmp_path / "there"
+    (there / "payload" / "work" / "d").mkdir(parents=True)
+    (there / "alias").symlink_to(there)
+    (there / "payload" / "work" / "x").write_text("1")
+    for name, target in (("a", there / "payload/work/x"), ("d/b", there / "alias/payload/work/x"), ("far", "/etc/passwd")):
+        (there / "payload" / "work" / name).symlink_to(target)
+    (there / "payload" / "work" / "out").symlink_to(f"{there}/payload/../../secret")
+    (there / "wrapper.sh").write_text("exit 0")
+    (tmp_path / "secret").write_text("")
+    with closing(joborch.Store(":memory:", "client")) as store:
+        text = joborch.launcher(store.add(joborch.NewJob(uuid="8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0"), ""), 1.0)
+    subprocess.run(["bash", "-c", f"cd {there}/alias; {text.decode()}"], check=True)
+    with tarfile.open(there / joborch.OUTPUT_ARCHIVE, mode="r|gz") as archive:
+        (tmp_path / "out").mkdir()
+        left_out = joborch.unpack(archive, tmp_path / "out", 0)
+    work = tmp_path / "out" / "work"
+    shutil.rmtree(there)
+    assert ((work / "a").read_text(), (work / "d" / "b").read_text()) == ("1", "1")
+    assert sorted(name.rpartition("/")[2] for name in left_out) == ["far", "out"]
+    assert not (tmp_path / "out" / "place").exists()
 
 
 # == What cannot be removed ==
