@@ -4473,8 +4473,10 @@ cd work || exit 1
 prelude=$JOBORCH_PRELUDE login=
 unset JOBORCH_PRELUDE
 IFS= read -r -n 250 first 2>/dev/null <run.sh
-pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
-[[ $first =~ $pattern ]] && login=--login
+case $first in '#!'*bash*[[:space:]]-*)
+    pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
+    [[ $first =~ $pattern ]] && login=--login
+esac
 echo ready >>"../started.$2" || exit 1
 if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
     then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
@@ -8771,14 +8773,14 @@ class Unremovable:
     until: float
 
 
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses between tries, each four times the one before
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
 
 
 def put_off(node: Node, job: Job, error: OSError) -> None:
     """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
     known = node.unremovable.get(job.id)
     failures = known.failures + 1 if known else 1
-    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 1, 10), UNREMOVABLE_LAST_S)
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 2, 10), UNREMOVABLE_LAST_S) if failures > 1 else 0.0
     folder = node.folder(job)
     node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
     if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
