@@ -1199,7 +1199,7 @@ def check_config(config: Config) -> None:
     """Refuse combinations that cannot be meant."""
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
-    beyond = [host for host in map(str.strip, config.host.split(",")) if host and not is_loopback(host)]
+    beyond = beyond_loopback(config.host)
     if (
         beyond
         and not config.token
@@ -1224,6 +1224,11 @@ def access_warnings(config: Config) -> Iterator[str]:
         yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
     if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
         yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
+
+
+def beyond_loopback(hosts: str) -> list[str]:
+    """Return those of the addresses to listen on that other machines can reach."""
+    return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
 
 
 def is_loopback(host: str) -> bool:
@@ -2234,6 +2239,11 @@ def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> 
     return files, folders[::-1], count
 
 
+def helper_environment() -> dict[str, str]:
+    """Return all that helper programs (rm, chmod, zstd) need of the environment: payloads can read theirs, and find no secret there."""
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+
+
 def remove_tree(path: Path) -> None:
     """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
     if path.is_symlink() or path.is_file():
@@ -2244,8 +2254,10 @@ def remove_tree(path: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = subprocess.run(["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace")
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
         if done.returncode != 0 and path.exists():
             raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
@@ -6563,7 +6575,9 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
             if pfn.endswith(".tar.zst"):  # Python reads it from 3.14 on
                 if not shutil.which("zstd"):
                     raise SystemAway("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
-                unpacker = stack.enter_context(subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE))
+                unpacker = stack.enter_context(
+                    subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE, env=helper_environment())
+                )
                 outer = stack.enter_context(tarfile.open(fileobj=unpacker.stdout, mode="r|", tarinfo=careful_members()))
             else:
                 outer = stack.enter_context(tarfile.open(folder / "sandbox", mode="r|*", tarinfo=careful_members()))
@@ -10535,7 +10549,8 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
         return packing.opened()
     finally:
         with client.lock:
-            if told:  # first: without a reader and a lease it would be given up
+            # A server whose call broke comes again for what has ended. First: without a reader and a lease it would be given up.
+            if told or not (packing.passing or packing.done.is_set()):
                 packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
             packing.readers -= 1
             if not told and packing.done.is_set() and not packing.readers:
@@ -11451,6 +11466,7 @@ class Doors:
     """What our listeners add to those of waitress: they keep the rules of their House."""
 
     house: House
+    siblings: Sequence[Any] = ()  # the other listeners of the process
     next_look = paused_until = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -11460,6 +11476,14 @@ class Doors:
             self.next_look = now + 1
             self.close_overdue(now)
         return bool(cast(Any, self).accepting and now >= self.paused_until)
+
+    def close(self) -> None:
+        """Listen no more, on no address."""
+        siblings, self.siblings = self.siblings, ()
+        for listener in siblings:
+            listener.siblings = ()
+            listener.close()
+        cast(Any, super()).close()
 
     def close_overdue(self, now: float) -> None:
         """Close the connections whose time is over, and those that keep too much for nothing."""
@@ -11569,6 +11593,7 @@ def make_http_server(node: Node, app: Any) -> Any:
     for listener in listeners:
         set_up_listener(node, listener, house, watch)
     server = listeners[0]
+    server.siblings = listeners[1:]
     server.asyncore = types.SimpleNamespace(loop=watch.loop)
     server.socket_file = local and local.getsockname()
     server.socket_inode = local and os.lstat(server.socket_file).st_ino
@@ -13063,7 +13088,7 @@ NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes
 def weak_setups(config: Config) -> Iterator[Finding]:
     """Yield what lets others in, each with its remedy. A start refuses what is False, and warns of the rest."""
     if os.geteuid() == 0:
-        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no right of root's"
+        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no rights of root"
         yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a user of its own, as by User= in a systemd unit")
     yield from weak_tokens(config)
     for path, what in secret_files(config):
@@ -13081,12 +13106,9 @@ def weak_tokens(config: Config) -> Iterator[Finding]:
     """Yield which tokens can be guessed, or read by other users of this machine."""
     shortest = min(map(len, filter(None, config.token.split(","))), default=TOKEN_LEAST)
     if shortest < TOKEN_LEAST:
-        beyond = not is_loopback(config.host)
-        where = f", and JOBORCH_HOST={config.host} lets others try" if beyond else ""
-        text = (
-            f"JOBORCH_TOKEN holds a token of {counted(shortest, 'character', 'characters')}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
-        )
-        yield Finding(False if beyond else None, text)
+        where = f", and JOBORCH_HOST={config.host} lets other machines try" if beyond_loopback(config.host) else ""
+        how_long = counted(shortest, "character", "characters")
+        yield Finding(None, f"JOBORCH_TOKEN holds a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
     if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
         yield Finding(None, "the token was given as --token, which every user of this machine can see by ps: set JOBORCH_TOKEN_FILE")
     for service in config.services.values():
@@ -13474,13 +13496,10 @@ def close_at_exec() -> None:
                     os.set_inheritable(descriptor, False)
 
 
-def forget_environment(config: Config) -> None:
-    """Drop from our environment what no script gets: the programs that we start (rm, chmod, zstd) are not hidden from payloads."""
-    kept = passed_on(os.environ, config.pass_env)
-    for name in set(os.environ) - set(kept):
-        needed = name == "SLURM_JWT" and config.executor == "slurm"
-        if not needed and not name.startswith(("JOBORCH_TEST_", "KUBERNETES_SERVICE_HOST", "TMPDIR")):
-            del os.environ[name]
+def forget_tokens(config: Config) -> None:
+    """Drop the tokens from the environment, now that they are read: programs that are started later need not have them."""
+    for name in token_names(config):
+        os.environ.pop(name, None)
 
 
 def ensure_client_token(config: Config) -> Config:
@@ -13557,7 +13576,7 @@ def serve(config: Config) -> int:
     if config.mode == "client":
         log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
         config = ensure_client_token(config)
-    forget_environment(config)
+    forget_tokens(config)
     raise_file_limit()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)

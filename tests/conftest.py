@@ -41,6 +41,17 @@ def scratch_of_tests() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    """What a data folder that is opened in this process changes for good is as before for the next test."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    folder = tempfile.tempdir
+    yield
+    os.umask(umask)
+    tempfile.tempdir = folder
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """One server and client for all tests that break nothing; the quota never binds."""

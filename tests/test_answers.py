@@ -291,7 +291,7 @@ def test_an_encoded_answer_is_refused_with_a_sentence(liar: Liar, liar_link: Lin
 def test_nothing_of_a_client_is_unpacked(coding: str, liar: Liar, liar_link: Link, job: Job) -> None:
     """Neither results nor output nor the answer to a submit."""
     content = whole(gzip.compress(b"PK" * 1000), Content_Encoding=coding).replace(b"application/json", b"application/zip")
-    liar.says["/"] = once(content)
+    liar.says.update(dict.fromkeys(("/retrieve", "/logs", "/kill", "/submit"), once(content)))
     target = joborch.Transfer(contextlib.nullcontext())  # type: ignore[arg-type]
     folder = liar_link.data.job(job.uuid)
     for call in (
@@ -950,7 +950,7 @@ def test_a_result_that_never_ends_is_left_for_later(make_process: MakeProcess, l
     """It costs a lane of that client alone: its other calls and others' jobs go on."""
     world = World(make_process, [liar])
     job = world.running()
-    liar.says["/retrieve"] = endless(b"x", head(Content_Type="application/zip", Content_Length=10**12, ETag='"t"'), 0.05)
+    liar.says["/retrieve"] = endless(b"x", head(Content_Type="application/zip", Content_Length=10**9, ETag='"t"'), 0.05)
     liar.payloads.append({**liar.payloads[0], "status": "Completed", "ended_at": time.time()})
     wait_for(lambda: any(call.path.startswith("/retrieve") for call in liar.asked), what="the result to be asked for")
     world.others_go_on()

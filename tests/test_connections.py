@@ -342,6 +342,7 @@ def test_a_caller_who_does_not_read_is_given_up(desk: Any, impatient: None) -> N
         finally:
             done.set()
 
+    desk.restart(PORT="0")
     http = joborch.make_http_server(desk.server, answer)
     thread = threading.Thread(target=http.run, daemon=True)
     thread.start()
@@ -448,6 +449,7 @@ def test_who_is_turned_away_is_told_when_to_come_again(desk: Any) -> None:
     """503 in JSON, with Retry-After, and the connection of who sent a whole form is not reset."""
     dispatcher = joborch.Dispatcher("server")
     dispatcher.pools["form"].most_waiting = 0
+    desk.restart(PORT="0")
     http = joborch.make_http_server(desk.server, joborch.make_app(desk.server))
     http.task_dispatcher = dispatcher
     thread = threading.Thread(target=http.run, daemon=True)
@@ -472,3 +474,13 @@ def test_threads_are_made_when_they_are_needed(make_process: MakeProcess) -> Non
     for _ in range(20):
         assert server.get("/health").status_code == 200
     assert len(list(Path(f"/proc/{server.pid}/task").iterdir())) < 30
+
+
+def test_closing_gives_back_every_address(desk: Any) -> None:
+    """All listeners end together: the port can be used again at once, on 127.0.0.1 and ::1."""
+    desk.restart(PORT="0")
+    http = joborch.make_http_server(desk.server, joborch.make_app(desk.server))
+    port = int(http.effective_port)
+    http.close()
+    for listener in joborch.open_listeners(joborch.DEFAULT_HOSTS, port):
+        listener.close()

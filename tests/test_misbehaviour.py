@@ -516,10 +516,10 @@ def test_a_result_that_takes_longer_to_pack_than_a_server_waits(data: DataFolder
     real, packed = joborch.pack_payload, list[int]()
     real_call = joborch.Link.call
 
-    def slowly(client: Client, job: Job) -> joborch.Archive:
+    def slowly(client: Client, job: Job, *how: Any) -> joborch.Archive:
         packed.append(job.id)
         client.stopping.wait(1.5)
-        return real(client, job)
+        return real(client, job, *how)
 
     def impatient(link: joborch.Link, method: str, url: str, read_timeout_s: float = 0.5, **options: Any) -> Any:
         return real_call(link, method, url, min(read_timeout_s, 0.5), **options)

@@ -37,7 +37,7 @@ def peers_fixture() -> Iterator[list[Peer]]:
 def desk_fixture(peers: list[Peer], data: DataFolder) -> Iterator[Desk]:
     """A server with the service `example` at two of them, `b` at the second and third; each has been heard and has two slots."""
     urls = [peer.url for peer in peers]
-    made = Desk(data, ",".join(urls[:2]), SERVICE_B_CLIENTS=",".join(urls[1:]), JOBORCH_MIN_FREE="0", SERVICE_B_TOKEN="t")
+    made = Desk(data, ",".join(urls[:2]), SERVICE_B_CLIENTS=",".join(urls[1:]), JOBORCH_MIN_FREE="0", SERVICE_B_TOKEN="a-token")
     hear(made)
     yield made
     made.store.close()
