@@ -391,6 +391,13 @@ def read_text(text: str) -> str:
     return text
 
 
+def read_line(text: str) -> str:
+    """Take any text of one line."""
+    if not text.isprintable():
+        raise ValueError("give one line of printable characters")
+    return text
+
+
 def read_token(text: str) -> str:
     """Take a bearer token, or several with commas between."""
     if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
@@ -733,6 +740,14 @@ SETTINGS: tuple[Setting, ...] = (
         "server",
     ),
     Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
+    Setting(
+        "JOBORCH_KEEP_FETCHED",
+        "keep_fetched_s",
+        read_seconds,
+        "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result",
+        "client",
+    ),
     Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
     Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
     Setting(
@@ -818,6 +833,14 @@ SERVICE_SETTINGS: tuple[Setting, ...] = (
         "seconds that a client may be silent before its jobs get a new attempt",
         "server",
     ),
+    Setting(
+        "PRELUDE",
+        "prelude",
+        read_line,
+        "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc",
+        "client",
+    ),
     Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
     Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
     Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
@@ -880,7 +903,7 @@ class Service:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service."""
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
 
     slurm_partition: str = ""
     slurm_account: str = ""
@@ -894,6 +917,7 @@ class BatchOptions:
     dirac_cpu_time_s: float | None = None
     dirac_platform: str = ""
     dirac_jdl: str = ""
+    prelude: str = ""
 
 
 @dataclass(frozen=True)
@@ -932,6 +956,7 @@ class Config:
     weights: Mapping[int, float]
     max_queued_per_user: int
     clean_interval_s: float
+    keep_fetched_s: float
     keep_rows_s: float
     max_upload_bytes: int
     max_result_bytes: int
@@ -1223,7 +1248,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     for name in filter(lambda name: split_service_name(name.upper()), merged):
         sources[name.upper()] = "environment" if name in environment else "--env-file"
     warnings = unknown_names(merged) + unasked_units(arguments, merged)
-    if batch and values["executor"] == "local":
+    if any(dataclasses.replace(options, prelude="") != BatchOptions() for options in batch.values()) and values["executor"] == "local":
         warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
     config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
     check_config(config)
@@ -1425,7 +1450,7 @@ class Job(NamedTuple):
     moves: int
     changed: int | None  # client: number of its last change, for /events
     moved_at: float  # steady: its last change of status
-    synced: int  # client: its files have surely reached the disk
+    synced: int  # client: 1, its files have surely reached the disk; 2, a server has confirmed that it holds the result
     inputs_sha256: str | None  # server: of the list of its files with their digests
     after_ids: str  # server: jobs that must be Completed first, commas between
     blocked: int  # server: how many of these have not ended
@@ -2046,7 +2071,7 @@ class FormReader:
         self.tree.add(path)
         self.before_file()
         self.make_folders(path)
-        digest, size = hashlib.sha256(), 0
+        digest, size, head = hashlib.sha256(), 0, b""
         descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb", buffering=0) as target:
             for chunk in iter(lambda: next(events), None):
@@ -2054,6 +2079,9 @@ class FormReader:
                 self.after_write(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
+                head += chunk[: 4 - len(head)]
+            if head.startswith((b"#!", b"\x7fELF")):  # a form carries no modes, and a script calls ./tool
+                os.fchmod(descriptor, 0o700)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
     def make_folders(self, path: str) -> None:
@@ -2190,12 +2218,28 @@ def last_line(path: Path) -> str:
     return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
 
 
-def give_rights(folder: Path | int, *inner: str) -> None:
+def give_rights(folder: Path | int, *inner: str | bytes) -> None:
     """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
     with opened_folder(folder, *inner) as descriptor:
         path = f"/proc/self/fd/{descriptor}"
         if not os.access(path, os.R_OK | os.X_OK):
             os.chmod(path, 0o700)
+
+
+def open_unreadable(name: bytes | str, folder: int | None) -> int:
+    """Open a file of this user's whose mode lets even him not read it; it keeps its mode. PermissionError if it is another user's."""
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        os.chmod(path, stat.S_IMODE(state.st_mode) | stat.S_IRUSR)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        finally:
+            os.chmod(path, stat.S_IMODE(state.st_mode))
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -2253,12 +2297,14 @@ class Level:
         self.descriptor = -1
 
 
-def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Iterator[tuple[int, bytes, list[bytes], int]]:
+def walk_open(
+    root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
+) -> Iterator[tuple[int, bytes, list[bytes], int]]:
     """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
 
     What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
-    `room` entries are looked at; `note` gets the path of what is left out, and why. Depth costs no descriptors: the upper
-    folders are closed, and opened again on the way back.
+    `room` entries are looked at; `note` gets the path of what is left out, and why. With `mend`, this user gets back the
+    rights to folders of his own. Depth costs no descriptors: the upper folders are closed, and opened again on the way back.
     """
     levels: list[Level] = []
     entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
@@ -2275,13 +2321,13 @@ def walk_open(root: int, room: int, note: Callable[[bytes, str], None]) -> Itera
                     levels[-WALK_DESCRIPTORS - 1].close()
             while levels and not levels[-1].folders:
                 levels.pop().close()
-            entered = enter(root, levels[-1], note) if levels else None
+            entered = enter(root, levels[-1], note, mend) if levels else None
     finally:
         for level in [*levels, *([entered] if entered else [])]:
             level.close()
 
 
-def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level | None:
+def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
     """Open the next folder in another one; None, and a note, where that cannot be."""
     name = above.folders.pop()
     path = above.path + b"/" + name if above.path else name
@@ -2290,6 +2336,9 @@ def enter(root: int, above: Level, note: Callable[[bytes, str], None]) -> Level 
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if above.descriptor < 0:
             above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
+        if mend:
+            with contextlib.suppress(PermissionError):  # another user's: what it lets us read is read
+                give_rights(above.descriptor, name)
         return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
     except OSError as error:
         note(path, os.strerror(error.errno or 0))
@@ -2354,6 +2403,16 @@ def lock_trouble(error: OSError) -> str:
         f"this file system has no locks ({reason}); use a folder of another one, as on a local disk, "
         "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
     )
+
+
+def bytes_below(path: Path) -> int:
+    """Return what the files below a folder have together, as far as this user can see them."""
+    total = 0
+    for here, _, names in walk(os.fsencode(path)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(here, name)).st_size
+    return total
 
 
 def take_lock(file: IO[str], name: str, kind: str) -> None:
@@ -2872,13 +2931,34 @@ class ResultLimits:
         return ""
 
 
-def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+class Losses:
+    """Counts what an archive of an ended payload's work folder will have to leave out; `places` are the paths of that folder."""
+
+    def __init__(self, places: Sequence[bytes] = ()) -> None:
+        self.places, self.count = places, 0
+
+    def note(self, path: bytes, why: str) -> None:
+        """Count a folder that cannot be entered."""
+        self.count += 1
+
+    def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
+        """Count an entry of a folder if it cannot be packed. OSError."""
+        if stat.S_ISLNK(state.st_mode):
+            self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
+        elif not stat.S_ISREG(state.st_mode):
+            self.count += 1
+        elif state.st_uid != os.geteuid():
+            self.count += not os.access(name, os.R_OK, dir_fd=folder)
+
+
+def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
     """Return the bytes and the number of files and links below an open folder, without the inputs that stayed as `skipped` says.
 
-    It looks no further once a limit is broken; too many folders count as one file too many.
+    It looks no further once a limit is broken; too many folders count as one file too many. With `losses`, of an ended payload,
+    what cannot be packed is counted there.
     """
     size = count = folders = 0
-    for folder, path, names, entries in walk_open(root, limits.entries, lambda _, why: None):
+    for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
         folders += entries - len(names)
         for name in names:
             with contextlib.suppress(OSError):  # it went meanwhile
@@ -2887,6 +2967,8 @@ def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]
                     continue
                 size += state.st_size * stat.S_ISREG(state.st_mode)
                 count += bool(path) or name != b"run.sh"
+                if losses:
+                    losses.look(root, folder, path, name, state)
             if size > limits.size_bytes or count > limits.files:
                 return size, count
         if folders > limits.folders:
@@ -2991,7 +3073,7 @@ class ZipWriter:
     def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
         """Add a member that is in memory; with method deflated where that makes it smaller by a tenth."""
         packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
-        if len(packed) > 0.9 * len(data):
+        if len(packed) >= 0.9 * len(data):  # also of an empty file: nothing is no deflated stream
             packed, method = data, zipfile.ZIP_STORED
         raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
         head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
@@ -3038,8 +3120,9 @@ class ZipWriter:
 class ZipPacker:
     """Packs a folder as it stands into a ZIP: nothing is followed out of it, nothing is lost silently, memory does not grow with it.
 
-    Symbolic links are stored as links where they stay inside; devices, fifos, sockets, unreadable files, links that
-    lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed as it was read.
+    Symbolic links are stored as links if they stay inside, absolute ones as relative ones; devices, fifos, sockets, unreadable
+    files, links that lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed
+    as it was read.
     """
 
     def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
@@ -3053,6 +3136,8 @@ class ZipPacker:
         self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
         self.wanted: Callable[[], bool] = lambda: True
         self.own, self.cut = ".joborch", False
+        self.places: Sequence[bytes] = ()  # further paths of the folder, as absolute links may name it
+        self.mends = False  # the folder's script has ended: what it left unreadable of this user's is read all the same
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
         """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
@@ -3068,8 +3153,8 @@ class ZipPacker:
 
     def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
         """Pack everything below an open folder."""
-        room = self.limits.entries
-        for folder, path, names, entries in walk_open(root, room, self.note):
+        room, self.places = self.limits.entries, (*self.places, path_of(root))
+        for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
             room -= entries
             self.cut = self.cut or room < 0
             inside = os.fsdecode(path) + "/" if path else ""
@@ -3109,7 +3194,12 @@ class ZipPacker:
 
     def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
         # O_NONBLOCK: a fifo put in the file's place since the stat must not hold us up.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except PermissionError:
+            if not self.mends:
+                raise
+            descriptor = open_unreadable(name, folder)
         with open(descriptor, "rb", buffering=0) as source:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
@@ -3146,13 +3236,14 @@ class ZipPacker:
 
     def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
         too_much = self.limits.broken_by(0, self.count + 1)
-        if too_much or leads_out(root, os.path.dirname(os.fsencode(name)), target):
+        stored = packed_target(root, os.path.dirname(os.fsencode(name)), target, self.places)
+        if too_much or stored is None:
             self.cut = self.cut or bool(too_much)
             why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
             self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
             return
         self.count += 1
-        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, target)
+        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
 
     def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
         """Pack a file of our own, below `.joborch/`; where it is known to be small, at once."""
@@ -3193,10 +3284,40 @@ class ZipPacker:
         return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
 
 
-def leads_out(root: int, folder: bytes, target: bytes) -> bool:
-    """Tell whether a link in `folder`, a path below the open folder `root`, leads out of that: by its letters, or by way of other links."""
+def path_of(folder: int) -> bytes:
+    """Return the real path of an open folder."""
+    return os.readlink(f"/proc/self/fd/{folder}".encode())
+
+
+def below(places: Sequence[bytes], path: bytes) -> bytes | None:
+    """Return an absolute path as one relative to the first of `places` that it lies below, or is; None if there is none."""
+    plain = re.sub(rb"/+", b"/", path)
+    for place in places:
+        if (plain + b"/").startswith(place + b"/"):
+            return plain[len(place) + 1 :] or b"."
+    return None
+
+
+def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
+    """Return what an archive holds of a link in `folder`, a path below the open folder `root`; None if it leads out of that.
+
+    An absolute target below one of `places`, the paths of `root`, becomes a relative one: elsewhere it would lead to nothing.
+    """
+    if not target.startswith(b"/"):
+        return None if leads_out(root, folder, target, places) else target
+    inner = below(places, target)
+    if inner is None or leads_out(root, b"", inner, places):
+        return None
+    return b"../" * len([part for part in folder.split(b"/") if part]) + inner
+
+
+def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
+    """Tell whether a relative link in `folder`, a path below the open folder `root`, leads out of that.
+
+    It may do so by its letters, or by way of other links; these may be absolute, below one of `places`.
+    """
     lexical = os.path.normpath(os.path.join(folder, target))
-    if target.startswith(b"/") or lexical == b".." or lexical.startswith(b"../"):
+    if lexical == b".." or lexical.startswith(b"../"):
         return True
     here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
     while ahead and links < 40:  # as many as the kernel follows: what comes after leads nowhere
@@ -3212,7 +3333,10 @@ def leads_out(root: int, folder: bytes, target: bytes) -> bool:
                 here.append(part)
                 continue
             if further.startswith(b"/"):
-                return True
+                inner = below(places, further)
+                if inner is None:
+                    return True
+                here, further = [], inner
             links, ahead = links + 1, ahead + further.split(b"/")[::-1]
     return False
 
@@ -3503,6 +3627,10 @@ JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
 """
+JOB_CONFIRMED = """
+UPDATE jobs SET fetched_at = :now, synced = 2
+ WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
+"""
 JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
 KILL_WISH = """
 UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
@@ -3700,8 +3828,11 @@ CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_chang
 ENDED_BEFORE = """
 SELECT * FROM jobs INDEXED BY jobs_ended
  WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
-   AND (fetched_at IS NOT NULL OR moved_at < :unfetched_before) ORDER BY moved_at LIMIT 500
-"""
+   AND (
+    moved_at < :unfetched_before
+    OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
+   ) ORDER BY moved_at LIMIT :limit
+"""  # moved_at is steady time, fetched_at that of the wall clock
 CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
@@ -3730,7 +3861,7 @@ SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
    AND moved_at <= :before ORDER BY id
 """
-JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id"
+JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id AND synced = 0"
 HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
 LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
 INSTANCE = "SELECT instance FROM heartbeat"
@@ -4547,8 +4678,8 @@ def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
     return sorted(name for name in environment if name not in kept and not is_own_setting(name))
 
 
-def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return what the script sees: what it inherits, and our own words."""
+def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
+    """Return what the wrapper sees: what the script inherits, our own words, and for the wrapper alone what it runs before the script."""
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -4559,7 +4690,14 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str]) ->
         "JOBORCH_MARK": job.mark,
         "TMPDIR": str(folder / "tmp"),
     }
-    return {**inherited, **ours}
+    return {**inherited, **ours, **({"JOBORCH_PRELUDE": prelude} if prelude else {})}
+
+
+def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
+    """Return what the wrapper sees on another machine: TMPDIR is what that machine or its site says."""
+    words = payload_environment(job, Path(), {}, prelude)
+    del words["TMPDIR"]
+    return {**inherited, **words}
 
 
 MOST_FILES = 65_536  # no more are asked for, even where there is no limit: some programs try every number up to theirs
@@ -4615,11 +4753,23 @@ told=0 over=0
 trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
 trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
 [ -z "$3" ] || trap over=1 ALRM
-printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+@SCRATCH@printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
 exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
 cd work || exit 1
+prelude=$JOBORCH_PRELUDE login=
+unset JOBORCH_PRELUDE
+IFS= read -r -n 250 first 2>/dev/null <run.sh
+case $first in '#!'*bash*[[:space:]]-*)
+    pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
+    [[ $first =~ $pattern ]] && login=--login
+esac
 echo ready >>"../started.$2" || exit 1
-{ @BEFORE@exec bash ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
+    then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
+    { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+else
+    { @BEFORE@exec bash $login ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+fi
 pid=$!
 if [ -n "$3" ]; then
     { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
@@ -4659,8 +4809,21 @@ gone=                                              # somebody removed the work f
 there() { [ "$here/work" -ef /proc/$$/cwd ]; }
 there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
 printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
+shopt -s nullglob dotglob
+set -- "$TMPDIR"/*                                 # the client removes an empty one, which needs no process
+case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
 exit $status
 """
+# Where another machine runs the wrapper, that makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
+NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
+name=jo-${name:0:12}.$2
+for base in "${TMPDIR%/}" /tmp; do
+    [ "${base:0:1}" = / ] && [ ${#base} -le @LONGEST@ ] && mkdir -m 700 "$base/$name" 2>/dev/null && scratch=$base/$name && break
+done
+if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
+export TMPDIR=$scratch
+"""
+SCRATCH_BASE_BYTES = 40  # a socket's path has 107 bytes at most (unix(7)); Python's multiprocessing adds 32, and others more
 
 CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
 
@@ -4869,14 +5032,89 @@ def handicap() -> str:
     return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
 
 
-def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "") -> bytes:
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
     """Return the wrapper, with the umask that this process was started with and, if one is given, a soft limit of open files.
 
-    `first` is what it does first, `before_script` what it does just before the script.
+    `first` is what it does first, `before_script` what it does just before the script. It runs `here`, or makes TMPDIR itself.
     """
+    scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
     files = f"; ulimit -Sn {file_limit}" if file_limit else ""
     text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
-    return text.replace("@BEFORE@", before_script).encode()
+    return text.replace("@BEFORE@", before_script).replace("@SCRATCH@", scratch).encode()
+
+
+# -- scratch: what a script's TMPDIR is --
+
+
+def scratch_bases(environment: Mapping[str, str]) -> list[str]:
+    """Return the folders in which TMPDIR may be made: the site's, and /tmp."""
+    bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
+    return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
+
+
+def scratch_name(mark: str) -> str:
+    """Return the name of the folder that is an attempt's TMPDIR: by it the folder is found again, and none is taken for it."""
+    job_uuid, _, attempt = mark.partition(".")
+    return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
+
+
+def make_scratch(folder: Path, bases: Sequence[str]) -> str:
+    """Make an attempt's TMPDIR in one of `bases`, to which `tmp` in the payload's folder leads then; else `tmp` itself is it."""
+    note = folder / "tmp"
+    for base in bases:
+        place = f"{base}/{scratch_name(folder.name)}"
+        try:
+            if not is_own_scratch(place):
+                os.mkdir(place, 0o700)
+            if note.is_symlink():
+                note.unlink()  # a crash came just here, and the site's TMPDIR is another one now
+            os.symlink(place, note)
+            return place
+        except OSError as error:
+            log.debug("no TMPDIR in %s: %s", base, error)
+    if note.is_symlink():
+        note.unlink()
+    note.mkdir(exist_ok=True)
+    return str(note)
+
+
+def is_own_scratch(place: str) -> bool:
+    """Tell whether there is a folder of this user's, and no link."""
+    try:
+        state = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
@@ -4952,8 +5190,15 @@ class LocalExecutor:
 
     in_line = False
 
-    def __init__(self, data: DataFolder, kill_grace_s: float, pass_env: Sequence[str] = ()) -> None:
-        self.data, self.kill_grace_s = data, kill_grace_s
+    def __init__(
+        self,
+        data: DataFolder,
+        kill_grace_s: float,
+        pass_env: Sequence[str] = (),
+        options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
+    ) -> None:
+        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
+        self.scratch_bases = scratch_bases(os.environ)
         self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
@@ -4961,17 +5206,18 @@ class LocalExecutor:
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
         self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
-        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
+        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
-        (folder / "tmp").mkdir(exist_ok=True)
+        environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
+        environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
         # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
         # The wrapper's text, not its path: nobody can put another file in its place.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
-            env=payload_environment(job, folder, self.inherited),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -5181,7 +5427,26 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
-    return "; ".join([text, *hints_for(folder, "work", "run.sh")])
+    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
+
+
+LOGIN_COMMANDS = re.compile(
+    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
+)
+
+
+def shell_hint(folder: Path) -> str:
+    """Return what helps a script that missed a command of login shells, by the begin and end of its standard error; else an empty text."""
+    try:
+        with open_regular(folder, "stderr") as file:
+            said = file.read(4 * KIB)
+            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
+            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
+    except OSError:
+        return ""
+    name = (missing[1] or missing[3]).decode() if missing else ""
+    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
+    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
 
 
 def signal_name(number: int) -> str:
@@ -5322,6 +5587,11 @@ def service_options(options: BatchOptions) -> dict[str, str]:
     return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
 
 
+def propagates(options: BatchOptions) -> bool:
+    """Tell whether a site has chosen itself which limits of the login node its jobs get."""
+    return any(word.startswith("--prop") for word in options.slurm_args)
+
+
 def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
     """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
     limit_s = job.timeout or options.slurm_time_s
@@ -5335,10 +5605,12 @@ def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
         "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
     }
     # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
+    # --propagate=NONE: else jobs get the limits of the login node (ulimit), CPU time among them (sbatch(1)).
     return [
         "--parsable",
         "--export=ALL",
         "--no-requeue",
+        *(() if propagates(options) else ("--propagate=NONE",)),
         *(f"--{key}={value}" for key, value in named.items() if value),
         *options.slurm_args,
     ]
@@ -5543,11 +5815,10 @@ class SlurmExecutor:
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
-        (folder / "tmp").mkdir(exist_ok=True)
         crash_point("run.prepared")
         limit = [f"{job.timeout:.3f}", f"{self.config.kill_grace_s:.3f}"] if job.timeout else []
         words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
-        environment = payload_environment(job, folder, self.inherited)
+        environment = node_environment(job, self.inherited, self.config.batch_options(job.service).prelude)
         try:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
@@ -5753,9 +6024,8 @@ OWN_JDL = re.compile(
 LAUNCHER_TEXT = r"""#!/bin/bash
 # joborch: runs the wrapper on a worker node, and packs what the script left.
 here=$PWD
-mkdir -p payload/tmp
+mkdir -p payload
 @EXPORTS@
-export TMPDIR="$here/payload/tmp"
 bash wrapper.sh "$here/payload" @ARGUMENTS@ &
 wrapper=$!
 pass_on() {                                        # to the wrapper and to run.sh, which has a group of its own
@@ -5768,6 +6038,7 @@ while :; do
     kill -0 $wrapper 2>/dev/null || break
 done
 chmod -R u+rwX payload
+(cd payload && pwd && pwd -P) >payload/place       # by which absolute links inside are known
 tar -czf .packing -C payload --exclude=./tmp .
 [ $? -le 1 ] && mv .packing @ARCHIVE@              # 1: something changed while it was read
 [ $status -eq 0 ]                                  # never the script's own status: DIRAC runs a job again that ends with 222
@@ -5853,10 +6124,9 @@ def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
     return "[\n" + "".join(f"{statement};\n" for statement in statements) + "]"
 
 
-def launcher(job: Job, kill_grace_s: float) -> bytes:
+def launcher(job: Job, kill_grace_s: float, prelude: str = "") -> bytes:
     """Return the script that a pilot runs."""
-    words = payload_environment(job, Path(), {})
-    words.pop("TMPDIR")
+    words = node_environment(job, {}, prelude)
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in words.items())
     arguments = f"{job.attempt} {job.timeout:.3f} {kill_grace_s:.3f}" if job.timeout else str(job.attempt)
     text = LAUNCHER_TEXT.replace("@ARGUMENTS@", arguments).replace("@ARCHIVE@", OUTPUT_ARCHIVE)
@@ -5941,6 +6211,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
     SandboxTooLarge where it holds more than the limits let: what fits is there.
     """
     links: list[tuple[str, Any]] = []
+    places: list[bytes] = []  # the paths that the folder had where it was packed
     limits = limits or ResultLimits()
     left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
     while (member := archive.next()) is not None:
@@ -5948,6 +6219,8 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
         parts = safe_parts(member.name)
         path = os.path.join(root, *parts)
         if not parts:
+            if os.path.normpath(member.name) == "place" and member.isreg():
+                places = archive.extractfile(member).read(16 * KIB).split(b"\n")[:2]
             continue
         size, count = size + member.size, count + 1
         too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
@@ -5964,7 +6237,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
             links.append((path, member))
         else:
             left_out.append(member.name)
-    left_out += make_links(root, links)
+    left_out += make_links(root, links, [place for place in places if place.startswith(b"/")])
     if too_much:
         raise SandboxTooLarge(too_much)
     return left_out
@@ -5982,8 +6255,15 @@ def write_member(source: IO[bytes], path: str, member: Any) -> None:
         os.utime(path, (member.mtime, member.mtime))
 
 
-def make_links(root: str, links: Sequence[tuple[str, Any]]) -> list[str]:
-    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out."""
+def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[bytes] = ()) -> list[str]:
+    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out.
+
+    Absolute ones below `places`, the paths of `root` where it was packed, become relative ones.
+    """
+    for path, member in links:
+        inner = below(places, os.fsencode(member.linkname)) if member.issym() else None
+        if inner is not None:
+            member.linkname = os.path.relpath(root, os.path.dirname(path)) + "/" + os.fsdecode(inner)
     left_out = [member.name for path, member in links if not make_link(root, path, member)]
     for path, member in links:  # only now: a link may lead through one that came after it
         end = os.path.realpath(path)
@@ -6411,7 +6691,8 @@ class DiracExecutor:
     def start(self, job: Job) -> str:
         with tempfile.TemporaryFile(dir=self.data.tmp) as file:
             try:
-                scripts = {LAUNCHER: launcher(job, self.config.kill_grace_s), "wrapper.sh": self.wrapper}
+                prelude = self.config.batch_options(job.service).prelude
+                scripts = {LAUNCHER: launcher(job, self.config.kill_grace_s, prelude), "wrapper.sh": self.wrapper}
                 packed = pack_inputs(self.data.job(job.mark), scripts, file)
                 with self.noted():
                     pfn = self.ask(self.service.upload, file, packed.size, packed.digest.hexdigest())
@@ -6763,7 +7044,7 @@ def exchange(new: Path, folder: Path) -> None:
 
 
 EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
-    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env),
+    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options),
     "slurm": SlurmExecutor,
     "dirac": DiracExecutor,
 }
@@ -8953,6 +9234,7 @@ class Node:
         self.started, self.program = self.clock.monotonic(), Program()
         self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
+        self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
     def folder(self, job: Job) -> Path:
@@ -9009,25 +9291,80 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
+@dataclass
+class Unremovable:
+    """Files of an ended job that cannot be removed: where, how much of them, how often that failed, when (monotonic) it is tried again."""
+
+    folder: Path
+    size_bytes: int
+    failures: int
+    until: float
+
+
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    known = node.unremovable.get(job.id)
+    failures = known.failures + 1 if known else 1
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 2, 10), UNREMOVABLE_LAST_S) if failures > 1 else 0.0
+    folder = node.folder(job)
+    node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
+    if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None where all can."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
+def due_for_cleaning(node: Node, now: float) -> list[Job]:
+    """Return ended jobs whose files are to go at `now` (steady): some, without those that could not be removed a while ago."""
+    age, is_client = node.config.max_age_s, node.config.mode == "client"
+    kept_s = min(age, node.config.keep_fetched_s) if is_client else age
+    moments = {
+        "before": now - kept_s,
+        "fetched_before": now - age,
+        "unfetched_before": now - (4 * age if is_client else age),
+        "confirmed_before": node.clock.wall() - kept_s,
+    }
+    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
+    return [job for job in jobs if job.id not in node.unremovable or node.unremovable[job.id].until <= node.clock.monotonic()]
+
+
 def clean_tick(node: Node) -> bool:
     """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
     node.program.restart_needed()  # it is logged
     node.data.keep_reserve()
-    now, age = node.store.steady(), node.config.max_age_s
-    more = False
-    unfetched_age = age if node.config.mode == "server" else 4 * age
-    for job in node.store.jobs(ENDED_BEFORE, before=now - age, unfetched_before=now - unfetched_age):
+    now, more = node.store.steady(), False
+    for job in due_for_cleaning(node, now):
         try:
+            if node.config.mode == "client":
+                remove_scratch(node.folder(job))
             remove_tree(node.folder(job))
             crash_point("clean.folder")
             remove_tree(node.data.result(job.mark))
             crash_point("clean.files")
         except OSError as error:
-            log.warning("the files of %s %d cannot be removed yet: %s", node.store.noun, job.id, error)
+            put_off(node, job, error)
             continue
-        more = node.store.move(job, Status.CLEANED, f"{spoken(age)} after it ended", row_reason=job.reason) or more
+        node.unremovable.pop(job.id, None)
+        reason = f"{spoken(max(0.0, now - job.moved_at))} after it ended"
+        more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
@@ -9048,8 +9385,13 @@ def sweep(node: Node) -> None:
             job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
             given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
             if job is None or job.status is Status.CLEANED or given_up:
-                log.info("%s belongs to no %s: removed", path.name, node.store.noun)
-                remove_tree(path)
+                try:
+                    remove_tree(path)
+                    log.info("%s belongs to no %s: removed", path.name, node.store.noun)
+                except OSError as error:  # a container's files; what comes after them goes all the same
+                    log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
+            elif node.config.mode == "client" and job.status in ENDED:
+                remove_scratch(path)
 
 
 def row_of(node: Node, path: Path) -> Job | None:
@@ -10200,7 +10542,7 @@ def run_tick(client: Client) -> bool:
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
-        let_go(client, job_id)  # noted by another thread, just after its end
+        let_go(client, job)  # noted by another thread, just after its end
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll([job for job in started if job.id not in client.measurings])
@@ -10238,11 +10580,19 @@ def note(client: Client, job_id: int, text: str) -> None:
     client.store.tell(job_id)
 
 
-def let_go(client: Client, job_id: int) -> None:
-    """Keep nothing in mind of a payload that is over."""
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+def let_go(client: Client, job: Job) -> None:
+    """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
+    drop_scratch(client, job)
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
-        table.pop(job_id, None)
+        table.pop(job.id, None)
 
 
 def shown_status(job: Job) -> Status:
@@ -10361,7 +10711,7 @@ def hand_over(client: Client, job: Job) -> bool:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    let_go(client, job.id)
+    let_go(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
@@ -10408,40 +10758,54 @@ class Measuring:
     """A large work folder of an ended payload, which a thread of its own measures: `fate` waits for `too_much`, None until it is known."""
 
     def __init__(self, client: Client, job: Job, fate: Fate) -> None:
-        self.fate, self.too_much = fate, cast("str | None", None)
+        self.fate, self.too_much, self.left_out = fate, cast("str | None", None), 0
         threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
 
     def measure(self, client: Client, job: Job) -> None:
         found: str | None = ""
         try:
             with client.measurers:
-                found = excess(client, job, client.limits)
+                found, self.left_out = excess(client, job, client.limits)
         finally:
             self.too_much = found or ""
             client.wake("run")
 
 
-def excess(client: Client, job: Job, limits: ResultLimits) -> str | None:
-    """Return what an ended payload left too much of, or an empty text; None where it is within the client's limits and not within these."""
+def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
+    """Return what an ended payload left too much of, or an empty text, and how many entries no archive of it can hold.
+
+    None instead of a text if it is within the client's limits, and not within these.
+    """
     try:
         with opened_folder(client.data.job(job.mark)) as folder:
             give_rights(folder, "work")
             with opened_folder(folder, "work") as work:
-                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder))
+                losses = Losses([path_of(work), work_path(client, job)])
+                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder), losses)
     except OSError:
-        return ""  # there is no such folder any more
-    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else "")
+        return "", 0  # there is no such folder any more
+    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else ""), losses.count
 
 
-def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> str | None:
-    """Return what an ended payload left too much of, or an empty text; None, if not `patient`, where that takes longer than a tick may."""
+def work_path(client: Client, job: Job) -> bytes:
+    """Return the path by which a payload's script may know its work folder."""
+    return os.fsencode(os.path.abspath(client.folder(job) / "work"))
+
+
+def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> tuple[str | None, int]:
+    """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
-        return client.measurings[job.id].too_much
+        return client.measurings[job.id].too_much, client.measurings[job.id].left_out
     quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
-    if found is None:
+    if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, fate)
     return found
+
+
+def left_out_text(count: int) -> str:
+    """Return what a reason says of files that no archive can hold; an empty text for none."""
+    return f"; {counted(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
 
 
 def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
@@ -10456,7 +10820,7 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
         fate = dataclasses.replace(fate, cause=Cause.INFRASTRUCTURE, reason=work_gone(fate.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
-    too_much = too_much_left(client, job, fate, patient) if fate.cause is None else ""
+    too_much, left_out = too_much_left(client, job, fate, patient) if fate.cause is None else ("", 0)
     if too_much is None:
         return
     started, ended = run_times(folder, job)
@@ -10469,13 +10833,13 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
         client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
         reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
-        client.store.move(job, Status.COMPLETED, reason, **changes)
+        client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = fate.exit_status or 0
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
-    let_go(client, job.id)
+        client.store.move(job, Status.FAILED, reason + left_out_text(left_out), cause=Cause.USER.value, signal=number, **changes)
+    let_go(client, job)
 
 
 def limit_text(job: Job, folder: Path) -> str:
@@ -10528,7 +10892,7 @@ def end_tick(client: Client) -> bool:
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        let_go(client, job.id)
+        let_go(client, job)
     except StillRunning as error:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
@@ -10682,7 +11046,11 @@ def end_orphans(client: Client) -> None:
     folders = list(client.data.jobs.iterdir())
     client.executor.end_orphans([folder.name for folder in folders])
     for folder in folders:
-        remove_tree(folder)
+        try:
+            remove_scratch(folder)
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
 
 
 # == 31. Results ==  What a payload leaves is packed once, for all who ask for it.
@@ -10699,6 +11067,7 @@ def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: 
 
     def fill(packer: ZipPacker) -> None:
         packer.wanted, packer.limits = wanted, limits or client.limits
+        packer.places, packer.mends = [work_path(client, job)], job.status in ENDED
         try:
             with opened_folder(client.folder(job)) as folder:
                 fill_archive(client, job, packer, folder)
@@ -12238,6 +12607,24 @@ def field_warnings(fields: Mapping[str, str]) -> list[str]:
     ]
 
 
+BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
+
+
+def batch_line_warnings(script: Path) -> list[str]:
+    """Return a sentence on lines of a run.sh that a batch system would read, and nobody reads here."""
+    try:
+        with open_regular(script) as file:
+            words = BATCH_LINE.findall(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none
+    if not words:
+        return []
+    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
+    text = f"run.sh has {counted(len(words), 'line', 'lines')} with {which}, which nobody reads here"
+    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
+    return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
+
+
 @contextlib.contextmanager
 def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
     """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
@@ -12288,7 +12675,8 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         remove_tree(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    said = {**job_json(server, job), "warnings": [*field_warnings(form.fields), *hints_for(folder / "run.sh")]}
+    warnings = [*field_warnings(form.fields), *hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
+    said = {**job_json(server, job), "warnings": warnings}
     server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
@@ -13070,7 +13458,7 @@ def confirm(client: Client, done: str) -> None:
     ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
     if ids:
         now = client.clock.wall()
-        client.store.write(lambda db: [db.execute(JOB_FETCHED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
+        client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
         crash_point("events.confirmed")
         drop_packings(client, ids)
 
@@ -13121,6 +13509,7 @@ def health(node: Node, request: Request) -> Answer:
         if known:
             said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
             said["restart_needed"] = node.program.restart_needed() or None
+            said.update(unremovable=unremovable_json(node))
         if known and isinstance(node, Client):
             problem = problem_of(node)
             said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
@@ -13518,6 +13907,8 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from (Finding(None, warning) for warning in config.warnings)
     yield from weak_setups(config)
     yield from examine_environment(config)
+    if config.mode == "client":
+        yield from examine_limits(config)
     yield from examine_folder(config)
     yield examine_port(config)
     if config.mode == "client":
@@ -13613,6 +14004,33 @@ def examine_environment(config: Config) -> Iterator[Finding]:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         text = f"scripts do not get {counted(len(names), 'variable', 'variables')} of this environment ({shown})"
         yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
+
+
+SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
+    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: spoken(float(value)), resource.RLIM_INFINITY),
+    (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_FSIZE, "-Sf", "the size of a file", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_NOFILE, "-Sn", "open files", str, 1024),
+)
+
+
+def examine_limits(config: Config) -> Iterator[Finding]:
+    """Yield which limits of the shell that starts a client would end it or its scripts."""
+    found = False
+    for limit, flag, what, text, enough in SHELL_LIMITS:
+        soft = first_file_limit()[0] if limit == resource.RLIMIT_NOFILE else resource.getrlimit(limit)[0]
+        if soft == resource.RLIM_INFINITY or 0 <= enough <= soft:
+            continue
+        found = True
+        whom = "the client and each script are ended or fail" if config.executor == "local" else "the client is ended or fails"
+        if config.executor == "slurm" and any(map(propagates, config.batch.values())):
+            whom += ", and so may jobs to which SLURM_ARGS passes it on"
+        most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
+        remedy = f"ulimit {flag} {most} before the start, or ask the site where services may run"
+        yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
+    if not found:
+        yield Finding(True, "this shell does not limit CPU time, memory or files (ulimit -S)")
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:

@@ -30,6 +30,17 @@ def no_stale_sockets() -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scratch_of_tests() -> Iterator[None]:
+    """Gives payloads that tests start in their own process a place for TMPDIR; what they leave there goes with the tests."""
+    tempfile.tempdir = tempfile.gettempdir()  # files of the tests themselves stay where they were
+    before, folder = os.environ.get("TMPDIR"), tempfile.mkdtemp(prefix="jt-", dir="/tmp")
+    os.environ["TMPDIR"] = folder
+    yield
+    os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
     """What a data folder that is opened in this process changes for good is as before for the next test."""

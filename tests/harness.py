@@ -293,6 +293,9 @@ class Process:
         if self.running():
             self.kill()
         end_all_below(self.folder)
+        for scratch in self.data.glob("jobs/*/tmp"):  # what a killed client would remove at its next start
+            if scratch.is_symlink() and scratch.readlink().name.startswith("jo-"):
+                shutil.rmtree(scratch.readlink(), ignore_errors=True)
 
     # -- speaking with it --
 

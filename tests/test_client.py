@@ -150,7 +150,7 @@ class Yard:
         """A payload as a server submits it. READY and BLOCK in its script: see `ready`."""
         parts = [file_part(name, content) for name, content in (files or {}).items()]
         if script is not None:
-            script = script.replace("READY", "echo > $TMPDIR/../ready").replace("BLOCK", "exec 3<> $TMPDIR/../go; read -u 3")
+            script = script.replace("READY", "echo > ../ready").replace("BLOCK", "exec 3<> ../go; read -u 3")
             parts.append(file_part("run.sh", (AT_HOME + script if script else script).encode()))
         said = submit(self.client, parts, **headers)
         assert said.status == 200, said

@@ -114,7 +114,7 @@ def test_programs_that_joborch_starts_show_no_token(make_pair: MakePair, open_fo
         (open_folder / name).chmod(0o755)
     settings = {"PATH": f"{open_folder}:{os.environ['PATH']}", "MAX_AGE": "0", "JOBORCH_CLEAN_INTERVAL": "0.1", **SECRETS}
     pair = make_pair(client=settings, folder=open_folder / "pair", user=NOBODY_UID, program=open_program(open_folder, pyz)).start()
-    assert run_to_end(pair.server, "mkdir d; touch d/x; /bin/chmod 0 d; exit 1")["status"] == "Failed"
+    assert run_to_end(pair.server, "mkdir d; touch d/x; /bin/chmod 500 d; exit 1")["status"] == "Failed"
     wait_for(lambda: list(seen.glob("rm-*")), what="a folder that rm removes")
     shown = b"\0".join(path.read_bytes() for path in seen.iterdir())
     assert b"PATH=" in shown

@@ -163,6 +163,7 @@ def test_a_job_overrides_cores_memory_and_time_and_nothing_else() -> None:
         "--parsable",
         "--export=ALL",
         "--no-requeue",
+        "--propagate=NONE",
         "--partition=short",
         "--account=acc",
         "--qos=high",
@@ -178,6 +179,7 @@ def test_a_job_overrides_cores_memory_and_time_and_nothing_else() -> None:
         "--requeue",
     ]
     assert "--time=60" in options_of(site)
+    assert "--propagate=NONE" not in options_of(BatchOptions(slurm_args=("--propagate=STACK",))), "a site knows better"
     assert not [word for word in options_of() if word.startswith(("--time", "--mem", "--partition"))]
     assert "--output=/100%%j/slurm.1" in options_of(folder="/100%j"), "a % of ours is none of Slurm's"
 

@@ -1000,8 +1000,20 @@ def test_ends_are_found_by_time(store: Store) -> None:
     jobs = [moved(store, store.add(new_job(), ""), Status.KILLED) for _ in range(3)]
     store.clock.pass_s(100)  # type: ignore[attr-defined]
     late = moved(store, store.add(new_job(), ""), Status.PROCESSING, Status.FAILED)
-    assert store.jobs(joborch.ENDED_BEFORE, before=late.moved_at, unfetched_before=late.moved_at) == jobs
-    assert all(job.status in ENDED for job in store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12))
+    assert (
+        store.jobs(
+            joborch.ENDED_BEFORE, before=late.moved_at, unfetched_before=late.moved_at, fetched_before=0.0, confirmed_before=0.0, limit=500
+        )
+        == jobs
+    )
+    assert all(
+        job.status in ENDED
+        for job in store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500)
+    )
     moved(store, jobs[1], Status.CLEANED)
     assert [row["id"] for row in store.read(joborch.CLEANED_BEFORE, before=1e12)] == [jobs[1].id]
-    assert store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12) == [jobs[0], jobs[2], late]
+    assert store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500) == [
+        jobs[0],
+        jobs[2],
+        late,
+    ]
