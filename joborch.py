@@ -21,21 +21,21 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            16. Executors             31. Results
-     2. Settings              17. Slurm's words         32. Access
-     3. Configuration         18. Slurm                 33. HTTP
-     4. States                19. Grid files            34. Connections
-     5. Scheduling            20. DiracX                35. Server routes
-     6. Files                 21. DIRAC                 36. Jobs
-     7. Folders               22. Identity              37. Site routes
-     8. Trust                 23. Transfers             38. Client routes
-     9. Data folder           24. Answers               39. Logs
-    10. Archives              25. Links                 40. Page and documents
-    11. Statements            26. Loops                 41. Doctor
-    12. Database              27. Server                42. Demo
-    13. Store                 28. Ends                  43. Commands
-    14. Backups               29. Waiting
-    15. Inheritance           30. Client
+     1. Vocabulary            16. Executors             31. Client
+     2. Settings              17. Slurm's words         32. Results
+     3. Configuration         18. Slurm                 33. Access
+     4. States                19. Grid files            34. HTTP
+     5. Scheduling            20. DiracX                35. Connections
+     6. Files                 21. DIRAC                 36. Server routes
+     7. Folders               22. Identity              37. Jobs
+     8. Trust                 23. Transfers             38. Site routes
+     9. Data folder           24. Answers               39. Client routes
+    10. Archives              25. Links                 40. Logs
+    11. Statements            26. Loops                 41. Page and documents
+    12. Database              27. Server                42. Doctor
+    13. Store                 28. News                  43. Demo
+    14. Backups               29. Ends                  44. Commands
+    15. Inheritance           30. Waiting
 """
 
 from __future__ import annotations
@@ -3257,6 +3257,10 @@ UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
 """
 JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
+JOB_CLIENT = """
+UPDATE jobs SET client = :to
+ WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
+"""
 KILL_WISH = """
 UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
  WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
@@ -3935,6 +3939,11 @@ class Store(Database):
         """Note durably that a job shall end; return whether that is news."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
+
+    def take_along(self, job: Job, client: str) -> bool:
+        """Note that a job's client has another name; False where the job has moved meanwhile."""
+        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
+        return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
     def note(self, sql: str, **values: Any) -> None:
         """Write a column that is not a status, without waiting for the disk."""
@@ -7124,6 +7133,7 @@ class Heard:
     job_slots: bool = False  # a slot takes a job, however many cores that needs
     more: bool = False  # the list goes on: it comes in pages
     size: int = field(default=0, compare=False)  # bytes of the answer
+    start: str = ""  # tells this start of the client's process from every other
 
 
 @dataclass
@@ -7233,6 +7243,7 @@ def read_events(text: bytes) -> Heard:
     cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
     heard = Heard(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
+    heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
     return heard
 
 
@@ -7559,6 +7570,10 @@ class Link:
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
+        self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
+        self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
+        self.met = False  # whether its instance has been compared with those of the others
+        self.relist, self.undecided = False, False  # all it has is to be asked again: now, or when another client has told what it has
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
@@ -7607,6 +7622,21 @@ class Link:
         name = next((service.name.upper() for service in self.services if lacking(service)), "<NAME>")
         return f"SERVICE_{name}_{setting}"
 
+    @property
+    def client(self) -> str:
+        """What tells the client here from every other, however many URLs it has: its instance; its name as long as that is all we know."""
+        return self.name if self.legacy or self.copy_of or not self.instance else f"instance {self.instance}"
+
+    def answers(self) -> bool:
+        """Tell whether it was heard, and has not failed since."""
+        return self.heard_at is not None and not self.failures
+
+    def has_told_all(self) -> bool:
+        """Tell whether nothing more can be learnt by waiting for the list of what it has."""
+        if self.legacy or not self.answers():
+            return self.legacy or self.silent_s() > SILENT_AFTER_S
+        return self.since > 0 and self.listed is None
+
     # -- health --
 
     def held(self) -> bool:
@@ -7647,7 +7677,7 @@ class Link:
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now."""
-        return not self.drained and self.ready()
+        return not self.drained and not self.copy_of and self.ready()
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
@@ -7661,6 +7691,8 @@ class Link:
         """Return why it gets no jobs now, as the end of a sentence; an empty text where it does."""
         if self.drained:
             return "is drained: somebody asked that it gets no more jobs"
+        if self.copy_of:
+            return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
         return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.refusal or "was not asked yet"
@@ -7668,10 +7700,17 @@ class Link:
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def place(self, cpus: int, memory: int, jobs: int = 0) -> Place:
-        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more."""
+    def reports(self) -> list[Report]:
+        """Return the payloads that have ended here, and wait to be settled."""
         with self.lock:
-            ended = list(self.ended.values())
+            return list(self.ended.values())
+
+    def place(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> Place:
+        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more.
+
+        `others` are other URLs of the same client, whose jobs are counted in.
+        """
+        ended = [found for link in (self, *others) for found in link.reports()]
         free = self.slots - (jobs if self.job_slots else cpus)
         free += sum(min(found.cpus, 1) if self.job_slots else found.cpus for found in ended)
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
@@ -8530,7 +8569,7 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 27. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+# == 27. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -8541,6 +8580,7 @@ class Server(Node):
         self.services = config.services
         self.links: dict[str, Link] = {}
         self.callers = Parking(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
+        self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
             for address in service.addresses:
@@ -8565,17 +8605,31 @@ class Server(Node):
         """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
+    def names_of(self, link: Link) -> list[Link]:
+        """Return the links that lead to the same client, this one first."""
+        return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
+
     def places_of(self, links: Iterable[Link]) -> list[Place]:
-        """Return clients as the scheduler sees them now."""
+        """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
         # Read before what has ended: see count_no_more.
         busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
-        return [link.place(*busy.get(link.name, (0, 0, 0))) for link in links]
+        by_client: dict[str, list[Link]] = {}
+        for link in self.links.values():
+            by_client.setdefault(link.client, []).append(link)
+        places = []
+        for link in links:
+            others = [other for other in by_client.get(link.client, ()) if other is not link]
+            cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
+            places.append(link.place(cpus, memory, jobs, others))
+        return places
 
     def drain(self, link: Link, drained: bool) -> None:
-        """Note durably that a client gets no more jobs, or gets some again."""
+        """Note durably that a client, under all its names, gets no more jobs, or gets some again."""
+        links = self.names_of(link)
         sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
-        self.store.write(lambda db: db.execute(sql, {"client": link.name, **values}).rowcount)
-        link.drained = drained
+        self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
+        for each in links:
+            each.drained = drained
 
 
 def dispatch_tick(server: Server) -> bool:
@@ -8588,7 +8642,7 @@ def dispatch_tick(server: Server) -> bool:
     if chosen is None:
         return False
     head, place = chosen
-    link = server.links[place.name]
+    link = link_to(server, head, place)
     link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
     claimed = None
     try:
@@ -8606,22 +8660,47 @@ def dispatch_tick(server: Server) -> bool:
 
 def next_placement(server: Server) -> tuple[Head, Place] | None:
     """Return which job is next, and which client gets it; None where nothing can be sent now."""
-    lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line]
+    free = [link for link in server.links.values() if can_be_sent_to(link)]
+    clients = one_each(free)
+    names = {link.name: clients[link.client].name for link in free}
+    lines = [line for line in (line_of(server, service, names) for service in server.services.values()) if line]
     if not lines:
         return None
-    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
-    return choose(lines, places, functools.partial(runs_at, server), server.store.steady())
+    return choose(lines, server.places_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
 
 
-def line_of(server: Server, service: Service) -> Line | None:
-    """Return the line of a service; None where nobody stands in it, or all its runs are in use."""
+def can_be_sent_to(link: Link) -> bool:
+    """Tell whether a job that is claimed for a client now would be sent at once."""
+    return link.takes_jobs() and link.has_lane()
+
+
+def one_each(links: Iterable[Link]) -> dict[str, Link]:
+    """Return the first link to each client, by client."""
+    found: dict[str, Link] = {}
+    for link in links:
+        found.setdefault(link.client, link)
+    return found
+
+
+def link_to(server: Server, head: Head, place: Place) -> Link:
+    """Return the URL by which a service reaches the client that is to get its job."""
+    chosen = server.links[place.name]
+    links = server.links_of(server.services[head.service])
+    return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
+
+
+def line_of(server: Server, service: Service, names: Mapping[str, str]) -> Line | None:
+    """Return the line of a service; None where nobody stands in it, or all its runs are in use.
+
+    `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
+    """
     first = server.store.read(CONTENDERS_NEXT, service=service.name, limit=1)
     if not first:
         return None
     busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
     if busy >= service.max_runs:
         return None
-    clients = {address.name for address in service.addresses}
+    clients = {names[address.name] for address in service.addresses if address.name in names}
     return Line(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads_of(server, service.name, first[0]))
 
 
@@ -8645,11 +8724,12 @@ def mean_run_s(server: Server, service: Service) -> float | None:
 
 def runs_at(server: Server, client: str) -> list[Run]:
     """Return what runs at a client; a time limit begins when the run does."""
-    ended, runs = server.links[client].ended, []
-    for job in server.store.jobs(AT_CLIENT, client=client):
-        if job.id not in ended:
-            begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
-            runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
+    runs = []
+    for link in server.names_of(server.links[client]):
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.id not in link.ended:
+                begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
+                runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
     return runs
 
 
@@ -8813,6 +8893,9 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
 
 
+# == 28. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+
+
 def get_tick(server: Server, link: Link) -> bool:
     """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
     if link.failures and server.clock.monotonic() < link.held_until:
@@ -8820,7 +8903,9 @@ def get_tick(server: Server, link: Link) -> bool:
     try:
         if link.legacy:
             return poll_tick(server, link)
-        fresh = link.since == 0
+        if link.relist:
+            link.relist, link.since = False, 0
+        fresh, asked_at = link.since == 0, server.clock.monotonic()
         done = link.settled[:DONE_AT_ONCE]
         heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
         crash_point("hear.answered")
@@ -8832,9 +8917,11 @@ def get_tick(server: Server, link: Link) -> bool:
     except (NothingSent, NoAnswer) as error:
         link.since = 0  # when it is back, it tells all it has
         link.failed(error)
+        if link.failures == 1:
+            decide_again(server)
         return False
     link.heard()
-    take_in(server, link, heard, fresh)
+    take_in(server, link, heard, fresh, asked_at)
     if fresh:
         server.wake(f"send:{link.name}")  # it is back
     if fresh or link.ended:
@@ -8843,13 +8930,19 @@ def get_tick(server: Server, link: Link) -> bool:
     return True
 
 
-def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
-    """Take in what a client's events said; after the last page of a first contact, also what they did not say."""
+def take_in(server: Server, link: Link, heard: Heard, fresh: bool, asked_at: float = float("-inf")) -> None:
+    """Take in what a client's events said; after the last page of a first contact, also what they did not say.
+
+    `asked_at` (monotonic) is when that was asked for.
+    """
     if link.instance not in ("", heard.instance):
         link.note("began anew: what it has is asked again", logging.INFO)
-        link.instance, link.since = heard.instance, 0
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            goes_on_elsewhere(server, link, job)
+        link.instance, link.met, link.copy_of, link.since = heard.instance, False, "", 0
         return  # the next tick asks for all
-    link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
+    meet(server, link, heard, asked_at)
+    link.slots, link.memory, link.load = heard.slots, heard.memory, heard.load
     link.job_slots = heard.job_slots
     if fresh:
         link.notes.clear()
@@ -8859,7 +8952,37 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
         look_for_lost(server, link, listed)
+        decide_again(server)
     forget_others(server, link)
+
+
+def meet(server: Server, link: Link, heard: Heard, asked_at: float) -> None:
+    """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
+
+    A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
+    """
+    news, now = not link.met, server.clock.monotonic()
+    if news:
+        link.instance, link.instance_at, link.met = heard.instance, now, True
+    if link.start != heard.start:
+        link.start, link.start_at, link.copy_of = heard.start, now, ""
+    for other in [other for other in server.links.values() if other is not link and other.instance == link.instance and not other.legacy]:
+        both_told = bool(link.start and other.start) and link.start != other.start
+        if both_told and link.start_at <= other.start_at < asked_at:
+            first, second = sorted((link, other), key=lambda each: each.instance_at)
+            if not first.copy_of and not second.copy_of:
+                second.copy_of = first.name
+                log.error("client %s %s", second.name, second.why_not())
+        elif news and not other.copy_of:
+            log.warning("clients %s and %s are one client with two URLs: its slots are counted once", other.name, link.name)
+            link.drained = other.drained = link.drained or other.drained
+
+
+def decide_again(server: Server) -> None:
+    """Ask those again who told of payloads that may be another client's, which has told all it has now, or does not answer."""
+    for link in server.links.values():
+        if link.undecided:
+            link.undecided, link.relist = False, True
 
 
 def forget_others(server: Server, link: Link) -> None:
@@ -8881,12 +9004,19 @@ def report(server: Server, link: Link, said: Any) -> None:
         link.note(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
         return
     job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
+    if job is not None and job.client != link.name and job.attempt == payload["attempt"] and job.status in BUSY:
+        job = with_its_client(server, link, job, payload)
     if job is None:
         return
-    status = str(payload["status"])
-    if job.attempt != payload["attempt"] or job.client != link.name or job.status not in BUSY:
+    if job.attempt == payload["attempt"] and job.status in BUSY:
+        report_of_current(server, link, job, payload)
+    else:
         report_of_another(server, link, job, payload)
-        return
+
+
+def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Move a job on by what its client says of its current attempt."""
+    status = str(payload["status"])
     if link.listed is not None:
         link.listed.add(job.id)
     if contradicts(server, link, job, status):
@@ -8906,12 +9036,68 @@ def report(server: Server, link: Link, said: Any) -> None:
 
 
 def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept."""
+    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept.
+
+    An attempt that is queued again is left alone: sent to this client, its key finds it.
+    """
     if payload["status"] not in (Status.PREPARED.value, Status.RUNNING.value):
         if job.status in OVER or payload["attempt"] != job.attempt:
             link.confirm(payload["id"])  # its result is safe here, or of no use
-    elif payload["attempt"] <= job.attempt:
+    elif payload["attempt"] < job.attempt or (payload["attempt"] == job.attempt and job.status in OVER):
         end_stray(server, link, job, payload)
+
+
+def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
+    """Return a job whose current attempt a client has under another name than the job's row says; None where it stays as it is.
+
+    A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
+    """
+    home = server.links.get(job.client or "")
+    if link.copy_of or job.status is Status.PROCESSING:
+        return None
+    if home is None or (home.failures and home.instance in ("", link.instance) and not home.copy_of):
+        return take_along(server, link, job)
+    if home.instance == link.instance:
+        return None  # one client with two names, or a copy of it
+    if not home.answers() or not home.instance or not home.has_told_all():
+        link.undecided = True
+    elif job.dest_id is None:
+        return take_along(server, link, job)  # whether it came to the other client, nobody knows
+    else:
+        claim_for(server, link, home, job, str(payload["id"]))
+    return None
+
+
+def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
+    """Have the client that a job's row names asked whether it has the current attempt, which another one has: see `sort_claim`."""
+    asked = home.ended.get(job.id)
+    if len(server.claims) < STRAYS_LIMIT and (asked is None or asked.payload["status"] == "?"):
+        server.claims[job.mark] = (link.name, payload_id)
+        with home.lock:
+            if asked is not None and not asked.taken:
+                del home.ended[job.id]  # it is asked at once
+        note_end(server, home, Report(job.id, {"status": "?"}, 0.0))
+
+
+def take_along(server: Server, link: Link, job: Job) -> Job | None:
+    """Go on with a job at another name of its client; None where it has moved meanwhile."""
+    if not server.store.take_along(job, link.name):
+        return None
+    log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
+    link.may_have_pinned = link.may_have_pinned or job.dest_id is None
+    if job.kill_requested_at is not None:
+        server.wake(f"kill:{link.name}")
+    return server.store.get(job.id)
+
+
+def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
+    """Go on with a job at another name of its client, if that answers; tell whether it does."""
+    others = [other for other in server.names_of(link)[1:] if other.answers()]
+    if not others or job.status is Status.PROCESSING:
+        return False
+    take_along(server, others[0], job)
+    others[0].relist = True
+    return True
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
@@ -9028,7 +9214,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 28. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 29. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -9120,8 +9306,11 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     try:
         settle_as_told(server, link, job, found)
     except Gone as error:
+        if not all(other.has_told_all() for other in server.links.values() if other is not link):
+            return False  # another one may have it: a client that goes on at a new URL
         count_no_more(found)
-        payload_gone(server, job, str(error))
+        if not sort_claim(server, job, is_here=False):
+            payload_gone(server, job, str(error))
     except ResultTooLarge as error:  # for good: at the next try it would be as large
         drop_part(found)
         count_no_more(found)
@@ -9145,6 +9334,7 @@ def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
     """Do what the status of an ended payload asks for."""
     if found.payload["status"] == "?":
         found.payload.update(link.status(job))
+        sort_claim(server, job, is_here=True)
     status = found.payload["status"]
     if status in (Status.PREPARED.value, Status.RUNNING.value):
         return  # not ended after all: its events will say more
@@ -9158,6 +9348,22 @@ def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
         new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
     else:
         fetch_failure(server, link, job, found)
+
+
+def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
+    """Decide between two clients, of which both may have an attempt, by what the one that the job's row names has said.
+
+    Returns whether the job goes on at the other one. A payload that runs twice is ended there.
+    """
+    name, payload_id = server.claims.pop(job.mark, ("", ""))
+    other = server.links.get(name)
+    if other is None:
+        return False
+    if is_here:
+        end_stray(server, other, job, {"id": payload_id, "attempt": job.attempt})
+        return False
+    other.relist = True
+    return take_along(server, other, job) is not None
 
 
 def is_being_packed(found: Report, error: Exception) -> bool:
@@ -9327,9 +9533,13 @@ def judge(server: Server, job: Job) -> None:
     """Judge a job that is with a client by how long that has been silent."""
     link = server.links.get(job.client or "")
     if link is None:
-        judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
+        since_start_s = server.clock.monotonic() - server.started
+        if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
+            judge_silence(server, job, f"{job.client} is not configured any more", since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
+    elif link.failures and goes_on_elsewhere(server, link, job):
+        return
     elif link.failures and link.silent_s() > SILENT_AFTER_S:
         judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
 
@@ -9384,7 +9594,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 29. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 30. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -9409,7 +9619,7 @@ def outlook_of(server: Server, job: Job) -> Outlook:
         left = max(0.0, job.not_before - server.store.steady())
         return Outlook(f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}")
     standing = standing_of(server, job, service)
-    places = server.places_of(link for link in server.links_of(service) if link.takes_jobs())
+    places = server.places_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
     text = why_waiting(service.name, standing, server.troubles(service), places)
     position = position_of(server, job, service, standing)
     run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
@@ -9475,7 +9685,7 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# == 30. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 31. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 @dataclass
@@ -9499,6 +9709,7 @@ class Client(Node):
         self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and not taken
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
+        self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
@@ -9973,7 +10184,7 @@ def end_orphans(client: Client) -> None:
         remove_tree(folder)
 
 
-# == 31. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 32. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -10201,7 +10412,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 32. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 33. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -10345,7 +10556,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 33. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 34. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -10774,7 +10985,7 @@ PARTS = {
 }
 
 
-# == 34. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 35. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -11236,7 +11447,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 35. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 36. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11516,7 +11727,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 36. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 37. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11758,11 +11969,12 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 37. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 38. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
-    "load": 12.5, "jobs": 1, "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
+    "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
+    "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
 }  # fmt: skip
 EXAMPLE_SERVICE = {
     "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
@@ -11794,6 +12006,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
             "name": link.name, "services": [service.name for service in link.services], "reachable": not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
             "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
+            "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
             "held_for_s": round(held_for_s, 1),
         })  # fmt: skip
@@ -11890,7 +12103,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 38. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 39. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -12172,7 +12385,15 @@ EXAMPLE_EVENT = {
     "ended_at": 1795510803.5,
 }
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
-EXAMPLE_EVENTS = {"instance": "a1b2c3", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "payloads": [EXAMPLE_EVENT]}
+EXAMPLE_EVENTS = {
+    "instance": "a1b2c3",
+    "start": "5f0c3b9c8f1e4d2a",
+    "next": 7,
+    "more": False,
+    "load": 12.5,
+    **EXAMPLE_ROOM,
+    "payloads": [EXAMPLE_EVENT],
+}
 CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
@@ -12216,8 +12437,8 @@ def events(client: Client, request: Request) -> Answer:
         last, inline = since, INLINE_PAYLOADS
     jobs, payloads = events_page(client, found, inline)
     more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
-    said = {"instance": client.instance, "next": told if more else max(told, last), "more": more, "load": client.cpu_load()}
-    return Answer({**said, **room_json(client), "payloads": payloads})
+    said = {"instance": client.instance, "start": client.start_id, "next": told if more else max(told, last), "more": more}
+    return Answer({**said, "load": client.cpu_load(), **room_json(client), "payloads": payloads})
 
 
 def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
@@ -12323,7 +12544,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 39. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 40. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE = "text/plain; charset=utf-8"
 STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
@@ -12476,7 +12697,7 @@ def followed_log(
                 return
 
 
-# == 40. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 41. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -12642,7 +12863,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 41. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == 42. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -12661,9 +12882,24 @@ def examine(config: Config) -> Iterator[Finding]:
                 yield from EXECUTORS[config.executor](data, config).examine()
             except ConfigError as error:
                 yield Finding(False, str(error))
+    met: dict[str, dict[str, str]] = {}
     for service in config.services.values():
         for address in service.addresses:
-            yield from examine_client(address, service, config.ca_file)
+            yield from examine_client(address, service, config.ca_file, met)
+    yield from map(examine_names, filter(lambda starts: len(starts) > 1, met.values()))
+
+
+def examine_names(starts: Mapping[str, str]) -> Finding:
+    """Say of several URLs at which the same client answers, with the start of its process there, what that means."""
+    names = joined_names(list(starts))
+    if len(set(starts.values())) > 1:
+        return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
+    return Finding(None, f"{names} are one client: its slots are counted once; name it by one URL in all services")
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Return names as people list them: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -12842,15 +13078,16 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def examine_client(address: Address, service: Service, ca_file: str) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, proves itself, works, and has our time."""
+def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, proves itself, works, and has our time; note in `met` which instance it is."""
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
     link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
     name = f"service {service.name}: {address.name}"
     try:
         if not link.legacy:
-            link.events(0, ())
+            heard = link.events(0, ())
+            met.setdefault(heard.instance, {})[address.name] = heard.start
             said = said_of_health(link)
         else:
             link.ping()
@@ -12884,7 +13121,7 @@ def said_of_health(link: Link) -> dict[str, Any]:
         raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
-# == 42. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == 43. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
 
 
 def free_port() -> int:
@@ -12991,7 +13228,7 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == 43. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 44. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {

@@ -1,0 +1,198 @@
+"""A client is its instance, not its URL; what it ends, and how, is told once and believed everywhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MakePair, MakeProcess
+from harness import Pair, Process, download, submit, wait_for, wait_status
+from proxy import Proxy
+from test_two_clients import clients_of, held
+
+LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50"}
+
+
+def by_name(client: Process) -> str:
+    """The client's URL with the machine's name in it, not its address."""
+    return client.url.replace("127.0.0.1", "localhost")
+
+
+def called(url: str) -> str:
+    """What a server calls the client at a URL."""
+    return url.partition("://")[2]
+
+
+def attempts(job: dict[str, object]) -> tuple[object, object]:
+    """How a job stands, and in which attempt."""
+    return job["status"], job["attempt"]
+
+
+@pytest.fixture(name="named_twice")
+def named_twice_fixture(make_pair: MakePair) -> Pair:
+    """A server whose two services reach one client, with two slots, each by another name; a third service has both."""
+    pair = make_pair(server=LIMITS, client={"JOBORCH_SLOTS": "2"})
+    other = by_name(pair.client)
+    for service, urls in (("DOCKING", other), ("BOTH", f"{pair.client.url},{other}")):
+        pair.server.settings.update({
+            f"SERVICE_{service}_CLIENTS": urls, f"SERVICE_{service}_TOKEN": Pair.TOKEN, f"SERVICE_{service}_MAX_RUNS": "50",
+            f"SERVICE_{service}_RUNS_PER_USER": "50",
+        })  # fmt: skip
+    pair.start()
+    wait_for(lambda: all(client["instance"] for client in clients_of(pair.server).values()), what="both names")
+    return pair
+
+
+def test_two_names_of_one_client_end_no_job(named_twice: Pair, tmp_path: Path) -> None:
+    server, gate = named_twice.server, tmp_path / "gate"
+    jobs = [*held(server, gate, 1), *held(server, gate, 1, service="docking")]
+    queued = submit(server, "echo done > out", service="both")
+    gate.touch()
+    for number in (*jobs, queued):
+        assert attempts(wait_status(server, number, "Completed")) == ("Completed", 1)
+    assert download(server, queued).text("out") == "done\n"
+
+
+def test_its_slots_count_once(named_twice: Pair, tmp_path: Path) -> None:
+    """Whichever service sends: the third job waits at the server, and says why."""
+    server, gate = named_twice.server, tmp_path / "gate"
+    jobs = [*held(server, gate, 1), *held(server, gate, 1, service="docking")]
+    third = submit(server, "true", service="both")
+    said = server.job(third)
+    assert (said["status"], said["client"]) == ("Queued", None)
+    assert said["waiting_for"] == f"all 2 slots of {called(named_twice.client.url)} are in use"
+    assert [client["free"] for client in clients_of(server).values()] == [0, 0]
+    gate.touch()
+    for number in (*jobs, third):
+        wait_status(server, number, "Completed")
+
+
+def test_two_names_are_told(named_twice: Pair) -> None:
+    server = named_twice.server
+    first, second = called(named_twice.client.url), called(by_name(named_twice.client))
+    clients = clients_of(server)
+    assert clients[first]["same_client_as"] == [second]
+    assert clients[second]["same_client_as"] == [first]
+    assert "are one client with two URLs: its slots are counted once" in server.log
+    drained = server.post(f"/clients/{second}/drain")
+    assert drained.status_code == 200
+    assert all(client["drained"] for client in clients_of(server).values())
+
+
+def doctor(server: Process) -> str:
+    """What `doctor server` says with a server's settings."""
+    done = subprocess.run(
+        [*server.program, "doctor", "server"], env=server.environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def test_doctor_says_that_two_names_are_one_client(named_twice: Pair) -> None:
+    first, second = called(named_twice.client.url), called(by_name(named_twice.client))
+    assert f"{first} and {second} are one client" in doctor(named_twice.server)
+
+
+def test_a_client_goes_on_at_a_new_address(make_pair: MakePair, tmp_path: Path) -> None:
+    """The setting is edited and the server restarted: what runs goes on, what ended meanwhile is fetched."""
+    pair, gate, other_gate = make_pair(server=LIMITS, client={"JOBORCH_SLOTS": "4"}).start(), tmp_path / "gate", tmp_path / "other"
+    (running,), (ending,) = held(pair.server, gate, 1), held(pair.server, other_gate, 1)
+    pair.server.kill()
+    other_gate.touch()
+    wait_for(lambda: pair.client.health()["running"] == 1, what="the end of the second")
+    pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = by_name(pair.client)
+    pair.server.start()
+    assert attempts(wait_status(pair.server, ending, "Completed")) == ("Completed", 1)
+    moved = wait_for(lambda: pair.server.job(running) if pair.server.job(running)["client"].startswith("localhost") else None)
+    assert attempts(moved) == ("Running", 1)
+    gate.touch()
+    assert attempts(wait_status(pair.server, running, "Completed")) == ("Completed", 1)
+
+
+@pytest.fixture(name="by_proxy")
+def by_proxy_fixture(make_pair: MakePair) -> Iterator[tuple[Pair, Proxy]]:
+    """A server that reaches its client through a port forward."""
+    pair = make_pair(server={**LIMITS, "SERVICE_EXAMPLE_LOST_AFTER": "2"}, client={"JOBORCH_SLOTS": "4"})
+    with Proxy(pair.client.port) as proxy:
+        pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = proxy.url
+        yield pair, proxy
+
+
+def test_the_old_address_falls_silent(by_proxy: tuple[Pair, Proxy], tmp_path: Path) -> None:
+    """Both addresses are listed: the jobs of the silent one go on under the other one's name."""
+    pair, proxy = by_proxy
+    pair.server.settings.update(SERVICE_EXAMPLE_CLIENTS=f"{proxy.url},{pair.client.url}", SERVICE_EXAMPLE_MAX_RUNS="50")
+    pair.start()
+    wait_for(lambda: all(client["instance"] for client in clients_of(pair.server).values()), what="both names")
+    gates = [tmp_path / f"gate{number}" for number in range(4)]
+    jobs = [number for gate in gates for number in held(pair.server, gate, 1)]
+    proxy.close()
+    wait_for(lambda: {pair.server.job(number)["client"] for number in jobs} == {called(pair.client.url)}, what="one name for all")
+    assert pair.server.post(f"/terminate/{jobs[0]}").json()["status"] == "Killed"
+    for gate in gates:
+        gate.touch()
+    for number in jobs[1:]:
+        assert attempts(wait_status(pair.server, number, "Completed")) == ("Completed", 1)
+
+
+def test_addresses_that_are_exchanged(make_pair: MakePair, make_process: MakeProcess, tmp_path: Path) -> None:
+    """A client goes on at another's address, and another one at its own: each job goes on where it is."""
+    second = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN, "JOBORCH_SLOTS": "2"})
+    pair = make_pair(server=LIMITS, client={"JOBORCH_SLOTS": "2"})
+    pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = f"{pair.client.url},{second.url}"
+    second.spawn()
+    pair.start()
+    wait_for(lambda: all(client["slots"] == 2 for client in clients_of(pair.server).values()), what="both clients")
+    jobs = held(pair.server, tmp_path / "gate", 4)
+    before = {number: pair.server.job(number)["client"] for number in jobs}
+    for process in (pair.server, pair.client, second):
+        process.kill()
+    pair.client.port, second.port = second.port, pair.client.port
+    for process in (pair.server, pair.client, second):
+        process.start()
+    names = {called(pair.client.url): called(second.url), called(second.url): called(pair.client.url)}
+    wait_for(lambda: all(pair.server.job(number)["client"] == names[before[number]] for number in jobs), what="the new names")
+    (tmp_path / "gate").touch()
+    for number in jobs:
+        assert attempts(wait_status(pair.server, number, "Completed")) == ("Completed", 1)
+
+
+def test_two_clients_stay_two(make_pair: MakePair, make_process: MakeProcess, tmp_path: Path) -> None:
+    second = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN, "JOBORCH_SLOTS": "1"})
+    pair = make_pair(server=LIMITS, client={"JOBORCH_SLOTS": "1"})
+    pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = f"{pair.client.url},{second.url}"
+    second.spawn()
+    pair.start()
+    jobs = held(pair.server, tmp_path / "gate", 2)
+    clients = clients_of(pair.server).values()
+    assert len({client["instance"] for client in clients}) == 2
+    assert [client["same_client_as"] for client in clients] == [[], []]
+    assert "one client" not in doctor(pair.server)
+    (tmp_path / "gate").touch()
+    for number in jobs:
+        wait_status(pair.server, number, "Completed")
+
+
+def test_a_copied_data_folder_is_noticed(make_pair: MakePair, make_process: MakeProcess, tmp_path: Path) -> None:
+    """Two processes say that they are one instance: one of them gets no jobs, the log says why, and nothing that runs is ended."""
+    second = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN, "JOBORCH_SLOTS": "1"})
+    pair = make_pair(server=LIMITS, client={"JOBORCH_SLOTS": "1"})
+    pair.client.start()
+    pair.client.stop()
+    shutil.copytree(pair.client.data, second.data, dirs_exist_ok=True)
+    pair.server.settings["SERVICE_EXAMPLE_CLIENTS"] = f"{pair.client.url},{second.url}"
+    pair.start()
+    (running,) = held(pair.server, tmp_path / "gate", 1)
+    second.start()
+    trouble = wait_for(lambda: str(clients_of(pair.server)[called(second.url)]["trouble"]), what="what is said of the copy")
+    wait_for(lambda: "copy of the data folder" in str(clients_of(pair.server)[called(second.url)]["trouble"]), what=f"not {trouble}")
+    assert "copy of the data folder of " + called(pair.client.url) in pair.server.log
+    assert "copies of one data folder" in doctor(pair.server)
+    assert pair.server.job(running)["status"] == "Running"
+    waiting = submit(pair.server, "true", user_id=2)
+    assert pair.server.job(waiting)["status"] == "Queued", "the copy gets nothing"
+    (tmp_path / "gate").touch()
+    for number in (running, waiting):
+        assert attempts(wait_status(pair.server, number, "Completed")) == ("Completed", 1)
