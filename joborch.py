@@ -116,6 +116,8 @@ EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
+KILL_TIMEOUT_S = 10.0  # for the answer of a client that is asked to end a payload, and does not wait for that
+TERMINATE_TRY_S = 2.0  # a terminate waits so long whether a client that did not answer is back; then it is tried as often
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -4583,6 +4585,7 @@ class LocalExecutor:
         self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
         self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
+        self.cancelled: set[str] = set()  # marks of attempts that are being ended now
         self.reaps_orphans = become_subreaper()
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text())
 
@@ -4712,12 +4715,24 @@ class LocalExecutor:
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
-        folder = self.data.job(job.mark)
-        pid = self.own_wrapper(job)
+        with self.cancelling(job.mark):
+            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
+
+    @contextlib.contextmanager
+    def cancelling(self, mark: str) -> Iterator[None]:
+        """Note that a payload is being ended: the more there are, the less often each is looked at, as each look reads all of /proc."""
+        self.cancelled.add(mark)
+        try:
+            yield
+        finally:
+            self.cancelled.discard(mark)
+
+    def end_tree(self, job: Job, folder: Path, pid: int) -> None:
+        """Send TERM to all processes of a payload, and KILL when the grace time is over; return when none is left."""
         signal_all(tree_of(job, folder, pid), signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
         while time.monotonic() < deadline and self.still_there(job, folder, pid):
-            time.sleep(0.02)
+            time.sleep(0.02 * len(self.cancelled))
         for _ in range(200):
             if not self.still_there(job, folder, pid) and not self.still_there(job, folder, pid):
                 return
@@ -7567,6 +7582,7 @@ class Link:
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
@@ -7654,6 +7670,7 @@ class Link:
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.try_at = float("inf")
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
@@ -8065,7 +8082,8 @@ class Link:
 
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
-        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", service=job.service, headers=named(job))
+        read_timeout_s = READ_TIMEOUT_S if self.legacy else KILL_TIMEOUT_S
+        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", read_timeout_s, service=job.service, headers=named(job))
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -8569,6 +8587,9 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
+BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
+
+
 # == 27. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
@@ -8898,7 +8919,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
 
 def get_tick(server: Server, link: Link) -> bool:
     """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
-    if link.failures and server.clock.monotonic() < link.held_until:
+    if link.failures and server.clock.monotonic() < min(link.held_until, link.try_at):
         return False
     try:
         if link.legacy:
@@ -8915,19 +8936,28 @@ def get_tick(server: Server, link: Link) -> bool:
         log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
         return True
     except (NothingSent, NoAnswer) as error:
-        link.since = 0  # when it is back, it tells all it has
-        link.failed(error)
-        if link.failures == 1:
-            decide_again(server)
+        fail_to_hear(server, link, error)
         return False
     link.heard()
     take_in(server, link, heard, fresh, asked_at)
     if fresh:
         server.wake(f"send:{link.name}")  # it is back
+        server.wake(f"kill:{link.name}")
     if fresh or link.ended:
         server.wake("dispatch")  # or has room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
+
+
+def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
+    """Hold a client back that could not be heard; one where jobs are to be ended is tried more often."""
+    link.since = 0  # when it is back, it tells all it has
+    link.failed(error)
+    link.try_at = float("inf")
+    if server.store.number(KILLS_COUNT, client=link.name):
+        link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
+    if link.failures == 1:
+        decide_again(server)
 
 
 def take_in(server: Server, link: Link, heard: Heard, fresh: bool, asked_at: float = float("-inf")) -> None:
@@ -9688,6 +9718,9 @@ def position_of(server: Server, job: Job, service: Service, standing: Standing) 
 # == 31. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
+ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
+
+
 @dataclass
 class Hold:
     """Why nothing is started for now: what runs payloads is away, or takes none of a service."""
@@ -9720,7 +9753,7 @@ class Client(Node):
         self.holes = True  # the file system can punch them, as far as we know
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
-            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
+            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, ENDING_THREADS),
             "limit": Loop("limit", functools.partial(limit_tick, self), config.run_interval_s),
             "sync": Loop("sync", functools.partial(sync_tick, self), SYNC_AFTER_S),
             "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
@@ -10059,7 +10092,7 @@ def end_tick(client: Client) -> bool:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
         if client.executor.in_line:
-            note(client, job.id, f"it is being ended: {error}")
+            note(client, job.id, f"{BEING_ENDED}: {error}")
         client.stubborn[job.id] = (str(error), client.clock.monotonic())
         return True  # others that shall end are not kept waiting by this one
     finally:
@@ -11940,11 +11973,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status not in OVER:
-        server.wake(f"kill:{job.client}")
-        with server.places.place() as parked:
-            link = server.links.get(job.client or "")
-            patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
-            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, lambda: request.left() or is_silent(link), job.id)
+        wait_for_end(server, request, job)
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status is Status.KILLED:
@@ -11958,9 +11987,29 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
-def is_silent(link: Link | None) -> bool:
-    """Tell whether a client does not answer now: nothing is gained by waiting for it."""
-    return link is not None and bool(link.failures)
+def wait_for_end(server: Server, request: Request, job: Job) -> None:
+    """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
+    with server.places.place() as parked:
+        link = server.links.get(job.client or "")
+        if link is not None and link.failures and parked:
+            try_now(server, request, link)
+        server.wake(f"kill:{job.client}")
+        patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+
+        def hopeless() -> bool:
+            return request.left() or (link is not None and (bool(link.failures) or link.notes.get(job.id, "").startswith(BEING_ENDED)))
+
+        server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
+
+
+def try_now(server: Server, request: Request, link: Link) -> None:
+    """Try a client now that is held back after a failure, and wait a moment for what comes of it."""
+    failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
+    link.try_at = server.clock.monotonic()
+    server.wake(f"get:{link.name}")
+    while link.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+        if server.stopping.wait(0.02):
+            return
 
 
 def over_or_queued(server: Server, job_id: int) -> Job | None:
@@ -12345,16 +12394,26 @@ KILL_GIVES = {
 
 @route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
 def kill(client: Client, request: Request, job_id: str) -> Answer:
-    """End a payload and everything it started."""
+    """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
         client.store.wish_end(job.id, Cause.CANCELLED)
         crash_point("kill.wished")
         client.wake("end")
-        with client.places.place() as parked:
-            client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left, job.id)
+        if not request.header("X-Joborch-Mark"):
+            wait_until_over(client, request, job)
         job = known_payload(client, request, job_id)
     return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
+
+
+def wait_until_over(client: Client, request: Request, job: Job) -> None:
+    """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
+
+    def noted() -> bool:
+        return request.left() or (client.executor.in_line and job.id in client.stubborn)
+
+    with client.places.place() as parked:
+        client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
 
 
 def over(node: Node, job_id: int) -> Job | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import MakePair, MakeProcess
-from harness import Pair, Process, download, submit, wait_for, wait_status
+from harness import LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
 from proxy import Proxy
 from test_two_clients import clients_of, held
 
@@ -196,3 +199,85 @@ def test_a_copied_data_folder_is_noticed(make_pair: MakePair, make_process: Make
     (tmp_path / "gate").touch()
     for number in (running, waiting):
         assert attempts(wait_status(pair.server, number, "Completed")) == ("Completed", 1)
+
+
+# == What is to end ==
+
+DEAF = "trap '' TERM; sleep 1000"  # it heeds no TERM, and nor does what it starts
+
+
+def mark_of(server: Process, number: int) -> str:
+    """What a job's attempt is called at its client."""
+    job = server.job(number)
+    return f"{job['uuid']}.{job['attempt']}"
+
+
+def test_all_that_shall_end_is_ended_at_once(make_pair: MakePair) -> None:
+    """None waits for another one's grace time, and the client is not taken for one that fails."""
+    pair = make_pair(
+        server={**LIMITS, "SERVICE_EXAMPLE_RUNS_PER_USER": "50"}, client={"JOBORCH_SLOTS": "31", "JOBORCH_KILL_GRACE": "600"}
+    ).start()
+    numbers = [submit(pair.server, DEAF) for _ in range(30)]
+    for number in numbers:
+        wait_status(pair.server, number, "Running")
+    folders = [pair.client.data / "jobs" / mark_of(pair.server, number) for number in numbers]
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        answers = [pool.submit(requests.post, f"{pair.server.url}/terminate/{number}", timeout=120) for number in numbers]
+        wait_for(lambda: all((folder / "ending.1").exists() for folder in folders), what="the end of all has begun")
+        assert pair.client.health()["running"] == 30
+        other = wait_status(pair.server, submit(pair.server, "sleep 1000"), "Running")["id"]
+        assert pair.server.post(f"/terminate/{other}").status_code in (200, 202), "with many callers not each one is let wait"
+        wait_status(pair.server, other, "Killed")
+        for folder in folders:
+            end_all_below(folder)
+        assert {answer.result().status_code for answer in answers} <= {200, 202}
+    for number in numbers:
+        assert wait_status(pair.server, number, "Killed")["cause"] == "cancelled"
+    (client,) = clients_of(pair.server).values()
+    assert (client["trouble"], client["reachable"]) == ("", True)
+
+
+def test_only_a_22_server_is_kept_waiting_for_an_end(make_process: MakeProcess) -> None:
+    client = make_process("client", {"JOBORCH_TOKEN": Pair.TOKEN, "JOBORCH_KILL_GRACE": "600"}).start()
+    files, plain = {"file": ("run.sh", DEAF)}, {"Authorization": f"Bearer {Pair.TOKEN}"}
+    payload = client.post("/submit", files=files, headers=plain).json()["id"]
+    wait_for(lambda: processes_below(Path(client.get(f"/retrieve/{payload}", headers=plain).json()["loc"])), what="its start")
+    folder = Path(client.get(f"/retrieve/{payload}", headers=plain).json()["loc"])
+    link = LinkCaller(client).hello()
+    ours = link.call("POST", f"/kill/{payload}", headers={"X-Joborch-Mark": folder.name}, timeout=20)
+    assert (ours.status_code, ours.json()["killed"]) == (202, True)
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(requests.post, f"{client.url}/kill/{payload}", headers=plain, timeout=120)
+        wait_for((folder / "ending.1").exists, what="the end has begun")
+        end_all_below(folder)
+        assert (theirs.result().status_code, theirs.result().json()["status"]) == (200, "Killed")
+
+
+def away(pair: Pair) -> float:
+    """Have the client away until its back-off is long; return how long it is held back now."""
+    pair.client.kill()
+
+    def long() -> float:
+        (client,) = clients_of(pair.server).values()
+        return float(str(client["held_for_s"])) if float(str(client["held_for_s"])) > 6 else 0.0
+
+    return wait_for(long, 60, "a long back-off")
+
+
+def test_a_terminate_tries_a_client_that_is_back(own_pair: Pair, tmp_path: Path) -> None:
+    (number,) = held(own_pair.server, tmp_path / "gate", 1)
+    held_s, begun = away(own_pair), time.monotonic()
+    own_pair.client.start()
+    answer = own_pair.server.post(f"/terminate/{number}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "Killed")
+    assert time.monotonic() - begun < held_s
+
+
+def test_a_client_where_something_is_to_end_is_tried_often(own_pair: Pair, tmp_path: Path) -> None:
+    """It comes back after the terminate, and long before its back-off is over."""
+    (number,) = held(own_pair.server, tmp_path / "gate", 1)
+    held_s, begun = away(own_pair), time.monotonic()
+    assert own_pair.server.post(f"/terminate/{number}").status_code == 202
+    own_pair.client.start()
+    wait_status(own_pair.server, number, "Killed")
+    assert time.monotonic() - begun < held_s
