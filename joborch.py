@@ -3241,7 +3241,7 @@ UPDATE jobs SET status = :to, reason = :reason, cause = :cause, exit_code = :exi
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
                 result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
- WHERE id = :id AND status = :source AND attempt = :expected
+ WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)
 """
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
@@ -3869,8 +3869,9 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the
-        table. `changes` are other columns of MOVABLE. An end is durable on the server, whatever `durable` says.
+        Returns False where the row has meanwhile left that status, or where a payload is to be ended since it was read.
+        Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE. An end is durable on
+        the server, whatever `durable` says.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
@@ -3896,6 +3897,8 @@ class Store(Database):
         values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
         values.update(id=job.id, to=to.value, source=job.status.value, reason=reason, expected=job.attempt)
         values.update(changed=self.next_change(), moved_at=self.steady())
+        # What becomes of a payload is judged by whether it was to be ended: a row that did not know that yet judges nothing.
+        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         self.moved.add(job.id)
@@ -4177,6 +4180,8 @@ def copy_database(source: str, target: Path) -> None:
 
 def back_up(db_path: str, target: Path) -> None:
     """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
+    if decided_restore(db_path):
+        raise JoborchError(f"a restore of {db_path!r} was cut off: start the server, which completes it, or restore again")
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     copy_database(db_path, fresh)
     os.replace(fresh, target)
@@ -4187,25 +4192,56 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     """Put a backup in the place of a server's database. `data` is open, and so no server runs.
 
     Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
+    A crash leaves all as it was, or a restore that the next start or restore completes.
     """
+    finish_restore(db_path, data)
     fresh = Path(f"{db_path}.restoring")
-    remove_tree(fresh)
     copy_database(backup, fresh)
     store = Store(str(fresh), "server")
     store.renew()
-    known = store.write(lambda db: {row["uuid"] for row in db.execute(ALL_UUIDS)})  # by the one connection whose end empties the WAL
     store.close()
+    fsync_path(fresh)
+    crash_point("restore.copied")
+    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # from here on it is decided
+    fsync_path(folder_of(db_path))
+    crash_point("restore.decided")
+    return finish_restore(db_path, data)
+
+
+def folder_of(path: str) -> str:
+    """Return the folder that a file is in."""
+    return os.path.realpath(os.path.dirname(path))
+
+
+def decided_restore(db_path: str) -> Path | None:
+    """Return a restored database that is complete and not yet in its place, or None."""
+    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
+    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
+
+
+def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
+    """Put a restored database in its place, if there is one, and remove one that is incomplete. Each step may be done twice."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        remove_tree(Path(f"{db_path}.restoring{suffix}"))
+    ready = decided_restore(db_path)
+    if ready is None:
+        return None, None
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
+        known = {row[0] for row in db.execute(ALL_UUIDS)}
     unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
-    kept = None
-    if os.path.exists(db_path):
-        kept = Path(f"{db_path}.replaced-{time_stamp()}")
+    crash_point("restore.files")
+    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
+    if os.path.exists(db_path) and not kept.exists():
         os.link(db_path, kept)
+    crash_point("restore.kept")
     for suffix in ("-wal", "-shm"):  # they belong to the old one
         with contextlib.suppress(FileNotFoundError):
             os.rename(db_path + suffix, f"{kept}{suffix}")
-    os.replace(fresh, db_path)
-    fsync_path(os.path.realpath(os.path.dirname(db_path)))
-    return kept, unclaimed
+    fsync_path(folder_of(db_path))
+    crash_point("restore.moved")
+    os.replace(ready, db_path)
+    fsync_path(folder_of(db_path))
+    return kept if kept.exists() else None, unclaimed
 
 
 # == 15. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
@@ -7215,8 +7251,10 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     clean = {name: value for name, value in clean.items() if value is not None}
     if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
         clean["cause"] = said["cause"]
-    reason = said.get("reason")
-    clean["reason"] = one_line(reason[:2000], 1000) if isinstance(reason, str) else ""
+    if said.get("ended_as") in {state.value for state in ENDED}:
+        clean["ended_as"] = said["ended_as"]
+    for name in ("reason", "ended_reason"):
+        clean[name] = one_line(said[name][:2000], 1000) if isinstance(said.get(name), str) else ""
     number = said.get("id")
     clean["id"] = text_in(str(number) if type(number) is int else number, "[0-9]{1,18}")
     clean.update(status=said["status"], uuid=text_in(said.get("uuid"), r"[\w-]{1,64}"), attempt=whole_in(said.get("attempt"), 1, 2**31))
@@ -9270,12 +9308,17 @@ def because(reason: str | None) -> str:
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
-    reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
-    if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
-        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **known_of_end(server, job, payload))
+    """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
+    removed = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    cause, ended_as = payload.get("cause"), payload.get("ended_as")
+    reason = f"{payload.get('ended_reason') or 'run.sh failed'}; {removed}"
+    if cause in (Cause.USER.value, Cause.LIMIT.value):
+        to = Status.INVALID if ended_as == Status.INVALID.value else Status.FAILED
+        end_busy(server, job, to, reason, cause=cause, **known_of_end(server, job, payload))
+    elif cause == Cause.CANCELLED.value and ended_as == Status.KILLED.value:
+        end_busy(server, job, Status.KILLED, reason, cause=cause, **known_of_end(server, job, payload))
     else:
-        payload_gone(server, job, reason)
+        payload_gone(server, job, removed)
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -10022,19 +10065,20 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
     if too_much:
         reason = f"the result has {too_much}; run.sh ended with exit status {fate.exit_status}"
-        client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
+        moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
     elif fate.cause is not None:
         to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
-        client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
+        moved = client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
         reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
-        client.store.move(job, Status.COMPLETED, reason, **changes)
+        moved = client.store.move(job, Status.COMPLETED, reason, **changes)
     else:
         status = fate.exit_status or 0
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
-    let_go(client, job.id)
+        moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
+    if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
+        let_go(client, job.id)
 
 
 def limit_text(job: Job, folder: Path) -> str:
@@ -12169,6 +12213,10 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
     said["status"] = shown_status(job).value
     if job.status is Status.RUNNING:
         said["reason"] = client.notes.get(job.id, "")
+    if job.status is Status.CLEANED:  # why it was cleaned is its reason by now
+        for row in client.store.read(HISTORY_GET, id=job.id):
+            if row["target"] in ENDED:
+                said.update(ended_as=row["target"], ended_reason=row["reason"])
     return said
 
 
@@ -12354,7 +12402,8 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
-        return Answer(payload_json(client, job))
+        ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
+        return Answer({**payload_json(client, job), **ours})
     archive = asked_archive(client, request, job)
     if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
@@ -13402,6 +13451,10 @@ def open_node(config: Config) -> Node:
         data.lock_database(config.db_path)
     except OSError as error:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
+    if config.mode == "server":
+        if decided_restore(config.db_path):
+            log.warning("a restore of the database was cut off: it is completed; the database that was there is kept beside it")
+        finish_restore(config.db_path, data)
     store = Store(config.db_path, config.mode)
     data.keep_reserve()
     store.make_room = data.drop_reserve

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import subprocess
+import signal
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import requests
 from conftest import MakePair, MakeProcess
-from harness import LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
+from harness import ROOT, LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
 from proxy import Proxy
+from test_backups import command
+from test_client import Yard, yard_fixture  # noqa: F401 - a fixture
+from test_files import data_fixture  # noqa: F401 - a fixture
 from test_two_clients import clients_of, held
+
+from joborch import Cause, Fate, Job, Status, end_tick, run_tick, take_for_ending
 
 LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50"}
 
@@ -87,10 +95,7 @@ def test_two_names_are_told(named_twice: Pair) -> None:
 
 def doctor(server: Process) -> str:
     """What `doctor server` says with a server's settings."""
-    done = subprocess.run(
-        [*server.program, "doctor", "server"], env=server.environment(), capture_output=True, text=True, timeout=60, check=False
-    )
-    return done.stdout + done.stderr
+    return command(server, "doctor", "server").stdout
 
 
 def test_doctor_says_that_two_names_are_one_client(named_twice: Pair) -> None:
@@ -281,3 +286,94 @@ def test_a_client_where_something_is_to_end_is_tried_often(own_pair: Pair, tmp_p
     own_pair.client.start()
     wait_status(own_pair.server, number, "Killed")
     assert time.monotonic() - begun < held_s
+
+
+# == How it ended ==
+
+
+@pytest.mark.parametrize(
+    ("script", "fields", "wanted", "reason"),
+    [
+        ("exit 3", {}, ("Failed", "user", 1), "exit status 3"),
+        ("sleep 1000", {"timeout": 1}, ("Failed", "limit", 1), "time limit"),
+        ("echo done > out", {}, ("Completed", None, 2), ""),
+    ],
+)
+def test_what_a_client_cleaned_while_the_server_was_away(
+    script: str, fields: dict[str, int], wanted: tuple[object, ...], reason: str, make_pair: MakePair, tmp_path: Path
+) -> None:
+    """How a script failed stands, though its files are gone; a result that is lost is made again."""
+    pair = make_pair(client={"MAX_AGE": "1", "JOBORCH_CLEAN_INTERVAL": "0.2"}).start()
+    first = f"[ -e {tmp_path}/again ] || until [ -e {tmp_path}/gate ]; do sleep 0.05; done; touch {tmp_path}/again; "
+    number = submit(pair.server, first + script, **fields)
+    wait_status(pair.server, number, "Running")
+    folder = pair.client.data / "jobs" / mark_of(pair.server, number)
+    pair.server.kill()
+    (tmp_path / "gate").touch()
+    wait_for(lambda: not folder.exists(), what="the folder is cleaned")
+    pair.server.start()
+    job = wait_status(pair.server, number, "Completed", "Failed")
+    assert (job["status"], job["cause"], job["attempt"]) == wanted
+    assert reason in job["reason"]
+    if job["attempt"] == 1:
+        assert "has nothing of it any more" in job["reason"]
+
+
+def test_an_end_is_judged_by_a_row_that_knows_of_the_kill(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kill comes between the look at the rows and the look at the processes: what it ended is Killed, not Failed by its script."""
+    job = yard.submit("READY; sleep 1000")
+    run_tick(yard.client)
+    yard.ready(job)
+    real, killed = yard.client.executor.poll, []
+
+    def poll(jobs: Sequence[Job]) -> dict[int, Fate]:
+        if jobs and not killed:
+            killed.append(yard.store.wish_end(job.id, Cause.CANCELLED))
+            ending = take_for_ending(yard.client)
+            assert ending
+            (yard.folder(job) / "ending.1").touch()
+            yard.client.executor.cancel(ending)
+            yard.client.ending.discard(job.id)
+        return real(jobs)
+
+    monkeypatch.setattr(yard.client.executor, "poll", poll)
+    run_tick(yard.client)
+    assert killed == [True]
+    end_tick(yard.client)
+    assert (yard[job.id].status, yard[job.id].cause) == (Status.KILLED, "cancelled")
+
+
+POINTS = sorted(set(re.findall(r'crash_point\("(restore\.\w+)"\)', (ROOT / "joborch.py").read_text())))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_in_a_restore(point: str, again: bool, own_pair: Pair, tmp_path: Path) -> None:
+    """The server has all of the old database, its WAL too, or all of the backup; each job that it knows has its files."""
+    server, backup = own_pair.server, str(tmp_path / "backup.db")
+    before = wait_status(server, submit(server, "echo 1 > out"), "Completed")["id"]
+    assert command(server, "backup", backup).returncode == 0
+    later = wait_status(server, submit(server, "echo 2 > out"), "Completed")["id"]
+    server.kill()
+    assert (server.data / "joborch.db-wal").stat().st_size > 0, "what came last is in the WAL alone"
+    server.settings["JOBORCH_TEST_CRASH"] = point
+    assert command(server, "restore", backup).returncode == -signal.SIGKILL
+    server.settings["JOBORCH_TEST_CRASH"] = None
+    if again:
+        assert command(server, "restore", backup).returncode == 0
+    server.start()
+    jobs = {job["id"] for job in server.jobs()}
+    assert jobs == ({before, later} if point == "restore.copied" and not again else {before})
+    for number, text in ((before, "1\n"), (later, "2\n")):
+        if number in jobs:
+            assert download(server, number).text("out") == text
+    assert not list(server.data.glob("*.restor*")), "nothing is left half done"
+    kept = list(server.data.glob("joborch.db.replaced-*[0-9a-f]"))
+    rows = [{row[0] for row in closing_rows(path)} for path in kept]
+    assert jobs == {before, later} or {before, later} in rows, "the old database is kept, with what was in its WAL"
+
+
+def closing_rows(path: Path) -> list[tuple[int]]:
+    """The ids of the jobs in a database."""
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT id FROM jobs").fetchall()
