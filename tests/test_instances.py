@@ -18,11 +18,12 @@ from conftest import MakePair, MakeProcess
 from harness import ROOT, LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
 from proxy import Proxy
 from test_backups import command
-from test_client import Yard, yard_fixture  # noqa: F401 - a fixture
+from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
 from test_files import data_fixture  # noqa: F401 - a fixture
+from test_seam import Site
 from test_two_clients import clients_of, held
 
-from joborch import Cause, Fate, Job, Status, end_tick, run_tick, take_for_ending
+from joborch import Cause, DataFolder, Fate, Job, Status, end_tick, run_tick, take_for_ending
 
 LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50"}
 
@@ -209,6 +210,22 @@ def test_a_copied_data_folder_is_noticed(make_pair: MakePair, make_process: Make
 # == What is to end ==
 
 DEAF = "trap '' TERM; sleep 1000"  # it heeds no TERM, and nor does what it starts
+
+
+def test_an_end_that_a_batch_system_only_notes_keeps_nobody_waiting(data: DataFolder) -> None:
+    """DIRAC's pilot may take 45 minutes; the note says what is waited for, to a server of ours by /events."""
+    site = Site(data)
+    client = site.yard.client
+    job = site.submit()
+    site.tick()
+    site.system.stubborn.add(job.id)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client, "POST", f"/kill/{job.id}")
+        wait_for(lambda: site.yard[job].kill_requested_at is not None, what="the wish")
+        end_tick(client)
+        assert asked.result(timeout=20).status == 202
+    assert site.told(job)[1].startswith("it is being ended: ")
+    site.yard.store.close()
 
 
 def mark_of(server: Process, number: int) -> str:
