@@ -9029,20 +9029,20 @@ def meet(server: Server, link: Link, heard: Heard, asked_at: float) -> None:
 
     A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
     """
-    news, now = not link.met, server.clock.monotonic()
-    if news:
+    now, news = server.clock.monotonic(), not link.met or link.start != heard.start
+    if not link.met:
         link.instance, link.instance_at, link.met = heard.instance, now, True
     if link.start != heard.start:
         link.start, link.start_at, link.copy_of = heard.start, now, ""
     for other in [other for other in server.links.values() if other is not link and other.instance == link.instance and not other.legacy]:
-        both_told = bool(link.start and other.start) and link.start != other.start
-        if both_told and link.start_at <= other.start_at < asked_at:
+        if link.start and other.start and link.start != other.start:
             first, second = sorted((link, other), key=lambda each: each.instance_at)
-            if not first.copy_of and not second.copy_of:
+            if link.start_at <= other.start_at < asked_at and not (first.copy_of or second.copy_of):
                 second.copy_of = first.name
                 log.error("client %s %s", second.name, second.why_not())
         elif news and not other.copy_of:
             log.warning("clients %s and %s are one client with two URLs: its slots are counted once", other.name, link.name)
+        if news and link.client == other.client:
             link.drained = other.drained = link.drained or other.drained
 
 
