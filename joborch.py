@@ -117,6 +117,7 @@ EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much late
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
 KILL_TIMEOUT_S = 10.0  # for the answer of a client that is asked to end a payload, and does not wait for that
+NOTED_PATIENCE_S = 10.0  # a terminate waits so long for a batch system that has only noted it
 TERMINATE_TRY_S = 2.0  # a terminate waits so long whether a client that did not answer is back; then it is tried as often
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
@@ -12031,6 +12032,11 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
+def is_silent(link: Link | None) -> bool:
+    """Tell whether a client does not answer now: nothing is gained by waiting for it."""
+    return link is not None and bool(link.failures)
+
+
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
     with server.places.place() as parked:
@@ -12040,8 +12046,11 @@ def wait_for_end(server: Server, request: Request, job: Job) -> None:
         server.wake(f"kill:{job.client}")
         patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
 
+        noted_until = time.monotonic() + NOTED_PATIENCE_S
+
         def hopeless() -> bool:
-            return request.left() or (link is not None and (bool(link.failures) or link.notes.get(job.id, "").startswith(BEING_ENDED)))
+            is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
+            return request.left() or is_silent(link) or (is_noted and time.monotonic() > noted_until)
 
         server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
 
