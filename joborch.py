@@ -21,21 +21,21 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            16. Executors             31. Results
-     2. Settings              17. Slurm's words         32. Access
-     3. Configuration         18. Slurm                 33. HTTP
-     4. States                19. Grid files            34. Connections
-     5. Scheduling            20. DiracX                35. Server routes
-     6. Files                 21. DIRAC                 36. Jobs
-     7. Folders               22. Identity              37. Site routes
-     8. Trust                 23. Transfers             38. Client routes
-     9. Data folder           24. Answers               39. Logs
-    10. Archives              25. Links                 40. Page and documents
-    11. Statements            26. Loops                 41. Doctor
-    12. Database              27. Server                42. Demo
-    13. Store                 28. Ends                  43. Commands
-    14. Backups               29. Waiting
-    15. Inheritance           30. Client
+     1. Vocabulary            16. Executors             31. Waiting
+     2. Settings              17. Local executor        32. Client
+     3. Configuration         18. Slurm's words         33. Results
+     4. States                19. Slurm                 34. Access
+     5. Scheduling            20. Grid files            35. HTTP
+     6. Files                 21. DiracX                36. Connections
+     7. Folders               22. DIRAC                 37. Server routes
+     8. Trust                 23. Identity              38. Jobs
+     9. Data folder           24. Transfers             39. Site routes
+    10. Archives              25. Answers               40. Client routes
+    11. Statements            26. Links                 41. Logs
+    12. Database              27. Loops                 42. Page and documents
+    13. Store                 28. Server                43. Doctor
+    14. Backups               29. News                  44. Demo
+    15. Inheritance           30. Ends                  45. Commands
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 
 EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
+KILL_TIMEOUT_S = 10.0  # for the answer of a client that is asked to end a payload, and does not wait for that
+NOTED_PATIENCE_S = 10.0  # a terminate waits so long for a batch system that has only noted it
+TERMINATE_TRY_S = 2.0  # a terminate waits so long whether a client that did not answer is back; then it is tried as often
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -3610,7 +3613,7 @@ UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :c
                 attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
                 ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
                 result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
- WHERE id = :id AND status = :source AND attempt = :expected
+ WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)
 """
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
@@ -3632,6 +3635,10 @@ UPDATE jobs SET fetched_at = :now, synced = 2
  WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
 """
 JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
+JOB_CLIENT = """
+UPDATE jobs SET client = :to
+ WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
+"""
 KILL_WISH = """
 UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
  WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
@@ -4261,9 +4268,9 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status. Raises IllegalMove for a move that is not in the table.
-        `changes` are other columns of MOVABLE, and `row_reason` for a row that keeps another reason than its history. An end
-        is durable on the server, whatever `durable` says.
+        Returns False where the row has meanwhile left that status, or where a payload is to be ended since it was read.
+        Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
+        row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
@@ -4290,6 +4297,8 @@ class Store(Database):
         values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
         values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
+        # What becomes of a payload is judged by whether it was to be ended: a row that did not know that yet judges nothing.
+        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         self.moved.add(job.id)
@@ -4334,6 +4343,11 @@ class Store(Database):
         """Note durably that a job shall end; return whether that is news."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
+
+    def take_along(self, job: Job, client: str) -> bool:
+        """Note that a job's client has another name; False where the job has moved meanwhile."""
+        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
+        return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
     def note(self, sql: str, **values: Any) -> None:
         """Write a column that is not a status, without waiting for the disk."""
@@ -4582,6 +4596,8 @@ def copy_database(source: str, target: Path) -> None:
 
 def back_up(db_path: str, target: Path) -> None:
     """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
+    if decided_restore(db_path):
+        raise JoborchError(f"a restore of {db_path!r} was cut off: start the server, which completes it, or restore again")
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     copy_database(db_path, fresh)
     os.replace(fresh, target)
@@ -4592,25 +4608,56 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     """Put a backup in the place of a server's database. `data` is open, and so no server runs.
 
     Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
+    A crash leaves all as it was, or a restore that the next start or restore completes.
     """
+    finish_restore(db_path, data)
     fresh = Path(f"{db_path}.restoring")
-    remove_tree(fresh)
     copy_database(backup, fresh)
     store = Store(str(fresh), "server")
     store.renew()
-    known = store.write(lambda db: {row["uuid"] for row in db.execute(ALL_UUIDS)})  # by the one connection whose end empties the WAL
     store.close()
+    fsync_path(fresh)
+    crash_point("restore.copied")
+    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # from here on it is decided
+    fsync_path(folder_of(db_path))
+    crash_point("restore.decided")
+    return finish_restore(db_path, data)
+
+
+def folder_of(path: str) -> str:
+    """Return the folder that a file is in."""
+    return os.path.realpath(os.path.dirname(path))
+
+
+def decided_restore(db_path: str) -> Path | None:
+    """Return a restored database that is complete and not yet in its place, or None."""
+    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
+    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
+
+
+def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
+    """Put a restored database in its place, if there is one, and remove one that is incomplete. Each step may be done twice."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        remove_tree(Path(f"{db_path}.restoring{suffix}"))
+    ready = decided_restore(db_path)
+    if ready is None:
+        return None, None
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
+        known = {row[0] for row in db.execute(ALL_UUIDS)}
     unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
-    kept = None
-    if os.path.exists(db_path):
-        kept = Path(f"{db_path}.replaced-{time_stamp()}")
+    crash_point("restore.files")
+    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
+    if os.path.exists(db_path) and not kept.exists():
         os.link(db_path, kept)
+    crash_point("restore.kept")
     for suffix in ("-wal", "-shm"):  # they belong to the old one
         with contextlib.suppress(FileNotFoundError):
             os.rename(db_path + suffix, f"{kept}{suffix}")
-    os.replace(fresh, db_path)
-    fsync_path(os.path.realpath(os.path.dirname(db_path)))
-    return kept, unclaimed
+    fsync_path(folder_of(db_path))
+    crash_point("restore.moved")
+    os.replace(ready, db_path)
+    fsync_path(folder_of(db_path))
+    return kept if kept.exists() else None, unclaimed
 
 
 # == 15. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
@@ -5128,6 +5175,9 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
+# == 17. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
+
+
 class Engines:
     """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
 
@@ -5207,6 +5257,7 @@ class LocalExecutor:
         self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
+        self.cancelled: set[str] = set()  # marks of attempts that are being ended now
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -5374,14 +5425,26 @@ class LocalExecutor:
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
-        folder = self.data.job(job.mark)
-        pid = self.own_wrapper(job)
+        with self.cancelling(job.mark):
+            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
+
+    @contextlib.contextmanager
+    def cancelling(self, mark: str) -> Iterator[None]:
+        """Note that a payload is being ended: the more there are, the less often each is looked at, as each look reads all of /proc."""
+        self.cancelled.add(mark)
+        try:
+            yield
+        finally:
+            self.cancelled.discard(mark)
+
+    def end_tree(self, job: Job, folder: Path, pid: int) -> None:
+        """Send TERM to all processes of a payload, and KILL when the grace time is over; return when none is left."""
         known = tree_of(job, folder, pid)
         signal_all(known, signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
         while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
             known = found
-            time.sleep(0.02)
+            time.sleep(0.02 * len(self.cancelled))
         for _ in range(200):
             if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
                 self.forget(job)
@@ -5457,7 +5520,7 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-# == 17. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
+# == 18. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
 
 # States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
 SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -5689,7 +5752,7 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
 
 
-# == 18. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+# == 19. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
 
 
 class SlurmExecutor:
@@ -5989,7 +6052,7 @@ class SlurmExecutor:
         return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
 
 
-# == 19. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
+# == 20. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
 
 SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
 OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
@@ -6288,7 +6351,7 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == 20. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
+# == 21. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
@@ -6588,7 +6651,7 @@ class DiracService:
             raise SystemAway(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
 
 
-# == 21. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
+# == 22. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
@@ -7050,7 +7113,7 @@ EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
 }
 
 
-# == 22. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 23. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -7534,7 +7597,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 23. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 24. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -7832,7 +7895,15 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
     return bytes(said[:count])
 
 
-# == 24. Answers ==  What a client says has bounds, and is checked before it is believed.
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+
+
+# == 25. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -7849,6 +7920,7 @@ class Heard:
     more: bool = False  # the list goes on: it comes in pages
     size: int = field(default=0, compare=False)  # bytes of the answer
     problem: str = ""  # why it takes no payload now
+    start: str = ""  # tells this start of the client's process from every other
 
 
 @dataclass
@@ -7915,8 +7987,10 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     clean = {name: value for name, value in clean.items() if value is not None}
     if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
         clean["cause"] = said["cause"]
-    reason = said.get("reason")
-    clean["reason"] = one_line(reason[:2000], 1000) if isinstance(reason, str) else ""
+    if said.get("ended_as") in {state.value for state in ENDED}:
+        clean["ended_as"] = said["ended_as"]
+    for name in ("reason", "ended_reason"):
+        clean[name] = one_line(said[name][:2000], 1000) if isinstance(said.get(name), str) else ""
     number = said.get("id")
     clean["id"] = text_in(str(number) if type(number) is int else number, "[0-9]{1,18}")
     clean.update(status=said["status"], uuid=text_in(said.get("uuid"), r"[\w-]{1,64}"), attempt=whole_in(said.get("attempt"), 1, 2**31))
@@ -7960,6 +8034,7 @@ def read_events(text: bytes) -> Heard:
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
     problem = said.get("problem")
     heard.problem = one_line(problem) if isinstance(problem, str) else ""
+    heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
     return heard
 
 
@@ -8250,15 +8325,7 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 25. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
-
-
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+# == 26. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def token_place(config: Config) -> Path | None:
@@ -8284,12 +8351,10 @@ class Link:
     """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
 
     def __init__(self, address: Address, data: DataFolder, clock: Clock, ca_file: str = "") -> None:
-        self.address, self.data, self.clock, self.ca_file = address, data, clock, ca_file
-        self.name = address.name
+        self.address, self.data, self.clock, self.ca_file, self.name = address, data, clock, ca_file, address.name
         self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
         self.sessions: dict[str, Session | None] = {}  # by token; None: it is called without proof
-        self.opening = threading.Lock()
-        self.outdated = False  # it runs joborch 0.1.0, which cannot prove who it is
+        self.opening, self.outdated = threading.Lock(), False  # outdated: it runs joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
         self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
@@ -8304,9 +8369,14 @@ class Link:
         self.failures, self.held_until, self.trouble = 0, 0.0, ""
         self.answers = True  # it has answered since it failed last
         self.problem = ""  # why it takes no payload now, as it says itself
+        self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
+        self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
+        self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
+        self.met = False  # whether its instance has been compared with those of the others
+        self.relist, self.undecided = False, False  # all it has is to be asked again: now, or when another client has told what it has
         self.ended: dict[int, Report] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
@@ -8355,6 +8425,21 @@ class Link:
         name = next((service.name.upper() for service in self.services if lacking(service)), "<NAME>")
         return f"SERVICE_{name}_{setting}"
 
+    @property
+    def client(self) -> str:
+        """What tells the client here from every other, however many URLs it has: its instance; its name as long as that is all we know."""
+        return self.name if self.legacy or self.copy_of or not self.instance else f"instance {self.instance}"
+
+    def is_heard(self) -> bool:
+        """Tell whether it was heard, and has not failed since."""
+        return self.heard_at is not None and not self.failures
+
+    def has_told_all(self) -> bool:
+        """Tell whether nothing more can be learnt by waiting for the list of what it has."""
+        if self.legacy or not self.is_heard():
+            return self.legacy or self.silent_s() > SILENT_AFTER_S
+        return self.since > 0 and self.listed is None
+
     # -- health --
 
     def held(self) -> bool:
@@ -8372,6 +8457,7 @@ class Link:
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
         self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
+        self.try_at = float("inf")
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
@@ -8411,7 +8497,7 @@ class Link:
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
-        return not self.drained and self.answers and not self.problem and self.ready()
+        return not self.drained and not self.copy_of and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
@@ -8425,6 +8511,8 @@ class Link:
         """Return why it gets no jobs now, as the end of a sentence; an empty text where it does."""
         if self.drained:
             return "is drained: somebody asked that it gets no more jobs"
+        if self.copy_of:
+            return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
         return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.problem or self.refusal or "was not asked yet"
@@ -8432,10 +8520,17 @@ class Link:
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def place(self, cpus: int, memory: int, jobs: int = 0) -> Place:
-        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more."""
+    def reports(self) -> list[Report]:
+        """Return the payloads that have ended here, and wait to be settled."""
         with self.lock:
-            ended = list(self.ended.values())
+            return list(self.ended.values())
+
+    def place(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> Place:
+        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more.
+
+        `others` are other URLs of the same client, whose jobs are counted in.
+        """
+        ended = [found for link in (self, *others) for found in link.reports()]
         free = self.slots - (jobs if self.job_slots else cpus)
         free += sum(min(found.cpus, 1) if self.job_slots else found.cpus for found in ended)
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
@@ -8805,7 +8900,8 @@ class Link:
 
     def kill(self, job: Job) -> bool:
         """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
-        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", service=job.service, headers=named(job))
+        read_timeout_s = READ_TIMEOUT_S if self.legacy else KILL_TIMEOUT_S
+        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", read_timeout_s, service=job.service, headers=named(job))
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -8824,7 +8920,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 26. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 27. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -9402,7 +9498,10 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-# == 27. Server ==  It sends jobs and hears of them; each tick moves jobs on by what the Store says and a client answers.
+BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
+
+
+# == 28. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -9413,6 +9512,7 @@ class Server(Node):
         self.services = config.services
         self.links: dict[str, Link] = {}
         self.callers = Parking(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
+        self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
             for address in service.addresses:
@@ -9437,17 +9537,31 @@ class Server(Node):
         """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
+    def names_of(self, link: Link) -> list[Link]:
+        """Return the links that lead to the same client, this one first."""
+        return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
+
     def places_of(self, links: Iterable[Link]) -> list[Place]:
-        """Return clients as the scheduler sees them now."""
+        """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
         # Read before what has ended: see count_no_more.
         busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
-        return [link.place(*busy.get(link.name, (0, 0, 0))) for link in links]
+        by_client: dict[str, list[Link]] = {}
+        for link in self.links.values():
+            by_client.setdefault(link.client, []).append(link)
+        places = []
+        for link in links:
+            others = [other for other in by_client.get(link.client, ()) if other is not link]
+            cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
+            places.append(link.place(cpus, memory, jobs, others))
+        return places
 
     def drain(self, link: Link, drained: bool) -> None:
-        """Note durably that a client gets no more jobs, or gets some again."""
+        """Note durably that a client, under all its names, gets no more jobs, or gets some again."""
+        links = self.names_of(link)
         sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
-        self.store.write(lambda db: db.execute(sql, {"client": link.name, **values}).rowcount)
-        link.drained = drained
+        self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
+        for each in links:
+            each.drained = drained
 
 
 def dispatch_tick(server: Server) -> bool:
@@ -9460,7 +9574,7 @@ def dispatch_tick(server: Server) -> bool:
     if chosen is None:
         return False
     head, place = chosen
-    link = server.links[place.name]
+    link = link_to(server, head, place)
     link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
     claimed = None
     try:
@@ -9478,22 +9592,47 @@ def dispatch_tick(server: Server) -> bool:
 
 def next_placement(server: Server) -> tuple[Head, Place] | None:
     """Return which job is next, and which client gets it; None where nothing can be sent now."""
-    lines = [line for line in map(functools.partial(line_of, server), server.services.values()) if line]
+    free = [link for link in server.links.values() if can_be_sent_to(link)]
+    clients = one_each(free)
+    names = {link.name: clients[link.client].name for link in free}
+    lines = [line for line in (line_of(server, service, names) for service in server.services.values()) if line]
     if not lines:
         return None
-    places = server.places_of(link for link in server.links.values() if link.takes_jobs() and link.has_lane())
-    return choose(lines, places, functools.partial(runs_at, server), server.store.steady())
+    return choose(lines, server.places_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
 
 
-def line_of(server: Server, service: Service) -> Line | None:
-    """Return the line of a service; None where nobody stands in it, or all its runs are in use."""
+def can_be_sent_to(link: Link) -> bool:
+    """Tell whether a job that is claimed for a client now would be sent at once."""
+    return link.takes_jobs() and link.has_lane()
+
+
+def one_each(links: Iterable[Link]) -> dict[str, Link]:
+    """Return the first link to each client, by client."""
+    found: dict[str, Link] = {}
+    for link in links:
+        found.setdefault(link.client, link)
+    return found
+
+
+def link_to(server: Server, head: Head, place: Place) -> Link:
+    """Return the URL by which a service reaches the client that is to get its job."""
+    chosen = server.links[place.name]
+    links = server.links_of(server.services[head.service])
+    return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
+
+
+def line_of(server: Server, service: Service, names: Mapping[str, str]) -> Line | None:
+    """Return the line of a service; None where nobody stands in it, or all its runs are in use.
+
+    `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
+    """
     first = server.store.read(CONTENDERS_NEXT, service=service.name, limit=1)
     if not first:
         return None
     busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
     if busy >= service.max_runs:
         return None
-    clients = {address.name for address in service.addresses}
+    clients = {names[address.name] for address in service.addresses if address.name in names}
     return Line(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads_of(server, service.name, first[0]))
 
 
@@ -9517,11 +9656,12 @@ def mean_run_s(server: Server, service: Service) -> float | None:
 
 def runs_at(server: Server, client: str) -> list[Run]:
     """Return what runs at a client; a time limit begins when the run does."""
-    ended, runs = server.links[client].ended, []
-    for job in server.store.jobs(AT_CLIENT, client=client):
-        if job.id not in ended:
-            begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
-            runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
+    runs = []
+    for link in server.names_of(server.links[client]):
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.id not in link.ended:
+                begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
+                runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
     return runs
 
 
@@ -9697,14 +9837,19 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
 
 
+# == 29. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+
+
 def get_tick(server: Server, link: Link) -> bool:
     """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
-    if link.failures and server.clock.monotonic() < link.held_until:
+    if link.failures and server.clock.monotonic() < min(link.held_until, link.try_at):
         return False
     try:
         if link.legacy:
             return poll_tick(server, link)
-        fresh = link.since == 0
+        if link.relist:
+            link.relist, link.since = False, 0
+        fresh, asked_at = link.since == 0, server.clock.monotonic()
         done = link.settled[:DONE_AT_ONCE]
         heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
         crash_point("hear.answered")
@@ -9714,26 +9859,43 @@ def get_tick(server: Server, link: Link) -> bool:
         log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
         return True
     except (NothingSent, NoAnswer) as error:
-        link.since = 0  # when it is back, it tells all it has
-        link.failed(error)
+        fail_to_hear(server, link, error)
         return False
     link.heard()
-    take_in(server, link, heard, fresh)
+    take_in(server, link, heard, fresh, asked_at)
     if fresh:
         server.wake(f"send:{link.name}")  # it is back
+        server.wake(f"kill:{link.name}")
     if fresh or link.ended:
         server.wake("dispatch")  # or has room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
 
 
-def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
-    """Take in what a client's events said; after the last page of a first contact, also what they did not say."""
+def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
+    """Hold a client back that could not be heard; one where jobs are to be ended is tried more often."""
+    link.since = 0  # when it is back, it tells all it has
+    link.failed(error)
+    link.try_at = float("inf")
+    if server.store.number(KILLS_COUNT, client=link.name):
+        link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
+    if link.failures == 1:
+        decide_again(server)
+
+
+def take_in(server: Server, link: Link, heard: Heard, fresh: bool, asked_at: float = float("-inf")) -> None:
+    """Take in what a client's events said; after the last page of a first contact, also what they did not say.
+
+    `asked_at` (monotonic) is when that was asked for.
+    """
     if link.instance not in ("", heard.instance):
         link.note("began anew: what it has is asked again", logging.INFO)
-        link.instance, link.since = heard.instance, 0
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            goes_on_elsewhere(server, link, job)
+        link.instance, link.met, link.copy_of, link.since = heard.instance, False, "", 0
         return  # the next tick asks for all
-    link.instance, link.slots, link.memory, link.load = heard.instance, heard.slots, heard.memory, heard.load
+    meet(server, link, heard, asked_at)
+    link.slots, link.memory, link.load = heard.slots, heard.memory, heard.load
     link.job_slots, link.problem = heard.job_slots, heard.problem
     if fresh:
         link.notes.clear()
@@ -9743,7 +9905,37 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool) -> None:
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
         look_for_lost(server, link, listed)
+        decide_again(server)
     forget_others(server, link)
+
+
+def meet(server: Server, link: Link, heard: Heard, asked_at: float) -> None:
+    """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
+
+    A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
+    """
+    now, news = server.clock.monotonic(), not link.met or link.start != heard.start
+    if not link.met:
+        link.instance, link.instance_at, link.met = heard.instance, now, True
+    if link.start != heard.start:
+        link.start, link.start_at, link.copy_of = heard.start, now, ""
+    for other in [other for other in server.links.values() if other is not link and other.instance == link.instance and not other.legacy]:
+        if link.start and other.start and link.start != other.start:
+            first, second = sorted((link, other), key=lambda each: each.instance_at)
+            if link.start_at <= other.start_at < asked_at and not (first.copy_of or second.copy_of):
+                second.copy_of = first.name
+                log.error("client %s %s", second.name, second.why_not())
+        elif news and not other.copy_of:
+            log.warning("clients %s and %s are one client with two URLs: its slots are counted once", other.name, link.name)
+        if news and link.client == other.client:
+            link.drained = other.drained = link.drained or other.drained
+
+
+def decide_again(server: Server) -> None:
+    """Ask those again who told of payloads that may be another client's, which has told all it has now, or does not answer."""
+    for link in server.links.values():
+        if link.undecided:
+            link.undecided, link.relist = False, True
 
 
 def forget_others(server: Server, link: Link) -> None:
@@ -9765,12 +9957,19 @@ def report(server: Server, link: Link, said: Any) -> None:
         link.note(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
         return
     job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
+    if job is not None and job.client != link.name and job.attempt == payload["attempt"] and job.status in BUSY:
+        job = with_its_client(server, link, job, payload)
     if job is None:
         return
-    status = str(payload["status"])
-    if job.attempt != payload["attempt"] or job.client != link.name or job.status not in BUSY:
+    if job.attempt == payload["attempt"] and job.status in BUSY:
+        report_of_current(server, link, job, payload)
+    else:
         report_of_another(server, link, job, payload)
-        return
+
+
+def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
+    """Move a job on by what its client says of its current attempt."""
+    status = str(payload["status"])
     if link.listed is not None:
         link.listed.add(job.id)
     if contradicts(server, link, job, status):
@@ -9790,12 +9989,68 @@ def report(server: Server, link: Link, said: Any) -> None:
 
 
 def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept."""
+    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept.
+
+    An attempt that is queued again is left alone: sent to this client, its key finds it.
+    """
     if payload["status"] not in (Status.PREPARED.value, Status.RUNNING.value):
         if job.status in OVER or payload["attempt"] != job.attempt:
             link.confirm(payload["id"])  # its result is safe here, or of no use
-    elif payload["attempt"] <= job.attempt:
+    elif payload["attempt"] < job.attempt or (payload["attempt"] == job.attempt and job.status in OVER):
         end_stray(server, link, job, payload)
+
+
+def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
+    """Return a job whose current attempt a client has under another name than the job's row says; None where it stays as it is.
+
+    A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
+    """
+    home = server.links.get(job.client or "")
+    if link.copy_of or job.status is Status.PROCESSING:
+        return None
+    if home is None or (home.failures and home.instance in ("", link.instance) and not home.copy_of):
+        return take_along(server, link, job)
+    if home.instance == link.instance:
+        return None  # one client with two names, or a copy of it
+    if not home.is_heard() or not home.instance or not home.has_told_all():
+        link.undecided = True
+    elif job.dest_id is None:
+        return take_along(server, link, job)  # whether it came to the other client, nobody knows
+    else:
+        claim_for(server, link, home, job, str(payload["id"]))
+    return None
+
+
+def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
+    """Have the client that a job's row names asked whether it has the current attempt, which another one has: see `sort_claim`."""
+    asked = home.ended.get(job.id)
+    if len(server.claims) < STRAYS_LIMIT and (asked is None or asked.payload["status"] == "?"):
+        server.claims[job.mark] = (link.name, payload_id)
+        with home.lock:
+            if asked is not None and not asked.taken:
+                del home.ended[job.id]  # it is asked at once
+        note_end(server, home, Report(job.id, {"status": "?"}, 0.0))
+
+
+def take_along(server: Server, link: Link, job: Job) -> Job | None:
+    """Go on with a job at another name of its client; None where it has moved meanwhile."""
+    if not server.store.take_along(job, link.name):
+        return None
+    log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
+    link.may_have_pinned = link.may_have_pinned or job.dest_id is None
+    if job.kill_requested_at is not None:
+        server.wake(f"kill:{link.name}")
+    return server.store.get(job.id)
+
+
+def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
+    """Go on with a job at another name of its client, if that answers; tell whether it does."""
+    others = [other for other in server.names_of(link)[1:] if other.is_heard()]
+    if not others or job.status is Status.PROCESSING:
+        return False
+    take_along(server, others[0], job)
+    others[0].relist = True
+    return True
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
@@ -9912,7 +10167,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 28. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 30. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -9938,12 +10193,17 @@ def because(reason: str | None) -> str:
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. The script's own failure stands; anything else is tried again."""
-    reason = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
-    if payload.get("cause") in (Cause.USER.value, Cause.LIMIT.value):
-        end_busy(server, job, Status.FAILED, f"run.sh failed; {reason}", cause=payload["cause"], **known_of_end(server, job, payload))
+    """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
+    removed = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    cause, ended_as = payload.get("cause"), payload.get("ended_as")
+    reason = f"{payload.get('ended_reason') or 'run.sh failed'}; {removed}"
+    if cause in (Cause.USER.value, Cause.LIMIT.value):
+        to = Status.INVALID if ended_as == Status.INVALID.value else Status.FAILED
+        end_busy(server, job, to, reason, cause=cause, **known_of_end(server, job, payload))
+    elif cause == Cause.CANCELLED.value and ended_as == Status.KILLED.value:
+        end_busy(server, job, Status.KILLED, reason, cause=cause, **known_of_end(server, job, payload))
     else:
-        payload_gone(server, job, reason)
+        payload_gone(server, job, removed)
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
@@ -10004,8 +10264,11 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     try:
         settle_as_told(server, link, job, found)
     except Gone as error:
+        if not all(other.has_told_all() for other in server.links.values() if other is not link):
+            return False  # another one may have it: a client that goes on at a new URL
         count_no_more(found)
-        payload_gone(server, job, str(error))
+        if not sort_claim(server, job, is_here=False):
+            payload_gone(server, job, str(error))
     except ResultTooLarge as error:  # for good: at the next try it would be as large
         drop_part(found)
         count_no_more(found)
@@ -10029,6 +10292,7 @@ def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
     """Do what the status of an ended payload asks for."""
     if found.payload["status"] == "?":
         found.payload.update(link.status(job))
+        sort_claim(server, job, is_here=True)
     status = found.payload["status"]
     if status in (Status.PREPARED.value, Status.RUNNING.value):
         return  # not ended after all: its events will say more
@@ -10042,6 +10306,22 @@ def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
         new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
     else:
         fetch_failure(server, link, job, found)
+
+
+def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
+    """Decide between two clients, of which both may have an attempt, by what the one that the job's row names has said.
+
+    Returns whether the job goes on at the other one. A payload that runs twice is ended there.
+    """
+    name, payload_id = server.claims.pop(job.mark, ("", ""))
+    other = server.links.get(name)
+    if other is None:
+        return False
+    if is_here:
+        end_stray(server, other, job, {"id": payload_id, "attempt": job.attempt})
+        return False
+    other.relist = True
+    return take_along(server, other, job) is not None
 
 
 def is_being_packed(found: Report, error: Exception) -> bool:
@@ -10226,9 +10506,13 @@ def judge(server: Server, job: Job) -> None:
     """Judge a job that is with a client by how long that has been silent."""
     link = server.links.get(job.client or "")
     if link is None:
-        judge_silence(server, job, f"{job.client} is not configured any more", server.clock.monotonic() - server.started)
+        since_start_s = server.clock.monotonic() - server.started
+        if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
+            judge_silence(server, job, f"{job.client} is not configured any more", since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
+    elif link.failures and goes_on_elsewhere(server, link, job):
+        return
     elif link.failures and link.silent_s() > SILENT_AFTER_S:
         judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
 
@@ -10283,7 +10567,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 29. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 31. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -10308,7 +10592,7 @@ def outlook_of(server: Server, job: Job) -> Outlook:
         left = max(0.0, job.not_before - server.store.steady())
         return Outlook(f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}")
     standing = standing_of(server, job, service)
-    places = server.places_of(link for link in server.links_of(service) if link.takes_jobs())
+    places = server.places_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
     text = why_waiting(service.name, standing, server.troubles(service), places)
     position = position_of(server, job, service, standing)
     run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
@@ -10494,7 +10778,10 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 30. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 32. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+
+
+ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
 
 
 class Client(Node):
@@ -10509,6 +10796,7 @@ class Client(Node):
         self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
+        self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
@@ -10520,7 +10808,7 @@ class Client(Node):
         self.troubled_at: float | None = None  # wall: since when nothing can be started, for all services or for one
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
-            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, 4),
+            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, ENDING_THREADS),
             "limit": Loop("limit", functools.partial(limit_tick, self), config.run_interval_s),
             "sync": Loop("sync", functools.partial(sync_tick, self), SYNC_AFTER_S),
             "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
@@ -10542,7 +10830,7 @@ def run_tick(client: Client) -> bool:
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
-        let_go(client, job)  # noted by another thread, just after its end
+        drop_notes(client, job_id)  # noted by another thread, just after its end
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
     fates = client.executor.poll([job for job in started if job.id not in client.measurings])
@@ -10590,9 +10878,14 @@ def drop_scratch(client: Client, job: Job) -> None:
 def let_go(client: Client, job: Job) -> None:
     """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
     drop_scratch(client, job)
+    drop_notes(client, job.id)
+
+
+def drop_notes(client: Client, job_id: int) -> None:
+    """Keep nothing in mind of a payload that is over."""
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
-        table.pop(job.id, None)
+        table.pop(job_id, None)
 
 
 def shown_status(job: Job) -> Status:
@@ -10827,19 +11120,21 @@ def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
     if too_much:
         reason = f"the result has {too_much}; run.sh ended with exit status {fate.exit_status}"
-        client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
+        moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
     elif fate.cause is not None:
         to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
-        client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
+        moved = client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
     elif fate.exit_status == 0:
         reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
-        client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
+        moved = client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = fate.exit_status or 0
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        client.store.move(job, Status.FAILED, reason + left_out_text(left_out), cause=Cause.USER.value, signal=number, **changes)
-    let_go(client, job)
+        reason += left_out_text(left_out)
+        moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
+    if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
+        let_go(client, job)
 
 
 def limit_text(job: Job, folder: Path) -> str:
@@ -10897,7 +11192,7 @@ def end_tick(client: Client) -> bool:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
         if client.executor.in_line:
-            note(client, job.id, f"it is being ended: {error}")
+            note(client, job.id, f"{BEING_ENDED}: {error}")
         client.stubborn[job.id] = (str(error), client.clock.monotonic())
         return True  # others that shall end are not kept waiting by this one
     finally:
@@ -11053,7 +11348,7 @@ def end_orphans(client: Client) -> None:
             log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
 
 
-# == 31. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 33. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -11283,7 +11578,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 32. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 34. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -11427,7 +11722,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 33. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 35. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -11920,7 +12215,7 @@ PARTS = {
 }
 
 
-# == 34. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 36. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -12392,7 +12687,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 35. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 37. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -12702,7 +12997,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 36. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 38. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -12931,11 +13226,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status not in OVER:
-        server.wake(f"kill:{job.client}")
-        with server.places.place() as parked:
-            link = server.links.get(job.client or "")
-            patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
-            server.wait_until(lambda: over_or_queued(server, job.id), patience_s, lambda: request.left() or is_silent(link), job.id)
+        wait_for_end(server, request, job)
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
     if job.status is Status.KILLED:
@@ -12954,17 +13245,46 @@ def is_silent(link: Link | None) -> bool:
     return link is not None and bool(link.failures)
 
 
+def wait_for_end(server: Server, request: Request, job: Job) -> None:
+    """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
+    with server.places.place() as parked:
+        link = server.links.get(job.client or "")
+        if link is not None and link.failures and parked:
+            try_now(server, request, link)
+        server.wake(f"kill:{job.client}")
+        patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+
+        noted_until = time.monotonic() + NOTED_PATIENCE_S
+
+        def hopeless() -> bool:
+            is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
+            return request.left() or is_silent(link) or (is_noted and time.monotonic() > noted_until)
+
+        server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
+
+
+def try_now(server: Server, request: Request, link: Link) -> None:
+    """Try a client now that is held back after a failure, and wait a moment for what comes of it."""
+    failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
+    link.try_at = server.clock.monotonic()
+    server.wake(f"get:{link.name}")
+    while link.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+        if server.stopping.wait(0.02):
+            return
+
+
 def over_or_queued(server: Server, job_id: int) -> Job | None:
     """Return a job that is with no client any more, else None."""
     job = server.store.get(job_id)
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 37. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 39. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
-    "load": 12.5, "jobs": 1, "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
+    "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
+    "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
 }  # fmt: skip
 EXAMPLE_SERVICE = {
     "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
@@ -12996,6 +13316,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
             "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
+            "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
             "held_for_s": round(held_for_s, 1),
         })  # fmt: skip
@@ -13094,7 +13415,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 38. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 40. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -13111,6 +13432,10 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
     said["status"] = shown_status(job).value
     if job.status is Status.RUNNING:
         said["reason"] = client.notes.get(job.id, "")
+    if job.status is Status.CLEANED:  # why it was cleaned is its reason by now
+        for row in client.store.read(HISTORY_GET, id=job.id):
+            if row["target"] in ENDED:
+                said.update(ended_as=row["target"], ended_reason=row["reason"])
     return said
 
 
@@ -13299,7 +13624,8 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
         client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
         job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
-        return Answer(payload_json(client, job))
+        ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
+        return Answer({**payload_json(client, job), **ours})
     archive = asked_archive(client, request, job)
     if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
@@ -13339,16 +13665,26 @@ KILL_GIVES = {
 
 @route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
 def kill(client: Client, request: Request, job_id: str) -> Answer:
-    """End a payload and everything it started."""
+    """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
         client.store.wish_end(job.id, Cause.CANCELLED)
         crash_point("kill.wished")
         client.wake("end")
-        with client.places.place() as parked:
-            client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, request.left, job.id)
+        if not request.header("X-Joborch-Mark"):
+            wait_until_over(client, request, job)
         job = known_payload(client, request, job_id)
     return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
+
+
+def wait_until_over(client: Client, request: Request, job: Job) -> None:
+    """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
+
+    def noted() -> bool:
+        return request.left() or (client.executor.in_line and job.id in client.stubborn)
+
+    with client.places.place() as parked:
+        client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
 
 
 def over(node: Node, job_id: int) -> Job | None:
@@ -13380,7 +13716,8 @@ EXAMPLE_EVENT = {
 }
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
 EXAMPLE_EVENTS = {
-    "instance": "a1b2c3", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None, "payloads": [EXAMPLE_EVENT],
+    "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
+    "payloads": [EXAMPLE_EVENT],
 }  # fmt: skip
 CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
@@ -13425,9 +13762,9 @@ def events(client: Client, request: Request) -> Answer:
         last, inline = since, INLINE_PAYLOADS
     jobs, payloads = events_page(client, found, inline)
     more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
-    said = {"instance": client.instance, "next": told if more else max(told, last), "more": more, "load": client.cpu_load()}
+    said = {"instance": client.instance, "start": client.start_id, "next": told if more else max(told, last), "more": more}
     problem = problem_of(client, for_all=True)[:1000] or None
-    return Answer({**said, **room_json(client), "problem": problem, "payloads": payloads})
+    return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
 
 
 def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
@@ -13537,7 +13874,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 39. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 41. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -13727,7 +14064,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 40. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == 42. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -13898,7 +14235,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     )
 
 
-# == 41. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == 43. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -13921,9 +14258,24 @@ def examine(config: Config) -> Iterator[Finding]:
                 yield from EXECUTORS[config.executor](data, config).examine()
             except ConfigError as error:
                 yield Finding(False, str(error))
+    met: dict[str, dict[str, str]] = {}
     for service in config.services.values():
         for address in service.addresses:
-            yield from examine_client(address, service, config.ca_file)
+            yield from examine_client(address, service, config.ca_file, met)
+    yield from map(examine_names, filter(lambda starts: len(starts) > 1, met.values()))
+
+
+def examine_names(starts: Mapping[str, str]) -> Finding:
+    """Say of several URLs at which the same client answers, with the start of its process there, what that means."""
+    names = joined_names(list(starts))
+    if len(set(starts.values())) > 1:
+        return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
+    return Finding(None, f"{names} are one client: its slots are counted once; name it by one URL in all services")
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Return names as people list them: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -14166,15 +14518,16 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def examine_client(address: Address, service: Service, ca_file: str) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, proves itself, works, and has our time."""
+def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, proves itself, works, and has our time; note in `met` which instance it is."""
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
     link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
     name = f"service {service.name}: {address.name}"
     try:
         if not link.legacy:
-            link.events(0, ())
+            heard = link.events(0, ())
+            met.setdefault(heard.instance, {})[address.name] = heard.start
             said = said_of_health(link)
         else:
             link.ping()
@@ -14208,7 +14561,7 @@ def said_of_health(link: Link) -> dict[str, Any]:
         raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
-# == 42. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == 44. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
 
 
 def free_port() -> int:
@@ -14317,7 +14670,7 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == 43. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 45. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -14427,6 +14780,10 @@ def open_node(config: Config) -> Node:
         data.lock_database(config.db_path)
     except OSError as error:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
+    if config.mode == "server":
+        if decided_restore(config.db_path):
+            log.warning("a restore of the database was cut off: it is completed; the database that was there is kept beside it")
+        finish_restore(config.db_path, data)
     store = Store(config.db_path, config.mode)
     data.keep_reserve()
     store.make_room = data.drop_reserve

@@ -184,8 +184,9 @@ def sides_of(point: str) -> list[str]:
 
 # Those of a batch system are passed with one alone: see test_slurm.py and test_dirac.py.
 POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', SOURCE.read_text())))
+ELSEWHERE = ("clean.", "restore.")  # passed by the cleaner, and by a restore: see below, and test_instances.py
 SPECIAL = ("send.refused", "send.lost", "attempt.stored", "start.asked", "sync.done")
-ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith("clean.") for side in sides_of(point)]
+ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith(ELSEWHERE) for side in sides_of(point)]
 COMMITS = [(side, f"commit.begun:{number}") for side in ("server", "client") for number in (2, 3, 4, 5, 7, 9, 12, 16)]
 
 
