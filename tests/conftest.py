@@ -35,6 +35,7 @@ def scratch_of_tests() -> Iterator[None]:
     """Gives payloads that tests start in their own process a place for TMPDIR; what they leave there goes with the tests."""
     tempfile.tempdir = tempfile.gettempdir()  # files of the tests themselves stay where they were
     before, folder = os.environ.get("TMPDIR"), tempfile.mkdtemp(prefix="jt-", dir="/tmp")
+    Path(folder).chmod(0o755)  # other users run programs there
     os.environ["TMPDIR"] = folder
     yield
     os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
