@@ -257,6 +257,18 @@ def test_reset(accepted: Accepted, look: Look) -> None:
     assert look(lambda: joborch.peer_uid(accepted.far)) is None
 
 
+def bind_again(near: socket.socket, accepted: Accepted) -> None:
+    """Take the port that the stranger had, once whoever else may have got it in between lets go of it."""
+
+    def bound() -> bool:
+        with contextlib.suppress(OSError):
+            near.bind((accepted.host, accepted.stranger_port))
+            return True
+        return False
+
+    wait_for(bound, what="the stranger's port")
+
+
 def test_the_port_is_used_again_by_somebody_else(accepted: Accepted, look: Look) -> None:
     """The stranger resets, and a process of root's gets his port: what he sent before is not root's."""
     accepted.stranger.do("reset")
@@ -264,7 +276,7 @@ def test_the_port_is_used_again_by_somebody_else(accepted: Accepted, look: Look)
     family = socket.AF_INET6 if ":" in accepted.host else socket.AF_INET
     with closing(socket.socket(family)) as near:
         near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        near.bind((accepted.host, accepted.stranger_port))
+        bind_again(near, accepted)
         near.connect((accepted.host, accepted.port))
         again, peer = accepted.listener.accept()
         with closing(again):
