@@ -7987,7 +7987,7 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
     clean = {name: value for name, value in clean.items() if value is not None}
     if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
         clean["cause"] = said["cause"]
-    if said.get("ended_as") in {state.value for state in ENDED}:
+    if isinstance(said.get("ended_as"), str) and said["ended_as"] in {state.value for state in ENDED}:
         clean["ended_as"] = said["ended_as"]
     for name in ("reason", "ended_reason"):
         clean[name] = one_line(said[name][:2000], 1000) if isinstance(said.get(name), str) else ""

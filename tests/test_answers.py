@@ -353,6 +353,8 @@ JSON = st.recursive(
     max_leaves=12,
 )  # fmt: skip
 PAYLOAD_FIELDS = (
+    "ended_as",
+    "ended_reason",
     "id",
     "uuid",
     "attempt",
@@ -451,6 +453,7 @@ def assert_clean(payload: dict[str, Any]) -> None:
 @given(said_payload(UUIDS) | JSON)
 @example({"status": ["x"]})
 @example({"status": {}})
+@example({"status": "Cleaned", "ended_as": ["Failed"], "ended_reason": 7})
 @example({"status": "Completed", "exit_code": 10**30, "signal": True, "started_at": float("inf"), "id": True, "uuid": "\ud800"})
 def test_a_payload_is_read_or_refused(said: Any) -> None:
     got = joborch.clean_payload(said)
