@@ -40,6 +40,7 @@ class Machine:
         given = (
             {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}", "SERVICE_EXAMPLE_TOKEN": GOOD_TOKEN} if role == "server" else {}
         )
+        given = given or {"JOBORCH_EXECUTOR": "local"}  # said, or a machine with Slurm is asked about
         token = {"JOBORCH_TOKEN": GOOD_TOKEN} if role == "client" and "JOBORCH_TOKEN_FILE" not in settings else {}
         name = f"{role}{len(list(self.folder.iterdir()))}"
         return self.make_process(role, {**token, **given, **settings}, folder=self.folder / name, user=OWN_UID, program=self.program)
