@@ -121,8 +121,8 @@ EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much late
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
 KILL_TIMEOUT_S = 10.0  # for the answer of a client that is asked to end a payload, and does not wait for that
-NOTED_PATIENCE_S = 10.0  # a terminate waits so long for a batch system that has only noted it
-TERMINATE_TRY_S = 2.0  # a terminate waits so long whether a client that did not answer is back; then it is tried as often
+NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only noted it
+TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer; then the server tries it this often
 FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
@@ -131,7 +131,7 @@ RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may hav
 HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
 CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
-TRY_AGAIN_S = 1.0  # so long what was refused is not tried again, whoever comes meanwhile
+TRY_AGAIN_S = 1.0  # what was refused is not tried again before, whoever comes meanwhile
 FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
 COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
@@ -2474,7 +2474,7 @@ def hints_for(folder: Path, *inner: str) -> list[str]:
 
 
 def no_script_text(paths: Sequence[str]) -> str:
-    """Return what to do about files of which none is run.sh: names what there is."""
+    """Return what to do about an upload without run.sh; the text names the files that there are."""
     below = [path for path in paths if path.endswith("/run.sh")]
     top = paths[0].partition("/")[0]
     if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
@@ -5052,7 +5052,7 @@ def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection
 
 
 def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` of which something runs: one look at /proc."""
+    """Return the marks of all payloads below `jobs` that have a running process: one look at /proc."""
     return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
 
 
@@ -5183,7 +5183,7 @@ class Engines:
 
     NAMES = ("docker", "podman")
     CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
-    AWAY_S = 60.0  # an engine that did not answer is not asked again for so long
+    AWAY_S = 60.0  # how long an engine that did not answer is left alone
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment, path = environment, environment.get("PATH")
