@@ -2521,10 +2521,29 @@ def is_strangers(uid: int, folder: Path) -> bool:
     return uid not in (0, os.geteuid()) and uid != made_as(folder)
 
 
+class UserNumbers(NamedTuple):
+    """What the user ids that the kernel tells this process are worth."""
+
+    unmapped: int | None  # every user without an id in our user namespace appears as this one; None outside of any
+    root: bool  # 0 is the root of the machine
+
+
+@functools.lru_cache(maxsize=1)
+def user_numbers() -> UserNumbers:
+    """Read what user ids mean here (user_namespaces(7)): in a user namespace, strangers share the overflow id."""
+    try:
+        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return UserNumbers(None, True)  # a kernel without user namespaces
+    if lines == [(0, 0, 2**32 - 1)]:
+        return UserNumbers(None, True)
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
+
+
 def is_unmapped(uid: int) -> bool:
     """Tell whether this is how a user namespace shows all users that it does not know, root of the machine among them."""
-    whole = Path("/proc/self/uid_map").read_text(encoding="ascii").split() == ["0", "0", "4294967295"]
-    return not whole and uid == int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    return uid == user_numbers().unmapped
 
 
 def is_private_group(gid: int) -> bool:
@@ -7239,26 +7258,6 @@ def tcp_hex(family: int, host: str, port: int) -> str:
     packed = packed_address(family, host)
     words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
     return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
-
-
-class UserNumbers(NamedTuple):
-    """What the user ids that the kernel tells this process are worth."""
-
-    unmapped: int | None  # every user without an id in our user namespace appears as this one; None outside of any
-    root: bool  # 0 is the root of the machine
-
-
-@functools.lru_cache(maxsize=1)
-def user_numbers() -> UserNumbers:
-    """Read what user ids mean here (user_namespaces(7)): in a user namespace, strangers share the overflow id."""
-    try:
-        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return UserNumbers(None, True)  # a kernel without user namespaces
-    if lines == [(0, 0, 2**32 - 1)]:
-        return UserNumbers(None, True)
-    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
-    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
 
 
 def is_own_user(uid: int | None) -> bool:
