@@ -12700,7 +12700,10 @@ EXAMPLE_JOB: dict[str, Any] = {
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
-EXAMPLE_HEALTH = {"status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None}
+EXAMPLE_HEALTH = {
+    "status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None,
+    "unremovable": None,
+}  # fmt: skip
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
 
