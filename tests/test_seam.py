@@ -14,18 +14,18 @@ from world import Site, ask
 
 import joborch
 from joborch import (
+    BackendUnavailable,
     CannotRun,
     Cause,
     ConfigError,
     DataFolder,
-    Fate,
-    NotTaken,
+    Outcome,
     Status,
-    SystemAway,
+    SubmitRefused,
     end_tick,
 )
 
-ALIVE = Fate(True)
+ALIVE = Outcome(True)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_what_waits_is_prepared_for_servers_and_says_why(site: Site) -> None:
     assert site.yard[job].changed == changed, "no news"
     assert ask(site.yard.client, "GET", f"/retrieve/{job.id}").json["status"] == "Prepared"
     assert ask(site.yard.client, "GET", "/health").json["waiting"] == 1
-    site.system.fates[job.id] = ALIVE
+    site.system.outcomes[job.id] = ALIVE
     site.tick()
     assert site.told(job) == ("Running", "")
     assert site.yard[job].started_at is not None
@@ -77,7 +77,7 @@ def test_its_time_limit_is_the_systems_affair(site: Site) -> None:
     assert site.yard[job].kill_requested_at is None
 
 
-@pytest.mark.parametrize("error", [SystemAway("away"), NotTaken("no such partition")])
+@pytest.mark.parametrize("error", [BackendUnavailable("away"), SubmitRefused("no such partition")])
 def test_what_is_not_taken_waits_and_keeps_nobody_else_waiting(error: Exception, site: Site) -> None:
     """One that the system never takes is tried again and again; the others of its service get their turns."""
     bad, *others = [site.submit() for _ in range(4)]
@@ -97,7 +97,7 @@ def test_what_is_not_taken_waits_and_keeps_nobody_else_waiting(error: Exception,
 def test_new_payloads_are_refused_only_where_nothing_at_all_is_started(site: Site) -> None:
     """Where a service is held, the others of this client go on."""
     held = site.submit()
-    site.system.refuses[held.id] = NotTaken("no such account")
+    site.system.refuses[held.id] = SubmitRefused("no such account")
     site.tick()
     assert "no such account" in ask(site.yard.client, "GET", "/health").json["problem"]
     other = site.submit(X_Joborch_Service="other")
@@ -152,7 +152,7 @@ def test_what_shall_end_is_not_started(site: Site) -> None:
     job, other = site.submit(), site.submit()
     for each in (job, other):
         assert site.yard.store.move(each, Status.RUNNING, "")
-    site.yard.store.wish_end(job.id, Cause.CANCELLED)
+    site.yard.store.request_kill(job.id, Cause.CANCELLED)
     site.yard.client.ending.add(other.id)
     joborch.start_again(site.yard.client, [site.yard[job]._replace(kill_requested_at=None), site.yard[other]])
     assert site.system.has == []
@@ -164,7 +164,7 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
     site.tick()
     site.system.stubborn.add(first.id)
     for job in (first, second):
-        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+        site.yard.store.request_kill(job.id, Cause.CANCELLED)
     while end_tick(site.yard.client):
         pass
     assert site.system.cancelled == [first.id, second.id]
@@ -181,7 +181,7 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
 def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
     job = site.submit()
     site.tick()
-    site.system.fates[job.id], site.system.collects = Fate(False, 0), SystemAway("the store is away")
+    site.system.outcomes[job.id], site.system.collects = Outcome(False, 0), BackendUnavailable("the store is away")
     site.tick()
     assert site.yard[job].status is Status.RUNNING
     assert "the store is away" in site.told(job)[1]
@@ -191,21 +191,21 @@ def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fate", "status", "cause", "reason"),
+    ("outcome", "status", "cause", "reason"),
     [
-        (Fate(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
-        (Fate(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
-        (Fate(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
-        (Fate(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
+        (Outcome(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
+        (Outcome(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
+        (Outcome(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
+        (Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
     ],
 )
-def test_how_it_ended(fate: Fate, status: Status, cause: str, reason: str, site: Site) -> None:
+def test_how_it_ended(outcome: Outcome, status: Status, cause: str, reason: str, site: Site) -> None:
     job = site.submit(X_Joborch_Timeout="5")
     site.tick()
-    site.system.fates[job.id] = fate
+    site.system.outcomes[job.id] = outcome
     site.tick()
     found = site.yard[job]
-    assert (found.status, found.cause, found.reason, found.exit_code) == (status, cause, reason, fate.exit_status)
+    assert (found.status, found.cause, found.reason, found.exit_code) == (status, cause, reason, outcome.exit_status)
     assert found.started_at is None, "it never began, as far as anybody knows"
 
 
@@ -234,7 +234,7 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
     client.config = dataclasses.replace(client.config, executor="slurm")
     with pytest.raises(ConfigError, match="1 payloads here are run by 'local': start it with --executor local"):
         joborch.check_executor(client)
-    site.system.fates[job.id] = Fate(False, 0)
+    site.system.outcomes[job.id] = Outcome(False, 0)
     site.tick()
     joborch.check_executor(client)
     assert (site.yard.data.path / "executor").read_text() == "slurm"
@@ -245,7 +245,7 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
 
 def test_what_was_held_begins_with_who_has_waited_longest(site: Site) -> None:
     """A submit limit is reached, more come meanwhile, and some of them were never even tried: when it is over, the first is first."""
-    limit = NotTaken("AssocMaxSubmitJobLimit")
+    limit = SubmitRefused("AssocMaxSubmitJobLimit")
     jobs = []
     site.system.limit = 0
     for _ in range(5):
@@ -281,7 +281,7 @@ def test_the_trouble_of_some_holds_up_nobody(count: int, data: joborch.DataFolde
     """Whatever the batch system has against some payloads, the next one begins within seconds, and so do those after it."""
     site = Site(data, slots=50)
     bad = [site.submit() for _ in range(count)]
-    site.system.refuses = {job.id: NotTaken("Unspecified error") for job in bad}
+    site.system.refuses = {job.id: SubmitRefused("Unspecified error") for job in bad}
     for _ in range(200):
         site.tick(1.0)
     for round_ in range(5):
@@ -290,7 +290,7 @@ def test_the_trouble_of_some_holds_up_nobody(count: int, data: joborch.DataFolde
             site.tick(1.0)
         assert {job.id for job in good} <= set(site.system.has)
     for job in bad:
-        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+        site.yard.store.request_kill(job.id, Cause.CANCELLED)
         joborch.end_tick(site.yard.client)
         assert site.yard[job].status is Status.KILLED, "at once"
     site.tick(60.0)

@@ -47,24 +47,24 @@ from waitress import wasyncore
 
 import joborch
 from joborch import (
+    BackendUnavailable,
     Client,
     DataFolder,
-    Fate,
+    HttpError,
     Job,
     Link,
-    NotTaken,
-    Refusal,
+    Outcome,
     Server,
     Status,
     StillRunning,
     Store,
-    SystemAway,
+    SubmitRefused,
     Tree,
     ZipPacker,
-    adopt,
     dispatch_tick,
     fetch_tick,
     load_config,
+    recover_payloads,
     run_tick,
     send_tick,
 )
@@ -218,7 +218,7 @@ NAMES = st.lists(NAME_PARTS.filter(lambda part: part not in (".", "..")), min_si
 def fit(paths: Sequence[str]) -> bool:
     """Whether these names can stand side by side in one form."""
     tree = Tree()
-    return all(tried(lambda: tree.add(path), Refusal) is None for path in paths)  # noqa: B023 - called at once
+    return all(tried(lambda: tree.add(path), HttpError) is None for path in paths)  # noqa: B023 - called at once
 
 
 def packed(folder: Path, spool: Any = None, **options: Any) -> tuple[joborch.Archive, zipfile.ZipFile]:
@@ -399,7 +399,7 @@ RESULT = b"PK of a result"
 
 
 def send_next(server: Server, link: Link) -> None:
-    """What the dispatcher and a lane of a client do together: claim the next job, and send it."""
+    """What the dispatcher and a sender of a client do together: claim the next job, and send it."""
     dispatch_tick(server)
     send_tick(server, link)
 
@@ -580,7 +580,7 @@ class Yard:
         self.children += self.client.executor.children.values()  # type: ignore[attr-defined]
         self.store.close()
         self.open()
-        adopt(self.client)
+        recover_payloads(self.client)
 
     def close(self) -> None:
         """End all."""
@@ -672,13 +672,13 @@ class Yard:
 class System(joborch.LocalExecutor):
     """A batch system: what it has, and what it says of each payload, by id."""
 
-    in_line = True
+    is_batch = True
 
     def __init__(self, data: DataFolder) -> None:
         super().__init__(data, 0.1)
         self.has: list[int] = []  # what was submitted, in that order, each time
         self.refuses: dict[int, Exception] = {}
-        self.fates: dict[int, Fate] = {}
+        self.outcomes: dict[int, Outcome] = {}
         self.stubborn: set[int] = set()
         self.unclear: set[int] = set()  # nobody can tell whether it has them
         self.cancelled: list[int] = []
@@ -689,7 +689,7 @@ class System(joborch.LocalExecutor):
     def start(self, job: Job) -> str:
         self.tries += 1
         if len(self.has) >= self.limit:
-            raise NotTaken("AssocMaxSubmitJobLimit")
+            raise SubmitRefused("AssocMaxSubmitJobLimit")
         if job.id in self.refuses:
             raise self.refuses[job.id]
         self.has.append(job.id)
@@ -697,12 +697,12 @@ class System(joborch.LocalExecutor):
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         if self.trouble:
-            raise SystemAway(self.trouble)
+            raise BackendUnavailable(self.trouble)
         found = {job.mark: str(100 + job.id) for job in jobs if job.id in self.has}
         return {**found, **{job.mark: "" for job in jobs if job.id in self.unclear}}
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        return {job.id: self.fates.get(job.id, Fate(True, waits="in line")) for job in jobs}
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        return {job.id: self.outcomes.get(job.id, Outcome(True, waits="in line")) for job in jobs}
 
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job.id)
@@ -736,7 +736,7 @@ class Site:
         self.yard.store.close()
         self.yard.open()
         self.yard.client.executor = self.system
-        adopt(self.yard.client)
+        recover_payloads(self.yard.client)
 
     def told(self, job: Job) -> tuple[str, str]:
         """Status and reason as a server hears them."""
