@@ -3441,7 +3441,7 @@ CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
 CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
 """
 
-TURN_TABLES = """CREATE TABLE runnable_users (
+RUNNABLE_TABLE = """CREATE TABLE runnable_users (
     service TEXT NOT NULL,
     user_id INTEGER NOT NULL,
     at_quota INTEGER NOT NULL,
@@ -3453,7 +3453,9 @@ TURN_TABLES = """CREATE TABLE runnable_users (
     PRIMARY KEY (service, user_id)
 ) WITHOUT ROWID;
 CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-CREATE TABLE usage (
+"""
+
+TURN_TABLES = """@RUNNABLE@CREATE TABLE usage (
     service TEXT NOT NULL,
     user_id INTEGER NOT NULL,
     used REAL NOT NULL,
@@ -3478,7 +3480,7 @@ CREATE TABLE dependencies (
 CREATE INDEX dependencies_of ON dependencies(job_id);
 CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
 INSERT INTO turns_made VALUES ('', 0);
-"""
+""".replace("@RUNNABLE@", RUNNABLE_TABLE)
 
 SCHEMA = (
     """
@@ -3609,6 +3611,9 @@ COMMIT;
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+DROP TABLE IF EXISTS contenders;
+DROP TABLE IF EXISTS runnable_users;
+@RUNNABLE@UPDATE turns_made SET rules = '';
 UPDATE jobs
    SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -3616,7 +3621,7 @@ UPDATE jobs
  WHERE status = 'Cleaned';
 @ENDED_AS@PRAGMA user_version = 4;
 COMMIT;
-""".replace("@ENDED_AS@", ENDED_AS_INDEX),
+""".replace("@ENDED_AS@", ENDED_AS_INDEX).replace("@RUNNABLE@", RUNNABLE_TABLE),
 }
 
 JOB_ADD = """
@@ -6468,7 +6473,7 @@ class DiracLogin:
         return f"DIRAC: the login ended at {at_clock(when)}{valid}: {again}"
 
     def owner(self) -> str:
-        """Return who is logged in, as DIRAC calls the owner of a job; BackendUnavailable where the token does not say: nobody's jobs are ours."""
+        """Return who is logged in, as DIRAC calls the owner of a job. Raises BackendUnavailable if the token does not say."""
         name = claims(self.read()["access_token"]).get("preferred_username")
         if not name or not isinstance(name, str):
             raise BackendUnavailable(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
@@ -6576,7 +6581,7 @@ class DiracService:
         return http_pool()
 
     def send(self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
-        """Return the answer to one request, whatever its status; BackendUnavailable where none came: it may have been heard all the same."""
+        """Return the answer to one request, whatever its status. Raises BackendUnavailable if none came; it may have been heard."""
         import urllib3
 
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
@@ -6596,7 +6601,7 @@ class DiracService:
         return (answer.status, {}) if answer.status in (400, 401) else (answer.status, self.meant(answer))
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Return what the answer to a call of the API says; DiracRefusal where DIRAC refuses, BackendUnavailable where it is to be asked again."""
+        """Return what an API call answers. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if it should be asked again."""
         token = self.login.token()
         text = None if body is None else json.dumps(body).encode()
         for _ in range(2):
@@ -6831,7 +6836,7 @@ class DiracExecutor:
                 self.kill(row)
 
     def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of our jobs with these values; BackendUnavailable also where somebody else is logged in now: his jobs are not ours."""
+        """Return the rows of our jobs with these values. Raises BackendUnavailable also if somebody else is logged in now."""
         now, note = self.service.login.owner(), self.data.path / "dirac-owner"
         known = note.read_text(encoding="utf-8") if note.exists() else ""
         if known and known != now:
@@ -6851,7 +6856,7 @@ class DiracExecutor:
     # -- watching --
 
     def look(self, numbers: Collection[int], at_once: bool = False) -> None:
-        """Ask DIRAC of these jobs, the watched ones and those that are being ended, unless it was asked a moment ago. BackendUnavailable."""
+        """Ask DIRAC about these jobs, the watched ones and those being killed, unless it was just asked. Raises BackendUnavailable."""
         with self.asking:
             now = self.clock.monotonic()
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
@@ -7019,7 +7024,7 @@ class DiracExecutor:
             return [str(pfn) for pfn in reversed(self.service.call("GET", f"/api/jobs/{number}/sandbox/output"))]
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs of a job into its folder, if they are not there: the exit file last, so that a crash is no harm. BackendUnavailable."""
+        """Bring a job's outputs into its folder, if they are not there: the exit file last, so that a crash does no harm."""
         if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
             return
         with self.lock:
@@ -11065,7 +11070,7 @@ def bound_output(client: Client, path: Path) -> None:
 
 
 class Measuring:
-    """A large work folder of an ended payload, which a thread of its own measures: `outcome` waits for `too_much`, None until it is known."""
+    """A large work folder of an ended payload, measured by a thread of its own: `outcome` waits for `too_much`, None until then."""
 
     def __init__(self, client: Client, job: Job, outcome: Outcome) -> None:
         self.outcome, self.too_much, self.left_out = outcome, cast("str | None", None), 0

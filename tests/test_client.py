@@ -38,6 +38,7 @@ from joborch import (
     end_tick,
     limit_tick,
     load_config,
+    recover_payloads,
     run_tick,
     sweep,
 )
