@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import MakeProcess
 from harness import clean_environment, free_port, from_source, open_program
-from test_states import HandClock
+from world import HandClock
 
 import joborch
 from joborch import ConfigError, JoborchError, Store

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_states import BOUNDED, tried
+from world import BOUNDED, tried
 
 import joborch
 from joborch import SERVICE_SETTINGS, SETTINGS, ConfigError, Setting, load_config

@@ -29,8 +29,7 @@ from grid import PARSE, DiracX, Pilot
 from harness import NOBODY_UID, Pair, download, free_port, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, changed, new_job, tried
+from world import BOUNDED, HandClock, changed, new_job, tried
 
 import joborch
 from joborch import (

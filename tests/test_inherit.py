@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import MakePair, MakeProcess
 from harness import NOBODY_UID, ROOT, Pair, download, from_source, open_program, partial, run_to_end, submit, wait_for, wait_status
-from test_doctor import doctor
-from test_files import data_fixture  # noqa: F401 - a fixture
+from world import doctor
 
 import joborch
 

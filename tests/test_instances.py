@@ -17,11 +17,7 @@ import requests
 from conftest import MakePair, MakeProcess
 from harness import ROOT, LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
 from proxy import Proxy
-from test_backups import command
-from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_seam import Site
-from test_two_clients import clients_of, held
+from world import Site, Yard, ask, clients_of, command, held
 
 from joborch import Cause, DataFolder, Job, Outcome, Status, end_tick, run_tick, take_for_ending
 

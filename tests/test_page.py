@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from test_client import Said, Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_http import desk_fixture  # noqa: F401 - a fixture
-from test_links import peer_fixture  # noqa: F401 - a fixture
-from test_server import Desk
-from test_states import tried
+from world import Desk, Said, Yard, ask, tried
 
 import joborch
 from joborch import JSON_TYPE, ROUTES, Gives, HttpError, Route, Status, openapi

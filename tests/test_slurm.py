@@ -21,9 +21,7 @@ from conftest import MakePair
 from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, need_backend, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from test_disk import reasons
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_states import HandClock, new_job
+from world import HandClock, new_job, reasons
 
 import joborch
 from joborch import (

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-MODULE = Path(__file__).resolve().parent.parent / "joborch.py"
+TESTS = Path(__file__).resolve().parent
+MODULE = TESTS.parent / "joborch.py"
 FUNCTION_LINES = 40
 SECTION_LINES = 600  # a mirror, not a law: a class is not cut in two to please a number
 STORE = {"Statements", "Store"}
@@ -227,6 +228,25 @@ RULES: list[Rule] = [
 def test_joborch_keeps_the_rule(rule: Rule) -> None:
     faults = rule(MODULE.read_text(encoding="utf-8"))
     assert not faults, "\n".join(["", *(f"{MODULE.name}:{fault}" for fault in faults)])
+
+
+def imported_tests(source: str) -> list[str]:
+    """The test files that a source imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(alias.name for alias in node.names)]
+    return [name for name in found if name.rpartition(".")[2].startswith("test_")]
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several of them share stands in world.py, conftest.py and harness.py."""
+    faults = {path.name: found for path in TESTS.glob("*.py") if (found := imported_tests(path.read_text(encoding="utf-8")))}
+    assert not faults
+    assert imported_tests("def f():\n    from test_a import b") == ["test_a"]
+    assert imported_tests("import os, tests.test_a\nfrom tests import test_b") == ["tests.test_a", "test_b"]
 
 
 # == The rules bite ==
