@@ -38,7 +38,6 @@ from joborch import (
     end_tick,
     limit_tick,
     load_config,
-    recover_payloads,
     run_tick,
     sweep,
 )

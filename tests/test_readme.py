@@ -21,19 +21,20 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from harness import ROOT, end_all_below
+from harness import ROOT, end_all_below, program_text
 from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
 
 sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
+from joborch_plugins import documents
 
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 GENERATED: Mapping[str, Callable[[], str]] = {
     "diagram": lambda: f"```mermaid\n{joborch.diagram()}\n```",
     "settings": joborch.settings_table,
-    "routes server": lambda: joborch.routes_table("server"),
-    "routes client": lambda: joborch.routes_table("client"),
+    "routes server": lambda: documents.routes_table("server"),
+    "routes client": lambda: documents.routes_table("client"),
 }
 REMEDY = "run: .venv-test/bin/python tests/test_readme.py --write"
 
@@ -201,7 +202,7 @@ def test_every_setting_and_command_is_named() -> None:
 
 def test_every_name_in_capitals_exists() -> None:
     """What the documents call a setting or a variable is one of the program or of the compose file."""
-    known = (ROOT / "joborch.py").read_text() + (ROOT / "docker-compose.yml").read_text()
+    known = program_text() + (ROOT / "docker-compose.yml").read_text()
     for document in DOCUMENTS:
         names = set(re.findall(r"\bJOBORCH_[A-Z_]+[A-Z]", document.read_text()))
         assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", known)] == [], document.name
