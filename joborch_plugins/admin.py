@@ -416,11 +416,11 @@ def free_port() -> int:
 
 
 def example_file(name: str) -> bytes:
-    """Return a file of the example, from the .pyz or from beside this module."""
+    """Return a file of the example, from the .pyz or from beside the program."""
     loader: Any = globals().get("__loader__")
     if hasattr(loader, "archive"):
         return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    beside = Path(__file__).parent
+    beside = Path(__file__).parent.parent
     installed = beside / "joborch_example" / name  # as pip puts it
     return (installed if installed.exists() else beside / "example" / name).read_bytes()
 
