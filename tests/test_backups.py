@@ -14,7 +14,8 @@ from history import gather, read_log
 from world import Desk, HandClock, command, new_job, tried
 
 import joborch
-from joborch import ConfigError, DataFolder, JoborchError, Status, Store, back_up, restore
+from joborch import ConfigError, DataFolder, JoborchError, Status, Store
+from joborch_plugins.admin import back_up, restore
 
 
 @pytest.fixture(name="desk")

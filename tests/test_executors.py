@@ -643,9 +643,10 @@ def test_what_is_not_listed_is_not_passed_on(environment: dict[str, str], own: s
 
 
 def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
-    config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
-    for name, make in joborch.EXECUTORS.items():
-        made = make(bench.data, config)
+    given = {"data_path": str(bench.data.path)}
+    for name in ("local", "slurm", "dirac"):
+        config = joborch.load_config("client", {**given, "executor": name}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
+        made = joborch.make_executor(bench.data, config)
         assert isinstance(made.is_batch, bool)
         for method in ("start", "find", "poll", "cancel", "collect", "end_orphans", "problem", "examine"):
             assert callable(getattr(made, method)), f"{name} lacks {method}"

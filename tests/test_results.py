@@ -29,6 +29,7 @@ from world import BOUNDED, Desk, Peer, Yard, ask, digest_of, new_folder, packed,
 
 import joborch
 from joborch import Cause, ResultLimits, Status, ZipPacker, fetch_tick
+from joborch_plugins import dirac
 
 MIB = 1 << 20
 MEMORY_MIB = 150
@@ -641,7 +642,7 @@ def test_an_archive_of_many_members_is_unpacked_up_to_the_limit(tmp_path: Path) 
                 member.size = len(inner.getvalue())
                 archive.addfile(member, io.BytesIO(inner.getvalue()))
     (tmp_path / "sandbox").write_bytes(outer.getvalue())
-    joborch.unpack_outputs(tmp_path, "x.tar.bz2", 0, ResultLimits(MIB, 100))
+    dirac.unpack_outputs(tmp_path, "x.tar.bz2", 0, ResultLimits(MIB, 100))
     assert 100 < len(list((tmp_path / "out/work").iterdir())) < 200
     outcome = joborch.read_exit(tmp_path / "out")
     assert outcome is not None and outcome.cause is Cause.LIMIT and "JOBORCH_MAX_RESULT_FILES" in outcome.reason
@@ -654,5 +655,5 @@ def test_a_sound_archive_of_the_grid_is_unpacked_whole(tmp_path: Path) -> None:
             archive.addfile(tarfile.TarInfo(f"work/{number}"), io.BytesIO())
     target.seek(0)
     with tarfile.open(fileobj=target, mode="r|*") as archive:
-        assert joborch.unpack(archive, tmp_path, 0, ResultLimits(MIB, 100)) == []
+        assert dirac.unpack(archive, tmp_path, 0, ResultLimits(MIB, 100)) == []
     assert len(list((tmp_path / "work").iterdir())) == 100

@@ -13,17 +13,7 @@ import pytest
 from world import Site, ask
 
 import joborch
-from joborch import (
-    BackendUnavailable,
-    CannotRun,
-    Cause,
-    ConfigError,
-    DataFolder,
-    Outcome,
-    Status,
-    SubmitRefused,
-    end_tick,
-)
+from joborch import BackendUnavailable, CannotRun, Cause, ConfigError, DataFolder, Outcome, Status, SubmitRefused, end_tick
 
 ALIVE = Outcome(True)
 
