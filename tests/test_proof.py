@@ -37,6 +37,7 @@ from harness import (
     form,
     form_type,
     free_port,
+    from_source,
     open_program,
     parse_answer,
     raw_exchange,
@@ -249,8 +250,8 @@ def test_files_are_compared_with_the_digest_in_the_head(client: Process) -> None
 
 @pytest.fixture(name="between")
 def between_fixture(make_pair: MakePair) -> Iterator[tuple[Pair, Between]]:
-    """A pair with somebody in between; the client is started."""
-    own = make_pair()
+    """A pair with somebody in between, where what failed is tried again soon; the client is started."""
+    own = make_pair(program=from_source(BACKOFF_FIRST_S=0.2))
     own.client.start()
     middle = Between(own.client)
     own.server.settings["SERVICE_EXAMPLE_CLIENTS"] = middle.url
