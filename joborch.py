@@ -54,7 +54,7 @@ import functools
 import grp
 import hashlib
 import hmac
-import importlib.util
+import importlib
 import io
 import ipaddress
 import itertools
@@ -95,7 +95,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
@@ -9303,14 +9303,26 @@ class Watch:
             self.known[descriptor] = (each, flags)
 
 
+DAY_S = 24 * 3600.0
+
+
 class Program:
     """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
 
+    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
+    archive: ClassVar[tuple[str, bytes, str] | None] = None
+
     def __init__(self) -> None:
-        archive = getattr(globals().get("__loader__"), "archive", None)  # perhaps a copy in memory: see build_zipapp.py
-        self.path = os.path.abspath(sys.argv[0] if archive else __file__)
-        self.digest = hashlib.sha256(Path(archive or __file__).read_bytes()).digest()
+        own = os.path.abspath(__file__)
+        self.path, self.digest, _ = self.archive or (own, hashlib.sha256(Path(own).read_bytes()).digest(), "")
+        self.copy = os.path.dirname(own) if self.archive and os.path.isfile(own) else None
         self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def keep_copy(self) -> None:
+        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
+        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
+            if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
+                os.utime(self.copy)
 
     def restart_needed(self) -> str:
         """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
@@ -9465,6 +9477,7 @@ def clean_tick(node: Node) -> bool:
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
     node.program.restart_needed()  # it is logged
+    node.program.keep_copy()
     node.data.keep_reserve()
     now, more = node.store.steady(), False
     for job in due_for_cleaning(node, now):
@@ -14097,13 +14110,25 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
 
 # == 42. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
 
-SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
+SWAGGER_FOLDER = "joborch_plugins/swagger-ui/"  # of joborch.pyz; elsewhere there is none
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
 SWAGGER_PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>joborch</title><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="stylesheet" href="swagger-ui.css"><link rel="icon" href="favicon-32x32.png"></head>
 <body><div id="swagger-ui"></div><script src="swagger-ui-bundle.js"></script><script src="start.js"></script></body>
+</html>
+"""
+ROUTES_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>joborch {mode}</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {{ font-family: sans-serif; margin: 2em; }} td {{ padding: 0.2em 1.5em 0.2em 0; vertical-align: top; }}</style></head>
+<body><h1>joborch {mode}</h1>
+<p>These are the routes. <a href="/api-docs/openapi.json">OpenAPI 3.1</a> describes their parameters and answers, for any viewer.
+joborch.pyz brings one of its own, Swagger UI; this copy of joborch comes without.</p>
+<table>
+{rows}
+</table></body>
 </html>
 """
 SWAGGER_START = 'SwaggerUIBundle({url: "/api-docs/openapi.json", dom_id: "#swagger-ui", validatorUrl: null});\n'
@@ -14113,10 +14138,10 @@ PAGE_HEADERS = {
 }
 
 
-def package_file(package: str, path: str) -> bytes:
-    """Return a file of an installed or packed package, without importing the package."""
-    spec: Any = importlib.util.find_spec(package)
-    return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
+def own_file(name: str) -> bytes:
+    """Return a file from beside this module: in joborch.pyz, its copy in the cache, or a folder. Raises OSError if there is none."""
+    loader: Any = __loader__  # type: ignore[name-defined]
+    return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), name)))
 
 
 def openapi(mode: str) -> dict[str, Any]:
@@ -14222,6 +14247,19 @@ def routes_table(mode: str) -> str:
     return "\n".join(rows)
 
 
+def routes_page(mode: str) -> str:
+    """Return the page that lists the routes, for a copy of joborch without Swagger UI."""
+    import bottle
+
+    rows = []
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = bottle.html_escape(re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path))
+            shown = f'<a href="{path}">{path}</a>' if declared.method == "GET" and "{" not in path else path
+            rows.append(f"<tr><td>{declared.method}</td><td>{shown}</td><td>{bottle.html_escape(declared.summary)}</td></tr>")
+    return ROUTES_PAGE.format(mode=mode, rows="\n".join(rows))
+
+
 @route(
     "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
 )
@@ -14245,7 +14283,12 @@ def swagger_slash(node: Node, request: Request) -> Answer:
 @route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
 def swagger_page(node: Node, request: Request) -> Answer:
     """Show Swagger UI, from inside this file: no other address is asked."""
-    return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
+    try:
+        own_file(SWAGGER_FOLDER + "LICENSE")
+        page = SWAGGER_PAGE
+    except OSError:
+        page = routes_page(node.config.mode)
+    return Answer(page.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
 
 
 SWAGGER_NAME = Parameter("name", "path", "string", "a file of Swagger UI", "swagger-ui.css", required=True)
@@ -14257,13 +14300,13 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     """Serve one file of Swagger UI."""
     if name == "start.js":
         return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
-    if name not in SWAGGER_FILES:
-        raise HttpError(404, "Swagger UI has no such file")
-    return Answer(
-        package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
-        200,
-        {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"},
-    )
+    try:
+        content = own_file(SWAGGER_FOLDER + name) if name in SWAGGER_FILES else None
+    except OSError:
+        content = None
+    if content is None:
+        raise HttpError(404, "Swagger UI has no such file, or is missing: joborch.pyz brings it")
+    return Answer(content, 200, {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"})
 
 
 # == 43. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
@@ -14608,13 +14651,11 @@ def free_port() -> int:
 
 
 def example_file(name: str) -> bytes:
-    """Return a file of the example, from the .pyz or from beside this module."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    beside = Path(__file__).parent
-    installed = beside / "joborch_example" / name  # as pip puts it
-    return (installed if installed.exists() else beside / "example" / name).read_bytes()
+    """Return a file of the example."""
+    try:
+        return own_file(f"joborch_example/{name}")  # as pip puts it
+    except OSError:
+        return own_file(f"example/{name}")
 
 
 class Demo:
@@ -15040,9 +15081,10 @@ def command_restore(config: Config, file: str) -> int:
 
 def bundled_packages() -> dict[str, str]:
     """Return the versions of the packages in use: of the .pyz, else those installed."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return dict(json.loads(loader.get_data(os.path.join(loader.archive, "bundled.json"))))
+    try:
+        return dict(json.loads(own_file("bundled.json")))
+    except OSError:
+        pass  # it runs from a checkout, or was installed with pip
     from importlib import metadata
 
     found = {}
