@@ -1,1 +1,1 @@
-"""What only some sites use: each module is imported when a setting or a command asks for it."""
+"""What only some sites or commands use: each module here is imported only when asked for."""
