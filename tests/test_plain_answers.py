@@ -26,7 +26,6 @@ from conftest import MakePair, MakeProcess
 from harness import (
     ENDED,
     NOBODY_UID,
-    ROOT,
     SOURCE,
     LinkCaller,
     Pair,
@@ -756,24 +755,3 @@ def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: P
     assert question not in doctor_says(tmp_path, "server", **path)[1]
     client = make_process("client", dict(path)).start()
     wait_for(lambda: question in client.log)
-
-
-def test_demo_of_an_installed_copy(tmp_path: Path) -> None:
-    """The example is packaged: as setuptools builds it, from a copy of the sources."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    for name in ("joborch.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for folder in ("example", "joborch_plugins"):
-        shutil.copytree(ROOT / folder, source / folder)
-    text = (source / "pyproject.toml").read_text()  # an older setuptools than it asks for knows no licence of PEP 639
-    (source / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", text, flags=re.MULTILINE))
-    build = "from setuptools import setup; setup()"
-    command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(site)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=100)
-    if "No module named 'setuptools'" in done.stderr:
-        pytest.skip("there is no setuptools")
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(site / "joborch.py"), "demo"]
-    demo = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert (demo.returncode, "downloaded the result" in demo.stdout) == (0, True), demo.stdout + demo.stderr
