@@ -44,7 +44,6 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import errno
 import fcntl
 import fnmatch
@@ -60,7 +59,6 @@ import json
 import logging
 import math
 import os
-import platform
 import pwd
 import re
 import reprlib
@@ -81,7 +79,6 @@ import termios
 import threading
 import time
 import types
-import uuid
 import weakref
 import zipfile
 import zlib
@@ -96,7 +93,7 @@ from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoRet
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
-    sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
@@ -381,6 +378,8 @@ def http_pool(**options: Any) -> urllib3.PoolManager:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -406,6 +405,13 @@ PLUGIN_API: tuple[str, ...] = (
     "sync_file_system", "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit",
     "wrapper_text", "write_atomic",
 )  # fmt: skip
+
+
+def new_uuid() -> str:
+    """Return a random UUID."""
+    import uuid
+
+    return str(uuid.uuid4())
 
 
 def own_file(name: str) -> bytes:
@@ -1199,6 +1205,8 @@ def nearest_suffix(name: str) -> str:
     """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
     suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
     tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
+    import difflib
+
     scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
     best = max(scores, key=lambda suffix: scores[suffix])
     return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
@@ -10339,6 +10347,8 @@ def nearest_path(mode: str, path: str) -> str:
     """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
     first, *rest = path.strip("/").split("/")
     known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    import difflib
+
     for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
         meant = "/" + "/".join([close, *rest])
         if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
@@ -11388,7 +11398,7 @@ def upload(server: Server, request: Request) -> Answer:
     key = request.header("Idempotency-Key").strip()
     if len(key) > 255 or not key.isprintable():
         raise HttpError(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
-    job_uuid = str(uuid.uuid4())
+    job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
         form = request.read_form(folder)
@@ -11939,7 +11949,7 @@ def new_payload(request: Request) -> NewJob:
     if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
         raise HttpError(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
     return NewJob(
-        uuid=job_uuid or str(uuid.uuid4()),
+        uuid=job_uuid or new_uuid(),
         user_id=whole_header(request, "X-Joborch-User"),
         service=one_line(unquote_to_bytes(request.header("X-Joborch-Service")).decode("utf-8", "replace"), 200) or None,
         cpus=whole_header(request, "X-Joborch-Cpus") or 1,
@@ -12726,7 +12736,7 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed te
 
 def import_what_will_be_needed(config: Config) -> None:
     """Import before we listen: a newer release may take the place of these files while the process runs."""
-    names = ["multipart"] if config.mode == "client" else ["multipart", "urllib3"]
+    names = ["difflib", "multipart", "uuid", *(["urllib3"] if config.mode == "server" else [])]
     for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
@@ -12849,6 +12859,8 @@ def bundled_packages() -> dict[str, str]:
 
 def command_version(as_json: bool) -> int:
     """Print the versions of all that runs here."""
+    import platform
+
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
     print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
     return EXIT_DONE
@@ -12887,8 +12899,8 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def make_parser() -> Parser:
-    """Return the command line's parser: words, flags of every setting, and an example each."""
+def make_parser(argv: Sequence[str] | None = None) -> Parser:
+    """Return the command line's parser: words, flags of every setting, and an example each. Words that `argv` lacks get no flags."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         "joborch",
@@ -12912,6 +12924,8 @@ def make_parser() -> Parser:
         word = words.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}"
         )
+        if argv is not None and name not in argv:
+            continue
         if name in ("backup", "restore"):
             word.add_argument("file", metavar="FILE", help="the backup")
         if name in ("server", "client", "config", "doctor", "backup", "restore"):
@@ -12962,7 +12976,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line as argparse reads it; SystemExit with one line if it cannot be meant."""
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     if not arguments.command:
         if rest:

@@ -19,6 +19,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(2)
 
 import ctypes
+import gc
 import os
 
 if __name__ == "__main__":
@@ -308,8 +309,10 @@ def main() -> int:
         return 0
     path = os.path.abspath(os.path.dirname(__file__))
     archive = choose_copy(path) if os.path.isfile(path) else None  # else it was unpacked by hand
+    gc.disable()  # hardly anything of what an import makes is garbage: looking for it would take a tenth of the time
     import joborch
 
+    gc.enable()
     joborch.Program.archive = archive
     return joborch.main()
 
