@@ -12747,6 +12747,8 @@ def serve(config: Config) -> int:
     close_at_exec()
     set_up_logging(config)
     bound_memory()
+    if Program.archive and Program.archive[2]:
+        log.info("starts take longer than they need, because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
     for warning in config.warnings:
         log.warning("%s", warning)
     warn_of_weak_setups(config)
