@@ -1710,8 +1710,7 @@ def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
 # -- where --
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """The first queued job of a user who is under quota: what a service could run next."""
 
     service: str
@@ -1721,8 +1720,7 @@ class Candidate:
     timeout: float | None = None  # seconds
 
 
-@dataclass(frozen=True)
-class ServiceQueue:
+class ServiceQueue(NamedTuple):
     """The heads of one service in the order of their turns, who serves it, and how much of it runs."""
 
     service: str
@@ -1732,8 +1730,7 @@ class ServiceQueue:
     heads: Iterable[Candidate]
 
 
-@dataclass(frozen=True)
-class ClientCapacity:
+class ClientCapacity(NamedTuple):
     """A client that takes jobs now, as the scheduler sees it."""
 
     name: str
@@ -1773,8 +1770,7 @@ class ClientCapacity:
         return (-self.free, self.load, -self.failed_s_ago, self.name)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What runs at a client, and when its time limit ends it."""
 
     cpus: int
@@ -1782,8 +1778,7 @@ class Run:
     ends_at: float  # steady; infinity where it has no limit
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """What is kept free at a client for a wide job: all of it until then, but for what is to spare."""
 
     until: float  # steady; when it can begin at the latest, infinity where nobody knows
@@ -1849,8 +1844,7 @@ def choose(
 # -- why --
 
 
-@dataclass(frozen=True)
-class QueueFacts:
+class QueueFacts(NamedTuple):
     """The figures that decide about one queued job."""
 
     runs_of_user: int
@@ -1947,8 +1941,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
 # == 6. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
 
     path: str
@@ -2978,8 +2971,7 @@ class BrokenArchive(JoborchError):
         self.number = number
 
 
-@dataclass(frozen=True)
-class ResultLimits:
+class ResultLimits(NamedTuple):
     """How much a result may hold: bytes of its files (holes count, too), files and links (run.sh does not count), half as many folders."""
 
     size_bytes: int = 2**62
@@ -5905,8 +5897,7 @@ def link_key(token: str) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """One request of a server, and what it and its answer are proven with."""
 
     key: bytes
@@ -6138,8 +6129,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """An output stream as it is kept: all that the script wrote up to `limit` bytes, else the first and last half of the limit."""
 
     size: int
@@ -9011,8 +9001,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
 # == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
-@dataclass(frozen=True)
-class QueueInfo:
+class QueueInfo(NamedTuple):
     """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
 
     waiting_for: str | None = None
@@ -9530,7 +9519,7 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
         return client.measurings[job.id].too_much, client.measurings[job.id].left_out
-    quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
+    quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
     if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, outcome)
@@ -10024,8 +10013,7 @@ def is_small(folder: int) -> bool:
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls, and what proves it: token, unix socket, same user, anonymous or link."""
 
     name: str
@@ -10168,8 +10156,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One thing that a route takes: where it stands, its JSON type, and what it means."""
 
     name: str
@@ -10184,8 +10171,7 @@ class Parameter:
     pattern: str = ""  # of a string
 
 
-@dataclass(frozen=True)
-class Gives:
+class Gives(NamedTuple):
     """One answer of a route: what it means, its content type ("" for none) and a real example."""
 
     meaning: str
