@@ -386,7 +386,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-# == 2. Settings ==  One table declares every setting; flags, environment, help and messages all come from it.
+# == 2. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
 
 
 def read_text(text: str) -> str:
@@ -577,14 +577,15 @@ def read_sbatch_words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its environment name, the field of Config or Service it fills, how it is read, and what it means."""
+    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
 
     name: str
     field: str
     read: Callable[[str], Any]
     default: str  # as a person would write it; "" means none
     help: str
-    modes: str = "server client"
+    modes: str  # who uses it: "server", "client" or both
+    plugin: str = ""  # the plug-in that uses it; "" means the program itself
     secret: bool = False
 
     @property
@@ -593,280 +594,21 @@ class Setting:
         return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("PORT", "port", read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)"),
-    Setting("JOBORCH_HOST", "host", read_text, DEFAULT_HOSTS, "addresses to listen on, commas between"),
-    Setting("DATA_PATH", "data_path", read_text, "", "folder for files (default: the user's data folder)"),
-    Setting("DB_PATH", "db_path", read_text, "", "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets"),
-    Setting(
-        "MAX_AGE",
-        "max_age_s",
-        read_seconds,
-        "172800",
-        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long",
-    ),
-    Setting(
-        "JOBORCH_TOKEN",
-        "token",
-        read_token,
-        "",
-        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
-        secret=True,
-    ),
-    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token; a client makes it if there is none"),
-    Setting(
-        "JOBORCH_ALLOW_ANONYMOUS",
-        "allow_anonymous",
-        read_switch,
-        "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then",
-    ),
-    Setting(
-        "JOBORCH_ALLOW_FROM",
-        "allow_from",
-        read_networks,
-        "",
-        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8",
-    ),
-    Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
-    Setting(
-        "JOBORCH_SOCKET",
-        "socket_file",
-        read_text,
-        "",
-        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)",
-        "server",
-    ),
-    Setting("JOBORCH_SOCKET_MODE", "socket_mode", read_mode, "0600", "mode of the Unix socket: who may open it may call", "server"),
-    Setting(
-        "JOBORCH_SLOTS",
-        "slots",
-        read_positive,
-        "",
-        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_MEMORY", "memory_bytes", read_bytes, "", "memory that payloads may ask for together (default: the machine's)", "client"
-    ),
-    Setting(
-        "JOBORCH_EXECUTOR",
-        "executor",
-        one_of("local", "slurm", "dirac"),
-        "local",
-        "what runs the payloads: local, slurm or dirac",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_PASS_ENV",
-        "pass_env",
-        read_names,
-        "",
-        "further variables that scripts get from the client's environment: names with commas between, * for any characters",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_BATCH_INTERVAL",
-        "batch_interval_s",
-        read_period,
-        "10",
-        "seconds between two questions to a batch system: one for all jobs",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_VANISH_GRACE",
-        "vanish_grace_s",
-        read_seconds,
-        "120",
-        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for",
-        "client",
-    ),
-    Setting("JOBORCH_DIRAC_URL", "dirac_url", read_url, "", "DiracX's address, as in https://dirac.example.org", "client"),
-    Setting(
-        "JOBORCH_DIRAC_CREDENTIALS",
-        "dirac_credentials",
-        read_text,
-        "~/.cache/diracx/credentials.json",
-        "the file that `dirac login` writes",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_DIRAC_QUIET",
-        "dirac_quiet_s",
-        read_seconds,
-        "45m",
-        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)",
-        "client",
-    ),
-    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
-    Setting("JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail"),
-    Setting(
-        "JOBORCH_RUN_INTERVAL",
-        "run_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the runner sleeps at most when nothing wakes it",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_SEND_INTERVAL",
-        "send_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the sender sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_GET_INTERVAL",
-        "get_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the getter sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_SHARE_HALF_LIFE",
-        "share_half_life_s",
-        read_period,
-        "6h",
-        "policy share: after so long, half of what a user has used is forgotten",
-        "server",
-    ),
-    Setting("JOBORCH_AGEING", "ageing_s", read_period, "60", "policy priority: seconds of waiting that count as one point", "server"),
-    Setting("JOBORCH_WEIGHTS", "weights", read_weights, "", "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", "server"),
-    Setting(
-        "JOBORCH_MAX_QUEUED_PER_USER",
-        "max_queued_per_user",
-        read_positive,
-        "10000",
-        "jobs of one user that may be queued at once",
-        "server",
-    ),
-    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
-    Setting(
-        "JOBORCH_KEEP_FETCHED",
-        "keep_fetched_s",
-        read_seconds,
-        "10m",
-        "how long a client keeps files after a server has confirmed that it holds the result",
-        "client",
-    ),
-    Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
-    Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
-    Setting(
-        "JOBORCH_MAX_RESULT",
-        "max_result_bytes",
-        read_bytes,
-        "10G",
-        "largest result: bytes of the files that a script leaves, holes included",
-    ),
-    Setting(
-        "JOBORCH_MAX_RESULT_FILES",
-        "max_result_files",
-        read_positive,
-        "200000",
-        "most files and links in a result, with half as many folders",
-    ),
-    Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
-    Setting(
-        "JOBORCH_CA_FILE",
-        "ca_file",
-        read_text,
-        "",
-        "certificates (PEM) that https clients are checked by, instead of the system's",
-        "server",
-    ),
-    Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
-    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level: debug, info, warning or error"),
-    Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
-)
-
-SERVICE_SETTINGS: tuple[Setting, ...] = (
-    Setting("UPLOAD_URL", "upload_url", read_text, "", "where a client takes payloads, as in http://host:9000/submit", "server"),
-    Setting("DOWNLOAD_URL", "download_url", read_text, "", "where it hands out results, as in http://host:9000/retrieve", "server"),
-    Setting("TERMINATE_URL", "terminate_url", read_text, "", "where it ends payloads, as in http://host:9000/kill", "server"),
-    Setting(
-        "CLIENTS",
-        "clients",
-        read_text,
-        "",
-        "base URLs separated by commas: the short form of the three, and the way to name several",
-        "server",
-    ),
-    Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
-    Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
-    Setting(
-        "PEER",
-        "peer",
-        one_of("joborch", "2.2"),
-        "",
-        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)",
-        "server",
-    ),
-    Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
-    Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
-    Setting(
-        "POLICY",
-        "policy",
-        one_of("share", "fifo", "priority"),
-        "share",
-        "who is next: least use, first come, or highest priority with ageing",
-        "server",
-    ),
-    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit in seconds (default: none)", "server"),
-    Setting(
-        "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
-    ),
-    Setting(
-        "RETURN_INPUTS", "return_inputs", read_switch, "1", "0: inputs that the script left unchanged stay out of the result", "server"
-    ),
-    Setting(
-        "UNREACHABLE_AFTER",
-        "unreachable_after_s",
-        read_period,
-        "24h",
-        "how long jobs wait while no client of the service answers at all",
-        "server",
-    ),
-    Setting(
-        "LOST_AFTER",
-        "lost_after_s",
-        read_period,
-        "3600",
-        "seconds that a client may be silent before its jobs get a new attempt",
-        "server",
-    ),
-    Setting(
-        "PRELUDE",
-        "prelude",
-        read_line,
-        "",
-        "a line of bash that runs before each script, in a login shell, as in module load gcc",
-        "client",
-    ),
-    Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
-    Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
-    Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
-    Setting("SLURM_CONSTRAINT", "slurm_constraint", read_word, "", "sbatch --constraint, as in gpu", "client"),
-    Setting("SLURM_GRES", "slurm_gres", read_word, "", "sbatch --gres, as in gpu:1", "client"),
-    Setting(
-        "SLURM_TIME",
-        "slurm_time_s",
-        read_period,
-        "",
-        "time limit of jobs that name none, as in 90m or 24h",
-        "client",
-    ),
-    Setting("SLURM_ARGS", "slurm_args", read_sbatch_words, "", "further options of sbatch, as in --nice=100 --exclusive", "client"),
-    Setting("DIRAC_SITE", "dirac_site", read_text, "", "sites with commas between, as in LCG.CERN.ch", "client"),
-    Setting("DIRAC_TAGS", "dirac_tags", read_text, "", "tags with commas between, as in GPU", "client"),
-    Setting("DIRAC_CPU_TIME", "dirac_cpu_time_s", read_period, "", "CPU time (default: a job's timeout times its cpus)", "client"),
-    Setting("DIRAC_PLATFORM", "dirac_platform", read_text, "", "platform, as DIRAC names it", "client"),
-    Setting("DIRAC_JDL", "dirac_jdl", read_text, "", 'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', "client"),
-)
+BOTH = "server client"
 
 
-# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
+def setting(
+    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
+) -> T:
+    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
+    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
+    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
+
+
+def settings_of(owner: type) -> tuple[Setting, ...]:
+    """Return the settings that are declared as fields of a dataclass."""
+    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
+    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
 
 
 @dataclass(frozen=True)
@@ -885,90 +627,81 @@ class Address:
         return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
 
 
-@dataclass(frozen=True)
-class Service:
-    """A service: who runs its jobs, and the limits for them."""
-
-    name: str
-    addresses: tuple[Address, ...]
-    token: str
-    runs_per_user: int
-    max_runs: int
-    policy: str
-    timeout_s: float | None
-    retries: int
-    return_inputs: bool
-    unreachable_after_s: float
-    lost_after_s: float
-    token_file: str = ""
-    peer: str = "joborch"  # or 2.2: its clients need not prove who they are
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
-
-    slurm_partition: str = ""
-    slurm_account: str = ""
-    slurm_qos: str = ""
-    slurm_constraint: str = ""
-    slurm_gres: str = ""
-    slurm_time_s: float | None = None
-    slurm_args: tuple[str, ...] = ()
-    dirac_site: str = ""
-    dirac_tags: str = ""
-    dirac_cpu_time_s: float | None = None
-    dirac_platform: str = ""
-    dirac_jdl: str = ""
-    prelude: str = ""
-
-
+# fmt: off
 @dataclass(frozen=True)
 class Config:
     """Every effective setting of one process, and where each came from."""
 
     mode: str
-    port: int
-    host: str
-    data_path: str
-    db_path: str
-    max_age_s: float
-    token: str
-    token_file: str
-    allow_anonymous: bool
-    allow_from: tuple[Network, ...]
-    hosts: str
-    socket_file: str
-    socket_mode: str
-    slots: int
-    memory_bytes: int
-    executor: str
-    pass_env: tuple[str, ...]
-    batch_interval_s: float
-    vanish_grace_s: float
-    dirac_url: str
-    dirac_credentials: str
-    dirac_quiet_s: float
-    kill_grace_s: float
-    log_limit_bytes: int
-    run_interval_s: float
-    send_interval_s: float
-    get_interval_s: float
-    share_half_life_s: float
-    ageing_s: float
-    weights: Mapping[int, float]
-    max_queued_per_user: int
-    clean_interval_s: float
-    keep_fetched_s: float
-    keep_rows_s: float
-    max_upload_bytes: int
-    max_result_bytes: int
-    max_result_files: int
-    min_free_bytes: int
-    ca_file: str
-    compat: str
-    log_level: str
-    log_format: str
+    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
+    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
+    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
+    db_path: str = setting("DB_PATH", BOTH, read_text, "",
+        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
+    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
+        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
+    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
+        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
+    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
+    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
+        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
+    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
+        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
+    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
+    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
+        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
+    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
+    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
+        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
+    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
+        "memory that payloads may ask for together (default: the machine's)", unset=0)
+    executor: str = setting("JOBORCH_EXECUTOR", "client", one_of("local", "slurm", "dirac"), "local",
+        "what runs the payloads: local, slurm or dirac")
+    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
+        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
+    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
+        "seconds between two questions to a batch system: one for all jobs")
+    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
+        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
+    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
+        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
+    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
+        "the file that `dirac login` writes", plugin="dirac")
+    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
+        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
+    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
+    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
+        "how much of each output stream is kept: its head and its tail")
+    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
+        "seconds that the runner sleeps at most when nothing wakes it")
+    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
+        "seconds that the sender sleeps at most when nothing wakes it")
+    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
+        "seconds that the getter sleeps at most when nothing wakes it")
+    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
+        "policy share: after so long, half of what a user has used is forgotten")
+    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
+    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
+        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
+    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
+        "jobs of one user that may be queued at once")
+    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
+    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result")
+    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
+    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
+    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
+        "largest result: bytes of the files that a script leaves, holes included")
+    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
+        "most files and links in a result, with half as many folders")
+    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
+    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
+        "certificates (PEM) that https clients are checked by, instead of the system's")
+    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
+        "2.2: GET /download/ID answers as the reference's 2.2 does")
+    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
+        "log level: debug, info, warning or error")
+    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
     services: Mapping[str, Service] = field(default_factory=dict)
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -978,6 +711,68 @@ class Config:
     def batch_options(self, service: str | None) -> BatchOptions:
         """Return what a batch system is asked for the jobs of a service."""
         return self.batch.get((service or "").lower(), BatchOptions())
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
+
+    name: str
+    addresses: tuple[Address, ...]  # its clients, from the first four settings
+    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
+    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
+    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
+    clients: str = setting("CLIENTS", "server", read_text, "",
+        "base URLs separated by commas: the short form of the three, and the way to name several")
+    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
+    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
+    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
+    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
+    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
+    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
+        "who is next: least use, first come, or highest priority with ageing")
+    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
+    retries: int = setting("RETRIES", "server", read_whole, "2",
+        "further attempts after an infrastructure failure; never after the script's own")
+    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
+        "0: inputs that the script left unchanged stay out of the result")
+    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
+        "how long jobs wait while no client of the service answers at all")
+    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
+        "seconds that a client may be silent before its jobs get a new attempt")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
+
+    prelude: str = setting("PRELUDE", "client", read_line, "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc")
+    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
+    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
+    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
+    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
+    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
+    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
+        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
+    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_sbatch_words, "",
+        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
+    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
+    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
+    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
+        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
+    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
+    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
+        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
+# fmt: on
+
+
+SETTINGS = settings_of(Config)
+SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
+
+
+# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
 
 
 QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
@@ -1044,20 +839,20 @@ def client_address(base_url: str) -> Address:
     return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
 
 
-def reference_address(name: str, values: Mapping[str, Any]) -> Address | None:
+def reference_address(service: Service) -> Address | None:
     """Return the client named by the reference's three URLs, or None where none is set."""
-    urls = [str(values[key] or "").rstrip("/") for key in ("upload_url", "download_url", "terminate_url")]
-    if not urls[0]:
-        if any(urls):
-            raise ConfigError(f"SERVICE_{name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
+    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
+    if not first:
+        if any(others):
+            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
         return None
-    base, _, last = urls[0].rpartition("/")
+    base, _, last = first.rpartition("/")
     base = base if last == "submit" else ""
-    if not base and not all(urls):
+    if not base and not all(others):
         raise ConfigError(
-            f"SERVICE_{name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
         )
-    return Address(urls[0], urls[1] or base + "/retrieve", urls[2] or base + "/kill", base)
+    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
 
 
 def check_url(url: str, shown_name: str) -> None:
@@ -1094,33 +889,35 @@ def token_in_file(mode: str, path: str) -> str:
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
+def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
+    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
+
+
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
     """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
-    values: dict[str, Any] = {
-        setting.field: read_setting(setting, texts.get(setting.name) or setting.default, prefix + setting.name)
-        if texts.get(setting.name) or setting.default
-        else None
-        for setting in SERVICE_SETTINGS
-        if setting.modes == "server"
-    }
-    bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
-    first = reference_address(name, values)
-    addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
+    service = Service(name, (), **read_settings(texts, prefix))
+    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
+    first = reference_address(service)
     for base in bases:
         check_url(base, prefix + "CLIENTS")
     for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
         check_url(url, prefix + setting)
-    if not addresses and name == "example":
-        addresses = (client_address(EXAMPLE_CLIENT_URL),)
-    if not addresses:
+    if not first and not bases and name == "example":
+        bases = [EXAMPLE_CLIENT_URL]
+    if not first and not bases:
         raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token, values["token_file"] = str(values["token"] or ""), values["token_file"] or ""
-    if not token and values["token_file"]:
-        token = read_token_file(values["token_file"], prefix + "TOKEN_FILE")
-    values["peer"] = values["peer"] or ("2.2" if first and not bases and not token else "joborch")
-    taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
-    return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
+    token = service.token
+    if not token and service.token_file:
+        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
+    return dataclasses.replace(
+        service,
+        addresses=(*([first] if first else []), *map(client_address, bases)),
+        token=token,
+        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
+    )
 
 
 def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
@@ -1135,19 +932,13 @@ def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, di
 
 def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
     """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
-    options = {}
-    for name, texts in texts_of_services(environment, "client").items():
-        settings = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
-        values = {each.field: read_setting(each, texts[each.name], f"SERVICE_{name.upper()}_{each.name}") for each in settings}
-        options[name] = BatchOptions(**values)
-    return options
+    found = texts_of_services(environment, "client").items()
+    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
 
 
 def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
     """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
-    texts = texts_of_services(environment, "server")
-    if not texts:
-        texts = {"example": {}}
+    texts = texts_of_services(environment, "server") or {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
@@ -1210,16 +1001,19 @@ def default_folder(kind: str) -> str:
     return folder
 
 
-def fill_defaults(values: dict[str, Any], mode: str) -> None:
+def with_defaults(config: Config) -> Config:
     """Fill in the values that depend on the machine, the mode or each other."""
-    for name, empty in (("weights", {}), ("allow_from", ()), ("pass_env", ())):
-        values[name] = values[name] or empty
-    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
-    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
-    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
-    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
-    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
-    values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
+    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
+    db_path = config.db_path or os.path.join(data_path, "joborch.db")
+    return dataclasses.replace(
+        config,
+        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
+        data_path=data_path,
+        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
+        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
+        memory_bytes=config.memory_bytes or machine_memory_bytes(),
+        token=config.token or token_in_file(config.mode, config.token_file),
+    )
 
 
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
@@ -1227,35 +1021,25 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
 
     `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
     """
-    from_file = read_env_file(arguments["env_file"] or "") if arguments.get("env_file") else {}
-    merged = {**from_file, **{name: text for name, text in environment.items() if text}}
+    env_file = arguments.get("env_file") or ""
+    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
+    given = {name: text for name, text in environment.items() if text}
+    merged = {**from_file, **given}
+    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
+    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     for setting in SETTINGS:
-        given = arguments.get(setting.field)
-        if given:
-            text, sources[setting.name] = given, f"flag {setting.flag}"
-        elif environment.get(setting.name):
-            text, sources[setting.name] = environment[setting.name], "environment"
-        elif from_file.get(setting.name):
-            text, sources[setting.name] = from_file[setting.name], "--env-file"
-        else:
-            text, sources[setting.name] = setting.default, "default"
-        shown = setting.flag if given else setting.name
-        values[setting.field] = read_setting(setting, text, shown) if text else ""
-    fill_defaults(values, mode)
-    values["env_file"] = arguments.get("env_file") or ""
-    values["token"] = values["token"] or token_in_file(mode, values["token_file"])
+        flag = arguments.get(setting.field)
+        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
+        if flag or setting.name in merged:
+            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
+    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
-    for name in filter(lambda name: split_service_name(name.upper()), merged):
-        sources[name.upper()] = "environment" if name in environment else "--env-file"
-    warnings = unknown_names(merged) + unasked_units(arguments, merged)
-    if any(dataclasses.replace(options, prelude="") != BatchOptions() for options in batch.values()) and values["executor"] == "local":
-        warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
-    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
+    config = dataclasses.replace(config, services=services, batch=batch)
     check_config(config)
-    return dataclasses.replace(config, warnings=(*warnings, *access_warnings(config)))
+    warnings = (*unknown_names(merged), *unasked_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    return dataclasses.replace(config, warnings=warnings)
 
 
 def check_certificates(path: str) -> None:
@@ -1285,6 +1069,13 @@ def check_config(config: Config) -> None:
             f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
             "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
         )
+
+
+def batch_warnings(config: Config) -> Iterator[str]:
+    """Yield a warning if services have settings of a plug-in that this client does not use."""
+    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
+    if config.executor == "local" and any(setting.plugin for setting in given):
+        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
 
 
 def access_warnings(config: Config) -> Iterator[str]:
@@ -14930,27 +14721,27 @@ def shown_value(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
+def masked(setting: Setting, value: Any) -> str:
+    """Return a setting's value as a person would write it; a secret is masked."""
+    return "***" if setting.secret and value else shown_value(value)
+
+
 def config_rows(config: Config) -> list[tuple[str, str, str]]:
     """Return (name, value, source) of every effective setting; secrets are masked."""
-    rows = []
-    for setting in SETTINGS:
-        if config.mode in setting.modes.split():
-            value = getattr(config, setting.field)
-            rows.append((setting.name, "***" if setting.secret and value else shown_value(value), setting.name))
+    rows = [(each.name, masked(each, getattr(config, each.field))) for each in SETTINGS if config.mode in each.modes.split()]
     for service in config.services.values():
-        prefix = f"SERVICE_{service.name.upper()}_"
         urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
-        shown = {"CLIENTS": urls, "TOKEN": "***" if service.token else ""}
-        for setting in SERVICE_SETTINGS:
-            if setting.name in shown or hasattr(service, setting.field):
-                name = prefix + setting.name
-                rows.append((name, shown.get(setting.name) or shown_value(getattr(service, setting.field, "")), name))
+        for setting in settings_of(Service):
+            if not setting.name.endswith("_URL"):  # CLIENTS shows them
+                value = urls if setting.name == "CLIENTS" else masked(setting, getattr(service, setting.field))
+                rows.append((f"SERVICE_{service.name.upper()}_{setting.name}", value))
     for owner, options in sorted(config.batch.items()):
-        for setting in SERVICE_SETTINGS:
-            if getattr(options, setting.field, None):
-                name, value = f"SERVICE_{owner.upper()}_{setting.name}", getattr(options, setting.field)
-                rows.append((name, shlex.join(value) if isinstance(value, tuple) else shown_value(value), name))
-    return [(name, value, config.sources.get(key, "default")) for name, value, key in rows]
+        given = [(setting, getattr(options, setting.field)) for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
+        rows += [
+            (f"SERVICE_{owner.upper()}_{setting.name}", shlex.join(value) if isinstance(value, tuple) else shown_value(value))
+            for setting, value in given
+        ]
+    return [(name, value, config.sources.get(name, "default")) for name, value in rows]
 
 
 def command_config(config: Config, as_json: bool) -> int:
