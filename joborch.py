@@ -3215,64 +3215,7 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
 
 SCHEMA_VERSION = 4
 
-AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
-CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
-CREATE INDEX jobs_unsynced ON jobs(id)
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-"""
-
-ENDED_AS_INDEX = """CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-"""
-
-QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
- WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
-CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-"""
-
-TURN_TABLES = """CREATE TABLE contenders (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    at_quota INTEGER NOT NULL,
-    rank REAL NOT NULL,
-    head INTEGER NOT NULL,
-    cpus INTEGER NOT NULL,
-    memory INTEGER,
-    timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX contenders_turn ON contenders(service, at_quota, rank, head);
-CREATE TABLE usage (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    used REAL NOT NULL,
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX usage_user ON usage(user_id);
-CREATE TABLE pace (
-    service TEXT PRIMARY KEY,
-    level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
-CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (
-    on_id INTEGER NOT NULL,
-    job_id INTEGER NOT NULL,
-    PRIMARY KEY (on_id, job_id)
-) WITHOUT ROWID;
-CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
-INSERT INTO turns_made VALUES ('', 0);
-"""
-
-SCHEMA = (
-    """
+SCHEMA = """
 BEGIN;
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3326,7 +3269,18 @@ CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@QUEUES@@AGES@@ENDED_AS@CREATE TABLE history (
+CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
+ WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
+CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
+CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
+CREATE INDEX jobs_unsynced ON jobs(id)
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+CREATE TABLE history (
     job_id INTEGER NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
@@ -3350,7 +3304,44 @@ CREATE TABLE attempts (
     cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-@TURNS@CREATE TABLE heartbeat (
+CREATE TABLE contenders (
+    service TEXT NOT NULL,
+    user_id INTEGER NOT NULL,
+    at_quota INTEGER NOT NULL,
+    rank REAL NOT NULL,
+    head INTEGER NOT NULL,
+    cpus INTEGER NOT NULL,
+    memory INTEGER,
+    timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX contenders_turn ON contenders(service, at_quota, rank, head);
+CREATE TABLE usage (
+    service TEXT NOT NULL,
+    user_id INTEGER NOT NULL,
+    used REAL NOT NULL,
+    runs INTEGER NOT NULL,
+    mean_s REAL NOT NULL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX usage_user ON usage(user_id);
+CREATE TABLE pace (
+    service TEXT PRIMARY KEY,
+    level REAL NOT NULL, -- not used any more
+    runs INTEGER NOT NULL,
+    mean_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
+CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE dependencies (
+    on_id INTEGER NOT NULL,
+    job_id INTEGER NOT NULL,
+    PRIMARY KEY (on_id, job_id)
+) WITHOUT ROWID;
+CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+INSERT INTO turns_made VALUES ('', 0);
+CREATE TABLE heartbeat (
     at REAL NOT NULL,
     instance TEXT NOT NULL,
     boot TEXT NOT NULL DEFAULT '',
@@ -3360,43 +3351,10 @@ CREATE TABLE attempts (
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
 PRAGMA user_version = 4;
 COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES)
-    .replace("@AGES@", AGE_INDEXES)
-    .replace("@ENDED_AS@", ENDED_AS_INDEX)
-    .replace("@TURNS@", TURN_TABLES)
-)
+"""
 
-# From each version of the schema to the next.
+# From each version of the schema that was released to the next. 0.1.0 made version 3.
 MIGRATIONS = {
-    1: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN inputs_sha256 TEXT;
-ALTER TABLE history ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
-ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN steady REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET moved_at = coalesce(ended_at, started_at, created_at);
-UPDATE history SET seq = at * 1000000;
-DROP INDEX jobs_ended;
-DROP INDEX jobs_cleaned;
-@AGES@PRAGMA user_version = 2;
-COMMIT;
-""".replace("@AGES@", AGE_INDEXES),
-    2: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN after_ids TEXT NOT NULL DEFAULT '';
-ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN arrived_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN charged REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET arrived_at = created_at;
-DROP TABLE eligible;
-DROP INDEX jobs_queued;
-DROP INDEX jobs_client;
-@QUEUES@@TURNS@PRAGMA user_version = 3;
-COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
@@ -3405,9 +3363,10 @@ UPDATE jobs
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
                            ORDER BY number DESC LIMIT 1), reason)
  WHERE status = 'Cleaned';
-@ENDED_AS@PRAGMA user_version = 4;
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+PRAGMA user_version = 4;
 COMMIT;
-""".replace("@ENDED_AS@", ENDED_AS_INDEX),
+""",
 }
 
 JOB_ADD = """
@@ -3794,18 +3753,20 @@ class Database:
         return db
 
     def migrate(self) -> None:
-        """Make the schema, or refuse one that a newer program made."""
+        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
         version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        self.is_new = version == 0
         if version > SCHEMA_VERSION:
             raise ConfigError(
                 f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
                 "run that version, or give another file"
             )
-        if version == 0:
+        if 0 < version < min(MIGRATIONS):
+            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
+        if self.is_new:
             self.db.executescript(SCHEMA)
         for older in range(version, SCHEMA_VERSION) if version else ():
             self.db.executescript(MIGRATIONS[older])
-        self.migrated_from, self.is_new = version, version == 0
 
     def set_steady(self) -> None:
         """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
@@ -14554,14 +14515,6 @@ def ensure_client_token(config: Config) -> Config:
         raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
 
 
-def name_results(store: Store, data: DataFolder) -> None:
-    """Bring on the results of an older version, which called them UUID.zip."""
-    for path in data.results.iterdir():
-        job = store.job(JOB_BY_UUID, uuid=path.stem)
-        if job is not None:
-            os.rename(path, data.result(job.mark))
-
-
 def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
     check_certificates(config.ca_file)
@@ -14589,8 +14542,6 @@ def open_node(config: Config) -> Node:
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None
     if unclaimed:
         log.warning("the database is new, and the data folder holds files of jobs: they are kept in %s", unclaimed)
-    if store.migrated_from == 1:
-        name_results(store, data)
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
