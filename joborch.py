@@ -1264,24 +1264,16 @@ class Job(NamedTuple):
 
 
 STATUS_AT = Job._fields.index("status")
-MOVABLE = (
-    "cause",
-    "exit_code",
-    "signal",
-    "attempt",
-    "client",
-    "dest_id",
-    "started_at",
-    "ended_at",
-    "not_before",
-    "result_size",
-    "result_sha256",
+ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # columns
+MOVABLE = (  # what a move may change besides status and reason
+    *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
+    *("not_before", "result_size", "result_sha256"),
 )
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a row needs at its birth."""
+    """The columns of a new row that its maker chooses."""
 
     uuid: str
     user_id: int | None = None
@@ -1305,6 +1297,12 @@ class NewJob:
     def after(self) -> list[int]:
         """The jobs that it is to follow."""
         return ids_in(self.after_ids)
+
+
+NEW_COLUMNS = (
+    *(item.name for item in dataclasses.fields(NewJob)),
+    *("status", "reason", "created_at", "moves", "changed", "moved_at", "arrived_at"),
+)
 
 
 def ids_in(text: str) -> list[int]:
@@ -3218,48 +3216,16 @@ SCHEMA_VERSION = 4
 SCHEMA = """
 BEGIN;
 CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uuid TEXT NOT NULL,
-    user_id INTEGER,
-    service TEXT,
-    name TEXT,
-    status TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    cause TEXT,
-    exit_code INTEGER,
-    signal INTEGER,
-    priority INTEGER NOT NULL DEFAULT 0,
-    cpus INTEGER NOT NULL DEFAULT 1,
-    memory INTEGER,
-    timeout REAL,
-    retries INTEGER NOT NULL DEFAULT 0,
-    return_inputs INTEGER NOT NULL DEFAULT 1,
-    attempt INTEGER NOT NULL DEFAULT 1,
-    client TEXT,
-    dest_id TEXT,
-    remote_id TEXT,
-    handle TEXT,
-    idempotency_key TEXT,
-    request_digest TEXT,
-    result_size INTEGER,
-    result_sha256 TEXT,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    ended_at REAL,
-    not_before REAL,
-    fetched_at REAL,
-    kill_requested_at REAL,
-    kill_cause TEXT,
-    moves INTEGER NOT NULL DEFAULT 0,
-    changed INTEGER,
-    moved_at REAL NOT NULL DEFAULT 0,
-    synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT,
-    after_ids TEXT NOT NULL DEFAULT '',
-    blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0,
-    charged REAL NOT NULL DEFAULT 0,
-    ended_as TEXT
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
+    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
+    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
+    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
+    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
+    result_size INTEGER, result_sha256 TEXT,
+    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
+    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
+    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -3281,72 +3247,38 @@ CREATE INDEX jobs_unsynced ON jobs(id)
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
 CREATE TABLE history (
-    job_id INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    at REAL NOT NULL,
-    source TEXT,
-    target TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    seq INTEGER NOT NULL DEFAULT 0,
+    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
+    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
-    job_id INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    client TEXT,
-    dest_id TEXT,
-    started_at REAL,
-    ended_at REAL,
-    exit_code INTEGER,
-    signal INTEGER,
-    reason TEXT,
-    cause TEXT,
+    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
+    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
 CREATE TABLE contenders (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    at_quota INTEGER NOT NULL,
-    rank REAL NOT NULL,
-    head INTEGER NOT NULL,
-    cpus INTEGER NOT NULL,
-    memory INTEGER,
-    timeout REAL,
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
     PRIMARY KEY (service, user_id)
 ) WITHOUT ROWID;
 CREATE INDEX contenders_turn ON contenders(service, at_quota, rank, head);
 CREATE TABLE usage (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    used REAL NOT NULL,
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL,
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
     PRIMARY KEY (service, user_id)
 ) WITHOUT ROWID;
 CREATE INDEX usage_user ON usage(user_id);
 CREATE TABLE pace (
-    service TEXT PRIMARY KEY,
-    level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL
+    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
+    runs INTEGER NOT NULL, mean_s REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
 CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (
-    on_id INTEGER NOT NULL,
-    job_id INTEGER NOT NULL,
-    PRIMARY KEY (on_id, job_id)
-) WITHOUT ROWID;
+CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
 CREATE INDEX dependencies_of ON dependencies(job_id);
 CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
 INSERT INTO turns_made VALUES ('', 0);
 CREATE TABLE heartbeat (
-    at REAL NOT NULL,
-    instance TEXT NOT NULL,
-    boot TEXT NOT NULL DEFAULT '',
-    boot_s REAL NOT NULL DEFAULT 0,
-    steady REAL NOT NULL DEFAULT 0
+    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
 PRAGMA user_version = 4;
@@ -3369,21 +3301,12 @@ COMMIT;
 """,
 }
 
-JOB_ADD = """
-INSERT INTO jobs (uuid, user_id, service, name, status, reason, priority, cpus, memory, timeout, retries, return_inputs, attempt,
-                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at,
-                  inputs_sha256, after_ids, blocked, arrived_at)
-VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
-        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at,
-        :inputs_sha256, :after_ids, :blocked, :moved_at)
-"""
-JOB_MOVE = """
-UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :cause, exit_code = :exit_code, signal = :signal,
-                attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
-                ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
-                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
- WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)
-"""
+JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
+JOB_MOVE = (
+    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
+    + ", ".join(name + " = :" + name for name in MOVABLE)
+    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
+)
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
 JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
@@ -3417,14 +3340,8 @@ INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
 SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
-ATTEMPT_ADD = """
-INSERT OR REPLACE INTO attempts (job_id, attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause)
-VALUES (:id, :attempt, :client, :dest_id, :started_at, :now, :exit_code, :signal, :reason, :cause)
-"""
-ATTEMPTS_GET = """
-SELECT attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause
-  FROM attempts WHERE job_id = :id ORDER BY attempt
-"""
+ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
+ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
 BUSY_OF_USER = """
 SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
    AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
@@ -4007,12 +3924,13 @@ class Store(Database):
             raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
         status = Status.QUEUED if self.mode == "server" else Status.PREPARED
         open_ids, broken = self.still_open(db, new)
-        values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change(), "blocked": len(open_ids)}
-        values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
+        now, steady = self.clock.wall(), self.steady()
+        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
+        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
         job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
         for on_id in open_ids:
             db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, values["created_at"], None, status, reason)
+        self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
@@ -4074,8 +3992,8 @@ class Store(Database):
             return False
         self.moved.add(job.id)
         if values["attempt"] != job.attempt:
-            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
-            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
+            cause = Cause.INFRASTRUCTURE.value
+            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
         self.add_history(db, job.id, now, job.status, to, reason)
         if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
             self.account(db, job, to, run_s)
@@ -12491,16 +12409,12 @@ def known_job(node: Node, request: Request, text: str) -> Job:
 
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
-    result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
-    return {
-        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
-        "ended_as": job.end, "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal,
-        "priority": job.priority, "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
-        "after": ids_in(job.after_ids), "attempt": job.attempt,
-        "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
-        "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
-        "queue_position": None, "estimated_start": None, "waiting_for": None, "result": result,
-    }  # fmt: skip
+    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
+    said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
+    said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
+    if job.result_sha256 is not None:
+        said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
+    return said
 
 
 def job_json(server: Server, job: Job) -> dict[str, Any]:
@@ -12513,12 +12427,7 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
         said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
     rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
-        rows.append(
-            {
-                name: getattr(job, name)
-                for name in ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")
-            }
-        )
+        rows.append({name: getattr(job, name) for name in ATTEMPT})
     said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
     said["history"] = [
         {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}

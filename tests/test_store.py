@@ -609,7 +609,7 @@ def inserting(key: str, then: Exception | None = None) -> Callable[[sqlite3.Conn
 
     def work(db: sqlite3.Connection) -> str:
         values = {**dataclasses.asdict(new_job(idempotency_key=key)), "status": "Queued", "reason": "", "created_at": 0.0}
-        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0})
+        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0, "moves": 1, "arrived_at": 0.0})
         if then is not None:
             raise then
         return key
@@ -938,6 +938,21 @@ def test_a_database_that_no_release_made_is_refused(version: int, tmp_path: Path
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0, "no table was made"
 
 
+def test_a_job_is_a_row_of_its_table(store: Store) -> None:
+    """`Job` names the columns in their order, with their types; `NewJob` has the defaults of the table."""
+    kinds = {"int": "INTEGER", "float": "REAL", "str": "TEXT", "Status": "TEXT"}
+    hints = {name: getattr(hint, "__forward_arg__", hint) for name, hint in Job.__annotations__.items()}
+    table = store.read("SELECT name, type, \"notnull\" AS needed, dflt_value AS given FROM pragma_table_info('jobs')")
+    assert [row["name"] for row in table] == list(Job._fields)
+    for row in table:
+        kind, optional, _ = hints[row["name"]].partition(" | None")
+        assert row["type"] == kinds[kind], row["name"]
+        assert row["name"] == "id" or bool(row["needed"]) is not bool(optional), row["name"]
+    chosen = {item.name: item.default for item in dataclasses.fields(joborch.NewJob) if item.name != "uuid"}
+    written = {row["name"]: row["given"] for row in table}
+    assert {name: written[name] for name in chosen} == {name: None if given is None else repr(given) for name, given in chosen.items()}
+
+
 # == Every query goes by an index ==
 
 STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
@@ -965,7 +980,15 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with thousands of queued jobs, most of one user, and with what ANALYZE learned from them."""
     store = Store(str(tmp_path_factory.mktemp("filled") / "db"), "server", HandClock())
     store.set_limits({"example": a_service()})
-    new = {**dataclasses.asdict(new_job()), "reason": "", "created_at": 0.0, "changed": None, "moved_at": 0.0}
+    new = {
+        **dataclasses.asdict(new_job()),
+        "reason": "",
+        "created_at": 0.0,
+        "changed": None,
+        "moved_at": 0.0,
+        "moves": 1,
+        "arrived_at": 0.0,
+    }
 
     def fill(db: sqlite3.Connection) -> None:
         for number in range(5000):
