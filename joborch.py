@@ -137,7 +137,7 @@ COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
 BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
 DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else a stranger could take the one that `localhost` means first
 BACKLOG = 1024  # connections that wait to be accepted
-PARKING_PLACES = 32  # callers that wait in `?wait=` at once
+WAITER_PLACES = 32  # callers that wait in `?wait=` at once
 ANYONES_BODY_BYTES = 16 * KIB  # of a request that needs no token: more of it would be kept for a stranger
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
@@ -159,7 +159,7 @@ LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
 EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # payloads, and bytes of JSON, that one answer of /events holds at most
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
 WORKER_THREADS = 4
-LANES = 3  # jobs that are sent to one client at once
+SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
 DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
@@ -241,11 +241,11 @@ class StillRunning(JoborchError):
     """Something of a payload runs on although it was told to end."""
 
 
-class SystemAway(JoborchError):
+class BackendUnavailable(JoborchError):
     """What runs payloads does not answer. Nothing has failed: it is asked again, and first whether a start got through."""
 
 
-class NotTaken(SystemAway):
+class SubmitRefused(BackendUnavailable):
     """What runs payloads answers, and takes none of this service now; the text says why."""
 
 
@@ -253,7 +253,7 @@ class CannotRun(JoborchError):
     """What runs payloads will never take this one; the text says why."""
 
 
-class Refusal(JoborchError):
+class HttpError(JoborchError):
     """An answer that is an error: status code, message, and the field it is about."""
 
     def __init__(self, status: int, message: str, field: str = "", **headers: str) -> None:
@@ -321,7 +321,7 @@ def time_stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as people say it: `0.3 s`, `12 s`, `3 min`, `5 h`, `2 days`."""
     for unit_s, unit in ((86400 * 2, "days"), (3600 * 2, "h"), (120, "min")):
         if seconds >= unit_s:
@@ -1320,7 +1320,7 @@ def as_job(row: sqlite3.Row) -> Job:
 # == 5. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
-HEADS_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
+CANDIDATES_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
 UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
 TURN_S = 0.001  # what each turn costs at least: whose jobs take no time does not stand before those who had no turn yet
 TURNS_VERSION = 2  # of the rules by which ranks are made: ranks that an older version stored are made anew
@@ -1421,7 +1421,7 @@ def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) ->
     return job.cpus * min(expected, job.timeout or expected, half_life_s / 8)
 
 
-def welcomed(use: float, weight: float, level: float) -> float:
+def cap_idle_credit(use: float, weight: float, level: float) -> float:
     """Return the use of a user who comes back after idling: his credit is one half-life before the others who are active, not more.
 
     `level` is the least use by weight among them. This is applied when a run is over and he has more to run, not when a job
@@ -1430,7 +1430,7 @@ def welcomed(use: float, weight: float, level: float) -> float:
     return max(use, level - 1 + math.log2(weight))
 
 
-def turn_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s: float) -> tuple[float, Waiting]:
+def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s: float) -> tuple[float, Waiting]:
     """Return the rank of a user's turn for a service, the lowest being next, and the job that takes it.
 
     `waiting` is the first job of each priority; with `share`, that of the highest suffices. No rank changes while time
@@ -1448,7 +1448,7 @@ def turn_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
 
 
 @dataclass(frozen=True)
-class Head:
+class Candidate:
     """The first queued job of a user who is under quota: what a service could run next."""
 
     service: str
@@ -1459,18 +1459,18 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Line:
+class ServiceQueue:
     """The heads of one service in the order of their turns, who serves it, and how much of it runs."""
 
     service: str
     clients: Collection[str]
     busy: float  # the part of its limit that is in use
     run_s: float | None  # how long a run takes, where that is known
-    heads: Iterable[Head]
+    heads: Iterable[Candidate]
 
 
 @dataclass(frozen=True)
-class Place:
+class ClientCapacity:
     """A client that takes jobs now, as the scheduler sees it."""
 
     name: str
@@ -1527,13 +1527,13 @@ class Reservation:
     cpus: int
     memory: float
 
-    def lets(self, head: Head, now: float) -> bool:
+    def lets(self, head: Candidate, now: float) -> bool:
         """Tell whether another job may go first: it will have ended by then, or needs only what is to spare (EASY backfilling)."""
         ends_before = head.timeout is not None and now + head.timeout <= self.until < float("inf")
         return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
 
 
-def reserve(head: Head, place: Place, runs: Iterable[Run]) -> Reservation:
+def reserve(head: Candidate, place: ClientCapacity, runs: Iterable[Run]) -> Reservation:
     """Return the earliest time by which enough will be free at a client for a job, and what is to spare of it then.
 
     Where that hangs on a run without time limit, nothing is to spare: all that becomes free is kept until it suffices.
@@ -1549,7 +1549,7 @@ def reserve(head: Head, place: Place, runs: Iterable[Run]) -> Reservation:
     return Reservation(until, free - wanted, memory - (head.memory or 0))
 
 
-def fits(head: Head, place: Place, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
+def fits(head: Candidate, place: ClientCapacity, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
     """Tell whether a job can be sent to a client now."""
     memory_fits = head.memory is None or place.free_memory is None or head.memory <= place.free_memory
     wanted = place.wanted(head.cpus)
@@ -1557,8 +1557,8 @@ def fits(head: Head, place: Place, run_s: float | None, reserved: Reservation | 
 
 
 def choose(
-    lines: Sequence[Line], places: Sequence[Place], runs_at: Callable[[str], Iterable[Run]], now: float
-) -> tuple[Head, Place] | None:
+    lines: Sequence[ServiceQueue], places: Sequence[ClientCapacity], runs_at: Callable[[str], Iterable[Run]], now: float
+) -> tuple[Candidate, ClientCapacity] | None:
     """Return the job that is next and the client that gets it, or None where nothing can be sent now.
 
     Between services: the one of whose limit the least is in use. Within one: by turn. The first job that is too wide for
@@ -1573,7 +1573,7 @@ def choose(
         for head in line.heads:
             fitting = [place for place in able if fits(head, place, line.run_s, reserved.get(place.name), now)]
             if fitting:
-                return head, min(fitting, key=Place.preference)
+                return head, min(fitting, key=ClientCapacity.preference)
             large = [place for place in able if place.could_run(head.cpus, head.memory) and place.name not in reserved]
             if large and not waits:
                 waits = True
@@ -1587,7 +1587,7 @@ def choose(
 
 
 @dataclass(frozen=True)
-class Standing:
+class QueueFacts:
     """The figures that decide about one queued job."""
 
     runs_of_user: int
@@ -1601,19 +1601,19 @@ class Standing:
 
     def before(self, with_others: bool = True) -> str:
         """Return what stands before the job, as a sentence; empty where nothing does."""
-        jobs = counted(self.queued_before, "job of yours", "jobs of yours")
-        users = counted(self.users_before if with_others else 0, "other user's turn", "other users' turns")
+        jobs = plural(self.queued_before, "job of yours", "jobs of yours")
+        users = plural(self.users_before if with_others else 0, "other user's turn", "other users' turns")
         parts = [part for part in (jobs, users) if part]
         verb = "stands" if len(parts) == 1 and parts[0].startswith("1 ") else "stand"
         return f"{' and '.join(parts)} {verb} before it" if parts else ""
 
 
-def joined(text: str, more: str) -> str:
+def join_clauses(text: str, more: str) -> str:
     """Return two sentences as one; the first alone where there is no second."""
     return f"{text} and {more}" if more else text
 
 
-def counted(count: int, one: str, many: str) -> str:
+def plural(count: int, one: str, many: str) -> str:
     """Return `1 job`, `5 jobs`, or nothing for none; beyond 10,000 nobody counts."""
     return "" if not count else f"1 {one}" if count == 1 else f"{'more than ' if count >= 10_000 else ''}{count:,} {many}"
 
@@ -1625,10 +1625,10 @@ def attempts_left(job: Job) -> bool:
 
 def needs(cpus: int, memory: int | None) -> str:
     """Return what a job asks for, as people say it."""
-    return counted(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
+    return plural(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
 
 
-def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[Place]) -> str:
+def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[ClientCapacity]) -> str:
     """Return why no client of a service could ever run so much, or an empty text where one could, or may be."""
     if not places or any(place.could_run(cpus, memory) for place in places):
         return ""
@@ -1637,47 +1637,47 @@ def too_large_text(service: str, cpus: int, memory: int | None, places: Collecti
     return f"no client for {service} is large enough: it needs {needs(cpus, memory)}, and the largest, {largest.name}, has {has}"
 
 
-def why_waiting(service: str, standing: Standing, troubles: Mapping[str, str], places: Collection[Place]) -> str:
+def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], places: Collection[ClientCapacity]) -> str:
     """Return one sentence on what a queued job waits for.
 
     `troubles` says, by client, why it cannot be used now; `places` are those that can.
     """
-    if standing.runs_of_user >= standing.runs_per_user:
-        text = f"{standing.runs_of_user} of your {standing.runs_per_user} runs for {service} are in use"
-        return joined(text, standing.before(with_others=False))
-    if standing.runs_of_service >= standing.max_runs:
-        return joined(f"all {standing.max_runs} runs of {service} are in use", standing.before())
+    if facts.runs_of_user >= facts.runs_per_user:
+        text = f"{facts.runs_of_user} of your {facts.runs_per_user} runs for {service} are in use"
+        return join_clauses(text, facts.before(with_others=False))
+    if facts.runs_of_service >= facts.max_runs:
+        return join_clauses(f"all {facts.max_runs} runs of {service} are in use", facts.before())
     if troubles and all(troubles.values()):
         said = [f"{name} {why}" for name, why in troubles.items()]
-        more = [f"and {counted(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
+        more = [f"and {plural(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
         return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
-    too_large = too_large_text(service, standing.cpus, standing.memory, places)
+    too_large = too_large_text(service, facts.cpus, facts.memory, places)
     if too_large:
         return too_large
     if places and all(place.free <= 0 and not place.queues for place in places):
         slots, names = sum(place.slots for place in places), sorted(place.name for place in places)
         where, taken = names[0] if len(names) == 1 else f"{len(names)} clients", "the only slot" if slots == 1 else f"all {slots} slots"
-        return joined(f"{taken} of {where} {'is' if slots == 1 else 'are'} in use", standing.before())
-    if standing.before():
-        return f"it waits for its turn: {standing.before()}"
-    if places and not any(place.queues or place.free >= place.wanted(standing.cpus) for place in places):
-        best = max(places, key=lambda place: (place.could_run(standing.cpus, standing.memory), place.free))
+        return join_clauses(f"{taken} of {where} {'is' if slots == 1 else 'are'} in use", facts.before())
+    if facts.before():
+        return f"it waits for its turn: {facts.before()}"
+    if places and not any(place.queues or place.free >= place.wanted(facts.cpus) for place in places):
+        best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory), place.free))
         has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
-        return f"it needs {needs(standing.cpus, None)} at once: {has}"
+        return f"it needs {needs(facts.cpus, None)} at once: {has}"
     return f"it is next for a free place at a client for {service}"
 
 
-def wait_estimate_s(position: int, standing: Standing, slots: int, run_s: float) -> float:
+def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) -> float:
     """Return how long a job waits as things stand: each round of runs takes `run_s`, the mean of past ones.
 
     `position` counts the jobs that are before it, itself included; as many at once run as slots and limits let. It waits for
     as many rounds as they take, and as its user's own limit takes for his.
     """
-    at_once = max(1, min(slots, standing.max_runs))
-    free = max(0, at_once - standing.runs_of_service)
+    at_once = max(1, min(slots, facts.max_runs))
+    free = max(0, at_once - facts.runs_of_service)
     rounds = max(0, position - free + at_once - 1) // at_once
-    own_free = max(0, standing.runs_per_user - standing.runs_of_user)
-    own_rounds = max(0, standing.queued_before + 1 - own_free + standing.runs_per_user - 1) // standing.runs_per_user
+    own_free = max(0, facts.runs_per_user - facts.runs_of_user)
+    own_rounds = max(0, facts.queued_before + 1 - own_free + facts.runs_per_user - 1) // facts.runs_per_user
     return max(rounds, own_rounds) * run_s
 
 
@@ -1707,24 +1707,24 @@ def shown(name: str) -> str:
 
 
 def check_path(path: str) -> str:
-    """Return a relative POSIX path that stays in its folder; Refusal 400 says which rule another one breaks."""
+    """Return a relative POSIX path that stays in its folder; HttpError 400 says which rule another one breaks."""
     name = re.sub(r"^(\./)+", "", path)
     parts = name.split("/")
     if not name:
-        raise Refusal(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
+        raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
     if any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise Refusal(400, f"file name {shown(name)} holds a control character: use printable ones", "file")
+        raise HttpError(400, f"file name {shown(name)} holds a control character: use printable ones", "file")
     if name.startswith("/"):
-        raise Refusal(400, f"file name {shown(name)} is absolute: give a relative path", "file")
+        raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
     if ".." in parts:
-        raise Refusal(400, f"file name {shown(name)} has '..' in it: give a path that stays in its folder", "file")
+        raise HttpError(400, f"file name {shown(name)} has '..' in it: give a path that stays in its folder", "file")
     if "" in parts or "." in parts:
-        raise Refusal(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
+        raise HttpError(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
     if len(parts) > DEPTH_LIMIT + 1:
-        raise Refusal(400, f"file name {shown(name)} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
+        raise HttpError(400, f"file name {shown(name)} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
     if len(name) > NAME_LIMIT_BYTES // 4 and is_too_long(parts):
         limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
-        raise Refusal(400, f"file name {shown(name)} is too long: {limits}", "file")
+        raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
     return name
 
 
@@ -1753,12 +1753,12 @@ class Tree:
         self.folders: set[str] = set()
 
     def add(self, path: str) -> None:
-        """Take in `path`; Refusal 400 where it clashes with an earlier one."""
+        """Take in `path`; HttpError 400 where it clashes with an earlier one."""
         parents = parents_of(path)
         if path in self.files:
-            raise Refusal(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
+            raise HttpError(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
         if path in self.folders or parents & self.files:
-            raise Refusal(400, f"file name {path!r} is both a file and a folder", "file")
+            raise HttpError(400, f"file name {path!r} is both a file and a folder", "file")
         self.files.add(path)
         self.folders |= parents
 
@@ -1788,13 +1788,13 @@ def extended_parameter(header: str, name: str) -> str:
 
 
 def multipart_boundary(content_type: str) -> str:
-    """Return the boundary of a multipart/form-data request; Refusal 415 or 400."""
+    """Return the boundary of a multipart/form-data request; HttpError 415 or 400."""
     kind, _, rest = content_type.partition(";")
     if kind.strip().lower() != "multipart/form-data":
-        raise Refusal(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
+        raise HttpError(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
     match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', rest)
     if not match:
-        raise Refusal(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
+        raise HttpError(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
     return match[1] or match[2]
 
 
@@ -1816,7 +1816,7 @@ class FormReader:
         self.form, self.tree, self.folders = Form(), Tree(), {""}
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
-        """Read the whole form. Raises Refusal; the caller removes the folder then."""
+        """Read the whole form. Raises HttpError; the caller removes the folder then."""
         import multipart
 
         parser = multipart.PushMultipartParser(
@@ -1831,10 +1831,10 @@ class FormReader:
                 self.part(event, events)
         except multipart.ParserLimitReached as error:
             if "segment count" in str(error).lower():
-                raise Refusal(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
-            raise Refusal(413, f"a part's head is too long: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
+                raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
+            raise HttpError(413, f"a part's head is too long: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
         except multipart.MultipartError as error:
-            raise Refusal(400, f"the form cannot be read: {error}") from error
+            raise HttpError(400, f"the form cannot be read: {error}") from error
         return self.form
 
     def part(self, segment: Any, events: Iterator[Any]) -> None:
@@ -1851,13 +1851,13 @@ class FormReader:
         for chunk in iter(lambda: next(events), None):
             value += chunk
             if len(value) > limit:
-                raise Refusal(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
+                raise HttpError(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
         if name in self.form.fields:
-            raise Refusal(400, f"field {name} comes twice: give it once", name)
+            raise HttpError(400, f"field {name} comes twice: give it once", name)
         try:
             self.form.fields[name] = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Refusal(400, f"field {name} is not UTF-8", name) from error
+            raise HttpError(400, f"field {name} is not UTF-8", name) from error
 
     def file(self, path: str, events: Iterator[Any]) -> None:
         self.tree.add(path)
@@ -2095,7 +2095,7 @@ def walk_open(
     """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
 
     What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
-    `room` entries are looked at; `note` gets the path of what is left out, and why. With `mend`, this user gets back the
+    `room` entries are looked at; `set_wait_reason` gets the path of what is left out, and why. With `mend`, this user gets back the
     rights to folders of his own. Depth costs no descriptors: the upper folders are closed, and opened again on the way back.
     """
     levels: list[Level] = []
@@ -3256,12 +3256,12 @@ CREATE TABLE attempts (
     exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-CREATE TABLE contenders (
+CREATE TABLE runnable_users (
     service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
     head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
     PRIMARY KEY (service, user_id)
 ) WITHOUT ROWID;
-CREATE INDEX contenders_turn ON contenders(service, at_quota, rank, head);
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
 CREATE TABLE usage (
     service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
     PRIMARY KEY (service, user_id)
@@ -3290,6 +3290,14 @@ MIGRATIONS = {
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+DROP TABLE contenders;
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+UPDATE turns_made SET rules = '';
 UPDATE jobs
    SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -3453,22 +3461,22 @@ DELAYED_DUE = """
 SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
  WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
 """
-CONTENDER_SET = """
-INSERT OR REPLACE INTO contenders (service, user_id, at_quota, rank, head, cpus, memory, timeout)
+RUNNABLE_SET = """
+INSERT OR REPLACE INTO runnable_users (service, user_id, at_quota, rank, head, cpus, memory, timeout)
 VALUES (:service, :user_id, :at_quota, :rank, :head, :cpus, :memory, :timeout)
 """
-CONTENDER_GET = "SELECT at_quota, rank, head FROM contenders WHERE service = :service AND user_id = :user_id"
-CONTENDER_CLEAR = "DELETE FROM contenders WHERE service = :service AND user_id = :user_id"
-CONTENDERS_EMPTY = "DELETE FROM contenders"
-CONTENDERS_NEXT = """
-SELECT head, user_id, rank, cpus, memory, timeout FROM contenders INDEXED BY contenders_turn
+RUNNABLE_GET = "SELECT at_quota, rank, head FROM runnable_users WHERE service = :service AND user_id = :user_id"
+RUNNABLE_CLEAR = "DELETE FROM runnable_users WHERE service = :service AND user_id = :user_id"
+RUNNABLE_EMPTY = "DELETE FROM runnable_users"
+RUNNABLE_NEXT = """
+SELECT head, user_id, rank, cpus, memory, timeout FROM runnable_users INDEXED BY runnable_users_rank
  WHERE service = :service AND at_quota = 0 ORDER BY rank, head LIMIT :limit
 """
-CONTENDERS_BEFORE = """
-SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn
+RUNNABLE_BEFORE = """
+SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank
  WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
 """
-CONTENDERS_COUNT = "SELECT count(*) FROM (SELECT 1 FROM contenders INDEXED BY contenders_turn WHERE service = :service LIMIT 10000)"
+RUNNABLE_COUNT = "SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank WHERE service = :service LIMIT 10000)"
 OPEN_RUNS = """
 SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
  WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
@@ -3479,7 +3487,7 @@ SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - mov
  WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
 """
 LEAST_RANK_OF_OTHERS = """
-SELECT rank FROM contenders INDEXED BY contenders_turn
+SELECT rank FROM runnable_users INDEXED BY runnable_users_rank
  WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
 """
 USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
@@ -3937,7 +3945,7 @@ class Store(Database):
             return self.row(db, job_id)
         if self.mode == "server":  # a client's payload that is only Prepared is no news
             self.moved.add(job_id)
-        self.refresh_turn(db, job.service, job.user_id)
+        self.update_rank(db, job.service, job.user_id)
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
@@ -3998,7 +4006,7 @@ class Store(Database):
         if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
             self.account(db, job, to, run_s)
         if not (job.status in BUSY and to in BUSY):
-            self.refresh_turn(db, job.service, job.user_id)
+            self.update_rank(db, job.service, job.user_id)
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
@@ -4012,7 +4020,7 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.refresh_turn(db, job.service, job.user_id)
+                    self.update_rank(db, job.service, job.user_id)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
@@ -4028,7 +4036,7 @@ class Store(Database):
         self.last_change += 1
         return self.last_change
 
-    def wish_end(self, job_id: int, cause: Cause) -> bool:
+    def request_kill(self, job_id: int, cause: Cause) -> bool:
         """Note durably that a job shall end; return whether that is news."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
@@ -4113,16 +4121,16 @@ class Store(Database):
     def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
         """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
 
-        See `welcomed`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
+        See `cap_idle_credit`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
         charged in advance does not count: nobody is measured by what they may not come to use.
         """
         service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
         now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
         waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
         level = float("inf") if waiting is None else float(waiting["rank"])
-        if service is None or service.policy != "share" or welcomed(use, weight, level) == use:
+        if service is None or service.policy != "share" or cap_idle_credit(use, weight, level) == use:
             return use
-        if db.execute(CONTENDER_GET, others).fetchone() is None:
+        if db.execute(RUNNABLE_GET, others).fetchone() is None:
             return use
         open_runs: dict[int, list[OpenRun]] = {}
         for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
@@ -4131,7 +4139,7 @@ class Store(Database):
             theirs = self.usage_of(db, job.service, user_id).use
             had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
             level = min(level, had - math.log2(self.weight_of(db, user_id)))
-        return use if level == float("inf") else welcomed(use, weight, level)
+        return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
         """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
@@ -4148,12 +4156,12 @@ class Store(Database):
         def charge(db: sqlite3.Connection) -> None:
             values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
             if db.execute(JOB_CHARGE, values).rowcount:
-                self.refresh_turn(db, job.service, job.user_id)
+                self.update_rank(db, job.service, job.user_id)
 
         self.write(charge, durable=False)
 
-    def refresh_turn(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Keep up `contenders`: one row for each user who has work of a service that could run."""
+    def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
+        """Keep up `runnable_users`: one row for each user who has work of a service that could run."""
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
@@ -4161,18 +4169,18 @@ class Store(Database):
         sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
         waiting = [Waiting(*row) for row in db.execute(sql, pair)]
         if not waiting:
-            db.execute(CONTENDER_CLEAR, pair)
+            db.execute(RUNNABLE_CLEAR, pair)
             return
         now = self.steady()
         runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
         use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
-        rank, head = turn_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
+        rank, head = rank_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
         at_quota = len(runs) >= service.runs_per_user
         values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
-        db.execute(CONTENDER_SET, {**pair, **values, "timeout": head.timeout})
+        db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; where they are not those that `contenders` was made by, make it anew."""
+        """Take these services and rules; where they are not those that `runnable_users` was made by, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
             TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
@@ -4183,15 +4191,15 @@ class Store(Database):
             self.write(lambda db: self.make_turns(db, made, half_life_s))
 
     def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `contenders` anew; what was used by another half-life counts as much now as it did."""
+        """Make `runnable_users` anew; what was used by another half-life counts as much now as it did."""
         now = self.steady()
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
             db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
-        db.execute(CONTENDERS_EMPTY)
+        db.execute(RUNNABLE_EMPTY)
         for service in self.limits:
             for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
-                self.refresh_turn(db, service, user_id)
+                self.update_rank(db, service, user_id)
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
@@ -4200,7 +4208,7 @@ class Store(Database):
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
             for service in self.limits:
-                self.refresh_turn(db, service, user_id)
+                self.update_rank(db, service, user_id)
 
         self.write(store)
 
@@ -4241,7 +4249,7 @@ class Store(Database):
         def admit(db: sqlite3.Connection) -> None:
             for row in due:
                 db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.refresh_turn(db, row["service"], row["user_id"])
+                self.update_rank(db, row["service"], row["user_id"])
 
         if due:
             self.write(admit, durable=False)
@@ -4565,7 +4573,7 @@ CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread,
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcome:
     """What became of a started payload: `alive`, and perhaps `waits`; or how it ended."""
 
     alive: bool
@@ -4580,30 +4588,30 @@ class Fate:
 class Executor(Protocol):
     """The seam for what runs payloads; a handle is a text that survives a restart of the client. Several threads call it."""
 
-    in_line: bool
+    is_batch: bool
     """What is started may first wait; it keeps time limits by itself, and a slot takes a job, however many cores that needs."""
 
     def start(self, job: Job) -> str:
         """Start the attempt and return its handle. The row says Running before this is called.
 
-        Raises OSError where it cannot be started, CannotRun where it never can, SystemAway where nobody knows: then it is
+        Raises OSError where it cannot be started, CannotRun where it never can, BackendUnavailable where nobody knows: then it is
         looked for (`find`) before it is started again.
         """
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Return the handles, by mark, of attempts whose start was cut off; what is missing never ran.
 
-        An empty handle: nobody can tell of this one yet. SystemAway where nobody can tell of any.
+        An empty handle: nobody can tell of this one yet. BackendUnavailable where nobody can tell of any.
         """
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
         """Return what became of these payloads, by id: one call to a batch system for all of them. Of one that is away, all are alive."""
 
     def cancel(self, job: Job) -> None:
         """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the payload's folder; nothing to do where it is shared. SystemAway: it is tried again."""
+        """Bring the outputs into the payload's folder; nothing to do where it is shared. BackendUnavailable: it is tried again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         """End attempts of which nothing is known any more."""
@@ -4615,8 +4623,8 @@ class Executor(Protocol):
         """Yield what `joborch doctor` shall say of it; nothing is started."""
 
 
-def read_exit(folder: Path) -> Fate | None:
-    """Return the fate that the wrapper wrote down, or None; a file that is not finished is none."""
+def read_exit(folder: Path) -> Outcome | None:
+    """Return the outcome that the wrapper wrote down, or None; a file that is not finished is none."""
     try:
         with open_regular(folder, "exit.json") as file:
             said = parse_json(file.read(400))
@@ -4625,7 +4633,7 @@ def read_exit(folder: Path) -> Fate | None:
         reason = one_line(str(said.get("reason", "")), 200)
         if said.get("gone") and cause is None and fits:
             cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
-        return Fate(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
+        return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
             give_rights(folder)  # the script took it from its parent folder; the next look finds it
@@ -4927,7 +4935,7 @@ STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where o
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
 
-    in_line = False
+    is_batch = False
 
     def __init__(
         self,
@@ -4984,21 +4992,23 @@ class LocalExecutor:
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        """Return the fates; what an ended payload left running is ended first, and until then the payload counts as alive."""
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        """Return the outcomes; what an ended payload left running is ended first, and until then the payload counts as alive."""
         orphans = self.reap()
-        fates = {job.id: self.fate(job) for job in jobs}
-        ended = [job for job in jobs if not fates[job.id].alive]
+        outcomes = {job.id: self.outcome(job) for job in jobs}
+        ended = [job for job in jobs if not outcomes[job.id].alive]
         for job in self.left_running(ended, orphans):
-            fates[job.id] = Fate(True)
+            outcomes[job.id] = Outcome(True)
         for job in ended:
-            if not fates[job.id].alive:
-                fates[job.id] = dataclasses.replace(fates[job.id], children_left=fates[job.id].children_left or job.mark in self.untidy)
+            if not outcomes[job.id].alive:
+                outcomes[job.id] = dataclasses.replace(
+                    outcomes[job.id], children_left=outcomes[job.id].children_left or job.mark in self.untidy
+                )
                 self.forget(job)
-                if fates[job.id].children_left and self.engines.engines:
+                if outcomes[job.id].children_left and self.engines.engines:
                     place = self.data.job(job.mark)
                     threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
-        return fates
+        return outcomes
 
     def forget(self, job: Job) -> None:
         """Let go of what is known of an attempt that has ended."""
@@ -5049,39 +5059,39 @@ class LocalExecutor:
             signal_all(processes, signal.SIGKILL)
         return left
 
-    def fate(self, job: Job) -> Fate:
+    def outcome(self, job: Job) -> Outcome:
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
-            return Fate(True)  # whatever the exit file says: the script may have written one
-        return self.fate_without_wrapper(job, self.data.job(job.mark))
+            return Outcome(True)  # whatever the exit file says: the script may have written one
+        return self.outcome_without_wrapper(job, self.data.job(job.mark))
 
-    def fate_without_wrapper(self, job: Job, folder: Path) -> Fate:
+    def outcome_without_wrapper(self, job: Job, folder: Path) -> Outcome:
         """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
         claimed = self.claimed_pid(job)
         # The handle may name a second wrapper, which lost the claim to the first.
         if claimed and bears_mark(claimed, job.mark):
-            return Fate(True)
+            return Outcome(True)
         ended = read_exit(folder)
         if ended:
             return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
-                return Fate(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
+                return Outcome(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
             reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
         if job.mark not in self.seen:
             reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
         reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
-        return Fate(False, cause=Cause.USER, reason=reason)
+        return Outcome(False, cause=Cause.USER, reason=reason)
 
-    def stopped_by_others(self, job: Job, folder: Path, ended: Fate) -> Fate | None:
-        """Return the fate of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
+    def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
+        """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
 
         Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
         """
@@ -5175,7 +5185,7 @@ def failure_text(status: int, number: int | None, seconds: float, folder: Path) 
     how = f"run.sh ended with exit status {status}"
     if number is not None:
         how += f" (as by signal {signal_name(number)})"
-    text = f"{how} after {spoken(seconds)}"
+    text = f"{how} after {format_duration(seconds)}"
     words = last_line(folder / "stderr")
     if words:
         text += f'; last line of standard error: "{words}"'
@@ -5320,7 +5330,7 @@ def slurm_error(command: str, said: str) -> JoborchError:
         text = f"{limit[0]}: {text}"
     if command == "sbatch" and (SLURM_NEVER.search(text) or (limit and SLURM_SIZE_LIMIT.search(limit[0]))):
         return CannotRun(f"Slurm refuses it: {text}")
-    return SystemAway(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else NotTaken(f"sbatch: {text}")
+    return BackendUnavailable(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else SubmitRefused(f"sbatch: {text}")
 
 
 def slurm_waits(job: SlurmJob) -> str:
@@ -5372,7 +5382,7 @@ def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
 class SlurmTraces:
     """What is known of an attempt besides Slurm's word."""
 
-    ended: Fate | None  # by the exit file
+    ended: Outcome | None  # by the exit file
     claimed: bool  # the wrapper has begun
     begun: bool  # and was about to start the script
     claimed_before: bool  # it had begun before Slurm was asked
@@ -5383,7 +5393,7 @@ class SlurmTraces:
     removed: bool = False  # the folder is gone
 
 
-def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
+def slurm_outcome(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
     """Judge an attempt by what Slurm says of it, None where it knows nothing, and by its traces.
 
     What the script's own exit file says is judged before; here it says at most what a script that was told to end did.
@@ -5392,18 +5402,18 @@ def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fat
     if job is not None and state in SLURM_WAITS:
         if job.restarts and traces.claimed_before:
             return requeued(job)
-        return Fate(True, waits="" if traces.claimed else slurm_waits(job))
+        return Outcome(True, waits="" if traces.claimed else slurm_waits(job))
     if job is not None and state not in SLURM_ENDS:
-        return Fate(True)
+        return Outcome(True)
     if cause is Cause.CANCELLED and job is not None and job.nodes and not traces.claimed:
         # Not by a person: slurmctld, back from a crash, ends so what its nodes say they had before, as what it cannot launch.
-        failed = Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
+        failed = Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
         return unseen(traces) if traces.missed_s < grace_s else failed
     if cause is not None and job is not None:
         more = "; ".join(part for part in (job.reason if cause is Cause.CANCELLED and job.reason != "None" else "", traces.words) if part)
-        return Fate(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
+        return Outcome(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
     if SLURM_MEMORY.search(traces.words):
-        return Fate(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
+        return Outcome(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
     if traces.again:
         return requeued(job)
     if traces.ended is not None and (job is not None or not traces.ended.told):
@@ -5411,34 +5421,34 @@ def slurm_fate(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fat
     return unseen(traces) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
 
 
-def unseen(traces: SlurmTraces) -> Fate:
-    """Return the fate of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
-    return Fate(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
+def unseen(traces: SlurmTraces) -> Outcome:
+    """Return the outcome of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
+    return Outcome(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
 
 
-def requeued(job: SlurmJob | None) -> Fate:
-    """Return the fate of an attempt that Slurm would run a second time."""
+def requeued(job: SlurmJob | None) -> Outcome:
+    """Return the outcome of an attempt that Slurm would run a second time."""
     where = f" (job {job.id})" if job else ""
-    return Fate(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm ended it and put it back into its line{where}: an attempt runs once")
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm ended it and put it back into its line{where}: an attempt runs once")
 
 
-def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Fate:
+def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
     """Judge an attempt that is over, and whose exit file did not come."""
-    waited = f"no exit file was left within {spoken(grace_s)}"
+    waited = f"no exit file was left within {format_duration(grace_s)}"
     if traces.removed:
-        return Fate(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
     if job is None:
         reason = (
             f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
         )
-        return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason)
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
     said = f'; Slurm: "{traces.words}"' if traces.words else ""
     if traces.begun:
         killed = "the wrapper was killed, by the script, by somebody else, or for want of memory"
         reason = f"Slurm says {job.state} (job {job.id}) and {waited}: {killed}"
-        return Fate(False, cause=Cause.USER, reason=reason + said)
+        return Outcome(False, cause=Cause.USER, reason=reason + said)
     reason = f"Slurm says {job.state} (job {job.id}), and the script never began: can the nodes see {traces.folder}?"
-    return Fate(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
 
 
 # == 19. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
@@ -5450,7 +5460,7 @@ class SlurmExecutor:
     slurmctld may forget jobs that it took, and give their ids out again: no id alone is ever read, cancelled or believed.
     """
 
-    in_line = True
+    is_batch = True
 
     def __init__(self, data: DataFolder, config: Config) -> None:
         """ConfigError for a data folder that sbatch would not find again."""
@@ -5478,7 +5488,7 @@ class SlurmExecutor:
     # -- commands --
 
     def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
-        """Return what a command of Slurm prints. Raises SystemAway, and for sbatch NotTaken or CannotRun."""
+        """Return what a command of Slurm prints. Raises BackendUnavailable, and for sbatch SubmitRefused or CannotRun."""
         # By timeout(1): it goes on when we are killed.
         limited = with_first_file_limit(["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words])
         try:
@@ -5491,18 +5501,18 @@ class SlurmExecutor:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise SystemAway(f"{words[0]} did not answer") from None
+            raise BackendUnavailable(f"{words[0]} did not answer") from None
         except OSError as error:
-            raise SystemAway(f"{words[0]} cannot be run by timeout(1): {os.strerror(error.errno or 0)}") from error
+            raise BackendUnavailable(f"{words[0]} cannot be run by timeout(1): {os.strerror(error.errno or 0)}") from error
         if done.returncode in (124, 137):
-            raise SystemAway(f"{words[0]} did not answer within {spoken(SLURM_COMMAND_S)}")
+            raise BackendUnavailable(f"{words[0]} did not answer within {format_duration(SLURM_COMMAND_S)}")
         if done.returncode == 127:
-            raise SystemAway(f"there is no {words[0]} in PATH: is Slurm installed here?")
+            raise BackendUnavailable(f"there is no {words[0]} in PATH: is Slurm installed here?")
         if done.returncode:
             raise slurm_error(words[0], done.stderr.decode("utf-8", "replace"))
         return done.stdout.decode("utf-8", "replace")
 
-    def away(self, error: SystemAway) -> None:
+    def away(self, error: BackendUnavailable) -> None:
         """Note that Slurm does not answer, and ask it less and less often."""
         if str(error) != self.trouble:
             log.warning("Slurm: %s", error)
@@ -5513,7 +5523,7 @@ class SlurmExecutor:
     def back(self) -> None:
         """Note that Slurm answers."""
         if self.trouble:
-            log.info("Slurm answers again after %s", spoken(max(0.0, time.time() - self.since)))
+            log.info("Slurm answers again after %s", format_duration(max(0.0, time.time() - self.since)))
         self.trouble, self.failures, self.held_until = "", 0, float("-inf")
 
     def problem(self) -> str:
@@ -5531,7 +5541,7 @@ class SlurmExecutor:
             claimed = {job.mark for job in list(self.watched.values()) if read_claim(self.data.job(job.mark), job.attempt) is not None}
             try:
                 known = self.ask()
-            except SystemAway as error:
+            except BackendUnavailable as error:
                 self.away(error)
                 return False
             self.known, self.looked_at, self.claimed = known, now, claimed
@@ -5544,7 +5554,7 @@ class SlurmExecutor:
         try:
             known = parse_squeue(said)
         except ValueError as error:
-            raise SystemAway(f"squeue answers garbage: {error}") from error
+            raise BackendUnavailable(f"squeue answers garbage: {error}") from error
         missing = [job.handle for mark, job in list(self.watched.items()) if slurm_name(mark) not in known and (job.handle or "0") != "0"]
         if missing and self.accounting:
             known = {**self.accounted(cast("list[str]", missing)), **known}
@@ -5555,7 +5565,7 @@ class SlurmExecutor:
         try:
             fields = "--format=JobIDRaw,State,Submit,JobName"
             return parse_sacct(self.command("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", fields))
-        except SystemAway as error:
+        except BackendUnavailable as error:
             if "disabled" in str(error) or "there is no sacct" in str(error):
                 self.accounting = False
                 log.info("Slurm has no accounting here (%s): what it has forgotten is judged by exit files alone", error)
@@ -5574,16 +5584,16 @@ class SlurmExecutor:
         try:
             said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
             if not said.isdigit():
-                raise SystemAway(f"sbatch answers garbage: {one_line(said, 80)}")
+                raise BackendUnavailable(f"sbatch answers garbage: {one_line(said, 80)}")
         except CannotRun:
             self.forget([job])
             raise
-        except NotTaken as error:
+        except SubmitRefused as error:
             if job.memory and SLURM_TWO_MEMORIES in str(error):
                 named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
                 raise CannotRun(f"Slurm refuses it: {str(error).partition(': ')[2]} {named}") from error
             raise
-        except SystemAway as error:
+        except BackendUnavailable as error:
             if "unable to contact" not in str(error).lower():
                 self.unsure[job.mark] = time.monotonic()
             self.away(error)
@@ -5595,7 +5605,7 @@ class SlurmExecutor:
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         self.watched.update((job.mark, job) for job in jobs)
         if not self.look(0.0):
-            raise SystemAway(self.problem() or "Slurm is asked again in a moment")
+            raise BackendUnavailable(self.problem() or "Slurm is asked again in a moment")
         handles = {}
         for job in jobs:
             known = self.known.get(slurm_name(job.mark))
@@ -5607,25 +5617,25 @@ class SlurmExecutor:
         under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash cut off
         return {**handles, **dict.fromkeys(under_way, "")}
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        fates = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
-        unclear = [job for job in jobs if (found := fates[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
+        unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
         if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
             self.look(self.config.batch_interval_s)
             self.end_what_lingers()
         claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
-        judged = {job.id: self.fate(job, fates[job.id], claims[job.id]) for job in unclear}
+        judged = {job.id: self.outcome(job, outcomes[job.id], claims[job.id]) for job in unclear}
         given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
         for job in given_up:
             if not self.fence(job) and claims[job.id] is None:
-                judged[job.id] = Fate(True)  # it begins just now
+                judged[job.id] = Outcome(True)  # it begins just now
         if given_up:
             self.scancel([job.mark for job in given_up if not judged[job.id].alive])
-        ended = [job for job in jobs if not (judged.get(job.id) or cast(Fate, fates[job.id])).alive]
+        ended = [job for job in jobs if not (judged.get(job.id) or cast(Outcome, outcomes[job.id])).alive]
         self.forget(ended)
         self.leaving.update((job.mark, time.monotonic()) for job in ended if job.mark not in self.leaving)
-        return {**cast("dict[int, Fate]", fates), **judged}
+        return {**cast("dict[int, Outcome]", outcomes), **judged}
 
     def end_what_lingers(self) -> None:
         """End what Slurm still has, a while after its exit file was seen: the script wrote that itself, or Slurm would run it again."""
@@ -5644,11 +5654,11 @@ class SlurmExecutor:
             for table in tables:
                 table.pop(job.mark, None)
 
-    def fate(self, job: Job, ended: Fate | None, claim: str | None) -> Fate:
+    def outcome(self, job: Job, ended: Outcome | None, claim: str | None) -> Outcome:
         """Judge an attempt that has no exit file of the script's own making, by its wrapper's claim as it was just read."""
         known, folder = self.known.get(slurm_name(job.mark)), self.data.job(job.mark)
         if known is None and self.looked_at <= self.handed_at.get(job.mark, float("-inf")):
-            return Fate(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
+            return Outcome(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
         if known is not None and known.state not in self.strange | SLURM_WAITS | SLURM_RUNS | set(SLURM_ENDS):
             self.strange.add(known.state)
             log.warning("Slurm says %s of job %s, which is not known here: it counts as running", known.state, known.id)
@@ -5657,7 +5667,7 @@ class SlurmExecutor:
             self.missed.pop(job.mark, None)
         else:
             traces = self.traced(job, traces)
-        return slurm_fate(known, traces, self.config.vanish_grace_s)
+        return slurm_outcome(known, traces, self.config.vanish_grace_s)
 
     def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
         """Return the traces with what an attempt that is over may have left; of one that is alive nobody needs to look for it."""
@@ -5684,7 +5694,7 @@ class SlurmExecutor:
             names = ",".join(map(slurm_name, marks[at : at + 100]))
             try:
                 self.command("scancel", f"--user={os.getuid()}", f"--name={names}")
-            except SystemAway as error:
+            except BackendUnavailable as error:
                 log.warning("Slurm: %s", error)
 
     def cancel(self, job: Job) -> None:
@@ -5717,7 +5727,7 @@ class SlurmExecutor:
             yield Finding(True, f"{self.command('sbatch', '--version').strip()} is here")
             parse_squeue(self.command("squeue", "--noheader", f"--user={os.getuid()}", f"--Format={squeue_format()}"))
             yield Finding(True, "slurmctld answers squeue")
-        except (SystemAway, ValueError) as error:
+        except (BackendUnavailable, ValueError) as error:
             missing = "there is no" in str(error) or "configuration source" in str(error)
             remedy = "load Slurm's module, or set PATH and SLURM_CONF" if missing else "is slurmctld up? Ask the cluster's people"
             yield Finding(False, f"{error}; {remedy}")
@@ -5805,7 +5815,7 @@ class BadSandbox(JoborchError):
     """An output sandbox that cannot be used, however often it is fetched."""
 
 
-class AnswerLost(SystemAway):
+class AnswerLost(BackendUnavailable):
     """DIRAC may have heard what was asked, and done it."""
 
 
@@ -6080,19 +6090,21 @@ class DiracLogin:
     """
 
     def __init__(self, path: str, refresh: Callable[[str], tuple[int, Any]], clock: Clock) -> None:
-        """`refresh` shows a refresh token and returns DiracX's status and answer; SystemAway where there is none."""
+        """`refresh` shows a refresh token and returns DiracX's status and answer; BackendUnavailable where there is none."""
         self.path, self.refresh, self.clock = Path(os.path.realpath(os.path.expanduser(path))), refresh, clock
         self.lock = threading.Lock()
         self.refused, self.refused_at = "", 0.0  # the refresh token that DiracX refused: the login has ended for good
 
     def read(self) -> dict[str, Any]:
-        """Return what the file holds; SystemAway where there is no login."""
+        """Return what the file holds; BackendUnavailable where there is no login."""
         try:
             return self.parse(self.path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise SystemAway(f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`") from error
+            raise BackendUnavailable(
+                f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`"
+            ) from error
         except UnicodeDecodeError:
-            raise SystemAway(f"DIRAC: {self.path} holds no login: log in with `dirac login`") from None
+            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`") from None
 
     def parse(self, text: str) -> dict[str, Any]:
         try:
@@ -6105,14 +6117,14 @@ class DiracLogin:
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise SystemAway(f"DIRAC: {self.path} holds no login: log in with `dirac login`")
+            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`")
         return cast("dict[str, Any]", said)
 
     def valid_until(self) -> float | None:
         """Return when the refresh token ends (seconds since 1970), after which only a person's new login helps; None where unknown."""
         try:
             said = self.read()
-        except SystemAway:
+        except BackendUnavailable:
             return None
         until = said["expires_on"] if said["refresh_token"] == self.refused else claims(said["refresh_token"]).get("exp")
         return float(until) if isinstance(until, (int, float)) else None
@@ -6121,7 +6133,7 @@ class DiracLogin:
         """Return why the login has ended for good and what to do, or an empty text."""
         try:
             said = self.read()
-        except SystemAway as error:
+        except BackendUnavailable as error:
             return str(error)
         now, until = self.clock.wall(), claims(said["refresh_token"]).get("exp")
         until = float(until) if isinstance(until, (int, float)) else None
@@ -6134,14 +6146,14 @@ class DiracLogin:
         return f"DIRAC: the login ended at {at_clock(when)}{valid}: {again}"
 
     def owner(self) -> str:
-        """Return who is logged in, as DIRAC calls the owner of a job; SystemAway where the token does not say: nobody's jobs are ours."""
+        """Return who is logged in, as DIRAC calls the owner of a job. Raises BackendUnavailable if the token does not say."""
         name = claims(self.read()["access_token"]).get("preferred_username")
         if not name or not isinstance(name, str):
-            raise SystemAway(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
+            raise BackendUnavailable(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
         return str(name)
 
     def token(self, refused: str = "") -> str:
-        """Return an access token that is valid for a while, and is not the `refused` one; SystemAway where there is none."""
+        """Return an access token that is valid for a while, and is not the `refused` one; BackendUnavailable where there is none."""
         with self.lock:
             said = self.read()
             if self.lasts(said, refused):
@@ -6160,9 +6172,9 @@ class DiracLogin:
             if self.lasts(said, refused):
                 return said
             if self.ended():
-                raise SystemAway(self.ended())
+                raise BackendUnavailable(self.ended())
             if said["refresh_token"] == self.refused:
-                raise SystemAway("DIRAC refuses both tokens of this login: log in again with `dirac login`")
+                raise BackendUnavailable("DIRAC refuses both tokens of this login: log in again with `dirac login`")
             return self.refreshed(said, file)
 
     def refreshed(self, said: Mapping[str, Any], file: IO[str]) -> dict[str, Any]:
@@ -6177,7 +6189,7 @@ class DiracLogin:
                     self.refused, self.refused_at = said["refresh_token"], self.clock.wall()
                     if said["expires_on"] > self.clock.wall():
                         return dict(said)
-                    raise SystemAway(self.ended())
+                    raise BackendUnavailable(self.ended())
                 crash_point("dirac.refreshed")
                 new = {name: answer[name] for name in ("access_token", "refresh_token")}
                 new["expires_on"] = int(self.clock.wall() + answer["expires_in"]) - 15  # as the official client counts
@@ -6188,7 +6200,7 @@ class DiracLogin:
             os.rename(temporary, self.path)
             fsync_path(self.path.parent)
         except (OSError, KeyError, TypeError) as error:
-            raise SystemAway(f"DIRAC: the login could not be refreshed: {one_line(repr(error))}") from error
+            raise BackendUnavailable(f"DIRAC: the login could not be refreshed: {one_line(repr(error))}") from error
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -6203,11 +6215,11 @@ class DiracLogin:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[IO[str]]:
-        """Hold the lock of the file that is at the path now; SystemAway where somebody else holds it for too long."""
+        """Hold the lock of the file that is at the path now; BackendUnavailable where somebody else holds it for too long."""
         deadline, file = self.clock.monotonic() + LOGIN_LOCK_S, self.lock_once()
         while file is None:
             if self.clock.monotonic() > deadline:
-                raise SystemAway(f"DIRAC: another program holds the lock of {self.path}")
+                raise BackendUnavailable(f"DIRAC: another program holds the lock of {self.path}")
             time.sleep(0.05)
             file = self.lock_once()
         with file:
@@ -6226,7 +6238,7 @@ class DiracLogin:
             file.close()
         except OSError as error:
             trouble = lock_trouble(error) if error.errno in NO_LOCKS else os.strerror(error.errno or 0)
-            raise SystemAway(f"DIRAC: {self.path} cannot be used: {trouble}") from error
+            raise BackendUnavailable(f"DIRAC: {self.path} cannot be used: {trouble}") from error
         return None
 
 
@@ -6242,7 +6254,7 @@ class DiracService:
         return http_pool()
 
     def send(self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
-        """Return the answer to one request, whatever its status; SystemAway where none came: it may have been heard all the same."""
+        """Return the answer to one request, whatever its status. Raises BackendUnavailable if none came; it may have been heard."""
         import urllib3
 
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
@@ -6252,17 +6264,17 @@ class DiracService:
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             text = re.sub(r"<[^>]*>:? ?", "", str(error))  # an object's address: the reason must not change each time
             unheard = isinstance(error, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
-            kind = SystemAway if unheard else AnswerLost
+            kind = BackendUnavailable if unheard else AnswerLost
             raise kind(f"DIRAC: {host_of(url)[0]} does not answer: {one_line(text, 150)}") from error
 
     def refresh(self, token: str) -> tuple[int, Any]:
-        """Show a refresh token; return the status and what came with it. SystemAway for all but a yes or a no."""
+        """Show a refresh token; return the status and what came with it. BackendUnavailable for all but a yes or a no."""
         form = urlencode({"grant_type": "refresh_token", "client_id": DIRAC_CLIENT_ID, "refresh_token": token})
         answer = self.send("POST", f"{self.url}/api/auth/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
         return (answer.status, {}) if answer.status in (400, 401) else (answer.status, self.meant(answer))
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Return what the answer to a call of the API says; DiracRefusal where DIRAC refuses, SystemAway where it is to be asked again."""
+        """Return what an API call answers. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if it should be asked again."""
         token = self.login.token()
         text = None if body is None else json.dumps(body).encode()
         for _ in range(2):
@@ -6284,7 +6296,7 @@ class DiracService:
         text = f"DIRAC answers {answer.status}: {one_line(str(detail or answer.reason), 200)}"
         if answer.status in (400, 403, 413, 422):
             raise DiracRefusal(answer.status, text)
-        raise SystemAway(text) if answer.status in (401, 429, 503) else AnswerLost(text)
+        raise BackendUnavailable(text) if answer.status in (401, 429, 503) else AnswerLost(text)
 
     def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
         """Return the rows of an owner's jobs that have one of these values; others' jobs are visible, too, and are left out."""
@@ -6315,11 +6327,13 @@ class DiracService:
             file.seek(0)
             answer = self.send("POST", said["url"], itertools.chain([head.encode()], file_chunks(file, size), [tail.encode()]), headers)
             if answer.status not in (200, 201, 204):
-                raise SystemAway(f"DIRAC's sandbox store answers {answer.status}: {one_line(answer.data.decode('utf-8', 'replace'), 200)}")
+                raise BackendUnavailable(
+                    f"DIRAC's sandbox store answers {answer.status}: {one_line(answer.data.decode('utf-8', 'replace'), 200)}"
+                )
         return str(said["pfn"])
 
     def download(self, pfn: str, target: IO[bytes]) -> None:
-        """Bring a sandbox, verified by the SHA-256 in its name; SystemAway where it is damaged or does not come."""
+        """Bring a sandbox, verified by the SHA-256 in its name; BackendUnavailable where it is damaged or does not come."""
         url = self.call("GET", f"/api/jobs/sandbox?pfn={quote(pfn, safe='')}")["url"]
         answer = self.send("GET", url, preload_content=False)  # without our token: the store is another's, and refuses it
         digest, size = hashlib.sha256(), 0
@@ -6333,11 +6347,13 @@ class DiracService:
         except OSError:
             raise
         except Exception as error:  # urllib3's, of many kinds; BadSandbox of ours goes on as it is
-            raise error if isinstance(error, BadSandbox) else SystemAway(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
+            raise (
+                error if isinstance(error, BadSandbox) else BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}")
+            ) from error
         finally:
             answer.close()
         if answer.status != 200 or f":{digest.hexdigest()}." not in pfn:
-            raise SystemAway(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
+            raise BackendUnavailable(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
 
 
 # == 22. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
@@ -6349,7 +6365,7 @@ def waits_text(row: Mapping[str, Any]) -> str:
     return f"DIRAC: {row['Status']} since {since}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']})"
 
 
-def weighed(row: Mapping[str, Any], left: Fate) -> Fate:
+def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
     """Return how a job ended that left an exit file: as that says, but who ended it may be known by DIRAC alone."""
     minor = one_line(str(row["MinorStatus"]), 100)
     if left.exit_status == 0 or left.cause is Cause.LIMIT:
@@ -6363,19 +6379,19 @@ def weighed(row: Mapping[str, Any], left: Fate) -> Fate:
     return left
 
 
-def without_exit(row: Mapping[str, Any]) -> Fate:
+def without_exit(row: Mapping[str, Any]) -> Outcome:
     """Return how a job ended that left no exit file, by DIRAC's word."""
     text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file came back"
     if row["Status"] == "Killed":
-        return Fate(False, cause=Cause.CANCELLED, reason=f"somebody ended it. {text}")
+        return Outcome(False, cause=Cause.CANCELLED, reason=f"somebody ended it. {text}")
     limit = row["Status"] == "Failed" and GRID_LIMIT.search(str(row["MinorStatus"]))
-    return Fate(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
+    return Outcome(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
 
 
 class DiracExecutor:
     """Runs payloads as jobs of DIRAC 9 and later. A handle is the job's number there; its name is the attempt's mark."""
 
-    in_line = True
+    is_batch = True
 
     def __init__(self, data: DataFolder, config: Config, clock: Clock | None = None) -> None:
         """ConfigError where a setting is missing, or holds what JDL cannot."""
@@ -6403,7 +6419,7 @@ class DiracExecutor:
         self.fetch_failed: dict[str, float] = {}  # by mark, monotonic: since when they have been tried
         self.judging: set[str] = set()  # marks of which the outputs are being fetched
         self.judged: dict[str, float] = {}  # by mark: `asked_at` of what was judged last
-        self.verdicts: dict[str, Fate] = {}  # by mark
+        self.verdicts: dict[str, Outcome] = {}  # by mark
         self.fetched: set[str] = set()  # marks of which the outputs are here, with an exit file or without
         self.odd: set[str] = set()  # states that are not known, and were logged
         self.trouble, self.trouble_since = "", 0.0
@@ -6422,9 +6438,9 @@ class DiracExecutor:
         """Keep why DIRAC could not be used, for problem(); what DIRAC refuses is tried again, too."""
         try:
             yield
-        except (SystemAway, DiracRefusal) as error:
+        except (BackendUnavailable, DiracRefusal) as error:
             self.note(str(error))
-            raise error if isinstance(error, SystemAway) else SystemAway(str(error)) from error
+            raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             self.note(f"DIRAC answers what is not understood: {one_line(repr(error), 150)}")
             raise AnswerLost(self.trouble) from error
@@ -6489,16 +6505,18 @@ class DiracExecutor:
         """End a second job of one attempt: a submission whose answer was lost got through after all."""
         if row["Status"] not in GRID_ENDED:
             log.warning("DIRAC has job %s beside job %s for %s: it is ended", row["JobID"], handle, row["JobName"])
-            with contextlib.suppress(StillRunning, SystemAway):  # it is found again, or is of no harm: its outputs are nobody's
+            with contextlib.suppress(StillRunning, BackendUnavailable):  # it is found again, or is of no harm: its outputs are nobody's
                 self.kill(row)
 
     def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of our jobs with these values; SystemAway also where somebody else is logged in now: his jobs are not ours."""
+        """Return the rows of our jobs with these values. Raises BackendUnavailable also if somebody else is logged in now."""
         now, note = self.service.login.owner(), self.data.path / "dirac-owner"
         known = note.read_text(encoding="utf-8") if note.exists() else ""
         if known and known != now:
             remedy = f"log in as {known}, or remove {note} when none of them runs"
-            raise SystemAway(f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}")
+            raise BackendUnavailable(
+                f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}"
+            )
         if not known:
             write_atomic(note, now.encode(), 0o600)
         return self.service.search(now, parameter, values)
@@ -6511,7 +6529,7 @@ class DiracExecutor:
     # -- watching --
 
     def look(self, numbers: Collection[int], at_once: bool = False) -> None:
-        """Ask DIRAC of these jobs, the watched ones and those that are being ended, unless it was asked a moment ago. SystemAway."""
+        """Ask DIRAC about these jobs, the watched ones and those being killed, unless it was just asked. Raises BackendUnavailable."""
         with self.asking:
             now = self.clock.monotonic()
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
@@ -6540,11 +6558,11 @@ class DiracExecutor:
         row = self.rows.get(int(job.handle or 0))
         return row if row and row["JobName"] == job_name(job.mark) else None
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
         self.keep_in_mind(jobs)
-        with contextlib.suppress(SystemAway):  # problem() says so; its jobs are alive
+        with contextlib.suppress(BackendUnavailable):  # problem() says so; its jobs are alive
             self.look(())
-        return {job.id: self.fate(job) for job in jobs}
+        return {job.id: self.outcome(job) for job in jobs}
 
     def keep_in_mind(self, jobs: Sequence[Job]) -> None:
         """Watch these jobs, and let go of those that nobody has asked for in a while: they have ended."""
@@ -6552,7 +6570,7 @@ class DiracExecutor:
         with self.lock:
             polled = {**self.polled, **{job.mark: (int(job.handle), now) for job in jobs if job.handle}}
             self.polled = {mark: entry for mark, entry in polled.items() if now - entry[1] < FORGET_S}
-            self.verdicts = {mark: fate for mark, fate in self.verdicts.items() if mark in self.polled}
+            self.verdicts = {mark: outcome for mark, outcome in self.verdicts.items() if mark in self.polled}
             self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
             self.fetched &= set(self.polled)
             numbers = {number for number, _ in self.polled.values()}
@@ -6560,23 +6578,25 @@ class DiracExecutor:
             self.bringing = {mark: lock for mark, lock in self.bringing.items() if mark in self.polled}
             self.fetch_failed = {mark: since for mark, since in self.fetch_failed.items() if mark in self.polled}
 
-    def fate(self, job: Job) -> Fate:
+    def outcome(self, job: Job) -> Outcome:
         number, row = int(job.handle or 0), self.row_of(job)
         if number not in self.asked_for:
-            return Fate(True, waits=f"DIRAC: submitted (job {number})")
+            return Outcome(True, waits=f"DIRAC: submitted (job {number})")
         if job.mark in self.verdicts:
             return self.verdicts[job.mark]
         if row is None:
             gone = self.lasting_s(number) >= self.config.vanish_grace_s
             text = f"DIRAC no longer knows job {number}: somebody removed it"
-            return (read_exit(self.data.job(job.mark)) or Fate(False, cause=Cause.INFRASTRUCTURE, reason=text)) if gone else Fate(True)
+            return (
+                (read_exit(self.data.job(job.mark)) or Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)) if gone else Outcome(True)
+            )
         if row["Status"] in GRID_ENDED or row["RescheduleCounter"]:
             self.judge_soon(job, row)
-            return Fate(True)
+            return Outcome(True)
         if row["Status"] not in NOT_BEGUN | WITH_PILOT and row["Status"] not in self.odd:
             self.odd.add(row["Status"])
             log.warning("DIRAC says %r of job %d, which is not known here: taken for alive", row["Status"], number)
-        return Fate(True, waits=waits_text(row) if row["Status"] in NOT_BEGUN else "")
+        return Outcome(True, waits=waits_text(row) if row["Status"] in NOT_BEGUN else "")
 
     # -- judging --
 
@@ -6592,7 +6612,7 @@ class DiracExecutor:
     def judge(self, job: Job, row: Row) -> None:
         """Keep how a job ended for the next poll; nothing where that is not known yet."""
         try:
-            with contextlib.suppress(SystemAway, StillRunning):
+            with contextlib.suppress(BackendUnavailable, StillRunning):
                 verdict = self.verdict(job, row)
                 with self.lock:
                     self.verdicts.update({job.mark: verdict} if verdict else {})
@@ -6602,12 +6622,12 @@ class DiracExecutor:
             with self.lock:
                 self.judging.discard(job.mark)
 
-    def verdict(self, job: Job, row: Row) -> Fate | None:
+    def verdict(self, job: Job, row: Row) -> Outcome | None:
         """Return how a job ended, None where its pilot may still have something of it, or bring its outputs."""
         if row["RescheduleCounter"]:
             self.cancel(job)
             text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
-            return Fate(False, cause=Cause.INFRASTRUCTURE, reason=text)
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
         self.collect(job)
         left = read_exit(self.data.job(job.mark))
         if left:
@@ -6640,16 +6660,16 @@ class DiracExecutor:
     def cancel(self, job: Job) -> None:
         try:
             self.stop(job)
-        except SystemAway as error:
+        except BackendUnavailable as error:
             raise StillRunning(str(error)) from error
 
     def stop(self, job: Job) -> None:
-        """Return when a job surely runs no more; StillRunning, SystemAway."""
+        """Return when a job surely runs no more; StillRunning, BackendUnavailable."""
         handle = job.handle or self.find([job]).get(job.mark)
         if handle is None:
             return
         if not handle:
-            raise SystemAway("DIRAC: whether its submission got through is waited for")
+            raise BackendUnavailable("DIRAC: whether its submission got through is waited for")
         job, number = job._replace(handle=handle), int(handle)
         self.look([number], at_once=True)
         row = self.row_of(job)
@@ -6677,7 +6697,7 @@ class DiracExecutor:
             return [str(pfn) for pfn in reversed(self.service.call("GET", f"/api/jobs/{number}/sandbox/output"))]
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs of a job into its folder, if they are not there: the exit file last, so that a crash is no harm. SystemAway."""
+        """Bring a job's outputs into its folder, if they are not there: the exit file last, so that a crash does no harm."""
         if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
             return
         with self.lock:
@@ -6687,7 +6707,7 @@ class DiracExecutor:
                 self.fetched.add(job.mark)
 
     def bring(self, job: Job, pfn: str) -> bool:
-        """Bring one output sandbox into a payload's folder; False where it is of no use. SystemAway where it is worth another try.
+        """Bring one output sandbox into a payload's folder; False where it is of no use. BackendUnavailable where it is worth another try.
 
         What fails for FETCH_PATIENCE_S is of no use: it would hold a slot and its user's quota for ever.
         """
@@ -6699,12 +6719,12 @@ class DiracExecutor:
             sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
             crash_point("dirac.unpacked")
             exchange(room / "out", self.data.job(job.mark))
-        except (BadSandbox, SystemAway, DiracRefusal, OSError, LookupError, TypeError, ValueError) as error:
+        except (BadSandbox, BackendUnavailable, DiracRefusal, OSError, LookupError, TypeError, ValueError) as error:
             text = f"outputs of job {job.handle} cannot be had: {one_line(str(error), 200)}"
             log.warning("DIRAC: %s", text)
             if isinstance(error, BadSandbox) or self.clock.monotonic() - first > FETCH_PATIENCE_S:
                 return False
-            raise SystemAway(f"DIRAC: {text}") from error
+            raise BackendUnavailable(f"DIRAC: {text}") from error
         finally:
             remove_tree(room)
         self.fetch_failed.pop(job.mark, None)
@@ -6719,14 +6739,14 @@ class DiracExecutor:
             for row in rows:
                 if row["Status"] not in GRID_ENDED:
                     self.kill(row)
-        except (SystemAway, StillRunning) as error:
+        except (BackendUnavailable, StillRunning) as error:
             log.warning("%s: jobs of a database that is lost may run on there", error)
 
     def examine(self) -> Iterator[Finding]:
         try:
             name = self.service.login.owner()
             self.search("JobName", ["none"])
-        except (SystemAway, DiracRefusal) as error:
+        except (BackendUnavailable, DiracRefusal) as error:
             yield Finding(False, str(error))
             return
         except (LookupError, TypeError, AttributeError, ValueError):
@@ -6735,11 +6755,11 @@ class DiracExecutor:
         until = self.login_valid_until()
         left = f" until {at_clock(until)}; before that, log in again with `dirac login`" if until else ""
         yield Finding(True, f"DIRAC answers at {self.config.dirac_url}, as {name}, whose login is valid{left}")
-        with contextlib.suppress(SystemAway, KeyError, TypeError, ValueError):
+        with contextlib.suppress(BackendUnavailable, KeyError, TypeError, ValueError):
             answer = self.service.send("GET", f"{self.service.url}/.well-known/dirac-metadata")
             off_s = parsedate_to_datetime(answer.headers["Date"]).timestamp() - self.clock.wall()
             if abs(off_s) > CLOCK_TOLERANCE_S:
-                yield Finding(None, f"DIRAC's clock is {spoken(abs(off_s))} off ours: use NTP")
+                yield Finding(None, f"DIRAC's clock is {format_duration(abs(off_s))} off ours: use NTP")
 
 
 def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimits | None = None) -> None:
@@ -6754,7 +6774,7 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
         with contextlib.ExitStack() as stack:
             if pfn.endswith(".tar.zst"):  # Python reads it from 3.14 on
                 if not shutil.which("zstd"):
-                    raise SystemAway("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
+                    raise BackendUnavailable("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
                 unpacker = stack.enter_context(
                     subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE, env=helper_environment())
                 )
@@ -6992,7 +7012,7 @@ class RefusedTokens:
             if not self.count or now < self.quiet_until:
                 return
             count, self.count, self.quiet_until = self.count, 0, now + self.period_s
-        log.warning("refused %s with a wrong token; the last came from %s", counted(count, "request", "requests"), self.last)
+        log.warning("refused %s with a wrong token; the last came from %s", plural(count, "request", "requests"), self.last)
 
 
 # -- listeners --
@@ -7205,7 +7225,7 @@ class ProofReader:
         self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
 
     def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
-        """Return the proof of a request; Refusal 401 where it does not fit, comes again, or is meant for an earlier start."""
+        """Return the proof of a request; HttpError 401 where it does not fit, comes again, or is meant for an earlier start."""
         shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
         if shown is None:
             raise unproven("the proof cannot be read")
@@ -7220,7 +7240,7 @@ class ProofReader:
         raise unproven("the token is wrong, or the request was changed on its way")
 
     def take(self, proof: Proof) -> None:
-        """Note a request's number in a sliding window, as IPsec does (RFC 4303, 3.4.3); Refusal 401 where it came before."""
+        """Note a request's number in a sliding window, as IPsec does (RFC 4303, 3.4.3); HttpError 401 where it came before."""
         session = (proof.server, proof.key)
         with self.lock:
             if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
@@ -7236,9 +7256,9 @@ class ProofReader:
             self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
 
 
-def unproven(message: str, nonce: str = "") -> Refusal:
+def unproven(message: str, nonce: str = "") -> HttpError:
     """Return the answer to a server that has not proven itself; with `nonce`, it may do so by that one."""
-    return Refusal(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
+    return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
 
 
 def far_uid(connection: socket.socket) -> int | None:
@@ -7576,7 +7596,7 @@ def check_base_names(paths: Sequence[str]) -> None:
 
 
 @dataclass
-class Heard:
+class EventsReply:
     """What the events of a client said: its state, and the payloads that changed."""
 
     instance: str
@@ -7593,15 +7613,15 @@ class Heard:
 
 
 @dataclass
-class Report:
+class EndReport:
     """A payload that a client says has ended, waiting to be settled."""
 
     job_id: int
     payload: dict[str, Any]
     due: float  # monotonic
     failures: int = 0
-    taken: bool = False  # a lane settles it now
-    newer: Report | None = None  # what the client said of the job meanwhile
+    taken: bool = False  # a sender settles it now
+    newer: EndReport | None = None  # what the client said of the job meanwhile
     needs: int = 0  # bytes for which there was no room on the disk: it is not asked for again before there is
     part: Transfer | None = None  # what has come of its result
     asked: int = 0  # how often the client said that it still packs the result
@@ -7686,7 +7706,7 @@ def has_many_values(text: bytes) -> bool:
     return count - inside > ANSWER_VALUES
 
 
-def read_events(text: bytes) -> Heard:
+def read_events(text: bytes) -> EventsReply:
     """Return what a client's answer to /events says; ValueError, KeyError or TypeError if it is rubbish."""
     if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
         raise ValueError("longer than a page, or not as we write JSON")
@@ -7699,7 +7719,7 @@ def read_events(text: bytes) -> Heard:
     if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
         raise ValueError("payloads that are none")
     cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
-    heard = Heard(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
+    heard = EventsReply(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
     problem = said.get("problem")
     heard.problem = one_line(problem) if isinstance(problem, str) else ""
@@ -7953,7 +7973,7 @@ def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
         raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
-class Parking:
+class WaiterLimit:
     """A bounded number of places for callers that wait, so that uploads never starve."""
 
     def __init__(self, places: int) -> None:
@@ -7986,7 +8006,7 @@ class Allowance:
 
 
 SETTLED_LIMIT = 20_000  # payloads of one client whose results are to be confirmed
-STRAYS_LIMIT = 1000  # given up attempts of one client that are to be ended
+SUPERSEDED_LIMIT = 1000  # given up attempts of one client that are to be ended
 INLINE_KEPT_BYTES = 2 * MIB  # of small results of one client that wait to be stored; those beyond are fetched
 RESTLESS_MOVES = 100  # of one job
 SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
@@ -8046,17 +8066,17 @@ class Link:
         self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
         self.met = False  # whether its instance has been compared with those of the others
         self.relist, self.undecided = False, False  # all it has is to be asked again: now, or when another client has told what it has
-        self.ended: dict[int, Report] = {}  # by job id
+        self.ended: dict[int, EndReport] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
-        self.settled: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
+        self.confirmed_ids: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
         self.listed: set[int] | None = None  # job ids that a first contact has named so far; None if none is under way
         self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: it is not complained of before
-        self.callers = Parking(CALLS_A_CLIENT)  # places for calls on behalf of callers
+        self.callers = WaiterLimit(CALLS_A_CLIENT)  # places for calls on behalf of callers
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
-        self.outbox: deque[Job] = deque()  # claimed for it, until a lane takes them
-        self.sending: set[int] = set()  # job ids that a lane holds, from before the claim until it is written down what came of it
+        self.outbox: deque[Job] = deque()  # claimed for it, until a sender takes them
+        self.sending: set[int] = set()  # job ids that a sender holds, from before the claim until it is written down what came of it
         self.accepted: dict[str, str] = {}  # payload ids by mark, until they are written down
-        self.strays: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
+        self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
         self.may_have_pinned = True  # jobs that a lost answer, or a crash while they were sent, ties to this client
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
 
@@ -8118,7 +8138,7 @@ class Link:
     def heard(self) -> None:
         """Note that the client answered: what waits for it is due again at once."""
         if self.failures:
-            log.info("client %s answers again after %s", self.name, spoken(self.clock.monotonic() - self.silent_since))
+            log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
             with self.lock:  # what is due again is tried at once when its peer is heard of
                 self.resend_due.clear()
                 self.kill_due.clear()
@@ -8172,9 +8192,9 @@ class Link:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
         return not self.held() and self.clock.monotonic() >= self.full_until
 
-    def has_lane(self) -> bool:
+    def has_free_sender(self) -> bool:
         """Tell whether a job that is claimed for it now would be sent at once."""
-        return len(self.sending) < (1 if self.probing else LANES)
+        return len(self.sending) < (1 if self.probing else SENDERS_PER_CLIENT)
 
     def why_not(self) -> str:
         """Return why it gets no jobs now, as the end of a sentence; an empty text where it does."""
@@ -8184,17 +8204,21 @@ class Link:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
-        return f"{self.trouble} ({spoken(self.silent_s())} ago)" if self.trouble else self.problem or self.refusal or "was not asked yet"
+        return (
+            f"{self.trouble} ({format_duration(self.silent_s())} ago)"
+            if self.trouble
+            else self.problem or self.refusal or "was not asked yet"
+        )
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def reports(self) -> list[Report]:
+    def reports(self) -> list[EndReport]:
         """Return the payloads that have ended here, and wait to be settled."""
         with self.lock:
             return list(self.ended.values())
 
-    def place(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> Place:
+    def capacity(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> ClientCapacity:
         """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more.
 
         `others` are other URLs of the same client, whose jobs are counted in.
@@ -8206,14 +8230,14 @@ class Link:
         now = self.clock.monotonic()
         turning = now - self.ended_at < TURNING_S
         state = (self.load, now - self.failed_at, turning, self.legacy)
-        return Place(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
+        return ClientCapacity(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
     # -- what its words may fill --
 
     def confirm(self, payload_id: str | None) -> None:
         """Have the next polls tell the client that it need not keep a result. What does not fit comes again at a first contact."""
-        if payload_id and len(self.settled) < SETTLED_LIMIT:
-            self.settled.append(payload_id)
+        if payload_id and len(self.confirmed_ids) < SETTLED_LIMIT:
+            self.confirmed_ids.append(payload_id)
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
         """Log what is odd about its words, a line a minute: a client that always lies must not fill the log."""
@@ -8470,7 +8494,7 @@ class Link:
             raise Rejected(f"a gateway before it lets no {len(body):,} bytes through (it answered 413): {remedy}")
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
-    def events(self, wait_s: float, done: Sequence[str]) -> Heard:
+    def events(self, wait_s: float, done: Sequence[str]) -> EventsReply:
         """Wait for changes at the client: one long poll for all its payloads. Gone: it is a 2.2 client, which has no /events.
 
         `done` are payloads whose results are safe here: the client need not keep them for us any longer.
@@ -8651,7 +8675,7 @@ class Loop:
         self.trouble = text
         known = isinstance(error, (StorageError, OSError))
         said = str(error) if known else text
-        log.error("%s: %s; it is tried again, every %s", self.name, said, spoken(self.period_s), exc_info=None if known else error)
+        log.error("%s: %s; it is tried again, every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
 
     def sleep(self, patience_s: float | None) -> None:
         """Sleep until a call comes, or for `patience_s` seconds."""
@@ -8675,7 +8699,7 @@ def each(items: Iterable[T], work: Callable[[T], object]) -> None:
         raise failure
 
 
-class Gate:
+class WorkerLimit:
     """Lets a few threads work at once: more of them only fight for the interpreter. One that waits steps out meanwhile."""
 
     def __init__(self, places: int) -> None:
@@ -8990,9 +9014,9 @@ class Node:
         # A client's archives may use what is kept free: results that are fetched are what empties its disk.
         data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
         self.loops: dict[str, Loop] = {}
-        self.waiters, self.places, self.gate = Parking(PARKING_PLACES), Parking(EVENTS_PLACES), Gate(WORKER_THREADS)
+        self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
         self.refused = RefusedTokens(self.clock)
-        self.pack_places = Parking(PACK_READERS)
+        self.pack_places = WaiterLimit(PACK_READERS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.proofs = ProofReader(self.tokens)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
@@ -9128,7 +9152,7 @@ def clean_tick(node: Node) -> bool:
             put_off(node, job, error)
             continue
         node.unremovable.pop(job.id, None)
-        reason = f"{spoken(max(0.0, now - job.moved_at))} after it ended"
+        reason = f"{format_duration(max(0.0, now - job.moved_at))} after it ended"
         more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
@@ -9180,7 +9204,7 @@ class Server(Node):
         super().__init__(config, store, data, clock)
         self.services = config.services
         self.links: dict[str, Link] = {}
-        self.callers = Parking(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
+        self.callers = WaiterLimit(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
         self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
@@ -9210,7 +9234,7 @@ class Server(Node):
         """Return the links that lead to the same client, this one first."""
         return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
 
-    def places_of(self, links: Iterable[Link]) -> list[Place]:
+    def capacities_of(self, links: Iterable[Link]) -> list[ClientCapacity]:
         """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
         # Read before what has ended: see count_no_more.
         busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
@@ -9221,7 +9245,7 @@ class Server(Node):
         for link in links:
             others = [other for other in by_client.get(link.client, ()) if other is not link]
             cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
-            places.append(link.place(cpus, memory, jobs, others))
+            places.append(link.capacity(cpus, memory, jobs, others))
         return places
 
     def drain(self, link: Link, drained: bool) -> None:
@@ -9236,7 +9260,7 @@ class Server(Node):
 def dispatch_tick(server: Server) -> bool:
     """Claim the job that is next for the client that is to get it; True where there was one.
 
-    One thread does it for all clients, so that each choice sees those before it. A client has lanes of its own, and gets
+    One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
     a job only while one of them is free: one that hangs holds nobody up.
     """
     chosen = next_placement(server)
@@ -9244,7 +9268,7 @@ def dispatch_tick(server: Server) -> bool:
         return False
     head, place = chosen
     link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a claimed job that no lane holds is one whose fate got lost
+    link.sending.add(head.job_id)  # before the claim: a claimed job that no sender holds is one whose outcome got lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
@@ -9259,20 +9283,20 @@ def dispatch_tick(server: Server) -> bool:
     return True
 
 
-def next_placement(server: Server) -> tuple[Head, Place] | None:
+def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
     """Return which job is next, and which client gets it; None where nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
-    lines = [line for line in (line_of(server, service, names) for service in server.services.values()) if line]
+    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
     if not lines:
         return None
-    return choose(lines, server.places_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
+    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
 
 
 def can_be_sent_to(link: Link) -> bool:
     """Tell whether a job that is claimed for a client now would be sent at once."""
-    return link.takes_jobs() and link.has_lane()
+    return link.takes_jobs() and link.has_free_sender()
 
 
 def one_each(links: Iterable[Link]) -> dict[str, Link]:
@@ -9283,38 +9307,40 @@ def one_each(links: Iterable[Link]) -> dict[str, Link]:
     return found
 
 
-def link_to(server: Server, head: Head, place: Place) -> Link:
+def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
     """Return the URL by which a service reaches the client that is to get its job."""
     chosen = server.links[place.name]
     links = server.links_of(server.services[head.service])
     return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
 
 
-def line_of(server: Server, service: Service, names: Mapping[str, str]) -> Line | None:
+def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
     """Return the line of a service; None where nobody stands in it, or all its runs are in use.
 
     `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
     """
-    first = server.store.read(CONTENDERS_NEXT, service=service.name, limit=1)
+    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1)
     if not first:
         return None
     busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
     if busy >= service.max_runs:
         return None
     clients = {names[address.name] for address in service.addresses if address.name in names}
-    return Line(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads_of(server, service.name, first[0]))
+    return ServiceQueue(
+        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0])
+    )
 
 
-def heads_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Head]:
+def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
     """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
-    yield head_of(service, first)
-    for row in server.store.read(CONTENDERS_NEXT, service=service, limit=HEADS_LOOKED_AT)[1:]:
-        yield head_of(service, row)
+    yield candidate_of(service, first)
+    for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
+        yield candidate_of(service, row)
 
 
-def head_of(service: str, row: sqlite3.Row) -> Head:
-    """Return a row of CONTENDERS_NEXT as the scheduler sees it."""
-    return Head(service, row["head"], row["cpus"], row["memory"], row["timeout"])
+def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
+    """Return a row of RUNNABLE_NEXT as the scheduler sees it."""
+    return Candidate(service, row["head"], row["cpus"], row["memory"], row["timeout"])
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
@@ -9345,7 +9371,7 @@ def send_tick(server: Server, link: Link) -> bool:
         with link.turn():
             send_job(server, link, job)
     finally:
-        was_full = was_probing or not link.has_lane()
+        was_full = was_probing or not link.has_free_sender()
         link.sending.discard(job.id)
         if was_full:
             server.wake("dispatch")
@@ -9379,7 +9405,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
             if due:
                 link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
-                link.sending.add(job.id)  # it takes a lane like every other
+                link.sending.add(job.id)  # it takes a sender like every other
         if due:
             return job
     return None
@@ -9412,7 +9438,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         return
     except (NoAnswer, OSError) as error:
         link.failed(error)
-        lose_answer(server, link, job, error)
+        mark_outcome_unknown(server, link, job, error)
         return
     link.took_one()
     link.resend_due.pop(job.id, None)
@@ -9455,7 +9481,7 @@ def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
             new_attempt(server, job, f"{link.name} began anew and knows nothing of it")
 
 
-def lose_answer(server: Server, link: Link, job: Job, error: Exception) -> None:
+def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
     """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
 
     A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
@@ -9519,10 +9545,10 @@ def get_tick(server: Server, link: Link) -> bool:
         if link.relist:
             link.relist, link.since = False, 0
         fresh, asked_at = link.since == 0, server.clock.monotonic()
-        done = link.settled[:DONE_AT_ONCE]
+        done = link.confirmed_ids[:DONE_AT_ONCE]
         heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
         crash_point("hear.answered")
-        del link.settled[: len(done)]
+        del link.confirmed_ids[: len(done)]
     except Gone:
         link.legacy = True
         log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
@@ -9552,7 +9578,7 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
         decide_again(server)
 
 
-def take_in(server: Server, link: Link, heard: Heard, fresh: bool, asked_at: float = float("-inf")) -> None:
+def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_at: float = float("-inf")) -> None:
     """Take in what a client's events said; after the last page of a first contact, also what they did not say.
 
     `asked_at` (monotonic) is when that was asked for.
@@ -9578,7 +9604,7 @@ def take_in(server: Server, link: Link, heard: Heard, fresh: bool, asked_at: flo
     forget_others(server, link)
 
 
-def meet(server: Server, link: Link, heard: Heard, asked_at: float) -> None:
+def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
     """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
 
     A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
@@ -9654,7 +9680,7 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
-        note_end(server, link, Report(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
+        note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
 
 
 def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -9693,12 +9719,12 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
 def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
     """Have the client that a job's row names asked whether it has the current attempt, which another one has: see `sort_claim`."""
     asked = home.ended.get(job.id)
-    if len(server.claims) < STRAYS_LIMIT and (asked is None or asked.payload["status"] == "?"):
+    if len(server.claims) < SUPERSEDED_LIMIT and (asked is None or asked.payload["status"] == "?"):
         server.claims[job.mark] = (link.name, payload_id)
         with home.lock:
             if asked is not None and not asked.taken:
                 del home.ended[job.id]  # it is asked at once
-        note_end(server, home, Report(job.id, {"status": "?"}, 0.0))
+        note_end(server, home, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
@@ -9749,14 +9775,14 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
     current: Job | None = job
     while current is not None and current.dest_id is None:
         server.store.move(current, Status.SUBMITTED, f"{link.name} has it", dest_id=payload_id)
-        current = server.store.get(job.id)  # a lane may have moved it meanwhile, to Unknown: then it is tried again from there
+        current = server.store.get(job.id)  # a sender may have moved it meanwhile, to Unknown: then it is tried again from there
         if current is None or current.attempt != job.attempt or current.status not in BUSY:
             return None
     return current
 
 
-def note_end(server: Server, link: Link, found: Report) -> None:
-    """Note that a payload has ended, for the lanes that settle it; one that is being settled keeps the news for later."""
+def note_end(server: Server, link: Link, found: EndReport) -> None:
+    """Note that a payload has ended, for the senders that settle it; one that is being settled keeps the news for later."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
         if "archive" in found.payload and not has_room_for(found, link.ended):
@@ -9772,7 +9798,7 @@ def note_end(server: Server, link: Link, found: Report) -> None:
     server.wake(f"fetch:{link.name}")
 
 
-def has_room_for(found: Report, ended: Mapping[int, Report]) -> bool:
+def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
     """Tell whether a small result may be kept in memory until it is stored; else it is fetched then."""
     if len(ended) > EVENTS_PAGE:
         return False
@@ -9782,11 +9808,11 @@ def has_room_for(found: Report, ended: Mapping[int, Report]) -> bool:
 
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """Have a payload ended whose attempt was given up: it came back late."""
-    stray = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
-    if len(link.strays) >= STRAYS_LIMIT and stray.mark not in link.strays:
+    superseded = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
+    if len(link.superseded_attempts) >= SUPERSEDED_LIMIT and superseded.mark not in link.superseded_attempts:
         return  # it is named again at the next first contact
     link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
-    link.strays[stray.mark] = stray
+    link.superseded_attempts[superseded.mark] = superseded
     server.wake(f"kill:{link.name}")
 
 
@@ -9794,7 +9820,7 @@ def look_for_lost(server: Server, link: Link, listed: Collection[int]) -> None:
     """Ask for each job that should be with a client and was not named in its full list."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
         if job.dest_id and job.id not in listed:
-            note_end(server, link, Report(job.id, {"status": "?"}, 0.0))
+            note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def poll_tick(server: Server, link: Link) -> bool:
@@ -9891,7 +9917,7 @@ def fetch_tick(server: Server, link: Link) -> bool:
     try:
         with link.turn():
             job = server.store.get(due.job_id)
-            settled = job is None or job.client != link.name or job.status not in BUSY or settle(server, link, job, due)
+            settled = job is None or job.client != link.name or job.status not in BUSY or collect_end(server, link, job, due)
         crash_point("fetch.settled")
     finally:
         give_back(server, link, due, settled)
@@ -9908,7 +9934,7 @@ def confirm_later(server: Server, link: Link, job: Job | None) -> None:
         link.confirm(job.dest_id)
 
 
-def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
+def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None:
     """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
     with link.lock:
         if due.newer is not None:
@@ -9927,7 +9953,7 @@ def give_back(server: Server, link: Link, due: Report, settled: bool) -> None:
         server.wake(f"fetch:{link.name}")
 
 
-def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
+def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
     """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
     found.pause_s = 0.0
     try:
@@ -9957,7 +9983,7 @@ def settle(server: Server, link: Link, job: Job, found: Report) -> bool:
     return True
 
 
-def settle_as_told(server: Server, link: Link, job: Job, found: Report) -> None:
+def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> None:
     """Do what the status of an ended payload asks for."""
     if found.payload["status"] == "?":
         found.payload.update(link.status(job))
@@ -9993,7 +10019,7 @@ def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
     return take_along(server, other, job) is not None
 
 
-def is_being_packed(found: Report, error: Exception) -> bool:
+def is_being_packed(found: EndReport, error: Exception) -> bool:
     """Tell whether a result is not there just because its client still packs it: it is asked again soon, for about an hour."""
     if not isinstance(error, NotPacked) or found.asked >= PACK_ASKED_MOST:
         return False
@@ -10001,12 +10027,12 @@ def is_being_packed(found: Report, error: Exception) -> bool:
     return True
 
 
-def count_no_more(found: Report) -> None:
+def count_no_more(found: EndReport) -> None:
     """Count the slots of an ended payload as taken, just before its job's row lets them go: none is ever free twice."""
     found.cpus = found.memory = 0
 
 
-def fetch_result(server: Server, link: Link, job: Job, found: Report) -> None:
+def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None:
     """Bring a result to its place: file, digest, fsync, rename; then the row."""
     size, digest = store_archive(server, link, job, found, partial=False)
     count_no_more(found)
@@ -10025,7 +10051,7 @@ def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
     return data if hashlib.sha256(data).hexdigest() == payload.get("sha256") else b""
 
 
-def store_archive(server: Server, link: Link, job: Job, found: Report, partial: bool) -> tuple[int, str]:
+def store_archive(server: Server, link: Link, job: Job, found: EndReport, partial: bool) -> tuple[int, str]:
     """Bring a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return.
 
     What came of a transfer that broke stays with the report, for the next time.
@@ -10079,7 +10105,7 @@ def check_result(config: Config, part: Transfer) -> None:
         raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
 
 
-def drop_part(found: Report) -> None:
+def drop_part(found: EndReport) -> None:
     """Let go of what came of a result: it is in its place, or of no use."""
     if found.part is not None:
         found.part.target.close()
@@ -10090,7 +10116,7 @@ def drop_part(found: Report) -> None:
         found.part = None
 
 
-def fetch_failure(server: Server, link: Link, job: Job, found: Report) -> None:
+def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
     """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
     size, digest, not_kept = None, None, ""
@@ -10113,15 +10139,15 @@ def kill_tick(server: Server, link: Link) -> bool:
     now = server.clock.monotonic()
     if link.held():
         return False
-    for stray in list(link.strays.values()):
+    for superseded in list(link.superseded_attempts.values()):
         try:
-            link.kill(stray)
+            link.kill(superseded)
         except (NothingSent, NoAnswer) as error:
             link.failed(error)
             return False
         except Gone:
-            log.info("job %d: %s knows nothing of attempt %d any more", stray.id, link.name, stray.attempt)
-        link.strays.pop(stray.mark, None)
+            log.info("job %d: %s knows nothing of attempt %d any more", superseded.id, link.name, superseded.attempt)
+        link.superseded_attempts.pop(superseded.mark, None)
     jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
     for job_id in set(link.kill_due).difference(job.id for job in jobs):
         link.kill_due.pop(job_id, None)
@@ -10207,7 +10233,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, trouble)
         job = server.store.get(job.id) or job
-    silence = f"{trouble}, and so for {spoken(silent_s)}"
+    silence = f"{trouble}, and so for {format_duration(silent_s)}"
     new_attempt(server, job, silence if job.kill_requested_at is None else f"{silence}; should it come back, the job is ended there")
 
 
@@ -10218,16 +10244,16 @@ def fail_unreachable(server: Server, service: Service) -> None:
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
-        reason = f"client unreachable: no client of {service.name} answered for {spoken(service.unreachable_after_s)}"
+        reason = f"client unreachable: no client of {service.name} answered for {format_duration(service.unreachable_after_s)}"
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
 def make_server_loops(server: Server) -> dict[str, Loop]:
-    """Return the loops of a server, by name: four a client, each lane of its own, and three for all."""
+    """Return the loops of a server, by name: four a client, each sender of its own, and three for all."""
     config, loops = server.config, cast("dict[str, Loop]", {})
     for name, link in server.links.items():
         loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, server, link), config.get_interval_s)
-        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, LANES)
+        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, SENDERS_PER_CLIENT)
         loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, server, link), config.get_interval_s, 3)
         loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, server, link), config.get_interval_s)
     loops["dispatch"] = Loop("dispatch", functools.partial(dispatch_tick, server), config.send_interval_s)
@@ -10240,7 +10266,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class QueueInfo:
     """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
 
     waiting_for: str | None = None
@@ -10248,26 +10274,26 @@ class Outlook:
     wait_s: float | None = None
 
 
-def outlook_of(server: Server, job: Job) -> Outlook:
+def queue_info_of(server: Server, job: Job) -> QueueInfo:
     """Return what can be said of a job that waits."""
     if job.status is not Status.QUEUED:
-        return Outlook(waiting_on_client(server, job))
+        return QueueInfo(waiting_on_client(server, job))
     service = server.services.get(job.service or "")
     if service is None:
-        return Outlook(f"service {job.service} is not configured any more")
+        return QueueInfo(f"service {job.service} is not configured any more")
     if job.blocked:
-        return Outlook(follows_text(server, job))
+        return QueueInfo(follows_text(server, job))
     if job.not_before is not None:
         left = max(0.0, job.not_before - server.store.steady())
-        return Outlook(f"attempt {job.attempt} begins in {spoken(left)}: {job.reason}")
-    standing = standing_of(server, job, service)
-    places = server.places_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
-    text = why_waiting(service.name, standing, server.troubles(service), places)
-    position = position_of(server, job, service, standing)
+        return QueueInfo(f"attempt {job.attempt} begins in {format_duration(left)}: {job.reason}")
+    facts = queue_facts_of(server, job, service)
+    places = server.capacities_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
+    text = why_waiting(service.name, facts, server.troubles(service), places)
+    position = position_of(server, job, service, facts)
     run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
     if position is None or run_s is None or not slots or any(place.queues for place in places):
-        return Outlook(text, position)
-    return Outlook(text, position, wait_estimate_s(position, standing, slots, run_s))
+        return QueueInfo(text, position)
+    return QueueInfo(text, position, wait_estimate_s(position, facts, slots, run_s))
 
 
 def waiting_on_client(server: Server, job: Job) -> str | None:
@@ -10286,37 +10312,37 @@ def follows_text(server: Server, job: Job) -> str:
     if not open_jobs:
         return "the jobs that it is to follow have just ended"
     first = f"it follows job {open_jobs[0].id}, which is {open_jobs[0].status}"
-    more = counted(len(open_jobs) - 1, "other job", "other jobs")
+    more = plural(len(open_jobs) - 1, "other job", "other jobs")
     return f"{first}, and {more}" if more else first
 
 
-def standing_of(server: Server, job: Job, service: Service) -> Standing:
+def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
     """Return the figures that decide about a queued job now."""
     pair = {"service": job.service, "user_id": job.user_id}
-    turn = server.store.read(CONTENDER_GET, **pair)
+    turn = server.store.read(RUNNABLE_GET, **pair)
     ahead = {"rank": turn[0]["rank"], "head": turn[0]["head"]} if turn else {}
-    return Standing(
+    return QueueFacts(
         server.store.number(BUSY_OF_USER, **pair),
         service.runs_per_user,
         server.store.number(BUSY_OF_SERVICE, service=job.service),
         service.max_runs,
         server.store.number(QUEUED_BEFORE, **pair, priority=job.priority, id=job.id),
-        server.store.number(CONTENDERS_BEFORE, service=job.service, **ahead) if ahead else 0,
+        server.store.number(RUNNABLE_BEFORE, service=job.service, **ahead) if ahead else 0,
         job.cpus,
         job.memory,
     )
 
 
-def position_of(server: Server, job: Job, service: Service, standing: Standing) -> int | None:
+def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -> int | None:
     """Return a job's place in its service's line, itself included; None beyond 10,000.
 
     By arrival or priority it is counted. With shares it is what it will be if every user with jobs here has enough of them to
     take each turn, and never more than all that is queued.
     """
     if service.policy == "share":
-        before = standing.users_before
-        if standing.queued_before:
-            before += standing.queued_before * server.store.number(CONTENDERS_COUNT, service=service.name)
+        before = facts.users_before
+        if facts.queued_before:
+            before += facts.queued_before * server.store.number(RUNNABLE_COUNT, service=service.name)
             before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
     else:
         point_s = server.config.ageing_s if service.policy == "priority" else 0.0
@@ -10414,12 +10440,12 @@ class Holds:
         Only one that was refused while others were taken waits by itself.
         """
         now = self.clock.monotonic()
-        in_line = [job for job in waiting if not self.held[job.id].passed]
+        is_batch = [job for job in waiting if not self.held[job.id].passed]
         alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
-        first, others_came = self.held[in_line[0].id] if in_line else Held(), any(not self.held[job.id].refusals for job in in_line)
+        first, others_came = self.held[is_batch[0].id] if is_batch else Held(), any(not self.held[job.id].refusals for job in is_batch)
         early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
         held = not others_came and self.of(waiting[0].service or "-")
-        return alone if first.refusals and (early or held) else in_line + alone
+        return alone if first.refusals and (early or held) else is_batch + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
         """Start payloads that are due, each service by itself."""
@@ -10502,32 +10528,32 @@ def run_tick(client: Client) -> bool:
         drop_notes(client, job_id)  # noted by another thread, just after its end
     running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
     started = [job for job in running if job.handle is not None]
-    fates = client.executor.poll([job for job in started if job.id not in client.measurings])
-    fates.update({job_id: measuring.fate for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
+    outcomes = client.executor.poll([job for job in started if job.id not in client.measurings])
+    outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
     problem = client.executor.problem()
     problem_since(client, problem)
     for job in started:
-        if fates[job.id].alive and job.kill_requested_at is None:
-            follow(client, job, fates[job.id], problem)
-    ended = [job for job in started if not fates[job.id].alive]
+        if outcomes[job.id].alive and job.kill_requested_at is None:
+            track(client, job, outcomes[job.id], problem)
+    ended = [job for job in started if not outcomes[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
             crash_point("end.seen")
-            finish(client, job, fates[job.id])
+            finish(client, job, outcomes[job.id])
             crash_point("end.stored")
     start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
     start_what_fits(client, [job for job in everything if job not in ended])
     return bool(ended)
 
 
-def follow(client: Client, job: Job, fate: Fate, problem: str) -> None:
+def track(client: Client, job: Job, outcome: Outcome, problem: str) -> None:
     """Note that a payload has begun, or what it waits for, or why nothing is known of it now: servers hear of all three."""
-    if job.started_at is None and not fate.waits:
+    if job.started_at is None and not outcome.waits:
         client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
-    note(client, job.id, problem or fate.waits)
+    set_wait_reason(client, job.id, problem or outcome.waits)
 
 
-def note(client: Client, job_id: int, text: str) -> None:
+def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     """Note what a payload waits for, or that it waits for nothing; servers are told where that is news."""
     if client.notes.get(job_id, "") == text:
         return
@@ -10544,7 +10570,7 @@ def drop_scratch(client: Client, job: Job) -> None:
         threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
 
 
-def let_go(client: Client, job: Job) -> None:
+def drop_notes_and_scratch(client: Client, job: Job) -> None:
     """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
     drop_scratch(client, job)
     drop_notes(client, job.id)
@@ -10583,7 +10609,7 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
     What asks for more than there is runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
-    if client.executor.in_line:  # its cores are not ours to count
+    if client.executor.is_batch:  # its cores are not ours to count
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
         start_held(client)
@@ -10634,29 +10660,29 @@ def launch(client: Client, job: Job) -> None:
     if client.stopping.is_set():
         return
     # What a batch system was given outlives a power failure of this machine: the mark must, too.
-    in_line = client.executor.in_line
-    if client.store.move(job, Status.RUNNING, "", durable=in_line, started_at=None if in_line else client.clock.wall()):
+    is_batch = client.executor.is_batch
+    if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
         crash_point("run.marked")
         if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
             client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
         else:
-            hand_over(client, job)
+            start_on_executor(client, job)
 
 
-def hand_over(client: Client, job: Job) -> bool:
+def start_on_executor(client: Client, job: Job) -> bool:
     """Have a payload started whose row says Running; True where it was taken.
 
     Where that cannot be done now it is tried again, where it never can it has failed.
     """
     try:
         handle = client.executor.start(job)
-    except NotTaken as error:
+    except SubmitRefused as error:
         client.holds.put_off(job, str(error))
-    except SystemAway as error:
+    except BackendUnavailable as error:
         client.holds.held.pop(job.id, None)  # nobody knows whether it has it
         client.tried[job.id] = client.clock.monotonic()
         client.holds.hold("", str(error))
-        note(client, job.id, str(error))
+        set_wait_reason(client, job.id, str(error))
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
     except OSError as error:
@@ -10673,7 +10699,7 @@ def hand_over(client: Client, job: Job) -> bool:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    let_go(client, job)
+    drop_notes_and_scratch(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
@@ -10681,7 +10707,7 @@ def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
 
 def keep_handle(client: Client, job: Job, handle: str) -> None:
     """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
-    if client.executor.in_line:
+    if client.executor.is_batch:
         log.info("payload %d is job %s of the batch system", job.id, handle)
     client.unsaved[job.id] = (handle, client.store.steady())
     save_handles(client)
@@ -10717,10 +10743,10 @@ def bound_output(client: Client, path: Path) -> None:
 
 
 class Measuring:
-    """A large work folder of an ended payload, which a thread of its own measures: `fate` waits for `too_much`, None until it is known."""
+    """A large work folder of an ended payload, measured by a thread of its own: `outcome` waits for `too_much`, None until then."""
 
-    def __init__(self, client: Client, job: Job, fate: Fate) -> None:
-        self.fate, self.too_much, self.left_out = fate, cast("str | None", None), 0
+    def __init__(self, client: Client, job: Job, outcome: Outcome) -> None:
+        self.outcome, self.too_much, self.left_out = outcome, cast("str | None", None), 0
         threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
 
     def measure(self, client: Client, job: Job) -> None:
@@ -10754,62 +10780,62 @@ def work_path(client: Client, job: Job) -> bytes:
     return os.fsencode(os.path.abspath(client.folder(job) / "work"))
 
 
-def too_much_left(client: Client, job: Job, fate: Fate, patient: bool) -> tuple[str | None, int]:
+def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
     """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
         return client.measurings[job.id].too_much, client.measurings[job.id].left_out
     quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
     if found[0] is None:
-        client.measurings[job.id] = Measuring(client, job, fate)
+        client.measurings[job.id] = Measuring(client, job, outcome)
     return found
 
 
 def left_out_text(count: int) -> str:
     """Return what a reason says of files that no archive can hold; an empty text for none."""
-    return f"; {counted(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
+    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
 
 
-def finish(client: Client, job: Job, fate: Fate, patient: bool = False) -> None:
+def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
     """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
     folder = client.data.job(job.mark)
     try:
         client.executor.collect(job)
-    except SystemAway as error:
-        note(client, job.id, f"its outputs cannot be had yet: {error}")
+    except BackendUnavailable as error:
+        set_wait_reason(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
-    if fate.cause is None and not has_work(folder):
-        fate = dataclasses.replace(fate, cause=Cause.INFRASTRUCTURE, reason=work_gone(fate.exit_status))
+    if outcome.cause is None and not has_work(folder):
+        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=work_gone(outcome.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
-    too_much, left_out = too_much_left(client, job, fate, patient) if fate.cause is None else ("", 0)
+    too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
     if too_much is None:
         return
     started, ended = run_times(folder, job)
-    changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": fate.exit_status}
+    changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
     if too_much:
-        reason = f"the result has {too_much}; run.sh ended with exit status {fate.exit_status}"
+        reason = f"the result has {too_much}; run.sh ended with exit status {outcome.exit_status}"
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
-    elif fate.cause is not None:
-        to = Status.KILLED if fate.cause is Cause.CANCELLED else Status.FAILED
-        moved = client.store.move(job, to, fate.reason or limit_text(job, folder), cause=fate.cause.value, **changes)
-    elif fate.exit_status == 0:
-        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if fate.children_left else "")
+    elif outcome.cause is not None:
+        to = Status.KILLED if outcome.cause is Cause.CANCELLED else Status.FAILED
+        moved = client.store.move(job, to, outcome.reason or limit_text(job, folder), cause=outcome.cause.value, **changes)
+    elif outcome.exit_status == 0:
+        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if outcome.children_left else "")
         moved = client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
-        status = fate.exit_status or 0
+        status = outcome.exit_status or 0
         number = status - 128 if 128 < status < 193 else None
         reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
         reason += left_out_text(left_out)
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
-        let_go(client, job)
+        drop_notes_and_scratch(client, job)
 
 
 def limit_text(job: Job, folder: Path) -> str:
     """Return one sentence on a script that was ended at its time limit."""
     words = last_line(folder / "stderr")
-    reason = f"run.sh was ended at its time limit of {spoken(job.timeout or 0)}"
+    reason = f"run.sh was ended at its time limit of {format_duration(job.timeout or 0)}"
     return f'{reason}; last line of standard error: "{words}"' if words else reason
 
 
@@ -10838,9 +10864,9 @@ def end_tick(client: Client) -> bool:
         folder = client.data.job(job.mark)
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
-        fate = measuring.fate if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Fate(True)
-        if fate.exit_status is not None and fate.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
-            finish(client, job, fate, patient=True)
+        outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
+        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
+            finish(client, job, outcome, patient=True)
             return True
         if job.status is Status.RUNNING:
             with contextlib.suppress(OSError):
@@ -10848,7 +10874,7 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
-            with contextlib.suppress(SystemAway):  # what it left is worth having, and not worth waiting for
+            with contextlib.suppress(BackendUnavailable):  # what it left is worth having, and not worth waiting for
                 client.executor.collect(job)
         started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
@@ -10856,12 +10882,12 @@ def end_tick(client: Client) -> bool:
         else:
             client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        let_go(client, job)
+        drop_notes_and_scratch(client, job)
     except StillRunning as error:
         if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
             log.error("%s; it is tried again", error)
-        if client.executor.in_line:
-            note(client, job.id, f"{BEING_ENDED}: {error}")
+        if client.executor.is_batch:
+            set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
         client.stubborn[job.id] = (str(error), client.clock.monotonic())
         return True  # others that shall end are not kept waiting by this one
     finally:
@@ -10892,8 +10918,8 @@ def take_for_ending(client: Client) -> Job | None:
 def limit_tick(client: Client) -> bool:
     """Keep running payloads within their limits: run time, and the size of their output streams."""
     for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
-        over = job.timeout and not client.executor.in_line and client.store.steady() - job.moved_at > job.timeout
-        if over and client.store.wish_end(job.id, Cause.LIMIT):
+        over = job.timeout and not client.executor.is_batch and client.store.steady() - job.moved_at > job.timeout
+        if over and client.store.request_kill(job.id, Cause.LIMIT):
             client.wake("end")
         for stream in OUTPUT_STREAMS:
             bound_output(client, client.data.job(job.mark) / stream)
@@ -10911,7 +10937,7 @@ def check_executor(client: Client) -> None:
     write_atomic(note, client.config.executor.encode())
 
 
-def adopt(client: Client) -> None:
+def recover_payloads(client: Client) -> None:
     """At the start of a client: find again what it started before, or start what provably never ran."""
     if client.store.is_new:
         end_orphans(client)
@@ -10932,10 +10958,10 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
         return
     try:
         handles = client.executor.find(asked)
-    except SystemAway as error:
+    except BackendUnavailable as error:
         client.holds.hold("", str(error))
         for job in asked:
-            note(client, job.id, str(error))
+            set_wait_reason(client, job.id, str(error))
         return
     for job in asked:
         handle = handles.get(job.mark)
@@ -10945,7 +10971,7 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
         elif handle is not None:
             held.pop(job.id, None)
             client.tried[job.id] = client.clock.monotonic()
-            note(client, job.id, "whether its submission, which was cut off, got through is waited for")
+            set_wait_reason(client, job.id, "whether its submission, which was cut off, got through is waited for")
         elif job.id not in held:
             if job.id not in client.tried:
                 log.warning("payload %d was marked and never started: it is started now", job.id)
@@ -10959,7 +10985,7 @@ def start_held(client: Client) -> None:
     for job in waiting_here(client):
         reason = client.holds.reason_of(job)
         if reason:
-            note(client, job.id, reason)
+            set_wait_reason(client, job.id, reason)
 
 
 def waiting_here(client: Client) -> list[Job]:
@@ -10980,7 +11006,7 @@ def start_now(client: Client, job: Job) -> bool:
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
         if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
-            taken = hand_over(client, current)
+            taken = start_on_executor(client, current)
     client.wake("end")
     return taken
 
@@ -11164,7 +11190,7 @@ def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
 
 
 def take_packing(client: Client, job: Job) -> Packing:
-    """Return the packing of a payload, with the caller counted as a reader. Refusal 503 where too many are packed already."""
+    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 where too many are packed already."""
     forget_packings(client)
     key = (job.id, job.status in ENDED)
     quick = key in client.packings or is_quick(client, job)
@@ -11192,15 +11218,15 @@ def is_quick(client: Client, job: Job) -> bool:
         return True  # there is nothing of it
 
 
-def not_packed(why: str) -> Refusal:
+def not_packed(why: str) -> HttpError:
     """Return the answer to a caller who comes before the archive is there."""
-    return Refusal(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
+    return HttpError(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
 
 
 def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
     """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has.
 
-    Refusal 503 where that is not packed within `patience_s`.
+    HttpError 503 where that is not packed within `patience_s`.
     """
     packing, told = take_packing(client, job), False
     try:
@@ -11272,7 +11298,7 @@ class Peer(Protocol):
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
-    """Return who calls; Refusal 401 or 403 says what would let him in.
+    """Return who calls; HttpError 401 or 403 says what would let him in.
 
     `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token proves a caller by itself. Whoever shows
     none could be a web page in the user's browser: what other sites send is refused, and a host name that is not ours.
@@ -11292,11 +11318,11 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
         return Caller(f"uid {uid}", "same user")
     if node.config.allow_anonymous and is_allowed(node.config.allow_from, peer.address):
         return Caller(peer.address, "anonymous")
-    raise Refusal(403, why_refused(node, peer, proxied, uid))
+    raise HttpError(403, why_refused(node, peer, proxied, uid))
 
 
 def check_token(node: Node, shown: str, peer: Peer) -> Caller:
-    """Return the caller who shows one of our tokens; Refusal 401. Takes the same time whichever it is."""
+    """Return the caller who shows one of our tokens; HttpError 401. Takes the same time whichever it is."""
     kind, _, token = shown.partition(" ")
     fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
     if kind.lower() == "bearer" and any(fits):
@@ -11304,19 +11330,19 @@ def check_token(node: Node, shown: str, peer: Peer) -> Caller:
     if shown:
         node.refused.note(peer.address)
     what = "the token is wrong" if token else "a token is needed"
-    raise Refusal(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+    raise HttpError(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
 
 
 def check_site(headers: Mapping[str, str]) -> None:
-    """Refuse what a browser sends for a page of another site; Refusal 403."""
+    """Refuse what a browser sends for a page of another site; HttpError 403."""
     origin = headers.get("ORIGIN")
     foreign = origin is not None and host_of(origin)[0] != headers.get("HOST", "")
     if foreign or headers.get("SEC_FETCH_SITE", "").lower() == "cross-site":
-        raise Refusal(403, "a page of another site may not call this server: show a token")
+        raise HttpError(403, "a page of another site may not call this server: show a token")
 
 
 def check_host(node: Node, headers: Mapping[str, str]) -> None:
-    """Refuse a host name that is not ours, by which a web page could reach us (DNS rebinding); Refusal 403.
+    """Refuse a host name that is not ours, by which a web page could reach us (DNS rebinding); HttpError 403.
 
     Rebinding needs a name, so IP addresses are let through, and so is a request without Host: browsers send one.
     """
@@ -11328,7 +11354,7 @@ def check_host(node: Node, headers: Mapping[str, str]) -> None:
     by_address = address is not None and not address.is_unspecified  # browsers take 0.0.0.0 for this machine, too
     if not by_address and name not in {*known, "localhost", *machine_names()}:
         remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or show a token"
-        raise Refusal(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
+        raise HttpError(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
 
 
 def is_allowed(networks: Sequence[Network], text: str) -> bool:
@@ -11355,12 +11381,12 @@ def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
 
 
 def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
-    """Return who calls a route that is for `who`; Refusal unless that is anyone, who need not prove anything."""
+    """Return who calls a route that is for `who`; HttpError unless that is anyone, who need not prove anything."""
     if proof is not None:
         return Caller("server", "link")
     try:
         caller = check_caller(node, headers, peer)
-    except Refusal:
+    except HttpError:
         if who != "anyone":
             raise
         return None
@@ -11376,16 +11402,16 @@ def refuse_old_server(node: Node) -> NoReturn:
         node.old_server_at = now
         log.warning("a server shows its token as joborch 0.1.0 does: replace its joborch.pyz by version %s; its jobs wait", __version__)
     what = f"this client is joborch {__version__}, and this server cannot prove who it is, as joborch 0.1.0 cannot"
-    raise Refusal(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
+    raise HttpError(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
 
 
 def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int, peer: Peer) -> Proof | None:
-    """Return the proof that a request bears, None if it bears none; Refusal 401 if it does not fit."""
+    """Return the proof that a request bears, None if it bears none; HttpError 401 if it does not fit."""
     if not (node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")):
         return None
     try:
         return node.proofs.accept(headers, method, target, length)
-    except Refusal as refusal:
+    except HttpError as refusal:
         if "X-Joborch-Nonce" not in refusal.headers:  # with it, the server only has to say hello again
             node.refused.note(peer.address)
         raise
@@ -11469,19 +11495,19 @@ class Request:
         return bool(gone and gone())
 
     def whole(self, name: str, default: int, least: int, most: int) -> int:
-        """Return a whole number of the query; Refusal 400 names the parameter and its bounds."""
+        """Return a whole number of the query; HttpError 400 names the parameter and its bounds."""
         text = self.query.get(name)
         if text is None:
             return default
         if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
-            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+            raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
         return int(text)
 
     def seconds(self, name: str) -> float:
-        """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; Refusal 400."""
+        """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; HttpError 400."""
         text = self.query.get(name, "0")
         if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
-            raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give seconds, as in {name}=30", name)
+            raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give seconds, as in {name}=30", name)
         return min(float(text), WAIT_LIMIT_S)
 
 
@@ -11494,7 +11520,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, refusal: Refusal) -> Answer:
+    def of(cls, refusal: HttpError) -> Answer:
         said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
         return cls(said, refusal.status, dict(refusal.headers))
 
@@ -11558,7 +11584,7 @@ def routes_of(mode: str) -> tuple[Route, ...]:
 
 
 def find_route(mode: str, method: str, path: str) -> Route:
-    """Return the route of a request; Refusal 404 or 405."""
+    """Return the route of a request; HttpError 404 or 405."""
     wanted = "GET" if method == "HEAD" else method
     here = [found for found in routes_of(mode) if found.pattern.match(path)]
     for found in here:
@@ -11566,8 +11592,8 @@ def find_route(mode: str, method: str, path: str) -> Route:
             return found
     if here:
         allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
-        raise Refusal(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
-    raise Refusal(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
+        raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
+    raise HttpError(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
 
 
 def nearest_path(mode: str, path: str) -> str:
@@ -11582,7 +11608,7 @@ def nearest_path(mode: str, path: str) -> str:
 
 
 def check_query(node: Node, request: Request, declared: Route) -> None:
-    """Refuse a parameter that the route does not declare, or that stands in the address twice; Refusal 400 names the nearest.
+    """Refuse a parameter that the route does not declare, or that stands in the address twice; HttpError 400 names the nearest.
 
     A caller whose filter was silently left out would take the answer for what it asked. A server is exempt at its client:
     it may be newer, and ask for more than this version knows.
@@ -11593,13 +11619,13 @@ def check_query(node: Node, request: Request, declared: Route) -> None:
     for name, times in Counter(name for name, _ in request.query_pairs).items():
         shown = one_line(name, 80)
         if name not in known and any(parameter.name == name and parameter.place == "form" for parameter in declared.takes):
-            raise Refusal(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
+            raise HttpError(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
-            raise Refusal(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
+            raise HttpError(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
         if times > 1:
-            raise Refusal(400, f"{shown} stands in the address {times} times: give it once", shown)
+            raise HttpError(400, f"{shown} stands in the address {times} times: give it once", shown)
 
 
 FULL_SAID_EVERY_S = 60.0
@@ -11613,13 +11639,13 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
     promise = Promise(node.data.account)
     if not found.takes_form:
         if length > (ANYONES_BODY_BYTES if found.who == "anyone" else MIB) or chunked:
-            raise Refusal(413, "no body is expected here")
+            raise HttpError(413, "no body is expected here")
         return promise
     if not length and not chunked:
-        raise Refusal(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
+        raise HttpError(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
     limit = node.config.max_upload_bytes
     if length > limit:
-        raise Refusal(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
+        raise HttpError(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
     try:
         promise.more(2 * length)
     except DiskFull as error:
@@ -11627,11 +11653,11 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
     return promise
 
 
-def too_full(node: Node, length: int) -> Refusal:
+def too_full(node: Node, length: int) -> HttpError:
     """Return the answer to a caller whose body of so many bytes does not fit on the disk; the operator finds a line in the log."""
     say_full(node)
     what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
-    return Refusal(507, f"{what}: try again later, or have its operator make room (JOBORCH_MIN_FREE)", Retry_After="60")
+    return HttpError(507, f"{what}: try again later, or have its operator make room (JOBORCH_MIN_FREE)", Retry_After="60")
 
 
 def say_full(node: Node) -> None:
@@ -11674,7 +11700,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         check_query(node, request, declared)
         with node.gate if declared.quick else contextlib.nullcontext():
             answer = declared.handler(node, request, **arguments)
-    except Refusal as refusal:
+    except HttpError as refusal:
         answer = Answer.of(refusal)
     except StorageError as error:
         log.error("%s %s: %s", request.method, declared.path, error)
@@ -11702,18 +11728,18 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
 
 
-def internal_error(node: Node) -> Refusal:
+def internal_error(node: Node) -> HttpError:
     """Return a 500 with a number of its own, by which its cause is found in the log."""
-    return Refusal(500, f"internal error {secrets.token_hex(4)}: its cause is in the log of this {node.config.mode}, under this number")
+    return HttpError(500, f"internal error {secrets.token_hex(4)}: its cause is in the log of this {node.config.mode}, under this number")
 
 
-def disk_refusal(node: Node, error: OSError) -> Refusal:
+def disk_refusal(node: Node, error: OSError) -> HttpError:
     """Return what a caller is told of a disk that does not do its work: 507 where it is full, else 503."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         say_full(node)
-        return Refusal(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
+        return HttpError(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
     if error.errno in DISK_TROUBLES:
-        return Refusal(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
+        return HttpError(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
     return internal_error(node)
 
 
@@ -11746,7 +11772,7 @@ def file_answer(request: Request, archive: Archive, filename: str, headers: Mapp
     begin, end = span
     if begin >= end:
         archive.file.close()
-        raise Refusal(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
+        raise HttpError(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
     archive.file.seek(begin)
     return Answer(
         archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
@@ -11803,7 +11829,7 @@ class Judge:
             if self.caller is not None:
                 self.proven = self.channel.proven = True
             self.promise = check_size(self.node, found, parser.content_length, parser.chunked)
-        except Refusal as refusal:
+        except HttpError as refusal:
             self.refuse(refusal)
         except (waitress.parser.ParsingError, waitress.parser.TransferEncodingNotImplemented):
             raise  # waitress has an answer to them
@@ -11814,7 +11840,7 @@ class Judge:
         """Take in what came; whatever goes wrong is an answer, and nothing that a stranger could fill the log with."""
         parser: Any = self
         if self.too_many:
-            self.refuse(Refusal(400, f"more than {PIPELINED_MOST} requests came at once: wait for the answers before you send more"))
+            self.refuse(HttpError(400, f"more than {PIPELINED_MOST} requests came at once: wait for the answers before you send more"))
             return len(data)
         try:
             in_body = parser.body_rcv is not None and not parser.completed
@@ -11837,15 +11863,15 @@ class Judge:
         taken = int(cast(Any, super()).received(data))
         self.promise.wrote(taken)
         if parser.chunked and (len(parser.body_rcv.control_line) > CONTROL_LINE_BYTES or len(parser.body_rcv.trailer) > TRAILER_BYTES):
-            self.refuse(Refusal(400, "the request cannot be read: the head of a chunk, or what follows the last one, is too long"))
+            self.refuse(HttpError(400, "the request cannot be read: the head of a chunk, or what follows the last one, is too long"))
         return taken
 
     def refuse_unread(self, error: Exception) -> None:
         """Refuse what cannot be understood."""
         log.debug("a request cannot be read: %s", one_line(repr(error), 200))
-        self.refuse(Refusal(400, "the request cannot be read: its first line or a header is malformed"))
+        self.refuse(HttpError(400, "the request cannot be read: its first line or a header is malformed"))
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: HttpError) -> None:
         """Have the request answered with this refusal; what came of its body is let go of."""
         import waitress.utilities
 
@@ -11917,7 +11943,7 @@ def make_error_task_class() -> Any:
     class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         def execute(self) -> None:
             error = self.request.error
-            refusal = getattr(error, "refusal", None) or Refusal(error.code, one_line(f"{error.reason}: {error.body}".lower()))
+            refusal = getattr(error, "refusal", None) or HttpError(error.code, one_line(f"{error.reason}: {error.body}".lower()))
             answer = Answer.of(refusal)
             body = json.dumps(answer.body).encode()
             self.status = f"{answer.status} {reason_phrase(answer.status)}"
@@ -12253,7 +12279,7 @@ class Dispatcher:
     """Gives each request to the pool of its class, as waitress's own would to its only one: slow ones never hold up quick ones."""
 
     def __init__(self, mode: str) -> None:
-        quick = WORKER_THREADS + EVENTS_PLACES + (PARKING_PLACES if mode == "server" else 0)
+        quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
         forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
         self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
 
@@ -12261,7 +12287,7 @@ class Dispatcher:
         """Have the next request of a connection served; 503 if too many of its class wait."""
         request = connection.requests[0]
         if not self.pools[class_of(request)].add(connection):
-            request.refuse(Refusal(503, "too many requests of this kind are under way: try again soon", Retry_After=str(COME_AGAIN_S)))
+            request.refuse(HttpError(503, "too many requests of this kind are under way: try again soon", Retry_After=str(COME_AGAIN_S)))
             self.pools["quick"].add(connection)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
@@ -12388,22 +12414,22 @@ IDEMPOTENCY_KEY = Parameter(
 
 
 def job_id_of(text: str) -> int:
-    """Return a job id from a path; Refusal 400 where it is no number, 404 where no job can have it."""
+    """Return a job id from a path; HttpError 400 where it is no number, 404 where no job can have it."""
     if not re.fullmatch(r"-?[0-9]{1,30}", text):
-        raise Refusal(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
+        raise HttpError(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
     if not 1 <= int(text) < 2**63:
-        raise Refusal(404, f"no job has the id {text}")
+        raise HttpError(404, f"no job has the id {text}")
     return int(text)
 
 
 def known_job(node: Node, request: Request, text: str) -> Job:
-    """Return a job by the id of a path, as the caller of `request` may know of it; Refusal 400 or 404.
+    """Return a job by the id of a path, as the caller of `request` may know of it; HttpError 400 or 404.
 
     Every route about one job finds it here, so that who owns it can be judged in one place.
     """
     job = node.store.get(job_id_of(text))
     if job is None:
-        raise Refusal(404, f"no job has the id {text}")
+        raise HttpError(404, f"no job has the id {text}")
     return job
 
 
@@ -12420,7 +12446,7 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
 def job_json(server: Server, job: Job) -> dict[str, Any]:
     """Return the whole job in JSON."""
     said = job_summary(server, job)
-    outlook = outlook_of(server, job)
+    outlook = queue_info_of(server, job)
     said["waiting_for"], said["queue_position"] = outlook.waiting_for, outlook.position
     said["message"] = outlook.waiting_for or job.reason
     if outlook.wait_s is not None:
@@ -12454,81 +12480,83 @@ FIELD_NAMES = tuple(parameter.name for parameter in FORM_FIELDS)
 
 
 def whole_field(fields: Mapping[str, str], name: str) -> int | None:
-    """Return a whole number of the form, or None where it is absent; Refusal 400 names field and bounds."""
+    """Return a whole number of the form, or None where it is absent; HttpError 400 names field and bounds."""
     parameter = next(known for known in FORM_FIELDS if known.name == name)
     text = fields.get(name, "").strip()
     if not text and not parameter.required:
         return None
     if name not in fields:
-        raise Refusal(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
+        raise HttpError(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
     if name == "user_id" and not re.fullmatch(r"[+-]?[0-9]+", text):
         shown = one_line(text, 40)
-        raise Refusal(400, f"user_id is {shown!r}: give the number that the user has in your system, as in -F user_id=1", name)
+        raise HttpError(400, f"user_id is {shown!r}: give the number that the user has in your system, as in -F user_id=1", name)
     least, most = parameter.least or 0, parameter.most or 0
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
 
 def read_field(fields: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
-    """Return what `read` makes of a field of the form, or None where it is absent; Refusal 400 says what would be right."""
+    """Return what `read` makes of a field of the form, or None where it is absent; HttpError 400 says what would be right."""
     text = fields.get(name, "").strip()
     try:
         return read(text) if text else None
     except ValueError as error:
-        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: {error}", name) from error
+        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: {error}", name) from error
 
 
 def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
     """Return the run time limit of a job: its own, but never above its service's."""
     limit_s = read_field(fields, "timeout", read_run_time)
     if limit_s is not None and service.timeout_s is not None and limit_s > service.timeout_s:
-        raise Refusal(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {service.timeout_s:.12g} seconds", "timeout")
+        raise HttpError(
+            400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {service.timeout_s:.12g} seconds", "timeout"
+        )
     return service.timeout_s if limit_s is None else limit_s
 
 
 def after_field(fields: Mapping[str, str]) -> str:
-    """Return the ids of the jobs that a new one is to follow, each once, with commas between; Refusal 400."""
+    """Return the ids of the jobs that a new one is to follow, each once, with commas between; HttpError 400."""
     ids = [text.strip() for text in fields.get("after", "").split(",") if text.strip()]
     if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", text) for text in ids):
         shown = one_line(fields["after"], 40)
-        raise Refusal(400, f"after is {shown!r}: give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42", "after")
+        raise HttpError(400, f"after is {shown!r}: give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42", "after")
     return ",".join(map(str, sorted({int(text) for text in ids})))
 
 
 def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
-    """Refuse what no client of a service could ever run, where all of them have said how large they are; Refusal 400."""
+    """Refuse what no client of a service could ever run, where all of them have said how large they are; HttpError 400."""
     links = server.links_of(service)
     if all(link.heard_at is not None for link in links):
-        too_large = too_large_text(service.name, cpus, memory, server.places_of(links))
+        too_large = too_large_text(service.name, cpus, memory, server.capacities_of(links))
         if too_large:
             field = "cpus" if all(cpus > link.slots for link in links) else "memory"
-            raise Refusal(400, too_large, field)
+            raise HttpError(400, too_large, field)
 
 
 def service_field(server: Server, fields: Mapping[str, str]) -> Service:
-    """Return the service that a form names; Refusal 400 lists the known ones."""
+    """Return the service that a form names; HttpError 400 lists the known ones."""
     name = fields.get("service", "").strip().lower()
     known = ", ".join(sorted(server.services))
     if not name:
-        raise Refusal(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
+        raise HttpError(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
     if name not in server.services:
-        raise Refusal(400, f"service {one_line(name, 80)!r} is not known: give one of {known}", "service")
+        raise HttpError(400, f"service {one_line(name, 80)!r} is not known: give one of {known}", "service")
     return server.services[name]
 
 
 def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
-    """Return the row for a received form; Refusal 400 names the first field that cannot be used."""
+    """Return the row for a received form; HttpError 400 names the first field that cannot be used."""
     fields = form.fields
     user_id = whole_field(fields, "user_id")
     service = service_field(server, fields)
     if not form.files:
-        raise Refusal(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
+        raise HttpError(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
     if not any(file.path == "run.sh" for file in form.files):
-        raise Refusal(400, no_script_text([file.path for file in form.files]), "file")
+        raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
     name = fields.get("name", "").strip() or None
     if name and (len(name) > 200 or not name.isprintable()):
-        raise Refusal(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
+        raise HttpError(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
     retries = whole_field(fields, "retries")
     cpus, memory = whole_field(fields, "cpus") or 1, read_field(fields, "memory", read_mib)
     refuse_too_large(server, service, cpus, memory)
@@ -12578,7 +12606,7 @@ def batch_line_warnings(script: Path) -> list[str]:
     if not words:
         return []
     which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
-    text = f"run.sh has {counted(len(words), 'line', 'lines')} with {which}, which nobody reads here"
+    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which nobody reads here"
     fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
     return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
 
@@ -12611,7 +12639,7 @@ def upload(server: Server, request: Request) -> Answer:
     """Queue a job: send its files and say whose it is and which service runs it."""
     key = request.header("Idempotency-Key").strip()
     if len(key) > 255 or not key.isprintable():
-        raise Refusal(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
+        raise HttpError(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
     job_uuid = str(uuid.uuid4())
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
@@ -12640,23 +12668,23 @@ def upload(server: Server, request: Request) -> Answer:
 
 
 def stored(server: Server, new: NewJob) -> Job:
-    """Store an uploaded job; Refusal 400 where it cannot follow what it names, 429 where its user has too many queued."""
+    """Store an uploaded job; HttpError 400 where it cannot follow what it names, 429 where its user has too many queued."""
     try:
         return server.store.add(new, "uploaded", server.config.max_queued_per_user)
     except UnknownJob as error:
-        raise Refusal(400, f"after: {error}", "after") from error
+        raise HttpError(400, f"after: {error}", "after") from error
     except QueueFull as error:
         message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have begun"
-        raise Refusal(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
+        raise HttpError(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
 
 
 def earlier_job(server: Server, new: NewJob) -> Job | None:
-    """Return the job that an Idempotency-Key already stands for; Refusal 422 where it was another request."""
+    """Return the job that an Idempotency-Key already stands for; HttpError 422 where it was another request."""
     if not new.idempotency_key:
         return None
     job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
     if job and job.request_digest != new.request_digest:
-        raise Refusal(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
+        raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
     return job
 
 
@@ -12664,12 +12692,12 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
-    """Open the result of an ended job; Refusal 500 where the disk has lost it."""
+    """Open the result of an ended job; HttpError 500 where the disk has lost it."""
     try:
         file = open(server.data.result(job.mark), "rb")  # noqa: SIM115 - the web server closes it
     except FileNotFoundError as error:
         log.error("job %d: its result is missing on disk", job.id)
-        raise Refusal(500, "the result of this job is missing on the server's disk") from error
+        raise HttpError(500, "the result of this job is missing on the server's disk") from error
     return Archive(file, os.fstat(file.fileno()).st_size, job.result_sha256 or "0" * 64)
 
 
@@ -12691,7 +12719,11 @@ def download(server: Server, request: Request, job_id: str) -> Answer:
     if job.status is Status.COMPLETED:
         return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
     if server.config.compat == "2.2" and request.method == "GET":
-        said = {"id": job.id, "status": job.status.value, "message": outlook_of(server, job).waiting_for or job.reason or str(job.status)}
+        said = {
+            "id": job.id,
+            "status": job.status.value,
+            "message": queue_info_of(server, job).waiting_for or job.reason or str(job.status),
+        }
         return Answer(said, 200, headers)
     if job.status in OVER:
         return Answer(None, 204, headers)
@@ -12716,7 +12748,7 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
     job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
     if job.status is Status.CLEANED:
-        raise Refusal(404, f"the files of job {job.id} were cleaned")
+        raise HttpError(404, f"the files of job {job.id} were cleaned")
     name = f"job-{job.id}-partial.zip"
     if job.result_sha256 is not None:
         return file_answer(request, stored_archive(server, job), name, headers)
@@ -12727,7 +12759,7 @@ def download_partial(server: Server, request: Request, job_id: str) -> Answer:
 
 
 def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
-    """Pack the inputs of a job that has not come to a client; Refusal 503 where others do so, or the caller has left."""
+    """Pack the inputs of a job that has not come to a client; HttpError 503 where others do so, or the caller has left."""
 
     def fill(packer: ZipPacker) -> None:
         packer.wanted = lambda: not request.left()
@@ -12735,15 +12767,15 @@ def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
 
     with server.pack_places.place() as free:
         if not free:
-            raise Refusal(503, "many archives are packed just now: come again", Retry_After="5")
+            raise HttpError(503, "many archives are packed just now: come again", Retry_After="5")
         try:
             return packed(server.data.spool, job.created_at, fill)
         except GivenUp as error:
-            raise Refusal(503, str(error), Retry_After="5") from error
+            raise HttpError(503, str(error), Retry_After="5") from error
 
 
 def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
-    """Fetch a running job as it stands from its client; Refusal 503 where that is not possible now."""
+    """Fetch a running job as it stands from its client; HttpError 503 where that is not possible now."""
     spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
     into = result_transfer(server.config, spool)
     try:
@@ -12756,7 +12788,7 @@ def running_archive(server: Server, request: Request, link: Link, job: Job) -> A
     except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
         spool.close()
         said = f"{link.name}: {error}" if isinstance(error, ResultTooLarge) else f"{link.name} {error}"
-        raise Refusal(503, said, Retry_After=str(COME_AGAIN_S)) from error
+        raise HttpError(503, said, Retry_After=str(COME_AGAIN_S)) from error
     except BaseException:
         spool.close()
         raise
@@ -12768,13 +12800,13 @@ def running_archive(server: Server, request: Request, link: Link, job: Job) -> A
 def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[], bool]]:
     """Hold one of the few places for a call to a client on behalf of a caller; yield how to tell that it is of no use any more.
 
-    Refusal 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
+    HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
     """
     if link.failures:
-        raise Refusal(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
+        raise HttpError(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
     with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
         if not (here and anywhere):
-            raise Refusal(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
+            raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
         yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
 
 
@@ -12823,7 +12855,7 @@ def show_job(server: Server, request: Request, job_id: str) -> Answer:
 
 
 def known_statuses(request: Request) -> frozenset[str]:
-    """Return the statuses that `since` names; without it all that a job has before its end. Refusal 400."""
+    """Return the statuses that `since` names; without it all that a job has before its end. HttpError 400."""
     if "since" not in request.query:
         return frozenset(status.value for status in Status if status not in OVER)
     names = [name.strip() for name in request.query["since"].split(",")]
@@ -12831,7 +12863,9 @@ def known_statuses(request: Request) -> frozenset[str]:
         if name not in STATUS_NAMES:
             all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
             close = nearest(name.capitalize(), STATUS_NAMES)
-            raise Refusal(400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since")
+            raise HttpError(
+                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
+            )
     return frozenset(names)
 
 
@@ -12860,9 +12894,9 @@ def list_jobs(server: Server, request: Request) -> Answer:
     user_id = request.whole("user_id", 0, -(2**63), 2**63 - 1) if "user_id" in request.query else None
     status, service = request.query.get("status"), request.query.get("service")
     if status is not None and status not in Status._value2member_map_:
-        raise Refusal(400, f"status is {one_line(status, 40)!r}: give one of {', '.join(known.value for known in Status)}", "status")
+        raise HttpError(400, f"status is {one_line(status, 40)!r}: give one of {', '.join(known.value for known in Status)}", "status")
     if service is not None and service.lower() not in server.services:
-        raise Refusal(400, f"service {one_line(service, 40)!r} is not known: give one of {', '.join(server.services)}", "service")
+        raise HttpError(400, f"service {one_line(service, 40)!r} is not known: give one of {', '.join(server.services)}", "service")
     jobs = server.store.page(before, limit + 1, user_id, service.lower() if service else None, status)
     following = jobs[limit - 1].id if len(jobs) > limit else None
     return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
@@ -12884,7 +12918,7 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
     """End a job, in whatever state it is; repeating it is harmless."""
     job = known_job(server, request, job_id)
     if job.status not in OVER:
-        server.store.wish_end(job.id, Cause.CANCELLED)
+        server.store.request_kill(job.id, Cause.CANCELLED)
         crash_point("kill.wished")
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
@@ -12971,7 +13005,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     """Return clients in JSON, with why each gets no jobs now."""
     busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
     said = []
-    for link, place in zip(links, server.places_of(links)):
+    for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
         held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
@@ -12995,7 +13029,7 @@ def show_services(server: Server, request: Request) -> Answer:
         said.append({
             "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
             "running": server.store.number(BUSY_OF_SERVICE, service=name), "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
-            "users_queued": server.store.number(CONTENDERS_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
+            "users_queued": server.store.number(RUNNABLE_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
             "clients": clients_json(server, server.links_of(service)),
         })  # fmt: skip
     return Answer({"services": said})
@@ -13008,10 +13042,10 @@ def show_clients(server: Server, request: Request) -> Answer:
 
 
 def drain_client(server: Server, name: str, drained: bool) -> Answer:
-    """Have a client get no more jobs, or some again; Refusal 404 lists the known ones."""
+    """Have a client get no more jobs, or some again; HttpError 404 lists the known ones."""
     link = server.links.get(name)
     if link is None:
-        raise Refusal(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
+        raise HttpError(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
     server.drain(link, drained)
     log.info("client %s is %s", link.name, "drained" if drained else "resumed")
     server.wake("dispatch")
@@ -13031,9 +13065,9 @@ def resume(server: Server, request: Request, name: str) -> Answer:
 
 
 def user_of(text: str) -> int:
-    """Return a user's id from a path; Refusal 400."""
+    """Return a user's id from a path; HttpError 400."""
     if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
-        raise Refusal(400, f"{one_line(text, 40)!r} is not a user: give a whole number", "user_id")
+        raise HttpError(400, f"{one_line(text, 40)!r} is not a user: give a whole number", "user_id")
     return int(text)
 
 
@@ -13042,10 +13076,8 @@ def user_answer(server: Server, user_id: int) -> Answer:
     services = []
     for row in server.store.read(USAGE_OF_USER, user_id=user_id):
         pair = {"service": row["service"], "user_id": user_id}
-        turn = server.store.read(CONTENDER_GET, **pair)
-        before = (
-            server.store.number(CONTENDERS_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
-        )
+        turn = server.store.read(RUNNABLE_GET, **pair)
+        before = server.store.number(RUNNABLE_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
         services.append({
             "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
             "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
@@ -13068,11 +13100,11 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
     user, text = user_of(user_id), request.query.get("weight")
     if text is None:
-        raise Refusal(400, f"weight is missing: give it in the address, as in PUT /users/{user}?weight=2", "weight")
+        raise HttpError(400, f"weight is missing: give it in the address, as in PUT /users/{user}?weight=2", "weight")
     try:
         weight = read_weight(text)
     except ValueError as error:
-        raise Refusal(400, f"weight is {one_line(text, 40)!r}: {error}", "weight") from error
+        raise HttpError(400, f"weight is {one_line(text, 40)!r}: {error}", "weight") from error
     server.store.set_weight(user, weight)
     server.wake("dispatch")
     return user_answer(server, user)
@@ -13103,11 +13135,11 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
 
 
 def known_payload(client: Client, request: Request, text: str) -> Job:
-    """Return a payload; Refusal 404 also where the caller means another attempt by this id."""
+    """Return a payload; HttpError 404 also where the caller means another attempt by this id."""
     job = known_job(client, request, text)
     meant = request.header("X-Joborch-Mark")
     if meant and meant != job.mark:
-        raise Refusal(404, f"payload {job.id} is another job's: this client began anew")
+        raise HttpError(404, f"payload {job.id} is another job's: this client began anew")
     return job
 
 
@@ -13141,13 +13173,13 @@ SUBMIT_HEADERS = (
 
 
 def whole_header(request: Request, name: str) -> int | None:
-    """Return a whole number of a header, or None where it is absent; Refusal 400."""
+    """Return a whole number of a header, or None where it is absent; HttpError 400."""
     text, parameter = request.header(name).strip(), next(known for known in SUBMIT_HEADERS if known.name == name)
     if not text:
         return None
     least, most = parameter.least or 0, parameter.most or 0
     if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise Refusal(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
     return int(text)
 
 
@@ -13155,9 +13187,9 @@ def new_payload(request: Request) -> NewJob:
     """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
     job_uuid, timeout = request.header("X-Joborch-Uuid").lower(), request.header("X-Joborch-Timeout")
     if job_uuid and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", job_uuid):
-        raise Refusal(400, "X-Joborch-Uuid is not a UUID", "X-Joborch-Uuid")
+        raise HttpError(400, "X-Joborch-Uuid is not a UUID", "X-Joborch-Uuid")
     if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
-        raise Refusal(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
+        raise HttpError(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
     return NewJob(
         uuid=job_uuid or str(uuid.uuid4()),
         user_id=whole_header(request, "X-Joborch-User"),
@@ -13185,7 +13217,7 @@ def submit(client: Client, request: Request) -> Answer:
         return Answer(payload_json(client, job))
     problem = problem_of(client, for_all=True)
     if problem:  # where others can run it, it need not wait here
-        raise Refusal(503, problem, Retry_After="10")
+        raise HttpError(503, problem, Retry_After="10")
     folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
     with receiving(client, folder, mark):
         (folder / "work").mkdir()
@@ -13201,38 +13233,38 @@ def submit(client: Client, request: Request) -> Answer:
 
 
 def received_form(request: Request, work: Path) -> Form:
-    """Receive a payload's files. Refusal 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
+    """Receive a payload's files. HttpError 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
     ours = bool(request.header("X-Joborch-Digests"))
     try:
         form = request.read_form(work, by_name=True)
         check_digests(form, ours)
         check_inputs(form, request.header("X-Joborch-Inputs"))
         if not form.files:
-            raise Refusal(400, "there is no file: send at least run.sh", "file")
-    except Refusal as refusal:
+            raise HttpError(400, "there is no file: send at least run.sh", "file")
+    except HttpError as refusal:
         if ours and refusal.status == 400:
-            raise Refusal(503, f"the transfer broke: {refusal.message}", Retry_After="1") from refusal
+            raise HttpError(503, f"the transfer broke: {refusal.message}", Retry_After="1") from refusal
         raise
     return form
 
 
 def check_digests(form: Form, wanted: bool) -> None:
-    """Compare what came with the digests that our server sent after the files; Refusal 503 makes it send again."""
+    """Compare what came with the digests that our server sent after the files; HttpError 503 makes it send again."""
     sent = form.fields.pop(DIGESTS_FIELD, None)
     if sent is None and wanted:
-        raise Refusal(503, "the transfer broke: the digests did not come", Retry_After="1")
+        raise HttpError(503, "the transfer broke: the digests did not come", Retry_After="1")
     try:
         digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
     except ValueError as error:
-        raise Refusal(400, "the digests cannot be read") from error
+        raise HttpError(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
-        raise Refusal(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+        raise HttpError(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
 
 
 def check_inputs(form: Form, meant: str) -> None:
-    """Compare what came with the digest in the request's head, which is proven where the server is; Refusal 503 makes it send again."""
+    """Compare what came with the digest in the request's head, which is proven where the server is; HttpError 503 makes it send again."""
     if meant and meant.lower() != inputs_digest({file.path: file.sha256 for file in form.files}):
-        raise Refusal(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
+        raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
 
 
 def remember_inputs(folder: Path, form: Form) -> None:
@@ -13311,7 +13343,7 @@ def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the work folder of a payload as it stands."""
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
-        raise Refusal(404, f"the files of payload {job.id} were cleaned")
+        raise HttpError(404, f"the files of payload {job.id} were cleaned")
     archive = asked_archive(client, request, job)
     if job.status in ENDED and not request.header("X-Joborch-Mark"):
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
@@ -13331,7 +13363,7 @@ def kill(client: Client, request: Request, job_id: str) -> Answer:
     """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
-        client.store.wish_end(job.id, Cause.CANCELLED)
+        client.store.request_kill(job.id, Cause.CANCELLED)
         crash_point("kill.wished")
         client.wake("end")
         if not request.header("X-Joborch-Mark"):
@@ -13344,7 +13376,7 @@ def wait_until_over(client: Client, request: Request, job: Job) -> None:
     """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
 
     def noted() -> bool:
-        return request.left() or (client.executor.in_line and job.id in client.stubborn)
+        return request.left() or (client.executor.is_batch and job.id in client.stubborn)
 
     with client.places.place() as parked:
         client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
@@ -13417,7 +13449,7 @@ def events(client: Client, request: Request) -> Answer:
     else:
         with client.places.place() as parked:
             if not parked and wait_s:
-                raise Refusal(503, "too many callers wait here: try again", Retry_After="1")
+                raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
             found = client.wait_until(lambda: changed() or None, wait_s, request.left) or []
             if found and wait_s:
                 client.wait_until(lambda: any_ended(changed()), EVENTS_SETTLE_S, request.left)
@@ -13448,7 +13480,7 @@ def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[
 
 def room_json(client: Client) -> dict[str, Any]:
     """Return what a client has room for: slots of cores and memory (MiB), or slots of jobs that a batch system takes."""
-    if client.executor.in_line:
+    if client.executor.is_batch:
         return {"slots": client.config.slots, "job_slots": True, "memory": None}
     return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
 
@@ -13494,7 +13526,7 @@ def counts_json(client: Client) -> dict[str, int]:
     """Return how many payloads run, are queued here, and wait in the line of a batch system."""
     handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
     waiting = 0
-    if client.executor.in_line:
+    if client.executor.is_batch:
         waiting = sum(job.started_at is None for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000))
     return {"running": handed - waiting, "queued": queued, "waiting": waiting}
 
@@ -13560,10 +13592,10 @@ class LogPart(NamedTuple):
 
 
 def chosen_stream(request: Request) -> tuple[str, int]:
-    """Return the stream and the offset that a request names; Refusal 400."""
+    """Return the stream and the offset that a request names; HttpError 400."""
     stream, offset = request.query.get("stream", OUTPUT_STREAMS[0]), request.whole("offset", 0, 0, 10**18)
     if stream not in OUTPUT_STREAMS:
-        raise Refusal(400, f"stream is {one_line(stream, 40)!r}: give {' or '.join(OUTPUT_STREAMS)}", "stream")
+        raise HttpError(400, f"stream is {one_line(stream, 40)!r}: give {' or '.join(OUTPUT_STREAMS)}", "stream")
     return stream, offset
 
 
@@ -13593,14 +13625,14 @@ def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
 
 
 def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of an ended job's output from its stored result; none where it never ran. Refusal 404 where the ZIP is damaged."""
+    """Read a part of an ended job's output from its stored result; none where it never ran. HttpError 404 where the ZIP is damaged."""
     if job.result_sha256 is None:
         return LogPart(b"", offset)
     with contextlib.closing(stored_archive(server, job).file) as file:
         try:
             return part_of_archive(file, stream, server.config.log_limit_bytes, offset)
         except ValueError as error:
-            raise Refusal(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
+            raise HttpError(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
 
 
 def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int) -> LogPart:
@@ -13630,9 +13662,9 @@ def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes
 
 
 def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of a job's output from wherever it is now; Refusal 404 or 503 where it is not to be had."""
+    """Read a part of a job's output from wherever it is now; HttpError 404 or 503 where it is not to be had."""
     if job.status is Status.CLEANED:
-        raise Refusal(404, f"the files of job {job.id} were cleaned")
+        raise HttpError(404, f"the files of job {job.id} were cleaned")
     link = server.links.get(job.client or "")
     if job.status in ENDED:
         return stored_log(server, job, stream, offset)
@@ -13642,9 +13674,9 @@ def job_log(server: Server, request: Request, job: Job, stream: str, offset: int
         with calling(server, request, link) as unwanted:
             return LogPart(*link.logs(job, stream, offset, unwanted))
     except Gone as error:
-        raise Refusal(404, str(error)) from error
+        raise HttpError(404, str(error)) from error
     except (NothingSent, NoAnswer) as error:
-        raise Refusal(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
+        raise HttpError(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
 
 
 @route(
@@ -13661,12 +13693,12 @@ def job_logs(server: Server, request: Request, job_id: str) -> Answer:
     (stream, offset), job = chosen_stream(request), known_job(server, request, job_id)
     follow = request.query.get("follow", "0")
     if follow not in ("0", "1"):
-        raise Refusal(400, f"follow is {one_line(follow, 40)!r}: give 1 or 0", "follow")
+        raise HttpError(400, f"follow is {one_line(follow, 40)!r}: give 1 or 0", "follow")
     headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
     if follow == "1" and request.method == "GET":
         place = contextlib.ExitStack()
         if not place.enter_context(server.waiters.place()):
-            raise Refusal(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
+            raise HttpError(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
         headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
         if EVENT_TYPE not in request.header("Accept"):
             parts = followed_log(server, request, job, stream, offset, place)
@@ -13693,7 +13725,7 @@ def followed_log(
                 attempt, offset = current.attempt, 0
                 yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
             part = LogPart(b"", offset)
-            with contextlib.suppress(Refusal):  # it cannot be had now, or will never be; the job's end is waited for
+            with contextlib.suppress(HttpError):  # it cannot be had now, or will never be; the job's end is waited for
                 part = job_log(server, request, current, stream, offset)
             pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
             offset = part.following
@@ -13890,7 +13922,7 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     if name == "start.js":
         return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
     if name not in SWAGGER_FILES:
-        raise Refusal(404, "Swagger UI has no such file")
+        raise HttpError(404, "Swagger UI has no such file")
     return Answer(
         package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
         200,
@@ -13970,7 +14002,7 @@ def weak_tokens(config: Config) -> Iterator[Finding]:
     shortest = min(map(len, filter(None, config.token.split(","))), default=TOKEN_LEAST)
     if shortest < TOKEN_LEAST:
         where = f", and JOBORCH_HOST={config.host} lets other machines try" if beyond_loopback(config.host) else ""
-        how_long = counted(shortest, "character", "characters")
+        how_long = plural(shortest, "character", "characters")
         yield Finding(None, f"JOBORCH_TOKEN holds a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
     if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
         yield Finding(None, "the token was given as --token, which every user of this machine can see by ps: set JOBORCH_TOKEN_FILE")
@@ -13979,7 +14011,7 @@ def weak_tokens(config: Config) -> Iterator[Finding]:
         if beyond and 0 < len(service.token) < TOKEN_LEAST:
             name = f"SERVICE_{service.name.upper()}_TOKEN"
             yield Finding(
-                None, f"{name} has {counted(len(service.token), 'character', 'characters')}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
+                None, f"{name} has {plural(len(service.token), 'character', 'characters')}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
             )
 
 
@@ -14017,12 +14049,12 @@ def examine_environment(config: Config) -> Iterator[Finding]:
     names = left_out(os.environ, config.pass_env)
     if config.mode == "client" and names:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        text = f"scripts do not get {counted(len(names), 'variable', 'variables')} of this environment ({shown})"
+        text = f"scripts do not get {plural(len(names), 'variable', 'variables')} of this environment ({shown})"
         yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
 
 
 SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
-    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: spoken(float(value)), resource.RLIM_INFINITY),
+    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: format_duration(float(value)), resource.RLIM_INFINITY),
     (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
     (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
     (resource.RLIMIT_FSIZE, "-Sf", "the size of a file", size_text, resource.RLIM_INFINITY),
@@ -14067,7 +14099,9 @@ def examine_folder(config: Config) -> Iterator[Finding]:
     yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
     if abs(ahead_s) > CLOCK_TOLERANCE_S:
         how = "ahead of" if ahead_s > 0 else "behind"
-        yield Finding(None, f"the clock of that file system is {spoken(abs(ahead_s))} {how} this machine's: shown times may be wrong")
+        yield Finding(
+            None, f"the clock of that file system is {format_duration(abs(ahead_s))} {how} this machine's: shown times may be wrong"
+        )
     shared = on_network(str(place))
     if config.mode == "client" and config.executor == "slurm" and not shared:
         yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
@@ -14209,7 +14243,8 @@ def examine_client(address: Address, service: Service, ca_file: str, met: dict[s
     yield Finding(not trouble, f"{name} answers{kind}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
         yield Finding(
-            None, f"{address.name}: its clock is {spoken(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both"
+            None,
+            f"{address.name}: its clock is {format_duration(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both",
         )
 
 
@@ -14446,7 +14481,7 @@ def open_node(config: Config) -> Node:
     if config.mode == "client":
         client = Client(config, store, data)
         check_executor(client)
-        adopt(client)
+        recover_payloads(client)
         return client
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None
     if unclaimed:
@@ -14495,7 +14530,7 @@ def serve(config: Config) -> int:
     threading.Thread(target=http_server.run, name="http", daemon=True).start()
     threading.Thread(target=sweep, args=(node,), name="sweep", daemon=True).start()
     greet(node, http_server)
-    if isinstance(node, Client) and node.executor.in_line:
+    if isinstance(node, Client) and node.executor.is_batch:
         threading.Thread(target=warn_of_problems, args=(node,), name="examine", daemon=True).start()
     give_back_memory()
     try:
@@ -14697,7 +14732,7 @@ def command_demo(keep: bool) -> int:
         if job["status"] != Status.COMPLETED.value:
             raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
         print(f"result: {demo.summary(job)}")
-        print(f"done in {spoken(time.monotonic() - started)}")
+        print(f"done in {format_duration(time.monotonic() - started)}")
         finished = True
     finally:
         if not (keep and finished):

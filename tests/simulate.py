@@ -4,7 +4,7 @@
     python tests/simulate.py                       a synthetic month of 40,000 jobs; table, and plots into docs/
     python tests/simulate.py --trace FILE.swf      any trace in the Standard Workload Format (Feitelson's archive)
 
-Time is what the trace says: the next event is an arrival or an end. Who is next is decided by `turn_of`, `used`, `welcomed`,
+Time is what the trace says: the next event is an arrival or an end. Who is next is decided by `rank_of`, `used`, `cap_idle_credit`,
 `charge_in_advance` and `choose` of joborch.py, in the order in which the Store calls them; only the rows are kept in
 dictionaries here, so that a month takes half a minute.
 """
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import joborch  # noqa: E402
-from joborch import Head, Line, Pace, Place, Run, Sharing, Usage, Waiting  # noqa: E402
+from joborch import Candidate, ClientCapacity, Pace, Run, ServiceQueue, Sharing, Usage, Waiting  # noqa: E402
 
 POLICIES = ("share", "fifo", "priority")
 EPOCH_S = 1.8e9  # what the server's clock would show: use is kept relative to it
@@ -134,7 +134,7 @@ class Site:
     # -- what the Store does --
 
     def refresh(self, user_id: int, now: float) -> None:
-        """Keep up the turns, as Store.refresh_turn does. A run counts as charged until it is over; the server charges for longer ones."""
+        """Keep up the turns, as Store.update_rank does. A run counts as charged until it is over; the server charges for longer ones."""
         old = self.turn.pop(user_id, None)
         if old is not None:
             del self.turns[bisect_left(self.turns, old)]
@@ -143,7 +143,7 @@ class Site:
         if waiting and len(user.running) < self.quota:
             use = joborch.with_open_runs(user.usage.use, [*user.running.values()], EPOCH_S + now, self.sharing.half_life_s)
             share = use - math.log2(self.sharing.weights.get(user_id, 1.0))
-            rank, head = joborch.turn_of(self.policy, waiting, share, self.sharing.ageing_s)
+            rank, head = joborch.rank_of(self.policy, waiting, share, self.sharing.ageing_s)
             self.turn[user_id] = (rank, head.job_id, user_id)
             insort(self.turns, self.turn[user_id])
 
@@ -184,11 +184,11 @@ class Site:
         if self.policy != "share" or job.run_s <= joborch.TURN_S or not any(self.users[job.user].queues.values()):
             return use
         levels = [next((rank for rank, _, user_id in self.turns if user_id != job.user), math.inf)]
-        if joborch.welcomed(use, weight, levels[0]) == use:
+        if joborch.cap_idle_credit(use, weight, levels[0]) == use:
             return use
         others = {other.user for jobs in self.running.values() for other, _ in jobs.values()} - {job.user}
         levels += [self.users[user_id].usage.use - math.log2(self.sharing.weights.get(user_id, 1.0)) for user_id in others]
-        return use if min(levels) == math.inf else joborch.welcomed(use, weight, min(levels))
+        return use if min(levels) == math.inf else joborch.cap_idle_credit(use, weight, min(levels))
 
     def watch(self, now: float) -> None:
         """Count who holds the slots, as long as somebody else than the heaviest user waits."""
@@ -200,13 +200,16 @@ class Site:
 
     # -- what the dispatcher does --
 
-    def places(self) -> list[Place]:
-        return [Place(name, slots, slots - sum(job.cpus for job, _ in self.running[name].values())) for name, slots in self.slots.items()]
+    def places(self) -> list[ClientCapacity]:
+        return [
+            ClientCapacity(name, slots, slots - sum(job.cpus for job, _ in self.running[name].values()))
+            for name, slots in self.slots.items()
+        ]
 
-    def heads(self) -> Iterator[Head]:
-        for _, number, _ in self.turns[: joborch.HEADS_LOOKED_AT]:
+    def heads(self) -> Iterator[Candidate]:
+        for _, number, _ in self.turns[: joborch.CANDIDATES_LOOKED_AT]:
             job = self.jobs[number]
-            yield Head(self.service, number, job.cpus, job.memory, job.timeout)
+            yield Candidate(self.service, number, job.cpus, job.memory, job.timeout)
 
     def runs_at(self, client: str) -> list[Run]:
         return [
@@ -219,12 +222,12 @@ class Site:
         places = self.places()
         if not self.turns or not any(place.free > 0 for place in places):
             return None
-        found = joborch.choose([Line(self.service, self.slots, 0.0, None, self.heads())], places, self.runs_at, now)
+        found = joborch.choose([ServiceQueue(self.service, self.slots, 0.0, None, self.heads())], places, self.runs_at, now)
         return None if found is None else (self.jobs[found[0].job_id], found[1].name)
 
 
 def waiting_of(job: Job) -> Waiting:
-    """A queued job as `turn_of` takes it."""
+    """A queued job as `rank_of` takes it."""
     return Waiting(job.number, job.priority, EPOCH_S + job.at, job.cpus, job.memory, job.timeout)
 
 

@@ -38,7 +38,7 @@ from test_server import Desk
 from test_states import BOUNDED, changed, new_job, tried
 
 import joborch
-from joborch import BadAnswer, DataFolder, Heard, Job, JoborchError, Link, NoAnswer, NothingSent, Status
+from joborch import BadAnswer, DataFolder, EventsReply, Job, JoborchError, Link, NoAnswer, NothingSent, Status
 
 MIB = 1 << 20
 MOST_MB = 150  # of memory, whatever a client answers
@@ -269,7 +269,7 @@ def test_an_answer_beyond_all_bounds_is_given_up_soon(name: str, liar: Liar, lia
     begun = time.monotonic()
     got = tried(lambda: liar_link.events(0, []), JoborchError)
     if name in HARMLESS:
-        assert isinstance(got, Heard), got
+        assert isinstance(got, EventsReply), got
         assert max(len(payload.get("reason", "")) for payload in got.payloads) == HARMLESS[name]
     else:
         assert isinstance(got, (NoAnswer, NothingSent)), got
@@ -422,7 +422,7 @@ def test_events_are_read_or_refused(said: Any, escaped: bool) -> None:
     with contextlib.suppress(UnicodeEncodeError):
         text = json.dumps(said, ensure_ascii=escaped).encode()
         got = tried(lambda: joborch.read_events(text), Exception)  # type: ignore[type-var]
-        if not isinstance(got, Heard):
+        if not isinstance(got, EventsReply):
             assert isinstance(got, (ValueError, KeyError, TypeError)), got
             return
         values = [got.next, got.slots, got.memory or 0, got.load]
@@ -871,9 +871,9 @@ class Liars:
         here = {job.id for job in self.jobs if job.client == self.false.name}
         assert set(self.false.ended) <= here
         assert set(self.false.notes) <= here
-        assert len(self.false.strays) <= joborch.STRAYS_LIMIT
+        assert len(self.false.superseded_attempts) <= joborch.SUPERSEDED_LIMIT
         assert len(self.false.settled) <= joborch.SETTLED_LIMIT
-        assert all(stray.attempt <= 1 for stray in self.false.strays.values())
+        assert all(superseded.attempt <= 1 for superseded in self.false.superseded_attempts.values())
 
 
 @contextlib.contextmanager
@@ -927,7 +927,7 @@ def test_lies_of_one_client_move_no_job_of_another(polls: list[list[tuple[int, d
 def test_a_tick_bears_whatever_is_said(said: Any) -> None:
     """Also of jobs that are there: no exception but those of a store or a disk."""
     text = json.dumps(said)
-    if not isinstance(tried(lambda: joborch.read_events(text.encode()), Exception), Heard):
+    if not isinstance(tried(lambda: joborch.read_events(text.encode()), Exception), EventsReply):
         return
     with two_clients() as liars:
         heard = joborch.read_events(text.replace(UUIDS[0], liars.jobs[1].uuid).replace(UUIDS[1], liars.jobs[4].uuid).encode())
@@ -950,7 +950,7 @@ def test_a_status_is_a_payload_or_an_error(said: Any) -> None:
 
 
 def test_a_result_that_never_ends_is_left_for_later(make_process: MakeProcess, liar: Liar) -> None:
-    """It costs a lane of that client alone: its other calls and others' jobs go on."""
+    """It costs a sender of that client alone: its other calls and others' jobs go on."""
     world = World(make_process, [liar])
     job = world.running()
     liar.says["/retrieve"] = endless(b"x", head(Content_Type="application/zip", Content_Length=10**9, ETag='"t"'), 0.05)

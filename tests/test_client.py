@@ -45,11 +45,11 @@ from joborch import (
     Status,
     StillRunning,
     Store,
-    adopt,
     clean_tick,
     end_tick,
     limit_tick,
     load_config,
+    recover_payloads,
     run_tick,
     sweep,
 )
@@ -137,7 +137,7 @@ class Yard:
         self.children += self.client.executor.children.values()  # type: ignore[attr-defined]
         self.store.close()
         self.open()
-        adopt(self.client)
+        recover_payloads(self.client)
 
     def close(self) -> None:
         """End all."""
@@ -249,7 +249,7 @@ def test_a_payload_has_six_fields_of_fixed_types(yard: Yard) -> None:
         if status == "Prepared":
             yard.ready(job)
         else:
-            yard.store.wish_end(job.id, Cause.CANCELLED)
+            yard.store.request_kill(job.id, Cause.CANCELLED)
             end_tick(yard.client)
 
 
@@ -474,7 +474,7 @@ def test_what_shall_end_is_ended_with_all_its_processes(yard: Yard) -> None:
     job, other = yard.submit("setsid bash -c 'READY; BLOCK' & wait"), yard.submit("READY; BLOCK")
     yard.ready(job)
     yard.ready(other)
-    assert yard.store.wish_end(job.id, Cause.CANCELLED)
+    assert yard.store.request_kill(job.id, Cause.CANCELLED)
     assert end_tick(yard.client)
     assert not end_tick(yard.client)
     assert (yard[job].status, yard[job].cause) == (Status.KILLED, "cancelled")
@@ -486,7 +486,7 @@ def test_what_shall_end_is_ended_with_all_its_processes(yard: Yard) -> None:
 
 def test_what_has_not_started_never_does(yard: Yard) -> None:
     job = yard.submit("echo ran > ../../ran")
-    yard.store.wish_end(job.id, Cause.CANCELLED)
+    yard.store.request_kill(job.id, Cause.CANCELLED)
     end_tick(yard.client)
     run_tick(yard.client)
     assert yard[job].status is Status.KILLED
@@ -499,7 +499,7 @@ def test_a_wish_that_comes_between_row_and_start(yard: Yard, monkeypatch: pytest
     real, ending = yard.client.executor.start, list[threading.Thread]()
 
     def start(started: Job) -> str:
-        yard.store.wish_end(job.id, Cause.CANCELLED)
+        yard.store.request_kill(job.id, Cause.CANCELLED)
         ending.append(threading.Thread(target=end_tick, args=(yard.client,)))
         ending[0].start()
         ending[0].join(3)
@@ -517,7 +517,7 @@ def test_a_wish_that_comes_between_row_and_start(yard: Yard, monkeypatch: pytest
 
 def test_what_does_not_end_is_tried_again(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     job = yard.ready(yard.submit("READY; BLOCK"))
-    yard.store.wish_end(job.id, Cause.CANCELLED)
+    yard.store.request_kill(job.id, Cause.CANCELLED)
 
     def refuse(_: Job) -> None:
         raise StillRunning("payload 1: its processes do not end after KILL")
@@ -536,7 +536,7 @@ def test_two_ends_at_once(yard: Yard) -> None:
     jobs = [yard.submit("trap '' TERM; READY; BLOCK") for _ in range(2)]
     for job in jobs:
         yard.ready(job)
-        yard.store.wish_end(job.id, Cause.CANCELLED)
+        yard.store.request_kill(job.id, Cause.CANCELLED)
     together(2, lambda _: end_tick(yard.client))
     assert {yard[job].status for job in jobs} == {Status.KILLED}
 
@@ -694,7 +694,7 @@ def test_a_folder_that_went_while_the_client_was_down_stops_no_start(yard: Yard)
 def test_what_shall_end_is_not_started_again(yard: Yard) -> None:
     job = yard.submit("echo ran > ../../ran; READY; BLOCK")
     yard.store.move(job, Status.RUNNING, "", started_at=yard.clock.wall())
-    yard.store.wish_end(job.id, Cause.CANCELLED)
+    yard.store.request_kill(job.id, Cause.CANCELLED)
     yard.restart()
     end_tick(yard.client)
     assert yard[job].status is Status.KILLED
@@ -1048,7 +1048,7 @@ class Halves:
 
     def open_client(self) -> None:
         """Serve the client. No caller waits for an end there: the tick that brings it is a test's to call, and the clock stands still."""
-        self.yard.client.places = joborch.Parking(0)
+        self.yard.client.places = joborch.WaiterLimit(0)
         self.stack.enter_context(serving(self.yard.client))
 
     def close_client(self) -> None:
@@ -1131,7 +1131,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(job=jobs)
     def terminate(self, job: Job) -> None:
         """Somebody asks for the end of a job."""
-        if self.halves.server.store.wish_end(job.id, Cause.CANCELLED):
+        if self.halves.server.store.request_kill(job.id, Cause.CANCELLED):
             self.wished.add(job.id)
         joborch.kill_queued(self.halves.server, job.id)
 

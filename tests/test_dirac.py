@@ -33,7 +33,19 @@ from test_files import data_fixture  # noqa: F401 - a fixture
 from test_states import BOUNDED, HandClock, changed, new_job, tried
 
 import joborch
-from joborch import BatchOptions, CannotRun, Cause, ConfigError, DataFolder, DiracExecutor, DiracLogin, Fate, Job, StillRunning, SystemAway
+from joborch import (
+    BackendUnavailable,
+    BatchOptions,
+    CannotRun,
+    Cause,
+    ConfigError,
+    DataFolder,
+    DiracExecutor,
+    DiracLogin,
+    Job,
+    Outcome,
+    StillRunning,
+)
 
 GRACE_S = 0.2
 
@@ -117,13 +129,13 @@ class Bench:
         self.pilots.append(Pilot(self.diracx, int(job.handle or 0), self.data.path / f"node-{job.handle}-{len(self.pilots)}"))
         return self.pilots[-1]
 
-    def fate(self, job: Job) -> Fate:
+    def outcome(self, job: Job) -> Outcome:
         """What a tick is told."""
         return self.executor.poll([job])[job.id]
 
-    def end(self, job: Job) -> Fate:
-        """The fate once it is over."""
-        return wait_for(lambda: (fate := self.fate(job)) and not fate.alive and fate, what="the end of a job")
+    def end(self, job: Job) -> Outcome:
+        """The outcome once it is over."""
+        return wait_for(lambda: (outcome := self.outcome(job)) and not outcome.alive and outcome, what="the end of a job")
 
     def work(self, job: Job) -> Path:
         """Where its results are."""
@@ -359,8 +371,8 @@ def row(status: str, minor: str = "Some Minor", **more: Any) -> dict[str, Any]:
     ],
 )
 def test_causes_without_an_exit_file(status: str, minor: str, cause: Cause) -> None:
-    fate = joborch.without_exit(row(status, minor))
-    assert (fate.alive, fate.exit_status, fate.cause) == (False, None, cause) and minor in fate.reason and "7" in fate.reason
+    outcome = joborch.without_exit(row(status, minor))
+    assert (outcome.alive, outcome.exit_status, outcome.cause) == (False, None, cause) and minor in outcome.reason and "7" in outcome.reason
 
 
 @pytest.mark.parametrize(
@@ -377,8 +389,8 @@ def test_causes_without_an_exit_file(status: str, minor: str, cause: Cause) -> N
     ],
 )
 def test_the_exit_file_outranks_what_dirac_says(status: str, minor: str, exit_status: int, cause: Cause | None) -> None:
-    fate = joborch.weighed(row(status, minor), Fate(False, exit_status))
-    assert (fate.exit_status, fate.cause) == (exit_status, cause)
+    outcome = joborch.weighed(row(status, minor), Outcome(False, exit_status))
+    assert (outcome.exit_status, outcome.cause) == (exit_status, cause)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +520,7 @@ def test_a_held_lock_is_said(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(joborch, "LOGIN_LOCK_S", 0.1)
     with keeper.path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SystemAway, match="holds the lock"):
+        with pytest.raises(BackendUnavailable, match="holds the lock"):
             keeper.new().token()
     assert keeper.accepted(keeper.new().token())
 
@@ -519,11 +531,11 @@ def test_a_token_lost_in_a_crash_ends_the_login(keeper: Keeper, monkeypatch: pyt
         with pytest.raises(Crash):
             keeper.new().token()
     login = keeper.new()
-    with pytest.raises(SystemAway, match="log in again with `dirac login`") as first:
+    with pytest.raises(BackendUnavailable, match="log in again with `dirac login`") as first:
         login.token()
     assert re.search(r"the login ended at \d\d:\d\d \(its refresh token was valid until \d\d:\d\d\)", str(first.value))
     asked = len(keeper.asked)
-    with pytest.raises(SystemAway) as second:
+    with pytest.raises(BackendUnavailable) as second:
         login.token()
     assert str(second.value) == str(first.value) == login.ended() and len(keeper.asked) == asked, "nobody is asked in vain"
     keeper.diracx.spare.clear()  # an old token that is shown again ends all logins of its user
@@ -536,7 +548,7 @@ def test_a_refused_refresh_leaves_the_access_token_to_its_end(keeper: Keeper) ->
     write_login(keeper.path, {"access_token": token, "refresh_token": "rubbish"}, 30.0)
     login = keeper.new()
     assert login.token() == token and login.token() == token and len(keeper.asked) == 1 and login.ended() == ""
-    with pytest.raises(SystemAway, match="refuses both tokens"):
+    with pytest.raises(BackendUnavailable, match="refuses both tokens"):
         login.token(refused=token)
     write_login(keeper.path, {"access_token": token, "refresh_token": "rubbish"}, -1.0)
     assert "the login ended at" in login.ended() and (login.valid_until() or 0) < time.time()
@@ -544,7 +556,7 @@ def test_a_refused_refresh_leaves_the_access_token_to_its_end(keeper: Keeper) ->
 
 def test_a_login_that_ended_by_its_time_is_not_asked_for(keeper: Keeper) -> None:
     keeper.clock = HandClock(time.time() + 7 * 3600)
-    with pytest.raises(SystemAway, match="the login ended at"):
+    with pytest.raises(BackendUnavailable, match="the login ended at"):
         keeper.new().token()
     assert keeper.asked == []
 
@@ -555,7 +567,7 @@ def test_no_login(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         path.write_text(content)
     login = DiracLogin(str(path), lambda token: (500, {}), joborch.Clock())
-    with pytest.raises(SystemAway, match="log in with `dirac login`"):
+    with pytest.raises(BackendUnavailable, match="log in with `dirac login`"):
         login.token()
     assert "log in with `dirac login`" in login.ended() and login.valid_until() is None
 
@@ -567,7 +579,7 @@ def test_a_full_disk_is_noticed_before_the_token_is_shown(keeper: Keeper, monkey
     before = keeper.stored()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(SystemAway, match="could not be refreshed"):
+        with pytest.raises(BackendUnavailable, match="could not be refreshed"):
             keeper.new().token()
     assert keeper.asked == [] and keeper.stored() == before
 
@@ -587,14 +599,14 @@ def test_a_job_from_submission_to_its_results(bench: Bench) -> None:
     (bench.work(job) / "empty").mkdir()
     job = changed(job, handle=bench.executor.start(job))
     pilot = bench.pilot(job)
-    first = bench.fate(job)
+    first = bench.outcome(job)
     assert first.alive and re.fullmatch(rf"DIRAC: Received since \d\d:\d\d, Job accepted \(job {job.handle}\)", first.waits)
     pilot.wait()
-    assert "Waiting since" in bench.fate(job).waits and "Pilot Agent Submission" in bench.fate(job).waits
+    assert "Waiting since" in bench.outcome(job).waits and "Pilot Agent Submission" in bench.outcome(job).waits
     pilot.start()
-    assert bench.fate(job) == Fate(True)
+    assert bench.outcome(job) == Outcome(True)
     assert pilot.finish() == 0
-    assert bench.end(job) == Fate(False, 0)
+    assert bench.end(job) == Outcome(False, 0)
     bench.executor.collect(job)
     mine, theirs = bench.work(job), pilot.folder / "payload/work"
     assert joborch.files_below(mine) == joborch.files_below(theirs) and not (mine / "input").exists() and (mine / "empty").is_dir()
@@ -613,7 +625,7 @@ def test_a_job_from_submission_to_its_results(bench: Bench) -> None:
 def test_a_script_that_fails(script: str, status: int, bench: Bench) -> None:
     job, pilot = bench.start(script)
     assert pilot.run() == 1
-    assert bench.end(job) == Fate(False, status)
+    assert bench.end(job) == Outcome(False, status)
 
 
 def test_a_script_that_reaches_its_limit(bench: Bench) -> None:
@@ -627,8 +639,12 @@ def test_what_the_pilot_loses_is_the_infrastructures(bench: Bench) -> None:
     pilot.wait().say("Matched")
     pilot.say("Running", "Application")
     pilot.say("Failed", "Job stalled: pilot not running")
-    fate = bench.end(job)
-    assert fate.cause is Cause.INFRASTRUCTURE and "Job stalled: pilot not running" in fate.reason and (bench.work(job) / "run.sh").exists()
+    outcome = bench.end(job)
+    assert (
+        outcome.cause is Cause.INFRASTRUCTURE
+        and "Job stalled: pilot not running" in outcome.reason
+        and (bench.work(job) / "run.sh").exists()
+    )
 
 
 def test_outputs_that_come_after_the_word_failed_are_waited_for(bench: Bench) -> None:
@@ -638,12 +654,12 @@ def test_outputs_that_come_after_the_word_failed_are_waited_for(bench: Bench) ->
     wait_for((pilot.folder / "payload/work/out").exists)
     pilot.kill()
     pilot.say("Failed", "Job has reached the CPU limit of the queue")
-    assert bench.fate(job).alive
+    assert bench.outcome(job).alive
     wait_for(lambda: not bench.executor.judging)
-    assert bench.fate(job).alive
+    assert bench.outcome(job).alive
     pilot.upload()
-    fate = bench.end(job)
-    assert (fate.exit_status, fate.cause) == (143, Cause.LIMIT) and (bench.work(job) / "out").read_text() == "partial\n"
+    outcome = bench.end(job)
+    assert (outcome.exit_status, outcome.cause) == (143, Cause.LIMIT) and (bench.work(job) / "out").read_text() == "partial\n"
 
 
 def test_a_damaged_sandbox_is_not_used(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -668,11 +684,11 @@ def test_outputs_that_arrive_damaged_are_fetched_again(bench: Bench, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.executor.service, "send", changing)
-        with pytest.raises(SystemAway, match="came damaged"):
+        with pytest.raises(BackendUnavailable, match="came damaged"):
             bench.executor.collect(job)
     assert joborch.read_exit(bench.data.job(job.mark)) is None and not list(bench.data.tmp.iterdir())
     bench.executor.collect(job)
-    assert bench.end(job) == Fate(False, 0)
+    assert bench.end(job) == Outcome(False, 0)
 
 
 def test_zstd_is_read(bench: Bench) -> None:
@@ -685,7 +701,7 @@ def test_zstd_is_read(bench: Bench) -> None:
     packed = subprocess.run(["zstd", "-cq"], input=outer.getvalue(), capture_output=True, check=True).stdout
     pilot.upload_bytes(packed, "tar.zst")
     pilot.say("Done", "Execution Complete")
-    assert bench.end(job) == Fate(False, 0) and (bench.work(job) / "out").read_text() == "zstd\n"
+    assert bench.end(job) == Outcome(False, 0) and (bench.work(job) / "out").read_text() == "zstd\n"
 
 
 @pytest.mark.parametrize("point", ["dirac.unpacked", "dirac.exchanged"])
@@ -698,7 +714,7 @@ def test_a_crash_while_outputs_come_is_done_again(point: str, bench: Bench, monk
             bench.executor.collect(job)
     assert joborch.read_exit(bench.data.job(job.mark)) is None, "the exit file comes last"
     bench.executor = DiracExecutor(bench.data, bench.config)
-    assert bench.end(job) == Fate(False, 0) and joborch.files_below(bench.work(job)) == ["out"]
+    assert bench.end(job) == Outcome(False, 0) and joborch.files_below(bench.work(job)) == ["out"]
 
 
 def test_a_lost_answer_is_found_by_the_mark(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,13 +729,13 @@ def test_a_lost_answer_is_found_by_the_mark(bench: Bench, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.executor.service, "send", losing)
-        with pytest.raises(SystemAway, match="lost"):
+        with pytest.raises(BackendUnavailable, match="lost"):
             bench.executor.start(job)
     found = bench.executor.find([job, other])
     assert found == {job.mark: str(bench.diracx.rows(JobName=job.mark)[0]["JobID"])}
     job = changed(job, handle=found[job.mark])
     bench.pilot(job).run()
-    assert bench.end(job) == Fate(False, 0) and len(bench.diracx.rows(JobName=job.mark)) == 1
+    assert bench.end(job) == Outcome(False, 0) and len(bench.diracx.rows(JobName=job.mark)) == 1
 
 
 def test_a_submission_that_may_still_be_worked_on_is_not_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +748,7 @@ def test_a_submission_that_may_still_be_worked_on_is_not_given_up(bench: Bench, 
         return real(method, url, *arguments, **more)
 
     monkeypatch.setattr(bench.executor.service, "send", silent)
-    with pytest.raises(SystemAway, match="lost"):
+    with pytest.raises(BackendUnavailable, match="lost"):
         bench.executor.start(job)
     assert bench.executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     monkeypatch.setattr(joborch, "SUBMIT_SETTLE_S", 0.0)
@@ -761,18 +777,18 @@ def test_a_twin_is_ended_and_one_that_has_ended_is_left_alone(bench: Bench) -> N
 def test_nothing_is_known_of_jobs_while_somebody_else_is_logged_in(bench: Bench) -> None:
     """They are neither given up nor submitted again; nor where a token does not say whose it is."""
     job, _ = bench.start("true")
-    assert bench.fate(job).waits.startswith("DIRAC: Received")
+    assert bench.outcome(job).waits.startswith("DIRAC: Received")
     write_login(Path(bench.config.dirac_credentials), {"access_token": bench.diracx.bob, "refresh_token": "none"})
-    assert bench.fate(job).alive
+    assert bench.outcome(job).alive
     assert "bob is logged in, and this client's jobs are alice's" in bench.executor.problem()
     for token in (bench.diracx.bob, "opaque"):
         write_login(Path(bench.config.dirac_credentials), {"access_token": token, "refresh_token": "none"})
-        with pytest.raises(SystemAway, match=r"logged in|whose it is"):
+        with pytest.raises(BackendUnavailable, match=r"logged in|whose it is"):
             bench.executor.find([job])
         with pytest.raises(StillRunning):
             bench.executor.cancel(job)
     write_login(Path(bench.config.dirac_credentials), {"access_token": bench.diracx.alice, "refresh_token": "none"})
-    assert bench.fate(job).waits.startswith("DIRAC: Received")
+    assert bench.outcome(job).waits.startswith("DIRAC: Received")
     assert bench.executor.problem() == ""
 
 
@@ -823,9 +839,9 @@ def test_one_question_for_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         return real(method, url, *arguments, **more)
 
     monkeypatch.setattr(bench.executor.service, "send", counting)
-    assert all(fate.alive and "Received" in fate.waits for fate in bench.executor.poll(jobs).values()) and len(asked) == 1
+    assert all(outcome.alive and "Received" in outcome.waits for outcome in bench.executor.poll(jobs).values()) and len(asked) == 1
     bench.executor.config = dataclasses.replace(bench.config, batch_interval_s=100.0)
-    assert all("Received" in fate.waits for fate in bench.executor.poll(jobs).values()) and len(asked) == 1
+    assert all("Received" in outcome.waits for outcome in bench.executor.poll(jobs).values()) and len(asked) == 1
 
 
 def test_cancel_while_it_waits(bench: Bench) -> None:
@@ -886,12 +902,12 @@ def test_cancel_leaves_the_others_watched(bench: Bench) -> None:
     running, pilot = bench.start("sleep 100")
     pilot.wait().start()
     other, _ = bench.start("sleep 100")
-    assert bench.executor.poll([running, other])[running.id] == Fate(True)
+    assert bench.executor.poll([running, other])[running.id] == Outcome(True)
     since = dict(bench.executor.since)
     bench.executor.cancel(other)
     assert set(since) & {key for key in bench.executor.since if key[0] == pilot.number}, "grace times go on"
     bench.executor.config = dataclasses.replace(bench.config, batch_interval_s=100.0)
-    assert bench.fate(running) == Fate(True)
+    assert bench.outcome(running) == Outcome(True)
 
 
 def test_cancel_of_what_has_ended(bench: Bench) -> None:
@@ -899,23 +915,23 @@ def test_cancel_of_what_has_ended(bench: Bench) -> None:
     pilot.run()
     bench.executor.cancel(job)
     assert bench.diracx.rows(JobID=pilot.number)[0]["Status"] == "Done"
-    assert bench.end(job) == Fate(False, 0)
+    assert bench.end(job) == Outcome(False, 0)
 
 
 def test_killed_by_somebody_else(bench: Bench) -> None:
     job, pilot = bench.start("sleep 100")
     pilot.wait()
     pilot.say("Killed", "Marked for termination", "User")
-    fate = bench.end(job)
-    assert fate.cause is Cause.CANCELLED and "somebody ended" in fate.reason
+    outcome = bench.end(job)
+    assert outcome.cause is Cause.CANCELLED and "somebody ended" in outcome.reason
 
 
 def test_run_again_by_dirac_itself(bench: Bench) -> None:
     job, pilot = bench.start("true")
     pilot.wait().start()
     bench.diracx.call("POST", "/api/jobs/reschedule", {"job_ids": [pilot.number]})
-    fate = bench.end(job)
-    assert fate.cause is Cause.INFRASTRUCTURE and "again by itself" in fate.reason
+    outcome = bench.end(job)
+    assert outcome.cause is Cause.INFRASTRUCTURE and "again by itself" in outcome.reason
     assert bench.diracx.rows(JobID=pilot.number)[0]["Status"] == "Killed"
 
 
@@ -923,8 +939,8 @@ def test_a_job_that_was_removed(bench: Bench) -> None:
     job, pilot = bench.start("true")
     pilot.wait().say("Killed", "x", "User")
     pilot.say("Deleted", "x", "User")
-    fate = bench.end(job)
-    assert fate.cause is Cause.INFRASTRUCTURE and "no longer knows" in fate.reason
+    outcome = bench.end(job)
+    assert outcome.cause is Cause.INFRASTRUCTURE and "no longer knows" in outcome.reason
     bench.executor.cancel(job)
 
 
@@ -943,7 +959,7 @@ def test_an_unknown_state_is_alive_and_said_once(bench: Bench, caplog: pytest.Lo
     job, _pilot = bench.start("true")
     real = bench.executor.service.search
     monkeypatch.setattr(bench.executor.service, "search", lambda *a: [{**each, "Status": "Pondering"} for each in real(*a)])
-    assert bench.fate(job) == bench.fate(job) == Fate(True)
+    assert bench.outcome(job) == bench.outcome(job) == Outcome(True)
     assert caplog.text.count("Pondering") == 1
 
 
@@ -973,17 +989,17 @@ def test_the_same_inputs_are_sent_once(bench: Bench, monkeypatch: pytest.MonkeyP
 
 def test_dirac_away_ends_nothing_and_problem_says_since_when(bench: Bench) -> None:
     job, _pilot = bench.start("true")
-    assert bench.fate(job).waits
+    assert bench.outcome(job).waits
     bench.executor.service.url = f"http://127.0.0.1:{free_port()}"
-    assert bench.fate(job).alive and bench.fate(job).waits
+    assert bench.outcome(job).alive and bench.outcome(job).waits
     first = bench.executor.problem()
     assert re.fullmatch(r"DIRAC: 127\.0\.0\.1:\d+ does not answer: .*\(since \d\d:\d\d\)", first)
-    with pytest.raises(SystemAway):
+    with pytest.raises(BackendUnavailable):
         bench.executor.start(bench.payload("true"))
-    assert bench.fate(job).alive and bench.executor.problem() == first
+    assert bench.outcome(job).alive and bench.executor.problem() == first
     assert bench.executor.lost == {}, "what was not heard is not waited for"
     bench.executor.service.url = bench.diracx.url
-    assert bench.fate(job).alive and bench.executor.problem() == ""
+    assert bench.outcome(job).alive and bench.executor.problem() == ""
 
 
 @pytest.mark.parametrize(
@@ -994,10 +1010,10 @@ def test_rubbish_for_an_answer_is_no_answer(answer: str, status: int, bench: Ben
     job = changed(bench.payload("true"), handle="7")
     said = types.SimpleNamespace(status=status, data=answer.encode(), reason="")
     monkeypatch.setattr(bench.executor.service, "send", lambda *a, **more: said)
-    assert bench.fate(job).alive and bench.executor.problem()
-    with pytest.raises(SystemAway):
+    assert bench.outcome(job).alive and bench.executor.problem()
+    with pytest.raises(BackendUnavailable):
         bench.executor.find([job])
-    with pytest.raises(SystemAway):
+    with pytest.raises(BackendUnavailable):
         bench.executor.start(job)
     with pytest.raises(StillRunning):
         bench.executor.cancel(job)
@@ -1007,12 +1023,12 @@ def test_an_ended_login_lets_jobs_wait(bench: Bench) -> None:
     job, pilot = bench.start("true")
     path = bench.executor.service.login.path
     write_login(path, {"access_token": bench.diracx.alice, "refresh_token": "rubbish"}, -1.0)
-    assert bench.fate(job).alive and "log in again with `dirac login`" in bench.executor.problem()
+    assert bench.outcome(job).alive and "log in again with `dirac login`" in bench.executor.problem()
     with pytest.raises(StillRunning, match="login ended"):
         bench.executor.cancel(job)
     write_login(path, {"access_token": bench.diracx.alice, "refresh_token": "another"})
     pilot.run()
-    assert bench.end(job) == Fate(False, 0) and bench.executor.problem() == ""
+    assert bench.end(job) == Outcome(False, 0) and bench.executor.problem() == ""
 
 
 # == The whole way: server, client, DIRAC, pilot ==

@@ -737,7 +737,7 @@ def test_many_jobs_end_while_the_disk_of_the_server_is_full(
     gates = [tmp_path / f"gate{number}" for number in (0, 1, 1, 2, 2)]
     numbers = [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[:3])]
     for number in numbers:
-        wait_status(server, number, "Running")  # these three: lanes overtake each other
+        wait_status(server, number, "Running")  # these three: senders overtake each other
     numbers += [submit(server, gated(gate, marks), user_id=user) for user, gate in enumerate(gates[3:], 3)]
     numbers += [submit(server, gated(gates[1], marks), user_id=user) for user in (5, 6)]
     wait_for(lambda: client.health()["running"] == 7, 20, "all at the client")

@@ -22,7 +22,7 @@ from test_states import BOUNDED, HandClock, changed, new_job
 from test_store import together
 
 import joborch
-from joborch import Cause, DataFolder, Fate, Job, LocalExecutor, Process, StillRunning, Store, read_exit, tree_of
+from joborch import Cause, DataFolder, Job, LocalExecutor, Outcome, Process, StillRunning, Store, read_exit, tree_of
 
 GRACE_S = 0.5
 
@@ -77,14 +77,14 @@ class Bench:
         """Where a payload's files, streams and exit file are."""
         return self.data.job(job.mark)
 
-    def end(self, job: Job) -> Fate:
+    def end(self, job: Job) -> Outcome:
         """Wait for the wrapper to end; return what the executor says then."""
         pid = int((job.handle or "").split()[0])
         if pid in self.executor.children:
             self.executor.children[pid].wait(30)
         return self.executor.poll([job])[job.id]
 
-    def run(self, script: str, **changes: Any) -> tuple[Job, Fate]:
+    def run(self, script: str, **changes: Any) -> tuple[Job, Outcome]:
         """Run a script to its end."""
         job = self.start(script, **changes)
         return job, self.end(job)
@@ -145,7 +145,7 @@ def test_exit_status(script: str, status: int, bench: Bench) -> None:
         wait_for(lambda: "T" in states_below(bench.folder(job)), what="the script to stop")
         for pid in processes_below(bench.folder(job)):
             os.kill(pid, signal.SIGCONT)
-    assert bench.end(job) == Fate(False, status, False)
+    assert bench.end(job) == Outcome(False, status, False)
 
 
 def states_below(folder: Path) -> set[str]:
@@ -173,10 +173,10 @@ def test_streams_work_folder_and_what_the_script_sees(bench: Bench, monkeypatch:
     monkeypatch.setenv("PORT", "9000")
     monkeypatch.setenv("KEPT", "é 1")
     bench.executor = LocalExecutor(bench.data, GRACE_S, ["KEPT"])
-    job, fate = bench.run(
+    job, outcome = bench.run(
         "echo out; echo err >&2; cat; pwd; umask; env", user_id=7, service="s", remote_id="42", cpus=3, memory=100, attempt=2
     )
-    assert fate.exit_status == 0
+    assert outcome.exit_status == 0
     folder = bench.folder(job)
     assert (folder / "stderr").read_text() == "err\n"
     first, where, umask, *lines = (folder / "stdout").read_text().splitlines()
@@ -203,7 +203,7 @@ def test_an_attempt_is_claimed_by_one_wrapper(bench: Bench) -> None:
     assert (bench.data.jobs / "count-1").read_text() == "ran\n"
     winner = bench.executor.claimed_pid(job)
     assert winner in [other.pid for other in others]
-    assert read_exit(bench.folder(job)) == Fate(False, 0, False)
+    assert read_exit(bench.folder(job)) == Outcome(False, 0, False)
 
 
 def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
@@ -212,7 +212,7 @@ def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
     pid = int((job.handle or "").split()[0])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
-    assert bench.executor.poll([job])[job.id] == Fate(True)
+    assert bench.executor.poll([job])[job.id] == Outcome(True)
     joborch.signal_all([process for process in tree_of(job, bench.folder(job), pid) if process.pid != pid], signal.SIGTERM)
     assert bench.end(job).exit_status == 9
     assert (bench.folder(job) / "stdout").read_text() == "got it\n"
@@ -228,17 +228,17 @@ def test_signals_are_not_ignored_in_the_script(bench: Bench) -> None:
 
 
 def test_what_the_script_leaves_running_is_ended(bench: Bench) -> None:
-    job, fate = bench.run("sleep 1000 & disown; exit 0")
-    assert fate == Fate(False, 0, True)
+    job, outcome = bench.run("sleep 1000 & disown; exit 0")
+    assert outcome == Outcome(False, 0, True)
     wait_for(lambda: not processes_below(bench.folder(job)), what="the rest of its group to end")
 
 
-def ended_tidily(bench: Bench, job: Job) -> Fate:
+def ended_tidily(bench: Bench, job: Job) -> Outcome:
     """What became of a payload, once nothing of it is left: as long as something runs, it counts as alive."""
     wait_for(lambda: not bench.executor.poll([job])[job.id].alive or None, what="the end of the payload")
     assert not processes_below(bench.folder(job))
     assert job.mark not in joborch.marked_below(bench.data.jobs)
-    return read_exit(bench.folder(job)) or Fate(False)
+    return read_exit(bench.folder(job)) or Outcome(False)
 
 
 LEFT = {
@@ -259,9 +259,9 @@ def test_what_left_the_scripts_group_is_ended_too(left: str, adopted: bool, benc
     wait_for(lambda: read_exit(bench.folder(job)), what="the end of the script")
     if adopted:
         bench.executor.own.clear()
-    fates: list[Fate] = []
-    wait_for(lambda: fates.append(bench.executor.poll([job])[job.id]) or not fates[-1].alive, what="the end of the payload")
-    assert fates[-1] == Fate(False, 0, True), "and it says so"
+    outcomes: list[Outcome] = []
+    wait_for(lambda: outcomes.append(bench.executor.poll([job])[job.id]) or not outcomes[-1].alive, what="the end of the payload")
+    assert outcomes[-1] == Outcome(False, 0, True), "and it says so"
     assert not processes_below(bench.folder(job))
     assert job.mark not in joborch.marked_below(bench.data.jobs)
     assert bench.executor.untidy == bench.executor.own == set()
@@ -269,8 +269,8 @@ def test_what_left_the_scripts_group_is_ended_too(left: str, adopted: bool, benc
 
 def test_what_another_payload_has_orphaned_is_left_alone(bench: Bench) -> None:
     other = bench.signalled("(setsid sleep 1000 &); READY; BLOCK")
-    _, fate = bench.run("exit 0")
-    assert fate == Fate(False, 0, False)
+    _, outcome = bench.run("exit 0")
+    assert outcome == Outcome(False, 0, False)
     assert bench.executor.reap(), "there is an orphan"
     assert other.mark in joborch.marked_below(bench.data.jobs)
     assert bench.executor.poll([other])[other.id].alive
@@ -283,9 +283,9 @@ def test_what_outlives_its_wrapper_is_ended(script: str, bench: Bench) -> None:
     job = bench.start(script)
     bench.executor.poll([job])
     bench.end(job)
-    fates: list[Fate] = []
-    wait_for(lambda: fates.append(bench.executor.poll([job])[job.id]) or not fates[-1].alive, what="the end of the payload")
-    assert (fates[-1].cause, fates[-1].children_left) == (Cause.USER, True), "we looked on: it was the script"
+    outcomes: list[Outcome] = []
+    wait_for(lambda: outcomes.append(bench.executor.poll([job])[job.id]) or not outcomes[-1].alive, what="the end of the payload")
+    assert (outcomes[-1].cause, outcomes[-1].children_left) == (Cause.USER, True), "we looked on: it was the script"
     assert job.mark not in joborch.marked_below(bench.data.jobs)
 
 
@@ -328,9 +328,9 @@ def test_an_exit_file_counts_when_it_is_whole(status: int, left: bool, cut: int)
     folder.mkdir(exist_ok=True)
     try:
         (folder / "exit.json").write_text(text[:cut].ljust(60))
-        assert read_exit(folder) == (Fate(False, status, left) if cut >= len(text) else None)
+        assert read_exit(folder) == (Outcome(False, status, left) if cut >= len(text) else None)
         (folder / "exit.json").write_text(text[:cut])
-        assert read_exit(folder) == (Fate(False, status, left) if cut >= len(text) else None)
+        assert read_exit(folder) == (Outcome(False, status, left) if cut >= len(text) else None)
     finally:
         joborch.remove_tree(folder)
 
@@ -373,16 +373,16 @@ def test_a_script_that_puts_something_else_in_the_exit_files_place(made: str, be
     bench.executor.children[int((hostile.handle or "").split()[0])].wait(30)
     other = bench.start("exit 3")
     bench.executor.children[int((other.handle or "").split()[0])].wait(30)
-    fates = soon(lambda: bench.executor.poll([hostile, other]), bench.folder(hostile))
-    assert isinstance(fates, dict), fates
-    assert fates[other.id] == Fate(False, 3, False)
-    assert not fates[hostile.id].alive
+    outcomes = soon(lambda: bench.executor.poll([hostile, other]), bench.folder(hostile))
+    assert isinstance(outcomes, dict), outcomes
+    assert outcomes[other.id] == Outcome(False, 3, False)
+    assert not outcomes[hostile.id].alive
 
 
 def test_a_script_that_takes_the_rights_of_its_folders(bench: Bench) -> None:
     job, _ = bench.run("chmod 000 .. . ../exit.json; exit 3")
     bench.executor.poll([job])
-    assert bench.executor.poll([job])[job.id] == Fate(False, 3, False)
+    assert bench.executor.poll([job])[job.id] == Outcome(False, 3, False)
 
 
 # == Fates ==
@@ -390,15 +390,15 @@ def test_a_script_that_takes_the_rights_of_its_folders(bench: Bench) -> None:
 
 def test_alive_until_the_wrapper_has_ended(bench: Bench) -> None:
     job = bench.signalled("READY\nBLOCK")
-    assert bench.executor.poll([job])[job.id] == Fate(True)
-    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True), "for a client that was started again, too"
+    assert bench.executor.poll([job])[job.id] == Outcome(True)
+    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Outcome(True), "for a client that was started again, too"
 
 
 def test_an_exit_file_counts_when_the_wrapper_is_gone(bench: Bench) -> None:
     """A script can write one as well as the wrapper, and go on."""
     job = bench.signalled("""echo '{"status": 0, "left": 0}' > ../exit.json; READY; BLOCK""")
-    assert bench.executor.poll([job])[job.id] == Fate(True)
-    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Fate(True)
+    assert bench.executor.poll([job])[job.id] == Outcome(True)
+    assert LocalExecutor(bench.data, 0).poll([job])[job.id] == Outcome(True)
 
 
 def test_the_exit_file_outranks_a_process_id(bench: Bench) -> None:
@@ -406,8 +406,8 @@ def test_the_exit_file_outranks_a_process_id(bench: Bench) -> None:
     job = bench.payload("true")
     (bench.folder(job) / "exit.json").write_text('{"status": 4, "left": 0}')
     for handle in (None, f"{os.getpid()} 1 {bench.executor.boot}"):
-        fate = bench.executor.poll([changed(job, handle=handle)])[job.id]
-        assert fate == Fate(False, 4, False)
+        outcome = bench.executor.poll([changed(job, handle=handle)])[job.id]
+        assert outcome == Outcome(False, 4, False)
 
 
 def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) -> None:
@@ -453,9 +453,9 @@ def test_a_payload_that_is_gone_without_an_exit_file(
         monkeypatch.setattr(joborch, "is_full", lambda _: what == "full disk")
     elif what == "restart":
         executor = LocalExecutor(bench.data, 0)
-    fate = executor.poll([job])[job.id]
-    assert (fate.alive, fate.exit_status, fate.cause) == (False, None, cause)
-    assert word in fate.reason
+    outcome = executor.poll([job])[job.id]
+    assert (outcome.alive, outcome.exit_status, outcome.cause) == (False, None, cause)
+    assert word in outcome.reason
 
 
 def test_threads_that_look_at_once_do_not_trip_over_each_other(bench: Bench) -> None:
@@ -485,8 +485,8 @@ def test_find_tells_what_was_started_from_what_never_ran(bench: Bench) -> None:
     found = LocalExecutor(bench.data, 0).find(cut_off)
     assert set(found) == {running.mark, ended.mark}
     assert found[running.mark] == running.handle
-    fates = LocalExecutor(bench.data, 0).poll([changed(job, handle=found.get(job.mark)) for job in (running, ended)])
-    assert fates == {running.id: Fate(True), ended.id: Fate(False, 0, False)}
+    outcomes = LocalExecutor(bench.data, 0).poll([changed(job, handle=found.get(job.mark)) for job in (running, ended)])
+    assert outcomes == {running.id: Outcome(True), ended.id: Outcome(False, 0, False)}
 
 
 @pytest.mark.parametrize("claim", ["", "\n", "12 34", "x", "-1", "\x00\x00", str(os.getpid())])
@@ -503,7 +503,7 @@ def test_a_second_start_of_an_attempt_finds_the_first(bench: Bench) -> None:
     job = bench.signalled("echo ran >> ../../count\nREADY\nBLOCK")
     second = changed(job, handle=bench.executor.start(job))
     bench.executor.children[int((second.handle or "").split()[0])].wait(30)
-    assert bench.executor.poll([second])[job.id] == Fate(True)
+    assert bench.executor.poll([second])[job.id] == Outcome(True)
     bench.executor.cancel(second)
     assert (bench.data.jobs / "count").read_text() == "ran\n"
     assert not processes_below(bench.data.path)
@@ -537,7 +537,7 @@ def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> N
     assert not processes_below(bench.folder(job))
     assert not bench.executor.poll([job])[job.id].alive
     bench.executor.cancel(job)
-    assert bench.executor.poll([bystander])[bystander.id] == Fate(True)
+    assert bench.executor.poll([bystander])[bystander.id] == Outcome(True)
 
 
 def holds_open(pid: int, path: Path) -> bool:
@@ -563,7 +563,7 @@ def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
         bench.executor.cancel(changed(job, handle=handle))
     (bench.folder(job) / "started.1").write_text(f"{stranger}\n")
     bench.executor.cancel(job)
-    assert bench.executor.poll([bystander])[bystander.id] == Fate(True)
+    assert bench.executor.poll([bystander])[bystander.id] == Outcome(True)
 
 
 def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -691,7 +691,7 @@ def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
     config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
     for name, make in joborch.EXECUTORS.items():
         made = make(bench.data, config)
-        assert isinstance(made.in_line, bool)
+        assert isinstance(made.is_batch, bool)
         for method in ("start", "find", "poll", "cancel", "collect", "end_orphans", "problem", "examine"):
             assert callable(getattr(made, method)), f"{name} lacks {method}"
 
@@ -704,6 +704,8 @@ def test_fates_are_in_json_what_the_wrapper_says(bench: Bench) -> None:
 def test_a_signal_that_comes_just_as_the_script_ends(bench: Bench) -> None:
     """bash 5.2 may lose the status then, and says -1: it counts as the signal, and never as if there were no exit file."""
     jobs = [bench.start("kill -TERM $PPID; exit 3") for _ in range(60)]
-    fates = [bench.end(job) for job in jobs]
-    assert {fate.exit_status for fate in fates} <= {3, 128 + signal.SIGTERM}
-    assert all(fate.told and not fate.alive and fate.cause is Cause.INFRASTRUCTURE for fate in fates), "it was stopped from outside"
+    outcomes = [bench.end(job) for job in jobs]
+    assert {outcome.exit_status for outcome in outcomes} <= {3, 128 + signal.SIGTERM}
+    assert all(outcome.told and not outcome.alive and outcome.cause is Cause.INFRASTRUCTURE for outcome in outcomes), (
+        "it was stopped from outside"
+    )

@@ -67,7 +67,7 @@ class Flood:
     def fill(self) -> None:
         """Send what fits, by turn."""
         while len(self.ends) < self.slots:
-            rows = self.store.read(joborch.CONTENDERS_NEXT, service="s", limit=1)
+            rows = self.store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
             if not rows:
                 return
             job = self.store.claim(rows[0]["head"], "a", 999)
@@ -175,7 +175,7 @@ def test_a_restart_changes_no_turn(when: int, tmp_path: Path) -> None:
     flood.store.close()
     flood.open(str(tmp_path / "db"))
     newcomer = flood.upload(2)
-    (row,) = flood.store.read(joborch.CONTENDERS_NEXT, service="s", limit=1)
+    (row,) = flood.store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
     assert row["head"] == newcomer
     flood.step()
     flood.step()
@@ -188,7 +188,7 @@ def test_what_is_charged_in_advance_is_no_use() -> None:
     flood = Flood(1, 1, 0.4, 400.0, random.Random(1), ("ends",))
     flood.upload(1, 3)
     flood.fill()
-    (row,) = flood.store.read("SELECT rank FROM contenders")
+    (row,) = flood.store.read("SELECT rank FROM runnable_users")
     assert joborch.use_now(row["rank"], flood.clock.now, HALF_LIFE_S) == pytest.approx(400.0)
     assert flood.store.used_slot_s("s", 1) == 0.0
     flood.step()
@@ -382,9 +382,9 @@ def test_a_client_keeps_nothing_in_mind_of_payloads_that_were_ended(yard: Yard) 
     for _ in range(3):
         jobs = [yard.submit("sleep 600"), yard.submit("sleep 600", X_Joborch_Timeout="5"), yard.submit("sleep 600")]
         joborch.run_tick(client)
-        yard.store.wish_end(jobs[0].id, Cause.CANCELLED)
-        yard.store.wish_end(jobs[1].id, Cause.LIMIT)
-        yard.store.wish_end(jobs[2].id, Cause.CANCELLED)
+        yard.store.request_kill(jobs[0].id, Cause.CANCELLED)
+        yard.store.request_kill(jobs[1].id, Cause.LIMIT)
+        yard.store.request_kill(jobs[2].id, Cause.CANCELLED)
         while joborch.end_tick(client):
             pass
         assert {yard[job].status for job in jobs} == {Status.KILLED, Status.FAILED}
@@ -408,7 +408,7 @@ def test_a_server_keeps_nothing_in_mind_of_jobs_that_were_ended(data: joborch.Da
             joborch.report(server, link, event(job, status="Running", reason="Slurm: pending"))
         assert len(link.notes) == 4
         for job in jobs[:2]:
-            desk.store.wish_end(job.id, Cause.CANCELLED)
+            desk.store.request_kill(job.id, Cause.CANCELLED)
         peer.says["/kill/7"] = [reply(200, {}), reply(404, {})]
         joborch.kill_tick(server, link)
         assert len(link.kill_due) == 2
@@ -420,7 +420,7 @@ def test_a_server_keeps_nothing_in_mind_of_jobs_that_were_ended(data: joborch.Da
             while joborch.fetch_tick(server, link):
                 pass
         assert all(desk[job].status in joborch.OVER for job in jobs)
-        link.settled.clear()
+        link.confirmed_ids.clear()
         joborch.kill_tick(server, link)
         joborch.watch_tick(server)
         assert {**sizes(server, link, desk.store), "Link.sessions": 0} == {**before, "Link.sessions": 0}  # one for each token

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from test_states import BOUNDED, tried
 
 import joborch
-from joborch import ConfigError, DataFolder, FormReader, Refusal, StoredFile, Tree, ZipPacker, check_path
+from joborch import ConfigError, DataFolder, FormReader, HttpError, StoredFile, Tree, ZipPacker, check_path
 
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -76,8 +76,8 @@ PATHS = st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs"]), max_
 @example("a/")
 def test_no_accepted_name_leaves_the_folder(path: str) -> None:
     assume(not re.search("[\ud800-\udc7f\udd00-\udfff]", path))  # no bytes of a name decode to these
-    name = tried(lambda: check_path(path), Refusal)
-    if isinstance(name, Refusal):
+    name = tried(lambda: check_path(path), HttpError)
+    if isinstance(name, HttpError):
         assert (name.status, name.field) == (400, "file")
         assert name.message.isprintable()
         assert len(name.message) < 200
@@ -108,7 +108,7 @@ def test_a_tree_refuses_duplicates_and_file_folder_clashes_and_nothing_else(path
     for path in paths:
         folders = {str(parent) for file in files for parent in PurePosixPath(file).parents}
         clash = path in files or path in folders or bool({str(parent) for parent in PurePosixPath(path).parents} & files)
-        refused = isinstance(tried(lambda: tree.add(path), Refusal), Refusal)  # noqa: B023 - called at once
+        refused = isinstance(tried(lambda: tree.add(path), HttpError), HttpError)  # noqa: B023 - called at once
         assert refused == clash, (path, files)
         files |= set() if clash else {path}
     assert tree.files == files
@@ -162,7 +162,7 @@ FIELDS = st.dictionaries(
 def fit(paths: Sequence[str]) -> bool:
     """Whether these names can stand side by side in one form."""
     tree = Tree()
-    return all(tried(lambda: tree.add(path), Refusal) is None for path in paths)  # noqa: B023 - called at once
+    return all(tried(lambda: tree.add(path), HttpError) is None for path in paths)  # noqa: B023 - called at once
 
 
 def html5(name: str) -> bool:
@@ -238,7 +238,7 @@ def test_what_a_part_is_called(disposition: str, by_name: bool, path: str, tmp_p
 )
 def test_no_spelling_of_a_name_leaves_the_folder(disposition: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(Refusal, match="file name"):
+    with pytest.raises(HttpError, match="file name"):
         read_form(tmp_path / "in", form([part(disposition, b"x")]), by_name=True)
     assert on_disk(tmp_path) == {}
 
@@ -259,9 +259,9 @@ def test_a_form_cut_off_at_any_byte_is_refused(told: bool, tmp_path: Path) -> No
         folder = tmp_path / str(cut)
         folder.mkdir()
         body = WHOLE[:cut]
-        refusal = tried(lambda: read_form(folder, body, [11], length=len(WHOLE) if told else None), Refusal)  # noqa: B023 - called at once
+        refusal = tried(lambda: read_form(folder, body, [11], length=len(WHOLE) if told else None), HttpError)  # noqa: B023 - called at once
         complete = told and cut >= len(WHOLE) - 2  # the closing boundary is there
-        assert isinstance(refusal, Refusal) or complete, f"cut at {cut}: {refusal}"
+        assert isinstance(refusal, HttpError) or complete, f"cut at {cut}: {refusal}"
         assert complete or refusal.status == 400
 
 
@@ -272,8 +272,8 @@ def test_a_damaged_form_is_read_or_refused_and_nothing_else(data: st.DataObject)
     body = WHOLE[:at] + data.draw(st.binary(max_size=3)) + WHOLE[at + data.draw(st.integers(0, 20)) :]
     with new_folder() as folder:
         (folder / "in").mkdir()
-        read = tried(lambda: read_form(folder / "in", body, data.draw(SIZES)), Refusal)
-        if isinstance(read, Refusal):
+        read = tried(lambda: read_form(folder / "in", body, data.draw(SIZES)), HttpError)
+        if isinstance(read, HttpError):
             assert read.status in (400, 413)
         else:
             assert {file.path: file.size for file in read.files} == {name: len(text) for name, text in on_disk(folder / "in").items()}
@@ -288,7 +288,7 @@ def test_fields(tmp_path: Path) -> None:
         ([field_part("a", "1"), field_part("a", "2")], 400, "comes twice"),
         ([field_part("a", b"\xff")], 400, "not UTF-8"),
     ):
-        with pytest.raises(Refusal, match=word) as caught:
+        with pytest.raises(HttpError, match=word) as caught:
             read_form(tmp_path, form(parts))
         assert (caught.value.status, caught.value.field) == (status, "a")
 
@@ -302,7 +302,7 @@ def test_endless_field_is_refused_before_it_fills_the_memory(tmp_path: Path) -> 
             return (field_part("a", "")[:-2] if self.taken == size else b"").ljust(size, b"x")
 
     stream = Endless()
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         FormReader(tmp_path).read(stream, TYPE, 1 << 40)
     assert caught.value.status == 413
     assert stream.taken <= 4 * joborch.CHUNK_BYTES
@@ -311,7 +311,7 @@ def test_endless_field_is_refused_before_it_fills_the_memory(tmp_path: Path) -> 
 def test_number_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joborch, "PARTS_LIMIT", 3)
     assert len(read_form(tmp_path, form(file_part(str(number), b"") for number in range(3))).files) == 3
-    with pytest.raises(Refusal, match="more than 3 parts") as caught:
+    with pytest.raises(HttpError, match="more than 3 parts") as caught:
         read_form(tmp_path, form(file_part(f"x{number}", b"") for number in range(4)))
     assert caught.value.status == 413
 
@@ -330,8 +330,8 @@ def test_number_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_boundary(kind: str, boundary: str | int) -> None:
-    found = tried(lambda: joborch.multipart_boundary(kind), Refusal)
-    assert (found.status if isinstance(found, Refusal) else found) == boundary
+    found = tried(lambda: joborch.multipart_boundary(kind), HttpError)
+    assert (found.status if isinstance(found, HttpError) else found) == boundary
 
 
 # == ZIPs ==

@@ -217,7 +217,7 @@ class World:
     def terminate(self, job: Job) -> None:
         """Somebody asks to end it, and it is ended."""
         self.terminated.add(job.id)
-        self.server.wish_end(job.id, Cause.CANCELLED)
+        self.server.request_kill(job.id, Cause.CANCELLED)
         self.move_payload(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
         self.must_move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
         self.expected[job.id] = Expected(job.uuid, ["Completed"])  # it may have been meant to

@@ -30,8 +30,8 @@ from joborch import (
     Cause,
     ConfigError,
     DataFolder,
+    HttpError,
     Job,
-    Refusal,
     Request,
     Status,
     StorageError,
@@ -142,8 +142,8 @@ def test_a_file_is_answered_whole_in_part_or_not_at_all(headers: dict[str, str],
 @pytest.mark.parametrize("asked", ["bytes=99-", f"bytes={len(RESULT)}-", "bytes=-0", "bytes=99-100"])
 def test_a_range_that_lies_outside(asked: str) -> None:
     file = io.BytesIO(RESULT)
-    refusal = tried(lambda: joborch.file_answer(requested(Range=asked), Archive(file, len(RESULT), "0" * 64), "x", {}), Refusal)
-    assert isinstance(refusal, Refusal)
+    refusal = tried(lambda: joborch.file_answer(requested(Range=asked), Archive(file, len(RESULT), "0" * 64), "x", {}), HttpError)
+    assert isinstance(refusal, HttpError)
     assert (refusal.status, refusal.headers["Content-Range"]) == (416, f"bytes */{len(RESULT)}")
     assert file.closed
 
@@ -162,8 +162,8 @@ def test_only_get_has_ranges() -> None:
 def test_a_whole_number_of_a_query_lies_between_its_bounds(text: str, least: int, most: int) -> None:
     request = Request({"REQUEST_METHOD": "GET"})
     request.__dict__["query"] = {"n": text}
-    got = tried(lambda: request.whole("n", 7, least, most), Refusal)
-    if isinstance(got, Refusal):
+    got = tried(lambda: request.whole("n", 7, least, most), HttpError)
+    if isinstance(got, HttpError):
         assert (got.status, got.field) == (400, "n")
         assert got.message.isprintable()
         assert not (
@@ -184,8 +184,8 @@ def test_a_whole_number_of_a_query_lies_between_its_bounds(text: str, least: int
 def test_a_wait_is_bounded(text: str) -> None:
     request = Request({"REQUEST_METHOD": "GET"})
     request.__dict__["query"] = {"wait": text}
-    got = tried(lambda: request.seconds("wait"), Refusal)
-    assert isinstance(got, Refusal) or got == min(float(text), joborch.WAIT_LIMIT_S)
+    got = tried(lambda: request.seconds("wait"), HttpError)
+    assert isinstance(got, HttpError) or got == min(float(text), joborch.WAIT_LIMIT_S)
     assert requested().seconds("wait") == 0
 
 
@@ -207,24 +207,24 @@ def test_every_route_is_found_and_no_other_method(mode: str) -> None:
         here = {other.method for other in ROUTES if mode in other.mode.split() and other.pattern.match(path)}
         here |= {"HEAD"} if "GET" in here else set()
         for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get", "BREW\n"):
-            found = tried(lambda: find_route(mode, method, path), Refusal)  # noqa: B023 - called at once
+            found = tried(lambda: find_route(mode, method, path), HttpError)  # noqa: B023 - called at once
             if method in here:
-                assert not isinstance(found, Refusal)
+                assert not isinstance(found, HttpError)
             else:
-                assert isinstance(found, Refusal)
+                assert isinstance(found, HttpError)
                 assert (found.status, set(found.headers["Allow"].split(", "))) == (405, here)
                 assert found.message.isprintable()
 
 
 @pytest.mark.parametrize("path", ["/nothing", "//jobs", "/jobs/", "/jobs/1/2", "jobs", "", "/JOBS", "/submit", "/swagger-ui/a/b"])
 def test_paths_that_lead_nowhere(path: str) -> None:
-    refusal = tried(lambda: find_route("server", "GET", path), Refusal)
-    assert isinstance(refusal, Refusal) and refusal.status == 404
+    refusal = tried(lambda: find_route("server", "GET", path), HttpError)
+    assert isinstance(refusal, HttpError) and refusal.status == 404
 
 
 def test_routes_of_the_other_mode_are_not_there() -> None:
     for mode, path in (("server", "/events"), ("client", "/jobs"), ("client", "/services")):
-        assert isinstance(tried(lambda: find_route(mode, "GET", path), Refusal), Refusal)  # noqa: B023 - called at once
+        assert isinstance(tried(lambda: find_route(mode, "GET", path), HttpError), HttpError)  # noqa: B023 - called at once
 
 
 # == Who may call ==
@@ -247,8 +247,8 @@ def caller(desk: Desk, headers: dict[str, str], uid: int | None = os.getuid(), *
     """200, or the code with which a caller is refused."""
     config = joborch.load_config("server", {}, {**desk.environment, **settings})
     node = joborch.Node(config, desk.store, desk.data, HandClock())
-    refusal = tried(lambda: check_caller(node, headers, FromHere(uid)), Refusal)
-    return refusal.status if isinstance(refusal, Refusal) else 200
+    refusal = tried(lambda: check_caller(node, headers, FromHere(uid)), HttpError)
+    return refusal.status if isinstance(refusal, HttpError) else 200
 
 
 HERE = {"HOST": "127.0.0.1:5000"}
@@ -335,10 +335,10 @@ def test_odd_headers_are_refused_and_nothing_worse(host: str, origin: str | None
         refused = joborch.RefusedTokens(HandClock())
 
     headers = {"HOST": host, **({"ORIGIN": origin} if origin is not None else {})}
-    refusal = tried(lambda: check_caller(Bare(), headers, FromHere(os.getuid())), Refusal)  # type: ignore[arg-type]
-    assert not isinstance(refusal, Refusal) or refusal.status == 403
+    refusal = tried(lambda: check_caller(Bare(), headers, FromHere(os.getuid())), HttpError)  # type: ignore[arg-type]
+    assert not isinstance(refusal, HttpError) or refusal.status == 403
     ours = {"localhost", *joborch.machine_names()}
-    assert isinstance(refusal, Refusal) or any(name in host.lower() for name in ours) or ADDRESS.search(host), "a name that is not ours"
+    assert isinstance(refusal, HttpError) or any(name in host.lower() for name in ours) or ADDRESS.search(host), "a name that is not ours"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -377,8 +377,8 @@ def test_the_user_at_the_other_end(address: str) -> None:
 def test_sizes(path: str, length: int, chunked: bool, status: int, desk: Desk) -> None:
     desk.restart(JOBORCH_MAX_UPLOAD="2000")
     found = find_route("server", "POST" if path == "/upload" else "GET", path)
-    refusal = tried(lambda: check_size(desk.server, found, length, chunked), Refusal)
-    assert (refusal.status if isinstance(refusal, Refusal) else 200) == status
+    refusal = tried(lambda: check_size(desk.server, found, length, chunked), HttpError)
+    assert (refusal.status if isinstance(refusal, HttpError) else 200) == status
 
 
 @pytest.mark.parametrize(("free", "status"), [(2999, 507), (3000, 200)])
@@ -386,10 +386,10 @@ def test_the_disk_must_hold_a_body_twice(free: int, status: int, desk: Desk, mon
     """Once as it is spooled, once as files; and what is to stay free."""
     desk.restart(JOBORCH_MIN_FREE="1000")
     monkeypatch.setattr(joborch, "free_bytes", lambda _: free)
-    refusal = tried(lambda: check_size(desk.server, find_route("server", "POST", "/upload"), 1000, False), Refusal)
-    assert (refusal.status if isinstance(refusal, Refusal) else 200) == status
+    refusal = tried(lambda: check_size(desk.server, find_route("server", "POST", "/upload"), 1000, False), HttpError)
+    assert (refusal.status if isinstance(refusal, HttpError) else 200) == status
     if status == 507:
-        assert isinstance(refusal, Refusal) and refusal.headers["Retry-After"]
+        assert isinstance(refusal, HttpError) and refusal.headers["Retry-After"]
 
 
 # == Failures ==
@@ -398,7 +398,7 @@ def test_the_disk_must_hold_a_body_twice(free: int, status: int, desk: Desk, mon
 @pytest.mark.parametrize(
     ("error", "status", "word"),
     [
-        (Refusal(409, "so it is", "x", Retry_After="3"), 409, "so it is"),
+        (HttpError(409, "so it is", "x", Retry_After="3"), 409, "so it is"),
         (StorageError("the database /data/x.db is broken"), 503, "try again"),
         (OSError(errno.ENOSPC, "full", "/data/x"), 507, "disk is full"),
         (OSError(errno.EDQUOT, "full", "/data/x"), 507, "disk is full"),
@@ -627,5 +627,5 @@ def test_a_wish_for_a_job_that_went_meanwhile(desk: Desk) -> None:
     desk.store.forget([job.id])
     assert joborch.status_other_than(desk.server, job.id, {"Cleaned"}) == ""
     assert joborch.over_or_queued(desk.server, job.id) is None
-    assert not desk.store.wish_end(job.id, Cause.CANCELLED)
+    assert not desk.store.request_kill(job.id, Cause.CANCELLED)
     assert ask(desk.server, "POST", f"/terminate/{job.id}").status == 404

@@ -23,7 +23,7 @@ from test_files import data_fixture  # noqa: F401 - a fixture
 from test_seam import Site
 from test_two_clients import clients_of, held
 
-from joborch import Cause, DataFolder, Fate, Job, Status, end_tick, run_tick, take_for_ending
+from joborch import Cause, DataFolder, Job, Outcome, Status, end_tick, run_tick, take_for_ending
 
 LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50"}
 
@@ -343,9 +343,9 @@ def test_an_end_is_judged_by_a_row_that_knows_of_the_kill(yard: Yard, monkeypatc
     yard.ready(job)
     real, killed = yard.client.executor.poll, []
 
-    def poll(jobs: Sequence[Job]) -> dict[int, Fate]:
+    def poll(jobs: Sequence[Job]) -> dict[int, Outcome]:
         if jobs and not killed:
-            killed.append(yard.store.wish_end(job.id, Cause.CANCELLED))
+            killed.append(yard.store.request_kill(job.id, Cause.CANCELLED))
             ending = take_for_ending(yard.client)
             assert ending
             (yard.folder(job) / "ending.1").touch()

@@ -411,7 +411,7 @@ EVENTS = {"instance": "i", "next": 7, "slots": 2, "payloads": []}
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        (reply(200, EVENTS), joborch.Heard("i", 7, 2, [])),
+        (reply(200, EVENTS), joborch.EventsReply("i", 7, 2, [])),
         (reply(404), NothingSent),
         (reply(401), NothingSent),
         (reply(500), NothingSent),
@@ -434,7 +434,7 @@ def test_events(said: bytes, wanted: Any, link: Link, peer: Peer) -> None:
     peer.says["/events"] = [said]
     link.since, link.instance = 3, "b"
     got = tried(lambda: link.events(1.5, ["4", "5"]), joborch.JoborchError)
-    assert got == wanted if isinstance(wanted, joborch.Heard) else type(got) is wanted, got
+    assert got == wanted if isinstance(wanted, joborch.EventsReply) else type(got) is wanted, got
     assert peer.asked[0].path == "/events?since=3&instance=b&wait=1.5&done=4,5"
 
 
@@ -674,31 +674,31 @@ def test_a_link_is_held_back_after_failures_and_free_when_it_is_heard(link: Link
 def test_room(link: Link) -> None:
     """What its jobs ask for is taken, and what has ended and is to be fetched is free again."""
     link.slots, link.memory = 4, 1000
-    assert (link.place(3, 600).free, link.place(3, 600).free_memory) == (1, 400)
-    link.ended[1] = joborch.Report(1, {}, 0.0, cpus=2, memory=100)
-    assert (link.place(3, 600).free, link.place(3, 600).free_memory) == (3, 500)
+    assert (link.capacity(3, 600).free, link.capacity(3, 600).free_memory) == (1, 400)
+    link.ended[1] = joborch.EndReport(1, {}, 0.0, cpus=2, memory=100)
+    assert (link.capacity(3, 600).free, link.capacity(3, 600).free_memory) == (3, 500)
     link.memory = None
-    assert link.place(3, 600).free_memory is None
+    assert link.capacity(3, 600).free_memory is None
     link.job_slots = True
-    assert (link.place(64, 0, 3).free, link.place(64, 0, 3).job_slots) == (2, True), "3 jobs, of which one has ended"
+    assert (link.capacity(64, 0, 3).free, link.capacity(64, 0, 3).job_slots) == (2, True), "3 jobs, of which one has ended"
     link.ended[1].cpus = 0
-    assert link.place(64, 0, 3).free == 1, "its row has let the slot go"
+    assert link.capacity(64, 0, 3).free == 1, "its row has let the slot go"
 
 
 def test_after_a_failure_it_gets_one_job_until_it_has_taken_one(link: Link) -> None:
-    assert link.has_lane()
+    assert link.has_free_sender()
     link.sending |= {1, 2}
-    assert link.has_lane(), "there are three lanes"
+    assert link.has_free_sender(), "there are three senders"
     link.failed("connection refused")
     link.heard()
-    assert not link.has_lane(), "it answers again: that it takes jobs is to be seen"
+    assert not link.has_free_sender(), "it answers again: that it takes jobs is to be seen"
     link.sending.clear()
-    assert link.has_lane()
+    assert link.has_free_sender()
     link.took_one()
     link.sending |= {1, 2}
-    assert link.has_lane()
+    assert link.has_free_sender()
     link.refused("503")
-    assert not link.has_lane()
+    assert not link.has_free_sender()
 
 
 def test_a_drained_client_gets_no_jobs(link: Link) -> None:

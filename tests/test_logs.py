@@ -147,7 +147,7 @@ def test_followers_do_not_keep_others_waiting(own_pair: Pair, tmp_path: Path) ->
     codes: list[int] = []
     threads = [
         threading.Thread(target=lambda: codes.append(server.get(f"/jobs/{job}/logs?follow=1").status_code), daemon=True)
-        for _ in range(joborch.PARKING_PLACES + 3)
+        for _ in range(joborch.WAITER_PLACES + 3)
     ]
     for thread in threads:
         thread.start()
@@ -156,7 +156,7 @@ def test_followers_do_not_keep_others_waiting(own_pair: Pair, tmp_path: Path) ->
     (tmp_path / "go").touch()
     for thread in threads:
         thread.join(30)
-    assert codes.count(200) == joborch.PARKING_PLACES
+    assert codes.count(200) == joborch.WAITER_PLACES
 
 
 def test_long_output_is_followed_over_its_gap(make_pair: MakePair) -> None:

@@ -465,7 +465,7 @@ def test_a_gateway_that_finds_nothing_for_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["Prepared", "Running", "Completed"])
 def test_news_of_a_job_while_its_submit_fails(status: str, data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both lanes saw it Processing; whichever writes first, it is known by which id its client has it."""
+    """Both senders saw it Processing; whichever writes first, it is known by which id its client has it."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         desk = Desk(data, f"http://127.0.0.1:{silent.getsockname()[1]}")
         job, move = desk.with_client(Status.PROCESSING), desk.store.move

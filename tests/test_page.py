@@ -17,7 +17,7 @@ from test_server import Desk
 from test_states import tried
 
 import joborch
-from joborch import JSON_TYPE, ROUTES, Gives, Refusal, Route, Status, openapi
+from joborch import JSON_TYPE, ROUTES, Gives, HttpError, Route, Status, openapi
 
 MODES = ("server", "client")
 OF_MODE = [(mode, declared) for mode in MODES for declared in ROUTES if mode in declared.mode.split()]
@@ -198,8 +198,8 @@ def test_the_page_names_only_files_that_are_served_and_no_other_address(desk: De
 
 @pytest.mark.parametrize("name", ["index.html", "swagger-ui.css.map", "..", "%2e%2e", "", "swagger-initializer.js"])
 def test_no_other_file_is_served(name: str, desk: Desk) -> None:
-    said = tried(lambda: joborch.swagger_file(desk.server, joborch.Request({}), name), Refusal)
-    assert isinstance(said, Refusal) and said.status == 404
+    said = tried(lambda: joborch.swagger_file(desk.server, joborch.Request({}), name), HttpError)
+    assert isinstance(said, HttpError) and said.status == 404
 
 
 @pytest.mark.parametrize("path", ["/swagger", "/swagger-ui"])

@@ -50,7 +50,7 @@ from hypothesis import strategies as st
 from test_states import BOUNDED, tried
 
 import joborch
-from joborch import Proof, ProofReader, Refusal, link_key
+from joborch import HttpError, Proof, ProofReader, link_key
 
 BEARER = {"Authorization": f"Bearer {Pair.TOKEN}"}
 OTHER_UID = STRANGER_UID - 1
@@ -106,7 +106,7 @@ def accepted(reader: ProofReader, proof: Proof, headers: dict[str, str] | None =
     """Whether a client takes a request."""
     head = {name.upper().replace("-", "_"): value for name, value in (headers or {}).items()}
     head["AUTHORIZATION"] = proof.authorization(headers or {}, 0)
-    got = tried(lambda: reader.accept(head, proof.method, proof.target, 0), Refusal)
+    got = tried(lambda: reader.accept(head, proof.method, proof.target, 0), HttpError)
     assert got == proof or got.status == 401
     return got == proof
 

@@ -271,7 +271,7 @@ def test_callers_share_the_packing_of_a_running_payload(yard: Yard, held: thread
 
 
 def test_our_server_is_asked_to_come_again_soon(yard: Yard, held: threading.Event) -> None:
-    """It does not wait in its lane; the packing goes on, and the next call has the result."""
+    """It does not wait in its sender; the packing goes on, and the next call has the result."""
     job = yard.run(yard.submit("mkdir d"))
     said = ask(yard.client, "GET", f"/retrieve/{job.id}", X_Joborch_Mark=job.mark)
     assert said.status == 503 and "X-Joborch-Packing" in said.headers and "Retry-After" in said.headers
@@ -646,8 +646,8 @@ def test_an_archive_of_many_members_is_unpacked_up_to_the_limit(tmp_path: Path) 
     (tmp_path / "sandbox").write_bytes(outer.getvalue())
     joborch.unpack_outputs(tmp_path, "x.tar.bz2", 0, ResultLimits(MIB, 100))
     assert 100 < len(list((tmp_path / "out/work").iterdir())) < 200
-    fate = joborch.read_exit(tmp_path / "out")
-    assert fate is not None and fate.cause is Cause.LIMIT and "JOBORCH_MAX_RESULT_FILES" in fate.reason
+    outcome = joborch.read_exit(tmp_path / "out")
+    assert outcome is not None and outcome.cause is Cause.LIMIT and "JOBORCH_MAX_RESULT_FILES" in outcome.reason
 
 
 def test_a_sound_archive_of_the_grid_is_unpacked_whole(tmp_path: Path) -> None:

@@ -22,24 +22,24 @@ import joborch
 from joborch import (
     BUSY,
     NO_USE,
+    Candidate,
     Cause,
-    Head,
-    Line,
-    Place,
+    ClientCapacity,
+    QueueFacts,
     Run,
+    ServiceQueue,
     Sharing,
-    Standing,
     Status,
     Store,
     Waiting,
     attempts_left,
+    cap_idle_credit,
     choose,
+    rank_of,
     reserve,
-    turn_of,
     use_now,
     used,
     wait_estimate_s,
-    welcomed,
     why_waiting,
 )
 
@@ -74,17 +74,17 @@ def test_the_order_of_users_does_not_change_while_time_passes(one: float, other:
 @pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
 def test_who_comes_back_has_no_more_credit_than_a_half_life(weight: float) -> None:
     level = used(NO_USE, 1000.0, NOW, HALF_LIFE_S)
-    back = welcomed(NO_USE, weight, level)
+    back = cap_idle_credit(NO_USE, weight, level)
     assert use_now(back, NOW, HALF_LIFE_S) == pytest.approx(500.0 * weight, rel=1e-6)
     more = used(NO_USE, 900.0 * weight, NOW, HALF_LIFE_S)
-    assert welcomed(more, weight, level) == more, "who has used more than that keeps it"
-    assert welcomed(NO_USE, weight, NO_USE) == NO_USE
+    assert cap_idle_credit(more, weight, level) == more, "who has used more than that keeps it"
+    assert cap_idle_credit(NO_USE, weight, NO_USE) == NO_USE
 
 
 def test_all_that_come_at_once_are_equal() -> None:
     """A newcomer is measured by the turn served last, not by the newcomer before: else the last of a crowd would be first."""
     level = used(NO_USE, 1000.0, NOW, HALF_LIFE_S)
-    assert len({welcomed(NO_USE, 1.0, level) for _ in range(50)}) == 1
+    assert len({cap_idle_credit(NO_USE, 1.0, level) for _ in range(50)}) == 1
 
 
 # == Turns ==
@@ -108,21 +108,21 @@ def in_order(jobs: Iterable[Waiting]) -> list[Waiting]:
 def test_within_a_user_it_is_priority_then_arrival(jobs: list[Waiting]) -> None:
     jobs = in_order(jobs)
     wanted = min(jobs, key=lambda job: (-job.priority, job.job_id))
-    assert turn_of("share", jobs, 3.0, 60.0) == (3.0, wanted)
-    assert turn_of("fifo", jobs, 3.0, 60.0) == (jobs[0].arrived_at, wanted), "whose job came first has the turn; which it is, is his matter"
+    assert rank_of("share", jobs, 3.0, 60.0) == (3.0, wanted)
+    assert rank_of("fifo", jobs, 3.0, 60.0) == (jobs[0].arrived_at, wanted), "whose job came first has the turn; which it is, is his matter"
 
 
 @BOUNDED
 @given(JOBS, st.floats(1, 600))
 def test_with_ageing_nothing_starves(jobs: list[Waiting], ageing_s: float) -> None:
     """The bound: a job is overtaken only by those that come within (100 - priority) points of ageing after it."""
-    order = sorted(in_order(jobs), key=lambda job: (turn_of("priority", [job], 0.0, ageing_s)[0], job.job_id))
+    order = sorted(in_order(jobs), key=lambda job: (rank_of("priority", [job], 0.0, ageing_s)[0], job.job_id))
     for earlier, later in itertools.combinations(order, 2):
         assert earlier.arrived_at - later.arrived_at <= (100 - later.priority) * ageing_s * (1 + 1e-9) <= 200 * ageing_s * (1 + 1e-9)
         if earlier.priority == later.priority:
             assert earlier.arrived_at <= later.arrived_at
-    rank, first = turn_of("priority", in_order(jobs), 0.0, ageing_s)
-    assert first == order[0] and rank == turn_of("priority", [first], 0.0, ageing_s)[0]
+    rank, first = rank_of("priority", in_order(jobs), 0.0, ageing_s)
+    assert first == order[0] and rank == rank_of("priority", [first], 0.0, ageing_s)[0]
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
@@ -132,7 +132,7 @@ def test_attempts(retries: int) -> None:
     for attempt in (1, 2, 3, 4):
         job = store.add(new_job(retries=retries, attempt=attempt), "")
         assert attempts_left(job) is (attempt <= retries)
-        store.wish_end(job.id, Cause.CANCELLED)
+        store.request_kill(job.id, Cause.CANCELLED)
         ending = store.get(job.id)
         assert ending is not None and not attempts_left(ending)
     store.close()
@@ -141,14 +141,14 @@ def test_attempts(retries: int) -> None:
 # == Clients ==
 
 
-def place(name: str = "a", slots: int = 4, free: int | None = None, **changes: Any) -> Place:
+def place(name: str = "a", slots: int = 4, free: int | None = None, **changes: Any) -> ClientCapacity:
     """A client with so many slots, all free unless said."""
-    return Place(name, slots, slots if free is None else free, **changes)
+    return ClientCapacity(name, slots, slots if free is None else free, **changes)
 
 
-def line(*heads: Head, service: str = "s", clients: str = "ab", busy: float = 0.0, run_s: float | None = 60.0) -> Line:
+def line(*heads: Candidate, service: str = "s", clients: str = "ab", busy: float = 0.0, run_s: float | None = 60.0) -> ServiceQueue:
     """The line of one service at clients `a` and `b`."""
-    return Line(service, clients, busy, run_s, heads)
+    return ServiceQueue(service, clients, busy, run_s, heads)
 
 
 def no_runs(_: str) -> list[Run]:
@@ -156,7 +156,7 @@ def no_runs(_: str) -> list[Run]:
     return []
 
 
-def chosen(lines: list[Line], places: list[Place], runs: dict[str, list[Run]] | None = None) -> tuple[int, str] | None:
+def chosen(lines: list[ServiceQueue], places: list[ClientCapacity], runs: dict[str, list[Run]] | None = None) -> tuple[int, str] | None:
     """Which job goes to which client."""
     found = choose(lines, places, lambda name: (runs or {}).get(name, []), NOW)
     return None if found is None else (found[0].job_id, found[1].name)
@@ -177,9 +177,9 @@ def chosen(lines: list[Line], places: list[Place], runs: dict[str, list[Run]] | 
         ([], None),
     ],
 )
-def test_the_client_with_most_free_slots_gets_it(places: list[Place], wanted: str | None) -> None:
+def test_the_client_with_most_free_slots_gets_it(places: list[ClientCapacity], wanted: str | None) -> None:
     """Then the one with the least load, then the one whose last failure is longest ago; a 2.2 client where no slot is known to be free."""
-    assert chosen([line(Head("s", 1))], places) == (wanted and (1, wanted))
+    assert chosen([line(Candidate("s", 1))], places) == (wanted and (1, wanted))
 
 
 @pytest.mark.parametrize(("run_s", "room"), [(None, 0), (60.0, 0), (0.41, 0), (0.2, 2), (0.1, 4), (0.01, 4), (0.0, 4)])
@@ -192,74 +192,79 @@ def test_only_work_of_a_moment_waits_at_a_client(run_s: float | None, room: int)
 
 
 def test_the_service_of_whose_limit_the_least_is_in_use_goes_first() -> None:
-    lines = [line(Head("s", 1), busy=0.5), line(Head("t", 99), service="t", busy=0.1)]
+    lines = [line(Candidate("s", 1), busy=0.5), line(Candidate("t", 99), service="t", busy=0.1)]
     assert chosen(lines, [place()]) == (99, "a")
     assert chosen([dataclasses.replace(lines[0], clients="x"), lines[1]], [place("x")]) == (1, "x"), "where it can be had"
-    assert chosen([line(Head("s", 1)), line(Head("t", 2), service="t")], [place()]) == (1, "a")
+    assert chosen([line(Candidate("s", 1)), line(Candidate("t", 2), service="t")], [place()]) == (1, "a")
 
 
-WIDE = Head("s", 1, cpus=4)
+WIDE = Candidate("s", 1, cpus=4)
 RUNNING = [Run(1, 0, NOW + 100), Run(1, 0, NOW + 200), Run(1, 0, NOW + 300)]
 
 
 @pytest.mark.parametrize(
     ("narrow", "wanted"),
     [
-        (Head("s", 2, timeout=299.0), (2, "a")),
-        (Head("s", 2, timeout=301.0), None),
-        (Head("s", 2), None),
-        (Head("s", 2, cpus=2, timeout=10.0), None),
+        (Candidate("s", 2, timeout=299.0), (2, "a")),
+        (Candidate("s", 2, timeout=301.0), None),
+        (Candidate("s", 2), None),
+        (Candidate("s", 2, cpus=2, timeout=10.0), None),
     ],
 )
-def test_a_narrow_job_goes_before_a_wide_one_only_where_it_does_not_delay_it(narrow: Head, wanted: Any) -> None:
+def test_a_narrow_job_goes_before_a_wide_one_only_where_it_does_not_delay_it(narrow: Candidate, wanted: Any) -> None:
     """4 slots, 3 of them in use, the last for 300 s more: what ends before may use the free one."""
     assert chosen([line(WIDE, narrow)], [place(free=1)], {"a": RUNNING}) == wanted
 
 
 def test_what_is_to_spare_beside_a_wide_job_is_free_for_all() -> None:
-    wide = Head("s", 1, cpus=3)
+    wide = Candidate("s", 1, cpus=3)
     assert reserve(wide, place(slots=6, free=2), RUNNING) == joborch.Reservation(NOW + 100, 0, FOREVER)
     assert reserve(wide, place(slots=6, free=1), [Run(4, 0, NOW + 9)]) == joborch.Reservation(NOW + 9, 2, FOREVER)
-    assert chosen([line(wide, Head("s", 2))], [place(slots=6, free=1)], {"a": [Run(4, 0, NOW + 9)]}) == (2, "a")
+    assert chosen([line(wide, Candidate("s", 2))], [place(slots=6, free=1)], {"a": [Run(4, 0, NOW + 9)]}) == (2, "a")
 
 
 def test_where_nobody_knows_when_runs_end_all_that_becomes_free_is_kept() -> None:
     endless = [Run(1, 0, FOREVER)] * 3
-    assert chosen([line(WIDE, Head("s", 2, timeout=1.0))], [place(free=1)], {"a": endless}) is None
-    assert chosen([line(WIDE, Head("s", 2))], [place(free=1), place("b", 4, 2)], {"a": endless, "b": endless}) == (2, "a"), "b is kept"
+    assert chosen([line(WIDE, Candidate("s", 2, timeout=1.0))], [place(free=1)], {"a": endless}) is None
+    assert chosen([line(WIDE, Candidate("s", 2))], [place(free=1), place("b", 4, 2)], {"a": endless, "b": endless}) == (2, "a"), "b is kept"
 
 
 def test_a_wide_job_is_not_passed_by_another_service() -> None:
     """Once the turn of its service has come: the slots are kept against all."""
-    lines = [line(WIDE), line(Head("t", 2), service="t", busy=0.5)]
+    lines = [line(WIDE), line(Candidate("t", 2), service="t", busy=0.5)]
     assert chosen(lines, [place(free=1)], {"a": [Run(1, 0, FOREVER)] * 3}) is None
 
 
 def test_what_no_client_here_could_run_holds_up_nobody() -> None:
-    assert chosen([line(Head("s", 1, cpus=9), Head("s", 2))], [place(free=1)]) == (2, "a")
-    assert chosen([line(Head("s", 1, memory=500), Head("s", 2))], [place(memory=400, free_memory=400)]) == (2, "a")
+    assert chosen([line(Candidate("s", 1, cpus=9), Candidate("s", 2))], [place(free=1)]) == (2, "a")
+    assert chosen([line(Candidate("s", 1, memory=500), Candidate("s", 2))], [place(memory=400, free_memory=400)]) == (2, "a")
 
 
 @pytest.mark.parametrize(("free_memory", "wanted"), [(None, (1, "a")), (500, (1, "a")), (499, None)])
 def test_memory_is_matched(free_memory: int | None, wanted: Any) -> None:
     known = None if free_memory is None else 1000
-    assert chosen([line(Head("s", 1, memory=500))], [place(memory=known, free_memory=free_memory)]) == wanted
+    assert chosen([line(Candidate("s", 1, memory=500))], [place(memory=known, free_memory=free_memory)]) == wanted
 
 
 def test_a_slot_of_a_batch_system_takes_a_job_of_any_size() -> None:
     """However many cores and how much memory it asks for: what there is, the batch system knows."""
     batch = dataclasses.replace(place(slots=2, free=1, memory=None, free_memory=None), job_slots=True)
-    assert chosen([line(Head("s", 1, cpus=64, memory=10**6))], [batch]) == (1, "a")
-    assert chosen([line(Head("s", 1, cpus=64))], [dataclasses.replace(batch, free=0)]) is None
+    assert chosen([line(Candidate("s", 1, cpus=64, memory=10**6))], [batch]) == (1, "a")
+    assert chosen([line(Candidate("s", 1, cpus=64))], [dataclasses.replace(batch, free=0)]) is None
     assert joborch.too_large_text("s", 64, 10**6, [batch]) == ""
 
 
 HEADS = st.builds(
-    Head, st.sampled_from("st"), st.integers(1, 10**6), st.integers(1, 5), st.none() | st.integers(1, 900), st.none() | st.floats(1, 1000)
+    Candidate,
+    st.sampled_from("st"),
+    st.integers(1, 10**6),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 900),
+    st.none() | st.floats(1, 1000),
 )
 PLACES = st.lists(
     st.builds(
-        lambda name, slots, taken, memory: Place(name, slots, slots - min(taken, slots), memory, memory and memory // 2),
+        lambda name, slots, taken, memory: ClientCapacity(name, slots, slots - min(taken, slots), memory, memory and memory // 2),
         st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 6), st.none() | st.integers(1, 1000),
     ),
     max_size=3,
@@ -270,28 +275,30 @@ RUNS = st.lists(st.builds(Run, st.integers(1, 3), st.integers(0, 500), st.just(F
 
 @BOUNDED
 @given(st.lists(HEADS, max_size=6, unique_by=lambda head: head.job_id), PLACES, RUNS)
-def test_a_choice_fits_is_the_same_again_and_leaves_no_slot_idle(heads: list[Head], places: list[Place], runs: list[Run]) -> None:
+def test_a_choice_fits_is_the_same_again_and_leaves_no_slot_idle(
+    heads: list[Candidate], places: list[ClientCapacity], runs: list[Run]
+) -> None:
     """Work conserving: where nothing is chosen, every job that fits somewhere is held up by a wide one that stands before it."""
-    lines = [Line(name, "abc", 0.0, None, [head for head in heads if head.service == name]) for name in "st"]
+    lines = [ServiceQueue(name, "abc", 0.0, None, [head for head in heads if head.service == name]) for name in "st"]
     found, again = (choose(lines, places, lambda _: runs, NOW) for _ in range(2))
     assert found == again
-    in_line = [head for one in lines for head in one.heads]
-    fitting = [head for head in in_line if any(joborch.fits(head, place, None, None, NOW) for place in places)]
+    is_batch = [head for one in lines for head in one.heads]
+    fitting = [head for head in is_batch if any(joborch.fits(head, place, None, None, NOW) for place in places)]
     if found is None:
         for head in fitting:
-            before = in_line[: in_line.index(head)]
+            before = is_batch[: is_batch.index(head)]
             assert any(other not in fitting and any(place.could_run(other.cpus, other.memory) for place in places) for other in before)
     else:
         assert joborch.fits(found[0], found[1], None, None, NOW)
-        if in_line[0] in fitting:
-            assert found[0] == in_line[0], "the first goes first"
+        if is_batch[0] in fitting:
+            assert found[0] == is_batch[0], "the first goes first"
 
 
 @BOUNDED
 @given(st.integers(2, 6), st.integers(0, 3), RUNS, HEADS)
-def test_a_reservation_is_not_put_off_by_who_goes_first(cpus: int, free: int, runs: list[Run], other: Head) -> None:
+def test_a_reservation_is_not_put_off_by_who_goes_first(cpus: int, free: int, runs: list[Run], other: Candidate) -> None:
     """Whoever it lets pass, there is room for the wide job at the time for which it is kept."""
-    at, wide = Place("a", 20, free, 5000, 2000), Head("s", 1, cpus, 500)
+    at, wide = ClientCapacity("a", 20, free, 5000, 2000), Candidate("s", 1, cpus, 500)
     kept = reserve(wide, at, runs)
     if kept.until < FOREVER and kept.lets(other, NOW) and joborch.fits(other, at, None, None, NOW):
         other_ends = FOREVER if other.timeout is None else NOW + other.timeout
@@ -341,8 +348,8 @@ class Site(RuleBasedStateMachine):
         """Claim as the dispatcher does, until nothing can be sent."""
         while True:
             busy = Counter(job.user_id for job in self.jobs() if job.status in BUSY)
-            rows = self.store.read(joborch.CONTENDERS_NEXT, service="s", limit=100)
-            heads = [Head("s", row["head"], row["cpus"]) for row in rows] if sum(busy.values()) < 3 else []
+            rows = self.store.read(joborch.RUNNABLE_NEXT, service="s", limit=100)
+            heads = [Candidate("s", row["head"], row["cpus"]) for row in rows] if sum(busy.values()) < 3 else []
             found = choose([line(*heads, run_s=None)], [place("a", self.slots, self.slots - sum(busy.values()))], no_runs, 0.0)
             if found is None:
                 return
@@ -390,7 +397,7 @@ def served(weights: dict[int, float], run_s: float, rounds: int, slots: int = 2)
     for _ in range(rounds):
         running = []
         for _ in range(slots):
-            (row,) = store.read(joborch.CONTENDERS_NEXT, service="s", limit=1)
+            (row,) = store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
             job = store.claim(row["head"], "a", 99)
             assert job is not None and job.user_id is not None
             running.append(job)
@@ -425,67 +432,67 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
 
 
 @pytest.mark.parametrize(
-    ("standing", "troubles", "places", "wanted"),
+    ("facts", "troubles", "places", "wanted"),
     [
-        (Standing(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn: 1 job of yours stands before it"),
-        (Standing(0, 5, 2, 10, 2, 7), FREE, BUSY_PLACE,
+        (QueueFacts(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free place at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn: 1 job of yours stands before it"),
+        (QueueFacts(0, 5, 2, 10, 2, 7), FREE, BUSY_PLACE,
          "all 2 slots of gpu1:9000 are in use and 2 jobs of yours and 7 other users' turns stand before it"),
-        (Standing(0, 5, 2, 10, 0, 1), FREE, [place("x", 1, 0)], "the only slot of x is in use and 1 other user's turn stands before it"),
-        (Standing(0, 5, 2, 10, 0), FREE, [place("x", 2, 0), place("y", 3, 0)], "all 5 slots of 2 clients are in use"),
-        (Standing(5, 5, 5, 10, 3), FREE, EMPTY, "5 of your 5 runs for s are in use and 3 jobs of yours stand before it"),
-        (Standing(6, 5, 6, 10, 0), FREE, EMPTY, "6 of your 5 runs for s are in use"),
-        (Standing(5, 5, 5, 10, 10_000), FREE, EMPTY,
+        (QueueFacts(0, 5, 2, 10, 0, 1), FREE, [place("x", 1, 0)], "the only slot of x is in use and 1 other user's turn stands before it"),
+        (QueueFacts(0, 5, 2, 10, 0), FREE, [place("x", 2, 0), place("y", 3, 0)], "all 5 slots of 2 clients are in use"),
+        (QueueFacts(5, 5, 5, 10, 3), FREE, EMPTY, "5 of your 5 runs for s are in use and 3 jobs of yours stand before it"),
+        (QueueFacts(6, 5, 6, 10, 0), FREE, EMPTY, "6 of your 5 runs for s are in use"),
+        (QueueFacts(5, 5, 5, 10, 10_000), FREE, EMPTY,
          "5 of your 5 runs for s are in use and more than 10,000 jobs of yours stand before it"),
-        (Standing(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
-        (Standing(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
-        (Standing(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
-        (Standing(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 0), {}, [], "it is next for a free place at a client for s"),
-        (Standing(0, 5, 0, 10, 0, 0, 4), FREE, EMPTY,
+        (QueueFacts(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
+        (QueueFacts(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
+        (QueueFacts(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
+        (QueueFacts(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free place at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0), {}, [], "it is next for a free place at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0, 0, 4), FREE, EMPTY,
          "no client for s is large enough: it needs 4 slots, and the largest, gpu1:9000, has 2 slots"),
-        (Standing(0, 5, 0, 10, 0, 0, 1, 900), FREE, [place("x", 2, memory=500)],
+        (QueueFacts(0, 5, 0, 10, 0, 0, 1, 900), FREE, [place("x", 2, memory=500)],
          "no client for s is large enough: it needs 1 slot and 900 MiB of memory, and the largest, x, has 2 slots and 500 MiB of memory"),
-        (Standing(0, 5, 1, 10, 0, 0, 2), FREE, [place("x", 2, 1)],
+        (QueueFacts(0, 5, 1, 10, 0, 0, 2), FREE, [place("x", 2, 1)],
          "it needs 2 slots at once: x has 1 of 2 free, and keeps what becomes free for it"),
     ],
 )  # fmt: skip
-def test_what_a_job_waits_for(standing: Standing, troubles: dict[str, str], places: list[Place], wanted: str) -> None:
-    assert why_waiting("s", standing, troubles, places) == wanted
+def test_what_a_job_waits_for(facts: QueueFacts, troubles: dict[str, str], places: list[ClientCapacity], wanted: str) -> None:
+    assert why_waiting("s", facts, troubles, places) == wanted
 
 
-STANDINGS = st.builds(Standing, *[st.integers(0, 9), st.integers(1, 5)] * 2, st.integers(0, 9), st.integers(0, 3), st.integers(1, 3))
+STANDINGS = st.builds(QueueFacts, *[st.integers(0, 9), st.integers(1, 5)] * 2, st.integers(0, 9), st.integers(0, 3), st.integers(1, 3))
 
 
 @BOUNDED
 @given(STANDINGS, st.dictionaries(st.sampled_from(["a:1", "b:2"]), st.sampled_from(["", "is away"])), PLACES)
-def test_it_is_called_next_only_where_nothing_binds(standing: Standing, troubles: dict[str, str], places: list[Place]) -> None:
-    text = why_waiting("s", standing, troubles, places)
-    bound = standing.runs_of_user >= standing.runs_per_user or standing.runs_of_service >= standing.max_runs
+def test_it_is_called_next_only_where_nothing_binds(facts: QueueFacts, troubles: dict[str, str], places: list[ClientCapacity]) -> None:
+    text = why_waiting("s", facts, troubles, places)
+    bound = facts.runs_of_user >= facts.runs_per_user or facts.runs_of_service >= facts.max_runs
     away = bool(troubles) and all(troubles.values())
-    taken = bool(places) and all(place.free < standing.cpus for place in places)
-    before = standing.queued_before + standing.users_before
+    taken = bool(places) and all(place.free < facts.cpus for place in places)
+    before = facts.queued_before + facts.users_before
     if text.startswith("it is next"):
         assert not bound and not away and not taken and not before
     assert text.isprintable()
 
 
 @pytest.mark.parametrize(
-    ("position", "standing", "slots", "wanted"),
+    ("position", "facts", "slots", "wanted"),
     [
-        (1, Standing(0, 5, 0, 10, 0), 2, 0.0),
-        (2, Standing(0, 5, 0, 10, 1), 2, 0.0),
-        (3, Standing(0, 5, 0, 10, 2), 2, 60.0),
-        (1, Standing(0, 5, 2, 10, 0), 2, 60.0),
-        (3, Standing(0, 5, 2, 10, 0), 2, 120.0),
-        (1, Standing(5, 5, 5, 10, 0), 8, 60.0),
-        (7, Standing(5, 5, 5, 10, 6), 100, 120.0),
-        (11, Standing(0, 5, 10, 10, 0), 100, 120.0),
+        (1, QueueFacts(0, 5, 0, 10, 0), 2, 0.0),
+        (2, QueueFacts(0, 5, 0, 10, 1), 2, 0.0),
+        (3, QueueFacts(0, 5, 0, 10, 2), 2, 60.0),
+        (1, QueueFacts(0, 5, 2, 10, 0), 2, 60.0),
+        (3, QueueFacts(0, 5, 2, 10, 0), 2, 120.0),
+        (1, QueueFacts(5, 5, 5, 10, 0), 8, 60.0),
+        (7, QueueFacts(5, 5, 5, 10, 6), 100, 120.0),
+        (11, QueueFacts(0, 5, 10, 10, 0), 100, 120.0),
     ],
 )
-def test_how_long_a_job_waits(position: int, standing: Standing, slots: int, wanted: float) -> None:
+def test_how_long_a_job_waits(position: int, facts: QueueFacts, slots: int, wanted: float) -> None:
     """Rounds of runs of a minute: as many at once as slots and limits let."""
-    assert wait_estimate_s(position, standing, slots, 60.0) == wanted
+    assert wait_estimate_s(position, facts, slots, 60.0) == wanted
 
 
 @pytest.mark.parametrize(
@@ -503,7 +510,7 @@ def test_how_long_a_job_waits(position: int, standing: Standing, slots: int, wan
     ],
 )
 def test_durations_as_people_say_them(seconds: float, text: str) -> None:
-    assert joborch.spoken(seconds) == text
+    assert joborch.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -529,6 +536,6 @@ def test_the_nearest_word() -> None:
 
 
 def test_a_refusal_is_an_answer_with_a_field_and_headers() -> None:
-    answer = joborch.Answer.of(joborch.Refusal(429, "too many", "user_id", Retry_After="5"))
+    answer = joborch.Answer.of(joborch.HttpError(429, "too many", "user_id", Retry_After="5"))
     assert (answer.body, answer.status, answer.headers) == ({"message": "too many", "field": "user_id"}, 429, {"Retry-After": "5"})
-    assert joborch.Answer.of(joborch.Refusal(404, "none")).body == {"message": "none"}
+    assert joborch.Answer.of(joborch.HttpError(404, "none")).body == {"message": "none"}

@@ -15,34 +15,34 @@ from test_files import data_fixture  # noqa: F401 - a fixture
 
 import joborch
 from joborch import (
+    BackendUnavailable,
     CannotRun,
     Cause,
     ConfigError,
     DataFolder,
-    Fate,
     Job,
-    NotTaken,
+    Outcome,
     Status,
     StillRunning,
-    SystemAway,
-    adopt,
+    SubmitRefused,
     end_tick,
+    recover_payloads,
     run_tick,
 )
 
-ALIVE = Fate(True)
+ALIVE = Outcome(True)
 
 
 class System(joborch.LocalExecutor):
     """A batch system: what it has, and what it says of each payload, by id."""
 
-    in_line = True
+    is_batch = True
 
     def __init__(self, data: DataFolder) -> None:
         super().__init__(data, 0.1)
         self.has: list[int] = []  # what was submitted, in that order, each time
         self.refuses: dict[int, Exception] = {}
-        self.fates: dict[int, Fate] = {}
+        self.outcomes: dict[int, Outcome] = {}
         self.stubborn: set[int] = set()
         self.unclear: set[int] = set()  # nobody can tell whether it has them
         self.cancelled: list[int] = []
@@ -53,7 +53,7 @@ class System(joborch.LocalExecutor):
     def start(self, job: Job) -> str:
         self.tries += 1
         if len(self.has) >= self.limit:
-            raise NotTaken("AssocMaxSubmitJobLimit")
+            raise SubmitRefused("AssocMaxSubmitJobLimit")
         if job.id in self.refuses:
             raise self.refuses[job.id]
         self.has.append(job.id)
@@ -61,12 +61,12 @@ class System(joborch.LocalExecutor):
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         if self.trouble:
-            raise SystemAway(self.trouble)
+            raise BackendUnavailable(self.trouble)
         found = {job.mark: str(100 + job.id) for job in jobs if job.id in self.has}
         return {**found, **{job.mark: "" for job in jobs if job.id in self.unclear}}
 
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Fate]:
-        return {job.id: self.fates.get(job.id, Fate(True, waits="in line")) for job in jobs}
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        return {job.id: self.outcomes.get(job.id, Outcome(True, waits="in line")) for job in jobs}
 
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job.id)
@@ -100,7 +100,7 @@ class Site:
         self.yard.store.close()
         self.yard.open()
         self.yard.client.executor = self.system
-        adopt(self.yard.client)
+        recover_payloads(self.yard.client)
 
     def told(self, job: Job) -> tuple[str, str]:
         """Status and reason as a server hears them."""
@@ -126,7 +126,7 @@ def test_what_waits_is_prepared_for_servers_and_says_why(site: Site) -> None:
     assert site.yard[job].changed == changed, "no news"
     assert ask(site.yard.client, "GET", f"/retrieve/{job.id}").json["status"] == "Prepared"
     assert ask(site.yard.client, "GET", "/health").json["waiting"] == 1
-    site.system.fates[job.id] = ALIVE
+    site.system.outcomes[job.id] = ALIVE
     site.tick()
     assert site.told(job) == ("Running", "")
     assert site.yard[job].started_at is not None
@@ -157,7 +157,7 @@ def test_its_time_limit_is_the_systems_affair(site: Site) -> None:
     assert site.yard[job].kill_requested_at is None
 
 
-@pytest.mark.parametrize("error", [SystemAway("away"), NotTaken("no such partition")])
+@pytest.mark.parametrize("error", [BackendUnavailable("away"), SubmitRefused("no such partition")])
 def test_what_is_not_taken_waits_and_keeps_nobody_else_waiting(error: Exception, site: Site) -> None:
     """One that the system never takes is tried again and again; the others of its service get their turns."""
     bad, *others = [site.submit() for _ in range(4)]
@@ -177,7 +177,7 @@ def test_what_is_not_taken_waits_and_keeps_nobody_else_waiting(error: Exception,
 def test_new_payloads_are_refused_only_where_nothing_at_all_is_started(site: Site) -> None:
     """Where a service is held, the others of this client go on."""
     held = site.submit()
-    site.system.refuses[held.id] = NotTaken("no such account")
+    site.system.refuses[held.id] = SubmitRefused("no such account")
     site.tick()
     assert "no such account" in ask(site.yard.client, "GET", "/health").json["problem"]
     other = site.submit(X_Joborch_Service="other")
@@ -232,7 +232,7 @@ def test_what_shall_end_is_not_started(site: Site) -> None:
     job, other = site.submit(), site.submit()
     for each in (job, other):
         assert site.yard.store.move(each, Status.RUNNING, "")
-    site.yard.store.wish_end(job.id, Cause.CANCELLED)
+    site.yard.store.request_kill(job.id, Cause.CANCELLED)
     site.yard.client.ending.add(other.id)
     joborch.start_again(site.yard.client, [site.yard[job]._replace(kill_requested_at=None), site.yard[other]])
     assert site.system.has == []
@@ -244,7 +244,7 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
     site.tick()
     site.system.stubborn.add(first.id)
     for job in (first, second):
-        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+        site.yard.store.request_kill(job.id, Cause.CANCELLED)
     while end_tick(site.yard.client):
         pass
     assert site.system.cancelled == [first.id, second.id]
@@ -261,7 +261,7 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
 def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
     job = site.submit()
     site.tick()
-    site.system.fates[job.id], site.system.collects = Fate(False, 0), SystemAway("the store is away")
+    site.system.outcomes[job.id], site.system.collects = Outcome(False, 0), BackendUnavailable("the store is away")
     site.tick()
     assert site.yard[job].status is Status.RUNNING
     assert "the store is away" in site.told(job)[1]
@@ -271,21 +271,21 @@ def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fate", "status", "cause", "reason"),
+    ("outcome", "status", "cause", "reason"),
     [
-        (Fate(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
-        (Fate(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
-        (Fate(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
-        (Fate(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
+        (Outcome(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
+        (Outcome(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
+        (Outcome(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
+        (Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
     ],
 )
-def test_how_it_ended(fate: Fate, status: Status, cause: str, reason: str, site: Site) -> None:
+def test_how_it_ended(outcome: Outcome, status: Status, cause: str, reason: str, site: Site) -> None:
     job = site.submit(X_Joborch_Timeout="5")
     site.tick()
-    site.system.fates[job.id] = fate
+    site.system.outcomes[job.id] = outcome
     site.tick()
     found = site.yard[job]
-    assert (found.status, found.cause, found.reason, found.exit_code) == (status, cause, reason, fate.exit_status)
+    assert (found.status, found.cause, found.reason, found.exit_code) == (status, cause, reason, outcome.exit_status)
     assert found.started_at is None, "it never began, as far as anybody knows"
 
 
@@ -314,7 +314,7 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
     client.config = dataclasses.replace(client.config, executor="slurm")
     with pytest.raises(ConfigError, match="1 payloads here are run by 'local': start it with --executor local"):
         joborch.check_executor(client)
-    site.system.fates[job.id] = Fate(False, 0)
+    site.system.outcomes[job.id] = Outcome(False, 0)
     site.tick()
     joborch.check_executor(client)
     assert (site.yard.data.path / "executor").read_text() == "slurm"
@@ -325,7 +325,7 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
 
 def test_what_was_held_begins_with_who_has_waited_longest(site: Site) -> None:
     """A submit limit is reached, more come meanwhile, and some of them were never even tried: when it is over, the first is first."""
-    limit = NotTaken("AssocMaxSubmitJobLimit")
+    limit = SubmitRefused("AssocMaxSubmitJobLimit")
     jobs = []
     site.system.limit = 0
     for _ in range(5):
@@ -361,7 +361,7 @@ def test_the_trouble_of_some_holds_up_nobody(count: int, data: joborch.DataFolde
     """Whatever the batch system has against some payloads, the next one begins within seconds, and so do those after it."""
     site = Site(data, slots=50)
     bad = [site.submit() for _ in range(count)]
-    site.system.refuses = {job.id: NotTaken("Unspecified error") for job in bad}
+    site.system.refuses = {job.id: SubmitRefused("Unspecified error") for job in bad}
     for _ in range(200):
         site.tick(1.0)
     for round_ in range(5):
@@ -370,7 +370,7 @@ def test_the_trouble_of_some_holds_up_nobody(count: int, data: joborch.DataFolde
             site.tick(1.0)
         assert {job.id for job in good} <= set(site.system.has)
     for job in bad:
-        site.yard.store.wish_end(job.id, Cause.CANCELLED)
+        site.yard.store.request_kill(job.id, Cause.CANCELLED)
         joborch.end_tick(site.yard.client)
         assert site.yard[job].status is Status.KILLED, "at once"
     site.tick(60.0)

@@ -28,10 +28,10 @@ from joborch import (
     Job,
     Link,
     Loop,
-    Parking,
     Server,
     Status,
     Store,
+    WaiterLimit,
     clean_tick,
     dispatch_tick,
     fetch_tick,
@@ -53,7 +53,7 @@ def no_long_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def send_next(server: Server, link: Link) -> None:
-    """What the dispatcher and a lane of a client do together: claim the next job, and send it."""
+    """What the dispatcher and a sender of a client do together: claim the next job, and send it."""
     dispatch_tick(server)
     send_tick(server, link)
 
@@ -301,7 +301,7 @@ def test_a_job_that_shall_end_is_not_queued_again(desk: Desk, peer: Peer) -> Non
     job = desk.upload()
 
     def refuse(_: Asked) -> bytes:
-        desk.store.wish_end(job.id, Cause.CANCELLED)
+        desk.store.request_kill(job.id, Cause.CANCELLED)
         return reply(503)
 
     peer.says["/submit"] = [refuse]
@@ -348,12 +348,12 @@ def test_a_slot_is_not_free_twice(status: str, desk: Desk, peer: Peer, monkeypat
     desk.link.slots = 3
     peer.says["/retrieve"] = [zip_reply(RESULT)]
     joborch.report(desk.server, desk.link, event(job, status=status))
-    free, move_in = [desk.server.places_of([desk.link])[0].free], desk.store.move_in
+    free, move_in = [desk.server.capacities_of([desk.link])[0].free], desk.store.move_in
 
     def move(*arguments: Any, **changes: Any) -> bool:
         moved = move_in(*arguments, **changes)
         desk.store.db.execute("COMMIT")
-        free.append(desk.server.places_of([desk.link])[0].free)
+        free.append(desk.server.capacities_of([desk.link])[0].free)
         desk.store.db.execute("BEGIN")
         return moved
 
@@ -396,7 +396,7 @@ def test_an_event_may_overtake_the_answer_to_submit(before: Status, desk: Desk, 
 
 
 def test_news_that_come_while_the_answer_is_being_lost(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lane moves the job to Unknown between a look and a move: it must not become one that runs nowhere.
+    """The sender moves the job to Unknown between a look and a move: it must not become one that runs nowhere.
 
     Found by seed 22 of tests/chaos.py: such a job could never be moved again, and kept the news of all others from being heard.
     """
@@ -448,7 +448,7 @@ def test_an_attempt_that_was_given_up_and_comes_back_is_ended(desk: Desk, peer: 
     peer.says["/kill/12"] = [b"", reply(200)]
     get_tick(desk.server, desk.link)
     kill_tick(desk.server, desk.link)
-    assert list(desk.link.strays) == [job.mark], "no answer: it is asked again"
+    assert list(desk.link.superseded_attempts) == [job.mark], "no answer: it is asked again"
     desk.clock.pass_s(60)
     for _ in range(2):
         kill_tick(desk.server, desk.link)
@@ -726,12 +726,12 @@ def test_nothing_is_confirmed_that_is_not_safe_here(desk: Desk, peer: Peer) -> N
     """Neither a payload that runs after all, nor, by its number there, one of another client."""
     running = desk.with_client(Status.RUNNING)
     peer.says["/retrieve/7"] = [reply(200, {"status": "Running"})]
-    desk.link.ended[running.id] = joborch.Report(running.id, {"status": "?"}, 0.0)
+    desk.link.ended[running.id] = joborch.EndReport(running.id, {"status": "?"}, 0.0)
     fetch_tick(desk.server, desk.link)
     assert desk[running].status is Status.RUNNING
     assert confirmed(desk, peer) == ""
     moved_on = desk.with_client(Status.RUNNING, user_id=2)
-    desk.link.ended[moved_on.id] = joborch.Report(moved_on.id, event(moved_on), 0.0)
+    desk.link.ended[moved_on.id] = joborch.EndReport(moved_on.id, event(moved_on), 0.0)
     joborch.new_attempt(desk.server, desk[moved_on], "it was silent")
     desk.clock.pass_s(60)
     desk.store.admit_due()
@@ -781,7 +781,7 @@ def test_attempts_come_to_an_end(desk: Desk, peer: Peer) -> None:
         again = desk.settle(desk[job], status="Failed", cause="infrastructure", reason="reboot")
         assert (again.status, again.attempt) == (Status.QUEUED, attempt + 1)
         pauses.append((again.not_before or 0) - desk.clock.wall())
-        assert not desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1), "not before its time"
+        assert not desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1), "not before its time"
         desk.clock.pass_s(60)
         watch_tick(desk.server)
         assert desk.store.claim(job.id, desk.link.name, 9)
@@ -798,8 +798,8 @@ def test_a_payload_that_its_client_does_not_know(status: str, wish: bool, desk: 
     """A new attempt; but what shall end has ended."""
     job = desk.with_client(Status.RUNNING)
     if wish:
-        desk.store.wish_end(job.id, Cause.CANCELLED)
-    desk.link.ended[job.id] = joborch.Report(job.id, {"status": status}, 0.0)
+        desk.store.request_kill(job.id, Cause.CANCELLED)
+    desk.link.ended[job.id] = joborch.EndReport(job.id, {"status": status}, 0.0)
     fetch_tick(desk.server, desk.link)
     assert desk[job].status is (Status.KILLED if wish else Status.QUEUED)
     assert desk.link.ended == {}
@@ -886,7 +886,7 @@ def test_a_result_that_is_reported_twice_is_the_one_of_its_digest(desk: Desk, pe
 
 
 def test_news_that_come_while_an_end_is_settled_are_not_lost(desk: Desk, peer: Peer) -> None:
-    """The attempt failed, the next one is sent and ends, all while the first lane is at the end of its tick."""
+    """The attempt failed, the next one is sent and ends, all while the first sender is at the end of its tick."""
     job = desk.with_client(Status.RUNNING)
     real = desk.store.move
 
@@ -920,11 +920,11 @@ def test_each_lane_takes_another_end(desk: Desk, peer: Peer) -> None:
     peer.says["/retrieve/7"] = [wait_for_the_other, wait_for_the_other, zip_reply(RESULT)]
     for job in jobs:
         joborch.report(desk.server, desk.link, event(job))
-    lanes = [threading.Thread(target=fetch_tick, args=(desk.server, desk.link)) for _ in range(2)]
-    for lane in lanes:
-        lane.start()
-    for lane in lanes:
-        lane.join(30)
+    senders = [threading.Thread(target=fetch_tick, args=(desk.server, desk.link)) for _ in range(2)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(30)
     assert fetch_tick(desk.server, desk.link)
     assert not fetch_tick(desk.server, desk.link)
     assert {desk[job].status for job in jobs} == {Status.COMPLETED}
@@ -939,7 +939,7 @@ def test_a_wish_is_passed_on_until_the_end_is_told(said: bytes, held: bool, desk
     """Killed is only what the client says is over; asked again every two seconds at most, and not while it is held back."""
     job, other = desk.with_client(Status.RUNNING), desk.with_client(Status.RUNNING, user_id=2)
     peer.says["/kill/7"] = [said]
-    desk.store.wish_end(job.id, Cause.CANCELLED)
+    desk.store.request_kill(job.id, Cause.CANCELLED)
     for _ in range(5):
         kill_tick(desk.server, desk.link)
     assert [asked.path for asked in peer.asked] == ["/kill/7"]
@@ -955,7 +955,7 @@ def test_wishes_do_not_press_a_client_that_is_held_back(desk: Desk, peer: Peer) 
     """Else each of many wishes makes the pause longer."""
     jobs = [desk.with_client(Status.RUNNING, user_id=number) for number in range(4)]
     for job in jobs:
-        desk.store.wish_end(job.id, Cause.CANCELLED)
+        desk.store.request_kill(job.id, Cause.CANCELLED)
     peer.says["/kill"] = [b""]
     for _ in range(4):
         kill_tick(desk.server, desk.link)
@@ -964,7 +964,7 @@ def test_wishes_do_not_press_a_client_that_is_held_back(desk: Desk, peer: Peer) 
 
 def test_a_client_that_does_not_know_what_shall_end(desk: Desk, peer: Peer) -> None:
     job = desk.with_client(Status.RUNNING)
-    desk.store.wish_end(job.id, Cause.CANCELLED)
+    desk.store.request_kill(job.id, Cause.CANCELLED)
     kill_tick(desk.server, desk.link)
     assert (desk[job].status, desk[job].cause) == (Status.KILLED, "cancelled")
 
@@ -999,7 +999,7 @@ def test_jobs_of_a_silent_client(before: Status, desk: Desk) -> None:
 def test_a_silent_client_and_a_wish(desk: Desk) -> None:
     """Never Killed while it may run; Failed at last, so that no quota is held for ever."""
     job = desk.with_client(Status.RUNNING)
-    desk.store.wish_end(job.id, Cause.CANCELLED)
+    desk.store.request_kill(job.id, Cause.CANCELLED)
     silence(desk, 3000)
     assert desk[job].status is Status.UNKNOWN
     silence(desk, 700)
@@ -1080,10 +1080,10 @@ def test_new_attempts_come_of_age(desk: Desk) -> None:
     job = desk.with_client(Status.RUNNING)
     joborch.new_attempt(desk.server, job, "reboot")
     watch_tick(desk.server)
-    assert desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1) == []
+    assert desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1) == []
     desk.clock.pass_s(2)
     watch_tick(desk.server)
-    assert [row["head"] for row in desk.store.read(joborch.CONTENDERS_NEXT, service="example", limit=1)] == [job.id]
+    assert [row["head"] for row in desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1)] == [job.id]
 
 
 # == Starting ==
@@ -1205,9 +1205,9 @@ def test_files_go_before_the_row_says_so(desk: Desk, monkeypatch: pytest.MonkeyP
 def test_sweep_removes_what_belongs_to_no_job(desk: Desk) -> None:
     kept, gone = ended(desk), ended(desk, user_id=2)
     desk.store.move(gone, Status.CLEANED, "")
-    late, strays = kept._replace(attempt=kept.attempt + 1).mark, ("stray", "receiving")
+    late, superseded_attempts = kept._replace(attempt=kept.attempt + 1).mark, ("superseded", "receiving")
     desk.data.result(late).write_bytes(b"of an attempt that was given up")
-    for name in strays:
+    for name in superseded_attempts:
         (desk.data.jobs / name).mkdir()
         (desk.data.jobs / name / "file").write_bytes(b"x")
         desk.data.result(name).write_bytes(b"x")
@@ -1237,10 +1237,10 @@ def test_sweep_and_an_upload_that_ends_meanwhile(desk: Desk, monkeypatch: pytest
 
 
 def test_sweep_leaves_off_when_the_process_ends(desk: Desk) -> None:
-    (desk.data.jobs / "stray").mkdir()
+    (desk.data.jobs / "superseded").mkdir()
     desk.server.stopping.set()
     sweep(desk.server)
-    assert (desk.data.jobs / "stray").exists()
+    assert (desk.data.jobs / "superseded").exists()
 
 
 # == Loops ==
@@ -1397,7 +1397,7 @@ def test_every_client_has_its_loops(desk: Desk) -> None:
 
 
 def test_parking_has_a_bounded_number_of_places() -> None:
-    parking = Parking(2)
+    parking = WaiterLimit(2)
     with parking.place() as first, parking.place() as second, parking.place() as third:
         assert (first, second, third) == (True, True, False)
     with parking.place() as again:
@@ -1450,7 +1450,7 @@ def test_a_client_that_says_that_it_takes_nothing_is_sent_nothing(desk: Desk, pe
         desk.clock.pass_s(10)
         assert not desk.send()
     assert len(desk.store.read(joborch.HISTORY_GET, id=job.id)) == 1
-    assert joborch.outlook_of(desk.server, desk[job]).waiting_for == (
+    assert joborch.queue_info_of(desk.server, desk[job]).waiting_for == (
         f"no client for example takes jobs: {desk.link.name} Slurm: unable to contact controller"
     )
     get_tick(desk.server, desk.link)

@@ -14,7 +14,7 @@ from simulate import simulate as play
 from test_states import HandClock, a_service, new_job
 
 import joborch
-from joborch import Head, Line, Place, Run, Sharing, Status, Store
+from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing, Status, Store
 
 SLOTS, QUOTA = (2, 3), 2
 
@@ -53,9 +53,11 @@ def claimed_by_a_store(trace: list[Job], policy: str, weights: dict[int, float])
             assert store.add(new, "").id == one.number
         while True:
             busy = store.jobs(joborch.ALL_BUSY)
-            places = [Place(name, count, count - sum(job.cpus for job in busy if job.client == name)) for name, count in slots.items()]
-            rows = store.read(joborch.CONTENDERS_NEXT, service="s", limit=100)
-            heads = [Head("s", row["head"], row["cpus"], None, row["timeout"]) for row in rows]
+            places = [
+                ClientCapacity(name, count, count - sum(job.cpus for job in busy if job.client == name)) for name, count in slots.items()
+            ]
+            rows = store.read(joborch.RUNNABLE_NEXT, service="s", limit=100)
+            heads = [Candidate("s", row["head"], row["cpus"], None, row["timeout"]) for row in rows]
             runs = {
                 name: [
                     Run(job.cpus, 0, float("inf") if job.timeout is None else job.moved_at - simulate.EPOCH_S + job.timeout)
@@ -64,7 +66,7 @@ def claimed_by_a_store(trace: list[Job], policy: str, weights: dict[int, float])
                 ]
                 for name in slots
             }
-            found = joborch.choose([Line("s", slots, 0.0, None, heads)], places, runs.__getitem__, now)
+            found = joborch.choose([ServiceQueue("s", slots, 0.0, None, heads)], places, runs.__getitem__, now)
             if found is None:
                 break
             job = store.claim(found[0].job_id, found[1].name, 999)  # type: ignore[assignment]

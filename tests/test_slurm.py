@@ -31,22 +31,22 @@ from joborch import (
     SLURM_RUNS,
     SLURM_WAITS,
     SQUEUE_FIELDS,
+    BackendUnavailable,
     BatchOptions,
     CannotRun,
     Cause,
     ConfigError,
-    Fate,
-    NotTaken,
+    Outcome,
     SlurmJob,
     SlurmTraces,
-    SystemAway,
+    SubmitRefused,
     parse_sacct,
     parse_squeue,
     read_sbatch_words,
     sbatch_options,
     slurm_error,
-    slurm_fate,
     slurm_name,
+    slurm_outcome,
 )
 
 BACKEND = ROOT.parent / "shared" / "backends" / "slurm" / "cluster"
@@ -119,26 +119,26 @@ TOO_WIDE = f"sbatch: error: CPU count per node can not be satisfied\n{FAILED}Req
 @pytest.mark.parametrize(
     ("command", "said", "kind"),
     [
-        ("sbatch", f"{FAILED}Unable to contact slurm controller (connect failure)", SystemAway),
-        ("sbatch", f"{FAILED}Socket timed out on send/recv operation", SystemAway),
-        ("sbatch", f"{FAILED}Invalid partition name specified", NotTaken),
-        ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", NotTaken),
-        ("sbatch", TOO_MANY, NotTaken),
-        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit"), NotTaken),
+        ("sbatch", f"{FAILED}Unable to contact slurm controller (connect failure)", BackendUnavailable),
+        ("sbatch", f"{FAILED}Socket timed out on send/recv operation", BackendUnavailable),
+        ("sbatch", f"{FAILED}Invalid partition name specified", SubmitRefused),
+        ("sbatch", f"{FAILED}Invalid account or account/partition combination specified", SubmitRefused),
+        ("sbatch", TOO_MANY, SubmitRefused),
+        ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit"), SubmitRefused),
         ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMaxCpuPerJobLimit"), CannotRun),
         ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "AssocMaxWallDurationPerJobLimit"), CannotRun),
         ("sbatch", TOO_MANY.replace("AssocMaxSubmitJobLimit", "QOSMinCpuNotSatisfied"), CannotRun),
         ("sbatch", "sbatch: error: Invalid --time specification", CannotRun),
         ("sbatch", 'sbatch: error: Invalid numeric value "0" for --cpus-per-task.', CannotRun),
-        ("sbatch", "sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information", NotTaken),
+        ("sbatch", "sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information", SubmitRefused),
         ("sbatch", TOO_WIDE, CannotRun),
         ("sbatch", f"{FAILED}Memory required by task is not available", CannotRun),
         ("sbatch", f"{FAILED}Requested topology configuration is not available", CannotRun),
-        ("sbatch", f"{FAILED}Requested partition configuration not available now", NotTaken),
-        ("sbatch", "sbatch: fatal: Could not establish a configuration source", SystemAway),
+        ("sbatch", f"{FAILED}Requested partition configuration not available now", SubmitRefused),
+        ("sbatch", "sbatch: fatal: Could not establish a configuration source", BackendUnavailable),
         ("sbatch", f"{FAILED}Requested time limit is invalid (missing or exceeds some limit)", CannotRun),
-        ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", SystemAway),
-        ("squeue", "", SystemAway),
+        ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", BackendUnavailable),
+        ("squeue", "", BackendUnavailable),
     ],
 )
 def test_what_a_complaint_means(command: str, said: str, kind: type[Exception]) -> None:
@@ -216,11 +216,11 @@ def test_what_a_site_may_add() -> None:
 # == What became of a job ==
 
 
-def fate_of(state: str | None, restarts: int = 0, reason: str = "None", nodes: str = "", **traces: Any) -> Fate:
+def fate_of(state: str | None, restarts: int = 0, reason: str = "None", nodes: str = "", **traces: Any) -> Outcome:
     """Judge a job that Slurm says to be in `state` (None: it does not know it)."""
     known = None if state is None else SlurmJob("17", state, restarts, "2026-11-26T14:02:05", reason, nodes)
     usual = {"ended": None, "claimed": True, "begun": True, "claimed_before": True, "again": False, "words": "", "missed_s": 0.0}
-    return slurm_fate(known, SlurmTraces(**{**usual, "folder": Path("/shared/x"), **traces}), GRACE_S)
+    return slurm_outcome(known, SlurmTraces(**{**usual, "folder": Path("/shared/x"), **traces}), GRACE_S)
 
 
 def test_states_that_are_known_are_of_one_kind() -> None:
@@ -230,14 +230,14 @@ def test_states_that_are_known_are_of_one_kind() -> None:
 
 @pytest.mark.parametrize("state", sorted(SLURM_RUNS | {"SOMETHING_NEW", "LAUNCH_FAILED_LATER"}))
 def test_what_runs_or_is_not_known_is_alive(state: str) -> None:
-    assert fate_of(state, missed_s=1e9) == Fate(True)
+    assert fate_of(state, missed_s=1e9) == Outcome(True)
 
 
 @pytest.mark.parametrize("state", sorted(SLURM_WAITS))
 def test_what_waits_says_so_in_the_words_of_slurm(state: str) -> None:
     found = fate_of(state, reason="QOSMaxJobsPerUserLimit", claimed=False, claimed_before=False)
-    assert found == Fate(True, waits=f"Slurm: {state.lower()} since 2026-11-26 14:02, QOSMaxJobsPerUserLimit (job 17)")
-    assert fate_of(state) == Fate(True), "its wrapper has begun since Slurm was asked"
+    assert found == Outcome(True, waits=f"Slurm: {state.lower()} since 2026-11-26 14:02, QOSMaxJobsPerUserLimit (job 17)")
+    assert fate_of(state) == Outcome(True), "its wrapper has begun since Slurm was asked"
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_what_waits_says_so_in_the_words_of_slurm(state: str) -> None:
         ("CANCELLED", Cause.CANCELLED),
     ],
 )
-@pytest.mark.parametrize("ended", [None, Fate(False, 143, told=True)])
-def test_whose_doing_an_end_was(state: str, cause: Cause, ended: Fate | None) -> None:
+@pytest.mark.parametrize("ended", [None, Outcome(False, 143, told=True)])
+def test_whose_doing_an_end_was(state: str, cause: Cause, ended: Outcome | None) -> None:
     """Also where the script had the time to end by the signal that Slurm sent it."""
     found = fate_of(state, ended=ended)
     assert (found.alive, found.cause, found.exit_status) == (False, cause, None)
@@ -274,7 +274,7 @@ def test_cancelled_by_nobody() -> None:
 @pytest.mark.parametrize("state", ["COMPLETED", "FAILED"])
 def test_an_exit_file_is_waited_for(state: str) -> None:
     """On a network file system it may come late; a script whose wrapper was killed has none, nor one that never began."""
-    assert fate_of(state, missed_s=GRACE_S - 1) == Fate(True)
+    assert fate_of(state, missed_s=GRACE_S - 1) == Outcome(True)
     killed = fate_of(state, missed_s=GRACE_S)
     assert (killed.alive, killed.cause) == (False, Cause.USER)
     blind = fate_of(state, missed_s=GRACE_S, claimed=False, begun=False, claimed_before=False, words="couldn't chdir")
@@ -283,20 +283,20 @@ def test_an_exit_file_is_waited_for(state: str) -> None:
         True,
         True,
     )
-    told = Fate(False, 3, told=True)
+    told = Outcome(False, 3, told=True)
     assert fate_of(state, ended=told) == told, "somebody signalled the job, and Slurm knows nothing of it: it is the script's end"
 
 
 def test_a_job_that_slurm_has_forgotten_has_not_failed() -> None:
-    assert fate_of(None, missed_s=GRACE_S - 1) == Fate(True)
+    assert fate_of(None, missed_s=GRACE_S - 1) == Outcome(True)
     assert fate_of(None, missed_s=GRACE_S).cause is Cause.INFRASTRUCTURE
-    assert fate_of(None, missed_s=GRACE_S, ended=Fate(False, 143, told=True)).cause is Cause.INFRASTRUCTURE
+    assert fate_of(None, missed_s=GRACE_S, ended=Outcome(False, 143, told=True)).cause is Cause.INFRASTRUCTURE
 
 
 def test_a_script_that_was_killed_may_have_been_killed_for_its_memory() -> None:
     """The kernel ends run.sh alone, and its wrapper lives: Slurm says whose doing it was."""
-    killed = Fate(False, 137)
-    assert fate_of("RUNNING", ended=killed) == Fate(True), "it is still to say so"
+    killed = Outcome(False, 137)
+    assert fate_of("RUNNING", ended=killed) == Outcome(True), "it is still to say so"
     assert fate_of("OUT_OF_MEMORY", ended=killed).cause is Cause.LIMIT
     assert fate_of("FAILED", ended=killed, words="slurmstepd: error: Detected 1 oom-kill event(s)").cause is Cause.LIMIT
     assert fate_of("FAILED", ended=killed) == fate_of(None, ended=killed) == killed
@@ -304,10 +304,10 @@ def test_a_script_that_was_killed_may_have_been_killed_for_its_memory() -> None:
 
 def test_a_second_run_is_another_attempt() -> None:
     """The exit file of the first is not taken for the second, and what began after Slurm was asked is no second run."""
-    told = Fate(False, 143, told=True)
+    told = Outcome(False, 143, told=True)
     assert fate_of("PENDING", restarts=1, ended=told).cause is Cause.INFRASTRUCTURE
     assert fate_of("COMPLETED", restarts=1, ended=told, again=True).cause is Cause.INFRASTRUCTURE
-    assert fate_of("PENDING", restarts=1, claimed_before=False) == Fate(True)
+    assert fate_of("PENDING", restarts=1, claimed_before=False) == Outcome(True)
 
 
 def test_memory_that_ran_out_is_told_by_the_log_of_the_job() -> None:
@@ -727,9 +727,9 @@ def payload(data: joborch.DataFolder, script: str) -> joborch.Job:
     return job
 
 
-def ended(executor: joborch.SlurmExecutor, job: joborch.Job) -> Fate:
+def ended(executor: joborch.SlurmExecutor, job: joborch.Job) -> Outcome:
     """Wait for a payload's end."""
-    return wait_for(lambda: (fate := executor.poll([job])[job.id]).alive is False and fate, 30, "the end")
+    return wait_for(lambda: (outcome := executor.poll([job])[job.id]).alive is False and outcome, 30, "the end")
 
 
 def test_an_exit_file_that_comes_late(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
@@ -740,9 +740,9 @@ def test_an_exit_file_that_comes_late(executor: joborch.SlurmExecutor, data: job
     wait_for(lambda: joborch.read_exit(place.parent), 20, "the exit file")
     place.rename(place.with_suffix(".late"))
     wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "FAILED", 20, "Slurm's word")
-    assert executor.poll([job])[job.id] == Fate(True)
+    assert executor.poll([job])[job.id] == Outcome(True)
     place.with_suffix(".late").rename(place)
-    assert ended(executor, job) == Fate(False, 5)
+    assert ended(executor, job) == Outcome(False, 5)
 
 
 def test_a_wrapper_that_was_killed(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
@@ -782,7 +782,7 @@ def test_a_warning_to_the_wrapper_ends_nothing(warning: str, executor: joborch.S
     """As by --signal=B:USR1@60, or by a script that means itself: its own end counts, and no limit was reached."""
     job = payload(data, f"kill -{warning} $PPID; sleep 0.2; exit 5")
     job = job._replace(handle=executor.start(job))
-    assert ended(executor, job) == Fate(False, 5)
+    assert ended(executor, job) == Outcome(False, 5)
 
 
 def test_a_folder_that_slurm_would_not_find_is_refused(tmp_path: Path) -> None:
@@ -805,7 +805,7 @@ def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.Dat
     job = payload(data, "true")
     try:
         cluster.lie("sbatch", "hang")
-        with pytest.raises(SystemAway, match="did not answer within"):
+        with pytest.raises(BackendUnavailable, match="did not answer within"):
             executor.start(job)
         cluster.lie("squeue", "hang")
         assert executor.poll([job])[job.id].alive
@@ -821,7 +821,7 @@ def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.Dat
 
 def test_that_slurm_is_back_is_seen_without_a_job_to_ask_for(executor: joborch.SlurmExecutor) -> None:
     """Else the client would refuse all jobs for ever."""
-    executor.away(SystemAway("squeue did not answer"))
+    executor.away(BackendUnavailable("squeue did not answer"))
     wait_for(lambda: executor.poll([]) or not executor.problem(), 10, "no problem")
 
 
@@ -868,7 +868,7 @@ def test_what_waits_is_ended_at_once_while_slurm_is_away(
 def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
     executor.inherited["PATH"] = str(tmp_path)
     (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
-    with pytest.raises(SystemAway, match="there is no sbatch in PATH"):
+    with pytest.raises(BackendUnavailable, match="there is no sbatch in PATH"):
         executor.start(payload(data, "true"))
 
 

@@ -26,7 +26,7 @@ import joborch
 from joborch import BUSY, ENDED, MOVES, OVER, Cause, ConfigError, IllegalMove, Job, Service, Status, StorageError, Store
 
 EVERYTHING = "SELECT * FROM jobs ORDER BY id"
-CONTENDERS_ALL = "SELECT service, user_id, at_quota, rank, head, cpus, memory, timeout FROM contenders"
+RUNNABLE_ALL = "SELECT service, user_id, at_quota, rank, head, cpus, memory, timeout FROM runnable_users"
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ class Moves(StoreMachine):
             assert claimed == self.store.get(job_id)
             self.note(job_id, Status.PROCESSING)
             row.client = client
-        elif claimed is not None:  # a new attempt before its time: not by way of `contenders`, which does not list it
+        elif claimed is not None:  # a new attempt before its time: not by way of `runnable_users`, which does not list it
             self.note(job_id, Status.PROCESSING)
             row.client = client
 
@@ -193,10 +193,10 @@ class Moves(StoreMachine):
             row.not_before = None
 
     @rule(job_id=jobs)
-    def wish_end(self, job_id: int) -> None:
+    def request_kill(self, job_id: int) -> None:
         """A wish is news once, and only for what has not ended."""
         row = self.rows[job_id]
-        assert self.store.wish_end(job_id, Cause.CANCELLED) is (not row.wish and row.status not in OVER)
+        assert self.store.request_kill(job_id, Cause.CANCELLED) is (not row.wish and row.status not in OVER)
         row.wish = row.wish or row.status not in OVER
 
     @rule(target=jobs, job_id=consumes(jobs))
@@ -284,7 +284,7 @@ def test_a_new_attempt_is_not_claimed_before_its_time(store: Store) -> None:
 
 def test_what_shall_end_does_not_wait_for_a_place(store: Store) -> None:
     job = store.add(new_job(), "uploaded")
-    store.wish_end(job.id, Cause.CANCELLED)
+    store.request_kill(job.id, Cause.CANCELLED)
     assert store.claim(job.id, "a", 0) is None
     assert must(store.get(job.id)).status is Status.KILLED
 
@@ -332,7 +332,7 @@ def test_what_must_outlive_a_power_cut_is_written_with_full_sync(mode: str, leve
         assert store.db.execute("PRAGMA synchronous").fetchone()[0] == 1, "a move between two that count waits for no disk"
     moved(store, job, Status.RUNNING, Status.COMPLETED)
     level()
-    store.wish_end(job.id, Cause.CANCELLED)
+    store.request_kill(job.id, Cause.CANCELLED)
     assert store.db.execute("PRAGMA synchronous").fetchone()[0] == 2, "a wish is answered with 202: it must not be lost"
     assert found == levels
 
@@ -358,7 +358,7 @@ def completed(store: Store, job: Job) -> bool:
 
 def rank_with_runs(store: Store, pair: tuple[str, int | None], rank: float) -> float:
     """The rank that is stored for a user who has runs: what they were charged counted when it was made, so it lies between two bounds."""
-    rows = [row for row in store.read(CONTENDERS_ALL) if (row["service"], row["user_id"]) == pair]
+    rows = [row for row in store.read(RUNNABLE_ALL) if (row["service"], row["user_id"]) == pair]
     jobs = [job for job in store.jobs(EVERYTHING) if (job.service, job.user_id) == pair and job.status in BUSY]
     slot_s = sum(job.charged + job.cpus * (store.clock.wall() - job.moved_at) for job in jobs)
     most = joborch.used(rank, 100 * slot_s, store.clock.wall(), store.sharing.half_life_s)  # a weight of 0.01 at the least
@@ -366,8 +366,8 @@ def rank_with_runs(store: Store, pair: tuple[str, int | None], rank: float) -> f
     return float(rows[0]["rank"])
 
 
-def scanned_contenders(store: Store) -> list[tuple[Any, ...]]:
-    """What `contenders` has to hold, by a look at every row."""
+def scanned_runnable_users(store: Store) -> list[tuple[Any, ...]]:
+    """What `runnable_users` has to hold, by a look at every row."""
     jobs, found = store.jobs(EVERYTHING), []
     busy = Counter((job.service, job.user_id) for job in jobs if job.status in BUSY)
     free = [job for job in jobs if job.status is Status.QUEUED and job.not_before is None and not job.blocked]
@@ -391,7 +391,7 @@ def scanned_contenders(store: Store) -> list[tuple[Any, ...]]:
 
 
 class Quotas(StoreMachine):
-    """Users, services and clients at random: the limits hold after every step, and `contenders` is what a scan says."""
+    """Users, services and clients at random: the limits hold after every step, and `runnable_users` is what a scan says."""
 
     jobs = Bundle("jobs")
 
@@ -433,7 +433,7 @@ class Quotas(StoreMachine):
         if service not in self.services:
             return
         self.room[client] = room
-        head = next(iter(self.store.read(joborch.CONTENDERS_NEXT, service=service, limit=1)), None)
+        head = next(iter(self.store.read(joborch.RUNNABLE_NEXT, service=service, limit=1)), None)
         if head is not None:
             claimed = self.store.claim(head["head"], client, room)
             cpus = must(self.store.get(head["head"])).cpus
@@ -502,8 +502,8 @@ class Quotas(StoreMachine):
     @invariant()
     def contenders_are_what_a_scan_says(self) -> None:
         """One row for each user who has work that could run, with the rank of his turn and the job that takes it."""
-        stored = [tuple(row) for row in self.store.read(CONTENDERS_ALL)]
-        assert sorted(stored, key=str) == scanned_contenders(self.store)
+        stored = [tuple(row) for row in self.store.read(RUNNABLE_ALL)]
+        assert sorted(stored, key=str) == scanned_runnable_users(self.store)
 
     @invariant()
     def who_follows_waits_for_all_of_them(self) -> None:
@@ -561,7 +561,7 @@ def test_quotas_hold_when_many_claim_at_once(make_store: Callable[..., Store]) -
 
     def claim(number: int) -> None:
         for _ in range(30):
-            for row in store.read(joborch.CONTENDERS_NEXT, service="example", limit=4):
+            for row in store.read(joborch.RUNNABLE_NEXT, service="example", limit=4):
                 store.claim(row["head"], f"client{number % 2}", 3)
 
     for _ in range(3):
@@ -915,7 +915,7 @@ def test_a_database_of_0_1_0_is_brought_on(tmp_path: Path, store: Store) -> None
     for table, were in rows.items():
         assert [tuple(row) for row in old.read(f"SELECT * FROM {table}")] == were
     old.set_limits({"example": a_service()})
-    assert [row["head"] for row in old.read(joborch.CONTENDERS_NEXT, service="example", limit=9)] == [6]
+    assert [row["head"] for row in old.read(joborch.RUNNABLE_NEXT, service="example", limit=9)] == [6]
     assert [row["client"] for row in old.read(joborch.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
     moved(old, jobs[5], Status.PROCESSING, Status.SUBMITTED, Status.COMPLETED)
     follower = old.get(7)
@@ -959,11 +959,11 @@ STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupp
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
 # What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `drained` one a client;
-# `contenders` is made anew and `usage` set to another half-life where a setting changed; a restore reads
+# `runnable_users` is made anew and `usage` set to another half-life where a setting changed; a restore reads
 # all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
 SCANS_MEANT.update(
-    CONTENDERS_EMPTY="contenders", QUEUED_USERS="waiting", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
+    RUNNABLE_EMPTY="runnable_users", QUEUED_USERS="waiting", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
 )
 SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", DRAINED_ALL="drained")
 SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
@@ -1025,7 +1025,7 @@ def test_no_statement_reads_a_whole_table(name: str, store: Store, filled: Store
 @pytest.mark.parametrize("name", [name for name, sql in STATEMENTS.items() if "INDEXED BY" in sql])
 def test_indexes_that_are_named_are_used(name: str, filled: Store) -> None:
     named = set(re.findall(r"INDEXED BY (\w+)", STATEMENTS[name]))
-    used = set(re.findall(r"INDEX ((?:jobs|contenders|usage)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
+    used = set(re.findall(r"INDEX ((?:jobs|runnable_users|usage)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
     assert named == used
 
 

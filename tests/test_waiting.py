@@ -75,7 +75,7 @@ def uploaded(desk: Desk, *arguments: Any, **fields: Any) -> Job:
 
 
 def send_all(desk: Desk) -> list[str]:
-    """Let the dispatcher and all lanes work until nothing is to be done; where each busy job is."""
+    """Let the dispatcher and all senders work until nothing is to be done; where each busy job is."""
     for _ in range(100):
         moved = joborch.dispatch_tick(desk.server)
         for link in desk.server.links.values():
@@ -240,7 +240,7 @@ def test_one_client_serves_several_services(desk: Desk) -> None:
 
 
 def test_a_client_that_hangs_holds_up_nobody(desk: Desk) -> None:
-    """Its lanes are taken, so it gets nothing more; the other goes on."""
+    """Its senders are taken, so it gets nothing more; the other goes on."""
     first, second, _ = links_of(desk)
     first.slots = second.slots = 50
     first.sending |= {-1, -2, -3}
@@ -250,7 +250,7 @@ def test_a_client_that_hangs_holds_up_nobody(desk: Desk) -> None:
 
 
 def test_what_is_asked_again_takes_a_lane_like_every_other(desk: Desk) -> None:
-    """Else a job would be claimed for a client all of whose lanes wait for answers, while another could run it."""
+    """Else a job would be claimed for a client all of whose senders wait for answers, while another could run it."""
     first, second, _ = links_of(desk)
     first.slots = 50
     lost = [uploaded(desk, user_id) for user_id in range(4)]
@@ -260,7 +260,7 @@ def test_what_is_asked_again_takes_a_lane_like_every_other(desk: Desk) -> None:
     first.may_have_pinned = True
     taken = [joborch.next_to_send(desk.server, first) for _ in range(3)]
     assert [job and job.id for job in taken] == [job.id for job in lost[:3]]
-    assert not first.has_lane()
+    assert not first.has_free_sender()
     new = uploaded(desk, 9)
     joborch.dispatch_tick(desk.server)
     assert [job.id for job in second.outbox] == [new.id]
@@ -376,6 +376,6 @@ def test_whatever_is_written_as_a_field_is_answered(priority: str, after: str) -
         ("after", after, joborch.after_field),
     ]
     for name, text, read in readers:
-        found = tried(functools.partial(read, {name: text}), joborch.Refusal)
-        if isinstance(found, joborch.Refusal):
+        found = tried(functools.partial(read, {name: text}), joborch.HttpError)
+        if isinstance(found, joborch.HttpError):
             assert (found.status, found.field) == (400, name) and found.message.isprintable()
