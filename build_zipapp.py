@@ -69,7 +69,7 @@ raise SystemExit(main())
 """
 
 SOURCES = ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb")
-OPTIONAL_FOLDERS = ("web",)
+OPTIONAL_FOLDERS = ("joborch_plugins", "web")
 LOCK = "requirements.lock"
 CACHE = "build/wheels"
 
@@ -220,7 +220,7 @@ def source_members(source: Path) -> Iterator[Member]:
     names = list(SOURCES)
     for folder in OPTIONAL_FOLDERS:
         files = (path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file())
-        names += [file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)]
+        names += [file.as_posix() for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts)]
     for name in names:
         try:
             yield stored(name, (source / name).read_bytes())

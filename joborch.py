@@ -21,21 +21,19 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            16. Executors             31. Waiting
-     2. Settings              17. Local executor        32. Client
-     3. Configuration         18. Slurm's words         33. Results
-     4. States                19. Slurm                 34. Access
-     5. Scheduling            20. Grid files            35. HTTP
-     6. Files                 21. DiracX                36. Connections
-     7. Folders               22. DIRAC                 37. Server routes
-     8. Trust                 23. Identity              38. Jobs
-     9. Data folder           24. Transfers             39. Site routes
-    10. Archives              25. Answers               40. Client routes
-    11. Statements            26. Links                 41. Logs
-    12. Database              27. Loops                 42. Page and documents
-    13. Store                 28. Server                43. Doctor
-    14. Backups               29. News                  44. Demo
-    15. Inheritance           30. Ends                  45. Commands
+     1. Vocabulary            14. Restore               27. Client
+     2. Settings              15. Inheritance           28. Results
+     3. Configuration         16. Executors             29. Access
+     4. States                17. Local executor        30. HTTP
+     5. Scheduling            18. Identity              31. Connections
+     6. Files                 19. Transfers             32. Server routes
+     7. Folders               20. Answers               33. Jobs
+     8. Trust                 21. Links                 34. Site routes
+     9. Data folder           22. Loops                 35. Client routes
+    10. Archives              23. Server                36. Logs
+    11. Statements            24. News                  37. Weak set-ups
+    12. Database              25. Ends                  38. Commands
+    13. Store                 26. Waiting
 """
 
 from __future__ import annotations
@@ -54,6 +52,7 @@ import functools
 import grp
 import hashlib
 import hmac
+import importlib
 import importlib.util
 import io
 import ipaddress
@@ -91,12 +90,11 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from pathlib import Path
 from random import uniform
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
     sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
@@ -104,6 +102,8 @@ if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, whic
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
     import urllib3
+
+sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
 
 __version__ = "0.2.0"
 
@@ -386,6 +386,36 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECUTOR=package.module:Class
+    "slurm": "joborch_plugins.slurm:SlurmExecutor",
+    "dirac": "joborch_plugins.dirac:DiracExecutor",
+    "documents": "joborch_plugins.documents",
+    "admin": "joborch_plugins.admin",
+}
+# The only names of this module that plug-ins may use; a test holds them to it.
+PLUGIN_API: tuple[str, ...] = (
+    "__version__", "Address", "Answer", "BackendUnavailable", "backoff_s", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
+    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
+    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
+    "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
+    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
+    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
+    "open_listeners", "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim",
+    "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
+    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
+    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
+    "write_atomic",
+)  # fmt: skip
+
+
+def load_plugin(reference: str) -> Any:
+    """Import what `package.module` or `package.module:Name` names, or what PLUGINS names by a short word; ImportError, AttributeError."""
+    module, _, name = PLUGINS.get(reference, reference).partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
 # == 2. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
 
 
@@ -552,6 +582,15 @@ def one_of(*words: str) -> Callable[[str], str]:
     return read_word
 
 
+def read_executor(text: str) -> str:
+    """Return the name of an executor: a word that joborch knows, in any case, or the `package.module:Class` of somebody else's."""
+    if text.lower() in ("local", "slurm", "dirac"):
+        return text.lower()
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", text):
+        raise ValueError("give one of local, slurm, dirac, or package.module:Class")
+    return text
+
+
 OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
     *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
     *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
@@ -655,8 +694,8 @@ class Config:
         "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
     memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
         "memory that payloads may ask for together (default: the machine's)", unset=0)
-    executor: str = setting("JOBORCH_EXECUTOR", "client", one_of("local", "slurm", "dirac"), "local",
-        "what runs the payloads: local, slurm or dirac")
+    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
+        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
     pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
         "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
     batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
@@ -4261,64 +4300,7 @@ def broken_chain(on_id: int, how: Status) -> str:
     return f"job {on_id}, which it was to follow, ended as {how}"
 
 
-# == 14. Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
-
-
-def copy_database(source: str, target: Path) -> None:
-    """Copy a database, which may be in use, as of one instant to a new file; checked, and durable on return.
-
-    ConfigError where there is none, JoborchError where it cannot be read or is damaged.
-    """
-    if not os.path.isfile(source):
-        raise ConfigError(f"there is no database {source!r}: give the file, or set DB_PATH")
-    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    try:
-        read_only = f"file:{quote(os.path.abspath(source))}?mode=ro"
-        old, new = sqlite3.connect(read_only, uri=True, timeout=10), sqlite3.connect(target)
-        with contextlib.closing(old), contextlib.closing(new):
-            old.backup(new)  # in one step: it holds up nobody who writes meanwhile
-            new.execute("PRAGMA journal_mode = DELETE")  # one plain file
-            damage = damage_of(new)
-        if damage:
-            raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
-        fsync_path(target)
-    except sqlite3.Error as error:
-        remove_tree(target)
-        held = ": the server that runs on it holds it alone, stop it first" if "locked" in str(error) else ""
-        raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
-    except BaseException:
-        remove_tree(target)
-        raise
-
-
-def back_up(db_path: str, target: Path) -> None:
-    """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
-    if decided_restore(db_path):
-        raise JoborchError(f"a restore of {db_path!r} was cut off: start the server, which completes it, or restore again")
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    copy_database(db_path, fresh)
-    os.replace(fresh, target)
-    fsync_path(target.parent)
-
-
-def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, Path | None]:
-    """Put a backup in the place of a server's database. `data` is open, and so no server runs.
-
-    Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
-    A crash leaves all as it was, or a restore that the next start or restore completes.
-    """
-    finish_restore(db_path, data)
-    fresh = Path(f"{db_path}.restoring")
-    copy_database(backup, fresh)
-    store = Store(str(fresh), "server")
-    store.renew()
-    store.close()
-    fsync_path(fresh)
-    crash_point("restore.copied")
-    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # from here on it is decided
-    fsync_path(folder_of(db_path))
-    crash_point("restore.decided")
-    return finish_restore(db_path, data)
+# == 14. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
 
 
 def folder_of(path: str) -> str:
@@ -5219,1610 +5201,21 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-# == 18. Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
-
-# States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
-SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-SLURM_RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what; None: the exit file says it
-    "COMPLETED": (None, ""),
-    "FAILED": (None, ""),
-    "TIMEOUT": (Cause.LIMIT, "Slurm ended it at its time limit"),
-    "DEADLINE": (Cause.LIMIT, "Slurm ended it at its deadline"),
-    "OUT_OF_MEMORY": (Cause.LIMIT, "it used more memory than it had asked for, and was killed"),
-    "NODE_FAIL": (Cause.INFRASTRUCTURE, "the node that it ran on failed"),
-    "BOOT_FAIL": (Cause.INFRASTRUCTURE, "its node could not be started"),
-    "PREEMPTED": (Cause.INFRASTRUCTURE, "Slurm ended it for the sake of another job"),
-    "REVOKED": (Cause.INFRASTRUCTURE, "another cluster of the federation took it"),
-    "CANCELLED": (Cause.CANCELLED, "it was cancelled in Slurm by somebody else"),
-}
-SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not for long; all of it may be over in a minute
-    r"unable to contact|timed out|connection|zero bytes|standby mode|authentication|credential|munge|temporarily|communication|try again"
-    r"|configuration source|slurm\.conf|could not resolve",
-    re.IGNORECASE,
-)
-SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
-    r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
-    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
-    r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
-    re.IGNORECASE,
-)
-SLURM_LIMIT = re.compile(r"\b(QOS|Assoc|Max)[A-Z]\w+")  # sbatch names the limit that binds in a line of its own
-SLURM_SIZE_LIMIT = re.compile("(Max|Min).*(PerJob|PerNode)|^(QOS|Assoc)Min")  # on the size of a job, not on how many there are
-SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
-SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
-SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
-SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
-SLURM_LINGER_S = 10.0  # so long Slurm may take to end a job whose exit file was written
-SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
-SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
-SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
-    "(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SBATCH_(ARRAY_INX|CLUSTERS|WAIT)$"
-)
-# sbatch exports all that is called SLURM_*, its own login included. exec: nobody can read it from the wrapper's /proc either.
-WITHOUT_JWT = '[ -z "$SLURM_JWT" ] || exec env -u SLURM_JWT bash "$0" "$@"\n'
-KILLED_STATUS = 128 + signal.SIGKILL  # of a script that somebody killed: the kernel for want of memory, too
-
-
-class SlurmJob(NamedTuple):
-    """What Slurm says of one job."""
-
-    id: str
-    state: str
-    restarts: int
-    submitted: str  # as in 2026-11-26T14:02:00, local time
-    reason: str
-    nodes: str = ""  # where it was started; empty where it never was, or where nobody says
-
-
-def slurm_name(mark: str) -> str:
-    """Return the name that an attempt bears in Slurm: ids are given out again, names are ours."""
-    return f"joborch-{mark}"
-
-
-def parse_squeue(text: str) -> dict[str, SlurmJob]:
-    """Return what squeue printed by SQUEUE_FIELDS, of our jobs, by name; ValueError for garbage.
-
-    Of several jobs of one name, that which has not ended counts, else the last. A name of somebody's may break its line.
-    """
-    found: dict[str, SlurmJob] = {}
-    lines = [line for line in text.split("\n") if line.strip()]
-    if lines and not any(re.match("[0-9]", line) for line in lines):
-        raise ValueError(one_line(lines[0], 80))
-    for line in lines:
-        cells, at = [], 0
-        for _, width in SQUEUE_FIELDS:
-            cells.append(line[at : at + width].strip())
-            at += width
-        job_id, state, restarts, submitted, nodes, reason, name = cells
-        if name.startswith("joborch-"):
-            if not job_id.isdigit() or not re.fullmatch("[A-Z_]+", state):
-                raise ValueError(one_line(line, 80))
-            keep_slurm_job(found, name, SlurmJob(job_id, state, int(restarts) if restarts.isdigit() else 0, submitted, reason, nodes))
-    return found
-
-
-def parse_sacct(text: str) -> dict[str, SlurmJob]:
-    """Return what `sacct --parsable2` printed by JobIDRaw, State, Submit and JobName, of our jobs, by name; what is garbage is left out."""
-    found: dict[str, SlurmJob] = {}
-    for line in text.splitlines():
-        cells = line.split("|", 3)
-        if len(cells) == 4 and cells[0].isdigit() and re.match("[A-Z_]+", cells[1]) and cells[3].startswith("joborch-"):
-            state, _, who = cells[1].partition(" by ")  # as in "CANCELLED by 1000"
-            keep_slurm_job(found, cells[3], SlurmJob(cells[0], state, 0, cells[2], f"by user {who}" if who else ""))
-    return found
-
-
-def keep_slurm_job(found: dict[str, SlurmJob], name: str, job: SlurmJob) -> None:
-    """Take a job in, unless one of this name is known that says more."""
-    known = found.get(name)
-    if known is None or known.state in SLURM_ENDS:
-        found[name] = job
-
-
-def slurm_error(command: str, said: str) -> JoborchError:
-    """Return what the complaint of a command means."""
-    words = [line for line in said.splitlines() if line.strip()]
-    last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
-    text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
-    limit = SLURM_LIMIT.search(said)
-    if limit and limit[0] not in text:
-        text = f"{limit[0]}: {text}"
-    if command == "sbatch" and (SLURM_NEVER.search(text) or (limit and SLURM_SIZE_LIMIT.search(limit[0]))):
-        return CannotRun(f"Slurm refuses it: {text}")
-    return BackendUnavailable(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else SubmitRefused(f"sbatch: {text}")
-
-
-def slurm_waits(job: SlurmJob) -> str:
-    """Return what a job waits for, in Slurm's words; the same as long as nothing changes."""
-    reason = job.reason if job.reason not in ("", "None") else "no reason yet"
-    return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {reason} (job {job.id})"
-
-
-def squeue_format() -> str:
-    """Return what squeue is told to print."""
-    return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
-
-
-def service_options(options: BatchOptions) -> dict[str, str]:
-    """Return what sbatch is told of every job of a service, by option; those that are not set are empty."""
-    return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
-
-
-def propagates(options: BatchOptions) -> bool:
-    """Tell whether a site has chosen itself which limits of the login node its jobs get."""
-    return any(word.startswith("--prop") for word in options.slurm_args)
-
-
-def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
-    """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
-    limit_s = job.timeout or options.slurm_time_s
-    named = {
-        **service_options(options),
-        "mem": f"{job.memory}M" if job.memory else "",
-        "time": str(math.ceil(limit_s / 60)) if limit_s else "",  # whole minutes; the wrapper keeps to the second
-        "cpus-per-task": str(job.cpus),
-        "job-name": slurm_name(job.mark),
-        "chdir": str(folder),
-        "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
-    }
-    # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
-    # --propagate=NONE: else jobs get the limits of the login node (ulimit), CPU time among them (sbatch(1)).
-    return [
-        "--parsable",
-        "--export=ALL",
-        "--no-requeue",
-        *(() if propagates(options) else ("--propagate=NONE",)),
-        *(f"--{key}={value}" for key, value in named.items() if value),
-        *options.slurm_args,
-    ]
-
-
-@dataclass(frozen=True)
-class SlurmTraces:
-    """What is known of an attempt besides Slurm's word."""
-
-    ended: Outcome | None  # by the exit file
-    claimed: bool  # the wrapper has begun
-    begun: bool  # and was about to start the script
-    claimed_before: bool  # it had begun before Slurm was asked
-    folder: Path
-    again: bool = False  # a second wrapper came, and left
-    words: str = ""  # the last line that Slurm wrote into the job's own log
-    missed_s: float = 0.0  # for how long the exit file has been waited for
-    removed: bool = False  # the folder is gone
-
-
-def slurm_outcome(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
-    """Judge an attempt by what Slurm says of it, None where it knows nothing, and by its traces.
-
-    What the script's own exit file says is judged before; here it says at most what a script that was told to end did.
-    """
-    state, cause, what = job.state if job else "", *SLURM_ENDS.get(job.state if job else "", (None, ""))
-    if job is not None and state in SLURM_WAITS:
-        if job.restarts and traces.claimed_before:
-            return requeued(job)
-        return Outcome(True, waits="" if traces.claimed else slurm_waits(job))
-    if job is not None and state not in SLURM_ENDS:
-        return Outcome(True)
-    if cause is Cause.CANCELLED and job is not None and job.nodes and not traces.claimed:
-        # Not by a person: slurmctld, back from a crash, ends so what its nodes say they had before, as what it cannot launch.
-        failed = Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
-        return unseen(traces) if traces.missed_s < grace_s else failed
-    if cause is not None and job is not None:
-        more = "; ".join(part for part in (job.reason if cause is Cause.CANCELLED and job.reason != "None" else "", traces.words) if part)
-        return Outcome(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
-    if SLURM_MEMORY.search(traces.words):
-        return Outcome(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
-    if traces.again:
-        return requeued(job)
-    if traces.ended is not None and (job is not None or not traces.ended.told):
-        return traces.ended
-    return unseen(traces) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
-
-
-def unseen(traces: SlurmTraces) -> Outcome:
-    """Return the outcome of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
-    return Outcome(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
-
-
-def requeued(job: SlurmJob | None) -> Outcome:
-    """Return the outcome of an attempt that Slurm would run a second time."""
-    where = f" (job {job.id})" if job else ""
-    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm ended it and put it back into its line{where}: an attempt runs once")
-
-
-def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
-    """Judge an attempt that is over, and whose exit file did not come."""
-    waited = f"no exit file was left within {format_duration(grace_s)}"
-    if traces.removed:
-        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
-    if job is None:
-        reason = (
-            f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
-        )
-        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
-    said = f'; Slurm: "{traces.words}"' if traces.words else ""
-    if traces.begun:
-        killed = "the wrapper was killed, by the script, by somebody else, or for want of memory"
-        reason = f"Slurm says {job.state} (job {job.id}) and {waited}: {killed}"
-        return Outcome(False, cause=Cause.USER, reason=reason + said)
-    reason = f"Slurm says {job.state} (job {job.id}), and the script never began: can the nodes see {traces.folder}?"
-    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
-
-
-# == 19. Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
-
-
-class SlurmExecutor:
-    """Hands payloads to Slurm by sbatch, squeue, sacct and scancel. A handle is Slurm's id; what it is found by is its name.
-
-    slurmctld may forget jobs that it took, and give their ids out again: no id alone is ever read, cancelled or believed.
-    """
-
-    is_batch = True
-
-    def __init__(self, data: DataFolder, config: Config) -> None:
-        """ConfigError for a data folder that sbatch would not find again."""
-        if "\\" in str(data.path):
-            raise ConfigError(f"DATA_PATH is {str(data.path)!r}: Slurm does not keep a backslash; give a folder without")
-        self.data, self.config = data, config
-        self.wrapper = data.path / "wrapper.sh"
-        write_atomic(self.wrapper, wrapper_text(data, first="" if fits_one(config.pass_env)("SLURM_JWT") else WITHOUT_JWT))
-        kept = {name: text for name, text in passed_on(os.environ, config.pass_env).items() if not SLURM_OWN_NAMES.match(name)}
-        login = {name: os.environ[name] for name in ("SLURM_JWT",) if name in os.environ}  # for Slurm's commands alone
-        self.inherited = {**kept, **login, "SLURM_TIME_FORMAT": "standard"}
-        self.lock = threading.Lock()
-        self.known: dict[str, SlurmJob] = {}  # by name, as of the last look
-        self.looked_at = float("-inf")  # monotonic
-        self.watched: dict[str, Job] = {}  # by mark
-        self.claimed: set[str] = set()  # marks of attempts whose wrapper had begun before the last look
-        self.handed_at: dict[str, float] = {}  # by mark, monotonic
-        self.unsure: dict[str, float] = {}  # by mark, monotonic: sbatch got no answer
-        self.missed: dict[str, float] = {}  # by mark, monotonic: since when it is over without an exit file
-        self.leaving: dict[str, float] = {}  # by mark, monotonic: when its exit file was seen; Slurm is to let go of it, too
-        self.strange: set[str] = set()  # states that were logged
-        self.accounting = True
-        self.trouble, self.since, self.failures, self.held_until = "", 0.0, 0, float("-inf")
-
-    # -- commands --
-
-    def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
-        """Return what a command of Slurm prints. Raises BackendUnavailable, and for sbatch SubmitRefused or CannotRun."""
-        # By timeout(1): it goes on when we are killed.
-        limited = with_first_file_limit(["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words])
-        try:
-            done = subprocess.run(
-                limited,
-                env=dict(environment or self.inherited),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=SLURM_COMMAND_S + 20,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise BackendUnavailable(f"{words[0]} did not answer") from None
-        except OSError as error:
-            raise BackendUnavailable(f"{words[0]} cannot be run by timeout(1): {os.strerror(error.errno or 0)}") from error
-        if done.returncode in (124, 137):
-            raise BackendUnavailable(f"{words[0]} did not answer within {format_duration(SLURM_COMMAND_S)}")
-        if done.returncode == 127:
-            raise BackendUnavailable(f"there is no {words[0]} in PATH: is Slurm installed here?")
-        if done.returncode:
-            raise slurm_error(words[0], done.stderr.decode("utf-8", "replace"))
-        return done.stdout.decode("utf-8", "replace")
-
-    def away(self, error: BackendUnavailable) -> None:
-        """Note that Slurm does not answer, and ask it less and less often."""
-        if str(error) != self.trouble:
-            log.warning("Slurm: %s", error)
-        self.since = self.since if self.trouble else time.time()
-        self.trouble, self.failures = str(error), self.failures + 1
-        self.held_until = time.monotonic() + backoff_s(self.failures)
-
-    def back(self) -> None:
-        """Note that Slurm answers."""
-        if self.trouble:
-            log.info("Slurm answers again after %s", format_duration(max(0.0, time.time() - self.since)))
-        self.trouble, self.failures, self.held_until = "", 0, float("-inf")
-
-    def problem(self) -> str:
-        trouble, since = self.trouble, self.since
-        return f"Slurm: {trouble} (since {time.strftime('%H:%M:%S', time.localtime(since))})" if trouble else ""
-
-    def look(self, max_age_s: float) -> bool:
-        """Ask Slurm about all our jobs at once, unless it was asked a moment ago; True where what is known is no older than that."""
-        with self.lock:
-            now = time.monotonic()
-            if now - self.looked_at <= max_age_s:
-                return True
-            if now < self.held_until:
-                return False
-            claimed = {job.mark for job in list(self.watched.values()) if read_claim(self.data.job(job.mark), job.attempt) is not None}
-            try:
-                known = self.ask()
-            except BackendUnavailable as error:
-                self.away(error)
-                return False
-            self.known, self.looked_at, self.claimed = known, now, claimed
-            self.back()
-            return True
-
-    def ask(self) -> dict[str, SlurmJob]:
-        """Return what Slurm knows of our jobs, by name: by one squeue, and one sacct where some of them have left its memory."""
-        said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={squeue_format()}")
-        try:
-            known = parse_squeue(said)
-        except ValueError as error:
-            raise BackendUnavailable(f"squeue answers garbage: {error}") from error
-        missing = [job.handle for mark, job in list(self.watched.items()) if slurm_name(mark) not in known and (job.handle or "0") != "0"]
-        if missing and self.accounting:
-            known = {**self.accounted(cast("list[str]", missing)), **known}
-        return known
-
-    def accounted(self, ids: Sequence[str]) -> dict[str, SlurmJob]:
-        """Return what the accounting knows of these jobs, by name; nothing where there is none."""
-        try:
-            fields = "--format=JobIDRaw,State,Submit,JobName"
-            return parse_sacct(self.command("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", fields))
-        except BackendUnavailable as error:
-            if "disabled" in str(error) or "there is no sacct" in str(error):
-                self.accounting = False
-                log.info("Slurm has no accounting here (%s): what it has forgotten is judged by exit files alone", error)
-            else:
-                log.debug("%s", error)
-            return {}
-
-    # -- the seam --
-
-    def start(self, job: Job) -> str:
-        folder = self.data.job(job.mark)
-        crash_point("run.prepared")
-        limit = [f"{job.timeout:.3f}", f"{self.config.kill_grace_s:.3f}"] if job.timeout else []
-        words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
-        environment = node_environment(job, self.inherited, self.config.batch_options(job.service).prelude)
-        try:
-            said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
-            if not said.isdigit():
-                raise BackendUnavailable(f"sbatch answers garbage: {one_line(said, 80)}")
-        except CannotRun:
-            self.forget([job])
-            raise
-        except SubmitRefused as error:
-            if job.memory and SLURM_TWO_MEMORIES in str(error):
-                named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
-                raise CannotRun(f"Slurm refuses it: {str(error).partition(': ')[2]} {named}") from error
-            raise
-        except BackendUnavailable as error:
-            if "unable to contact" not in str(error).lower():
-                self.unsure[job.mark] = time.monotonic()
-            self.away(error)
-            raise
-        crash_point("slurm.submitted")
-        self.handed_at[job.mark] = time.monotonic()
-        return said
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        self.watched.update((job.mark, job) for job in jobs)
-        if not self.look(0.0):
-            raise BackendUnavailable(self.problem() or "Slurm is asked again in a moment")
-        handles = {}
-        for job in jobs:
-            known = self.known.get(slurm_name(job.mark))
-            if known is not None or read_claim(self.data.job(job.mark), job.attempt) is not None:
-                handles[job.mark] = known.id if known else "0"
-            elif time.monotonic() - self.unsure.get(job.mark, float("-inf")) < SLURM_UNSURE_S:
-                handles[job.mark] = ""  # slurmctld may take it in yet
-        missing = {job.mark for job in jobs} - set(handles)
-        under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash cut off
-        return {**handles, **dict.fromkeys(under_way, "")}
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
-        unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
-        self.watched.update((job.mark, job) for job in unclear)
-        if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
-            self.look(self.config.batch_interval_s)
-            self.end_what_lingers()
-        claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
-        judged = {job.id: self.outcome(job, outcomes[job.id], claims[job.id]) for job in unclear}
-        given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
-        for job in given_up:
-            if not self.fence(job) and claims[job.id] is None:
-                judged[job.id] = Outcome(True)  # it begins just now
-        if given_up:
-            self.scancel([job.mark for job in given_up if not judged[job.id].alive])
-        ended = [job for job in jobs if not (judged.get(job.id) or cast(Outcome, outcomes[job.id])).alive]
-        self.forget(ended)
-        self.leaving.update((job.mark, time.monotonic()) for job in ended if job.mark not in self.leaving)
-        return {**cast("dict[int, Outcome]", outcomes), **judged}
-
-    def end_what_lingers(self) -> None:
-        """End what Slurm still has, a while after its exit file was seen: the script wrote that itself, or Slurm would run it again."""
-        looked = {mark for mark, seen in list(self.leaving.items()) if seen + SLURM_LINGER_S < self.looked_at}
-        active = [mark for mark in looked if self.known.get(slurm_name(mark), SlurmJob("", "COMPLETED", 0, "", "")).state not in SLURM_ENDS]
-        if active:
-            log.warning("Slurm: %d jobs run on after their exit file was written: they are ended", len(active))
-            self.scancel(active)
-        for mark in looked:
-            self.leaving.pop(mark, None)
-
-    def forget(self, jobs: Iterable[Job]) -> None:
-        """Let go of what is known of attempts that have ended."""
-        tables: tuple[dict[str, Any], ...] = (self.watched, self.handed_at, self.unsure, self.missed)
-        for job in jobs:
-            for table in tables:
-                table.pop(job.mark, None)
-
-    def outcome(self, job: Job, ended: Outcome | None, claim: str | None) -> Outcome:
-        """Judge an attempt that has no exit file of the script's own making, by its wrapper's claim as it was just read."""
-        known, folder = self.known.get(slurm_name(job.mark)), self.data.job(job.mark)
-        if known is None and self.looked_at <= self.handed_at.get(job.mark, float("-inf")):
-            return Outcome(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
-        if known is not None and known.state not in self.strange | SLURM_WAITS | SLURM_RUNS | set(SLURM_ENDS):
-            self.strange.add(known.state)
-            log.warning("Slurm says %s of job %s, which is not known here: it counts as running", known.state, known.id)
-        traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, folder)
-        if known is not None and known.state not in SLURM_ENDS:
-            self.missed.pop(job.mark, None)
-        else:
-            traces = self.traced(job, traces)
-        return slurm_outcome(known, traces, self.config.vanish_grace_s)
-
-    def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
-        """Return the traces with what an attempt that is over may have left; of one that is alive nobody needs to look for it."""
-        now, folder = time.monotonic(), traces.folder
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
-        again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
-        missed_s = now - self.missed.setdefault(job.mark, now)
-        return dataclasses.replace(traces, again=again, words=words, missed_s=missed_s, removed=not folder.is_dir())
-
-    def fence(self, job: Job) -> bool:
-        """Take the claim of an attempt. True where it had not begun, and so never will, whatever Slurm does."""
-        try:
-            os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            return True
-        except FileNotFoundError:
-            return True  # where its folder is gone, the wrapper ends before it begins
-        except OSError:
-            return False
-
-    def scancel(self, marks: Sequence[str]) -> None:
-        """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
-        for at in range(0, len(marks), 100):
-            names = ",".join(map(slurm_name, marks[at : at + 100]))
-            try:
-                self.command("scancel", f"--user={os.getuid()}", f"--name={names}")
-            except BackendUnavailable as error:
-                log.warning("Slurm: %s", error)
-
-    def cancel(self, job: Job) -> None:
-        self.watched.setdefault(job.mark, job)
-        never = self.fence(job)
-        if not (never and self.trouble):
-            self.scancel([job.mark])
-        asked = time.monotonic()
-        while not (never and self.trouble) and not self.is_over(job, asked):
-            if time.monotonic() > asked + self.config.kill_grace_s:
-                raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
-            time.sleep(SLURM_LOOK_S)
-        self.forget([job])
-
-    def is_over(self, job: Job, asked: float) -> bool:
-        """Tell whether Slurm has said, after `asked` (monotonic), that nothing of an attempt runs any more."""
-        if not self.look(SLURM_LOOK_S) or self.looked_at < asked:
-            return False
-        known = self.known.get(slurm_name(job.mark))
-        return known is None or known.state in SLURM_ENDS
-
-    def collect(self, job: Job) -> None:
-        """The folder is on a file system that the nodes share: the outputs are there."""
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        self.scancel(marks)
-
-    def examine(self) -> Iterator[Finding]:
-        try:
-            yield Finding(True, f"{self.command('sbatch', '--version').strip()} is here")
-            parse_squeue(self.command("squeue", "--noheader", f"--user={os.getuid()}", f"--Format={squeue_format()}"))
-            yield Finding(True, "slurmctld answers squeue")
-        except (BackendUnavailable, ValueError) as error:
-            missing = "there is no" in str(error) or "configuration source" in str(error)
-            remedy = "load Slurm's module, or set PATH and SLURM_CONF" if missing else "is slurmctld up? Ask the cluster's people"
-            yield Finding(False, f"{error}; {remedy}")
-            return
-        for service in sorted(self.config.batch) or [""]:
-            yield self.examine_service(service)
-        self.accounted(["1"])
-        yield Finding(True, f"Slurm's accounting is {'on' if self.accounting else 'off: what Slurm has forgotten is judged by exit files'}")
-
-    def examine_service(self, service: str) -> Finding:
-        """Ask whether sbatch would take a job of a service; none is submitted."""
-        name = f"jobs of {service}" if service else "jobs"
-        wishes = self.config.batch_options(service)
-        options = {key: value for key, value in service_options(wishes).items() if value}
-        try:
-            words = [f"--{key}={value}" for key, value in options.items()] + list(wishes.slurm_args)
-            self.command("sbatch", "--test-only", *words, "--wrap=true")
-        except JoborchError as error:
-            named = [f"SERVICE_{service.upper()}_SLURM_{key.upper()}" for key in (*options, *(["args"] if wishes.slurm_args else []))]
-            return Finding(False, f"sbatch would not take {name}: {error}; look at {', '.join(named) or 'SBATCH_... in the environment'}")
-        return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
-
-
-# == 20. Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
-
-SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
-OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
-DIRAC_CLIENT_ID = "myDIRACClientID"  # of the official commands, whose login is used
-REFRESH_AHEAD_S = 60.0
-LOGIN_LOCK_S = 20.0  # the official client holds the lock of the credentials while it asks for new ones
-LOGIN_ROOM_BYTES = 64 * KIB  # taken on the disk before a refresh: the new token must find its place
-TROUBLES_OF_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-SEARCH_LIMIT = 5_000  # jobs in one question; DiracX pages beyond 10,000
-SUBMIT_SETTLE_S = 90.0  # a submission whose answer was lost may still be worked on so long,
-RESTART_SETTLE_S = 10.0  # and one that a crash of the client cut off so long after its start
-JUDGES = 3  # outputs that are fetched at once
-FETCH_PATIENCE_S = 3600.0  # so long outputs that are damaged, or have no room here, are fetched again
-FORGET_S = 60.0  # a job that nobody asks for is kept in mind so long
-LAUNCHER, OUTPUT_ARCHIVE = "joborch.sh", "joborch-output.tar.gz"
-NOT_BEGUN = frozenset(("Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Rescheduled"))
-WITH_PILOT = frozenset(("Matched", "Running", "Stalled", "Completing"))
-GRID_ENDED = frozenset(("Done", "Completed", "Failed", "Killed"))
-# What a pilot reports of a job that was killed: its process is gone (the status itself never changes again).
-PILOT_IS_DONE = re.compile(
-    r"Received Kill signal|Execution Complete|Application (Finished|thread)|Output Sandbox|Pending Requests|stalled: pilot", re.IGNORECASE
-)
-GRID_LIMIT = re.compile(r"(cpu|memory|wall.?clock|time) limit|maximum wall clock|time left", re.IGNORECASE)
-SCRIPT_FAILED = re.compile(r"Application Finished|Execution Complete|Uploading|Uploaded|Pending Requests", re.IGNORECASE)
-JDL_TEXT = re.compile(r"[A-Za-z0-9_.:@/+=~|-]+")  # DIRAC drops blanks in lists, and replaces %j
-JDL_STATEMENT = re.compile(r"\s*([A-Za-z][A-Za-z0-9_.]*)\s*=\s*([^\[\]]*[^\[\]\s])\s*")
-OWN_JDL = re.compile(
-    r"jobname|executable|arguments|std(output|error)|(input|output)sandbox|(max)?numberofprocessors|minram|cputime|site|tags|platform"
-    r"|owner|ownergroup|virtualorganization|jobid|parameter.*",
-    re.IGNORECASE,
-)
-LAUNCHER_TEXT = r"""#!/bin/bash
-# joborch: runs the wrapper on a worker node, and packs what the script left.
-here=$PWD
-mkdir -p payload
-@EXPORTS@
-bash wrapper.sh "$here/payload" @ARGUMENTS@ &
-wrapper=$!
-pass_on() {                                        # to the wrapper and to run.sh, which has a group of its own
-    for child in $(cat /proc/$wrapper/task/$wrapper/children); do kill -TERM -- -$child; done
-    kill -TERM $wrapper
-}
-trap 'pass_on 2>/dev/null' TERM INT HUP
-while :; do
-    wait $wrapper; status=$?
-    kill -0 $wrapper 2>/dev/null || break
-done
-chmod -R u+rwX payload
-(cd payload && pwd && pwd -P) >payload/place       # by which absolute links inside are known
-tar -czf .packing -C payload --exclude=./tmp .
-[ $? -le 1 ] && mv .packing @ARCHIVE@              # 1: something changed while it was read
-[ $status -eq 0 ]                                  # never the script's own status: DIRAC runs a job again that ends with 222
-"""
-
-
-class SandboxTooLarge(JoborchError):
-    """An output sandbox holds more than a result may; the text says what."""
-
-
-class BadSandbox(JoborchError):
-    """An output sandbox that cannot be used, however often it is fetched."""
-
-
-class AnswerLost(BackendUnavailable):
-    """DIRAC may have heard what was asked, and done it."""
-
-
-class DiracRefusal(JoborchError):
-    """DIRAC answered that it does not do this: `status` is HTTP's."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def jdl_text(text: str, what: str) -> str:
-    """Return `text` quoted for JDL, or raise ConfigError: JDL has no escapes, and DIRAC cuts at `;` and `[` even within quotes."""
-    if not JDL_TEXT.fullmatch(text):
-        raise ConfigError(f"{what} is {one_line(text, 80)!r}: JDL can hold ASCII letters, digits and _.:@/+=~|- alone")
-    return f'"{text}"'
-
-
-def check_jdl(lines: str) -> list[str]:
-    """Return the statements of the free lines of JDL; ConfigError for what is none, and for what joborch sets itself."""
-    statements = []
-    for text in filter(str.strip, lines.split(";")):
-        match = JDL_STATEMENT.fullmatch(text)
-        if not match or text.count('"') % 2 or text.count("{") != text.count("}"):
-            raise ConfigError(f"DIRAC_JDL has {one_line(text, 80)!r}: write NAME = VALUE; without brackets, ; or escapes in VALUE")
-        if OWN_JDL.fullmatch(match[1]):
-            raise ConfigError(f"DIRAC_JDL sets {match[1]}: leave it out: joborch sets it, or it would make several jobs of one")
-        statements.append(f"{match[1]} = {' '.join(match[2].split())}")
-    return statements
-
-
-def jdl_list(text: str, what: str) -> str:
-    """Return names with commas between as a list of JDL, or an empty text."""
-    names = [jdl_text(name.strip(), what) for name in text.split(",") if name.strip()]
-    return "{" + ", ".join(names) + "}" if names else ""
-
-
-def check_dirac_options(options: BatchOptions) -> None:
-    """Refuse what JDL cannot carry; ConfigError names the setting."""
-    build_jdl(None, options, "check")
-
-
-def job_name(mark: str) -> str:
-    """Return what an attempt is called in DIRAC: the mark, by which it is found again (128 characters at most)."""
-    return mark if re.fullmatch(r"[A-Za-z0-9.-]{1,128}", mark) else hashlib.sha256(os.fsencode(mark)).hexdigest()
-
-
-def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
-    """Return the JDL of an attempt whose input sandbox is `pfn`. All that a user named is inside the sandbox, nothing in here."""
-    cpus, memory, timeout = (job.cpus, job.memory, job.timeout) if job else (1, None, None)
-    cpu_time_s = options.dirac_cpu_time_s or (timeout and timeout * cpus)
-    values = {
-        "JobName": jdl_text(job_name(job.mark) if job else "check", "the mark"),
-        "Executable": f'"{LAUNCHER}"',
-        "StdOutput": '"std.out"',
-        "StdError": '"std.err"',
-        "InputSandbox": "{" + jdl_text(pfn, "the input sandbox") + "}",
-        "OutputSandbox": f'{{"{OUTPUT_ARCHIVE}", "std.out", "std.err"}}',
-        "NumberOfProcessors": str(cpus) if cpus > 1 else "",
-        "MaxNumberOfProcessors": str(cpus) if cpus > 1 else "",
-        "MinRAM": str(memory or ""),  # MiB
-        "CPUTime": str(math.ceil(cpu_time_s)) if cpu_time_s else "",
-        "Site": jdl_list(options.dirac_site, "DIRAC_SITE"),
-        "Tags": jdl_list(options.dirac_tags, "DIRAC_TAGS"),
-        "Platform": jdl_text(options.dirac_platform, "DIRAC_PLATFORM") if options.dirac_platform else "",
-    }
-    statements = [f"{name} = {value}" for name, value in values.items() if value] + check_jdl(options.dirac_jdl)
-    return "[\n" + "".join(f"{statement};\n" for statement in statements) + "]"
-
-
-def launcher(job: Job, kill_grace_s: float, prelude: str = "") -> bytes:
-    """Return the script that a pilot runs."""
-    words = node_environment(job, {}, prelude)
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in words.items())
-    arguments = f"{job.attempt} {job.timeout:.3f} {kill_grace_s:.3f}" if job.timeout else str(job.attempt)
-    text = LAUNCHER_TEXT.replace("@ARGUMENTS@", arguments).replace("@ARCHIVE@", OUTPUT_ARCHIVE)
-    return os.fsencode(text.replace("@EXPORTS@", exports))  # last: a value may look like one of the others
-
-
-class Bounded:
-    """A file that takes SANDBOX_LIMIT_BYTES and no more (CannotRun), and keeps the SHA-256 of what it took."""
-
-    def __init__(self, target: IO[bytes]) -> None:
-        self.target, self.size, self.digest = target, 0, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.size += len(data)
-        if self.size > SANDBOX_LIMIT_BYTES:
-            limit = SANDBOX_LIMIT_BYTES // MIB
-            raise CannotRun(f"its input files are too large for DIRAC: compressed they may have {limit} MiB; fetch large data in run.sh")
-        self.digest.update(data)
-        return self.target.write(data)
-
-
-def pack_inputs(folder: Path, scripts: Mapping[str, bytes], target: IO[bytes]) -> Bounded:
-    """Write the input sandbox of an attempt: scripts by name, and payload/work. CannotRun where it becomes too large."""
-    import tarfile
-
-    bounded, work = Bounded(target), folder / "work"
-    with tarfile.open(
-        fileobj=cast("IO[bytes]", bounded), mode="w|bz2", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
-    ) as archive:
-        for name, data in scripts.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o755
-            archive.addfile(member, io.BytesIO(data))
-        for here, folders, names in walk(os.fsencode(work)):
-            for path in [here] * (here == os.fsencode(work)) + [os.path.join(here, name) for name in (*folders, *names)]:
-                archive.add(
-                    os.fsdecode(path), "payload/work" + os.fsdecode(path[len(os.fsencode(work)) :]), recursive=False, filter=nobodys
-                )
-    return bounded
-
-
-def nobodys(member: Any) -> Any:
-    """Return a member of an archive without who owns it: the same files make the same archive."""
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    return member
-
-
-def careful_members() -> Any:
-    """Return a class of archive members that refuses what tarfile would read into memory whole: endless names, and maps of holes."""
-    import tarfile
-
-    class Member(tarfile.TarInfo):
-        def _proc_member(self, archive: Any) -> Any:  # the one place where every kind of header passes, from Python 3.9 to 3.13
-            extension = self.type in (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-            if self.type == tarfile.GNUTYPE_SPARSE or (extension and self.size > MIB):
-                raise tarfile.ReadError("a header that is too large")
-            return cast(Any, super())._proc_member(archive)
-
-        def _proc_gnusparse_10(self, *_: Any) -> None:
-            raise tarfile.ReadError("a map of holes")
-
-    return Member
-
-
-UNPACKED = re.compile(r"work|stdout|stderr|exit\.json|started\.[0-9]+")
-
-
-def safe_parts(name: str) -> list[str]:
-    """Return the parts of a member's path; empty where it is none of ours. BadSandbox where it leaves the folder."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\0" in name:
-        raise BadSandbox(f"it holds {one_line(name, 80)!r}, which leads out of its folder")
-    return parts if parts and UNPACKED.fullmatch(parts[0]) else []
-
-
-def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | None = None) -> list[str]:
-    """Unpack a tar archive (tarfile.TarFile, read as a stream) below `target`; return what was left out.
-
-    Links are made last, and those that lead out of `target` are left out, as are devices and fifos: so no file is written
-    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left,
-    SandboxTooLarge where it holds more than the limits let: what fits is there.
-    """
-    links: list[tuple[str, Any]] = []
-    places: list[bytes] = []  # the paths that the folder had where it was packed
-    limits = limits or ResultLimits()
-    left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # a list of all would fill the memory
-        parts = safe_parts(member.name)
-        path = os.path.join(root, *parts)
-        if not parts:
-            if os.path.normpath(member.name) == "place" and member.isreg():
-                places = archive.extractfile(member).read(16 * KIB).split(b"\n")[:2]
-            continue
-        size, count = size + member.size, count + 1
-        too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
-        if too_much:
-            break
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        if member.isdir():
-            os.makedirs(path, 0o700, exist_ok=True)
-        elif member.isreg():
-            if member.size + spare_bytes > free_bytes(root):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-            write_member(archive.extractfile(member), path, member)
-        elif member.issym() or member.islnk():
-            links.append((path, member))
-        else:
-            left_out.append(member.name)
-    left_out += make_links(root, links, [place for place in places if place.startswith(b"/")])
-    if too_much:
-        raise SandboxTooLarge(too_much)
-    return left_out
-
-
-def write_member(source: IO[bytes], path: str, member: Any) -> None:
-    """Write one file of an archive, in place of an earlier one of its name."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "wb") as file:
-        shutil.copyfileobj(source, file, CHUNK_BYTES)
-        os.fchmod(file.fileno(), member.mode & 0o777 | 0o600)
-    with contextlib.suppress(OverflowError, ValueError):
-        os.utime(path, (member.mtime, member.mtime))
-
-
-def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[bytes] = ()) -> list[str]:
-    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out.
-
-    Absolute ones below `places`, the paths of `root` where it was packed, become relative ones.
-    """
-    for path, member in links:
-        inner = below(places, os.fsencode(member.linkname)) if member.issym() else None
-        if inner is not None:
-            member.linkname = os.path.relpath(root, os.path.dirname(path)) + "/" + os.fsdecode(inner)
-    left_out = [member.name for path, member in links if not make_link(root, path, member)]
-    for path, member in links:  # only now: a link may lead through one that came after it
-        end = os.path.realpath(path)
-        if os.path.islink(path) and end != root and not end.startswith(root + "/"):
-            os.unlink(path)
-            left_out.append(member.name)
-    return left_out
-
-
-def make_link(root: str, path: str, member: Any) -> bool:
-    """Make one link; False for a hard link to what is no file of the archive, and where something is in its place."""
+def make_executor(data: DataFolder, config: Config) -> Executor:
+    """Return what runs the payloads of a client; ConfigError if JOBORCH_EXECUTOR names nothing that can be used."""
+    if config.executor == "local":
+        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
     try:
-        if member.issym():
-            os.symlink(member.linkname, path)
-            return True
-        source = os.path.join(root, *safe_parts(member.linkname))
-        if source == root or os.path.realpath(source) != source or not os.path.isfile(source):
-            return False
-        os.link(source, path, follow_symlinks=False)
-    except (OSError, ValueError, BadSandbox):
-        return False
-    return True
-
-
-# == 21. DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
-
-ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
-Row = dict[str, Any]
-
-
-def claims(token: str) -> dict[str, Any]:
-    """Return what a JSON web token says (RFC 7519), unverified: that is its issuer's affair. Empty where it is none."""
-    try:
-        middle = token.split(".")[1]
-        said = parse_json(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
-    except (ValueError, IndexError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def at_clock(wall: float) -> str:
-    """Return a time of today as 14:02, another one with its day."""
-    local = time.localtime(wall)
-    return time.strftime("%H:%M" if local[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M", local)
-
-
-def dirac_time(text: Any) -> float:
-    """Return a time as DiracX writes it, in seconds since 1970; 0 for none."""
-    try:
-        moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return 0.0
-    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp()
-
-
-class DiracLogin:
-    """The login that `dirac login` left in a file: its access token, refreshed before it ends, in turn with all who use the file.
-
-    The refresh token changes with each use, and an old one shown again ends the whole login: the new one is on the disk
-    before anybody uses it. The official client locks the file itself and writes in place: so the file itself is locked
-    here, and after a rename the old inode, for which that client may be waiting, gets the new content, too.
-    """
-
-    def __init__(self, path: str, refresh: Callable[[str], tuple[int, Any]], clock: Clock) -> None:
-        """`refresh` shows a refresh token and returns DiracX's status and answer; BackendUnavailable where there is none."""
-        self.path, self.refresh, self.clock = Path(os.path.realpath(os.path.expanduser(path))), refresh, clock
-        self.lock = threading.Lock()
-        self.refused, self.refused_at = "", 0.0  # the refresh token that DiracX refused: the login has ended for good
-
-    def read(self) -> dict[str, Any]:
-        """Return what the file holds; BackendUnavailable where there is no login."""
-        try:
-            return self.parse(self.path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BackendUnavailable(
-                f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`"
-            ) from error
-        except UnicodeDecodeError:
-            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`") from None
-
-    def parse(self, text: str) -> dict[str, Any]:
-        try:
-            said = parse_json(text)
-            good = (
-                isinstance(said["access_token"], str)
-                and isinstance(said["refresh_token"], str)
-                and type(said["expires_on"]) in (int, float)
-            )
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`")
-        return cast("dict[str, Any]", said)
-
-    def valid_until(self) -> float | None:
-        """Return when the refresh token ends (seconds since 1970), after which only a person's new login helps; None where unknown."""
-        try:
-            said = self.read()
-        except BackendUnavailable:
-            return None
-        until = said["expires_on"] if said["refresh_token"] == self.refused else claims(said["refresh_token"]).get("exp")
-        return float(until) if isinstance(until, (int, float)) else None
-
-    def ended(self) -> str:
-        """Return why the login has ended for good and what to do, or an empty text."""
-        try:
-            said = self.read()
-        except BackendUnavailable as error:
-            return str(error)
-        now, until = self.clock.wall(), claims(said["refresh_token"]).get("exp")
-        until = float(until) if isinstance(until, (int, float)) else None
-        refused, over = said["refresh_token"] == self.refused, until is not None and until <= now
-        if said["expires_on"] > now or not (refused or over):
-            return ""
-        when = min(self.refused_at, until or self.refused_at) if refused else until or now
-        valid = f" (its refresh token was valid until {at_clock(until)})" if until else ""
-        again = "log in again with `dirac login`, and the waiting jobs go on by themselves"
-        return f"DIRAC: the login ended at {at_clock(when)}{valid}: {again}"
-
-    def owner(self) -> str:
-        """Return who is logged in, as DIRAC calls the owner of a job. Raises BackendUnavailable if the token does not say."""
-        name = claims(self.read()["access_token"]).get("preferred_username")
-        if not name or not isinstance(name, str):
-            raise BackendUnavailable(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
-        return str(name)
-
-    def token(self, refused: str = "") -> str:
-        """Return an access token that is valid for a while, and is not the `refused` one; BackendUnavailable where there is none."""
-        with self.lock:
-            said = self.read()
-            if self.lasts(said, refused):
-                return str(said["access_token"])
-            return str(self.renewed(refused)["access_token"])
-
-    def lasts(self, said: Mapping[str, Any], refused: str) -> bool:
-        """Tell whether an access token can still be used; to its very end where it cannot be refreshed any more."""
-        ahead_s = 0.0 if said["refresh_token"] == self.refused else REFRESH_AHEAD_S
-        return bool(said["access_token"] != refused and said["expires_on"] > self.clock.wall() + ahead_s)
-
-    def renewed(self, refused: str) -> dict[str, Any]:
-        """Return the login after a refresh, by us or by another who had the lock before."""
-        with self.locked() as file:
-            said = self.parse(file.read())
-            if self.lasts(said, refused):
-                return said
-            if self.ended():
-                raise BackendUnavailable(self.ended())
-            if said["refresh_token"] == self.refused:
-                raise BackendUnavailable("DIRAC refuses both tokens of this login: log in again with `dirac login`")
-            return self.refreshed(said, file)
-
-    def refreshed(self, said: Mapping[str, Any], file: IO[str]) -> dict[str, Any]:
-        """Refresh the login and write it down, in a place that was made before the old token was shown."""
-        temporary = self.path.with_name(f".{self.path.name}.joborch")
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as target:
-                os.posix_fallocate(target.fileno(), 0, LOGIN_ROOM_BYTES)
-                os.fchmod(target.fileno(), 0o600)
-                status, answer = self.refresh(said["refresh_token"])
-                if status in (400, 401):
-                    self.refused, self.refused_at = said["refresh_token"], self.clock.wall()
-                    if said["expires_on"] > self.clock.wall():
-                        return dict(said)
-                    raise BackendUnavailable(self.ended())
-                crash_point("dirac.refreshed")
-                new = {name: answer[name] for name in ("access_token", "refresh_token")}
-                new["expires_on"] = int(self.clock.wall() + answer["expires_in"]) - 15  # as the official client counts
-                target.write(json.dumps(new))
-                target.flush()
-                target.truncate()
-                os.fsync(target.fileno())
-            os.rename(temporary, self.path)
-            fsync_path(self.path.parent)
-        except (OSError, KeyError, TypeError) as error:
-            raise BackendUnavailable(f"DIRAC: the login could not be refreshed: {one_line(repr(error))}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        try:
-            file.seek(0)
-            file.write(json.dumps(new))
-            file.truncate()
-            file.flush()
-        except OSError as error:  # the new one is in its place: only who holds the old file open misses it
-            log.warning("DIRAC: %s: %s", self.path, os.strerror(error.errno or 0))
-        return new
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[IO[str]]:
-        """Hold the lock of the file that is at the path now; BackendUnavailable where somebody else holds it for too long."""
-        deadline, file = self.clock.monotonic() + LOGIN_LOCK_S, self.lock_once()
-        while file is None:
-            if self.clock.monotonic() > deadline:
-                raise BackendUnavailable(f"DIRAC: another program holds the lock of {self.path}")
-            time.sleep(0.05)
-            file = self.lock_once()
-        with file:
-            yield file
-
-    def lock_once(self) -> IO[str] | None:
-        """Return the locked file, or None where another has the lock, or had it and put another file in its place."""
-        try:
-            file = open(self.path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by who gets it
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(file.fileno()).st_ino == os.stat(self.path).st_ino:
-                    return file
-            except BlockingIOError:
-                pass
-            file.close()
-        except OSError as error:
-            trouble = lock_trouble(error) if error.errno in NO_LOCKS else os.strerror(error.errno or 0)
-            raise BackendUnavailable(f"DIRAC: {self.path} cannot be used: {trouble}") from error
-        return None
-
-
-class DiracService:
-    """DiracX's REST: every call has time-outs and a connection of its own (a kept one may be reset after an error of the service)."""
-
-    def __init__(self, url: str, credentials: str, clock: Clock) -> None:
-        self.url = url.rstrip("/")
-        self.login = DiracLogin(credentials, self.refresh, clock)
-
-    @functools.cached_property
-    def pool(self) -> urllib3.PoolManager:
-        return http_pool()
-
-    def send(self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
-        """Return the answer to one request, whatever its status. Raises BackendUnavailable if none came; it may have been heard."""
-        import urllib3
-
-        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
-        all_headers = {"Connection": "close", "Accept-Encoding": "identity", **(headers or {})}
-        try:
-            return self.pool.request(method, url, body=body, headers=all_headers, timeout=timeout, redirect=False, **more)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            text = re.sub(r"<[^>]*>:? ?", "", str(error))  # an object's address: the reason must not change each time
-            unheard = isinstance(error, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
-            kind = BackendUnavailable if unheard else AnswerLost
-            raise kind(f"DIRAC: {host_of(url)[0]} does not answer: {one_line(text, 150)}") from error
-
-    def refresh(self, token: str) -> tuple[int, Any]:
-        """Show a refresh token; return the status and what came with it. BackendUnavailable for all but a yes or a no."""
-        form = urlencode({"grant_type": "refresh_token", "client_id": DIRAC_CLIENT_ID, "refresh_token": token})
-        answer = self.send("POST", f"{self.url}/api/auth/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
-        return (answer.status, {}) if answer.status in (400, 401) else (answer.status, self.meant(answer))
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Return what an API call answers. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if it should be asked again."""
-        token = self.login.token()
-        text = None if body is None else json.dumps(body).encode()
-        for _ in range(2):
-            answer = self.send(method, self.url + path, text, {"Authorization": f"Bearer {token}", "Content-Type": JSON_TYPE})
-            if answer.status != 401:
-                break
-            token = self.login.token(refused=token)
-        return self.meant(answer)
-
-    def meant(self, answer: Any) -> Any:
-        """Return what an answer says."""
-        try:
-            said = parse_json(answer.data)
-        except ValueError:
-            said = None
-        if answer.status in (200, 201, 206) and said is not None:
-            return said
-        detail = said.get("detail") if isinstance(said, dict) else None
-        text = f"DIRAC answers {answer.status}: {one_line(str(detail or answer.reason), 200)}"
-        if answer.status in (400, 403, 413, 422):
-            raise DiracRefusal(answer.status, text)
-        raise BackendUnavailable(text) if answer.status in (401, 429, 503) else AnswerLost(text)
-
-    def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of an owner's jobs that have one of these values; others' jobs are visible, too, and are left out."""
-        rows: list[Row] = []
-        for first in range(0, len(values), SEARCH_LIMIT):
-            wanted = {"parameter": parameter, "operator": "in", "values": list(values[first : first + SEARCH_LIMIT])}
-            ours = {"parameter": "Owner", "operator": "eq", "value": owner}
-            body = {"parameters": list(ROW), "search": [wanted, ours], "sort": [{"parameter": "JobID", "direction": "asc"}]}
-            found = self.call("POST", "/api/jobs/search?per_page=10000", body)
-            whole = [{name: row[name] for name in ROW} for row in found]
-            rows += [row for row in whole if row["Owner"] == owner and row["Status"] != "Deleted"]
-        return rows
-
-    def upload(self, file: IO[bytes], size: int, digest: str) -> str:
-        """Bring an input sandbox to DIRAC and return its pfn; nothing is sent of what is there already."""
-        request = {"checksum_algorithm": "sha256", "checksum": digest, "size": size, "format": "tar.bz2"}
-        said = self.call("POST", "/api/jobs/sandbox", request)
-        if said.get("url"):
-            boundary = secrets.token_hex(16)
-            head = "".join(
-                f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
-                for name, value in said["fields"].items()
-            )
-            head += f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="sandbox"\r\n\r\n'
-            tail = f"\r\n--{boundary}--\r\n"
-            length = len(head.encode()) + size + len(tail)
-            headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Content-Length": str(length)}
-            file.seek(0)
-            answer = self.send("POST", said["url"], itertools.chain([head.encode()], file_chunks(file, size), [tail.encode()]), headers)
-            if answer.status not in (200, 201, 204):
-                raise BackendUnavailable(
-                    f"DIRAC's sandbox store answers {answer.status}: {one_line(answer.data.decode('utf-8', 'replace'), 200)}"
-                )
-        return str(said["pfn"])
-
-    def download(self, pfn: str, target: IO[bytes]) -> None:
-        """Bring a sandbox, verified by the SHA-256 in its name; BackendUnavailable where it is damaged or does not come."""
-        url = self.call("GET", f"/api/jobs/sandbox?pfn={quote(pfn, safe='')}")["url"]
-        answer = self.send("GET", url, preload_content=False)  # without our token: the store is another's, and refuses it
-        digest, size = hashlib.sha256(), 0
-        try:
-            for chunk in answer.stream(CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                if size > OUTPUT_LIMIT_BYTES:
-                    raise BadSandbox(f"{pfn} is larger than {OUTPUT_LIMIT_BYTES // MIB} MiB")
-                target.write(chunk)
-        except OSError:
+        made: Executor = load_plugin(config.executor)(data, config)
+    except (ImportError, AttributeError) as error:
+        if config.executor in PLUGINS:
             raise
-        except Exception as error:  # urllib3's, of many kinds; BadSandbox of ours goes on as it is
-            raise (
-                error if isinstance(error, BadSandbox) else BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}")
-            ) from error
-        finally:
-            answer.close()
-        if answer.status != 200 or f":{digest.hexdigest()}." not in pfn:
-            raise BackendUnavailable(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
+        remedy = "give local, slurm, dirac, or package.module:Class of a class that Python finds (see PYTHONPATH)"
+        raise ConfigError(f"JOBORCH_EXECUTOR is {config.executor!r}: {error}: {remedy}") from error
+    return made
 
 
-# == 22. DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
-
-
-def waits_text(row: Mapping[str, Any]) -> str:
-    """Return what a job that has not begun waits for."""
-    since = at_clock(dirac_time(row["LastUpdateTime"]))
-    return f"DIRAC: {row['Status']} since {since}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']})"
-
-
-def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
-    """Return how a job ended that left an exit file: as that says, but who ended it may be known by DIRAC alone."""
-    minor = one_line(str(row["MinorStatus"]), 100)
-    if left.exit_status == 0 or left.cause is Cause.LIMIT:
-        return left
-    if row["Status"] == "Killed":
-        return dataclasses.replace(left, cause=Cause.CANCELLED, reason=f"somebody ended job {row['JobID']} in DIRAC ({minor})")
-    if row["Status"] == "Failed" and GRID_LIMIT.search(minor):
-        return dataclasses.replace(left, cause=Cause.LIMIT, reason=f"DIRAC ended it: {minor} (job {row['JobID']})")
-    if row["Status"] == "Failed" and (left.exit_status or 0) > 128 and not SCRIPT_FAILED.search(minor):
-        return dataclasses.replace(left, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC ended it: {minor} (job {row['JobID']})")
-    return left
-
-
-def without_exit(row: Mapping[str, Any]) -> Outcome:
-    """Return how a job ended that left no exit file, by DIRAC's word."""
-    text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file came back"
-    if row["Status"] == "Killed":
-        return Outcome(False, cause=Cause.CANCELLED, reason=f"somebody ended it. {text}")
-    limit = row["Status"] == "Failed" and GRID_LIMIT.search(str(row["MinorStatus"]))
-    return Outcome(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
-
-
-class DiracExecutor:
-    """Runs payloads as jobs of DIRAC 9 and later. A handle is the job's number there; its name is the attempt's mark."""
-
-    is_batch = True
-
-    def __init__(self, data: DataFolder, config: Config, clock: Clock | None = None) -> None:
-        """ConfigError where a setting is missing, or holds what JDL cannot."""
-        if not config.dirac_url:
-            raise ConfigError("JOBORCH_DIRAC_URL is not set: give DiracX's address, as in https://dirac.example.org")
-        for service, options in config.batch.items():
-            try:
-                check_dirac_options(options)
-            except ConfigError as error:
-                raise ConfigError(f"SERVICE_{service.upper()}_{error}") from error
-        self.data, self.config, self.clock = data, config, clock or Clock()
-        self.service = DiracService(config.dirac_url, config.dirac_credentials, self.clock)
-        self.wrapper = wrapper_text(data)
-        self.lock, self.asking = threading.Lock(), threading.Lock()
-        self.rows: dict[int, Row] = {}  # what DIRAC said last, by its job number
-        self.asked_at = float("-inf")  # monotonic
-        self.asked_for: set[int] = set()
-        self.polled: dict[str, tuple[int, float]] = {}  # by mark: the number of a watched job, and when (monotonic) it was asked for
-        self.since: dict[tuple[int, str], float] = {}  # monotonic: since when a job is "missing", "ended", or of that heartbeat
-        self.killing: set[int] = set()  # jobs that are to end: they stay in the question of each tick
-        self.unbegun: set[int] = set()  # jobs that were ended before a pilot had them
-        self.born = self.clock.monotonic()
-        self.lost: dict[str, float] = {}  # by mark, monotonic: submissions whose answer was lost
-        self.bringing: dict[str, threading.Lock] = {}  # by mark: held while outputs are fetched
-        self.fetch_failed: dict[str, float] = {}  # by mark, monotonic: since when they have been tried
-        self.judging: set[str] = set()  # marks of which the outputs are being fetched
-        self.judged: dict[str, float] = {}  # by mark: `asked_at` of what was judged last
-        self.verdicts: dict[str, Outcome] = {}  # by mark
-        self.fetched: set[str] = set()  # marks of which the outputs are here, with an exit file or without
-        self.odd: set[str] = set()  # states that are not known, and were logged
-        self.trouble, self.trouble_since = "", 0.0
-
-    # -- what is wrong --
-
-    def problem(self) -> str:
-        return self.service.login.ended() or (f"{self.trouble} (since {at_clock(self.trouble_since)})" if self.trouble else "")
-
-    def login_valid_until(self) -> float | None:
-        """Return when only a person's new login helps (seconds since 1970), None where unknown."""
-        return self.service.login.valid_until()
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Keep why DIRAC could not be used, for problem(); what DIRAC refuses is tried again, too."""
-        try:
-            yield
-        except (BackendUnavailable, DiracRefusal) as error:
-            self.note(str(error))
-            raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            self.note(f"DIRAC answers what is not understood: {one_line(repr(error), 150)}")
-            raise AnswerLost(self.trouble) from error
-        self.trouble = ""
-
-    def note(self, trouble: str) -> None:
-        """Keep what is wrong, and since when something is."""
-        if not self.trouble:
-            self.trouble_since = self.clock.wall()
-        if self.trouble != trouble:
-            log.warning("%s", trouble)
-        self.trouble = trouble
-
-    # -- starting --
-
-    def start(self, job: Job) -> str:
-        with tempfile.TemporaryFile(dir=self.data.tmp) as file:
-            try:
-                prelude = self.config.batch_options(job.service).prelude
-                scripts = {LAUNCHER: launcher(job, self.config.kill_grace_s, prelude), "wrapper.sh": self.wrapper}
-                packed = pack_inputs(self.data.job(job.mark), scripts, file)
-                with self.noted():
-                    pfn = self.ask(self.service.upload, file, packed.size, packed.digest.hexdigest())
-                crash_point("dirac.uploaded")
-                jdl = build_jdl(job, self.config.batch_options(job.service), pfn)
-            except ConfigError as error:
-                raise CannotRun(str(error)) from error
-        try:
-            with self.noted():
-                said = self.ask(self.service.call, "POST", "/api/jobs/jdl", [jdl])
-                crash_point("dirac.submitted")
-                number = int(said[0]["JobID"])
-        except AnswerLost as error:
-            self.lost[job.mark] = self.clock.monotonic()
-            raise AnswerLost(f"DIRAC: the answer to a submission was lost: {one_line(str(error))}") from error
-        return str(number)
-
-    def ask(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Call the service for one payload; CannotRun where it refuses what was said, and not who said it."""
-        try:
-            return call(*arguments)
-        except DiracRefusal as error:
-            if error.status == 403:
-                raise
-            raise CannotRun(f"{error}; look at its inputs and the service's DIRAC settings") from error
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        names = {job_name(job.mark): job.mark for job in jobs}
-        with self.noted():
-            rows = self.search("JobName", list(names))
-        handles = {mark: "" for mark in names.values() if self.may_come(mark)}
-        for row in sorted(rows, key=lambda row: row["Status"] in GRID_ENDED):  # what has not ended counts first
-            mark = names.get(row["JobName"])  # None: a database may find it by another case
-            if mark and handles.get(mark):
-                self.end_twin(row, handles[mark])
-            elif mark:
-                handles[mark] = str(row["JobID"])
-                self.lost.pop(mark, None)
-        return handles
-
-    def end_twin(self, row: Row, handle: str) -> None:
-        """End a second job of one attempt: a submission whose answer was lost got through after all."""
-        if row["Status"] not in GRID_ENDED:
-            log.warning("DIRAC has job %s beside job %s for %s: it is ended", row["JobID"], handle, row["JobName"])
-            with contextlib.suppress(StillRunning, BackendUnavailable):  # it is found again, or is of no harm: its outputs are nobody's
-                self.kill(row)
-
-    def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of our jobs with these values. Raises BackendUnavailable also if somebody else is logged in now."""
-        now, note = self.service.login.owner(), self.data.path / "dirac-owner"
-        known = note.read_text(encoding="utf-8") if note.exists() else ""
-        if known and known != now:
-            remedy = f"log in as {known}, or remove {note} when none of them runs"
-            raise BackendUnavailable(
-                f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}"
-            )
-        if not known:
-            write_atomic(note, now.encode(), 0o600)
-        return self.service.search(now, parameter, values)
-
-    def may_come(self, mark: str) -> bool:
-        """Tell whether a submission that is not found may still be on its way."""
-        now = self.clock.monotonic()
-        return now - self.lost[mark] < SUBMIT_SETTLE_S if mark in self.lost else now - self.born < RESTART_SETTLE_S
-
-    # -- watching --
-
-    def look(self, numbers: Collection[int], at_once: bool = False) -> None:
-        """Ask DIRAC about these jobs, the watched ones and those being killed, unless it was just asked. Raises BackendUnavailable."""
-        with self.asking:
-            now = self.clock.monotonic()
-            if not at_once and now - self.asked_at < self.config.batch_interval_s:
-                return
-            wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
-            if not wanted and not self.trouble:
-                return
-            self.asked_at = now  # also where it fails
-            with self.noted():
-                found = {int(row["JobID"]): row for row in self.search("JobID", sorted(wanted) or [0])}
-            keys = {(number, self.aspect(found.get(number))) for number in wanted}
-            self.since = {key: self.since.get(key, now) for key in keys}
-            self.rows, self.asked_for = found, wanted
-
-    def aspect(self, row: Row | None) -> str:
-        """Return what is to be timed of a job: that it is missing, or that nothing is heard of it in its status."""
-        return "missing" if row is None else f"{row['Status']} {row['HeartBeatTime']}"
-
-    def lasting_s(self, number: int) -> float:
-        """Return for how long (seconds) a job has been missing, or has had its status without a sign of life."""
-        now = self.clock.monotonic()
-        return now - self.since.get((number, self.aspect(self.rows.get(number))), now)
-
-    def row_of(self, job: Job) -> Row | None:
-        """Return what DIRAC said last of a job; None for a stranger's that has its number after DIRAC lost its database."""
-        row = self.rows.get(int(job.handle or 0))
-        return row if row and row["JobName"] == job_name(job.mark) else None
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        self.keep_in_mind(jobs)
-        with contextlib.suppress(BackendUnavailable):  # problem() says so; its jobs are alive
-            self.look(())
-        return {job.id: self.outcome(job) for job in jobs}
-
-    def keep_in_mind(self, jobs: Sequence[Job]) -> None:
-        """Watch these jobs, and let go of those that nobody has asked for in a while: they have ended."""
-        now = self.clock.monotonic()
-        with self.lock:
-            polled = {**self.polled, **{job.mark: (int(job.handle), now) for job in jobs if job.handle}}
-            self.polled = {mark: entry for mark, entry in polled.items() if now - entry[1] < FORGET_S}
-            self.verdicts = {mark: outcome for mark, outcome in self.verdicts.items() if mark in self.polled}
-            self.judged = {mark: at for mark, at in self.judged.items() if mark in self.polled}
-            self.fetched &= set(self.polled)
-            numbers = {number for number, _ in self.polled.values()}
-            self.unbegun, self.killing = self.unbegun & numbers, self.killing & numbers
-            self.bringing = {mark: lock for mark, lock in self.bringing.items() if mark in self.polled}
-            self.fetch_failed = {mark: since for mark, since in self.fetch_failed.items() if mark in self.polled}
-
-    def outcome(self, job: Job) -> Outcome:
-        number, row = int(job.handle or 0), self.row_of(job)
-        if number not in self.asked_for:
-            return Outcome(True, waits=f"DIRAC: submitted (job {number})")
-        if job.mark in self.verdicts:
-            return self.verdicts[job.mark]
-        if row is None:
-            gone = self.lasting_s(number) >= self.config.vanish_grace_s
-            text = f"DIRAC no longer knows job {number}: somebody removed it"
-            return (
-                (read_exit(self.data.job(job.mark)) or Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)) if gone else Outcome(True)
-            )
-        if row["Status"] in GRID_ENDED or row["RescheduleCounter"]:
-            self.judge_soon(job, row)
-            return Outcome(True)
-        if row["Status"] not in NOT_BEGUN | WITH_PILOT and row["Status"] not in self.odd:
-            self.odd.add(row["Status"])
-            log.warning("DIRAC says %r of job %d, which is not known here: taken for alive", row["Status"], number)
-        return Outcome(True, waits=waits_text(row) if row["Status"] in NOT_BEGUN else "")
-
-    # -- judging --
-
-    def judge_soon(self, job: Job, row: Row) -> None:
-        """Find out in the background how a job ended: its outputs may be large."""
-        with self.lock:
-            if job.mark in self.judging or len(self.judging) >= JUDGES or self.judged.get(job.mark) == self.asked_at:
-                return
-            self.judged[job.mark] = self.asked_at
-            self.judging.add(job.mark)
-        threading.Thread(target=self.judge, args=(job, row), name=f"dirac {row['JobID']}", daemon=True).start()
-
-    def judge(self, job: Job, row: Row) -> None:
-        """Keep how a job ended for the next poll; nothing where that is not known yet."""
-        try:
-            with contextlib.suppress(BackendUnavailable, StillRunning):
-                verdict = self.verdict(job, row)
-                with self.lock:
-                    self.verdicts.update({job.mark: verdict} if verdict else {})
-        except Exception:
-            log.exception("DIRAC: job %s is looked at again", row["JobID"])
-        finally:
-            with self.lock:
-                self.judging.discard(job.mark)
-
-    def verdict(self, job: Job, row: Row) -> Outcome | None:
-        """Return how a job ended, None where its pilot may still have something of it, or bring its outputs."""
-        if row["RescheduleCounter"]:
-            self.cancel(job)
-            text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
-        self.collect(job)
-        left = read_exit(self.data.job(job.mark))
-        if left:
-            return weighed(row, left)
-        # A job that the pilot's watchdog ended is Failed before its outputs are sent.
-        late = self.lasting_s(int(row["JobID"])) >= self.config.vanish_grace_s
-        return without_exit(row) if late and (row["Status"] != "Killed" or self.is_over(row)) else None
-
-    def is_over(self, row: Row) -> bool:
-        """Tell whether a killed job surely runs no more: its pilot said so, or was not heard of for longer than it keeps silent."""
-        quiet_s = self.config.dirac_quiet_s if row["StartExecTime"] else self.config.vanish_grace_s
-        if int(row["JobID"]) in self.unbegun:
-            return True
-        return bool(PILOT_IS_DONE.search(str(row["MinorStatus"]))) or self.lasting_s(int(row["JobID"])) >= quiet_s
-
-    # -- ending --
-
-    def kill(self, row: Row) -> None:
-        """Have DIRAC note that a job is to end; StillRunning where it did not."""
-        # DIRAC goes by this time, and takes none before what a pilot with a fast clock said.
-        times = [dirac_time(row[name]) for name in ("LastUpdateTime", "HeartBeatTime", "StartExecTime")]
-        stamp = datetime.fromtimestamp(max(self.clock.wall(), *times) + 0.001, timezone.utc).isoformat(timespec="microseconds")
-        change = {"Status": "Killed", "MinorStatus": "Marked for termination", "Source": "joborch"}
-        with self.noted():
-            said = self.service.call("PATCH", "/api/jobs/status", {str(row["JobID"]): {stamp: change}})
-            noted = (said.get("success", {}).get(str(row["JobID"])) or {}).get("Status")
-        if noted != "Killed":
-            raise StillRunning(f"DIRAC did not note that job {row['JobID']} is to end")
-
-    def cancel(self, job: Job) -> None:
-        try:
-            self.stop(job)
-        except BackendUnavailable as error:
-            raise StillRunning(str(error)) from error
-
-    def stop(self, job: Job) -> None:
-        """Return when a job surely runs no more; StillRunning, BackendUnavailable."""
-        handle = job.handle or self.find([job]).get(job.mark)
-        if handle is None:
-            return
-        if not handle:
-            raise BackendUnavailable("DIRAC: whether its submission got through is waited for")
-        job, number = job._replace(handle=handle), int(handle)
-        self.look([number], at_once=True)
-        row = self.row_of(job)
-        if row and row["Status"] not in GRID_ENDED:
-            self.killing.add(number)
-            self.kill(row)
-            self.look([number], at_once=True)
-            after = self.row_of(job)
-            silent = after is not None and (after["HeartBeatTime"], after["StartExecTime"]) == (row["HeartBeatTime"], row["StartExecTime"])
-            if row["Status"] in NOT_BEGUN and silent:
-                self.unbegun.add(number)  # no pilot has it, and none gets it any more
-            elif after:
-                raise StillRunning(f"DIRAC: job {number} is marked for its pilot to end it")
-            row = after
-        if row and row["Status"] == "Killed" and not self.is_over(row) and not self.outputs_of(number):
-            self.killing.add(number)
-            raise StillRunning(f"DIRAC: job {number} is killed, and its pilot has not said that it ended it")
-        self.killing.discard(number)
-
-    # -- fetching --
-
-    def outputs_of(self, number: int) -> list[str]:
-        """Return the pfns of a job's output sandboxes, the newest first."""
-        with self.noted():
-            return [str(pfn) for pfn in reversed(self.service.call("GET", f"/api/jobs/{number}/sandbox/output"))]
-
-    def collect(self, job: Job) -> None:
-        """Bring a job's outputs into its folder, if they are not there: the exit file last, so that a crash does no harm."""
-        if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
-            return
-        with self.lock:
-            taken = self.bringing.setdefault(job.mark, threading.Lock())
-        with taken:  # poll and cancel may both want them
-            if not read_exit(self.data.job(job.mark)) and any(self.bring(job, pfn) for pfn in self.outputs_of(int(job.handle))):
-                self.fetched.add(job.mark)
-
-    def bring(self, job: Job, pfn: str) -> bool:
-        """Bring one output sandbox into a payload's folder; False where it is of no use. BackendUnavailable where it is worth another try.
-
-        What fails for FETCH_PATIENCE_S is of no use: it would hold a slot and its user's quota for ever.
-        """
-        room, first = Path(tempfile.mkdtemp(dir=self.data.tmp)), self.fetch_failed.setdefault(job.mark, self.clock.monotonic())
-        try:
-            with open(room / "sandbox", "w+b") as file:
-                self.service.download(pfn, file)
-            unpack_outputs(room, pfn, self.config.min_free_bytes, ResultLimits(self.config.max_result_bytes, self.config.max_result_files))
-            sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
-            crash_point("dirac.unpacked")
-            exchange(room / "out", self.data.job(job.mark))
-        except (BadSandbox, BackendUnavailable, DiracRefusal, OSError, LookupError, TypeError, ValueError) as error:
-            text = f"outputs of job {job.handle} cannot be had: {one_line(str(error), 200)}"
-            log.warning("DIRAC: %s", text)
-            if isinstance(error, BadSandbox) or self.clock.monotonic() - first > FETCH_PATIENCE_S:
-                return False
-            raise BackendUnavailable(f"DIRAC: {text}") from error
-        finally:
-            remove_tree(room)
-        self.fetch_failed.pop(job.mark, None)
-        return True
-
-    # -- what nobody knows of, and what is to be known before --
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        try:
-            with self.noted():
-                rows = self.search("JobName", [job_name(mark) for mark in marks]) if marks else []
-            for row in rows:
-                if row["Status"] not in GRID_ENDED:
-                    self.kill(row)
-        except (BackendUnavailable, StillRunning) as error:
-            log.warning("%s: jobs of a database that is lost may run on there", error)
-
-    def examine(self) -> Iterator[Finding]:
-        try:
-            name = self.service.login.owner()
-            self.search("JobName", ["none"])
-        except (BackendUnavailable, DiracRefusal) as error:
-            yield Finding(False, str(error))
-            return
-        except (LookupError, TypeError, AttributeError, ValueError):
-            yield Finding(False, f"{self.config.dirac_url} does not answer as DiracX does: look at JOBORCH_DIRAC_URL")
-            return
-        until = self.login_valid_until()
-        left = f" until {at_clock(until)}; before that, log in again with `dirac login`" if until else ""
-        yield Finding(True, f"DIRAC answers at {self.config.dirac_url}, as {name}, whose login is valid{left}")
-        with contextlib.suppress(BackendUnavailable, KeyError, TypeError, ValueError):
-            answer = self.service.send("GET", f"{self.service.url}/.well-known/dirac-metadata")
-            off_s = parsedate_to_datetime(answer.headers["Date"]).timestamp() - self.clock.wall()
-            if abs(off_s) > CLOCK_TOLERANCE_S:
-                yield Finding(None, f"DIRAC's clock is {format_duration(abs(off_s))} off ours: use NTP")
-
-
-def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimits | None = None) -> None:
-    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError.
-
-    Where it is over the limits, the exit file says so, in place of the script's.
-    """
-    import tarfile
-
-    (folder / "out").mkdir()
-    try:
-        with contextlib.ExitStack() as stack:
-            if pfn.endswith(".tar.zst"):  # Python reads it from 3.14 on
-                if not shutil.which("zstd"):
-                    raise BackendUnavailable("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
-                unpacker = stack.enter_context(
-                    subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE, env=helper_environment())
-                )
-                outer = stack.enter_context(tarfile.open(fileobj=unpacker.stdout, mode="r|", tarinfo=careful_members()))
-            else:
-                outer = stack.enter_context(tarfile.open(folder / "sandbox", mode="r|*", tarinfo=careful_members()))
-            member = next((member for member in outer if member.isreg() and os.path.basename(member.name) == OUTPUT_ARCHIVE), None)
-            if member is None:
-                raise BadSandbox(f"there is no {OUTPUT_ARCHIVE} in it")
-            stream = cast("IO[bytes]", outer.extractfile(member))
-            names: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": careful_members()}
-            inner = stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz", **names))
-            left_out = unpack(inner, folder / "out", spare_bytes, limits)
-    except SandboxTooLarge as error:
-        exit_file, left_out = folder / "out" / "exit.json", []
-        exit_file.unlink(missing_ok=True)
-        exit_file.write_text(json.dumps({"status": 1, "left": 0, "limit": 1, "reason": f"the result has {error}"}), encoding="ascii")
-    except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
-            raise
-        raise BadSandbox(f"it is damaged: {one_line(str(error))}") from error
-    if left_out:
-        log.warning(
-            "%d entries of %s were left out: links out of their folder, or devices (%s...)", len(left_out), pfn, one_line(left_out[0], 80)
-        )
-
-
-def exchange(new: Path, folder: Path) -> None:
-    """Put what came back into a payload's folder in place of what is there: the exit file last, it says that all is there."""
-    aside = new.with_name("old")
-    aside.mkdir()
-    names = sorted(os.listdir(new), key=lambda name: name == "exit.json")
-    for name in names:
-        if os.path.lexists(folder / name):
-            os.rename(folder / name, aside / name)
-        os.rename(new / name, folder / name)
-        crash_point("dirac.exchanged")
-    remove_tree(aside)
-
-
-EXECUTORS: Mapping[str, Callable[[DataFolder, Config], Executor]] = {
-    "local": lambda data, config: LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options),
-    "slurm": SlurmExecutor,
-    "dirac": DiracExecutor,
-}
-
-
-# == 23. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 18. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -7286,7 +5679,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 24. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 19. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -7592,7 +5985,7 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-# == 25. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 20. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -8014,7 +6407,7 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 26. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 21. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def token_place(config: Config) -> Path | None:
@@ -8613,7 +7006,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 27. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 22. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -9194,7 +7587,7 @@ def row_of(node: Node, path: Path) -> Job | None:
 BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
 
 
-# == 28. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+# == 23. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -9532,7 +7925,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 29. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 24. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
@@ -9862,7 +8255,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 30. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 25. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -10262,7 +8655,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 31. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -10473,7 +8866,7 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 32. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 27. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
@@ -10484,7 +8877,7 @@ class Client(Node):
 
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         super().__init__(config, store, data, clock)
-        self.executor = EXECUTORS[config.executor](data, config)
+        self.executor = make_executor(data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
         self.holds = Holds(self.clock)
         self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
@@ -11043,7 +9436,7 @@ def end_orphans(client: Client) -> None:
             log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
 
 
-# == 33. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 28. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -11273,7 +9666,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 34. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 29. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -11417,7 +9810,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 35. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 30. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -11580,6 +9973,7 @@ def route(
 @functools.lru_cache(maxsize=2)
 def routes_of(mode: str) -> tuple[Route, ...]:
     """Return the routes of one mode."""
+    load_plugin("documents")  # it declares routes
     return tuple(found for found in ROUTES if mode in found.mode.split())
 
 
@@ -11910,7 +10304,7 @@ PARTS = {
 }
 
 
-# == 36. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 31. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -12382,7 +10776,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 37. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 32. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -12688,7 +11082,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 38. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 33. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -12976,7 +11370,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 39. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -13110,7 +11504,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 40. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -13569,7 +11963,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 41. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -13759,218 +12153,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 42. Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
-
-SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
-SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
-SWAGGER_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>joborch</title><meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="stylesheet" href="swagger-ui.css"><link rel="icon" href="favicon-32x32.png"></head>
-<body><div id="swagger-ui"></div><script src="swagger-ui-bundle.js"></script><script src="start.js"></script></body>
-</html>
-"""
-SWAGGER_START = 'SwaggerUIBundle({url: "/api-docs/openapi.json", dom_id: "#swagger-ui", validatorUrl: null});\n'
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-def package_file(package: str, path: str) -> bytes:
-    """Return a file of an installed or packed package, without importing the package."""
-    spec: Any = importlib.util.find_spec(package)
-    return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
-
-
-def openapi(mode: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of one mode, made from the declared routes."""
-    paths: dict[str, dict[str, Any]] = {}
-    for declared in ROUTES:
-        if mode in declared.mode.split():
-            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
-            paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
-            if declared.method == "GET":
-                head = openapi_operation(declared)
-                head["operationId"] += "_head"
-                head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
-                paths[path]["head"] = head
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"joborch {mode}", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
-        "paths": paths,
-        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-    }
-
-
-def openapi_operation(declared: Route) -> dict[str, Any]:
-    """Return one operation of the description."""
-    operation: dict[str, Any] = {
-        "operationId": declared.handler.__name__,
-        "summary": declared.summary,
-        "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
-        "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
-    }
-    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
-    if declared.who == "caller":
-        for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
-            operation["responses"].setdefault(
-                str(code),
-                openapi_response(Gives(text, JSON_TYPE, {"message": "a token is needed: send the header Authorization: Bearer TOKEN"})),
-            )
-    plain = [parameter for parameter in declared.takes if parameter.place != "form"]
-    if plain:
-        operation["parameters"] = [openapi_parameter(parameter) for parameter in plain]
-    if declared.takes_form:
-        operation["requestBody"] = openapi_form([parameter for parameter in declared.takes if parameter.place == "form"])
-    return operation
-
-
-def openapi_response(said: Gives) -> dict[str, Any]:
-    """Return one answer of an operation, with its example."""
-    response: dict[str, Any] = {"description": said.meaning}
-    if said.content == JSON_TYPE:
-        response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
-    elif said.content:
-        response["content"] = {said.content: {}}
-    return response
-
-
-def openapi_schema_of(example: Any) -> dict[str, Any]:
-    """Return the JSON type of an example; an object's fields may hold null, and there may be more of them."""
-    return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
-
-
-def openapi_parameter(parameter: Parameter) -> dict[str, Any]:
-    """Return one parameter of an operation, with its example."""
-    return {
-        "name": parameter.name,
-        "in": parameter.place,
-        "required": parameter.required,
-        "description": parameter.help,
-        "schema": openapi_schema(parameter),
-        "example": parameter.example,
-    }
-
-
-def openapi_schema(parameter: Parameter) -> dict[str, Any]:
-    """Return the JSON schema of a parameter."""
-    if parameter.kind == "file":
-        return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
-    bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
-    allowed = {
-        **({"enum": list(parameter.choices)} if parameter.choices else {}),
-        **({"pattern": parameter.pattern} if parameter.pattern else {}),
-    }
-    return {"type": parameter.kind, **bounds, **allowed}
-
-
-def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    """Return the request body of a route that takes a form."""
-    properties = {parameter.name: {**openapi_schema(parameter), "description": parameter.help} for parameter in parameters}
-    for parameter in parameters:
-        if parameter.example is not None:
-            properties[parameter.name]["examples"] = [parameter.example]
-    schema = {"type": "object", "properties": properties, "required": [parameter.name for parameter in parameters if parameter.required]}
-    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-
-
-def routes_table(mode: str) -> str:
-    """Return the README's table of routes, in Markdown."""
-    rows = ["| method and path | what it does | answers |", "|---|---|---|"]
-    for declared in ROUTES:
-        if mode in declared.mode.split():
-            path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
-            codes = ", ".join(str(code) for code in sorted(declared.gives))
-            rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
-    return "\n".join(rows)
-
-
-@route(
-    "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
-)
-def show_openapi(node: Node, request: Request) -> Answer:
-    """Describe the HTTP interface as OpenAPI 3.1."""
-    return Answer(openapi(node.config.mode))
-
-
-@route("GET", "/swagger", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
-def swagger_redirect(node: Node, request: Request) -> Answer:
-    """Send a browser to Swagger UI."""
-    return Answer(None, 302, {"Location": "/swagger-ui/"})
-
-
-@route("GET", "/swagger-ui", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
-def swagger_slash(node: Node, request: Request) -> Answer:
-    """Send a browser to Swagger UI."""
-    return Answer(None, 302, {"Location": "/swagger-ui/"})
-
-
-@route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
-def swagger_page(node: Node, request: Request) -> Answer:
-    """Show Swagger UI, from inside this file: no other address is asked."""
-    return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
-
-
-SWAGGER_NAME = Parameter("name", "path", "string", "a file of Swagger UI", "swagger-ui.css", required=True)
-SWAGGER_GIVES = {200: Gives("the file", "text/css"), 404: Gives("no such file", JSON_TYPE, {"message": "Swagger UI has no such file"})}
-
-
-@route("GET", "/swagger-ui/<name>", "server client", who="anyone", takes=(SWAGGER_NAME,), gives=SWAGGER_GIVES)
-def swagger_file(node: Node, request: Request, name: str) -> Answer:
-    """Serve one file of Swagger UI."""
-    if name == "start.js":
-        return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
-    if name not in SWAGGER_FILES:
-        raise HttpError(404, "Swagger UI has no such file")
-    return Answer(
-        package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
-        200,
-        {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"},
-    )
-
-
-# == 43. Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
-
-
-def examine(config: Config) -> Iterator[Finding]:
-    """Yield what was found on this machine for a server or client with these settings; nothing is changed."""
-    yield Finding(True, f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, joborch {__version__}")
-    yield from (Finding(None, warning) for warning in config.warnings)
-    yield from weak_setups(config)
-    yield from examine_environment(config)
-    if config.mode == "client":
-        yield from examine_limits(config)
-    yield from examine_folder(config)
-    yield examine_port(config)
-    if config.mode == "client":
-        yield from examine_token(config)
-        yield from (Finding(None, text) for text in forgotten_executor(config))
-        with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
-            data = DataFolder(folder)
-            try:
-                data.open()
-                yield from EXECUTORS[config.executor](data, config).examine()
-            except ConfigError as error:
-                yield Finding(False, str(error))
-    met: dict[str, dict[str, str]] = {}
-    for service in config.services.values():
-        for address in service.addresses:
-            yield from examine_client(address, service, config.ca_file, met)
-    yield from map(examine_names, filter(lambda starts: len(starts) > 1, met.values()))
-
-
-def examine_names(starts: Mapping[str, str]) -> Finding:
-    """Say of several URLs at which the same client answers, with the start of its process there, what that means."""
-    names = joined_names(list(starts))
-    if len(set(starts.values())) > 1:
-        return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
-    return Finding(None, f"{names} are one client: its slots are counted once; name it by one URL in all services")
-
-
-def joined_names(names: Sequence[str]) -> str:
-    """Return names as people list them: `a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+# == 37. Weak set-ups ==  What lets others in is refused or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -14040,163 +12223,6 @@ def token_names(config: Config) -> list[str]:
     return ["JOBORCH_TOKEN", *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN"))]
 
 
-def examine_environment(config: Config) -> Iterator[Finding]:
-    """Yield what of the environment is a risk, and what scripts do not get of it."""
-    for name in token_names(config):
-        if config.sources.get(name) == "environment":
-            why = "a script of the same user could read it there in the moment in which joborch starts"
-            yield Finding(None, f"{name} is in the environment: {why}; keep it in a file, and set {name}_FILE")
-    names = left_out(os.environ, config.pass_env)
-    if config.mode == "client" and names:
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        text = f"scripts do not get {plural(len(names), 'variable', 'variables')} of this environment ({shown})"
-        yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
-
-
-SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
-    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: format_duration(float(value)), resource.RLIM_INFINITY),
-    (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
-    (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
-    (resource.RLIMIT_FSIZE, "-Sf", "the size of a file", size_text, resource.RLIM_INFINITY),
-    (resource.RLIMIT_NOFILE, "-Sn", "open files", str, 1024),
-)
-
-
-def examine_limits(config: Config) -> Iterator[Finding]:
-    """Yield which limits of the shell that starts a client would end it or its scripts."""
-    found = False
-    for limit, flag, what, text, enough in SHELL_LIMITS:
-        soft = first_file_limit()[0] if limit == resource.RLIMIT_NOFILE else resource.getrlimit(limit)[0]
-        if soft == resource.RLIM_INFINITY or 0 <= enough <= soft:
-            continue
-        found = True
-        whom = "the client and each script are ended or fail" if config.executor == "local" else "the client is ended or fails"
-        if config.executor == "slurm" and any(map(propagates, config.batch.values())):
-            whom += ", and so may jobs to which SLURM_ARGS passes it on"
-        most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
-        remedy = f"ulimit {flag} {most} before the start, or ask the site where services may run"
-        yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
-    if not found:
-        yield Finding(True, "this shell does not limit CPU time, memory or files (ulimit -S)")
-
-
-def examine_folder(config: Config) -> Iterator[Finding]:
-    """Yield what is to be said of the data folder: whether it can be written, its space, its clock, and who sees it."""
-    place = Path(config.data_path)
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.NamedTemporaryFile(dir=place) as probe:
-            ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
-            locks = trouble_with_lock(probe.fileno())
-    except OSError as error:
-        yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
-        return
-    if locks:
-        yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
-    free, needed = free_bytes(place), config.min_free_bytes
-    remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
-    yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
-    if abs(ahead_s) > CLOCK_TOLERANCE_S:
-        how = "ahead of" if ahead_s > 0 else "behind"
-        yield Finding(
-            None, f"the clock of that file system is {format_duration(abs(ahead_s))} {how} this machine's: shown times may be wrong"
-        )
-    shared = on_network(str(place))
-    if config.mode == "client" and config.executor == "slurm" and not shared:
-        yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
-    elif shared:
-        yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
-
-
-def trouble_with_lock(descriptor: int) -> str:
-    """Return why a file that nobody else uses cannot be locked, and the remedy; an empty text if it can."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return lock_trouble(error)
-    return ""
-
-
-def examine_port(config: Config) -> Finding:
-    """Say whether the port is free on every address, or which joborch of this user listens there."""
-    try:
-        for listener in open_listeners(config.host, config.port):
-            listener.close()
-        return Finding(True, f"port {config.port} is free")
-    except ConfigError as error:
-        problem = str(error)
-    said = own_health(config)
-    another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
-    if another or not is_in_use(Path(config.data_path)):
-        who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
-        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or end it" if who else problem)
-    trouble = said.get("problem") or said.get("message")
-    return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
-
-
-def own_connection(config: Config) -> socket.socket | None:
-    """Return a connection to the running process that has our port, if this user or root holds its other end; else None.
-
-    By the Unix socket of a server if it has one, else over TCP.
-    """
-    places: list[tuple[socket.AddressFamily, Any]] = []
-    path = socket_path(config.socket_file, config.port) if config.mode == "server" else None
-    if path is not None:
-        places.append((socket.AF_UNIX, str(path)))
-    for host in config.host.split(","):
-        address = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host.strip(), host.strip())
-        places.append((socket.AF_INET6 if ":" in address else socket.AF_INET, (address, config.port)))
-    for family, place in places:
-        connection = socket.socket(family, socket.SOCK_STREAM)
-        connection.settimeout(CONNECT_TIMEOUT_S)
-        with contextlib.suppress(OSError):
-            connection.connect(place)
-            deadline = time.monotonic() + CONNECT_TIMEOUT_S
-            while peer_uid(connection) is None and time.monotonic() < deadline:
-                time.sleep(0.01)  # nobody holds the other end before it is accepted
-            if is_own_user(peer_uid(connection)):
-                return connection
-        connection.close()
-    return None
-
-
-def own_health(config: Config) -> dict[str, Any]:
-    """Return what a running server or client of this user says of itself; empty if there is none. It shows its token to no other user."""
-    import http.client
-
-    connection = own_connection(config)
-    if connection is None:
-        return {}
-    token = config.token.split(",")[0]
-    path = client_token_file() if config.mode == "client" and not token else None
-    caller = http.client.HTTPConnection("127.0.0.1", config.port)
-    caller.sock = connection
-    with contextlib.closing(caller), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        if path is not None and path.exists():
-            token = path.read_text(encoding="ascii").strip()
-        caller.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
-        said = parse_json(caller.getresponse().read(MIB))
-        return said if isinstance(said, dict) else {}
-    return {}
-
-
-def examine_token(config: Config) -> Iterator[Finding]:
-    """Yield whether a client could not read the token that it made, or not make one at its first start."""
-    if config.token or config.allow_anonymous:
-        return
-    path = token_place(config)
-    if path is None:
-        yield Finding(False, f"there is no home folder to keep a token in: {token_remedy(config)}")
-        return
-    place = path
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.R_OK if place == path else os.W_OK | os.X_OK):
-        what = "read" if place == path else f"made (nothing can be written in {place})"
-        yield Finding(False, f"the token file {path} cannot be {what}: {token_remedy(config)}")
-
-
 def forgotten_executor(config: Config) -> list[str]:
     """Return a question about a client that runs payloads itself on what looks like the login node of a cluster, if it is one."""
     forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
@@ -14205,170 +12231,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
 
 
-def is_in_use(folder: Path) -> bool:
-    """Tell whether a joborch runs on this data folder now."""
-    try:
-        with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in LOCK_HELD and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
-    return False
-
-
-def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, proves itself, works, and has our time; note in `met` which instance it is."""
-    link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
-    link.services.append(service)
-    link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
-    name = f"service {service.name}: {address.name}"
-    try:
-        if not link.legacy:
-            heard = link.events(0, ())
-            met.setdefault(heard.instance, {})[address.name] = heard.start
-            said = said_of_health(link)
-        else:
-            link.ping()
-            yield Finding(None, f"{name} answers, and is taken for a 2.2 client, which cannot prove who it is")
-            return
-    except Gone:
-        yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
-        return
-    except (NothingSent, NoAnswer) as error:
-        text = str(error).replace("<NAME>", service.name.upper())
-        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
-        yield Finding(False, f"{name} does not let us in: {text}" if link.ours else f"{name}: {text}{hint}")
-        return
-    trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
-    kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
-    yield Finding(not trouble, f"{name} answers{kind}{trouble}")
-    if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
-        yield Finding(
-            None,
-            f"{address.name}: its clock is {format_duration(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both",
-        )
-
-
-def said_of_health(link: Link) -> dict[str, Any]:
-    """Return what a client says of itself to a server that has proven who it is, with `ahead_s`, by how much its clock is ahead."""
-    answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
-    text = read_some(answer, 64 * KIB)
-    try:
-        said = read_answer(text)
-        return {**said, "ahead_s": parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
-
-
-# == 44. Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that is free now, on 127.0.0.1 and ::1."""
-    listeners = open_listeners(DEFAULT_HOSTS, 0)
-    port = int(listeners[0].getsockname()[1])
-    for listener in listeners:
-        listener.close()
-    return port
-
-
-def example_file(name: str) -> bytes:
-    """Return a file of the example, from the .pyz or from beside this module."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    beside = Path(__file__).parent
-    installed = beside / "joborch_example" / name  # as pip puts it
-    return (installed if installed.exists() else beside / "example" / name).read_bytes()
-
-
-class Demo:
-    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ports = {"server": free_port(), "client": free_port()}
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.base = f"http://127.0.0.1:{self.ports['server']}"
-
-    def start(self, mode: str) -> None:
-        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
-        self.token = token
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
-        }
-        ours = {
-            "PORT": str(self.ports[mode]),
-            "DATA_PATH": str(self.folder / mode),
-            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
-            **(
-                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
-                if mode == "server"
-                else {}
-            ),
-            "JOBORCH_MIN_FREE": "0",
-        }
-        with open(self.folder / f"{mode}.log", "ab") as log_file:
-            program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
-            self.processes.append(
-                subprocess.Popen(
-                    program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-                )
-            )
-
-    def wait_ready(self, mode: str) -> None:
-        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
-        import urllib3
-
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
-                    return
-            time.sleep(0.05)
-        tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
-        raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
-
-    def run_example(self) -> dict[str, Any]:
-        """Send the example and wait for its end; return the job."""
-        import urllib3
-
-        files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
-        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
-        job: dict[str, Any] = answer.json()
-        if answer.status != 201:
-            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
-        say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
-        deadline = time.monotonic() + 60
-        while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
-            query = {"wait": "10", "since": job["status"]}
-            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
-            say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
-        return job
-
-    def summary(self, job: Mapping[str, Any]) -> str:
-        """Download the result and return its one-line summary."""
-        import urllib3
-
-        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
-        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
-            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
-            return result.read("summary.txt").decode().strip()
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.wait(10)
-
-
-def say(text: str) -> None:
-    """Print one step of the demo."""
-    print(f"  {text}", flush=True)
-
-
-# == 45. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 38. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -14603,95 +12466,6 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
         node.wake("run")
 
 
-def shown_value(value: Any) -> str:
-    """Return a setting's value as a person would write it."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
-
-
-def masked(setting: Setting, value: Any) -> str:
-    """Return a setting's value as a person would write it; a secret is masked."""
-    return "***" if setting.secret and value else shown_value(value)
-
-
-def config_rows(config: Config) -> list[tuple[str, str, str]]:
-    """Return (name, value, source) of every effective setting; secrets are masked."""
-    rows = [(each.name, masked(each, getattr(config, each.field))) for each in SETTINGS if config.mode in each.modes.split()]
-    for service in config.services.values():
-        urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
-        for setting in settings_of(Service):
-            if not setting.name.endswith("_URL"):  # CLIENTS shows them
-                value = urls if setting.name == "CLIENTS" else masked(setting, getattr(service, setting.field))
-                rows.append((f"SERVICE_{service.name.upper()}_{setting.name}", value))
-    for owner, options in sorted(config.batch.items()):
-        given = [(setting, getattr(options, setting.field)) for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
-        rows += [
-            (f"SERVICE_{owner.upper()}_{setting.name}", shlex.join(value) if isinstance(value, tuple) else shown_value(value))
-            for setting, value in given
-        ]
-    return [(name, value, config.sources.get(name, "default")) for name, value in rows]
-
-
-def command_config(config: Config, as_json: bool) -> int:
-    """Print the effective settings."""
-    rows = config_rows(config)
-    if as_json:
-        print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}, indent=2))
-    else:
-        width = max(len(name) for name, _, _ in rows)
-        print("\n".join(f"{name:<{width}}  {value or '-'}  ({source})" for name, value, source in rows))
-    for warning in config.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return EXIT_DONE
-
-
-def command_doctor(config: Config, as_json: bool) -> int:
-    """Print what was found; exit status 1 where something does not work."""
-    found = []
-    for finding in examine(config):
-        found.append(finding)
-        if not as_json:
-            print(f"{ {True: 'ok', None: 'note', False: 'PROBLEM'}[finding.good]:<8}{one_line(finding.text, 500)}", flush=True)
-    good = all(finding.good is not False for finding in found)
-    if as_json:
-        print(json.dumps({"good": good, "findings": [finding._asdict() for finding in found]}, indent=2))
-    return EXIT_DONE if good else EXIT_FAILED
-
-
-def command_backup(config: Config, file: str) -> int:
-    """Copy the database to a file."""
-    try:
-        back_up(config.db_path, Path(file))
-    except OSError as error:
-        raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); it holds no files of jobs, which are in {config.data_path}")
-    return EXIT_DONE
-
-
-def command_restore(config: Config, file: str) -> int:
-    """Put a backup in the place of the database."""
-    data = DataFolder(config.data_path)
-    data.open()
-    data.lock_database(config.db_path)
-    try:
-        kept, unclaimed = restore(config.db_path, data, file)
-    except OSError as error:
-        raise JoborchError(f"{config.db_path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"restored {config.db_path} from {file}; jobs that came after it must be sent again")
-    if kept:
-        print(f"the database that was there is {kept}")
-    if unclaimed:
-        print(f"files of jobs that the backup does not know are in {unclaimed}: remove them when nobody misses them")
-    return EXIT_DONE
-
-
 def bundled_packages() -> dict[str, str]:
     """Return the versions of the packages in use: of the .pyz, else those installed."""
     loader: Any = globals().get("__loader__")
@@ -14712,38 +12486,6 @@ def command_version(as_json: bool) -> int:
     """Print the versions of all that runs here."""
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
     print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
-    return EXIT_DONE
-
-
-def command_demo(keep: bool) -> int:
-    """Show the whole way of a job: exit status 0 where it was completed."""
-    started = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
-    demo = Demo(folder)
-    finished = False
-    try:
-        print("joborch demo: a server and a client, and a protein structure sent through them")
-        for mode in ("client", "server"):
-            demo.start(mode)
-        for mode in ("client", "server"):
-            demo.wait_ready(mode)
-            say(f"{mode} answers at http://127.0.0.1:{demo.ports[mode]}")
-        job = demo.run_example()
-        if job["status"] != Status.COMPLETED.value:
-            raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
-        print(f"result: {demo.summary(job)}")
-        print(f"done in {format_duration(time.monotonic() - started)}")
-        finished = True
-    finally:
-        if not (keep and finished):
-            demo.stop()
-            shutil.rmtree(folder, ignore_errors=True)
-    if keep:
-        pids = " ".join(str(process.pid) for process in demo.processes)
-        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); end them with: kill {pids}")
-    else:
-        program = shlex.quote(sys.argv[0])
-        print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")
     return EXIT_DONE
 
 
@@ -14840,16 +12582,17 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "version":
         return command_version(arguments.json)
     if arguments.command == "demo":
-        return command_demo(arguments.keep)
+        return int(load_plugin("admin").command_demo(arguments.keep))
     mode = arguments.mode if arguments.command in ("config", "doctor") else "client" if arguments.command == "client" else "server"
     config = load_config(mode, vars(arguments), os.environ)
-    if arguments.command == "backup":
-        return command_backup(config, arguments.file)
-    if arguments.command == "restore":
-        return command_restore(config, arguments.file)
-    if arguments.command == "doctor":
-        return command_doctor(config, arguments.json)
-    return command_config(config, arguments.json) if arguments.command == "config" else serve(config)
+    if arguments.command in ("server", "client"):
+        return serve(config)
+    admin = load_plugin("admin")
+    if arguments.command in ("backup", "restore"):
+        work = admin.command_backup if arguments.command == "backup" else admin.command_restore
+        return int(work(config, arguments.file))
+    work = admin.command_doctor if arguments.command == "doctor" else admin.command_config
+    return int(work(config, arguments.json))
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:

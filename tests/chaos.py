@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from harness import ENDED, SOURCE, Process, end_all_below, field_part, file_part, form, form_type, free_port
+from harness import ENDED, Process, end_all_below, field_part, file_part, form, form_type, free_port, program_text
 from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
 from proxy import Fault, Proxy
 
@@ -43,7 +43,7 @@ TOKEN = "a-token-for-tests-only"
 LIMITS = Quota(4, 10)
 LOST_AFTER_S = 20.0
 PAYLOAD = b"PAYLOAD:"
-POINTS = sorted(set(re.findall(r'crash_point\("([\w.]+)"\)', SOURCE.read_text())))
+POINTS = sorted(set(re.findall(r'crash_point\("([\w.]+)"\)', program_text())))
 BETWEEN_MACHINES = ("cut_request", "cut_answer", "lost_answer", "reset", "stall", "drip", "garbage", "rubbish", "duplicate")
 TO_USERS = ("cut_request", "cut_answer", "lost_answer", "reset", "stall", "drip", "garbage", "duplicate")
 SKEW_SOURCE = r"""

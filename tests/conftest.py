@@ -9,12 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from harness import ROOT, Pair, Process, end_all_below
+from world import Desk, Peer, Yard
+
+import joborch
+from joborch import DataFolder
 
 MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
@@ -125,3 +129,74 @@ def root() -> None:
     """Marks a test that only root can run."""
     if os.geteuid() != 0:
         pytest.skip("needs root: it runs processes as another user of the machine")
+
+
+# == Servers and clients in this process ==
+
+
+@pytest.fixture(name="data")
+def data_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataFolder]:
+    """An opened data folder; what it changes of the process is changed back."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    umask = os.umask(0o022)
+    folder = DataFolder(str(tmp_path / "data"))
+    folder.open()
+    yield folder
+    os.umask(umask)
+    folder.lock.close()
+
+
+@pytest.fixture(name="peer")
+def peer_fixture() -> Iterator[Peer]:
+    """A peer, closed with the test."""
+    made = Peer()
+    yield made
+    made.close()
+
+
+@pytest.fixture(name="desk")
+def desk_fixture(peer: Peer, data: DataFolder) -> Iterator[Desk]:
+    """A server with one service at one client, the peer."""
+    made = Desk(data, peer.url, JOBORCH_MIN_FREE="0")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def desk22(peer: Peer, data: DataFolder) -> Iterator[Desk]:
+    """The same with a 2.2 client, told by three URLs."""
+    urls = {
+        f"SERVICE_EXAMPLE_{name}_URL": f"{peer.url}/{path}" for name, path in (("UPLOAD", "in"), ("DOWNLOAD", "out"), ("TERMINATE", "end"))
+    }
+    made = Desk(data, "", **urls, SERVICE_EXAMPLE_PEER="2.2")
+    assert made.link.legacy
+    yield made
+    made.store.close()
+
+
+@pytest.fixture(name="yard")
+def yard_fixture(data: DataFolder) -> Iterator[Yard]:
+    """A client with two slots."""
+    made = Yard(data)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def no_long_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick that would wait for news comes back at once."""
+    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 0.0)
+
+
+@pytest.fixture
+def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may signal a process that is not in a session of a payload's own, whatever fault it finds."""
+    real, own = joborch.signal_all, os.getsid(0)
+
+    def guarded(processes: Iterable[Process], number: int) -> None:
+        chosen = list(processes)
+        strangers = [process for process in chosen if process.pid == 1 or process.session in (0, own)]
+        assert not strangers, f"signal {number} for processes that are no payload's: {strangers[:5]}"
+        real(chosen, number)
+
+    monkeypatch.setattr(joborch, "signal_all", guarded)

@@ -33,6 +33,7 @@ from pythons import pythons
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "joborch.py"
+PLUGINS = sorted((ROOT / "joborch_plugins").glob("*.py"))
 EXAMPLE = ROOT / "example"
 BOUNDARY = "----joborch-tests"
 NOBODY_UID = 65534
@@ -41,6 +42,11 @@ ENDED = {"Completed", "Failed", "Invalid", "Killed", "Cleaned"}
 LIMIT_S = 30.0
 PAUSE_S = 0.02
 T = TypeVar("T")
+
+
+def program_text() -> str:
+    """The source of the whole program: the module and its plug-ins."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (SOURCE, *PLUGINS))
 
 
 # == Waiting ==

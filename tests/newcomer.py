@@ -14,7 +14,8 @@ from urllib.request import urlopen
 from harness import LIMIT_S, clean_environment, wait_for
 
 PORTS = {"server": 5000, "client": 9000}
-STARTS = re.compile(r"python3 joborch\.pyz (server|client)$")  # a line that goes on running in its terminal
+# A line that keeps running in its terminal.
+STARTS = re.compile(r"([A-Z_]+=\S+ )*python3 joborch\.pyz (?P<role>server|client)( --env-file \S+)?$")
 
 
 def section(markdown: str, title: str) -> str:
@@ -75,9 +76,11 @@ class Newcomer:
         """Type a line that runs on, and wait until it answers."""
         log_path = self.folder / f"terminal{len(self.running)}.log"
         with log_path.open("wb") as log:
-            command = ["bash", "-c", f"exec {line}"]
+            command = ["bash", "-c", f"exec env {line}"]
             self.running.append(subprocess.Popen(command, cwd=here, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        role = line.split()[-1]
+        started = STARTS.match(line)
+        assert started, line
+        role = started["role"]
         wait_for(lambda: answers(PORTS[role]), what=f"an answer of the {role}")
         return Typed(line, self.running[-1].poll(), [log_path.read_text()])
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What a policy would have made of a month: the program's own scheduling functions on a trace, without sleeping.
 
-    python tests/simulate.py                       a synthetic month of 40,000 jobs; table, and plots into docs/
+    python tests/simulate.py                       a synthetic month of 40,000 jobs: prints two tables
+    python tests/simulate.py --plot docs/waits.svg the same, and draws the picture in docs/scheduling.md
     python tests/simulate.py --trace FILE.swf      any trace in the Standard Workload Format (Feitelson's archive)
 
 Time is what the trace says: the next event is an arrival or an end. Who is next is decided by `rank_of`, `used`, `cap_idle_credit`,
@@ -303,7 +304,7 @@ COLOURS = {"share": "#1b6ca8", "fifo": "#c8553d", "priority": "#5a8f29"}
 
 
 def plot_waits(curves: dict[str, list[float]]) -> str:
-    """Which part of all jobs has begun after which wait, as an SVG: the further to the left, the better."""
+    """Return an SVG of the share of all jobs that have started after a given wait: the further to the left, the better."""
     width, height, left, bottom = 640, 320, 60, 40
     least, most = 1.0, max(max(waits) for waits in curves.values())
     x_of = lambda wait: left + (width - left - 20) * math.log(max(wait, least) / least) / math.log(most / least)  # noqa: E731
@@ -323,7 +324,7 @@ def plot_waits(curves: dict[str, list[float]]) -> str:
         path = "L".join(f"{x_of(wait):.1f} {y_of(part):.1f}" for wait, part in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
         parts.append(f'<text x="{left + 12}" y="{40 + 18 * number}" fill="{COLOURS[name]}">{name}</text>')
-    middle, said = (left + width) / 2, "waited at most so long (part of all jobs)"
+    middle, said = (left + width) / 2, "wait before the start, and the share of all jobs that waited no longer"
     parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{said}</text></svg>')
     return "\n".join(parts) + "\n"
 

@@ -31,11 +31,7 @@ from conftest import MakeProcess
 from harness import Process, wait_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture, new_folder  # noqa: F401 - a fixture
-from test_links import make_link
-from test_server import Desk
-from test_states import BOUNDED, changed, new_job, tried
+from world import BOUNDED, Desk, Yard, ask, changed, make_link, new_folder, new_job, tried
 
 import joborch
 from joborch import BadAnswer, DataFolder, EventsReply, Job, JoborchError, Link, NoAnswer, NothingSent, Status

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 from conftest import MakePair
-from harness import Pair, Process, download, free_port, from_source, submit, wait_for, wait_status
+from harness import Pair, download, free_port, submit, wait_for, wait_status
 from history import gather, read_log
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_server import Desk
-from test_states import HandClock, new_job, tried
+from world import Desk, HandClock, command, new_job, tried
 
 import joborch
-from joborch import ConfigError, DataFolder, JoborchError, Status, Store, back_up, restore
+from joborch import ConfigError, DataFolder, JoborchError, Status, Store
+from joborch_plugins.admin import back_up, restore
 
 
 @pytest.fixture(name="desk")
@@ -191,11 +189,6 @@ def test_a_new_database_beside_old_files_deletes_nothing(make_pair: MakePair) ->
     assert (unclaimed / "jobs" / folder.name / "run.sh").read_text() == "true"
     assert pair.server.get(f"/jobs/{job}").status_code == 404
     assert str(unclaimed) in pair.server.log
-
-
-def command(process: Process, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command of joborch with the settings of a process."""
-    return subprocess.run([*from_source(), *words], env=process.environment(), capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_backup_and_restore_as_a_person_does_them(own_pair: Pair, tmp_path: Path) -> None:

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import io
-import json
 import os
 import shutil
 import tempfile
 import threading
-import time
-import wsgiref.util
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BOUNDARY, alive, disk_bytes, field_part, file_part, form, free_port, part, processes_below, wait_for
+from harness import alive, disk_bytes, field_part, file_part, free_port, part, processes_below, wait_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from test_executors import AT_HOME, end_payloads, soon, strangers_are_safe  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_server import no_long_polls, send_next  # noqa: F401 - a fixture
-from test_states import HandClock, new_job
-from test_store import together
-from waitress import wasyncore
+from world import Yard, ask, new_job, send_next, serving, soon, submit_payload, together
 
 import joborch
 from joborch import (
     BUSY,
     OVER,
     Cause,
-    Client,
     DataFolder,
     FilesBody,
     Job,
@@ -49,189 +38,14 @@ from joborch import (
     end_tick,
     limit_tick,
     load_config,
-    recover_payloads,
     run_tick,
     sweep,
 )
 
+pytestmark = pytest.mark.usefixtures("strangers_are_safe", "no_long_polls")
+
+
 UUID = "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0"
-
-# == Requests without a socket ==
-
-
-@dataclasses.dataclass
-class Said:
-    """An answer of the application."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        """The body, read as JSON."""
-        return json.loads(self.body)
-
-
-def ask(node: joborch.Node, method: str, path: str, body: bytes = b"", **headers: str) -> Said:
-    """One request to a node's application; headers are named with underscores."""
-    path, _, query = path.partition("?")
-    path = path.encode().decode("latin-1")  # WSGI has bytes in texts (PEP 3333)
-    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "wsgi.input": io.BytesIO(body)}
-    environ["CONTENT_LENGTH"] = str(len(body))
-    environ["joborch.caller"] = joborch.Caller("default", "token")
-    for name, value in headers.items():
-        environ[name.upper() if name == "Content_Type" else "HTTP_" + name.upper()] = value
-    wsgiref.util.setup_testing_defaults(environ)
-    got: list[Any] = []
-    chunks = joborch.make_app(node)(environ, lambda status, said, _=None: got.extend((status, said)))
-    content = b"".join(chunks)
-    if hasattr(chunks, "close"):
-        chunks.close()
-    return Said(int(got[0].split()[0]), {name: str(value) for name, value in got[1]}, content)
-
-
-def submit(node: joborch.Node, parts: list[bytes], **headers: str) -> Said:
-    """POST /submit with these parts."""
-    return ask(node, "POST", "/submit", form(parts), Content_Type=f"multipart/form-data; boundary={BOUNDARY}", **headers)
-
-
-@contextlib.contextmanager
-def serving(node: joborch.Node) -> Iterator[str]:
-    """Serve a node on its port by waitress, in this process."""
-    http = joborch.make_http_server(node, joborch.make_app(node))
-    thread = threading.Thread(target=http.run, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.effective_port}"
-    finally:
-        node.stopping.set()
-        node.store.changes.close()
-        http.trigger.pull_trigger(lambda: wasyncore.close_all(http._map))
-        thread.join(20)
-        http.task_dispatcher.shutdown(timeout=20)
-        assert not thread.is_alive()
-
-
-# == A client whose ticks a test calls ==
-
-
-class Yard:
-    """A client in this process, and a clock that a test moves."""
-
-    def __init__(self, folder: DataFolder, **changes: str) -> None:
-        self.data, self.clock = folder, HandClock(time.time())
-        self.environment = {"DATA_PATH": str(folder.path), "JOBORCH_TOKEN": "t", "JOBORCH_SLOTS": "2", "JOBORCH_KILL_GRACE": "0.3"}
-        self.environment.update({"DB_PATH": str(folder.path / "client.db"), **changes})
-        self.children: list[Any] = []
-        self.open()
-
-    def open(self) -> None:
-        """Open the store and make the client, as at a start; the loops are not started."""
-        config = load_config("client", {}, self.environment)
-        self.store = Store(config.db_path, "client", self.clock)
-        self.client = Client(config, self.store, self.data, self.clock)
-
-    def restart(self) -> None:
-        """The client is killed and started again; what it started goes on."""
-        self.children += self.client.executor.children.values()  # type: ignore[attr-defined]
-        self.store.close()
-        self.open()
-        recover_payloads(self.client)
-
-    def close(self) -> None:
-        """End all."""
-        end_payloads(self.data.path)
-        for child in [*self.children, *self.client.executor.children.values()]:  # type: ignore[attr-defined]
-            child.wait(30)
-        self.store.close()
-
-    def submit(self, script: str | None = "true", files: dict[str, bytes] | None = None, **headers: str) -> Job:
-        """A payload as a server submits it. READY and BLOCK in its script: see `ready`."""
-        parts = [file_part(name, content) for name, content in (files or {}).items()]
-        if script is not None:
-            script = script.replace("READY", "echo > ../ready").replace("BLOCK", "exec 3<> ../go; read -u 3")
-            parts.append(file_part("run.sh", (AT_HOME + script if script else script).encode()))
-        said = submit(self.client, parts, **headers)
-        assert said.status == 200, said
-        job = self[said.json["id"]]
-        for name in ("ready", "go"):
-            os.mkfifo(self.folder(job) / name)
-        return job
-
-    def __getitem__(self, job: Job | int) -> Job:
-        found = self.store.get(job if isinstance(job, int) else job.id)
-        assert found is not None
-        return found
-
-    def folder(self, job: Job) -> Path:
-        """Where a payload's files are."""
-        return self.data.job(job.mark)
-
-    def ready(self, job: Job) -> Job:
-        """Start it where a slot is free, and wait until its script has come to READY."""
-        run_tick(self.client)
-        assert self[job].status is Status.RUNNING
-        (self.folder(job) / "ready").read_text()
-        return self[job]
-
-    def go(self, job: Job) -> None:
-        """Let a script go on that waits at BLOCK."""
-        with self.opened(job):
-            self.wait(job)
-
-    @contextlib.contextmanager
-    def opened(self, job: Job) -> Iterator[None]:
-        """Have a line to read where a script waits at BLOCK; it stays there while the fifo is open."""
-        pipe = os.open(self.folder(job) / "go", os.O_RDWR)
-        try:
-            os.write(pipe, b"go\n")
-            yield
-        finally:
-            os.close(pipe)
-
-    def wait(self, job: Job) -> None:
-        """Wait until the wrapper has ended."""
-        pid = int((self[job].handle or "0").split()[0])
-        children = {child.pid: child for child in [*self.children, *self.client.executor.children.values()]}  # type: ignore[attr-defined]
-        if pid in children:
-            children[pid].wait(30)
-
-    def run(self, job: Job) -> Job:
-        """Run a payload to its end."""
-        run_tick(self.client)
-        self.wait(job)
-        run_tick(self.client)
-        return self[job]
-
-    def until(self, job: Job, status: Status) -> None:
-        """Tick until a payload is in this state; the end of a process that is no child of ours cannot be waited for."""
-
-        def look() -> bool:
-            run_tick(self.client)
-            return self[job].status is status
-
-        wait_for(look, what=f"payload {job.id} to be {status}")
-
-    def zip(self, job: Job, path: str = "retrieve") -> zipfile.ZipFile:
-        """What /retrieve or /retrieve_partial gives."""
-        said = ask(self.client, "GET", f"/{path}/{job.id}")
-        assert (said.status, said.headers["Content-Type"]) == (200, "application/zip"), said
-        return zipfile.ZipFile(io.BytesIO(said.body))
-
-    def events(self, query: str = "since=0") -> dict[str, Any]:
-        """GET /events."""
-        said = ask(self.client, "GET", f"/events?{query}")
-        assert said.status == 200, said
-        return dict(said.json)
-
-
-@pytest.fixture(name="yard")
-def yard_fixture(data: DataFolder) -> Iterator[Yard]:
-    """A client with two slots."""
-    made = Yard(data)
-    yield made
-    made.close()
 
 
 # == Submitting ==
@@ -254,7 +68,7 @@ def test_a_payload_has_six_fields_of_fixed_types(yard: Yard) -> None:
 
 
 def test_headers_become_columns(yard: Yard) -> None:
-    said = submit(
+    said = submit_payload(
         yard.client, [file_part("run.sh", b"true")], X_Joborch_Job="42", X_Joborch_Uuid=UUID.upper(), X_Joborch_Attempt="3",
         X_Joborch_Service="%C3%A9%0Ax", X_Joborch_User="-7", X_Joborch_Cpus="2", X_Joborch_Memory="100", X_Joborch_Timeout="1.5",
         X_Joborch_Return_Inputs="0",
@@ -262,7 +76,7 @@ def test_headers_become_columns(yard: Yard) -> None:
     job = yard[said.json["id"]]
     assert (job.mark, job.remote_id, job.service, job.user_id) == (f"{UUID}.3", "42", "é x", -7)
     assert (job.cpus, job.memory, job.timeout, job.return_inputs) == (2, 100, 1.5, 0)
-    bare = yard[submit(yard.client, [file_part("run.sh", b"true")]).json["id"]]
+    bare = yard[submit_payload(yard.client, [file_part("run.sh", b"true")]).json["id"]]
     assert (bare.attempt, bare.user_id, bare.service, bare.cpus, bare.timeout, bare.return_inputs) == (1, None, None, 1, None, 1)
     assert yard.folder(bare).name == bare.mark
 
@@ -281,7 +95,7 @@ def test_headers_become_columns(yard: Yard) -> None:
     ],
 )
 def test_headers_that_cannot_be_used(headers: dict[str, str], yard: Yard) -> None:
-    said = submit(yard.client, [file_part("run.sh", b"true")], **headers)
+    said = submit_payload(yard.client, [file_part("run.sh", b"true")], **headers)
     assert said.status == 400
     assert said.json["field"].replace("-", "_") in headers
     assert yard.store.page(99, 9, None, None, None) == []
@@ -307,20 +121,20 @@ def leavings(yard: Yard) -> list[str]:
     ],
 )
 def test_what_is_refused_leaves_nothing(parts: list[bytes], status: int, yard: Yard) -> None:
-    said = submit(yard.client, parts, X_Joborch_Uuid=UUID)
+    said = submit_payload(yard.client, parts, X_Joborch_Uuid=UUID)
     assert said.status == status, said
     assert leavings(yard) == []
     assert yard.store.page(99, 9, None, None, None) == []
     assert yard.data.receiving == set()
-    assert submit(yard.client, [file_part("run.sh", b"x")], X_Joborch_Uuid=UUID).status == 200
+    assert submit_payload(yard.client, [file_part("run.sh", b"x")], X_Joborch_Uuid=UUID).status == 200
 
 
 def test_one_attempt_that_comes_many_times_is_one_payload(yard: Yard) -> None:
     ids = list[int]()
-    together(6, lambda _: ids.append(submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID).json["id"]))
+    together(6, lambda _: ids.append(submit_payload(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID).json["id"]))
     assert len(set(ids)) == 1
     assert leavings(yard) == [f"{UUID}.1"]
-    other = submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID, X_Joborch_Attempt="2")
+    other = submit_payload(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID, X_Joborch_Attempt="2")
     assert other.json["id"] not in ids
 
 
@@ -328,7 +142,7 @@ def test_a_repeat_answers_the_payload_as_it_is(yard: Yard) -> None:
     """Also when it has ended; and never starts it again."""
     job = yard.submit("echo ran >> ../../count", X_Joborch_Uuid=UUID)
     yard.run(job)
-    said = submit(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID)
+    said = submit_payload(yard.client, [file_part("run.sh", b"true")], X_Joborch_Uuid=UUID)
     assert (said.json["id"], said.json["status"]) == (job.id, "Completed")
     run_tick(yard.client)
     assert (yard.data.jobs / "count").read_text() == "ran\n"
@@ -349,7 +163,7 @@ def test_a_database_that_cannot_be_written_leaves_no_files(yard: Yard) -> None:
     yard.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     yard.store.db.execute(f"PRAGMA max_page_count = {pages}")
     for _ in range(500):
-        said = submit(yard.client, [file_part("run.sh", b"x")], X_Joborch_Service="s" * 200)
+        said = submit_payload(yard.client, [file_part("run.sh", b"x")], X_Joborch_Service="s" * 200)
         if said.status != 200:
             break
     assert said.status == 503
@@ -1231,7 +1045,7 @@ def test_what_our_server_sends_is_what_our_client_takes(yard: Yard, tmp_path: Pa
 
 
 def test_a_payload_by_a_part_name_alone(yard: Yard) -> None:
-    said = submit(
+    said = submit_payload(
         yard.client, [part('form-data; name="d/run.sh"', b"true"), part("form-data; name*=utf-8''run.sh; filename=\"x\"", b"true")]
     )
     assert said.status == 200

@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 from conftest import MakeProcess
 from harness import clean_environment, free_port, from_source, open_program
-from test_states import HandClock
+from world import HandClock
 
 import joborch
 from joborch import ConfigError, JoborchError, Store
+from joborch_plugins import admin
 
 WORDS = ("server", "client", "backup", "restore", "demo", "config", "doctor", "version")
 
@@ -399,18 +400,18 @@ def test_no_reason_splits_a_log_line(reason: str, tmp_path: Path, caplog: pytest
 
 
 def test_free_ports_are_free_and_differ() -> None:
-    ports = {joborch.free_port() for _ in range(5)}
+    ports = {admin.free_port() for _ in range(5)}
     for port in ports:
         socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_the_example_is_found() -> None:
-    assert joborch.example_file("run.sh").startswith(b"#!")
-    assert b"ATOM" in joborch.example_file("2oob.pdb")
+    assert admin.example_file("run.sh").startswith(b"#!")
+    assert b"ATOM" in admin.example_file("2oob.pdb")
 
 
 def test_a_demo_that_cannot_start_shows_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    demo = joborch.Demo(tmp_path)
+    demo = admin.Demo(tmp_path)
     monkeypatch.setattr("sys.argv", ["/does/not/exist.py"])
     demo.start("server")
     with pytest.raises(JoborchError, match=r"the demo's server did not start; its log ends with:\n.*exist.py"):

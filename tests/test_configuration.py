@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_states import BOUNDED, tried
+from world import BOUNDED, tried
 
 import joborch
 from joborch import SERVICE_SETTINGS, SETTINGS, ConfigError, Setting, load_config
+from joborch_plugins import admin
 
 MODES = ("server", "client")
 SUFFIXES = sorted(setting.name for setting in SERVICE_SETTINGS)
@@ -141,9 +142,9 @@ def test_every_default_can_be_read_and_every_setting_is_explained(setting: Setti
 
 
 def test_weights_are_shown_as_they_are_written() -> None:
-    rows = {name: value for name, value, _ in joborch.config_rows(load(environment={"JOBORCH_WEIGHTS": "7=2, 8=0.5"}))}
+    rows = {name: value for name, value, _ in admin.config_rows(load(environment={"JOBORCH_WEIGHTS": "7=2, 8=0.5"}))}
     assert rows["JOBORCH_WEIGHTS"] == "7=2,8=0.5"
-    assert {name: value for name, value, _ in joborch.config_rows(load())}["JOBORCH_WEIGHTS"] == ""
+    assert {name: value for name, value, _ in admin.config_rows(load())}["JOBORCH_WEIGHTS"] == ""
 
 
 @pytest.mark.parametrize("text", ["7", "7=", "=2", "7=x", "7=0", "x=1", "7=2;8=1", "7=1e3"])
@@ -281,7 +282,7 @@ def test_config_says_where_each_value_came_from(from_file: bool, tmp_path: Path)
     """Also for the settings of a service."""
     (tmp_path / "env").write_text("SERVICE_A_CLIENTS=http://a:1\nSERVICE_A_MAX_RUNS=3\nMAX_AGE=5\n" if from_file else "")
     given = {} if from_file else {"SERVICE_A_CLIENTS": "http://a:1", "SERVICE_A_MAX_RUNS": "3", "MAX_AGE": "5"}
-    rows = {name: source for name, _, source in joborch.config_rows(load(environment=given, env_file=str(tmp_path / "env")))}
+    rows = {name: source for name, _, source in admin.config_rows(load(environment=given, env_file=str(tmp_path / "env")))}
     source = "--env-file" if from_file else "environment"
     assert {rows[name] for name in ("MAX_AGE", "SERVICE_A_MAX_RUNS", "SERVICE_A_CLIENTS")} == {source}
     assert {rows[name] for name in ("PORT", "SERVICE_A_RUNS_PER_USER")} == {"default"}
@@ -511,7 +512,7 @@ SECRETS = st.text(string.ascii_letters + string.digits, min_size=12, max_size=40
 def shown(config: joborch.Config, capsys: pytest.CaptureFixture[str]) -> str:
     """All that `joborch config` prints, in both forms."""
     for as_json in (False, True):
-        assert joborch.command_config(config, as_json) == 0
+        assert admin.command_config(config, as_json) == 0
     return "".join(capsys.readouterr())
 
 
@@ -526,7 +527,7 @@ def test_config_prints_no_secret(own: str, theirs: str, in_files: bool, tmp_path
         given = {f"{name}_FILE": str(folder / name) for name in given}
     config = load("server", {**given, "SERVICE_A_CLIENTS": "http://h:1"})
     assert (config.token, config.services["a"].token) == (own, theirs)
-    printed = " ".join(" ".join(row) for row in joborch.config_rows(config))
+    printed = " ".join(" ".join(row) for row in admin.config_rows(config))
     assert own not in printed
     assert theirs not in printed
     assert printed.count("***") == 2
@@ -534,9 +535,9 @@ def test_config_prints_no_secret(own: str, theirs: str, in_files: bool, tmp_path
 
 def test_both_forms_of_config_agree_and_mask(capsys: pytest.CaptureFixture[str]) -> None:
     config = load("server", {"JOBORCH_TOKEN": "hide-me-please", "SERVICE_A_TOKEN": "hide-me-too", "SERVICE_A_CLIENTS": "http://h:1"})
-    joborch.command_config(config, True)
+    admin.command_config(config, True)
     values = {name: said["value"] for name, said in json.loads(capsys.readouterr().out).items()}
-    joborch.command_config(config, False)
+    admin.command_config(config, False)
     lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     assert lines == {name: value or "-" for name, value in values.items()}
     assert (values["JOBORCH_TOKEN"], values["SERVICE_A_TOKEN"], values["PORT"]) == ("***", "***", "5000")
@@ -596,7 +597,7 @@ def test_settings_of_a_batch_system_are_a_clients_and_are_shown(capsys: pytest.C
     environment = {"SERVICE_DOCK_SLURM_PARTITION": "gpu", "SERVICE_DOCK_SLURM_ARGS": "--nice=1 --comment='a b'"}
     server = load_config("server", {}, environment)
     assert (list(server.services), server.warnings) == (["example"], ())
-    joborch.command_config(load_config("client", {}, environment), as_json=False)
+    admin.command_config(load_config("client", {}, environment), as_json=False)
     said = capsys.readouterr().out
     assert re.search(r"SERVICE_DOCK_SLURM_PARTITION +gpu +\(environment\)", said)
     assert "SERVICE_DOCK_SLURM_ARGS" in said and "--nice=1 '--comment=a b'" in said

@@ -39,10 +39,7 @@ from harness import (
     wait_for,
     wait_status,
 )
-from test_client import serving
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_http import desk_fixture  # noqa: F401 - a fixture
-from test_links import peer_fixture  # noqa: F401 - a fixture
+from world import serving
 
 import joborch
 

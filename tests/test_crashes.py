@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import MakePair
-from harness import ENDED, SOURCE, Pair, Process, upload, wait_for
+from harness import ENDED, Pair, Process, program_text, upload, wait_for
 from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
 
 BIG = random.Random(5).randbytes(300 * 1024)  # too large to travel with the news of its end
@@ -183,7 +183,7 @@ def sides_of(point: str) -> list[str]:
 
 
 # Those of a batch system are passed with one alone: see test_slurm.py and test_dirac.py.
-POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', SOURCE.read_text())))
+POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', program_text())))
 ELSEWHERE = ("clean.", "restore.")  # passed by the cleaner, and by a restore: see below, and test_instances.py
 SPECIAL = ("send.refused", "send.lost", "attempt.stored", "start.asked", "sync.done")
 ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith(ELSEWHERE) for side in sides_of(point)]

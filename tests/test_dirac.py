@@ -29,23 +29,12 @@ from grid import PARSE, DiracX, Pilot
 from harness import NOBODY_UID, Pair, download, free_port, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, changed, new_job, tried
+from world import BOUNDED, HandClock, changed, new_job, tried
 
 import joborch
-from joborch import (
-    BackendUnavailable,
-    BatchOptions,
-    CannotRun,
-    Cause,
-    ConfigError,
-    DataFolder,
-    DiracExecutor,
-    DiracLogin,
-    Job,
-    Outcome,
-    StillRunning,
-)
+from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, DataFolder, Job, Outcome, StillRunning
+from joborch_plugins import dirac
+from joborch_plugins.dirac import DiracExecutor, DiracLogin
 
 GRACE_S = 0.2
 
@@ -53,7 +42,7 @@ GRACE_S = 0.2
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Submissions that a restart cut off are not waited for, but where a test wants it."""
-    monkeypatch.setattr(joborch, "RESTART_SETTLE_S", 0.0)
+    monkeypatch.setattr(dirac, "RESTART_SETTLE_S", 0.0)
 
 
 HOSTILE = ["a;b", 'a"; Owner = "root', "a[b", "a]b", "{a}", "a\nb", "%j", "a b", "ä", "\\", "", '"', "a\0b", "\udcff"]
@@ -187,7 +176,7 @@ def any_job() -> Job:
 def test_jdl_says_what_was_asked_for(any_job: Job, parser: subprocess.Popen[str]) -> None:
     named = {"dirac_site": "LCG.A.fr, LCG.B.it", "dirac_tags": "GPU,x", "dirac_platform": "x86_64-el9"}
     options = BatchOptions(**named, dirac_jdl='Priority = 3; BannedSites = {"C"}; ')
-    said = parsed(parser, joborch.build_jdl(any_job, options, "SB:SE|/S3/b/vo/g/u/sha256:00.tar.bz2"))
+    said = parsed(parser, dirac.build_jdl(any_job, options, "SB:SE|/S3/b/vo/g/u/sha256:00.tar.bz2"))
     assert said == {
         "JobName": [any_job.mark],
         "Executable": ["joborch.sh"],
@@ -210,7 +199,7 @@ def test_jdl_says_what_was_asked_for(any_job: Job, parser: subprocess.Popen[str]
 @BOUNDED
 @given(text=st.one_of(st.sampled_from(HOSTILE), st.text(max_size=12), st.text('ab;"[]{},= \n%', max_size=6)))
 def test_hostile_words_are_refused_or_arrive_as_they_are(text: str, any_job: Job, parser: subprocess.Popen[str]) -> None:
-    jdl = tried(lambda: joborch.build_jdl(any_job, BatchOptions(dirac_platform=text, dirac_site=text), "SB:x"), ConfigError)
+    jdl = tried(lambda: dirac.build_jdl(any_job, BatchOptions(dirac_platform=text, dirac_site=text), "SB:x"), ConfigError)
     if isinstance(jdl, ConfigError):
         assert "JDL can hold" in str(jdl)
         return
@@ -223,7 +212,7 @@ def test_hostile_words_are_refused_or_arrive_as_they_are(text: str, any_job: Job
 @BOUNDED
 @given(mark=st.text(max_size=200))
 def test_job_names_are_plain(mark: str) -> None:
-    name = joborch.job_name(mark)
+    name = dirac.job_name(mark)
     assert re.fullmatch(r"[A-Za-z0-9.-]{1,128}", name) and (name == mark or len(name) == 64)
 
 
@@ -233,12 +222,12 @@ def test_job_names_are_plain(mark: str) -> None:
 )
 def test_free_lines_of_jdl_that_are_refused(lines: str) -> None:
     with pytest.raises(ConfigError, match="DIRAC_JDL"):
-        joborch.check_dirac_options(BatchOptions(dirac_jdl=f"Priority = 1; {lines};"))
+        dirac.check_dirac_options(BatchOptions(dirac_jdl=f"Priority = 1; {lines};"))
 
 
 def test_the_launcher_quotes_what_users_say(any_job: Job, tmp_path: Path) -> None:
     job = changed(any_job, service="x'; touch pwned; '$(touch pwned)", remote_id="a\nb @ARGUMENTS@")
-    text = joborch.launcher(job, 5.0).decode()
+    text = dirac.launcher(job, 5.0).decode()
     (tmp_path / "wrapper.sh").write_text('echo "$JOBORCH_SERVICE|$JOBORCH_JOB_ID|$2 $3"; exit 222')
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"{job.service}|{job.remote_id}|1 90.000\n"
@@ -269,7 +258,7 @@ def unpacked(data: io.BytesIO, target: Path) -> list[str]:
     """Unpack below `target`, as a stream."""
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=data, mode="r|*") as archive:
-        return joborch.unpack(archive, target, 0)
+        return dirac.unpack(archive, target, 0)
 
 
 F, L, H, D = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
@@ -278,7 +267,7 @@ F, L, H, D = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "work/../../x", "work/a/../../../x"])
 @pytest.mark.parametrize("kind", [F, L, D, tarfile.FIFOTYPE])
 def test_a_path_that_leaves_the_folder_is_refused(name: str, kind: bytes, tmp_path: Path) -> None:
-    with pytest.raises(joborch.BadSandbox, match="leads out"):
+    with pytest.raises(dirac.BadSandbox, match="leads out"):
         unpacked(tar_of((name, kind, "x")), tmp_path / "out")
 
 
@@ -321,7 +310,7 @@ NAMES = st.sampled_from(["work", "a", "b", "..", ".", "", "stdout", "x/y", "/"])
 def test_nothing_leaves_the_folder(members: list[tuple[str, bytes, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("place")
     (place / "stdout").write_text("a stranger's")
-    tried(lambda: unpacked(tar_of(*[member for member in members if member[0]]), place / "in/out"), (joborch.BadSandbox, OSError))  # type: ignore[arg-type]
+    tried(lambda: unpacked(tar_of(*[member for member in members if member[0]]), place / "in/out"), (dirac.BadSandbox, OSError))  # type: ignore[arg-type]
     assert sorted(path.name for path in place.iterdir()) == ["in", "stdout"] and (place / "stdout").stat().st_nlink == 1
     assert (place / "stdout").read_text() == "a stranger's" and [path.name for path in (place / "in").iterdir()] == ["out"]
     root = os.path.realpath(place / "in/out")
@@ -331,7 +320,7 @@ def test_nothing_leaves_the_folder(members: list[tuple[str, bytes, str]], tmp_pa
 
 def test_a_full_disk_is_said_before_it_is_full(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"), tarfile.open(fileobj=tar_of(("work/a", F, "x")), mode="r|") as archive:
-        joborch.unpack(archive, tmp_path, 2**60)
+        dirac.unpack(archive, tmp_path, 2**60)
 
 
 @pytest.mark.parametrize("damage", ["none inside", "cut", "rubbish", "inner rubbish", "file and folder"])
@@ -345,8 +334,8 @@ def test_sandboxes_that_cannot_be_used(damage: str, tmp_path: Path) -> None:
         archive.addfile(member, io.BytesIO(content))
     data = {"cut": outer.getvalue()[:-60], "rubbish": b"rubbish"}.get(damage, outer.getvalue())
     (tmp_path / "sandbox").write_bytes(data)
-    with pytest.raises(joborch.BadSandbox):
-        joborch.unpack_outputs(tmp_path, "x.tar.bz2", 0)
+    with pytest.raises(dirac.BadSandbox):
+        dirac.unpack_outputs(tmp_path, "x.tar.bz2", 0)
 
 
 # == What DIRAC says ==
@@ -371,7 +360,7 @@ def row(status: str, minor: str = "Some Minor", **more: Any) -> dict[str, Any]:
     ],
 )
 def test_causes_without_an_exit_file(status: str, minor: str, cause: Cause) -> None:
-    outcome = joborch.without_exit(row(status, minor))
+    outcome = dirac.without_exit(row(status, minor))
     assert (outcome.alive, outcome.exit_status, outcome.cause) == (False, None, cause) and minor in outcome.reason and "7" in outcome.reason
 
 
@@ -389,7 +378,7 @@ def test_causes_without_an_exit_file(status: str, minor: str, cause: Cause) -> N
     ],
 )
 def test_the_exit_file_outranks_what_dirac_says(status: str, minor: str, exit_status: int, cause: Cause | None) -> None:
-    outcome = joborch.weighed(row(status, minor), Outcome(False, exit_status))
+    outcome = dirac.weighed(row(status, minor), Outcome(False, exit_status))
     assert (outcome.exit_status, outcome.cause) == (exit_status, cause)
 
 
@@ -397,19 +386,19 @@ def test_the_exit_file_outranks_what_dirac_says(status: str, minor: str, exit_st
     "text", ["2026-11-26T14:02:00Z", "2026-11-26T14:02:00.000000Z", "2026-11-26T14:02:00+00:00", "2026-11-26T14:02:00"]
 )
 def test_times_of_dirac(text: str) -> None:
-    assert joborch.dirac_time(text) == 1_795_701_720.0
+    assert dirac.dirac_time(text) == 1_795_701_720.0
 
 
 @pytest.mark.parametrize("text", [None, "", "None", "yesterday"])
 def test_no_time_at_all(text: str | None) -> None:
-    assert joborch.dirac_time(text) == 0.0
+    assert dirac.dirac_time(text) == 0.0
 
 
 @BOUNDED
 @given(text=st.text())
 def test_claims_of_rubbish_are_none(text: str) -> None:
-    assert isinstance(joborch.claims(text), dict)
-    assert isinstance(joborch.claims("a." + text), dict)
+    assert isinstance(dirac.claims(text), dict)
+    assert isinstance(dirac.claims("a." + text), dict)
 
 
 # == The login ==
@@ -426,7 +415,7 @@ class Keeper:
 
     def new(self) -> DiracLogin:
         """One more program that uses the file."""
-        service = joborch.DiracService(self.diracx.url, str(self.path), self.clock)
+        service = dirac.DiracService(self.diracx.url, str(self.path), self.clock)
         real = service.login.refresh
 
         def refresh(token: str) -> tuple[int, Any]:
@@ -517,7 +506,7 @@ def test_a_new_login_that_comes_before_the_lock_is_had_is_used(keeper: Keeper, m
 
 
 def test_a_held_lock_is_said(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joborch, "LOGIN_LOCK_S", 0.1)
+    monkeypatch.setattr(dirac, "LOGIN_LOCK_S", 0.1)
     with keeper.path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(BackendUnavailable, match="holds the lock"):
@@ -724,7 +713,7 @@ def test_a_lost_answer_is_found_by_the_mark(bench: Bench, monkeypatch: pytest.Mo
     def losing(method: str, url: str, *arguments: Any, **more: Any) -> Any:
         answer = real(method, url, *arguments, **more)
         if url.endswith("/jdl"):
-            raise joborch.AnswerLost("DIRAC: no answer")
+            raise dirac.AnswerLost("DIRAC: no answer")
         return answer
 
     with monkeypatch.context() as patch:
@@ -744,19 +733,19 @@ def test_a_submission_that_may_still_be_worked_on_is_not_given_up(bench: Bench, 
 
     def silent(method: str, url: str, *arguments: Any, **more: Any) -> Any:
         if url.endswith("/jdl"):
-            raise joborch.AnswerLost("DIRAC: no answer")
+            raise dirac.AnswerLost("DIRAC: no answer")
         return real(method, url, *arguments, **more)
 
     monkeypatch.setattr(bench.executor.service, "send", silent)
     with pytest.raises(BackendUnavailable, match="lost"):
         bench.executor.start(job)
     assert bench.executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
-    monkeypatch.setattr(joborch, "SUBMIT_SETTLE_S", 0.0)
+    monkeypatch.setattr(dirac, "SUBMIT_SETTLE_S", 0.0)
     assert bench.executor.find([job]) == {}
 
 
 def test_a_submission_that_a_crash_cut_off_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joborch, "RESTART_SETTLE_S", 60.0)
+    monkeypatch.setattr(dirac, "RESTART_SETTLE_S", 60.0)
     job = bench.payload("true")
     assert bench.executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     handle = bench.executor.start(job)
@@ -799,7 +788,7 @@ def test_no_header_of_an_archive_fills_the_memory(kind: bytes, tmp_path: Path) -
     header.type, header.size = kind, 64 << 20
     bomb = header.tobuf(tarfile.GNU_FORMAT) + bytes(64 << 20) + tar_of(("work/a", tarfile.REGTYPE, "a")).getvalue()
     packed = gzip.compress(bomb, 1)
-    member = tarfile.TarInfo(joborch.OUTPUT_ARCHIVE)
+    member = tarfile.TarInfo(dirac.OUTPUT_ARCHIVE)
     member.size = len(packed)
     outer = io.BytesIO()
     with tarfile.open(fileobj=outer, mode="w") as archive:
@@ -808,8 +797,8 @@ def test_no_header_of_an_archive_fills_the_memory(kind: bytes, tmp_path: Path) -
         folder = tmp_path / str(len(data))
         folder.mkdir()
         (folder / "sandbox").write_bytes(data)
-        with pytest.raises(joborch.BadSandbox, match=r"too large|map of holes"):
-            joborch.unpack_outputs(folder, "x.tar.bz2", 0)
+        with pytest.raises(dirac.BadSandbox, match=r"too large|map of holes"):
+            dirac.unpack_outputs(folder, "x.tar.bz2", 0)
 
 
 @pytest.mark.parametrize("point", ["dirac.uploaded", "dirac.submitted"])
@@ -964,7 +953,7 @@ def test_an_unknown_state_is_alive_and_said_once(bench: Bench, caplog: pytest.Lo
 
 
 def test_inputs_that_are_too_large_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joborch, "SANDBOX_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(dirac, "SANDBOX_LIMIT_BYTES", 1 << 20)
     job = bench.payload("true")
     (bench.work(job) / "data").write_bytes(os.urandom(3 << 20))
     with pytest.raises(CannotRun, match="too large for DIRAC: compressed they may have 1 MiB"):

@@ -34,7 +34,6 @@ from harness import (
     assert_error,
     assert_error_body,
     download,
-    end_all_below,
     field_part,
     file_part,
     form,
@@ -48,12 +47,26 @@ from harness import (
     wait_for,
     wait_status,
 )
-from test_client import Said, Yard, ask
-from test_client import submit as submit_payload
-from test_executors import AT_HOME
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_links import Asked, Peer, digest_of, peer_fixture, reply, zip_reply  # noqa: F401 - a fixture
-from test_server import Desk, event, events, no_long_polls, send_next  # noqa: F401 - a fixture
+from world import (
+    AT_HOME,
+    MIB,
+    PAGE,
+    Asked,
+    Desk,
+    Disk,
+    Peer,
+    Said,
+    Yard,
+    ask,
+    digest_of,
+    event,
+    events,
+    reasons,
+    reply,
+    send_next,
+    submit_payload,
+    zip_reply,
+)
 
 import joborch
 from joborch import (
@@ -71,48 +84,14 @@ from joborch import (
     watch_tick,
 )
 
-PAGE, MIB = 4096, 1024 * 1024
+pytestmark = pytest.mark.usefixtures("no_long_polls")
+
+
 FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 REFUSED = (503, 507)
 
 
 # == Disks ==
-
-
-class Disk:
-    """A small file system (tmpfs), which gives out pages of 4 KiB and, with `nr_inodes`, a number of files."""
-
-    def __init__(self, path: Path, options: str) -> None:
-        self.path, self.filler = path, path / "filler"
-        path.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], check=True)
-
-    def pages(self) -> int:
-        """How many pages are free."""
-        return os.statvfs(self.path).f_bfree
-
-    def fill(self, pages: int = 0) -> None:
-        """Take all pages but so many; what others write meanwhile counts too."""
-        with self.filler.open("ab") as file:
-            while self.pages() > pages:
-                size = os.fstat(file.fileno()).st_size
-                with contextlib.suppress(OSError):  # somebody was quicker
-                    os.posix_fallocate(file.fileno(), size, (self.pages() - pages) * PAGE)
-
-    def take_files(self, left: int) -> None:
-        """Make empty files until the file system can hold so many more."""
-        for number in range(os.statvfs(self.path).f_ffree - left):
-            (self.path / f"filler-{number}").touch()
-
-    def free(self) -> None:
-        """Give all of it back."""
-        for path in self.path.glob("filler*"):
-            path.unlink()
-
-    def close(self) -> None:
-        """End what runs there, and take it away."""
-        end_all_below(self.path)
-        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
 
 
 @pytest.fixture
@@ -678,11 +657,6 @@ def check_once(server: Process, number: int, marks: Path, limit_s: float = 40) -
     assert (job["attempt"], job["cause"], marks.read_text()) == (1, None, "ran\n"), job
     assert download(server, number)["result"] == b"done\n"
     return job
-
-
-def reasons(job: dict[str, Any]) -> str:
-    """All reasons of a job's history, and what it waits for."""
-    return "\n".join([*(move["reason"] for move in job["history"]), str(job["waiting_for"])])
 
 
 def on_disk(process: Process, disk: Disk, **settings: str) -> Process:

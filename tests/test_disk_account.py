@@ -33,13 +33,12 @@ from harness import (
     wait_for,
     wait_status,
 )
-from test_disk import Disk
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_http import desk_fixture  # noqa: F401 - a fixture
-from test_links import Peer, digest_of, peer_fixture, zip_reply  # noqa: F401 - a fixture
-from test_server import Desk, no_long_polls  # noqa: F401 - a fixture
+from world import Desk, Disk, Peer, digest_of, zip_reply
 
 from joborch import DataFolder, DiskAccount, DiskFull, Promise, Status, fetch_tick
+
+pytestmark = pytest.mark.usefixtures("no_long_polls")
+
 
 MIB = 1 << 20
 FORM_TYPE = f"Content-Type: multipart/form-data; boundary={BOUNDARY}"

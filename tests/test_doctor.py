@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -12,18 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import MakeProcess
-from harness import NOBODY_UID, Pair, clean_environment, free_port, from_source
-
-
-def doctor(mode: str, folder: Path, **settings: str) -> tuple[int, list[dict[str, Any]]]:
-    """The exit status, and what was found."""
-    environment = {**clean_environment(folder), "DATA_PATH": str(folder / "data"), "PORT": str(free_port()), **settings}
-    command = [*from_source(), "doctor", mode, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60, cwd=folder)
-    assert done.stdout, done.stderr
-    said = json.loads(done.stdout)
-    assert said["good"] is (done.returncode == 0)
-    return done.returncode, said["findings"]
+from harness import NOBODY_UID, Pair, free_port
+from world import doctor
 
 
 def problems(found: list[dict[str, Any]]) -> list[str]:

@@ -9,46 +9,23 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import alive, end_all_below, processes_below, wait_for
+from harness import alive, processes_below, wait_for
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, changed, new_job
-from test_store import together
+from world import AT_HOME, BOUNDED, HandClock, changed, end_payloads, new_job, soon, together
 
 import joborch
 from joborch import Cause, DataFolder, Job, LocalExecutor, Outcome, Process, StillRunning, Store, read_exit, tree_of
 
+pytestmark = pytest.mark.usefixtures("strangers_are_safe")
+
+
 GRACE_S = 0.5
-
-
-@pytest.fixture(autouse=True)
-def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may signal a process that is not in a session of a payload's own, whatever fault it finds."""
-    real, own = joborch.signal_all, os.getsid(0)
-
-    def guarded(processes: Iterable[Process], number: int) -> None:
-        chosen = list(processes)
-        strangers = [process for process in chosen if process.pid == 1 or process.session in (0, own)]
-        assert not strangers, f"signal {number} for processes that are no payload's: {strangers[:5]}"
-        real(chosen, number)
-
-    monkeypatch.setattr(joborch, "signal_all", guarded)
-
-
-def end_payloads(folder: Path) -> None:
-    """Kill all that works below a folder, also what was only being started."""
-    while processes_below(folder):
-        end_all_below(folder)
-
-
-# Scripts that spoil their own folders do so nowhere else, whatever the fault that starts them.
-AT_HOME = "case $PWD in */jobs/*.[0-9]/work) ;; *) exit 99 ;; esac\n"
 
 
 class Bench:
@@ -342,28 +319,6 @@ def test_rubbish_in_an_exit_file_is_no_end(content: bytes, tmp_path: Path) -> No
     (tmp_path / "exit.json").write_bytes(content)
     assert read_exit(tmp_path) is None
     assert read_exit(tmp_path / "none") is None
-
-
-def soon(call: Callable[[], Any], folder: Path) -> Any:
-    """What `call` returns; fails where it hangs on a fifo in `folder` (and lets it go on)."""
-    got: list[Any] = []
-
-    def run() -> None:
-        try:
-            got.append(call())
-        except Exception as error:  # noqa: BLE001 - shown by the assertion of the caller
-            got.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(5)
-    hangs = thread.is_alive()
-    for pipe in folder.rglob("*") if hangs else ():
-        if pipe.is_fifo():
-            os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
-    thread.join(5)
-    assert not hangs, "it hangs on a fifo"
-    return got[0]
 
 
 @pytest.mark.parametrize("made", ["mkdir", "mkfifo", "ln -s /dev/zero", "ln -s exit.json", "ln -s ..", "touch"])
@@ -688,9 +643,10 @@ def test_what_is_not_listed_is_not_passed_on(environment: dict[str, str], own: s
 
 
 def test_every_executor_of_the_table_keeps_the_seam(bench: Bench) -> None:
-    config = joborch.load_config("client", {"data_path": str(bench.data.path)}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
-    for name, make in joborch.EXECUTORS.items():
-        made = make(bench.data, config)
+    given = {"data_path": str(bench.data.path)}
+    for name in ("local", "slurm", "dirac"):
+        config = joborch.load_config("client", {**given, "executor": name}, {"JOBORCH_DIRAC_URL": "http://127.0.0.1:1"})
+        made = joborch.make_executor(bench.data, config)
         assert isinstance(made.is_batch, bool)
         for method in ("start", "find", "poll", "cancel", "collect", "end_orphans", "problem", "examine"):
             assert callable(getattr(made, method)), f"{name} lacks {method}"

@@ -18,11 +18,7 @@ from conftest import MakePair
 from harness import Pair, Process, submit, wait_for, wait_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_client import Yard, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_links import Peer, peer_fixture, reply  # noqa: F401 - a fixture
-from test_server import Desk, event
-from test_states import HandClock, a_service, new_job
+from world import Desk, HandClock, Peer, Yard, a_service, event, new_job, reply
 
 import joborch
 from joborch import Cause, Job, Sharing, Status, Store, counted_s

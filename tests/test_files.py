@@ -22,35 +22,12 @@ import pytest
 from harness import BOUNDARY, ROOT, disk_bytes, field_part, file_part, form, part
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_states import BOUNDED, tried
+from world import BOUNDED, CONTENTS, NAMES, Trickle, fit, new_folder, on_disk, packed, tried
 
 import joborch
 from joborch import ConfigError, DataFolder, FormReader, HttpError, StoredFile, Tree, ZipPacker, check_path
 
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
-
-
-@contextlib.contextmanager
-def new_folder() -> Iterator[Path]:
-    """A folder for one example; Hypothesis gives all examples of a test the same tmp_path."""
-    path = Path(tempfile.mkdtemp(prefix="joborch-test-"))
-    try:
-        yield path
-    finally:
-        subprocess.run(["chmod", "-R", "u+rwX", str(path)], check=False, stderr=subprocess.DEVNULL)
-        joborch.remove_tree(path)
-
-
-@pytest.fixture(name="data")
-def data_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataFolder]:
-    """An opened data folder; what it changes of the process is changed back."""
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    umask = os.umask(0o022)
-    folder = DataFolder(str(tmp_path / "data"))
-    folder.open()
-    yield folder
-    os.umask(umask)
-    folder.lock.close()
 
 
 # == Names ==
@@ -117,29 +94,9 @@ def test_a_tree_refuses_duplicates_and_file_folder_clashes_and_nothing_else(path
 # == Forms ==
 
 
-class Trickle(io.RawIOBase):
-    """A stream that gives what it has in pieces of odd sizes, never more than asked for."""
-
-    def __init__(self, content: bytes, sizes: Sequence[int]) -> None:
-        self.content, self.sizes, self.reads = content, list(sizes) or [1 << 20], 0
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next piece."""
-        assert size >= 0, "a read without a limit fills the memory"
-        piece = self.content[: min(size, self.sizes[self.reads % len(self.sizes)])]
-        self.content = self.content[len(piece) :]
-        self.reads += 1
-        return piece
-
-
 def read_form(folder: Path, body: bytes, sizes: Sequence[int] = (), by_name: bool = False, length: int | None = None) -> joborch.Form:
     """What a form is read as: files below `folder`."""
     return FormReader(folder, by_name).read(Trickle(body, sizes), TYPE, len(body) if length is None else length)
-
-
-def on_disk(folder: Path) -> dict[str, bytes]:
-    """All files below `folder`, by their relative paths."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def entries(files: dict[str, bytes]) -> set[StoredFile]:
@@ -147,22 +104,10 @@ def entries(files: dict[str, bytes]) -> set[StoredFile]:
     return {StoredFile(path, len(content), hashlib.sha256(content).hexdigest()) for path, content in files.items()}
 
 
-# What looks like the boundary, in contents: the line itself must not be in them (RFC 2046).
-ALMOST = [b"\r\n--" + BOUNDARY.encode()[:-1], b"--" + BOUNDARY.encode(), b"\n--" + BOUNDARY.encode() + b"\r\n", b"\r\n", b"--", b"\r"]
-CONTENTS = st.lists(st.binary(max_size=40) | st.sampled_from(ALMOST), max_size=6).map(b"".join)
-CONTENTS = CONTENTS.filter(lambda content: b"\r\n--" + BOUNDARY.encode() not in b"\r\n" + content)
-NAME_PARTS = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="/"), min_size=1, max_size=8)
-NAMES = st.lists(NAME_PARTS.filter(lambda part: part not in (".", "..")), min_size=1, max_size=3).map("/".join)
 SIZES = st.lists(st.integers(1, 90), max_size=5)
 FIELDS = st.dictionaries(
     st.text(st.sampled_from("abc_"), min_size=1, max_size=4), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 )
-
-
-def fit(paths: Sequence[str]) -> bool:
-    """Whether these names can stand side by side in one form."""
-    tree = Tree()
-    return all(tried(lambda: tree.add(path), HttpError) is None for path in paths)  # noqa: B023 - called at once
 
 
 def html5(name: str) -> bool:
@@ -343,21 +288,6 @@ def new_packer() -> Iterator[ZipPacker]:
     packer = ZipPacker(io.BytesIO())
     yield packer
     packer.abandon()
-
-
-def packed(folder: Path, spool: Any = None, **options: Any) -> tuple[joborch.Archive, zipfile.ZipFile]:
-    """The finished archive of a folder, its digest and size checked, and what zipfile reads in it."""
-    packer = ZipPacker(spool or io.BytesIO())
-    packer.add_folder(folder, **options)
-    archive = packer.finish()
-    content = archive.file.read()
-    assert (archive.size, archive.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    read = zipfile.ZipFile(io.BytesIO(content))
-    assert read.testzip() is None
-    names = read.namelist()
-    assert len(names) == len(set(names)), "a name stands twice"
-    assert not any(name.startswith("/") or ".." in name.split("/") for name in names)
-    return archive, read
 
 
 def member_bytes(name: str) -> bytes:

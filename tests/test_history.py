@@ -52,7 +52,7 @@ from history import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_states import HandClock, a_service, new_job
+from world import HandClock, a_service, new_job
 
 import joborch
 from joborch import Cause, Job, Status, Store

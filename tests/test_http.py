@@ -9,18 +9,13 @@ import os
 import re
 import socket
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_client import ask
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_links import Peer, peer_fixture, reply, zip_reply  # noqa: F401 - a fixture
-from test_server import RESULT, Desk, no_long_polls  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, tried
+from world import BOUNDED, RESULT, Desk, HandClock, Peer, ask, reply, tried, zip_reply
 
 import joborch
 from joborch import (
@@ -29,7 +24,6 @@ from joborch import (
     Archive,
     Cause,
     ConfigError,
-    DataFolder,
     HttpError,
     Job,
     Request,
@@ -41,13 +35,7 @@ from joborch import (
     find_route,
 )
 
-
-@pytest.fixture(name="desk")
-def desk_fixture(peer: Peer, data: DataFolder) -> Iterator[Desk]:
-    """A server with one service at one client, the peer."""
-    made = Desk(data, peer.url, JOBORCH_MIN_FREE="0")
-    yield made
-    made.store.close()
+pytestmark = pytest.mark.usefixtures("no_long_polls")
 
 
 # == Ranges ==

@@ -34,7 +34,7 @@ from harness import (
     raw_exchange,
     wait_for,
 )
-from test_states import HandClock
+from world import HandClock
 
 import joborch
 from joborch import CLOSE_WAIT, ROUTES

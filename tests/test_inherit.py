@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import MakePair, MakeProcess
 from harness import NOBODY_UID, ROOT, Pair, download, from_source, open_program, partial, run_to_end, submit, wait_for, wait_status
-from test_doctor import doctor
-from test_files import data_fixture  # noqa: F401 - a fixture
+from world import doctor
 
 import joborch
+from joborch_plugins import slurm
 
 SECRETS = {
     "PGPASS": "1", "DB_PASS": "1", "MYSQL_PWD": "1", "SSH_AUTH_SOCK": "/tmp/agent", "DATABASE_URL": "postgres://u:p@h/d",
@@ -168,7 +168,7 @@ def test_slurms_login_stays_with_its_commands(data: joborch.DataFolder, tmp_path
     folder = data.jobs / "a job.1"
     (folder / "work").mkdir(parents=True)
     (folder / "work" / "run.sh").write_text("env -0 > env.bin; cat /proc/$PPID/environ > wrapper.bin; exit 3\n")
-    (tmp_path / "slurm_script").write_bytes(joborch.wrapper_text(data, first=joborch.WITHOUT_JWT))
+    (tmp_path / "slurm_script").write_bytes(joborch.wrapper_text(data, first=slurm.WITHOUT_JWT))
     environment = {"PATH": os.environ["PATH"], "SLURM_JWT": "secret", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", str(tmp_path / "slurm_script"), str(folder), "1"], env=environment, check=False)
     assert done.returncode == 3

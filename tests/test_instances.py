@@ -15,13 +15,9 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import MakePair, MakeProcess
-from harness import ROOT, LinkCaller, Pair, Process, download, end_all_below, processes_below, submit, wait_for, wait_status
+from harness import LinkCaller, Pair, Process, download, end_all_below, processes_below, program_text, submit, wait_for, wait_status
 from proxy import Proxy
-from test_backups import command
-from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_seam import Site
-from test_two_clients import clients_of, held
+from world import Site, Yard, ask, clients_of, command, held
 
 from joborch import Cause, DataFolder, Job, Outcome, Status, end_tick, run_tick, take_for_ending
 
@@ -360,7 +356,7 @@ def test_an_end_is_judged_by_a_row_that_knows_of_the_kill(yard: Yard, monkeypatc
     assert (yard[job.id].status, yard[job.id].cause) == (Status.KILLED, "cancelled")
 
 
-POINTS = sorted(set(re.findall(r'crash_point\("(restore\.\w+)"\)', (ROOT / "joborch.py").read_text())))
+POINTS = sorted(set(re.findall(r'crash_point\("(restore\.\w+)"\)', program_text())))
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +20,26 @@ import pytest
 from harness import free_port
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_files import CONTENTS, NAMES, Trickle, data_fixture, fit, new_folder, on_disk  # noqa: F401 - a fixture
-from test_states import BOUNDED, HandClock, a_service, changed, new_job, tried
+from world import (
+    BOUNDED,
+    CONTENTS,
+    NAMES,
+    NONCE,
+    HandClock,
+    Peer,
+    Trickle,
+    a_service,
+    changed,
+    digest_of,
+    fit,
+    make_link,
+    new_folder,
+    new_job,
+    on_disk,
+    reply,
+    tried,
+    zip_reply,
+)
 
 import joborch
 from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer, NothingSent, Rejected, Store, Transfer
@@ -34,128 +47,10 @@ from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer
 # == A client that says what it is told to say ==
 
 
-@dataclasses.dataclass
-class Asked:
-    """A request as it arrived."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-def reply(status: int, body: Any = b"", **headers: str) -> bytes:
-    """An answer byte by byte: JSON unless the body is bytes; headers are named with underscores."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    said = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
-    said.update({name.replace("_", "-"): value for name, value in headers.items()})
-    lines = [f"HTTP/1.1 {status} Because", *(f"{name}: {value}" for name, value in said.items() if value)]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
-
-
-def zip_reply(body: bytes, **headers: str) -> bytes:
-    """A result."""
-    return reply(200, body, Content_Type="application/zip", **headers)
-
-
-Said = bytes  # what goes over the line, whole or not; empty: the line is closed without an answer
-
-
-NONCE = "0123456789abcdef" * 2
-
-
-def proven(said: Said, asked: Asked, token: str) -> Said:
-    """An answer with the proof that its head is of who holds the token, where the request bore one."""
-    head, blank, body = said.partition(b"\r\n\r\n")
-    shown = joborch.PROOF_SHAPE.fullmatch(asked.headers.get("Authorization", ""))
-    if not (blank and shown and re.match(rb"HTTP/1\.[01] [0-9]{3} ", head)):
-        return said
-    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])}
-    proof = joborch.Proof(joborch.link_key(token), shown[1], shown[2], int(shown[3]), asked.method, asked.path)
-    mac = proof.of_answer(int(head.split()[1]), joborch.FoldedHeaders(fields.items()))
-    return head + f"\r\n{joborch.MAC_HEADER}: {mac}".encode() + blank + body
-
-
-class Peer:
-    """An HTTP server on loopback. `says` maps the beginning of a path to the answers to give, the last one for ever.
-
-    It says hello and proves its answers by its token as a joborch client does, unless `says` has a /hello of its own.
-    """
-
-    def __init__(self, token: str = "a-token") -> None:
-        self.token = token
-        self.says: dict[str, list[Said | Callable[[Asked], Said]]] = {}
-        self.asked: list[Asked] = []
-        self.silent = threading.Event()  # set: it never answers until it is closed
-        self.closing = threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"peer": self}))
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        """End it; who connects then is refused."""
-        self.closing.set()
-        self.http.shutdown()
-        self.http.server_close()
-
-    def answer_to(self, asked: Asked) -> Said:
-        """The next answer for a request, 404 where nothing is to be said."""
-        if asked.path == "/hello" and "/hello" not in self.says and not self.silent.is_set():
-            return proven(reply(200, {"version": "0.2.0", "nonce": NONCE, "proof": bool(self.token)}, X_Joborch="0.2.0"), asked, self.token)
-        self.asked.append(asked)
-        if self.silent.is_set():
-            self.closing.wait(60)
-        return proven(self.next_answer(asked), asked, self.token)
-
-    def next_answer(self, asked: Asked) -> Said:
-        """Its prepared answer to a request."""
-        for path, answers in self.says.items():
-            if asked.path.startswith(path):
-                said = answers[0] if len(answers) == 1 else answers.pop(0)
-                return said if isinstance(said, bytes) else said(asked)
-        return reply(404)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Gives the peer's answers."""
-
-    peer: Peer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        """Any request."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        said = self.peer.answer_to(Asked(self.command, self.path, dict(self.headers), body))
-        self.close_connection = True
-        self.wfile.write(said)
-
-    def do_POST(self) -> None:
-        """The same."""
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture(name="peer")
-def peer_fixture() -> Iterator[Peer]:
-    """A peer, closed with the test."""
-    made = Peer()
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def link(peer: Peer, data: DataFolder) -> Link:
     """A link to the peer."""
     return make_link(peer.url, data)
-
-
-def make_link(url: str, data: DataFolder) -> Link:
-    """A link to a client of ours below this URL."""
-    made = Link(joborch.client_address(url), data, HandClock())
-    made.services.append(a_service(token="a-token"))
-    return made
 
 
 def proven_link(url: str, data: DataFolder) -> Link:
@@ -468,11 +363,6 @@ def test_status(said: bytes, wanted: Any, link: Link, peer: Peer, job: Job) -> N
 
 
 RESULT = b"PK" + bytes(range(256)) * 20
-
-
-def digest_of(content: bytes) -> str:
-    """Repr-Digest, made by hand."""
-    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
 
 
 @pytest.mark.parametrize(

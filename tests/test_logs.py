@@ -12,10 +12,7 @@ from conftest import MakePair
 from harness import Pair, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture, new_folder  # noqa: F401 - a fixture
-from test_links import Peer, peer_fixture, reply  # noqa: F401 - a fixture
-from test_server import Desk, desk, desk22  # noqa: F401 - fixtures
+from world import Desk, Peer, Yard, ask, new_folder, reply
 
 import joborch
 from joborch import Status, Stream, ZipPacker
@@ -71,7 +68,7 @@ def test_a_payload_is_read_while_it_runs(yard: Yard) -> None:
 
 
 @pytest.mark.parametrize(("query", "field"), [("stream=both", "stream"), ("offset=-1", "offset"), ("offset=x", "offset")])
-def test_what_cannot_be_asked_for(query: str, field: str, yard: Yard, desk: Desk) -> None:  # noqa: F811
+def test_what_cannot_be_asked_for(query: str, field: str, yard: Yard, desk: Desk) -> None:
     job, payload = desk.upload(), yard.submit("true")
     for node, path in ((yard.client, f"/logs/{payload.id}"), (desk.server, f"/jobs/{job.id}/logs")):
         said = ask(node, "GET", f"{path}?{query}")
@@ -84,7 +81,7 @@ def test_what_the_script_puts_in_the_place_of_its_output_is_not_read(replacement
     assert log(yard.client, f"/logs/{job.id}") == (200, b"", 0)
 
 
-def test_where_a_jobs_output_is_by_and_by(desk: Desk, peer: Peer) -> None:  # noqa: F811
+def test_where_a_jobs_output_is_by_and_by(desk: Desk, peer: Peer) -> None:
     """Nowhere while it is queued, at its client, and in the stored result; a client that is away is no end of it."""
     queued, job = desk.upload(user_id=2), desk.with_client(Status.RUNNING)
     assert log(desk.server, f"/jobs/{queued.id}/logs") == (200, b"", 0)
@@ -99,7 +96,7 @@ def test_where_a_jobs_output_is_by_and_by(desk: Desk, peer: Peer) -> None:  # no
     assert log(desk.server, f"/jobs/{job.id}/logs")[0] == 404
 
 
-def test_a_22_client_shows_no_output(desk22: Desk) -> None:  # noqa: F811
+def test_a_22_client_shows_no_output(desk22: Desk) -> None:
     said = ask(desk22.server, "GET", f"/jobs/{desk22.with_client(Status.RUNNING).id}/logs")
     assert said.status == 404 and "2.2" in said.json["message"]
 

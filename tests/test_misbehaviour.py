@@ -28,13 +28,13 @@ from harness import (
     wait_for,
     wait_status,
 )
-from test_client import Yard, ask, serving
-from test_executors import AT_HOME, soon
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_server import Desk, event, no_long_polls  # noqa: F401 - a fixture
+from world import AT_HOME, Desk, Yard, ask, event, serving, soon
 
 import joborch
 from joborch import Client, DataFolder, Job, Status, clean_tick, fetch_tick, run_tick
+
+pytestmark = pytest.mark.usefixtures("no_long_polls")
+
 
 MIB = 1024 * 1024
 

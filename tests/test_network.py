@@ -34,8 +34,7 @@ from harness import (
     wait_status,
 )
 from proxy import KINDS, Fault, Proxy
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_server import Desk, event
+from world import Desk, event
 
 from joborch import DataFolder, Job, Status, report
 

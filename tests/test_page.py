@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from test_client import Said, Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_http import desk_fixture  # noqa: F401 - a fixture
-from test_links import peer_fixture  # noqa: F401 - a fixture
-from test_server import Desk
-from test_states import tried
+from world import Desk, Said, Yard, ask, tried
 
 import joborch
-from joborch import JSON_TYPE, ROUTES, Gives, HttpError, Route, Status, openapi
+from joborch import JSON_TYPE, ROUTES, Gives, HttpError, Route, Status
+from joborch_plugins import documents
+from joborch_plugins.documents import openapi
 
 MODES = ("server", "client")
 OF_MODE = [(mode, declared) for mode in MODES for declared in ROUTES if mode in declared.mode.split()]
@@ -171,7 +168,7 @@ def test_errors_are_like_their_examples(desk: Desk) -> None:
 # == Assets ==
 
 
-@pytest.mark.parametrize("name", [*joborch.SWAGGER_FILES, "start.js"])
+@pytest.mark.parametrize("name", [*documents.SWAGGER_FILES, "start.js"])
 def test_swagger_ui_is_served_from_inside(name: str, desk: Desk) -> None:
     said = ask(desk.server, "GET", f"/swagger-ui/{name}")
     kind = {"css": "text/css", "js": "text/javascript", "png": "image/png"}[name.rpartition(".")[2]]
@@ -198,7 +195,7 @@ def test_the_page_names_only_files_that_are_served_and_no_other_address(desk: De
 
 @pytest.mark.parametrize("name", ["index.html", "swagger-ui.css.map", "..", "%2e%2e", "", "swagger-initializer.js"])
 def test_no_other_file_is_served(name: str, desk: Desk) -> None:
-    said = tried(lambda: joborch.swagger_file(desk.server, joborch.Request({}), name), HttpError)
+    said = tried(lambda: documents.swagger_file(desk.server, joborch.Request({}), name), HttpError)
     assert isinstance(said, HttpError) and said.status == 404
 
 
@@ -214,9 +211,9 @@ def test_the_client_is_described_too(yard: Yard) -> None:
 
 
 def test_a_packages_file_is_read_without_importing_it() -> None:
-    assert b"def" in joborch.package_file("bottle", "bottle.py")
+    assert b"def" in documents.package_file("bottle", "bottle.py")
     with pytest.raises(OSError, match="nothing"):
-        joborch.package_file("bottle", "nothing")
+        documents.package_file("bottle", "nothing")
 
 
 # == Tables ==
@@ -224,11 +221,11 @@ def test_a_packages_file_is_read_without_importing_it() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_readmes_table_of_routes(mode: str) -> None:
-    rows = joborch.routes_table(mode).splitlines()[2:]
+    rows = documents.routes_table(mode).splitlines()[2:]
     assert len(rows) == len([1 for kind, _ in OF_MODE if kind == mode])
     assert all(row.count("|") == 4 and "<job_id>" not in row for row in rows)
 
 
 def test_an_example_that_is_no_object_is_a_number() -> None:
-    assert joborch.openapi_schema_of(12.5) == {"type": "number"}
-    assert joborch.openapi_response(Gives("a ZIP", joborch.ZIP_TYPE))["content"] == {joborch.ZIP_TYPE: {}}
+    assert documents.openapi_schema_of(12.5) == {"type": "number"}
+    assert documents.openapi_response(Gives("a ZIP", joborch.ZIP_TYPE))["content"] == {joborch.ZIP_TYPE: {}}

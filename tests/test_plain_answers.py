@@ -756,7 +756,8 @@ def test_demo_of_an_installed_copy(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("joborch.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "example", source / "example")
+    for folder in ("example", "joborch_plugins"):
+        shutil.copytree(ROOT / folder, source / folder)
     text = (source / "pyproject.toml").read_text()  # an older setuptools than it asks for knows no licence of PEP 639
     (source / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", text, flags=re.MULTILINE))
     build = "from setuptools import setup; setup()"

@@ -47,7 +47,7 @@ from harness import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from test_states import BOUNDED, tried
+from world import BOUNDED, Between, Change, HeadLines, read_message, tried
 
 import joborch
 from joborch import HttpError, Proof, ProofReader, link_key
@@ -246,81 +246,6 @@ def test_files_are_compared_with_the_digest_in_the_head(client: Process) -> None
 
 # == Somebody in between ==
 
-Head = list[bytes]  # the lines of a head
-Change = Callable[[Head, bytes], "tuple[Head, bytes]"]
-
-
-def read_message(line: socket.socket, rest: bytes) -> tuple[Head, bytes, bytes]:
-    """The head of the next message, its body, and what was read beyond; an empty head at the end."""
-    while b"\r\n\r\n" not in rest:
-        data = line.recv(1 << 16)
-        if not data:
-            return [], b"", b""
-        rest += data
-    text, _, rest = rest.partition(b"\r\n\r\n")
-    found = re.search(rb"(?i)\r\nContent-Length: *([0-9]+)", text)
-    size = int(found[1]) if found and not text.startswith(b"HTTP/1.1 304") else 0
-    while len(rest) < size:
-        data = line.recv(1 << 16)
-        if not data:
-            break
-        rest += data
-    return text.split(b"\r\n"), rest[:size], rest[size:]
-
-
-class Between:
-    """Stands between server and client, keeps what passes, and changes requests or answers of its choice."""
-
-    def __init__(self, client: Process, context: ssl.SSLContext | None = None) -> None:
-        self.client, self.context = client, context
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.sent = list[bytes]()  # all requests, as they came from the server
-        self.answers = list[tuple[bytes, Head, bytes]]()  # first line of the request, and its answer as the client gave it
-        self.change_request: Change | None = None
-        self.change_answer: Callable[[bytes, Head, bytes], tuple[Head, bytes] | None] | None = None
-        self.changed = 0
-        threading.Thread(target=self.accept_all, daemon=True).start()
-
-    def accept_all(self) -> None:
-        while True:
-            try:
-                line, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.pass_all, args=(line,), daemon=True).start()
-
-    def pass_all(self, line: socket.socket) -> None:
-        """Pass on one connection, message by message."""
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            stack.callback(line.close)
-            if self.context:
-                line = stack.enter_context(self.context.wrap_socket(line, server_side=True))
-            target = stack.enter_context(socket.create_connection(("127.0.0.1", self.client.port)))
-            asked = told = b""
-            while True:
-                head, body, asked = read_message(line, asked)
-                if not head:
-                    return
-                first = head[0]
-                self.sent.append(b"\r\n".join(head) + b"\r\n\r\n" + body)
-                if self.change_request:
-                    head, body = self.change_request(head, body)
-                target.sendall(b"\r\n".join(head) + b"\r\n\r\n" + body)
-                head, body, told = read_message(target, told)
-                if not head:
-                    return
-                self.answers.append((first, head, body))
-                changed = self.change_answer(first, head, body) if self.change_answer else (head, body)
-                if changed is None:
-                    return
-                line.sendall(b"\r\n".join(changed[0]) + b"\r\n\r\n" + changed[1])
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
 
 @pytest.fixture(name="between")
 def between_fixture(make_pair: MakePair) -> Iterator[tuple[Pair, Between]]:
@@ -333,10 +258,10 @@ def between_fixture(make_pair: MakePair) -> Iterator[tuple[Pair, Between]]:
     middle.close()
 
 
-def once(middle: Between, start: str, change: Callable[[Head, bytes], tuple[Head, bytes] | None], times: int = 1) -> None:
+def once(middle: Between, start: str, change: Callable[[HeadLines, bytes], tuple[HeadLines, bytes] | None], times: int = 1) -> None:
     """Change the answers to the next requests that begin so."""
 
-    def change_answer(first: bytes, head: Head, body: bytes) -> tuple[Head, bytes] | None:
+    def change_answer(first: bytes, head: HeadLines, body: bytes) -> tuple[HeadLines, bytes] | None:
         if middle.changed >= times or not re.match(start, first.decode()):
             return head, body
         middle.changed += 1
@@ -345,12 +270,12 @@ def once(middle: Between, start: str, change: Callable[[Head, bytes], tuple[Head
     middle.changed, middle.change_answer = 0, change_answer
 
 
-def without(head: Head, name: bytes) -> Head:
+def without(head: HeadLines, name: bytes) -> HeadLines:
     """A head without a header."""
     return [line for line in head if not line.lower().startswith(name.lower() + b":")]
 
 
-def with_header(head: Head, name: bytes, value: bytes) -> Head:
+def with_header(head: HeadLines, name: bytes, value: bytes) -> HeadLines:
     """A head with another value of a header."""
     return [*without(head, name), name + b": " + value]
 
@@ -369,7 +294,7 @@ def ends_once(server: Process, number: int, marks: Path) -> None:
     assert download(server, number).text("out.txt").split() == [str(line) for line in range(1, 100_001)]
 
 
-ANSWER_FAULTS: dict[str, Callable[[Head, bytes], tuple[Head, bytes] | None]] = {
+ANSWER_FAULTS: dict[str, Callable[[HeadLines, bytes], tuple[HeadLines, bytes] | None]] = {
     "another status": lambda head, body: ([head[0].replace(b"200 OK", b"404 Not Found"), *head[1:]], body),
     "shorter": lambda head, body: (with_header(head, b"Content-Length", str(len(body) // 2).encode()), body[: len(body) // 2]),
     "another digest": lambda head, body: (with_header(head, b"Repr-Digest", b"sha-256=:" + b"A" * 43 + b"=:"), body),
@@ -470,7 +395,7 @@ def test_changed_requests_are_not_obeyed(between: tuple[Pair, Between], tmp_path
         wait_for(lambda: server.get("/clients").json()["clients"][0]["reachable"], 60, "the client reachable")
         done = threading.Event()
 
-        def change_submit(head: Head, body: bytes, change: Change = change, done: threading.Event = done) -> tuple[Head, bytes]:
+        def change_submit(head: HeadLines, body: bytes, change: Change = change, done: threading.Event = done) -> tuple[HeadLines, bytes]:
             if done.is_set() or not head[0].startswith(b"POST /submit"):
                 return head, body
             done.set()

@@ -1,6 +1,6 @@
-"""The README is true: its quick start runs as it stands, its tables are what the code prints, its links lead somewhere.
+"""The documents are true: the README's commands run as they stand, tables are what the code prints, links lead somewhere.
 
-`python tests/test_readme.py --write` writes the parts between markers anew.
+`python tests/test_readme.py --write` writes the parts between markers in docs/reference.md anew.
 """
 
 from __future__ import annotations
@@ -21,39 +21,55 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from harness import ROOT, end_all_below
+from harness import ROOT, end_all_below, program_text
 from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
 
 sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
+from joborch_plugins import documents
 
 README = ROOT / "README.md"
+README_LINES = 250
+REFERENCE = ROOT / "docs" / "reference.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 GENERATED: Mapping[str, Callable[[], str]] = {
     "diagram": lambda: f"```mermaid\n{joborch.diagram()}\n```",
     "settings": joborch.settings_table,
-    "routes server": lambda: joborch.routes_table("server"),
-    "routes client": lambda: joborch.routes_table("client"),
+    "routes server": lambda: documents.routes_table("server"),
+    "routes client": lambda: documents.routes_table("client"),
 }
 REMEDY = "run: .venv-test/bin/python tests/test_readme.py --write"
 
 ASKS_FOR_CODES = re.compile(r"curl -I \S+ +# (?P<codes>.*)")
+TESTED_ELSEWHERE = ["tests/run", "docker compose up --build"]  # by whoever runs the tests, and by test_containers.py
 LEFT_OUT_OF_THE_COPY = shutil.ignore_patterns(".*", "__pycache__", "joborch.pyz", "bench.jsonl")
 
 
-# == What the README says ==
+# == What the documents say ==
 
 
 def quick_start(markdown: str) -> list[list[str]]:
-    """The blocks that a newcomer types one after another: the first command, then the quick start."""
+    """Return the blocks that a newcomer types one after another: the first command, then the quick start."""
     return [shell_blocks(section(markdown, "Two commands"))[0], *shell_blocks(section(markdown, "Quick start"))]
+
+
+def own_service(markdown: str) -> list[list[str]]:
+    """Return the blocks that set up a service of one's own; the quick start's processes are stopped before."""
+    return [block for block in shell_blocks(section(markdown, "Your own service")) if block[0] not in TESTED_ELSEWHERE]
+
+
+def env_file(markdown: str) -> str:
+    """Return the text of `server.env`, which the commands of one's own service read."""
+    found = re.search(r"^```ini\n(.*?)^```$", section(markdown, "Your own service"), re.MULTILINE | re.DOTALL)
+    assert found, "the README shows no server.env"
+    return found[1]
 
 
 def refreshed(markdown: str) -> str:
     """`markdown` with every generated part as the code prints it now."""
     for name, make in GENERATED.items():
         parts = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert len(parts.findall(markdown)) == 1, f"the README needs one pair of markers <!-- {name} --> <!-- /{name} -->"
+        assert len(parts.findall(markdown)) == 1, f"{REFERENCE.name} needs one pair of markers <!-- {name} --> <!-- /{name} -->"
         text = f"\n{make()}\n\n"
         markdown = parts.sub(lambda found, text=text: found[1] + text + found[2], markdown)
     return markdown
@@ -74,7 +90,7 @@ def links(markdown: str) -> Iterator[str]:
             yield unquote(link)
 
 
-# == The quick start, typed by a process in a network of its own ==
+# == The README's commands, typed by a process in a network of its own ==
 
 
 def set_loopback_up() -> None:
@@ -88,22 +104,22 @@ def private_network() -> list[str]:
     """The command before another that gives it a network of its own, where the default ports are free; else skip."""
     command = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     if shutil.which("unshare") is None:
-        pytest.skip("the quick start runs on ports 5000 and 9000, in a network of its own: needs unshare (util-linux)")
+        pytest.skip("the README's commands use ports 5000 and 9000, in a network of their own: needs unshare (util-linux)")
     tried = subprocess.run([*command, "true"], capture_output=True, text=True)
     if tried.returncode != 0:
-        pytest.skip(f"the quick start runs on ports 5000 and 9000, in a network of its own: needs root ({tried.stderr.strip()})")
+        pytest.skip(f"the README's commands use ports 5000 and 9000, in a network of their own: needs root ({tried.stderr.strip()})")
     return command
 
 
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tuple[Path, list[Typed]]]:
-    """A copy of the repository in which the quick start was typed, and what came of each line.
+    """A copy of the repository in which the README's commands were typed, and what came of each line.
 
     `pyz` is asked for because its build fetches the packages: a network of one's own leads nowhere.
     """
     folder = tmp_path_factory.mktemp("newcomer") / "joborch"
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT_OF_THE_COPY, symlinks=True)
-    command = [*private_network(), sys.executable, str(Path(__file__).resolve()), "--type-quick-start", str(folder)]
+    command = [*private_network(), sys.executable, str(Path(__file__).resolve()), "--type-commands", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
@@ -115,15 +131,15 @@ def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tu
 def only(typed: list[Typed], start: str) -> Typed:
     """The one line that starts with `start`."""
     found = [each for each in typed if each.line.startswith(start)]
-    assert len(found) == 1, f"{len(found)} lines of the quick start begin with {start!r}"
+    assert len(found) == 1, f"{len(found)} lines of the README begin with {start!r}"
     return found[0]
 
 
 @pytest.mark.timeout(300)
-def test_every_line_of_the_quick_start_runs(terminal: tuple[Path, list[Typed]]) -> None:
-    """Each ends with 0; what runs on does so until it is ended, and then ends with 0, too."""
+def test_every_line_runs(terminal: tuple[Path, list[Typed]]) -> None:
+    """Each exits with 0; a server or client runs until it is stopped, and then exits with 0, too."""
     _, typed = terminal
-    assert len(typed) > 12, typed
+    assert len(typed) > 20, typed
     for line, status, outputs in typed:
         assert status == (None if STARTS.match(line) else 0), f"{line}\n{''.join(outputs)}"
 
@@ -164,6 +180,28 @@ def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
     assert '"status": "Killed"' in only(typed, "curl -X POST 127.0.0.1:5000/terminate/2").outputs[0]
 
 
+@pytest.mark.timeout(300)
+def test_a_service_of_ones_own(terminal: tuple[Path, list[Typed]]) -> None:
+    """The settings of `server.env` are in force, and the server knows its client by name."""
+    typed = terminal[1]
+    assert re.search(r"SERVICE_DOCKING_CLIENTS +http://gpu1:9000", only(typed, "python3 joborch.pyz config server").outputs[0])
+    services = only(typed, "curl 127.0.0.1:5000/services").outputs[0]
+    assert '"docking"' in services and '"example"' not in services
+    assert '"gpu1:9000"' in only(typed, "curl 127.0.0.1:5000/clients").outputs[0]
+
+
+def test_no_block_of_shell_is_left_out() -> None:
+    """Every one is typed above, or is named with who runs it."""
+    markdown = README.read_text()
+    typed = [*quick_start(markdown), *own_service(markdown)]
+    assert [block for block in shell_blocks(markdown) if block not in typed and block[0] not in TESTED_ELSEWHERE] == []
+
+
+def test_the_readme_is_short() -> None:
+    """What operators and developers need is in docs/."""
+    assert len(README.read_text().splitlines()) <= README_LINES
+
+
 def test_curl_as_in_the_reference() -> None:
     """The lines that users of job-orchestrator know, word for word."""
     lines = [line.partition("   ")[0] for block in quick_start(README.read_text()) for line in block]
@@ -186,32 +224,32 @@ def test_the_second_command_is_there() -> None:
 
 def test_generated_parts_are_what_the_code_prints() -> None:
     """The diagram, the settings and the routes."""
-    markdown = README.read_text()
+    markdown = REFERENCE.read_text()
     assert markdown == refreshed(markdown), REMEDY
 
 
 def test_every_setting_and_command_is_named() -> None:
-    """In the README, whose tables may not be the only place that could forget one."""
-    markdown = README.read_text()
+    """The tables may not be the only place that could forget one."""
+    reference, readme = REFERENCE.read_text(), README.read_text()
     settings = [setting.name for setting in joborch.SETTINGS]
     settings += [f"SERVICE_<NAME>_{setting.name}" for setting in joborch.SERVICE_SETTINGS]
-    assert [name for name in settings if f"`{name}`" not in markdown] == []
-    assert [name for name in joborch.EXAMPLES if not re.search(rf"`python3 joborch.pyz {name}( FILE)?`", markdown)] == []
+    assert [name for name in settings if f"`{name}`" not in reference] == []
+    assert [name for name in joborch.EXAMPLES if not re.search(rf"`python3 joborch.pyz {name}( FILE)?`", readme)] == []
 
 
 def test_every_name_in_capitals_exists() -> None:
     """What the documents call a setting or a variable is one of the program or of the compose file."""
-    known = (ROOT / "joborch.py").read_text() + (ROOT / "docker-compose.yml").read_text()
+    known = program_text() + (ROOT / "docker-compose.yml").read_text()
     for document in DOCUMENTS:
         names = set(re.findall(r"\bJOBORCH_[A-Z_]+[A-Z]", document.read_text()))
         assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", known)] == [], document.name
 
 
 def test_every_state_and_cause_is_explained() -> None:
-    """In the README: a payload's own state, Prepared, is in the picture only."""
-    states = section(README.read_text(), "States").partition("<!-- diagram -->")[0]
+    """In the README, except a payload's own state, Prepared."""
+    states = section(README.read_text(), "States")
     assert [status for status in joborch.SERVER_MOVES if str(status[1]) not in states] == []
-    trouble = section(README.read_text(), "When things go wrong")
+    trouble = section(README.read_text(), "When a job fails")
     assert [cause for cause in joborch.Cause if f"| `{cause}` |" not in trouble] == []
 
 
@@ -230,7 +268,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_a_part_that_was_changed_is_found() -> None:
     """A row less, or a marker less, does not go unseen."""
-    markdown = README.read_text()
+    markdown = REFERENCE.read_text()
     row = joborch.settings_table().splitlines()[2] + "\n"
     assert refreshed(markdown.replace(row, "")) == refreshed(markdown) != markdown.replace(row, "")
     with pytest.raises(AssertionError, match="markers"):
@@ -245,18 +283,21 @@ def test_links_are_found_where_they_stand() -> None:
 
 
 def main() -> None:
-    """Write the generated parts anew; or, in a network of its own, type the quick start (for the tests above)."""
+    """Write the generated parts anew; or, in a network of its own, type the README's commands (for the tests above)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     ways = parser.add_mutually_exclusive_group(required=True)
-    ways.add_argument("--write", action="store_true", help="write the parts of README.md between markers anew")
-    ways.add_argument("--type-quick-start", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    ways.add_argument("--write", action="store_true", help="write the parts of docs/reference.md between markers anew")
+    ways.add_argument("--type-commands", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        README.write_text(refreshed(README.read_text()))
+        REFERENCE.write_text(refreshed(REFERENCE.read_text()))
         return
     set_loopback_up()
-    for typed in Newcomer(arguments.type_quick_start).type_all(quick_start(README.read_text())):
-        print(json.dumps(typed), flush=True)
+    markdown, folder = README.read_text(), arguments.type_commands
+    (folder / "server.env").write_text(env_file(markdown))
+    for blocks in (quick_start(markdown), own_service(markdown)):
+        for typed in Newcomer(folder).type_all(blocks):
+            print(json.dumps(typed), flush=True)
 
 
 if __name__ == "__main__":

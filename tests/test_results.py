@@ -25,13 +25,11 @@ from conftest import MakePair
 from harness import ENDED, Pair, Process, submit, wait_for, wait_status
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_client import Yard, ask, yard_fixture  # noqa: F401 - a fixture
-from test_files import BOUNDED, data_fixture, new_folder, packed  # noqa: F401 - a fixture
-from test_links import Peer, digest_of, peer_fixture, reply, zip_reply  # noqa: F401 - a fixture
-from test_server import Desk, desk, desk22  # noqa: F401 - fixtures
+from world import BOUNDED, Desk, Peer, Yard, ask, digest_of, new_folder, packed, reply, zip_reply
 
 import joborch
 from joborch import Cause, ResultLimits, Status, ZipPacker, fetch_tick
+from joborch_plugins import dirac
 
 MIB = 1 << 20
 MEMORY_MIB = 150
@@ -136,7 +134,7 @@ def test_a_server_believes_no_client(limits: dict[str, str], ends: str, make_pai
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_22_client_has_the_same_limit(told: bool, desk22: Desk, peer: Peer) -> None:  # noqa: F811
+def test_a_22_client_has_the_same_limit(told: bool, desk22: Desk, peer: Peer) -> None:
     desk22.restart(JOBORCH_MAX_RESULT="1M", JOBORCH_LOG_LIMIT="1K", JOBORCH_MAX_RESULT_FILES="10")
     body = random.Random(1).randbytes(3 * MIB)
     answer = zip_reply(body) if told else zip_reply(body).replace(b"Content-Length:", b"X-Length:")
@@ -280,7 +278,7 @@ def test_our_server_is_asked_to_come_again_soon(yard: Yard, held: threading.Even
     assert ask(yard.client, "GET", f"/retrieve/{job.id}", X_Joborch_Mark=job.mark).status == 200
 
 
-def test_a_result_that_is_still_packed_is_asked_for_again(desk: Desk, peer: Peer) -> None:  # noqa: F811
+def test_a_result_that_is_still_packed_is_asked_for_again(desk: Desk, peer: Peer) -> None:
     """Other results come first meanwhile, and the job is not Unknown: nothing is wrong."""
     job = desk.with_client(Status.RUNNING)
     body = b"PK"
@@ -294,7 +292,7 @@ def test_a_result_that_is_still_packed_is_asked_for_again(desk: Desk, peer: Peer
     assert desk[job].status is Status.COMPLETED
 
 
-def test_a_client_that_packs_for_ever_is_not_believed(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_client_that_packs_for_ever_is_not_believed(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joborch, "PACK_ASKED_MOST", 3)
     job = desk.with_client(Status.RUNNING)
     peer.says["/retrieve/7"] = [reply(503, {"message": "wait"}, X_Joborch_Packing="1")]
@@ -438,7 +436,7 @@ def test_a_damaged_archive_is_no_traceback(data: st.DataObject) -> None:
         list(joborch.zip_records(io.BytesIO(content)))
 
 
-def test_a_damaged_result_is_a_clear_answer(desk: Desk) -> None:  # noqa: F811
+def test_a_damaged_result_is_a_clear_answer(desk: Desk) -> None:
     job = desk.with_client(Status.RUNNING)
     desk.store.move(desk[job], Status.COMPLETED, "", result_size=7, result_sha256="0" * 64)
     desk.data.result(job.mark).write_bytes(b"rubbish")
@@ -644,7 +642,7 @@ def test_an_archive_of_many_members_is_unpacked_up_to_the_limit(tmp_path: Path) 
                 member.size = len(inner.getvalue())
                 archive.addfile(member, io.BytesIO(inner.getvalue()))
     (tmp_path / "sandbox").write_bytes(outer.getvalue())
-    joborch.unpack_outputs(tmp_path, "x.tar.bz2", 0, ResultLimits(MIB, 100))
+    dirac.unpack_outputs(tmp_path, "x.tar.bz2", 0, ResultLimits(MIB, 100))
     assert 100 < len(list((tmp_path / "out/work").iterdir())) < 200
     outcome = joborch.read_exit(tmp_path / "out")
     assert outcome is not None and outcome.cause is Cause.LIMIT and "JOBORCH_MAX_RESULT_FILES" in outcome.reason
@@ -657,5 +655,5 @@ def test_a_sound_archive_of_the_grid_is_unpacked_whole(tmp_path: Path) -> None:
             archive.addfile(tarfile.TarInfo(f"work/{number}"), io.BytesIO())
     target.seek(0)
     with tarfile.open(fileobj=target, mode="r|*") as archive:
-        assert joborch.unpack(archive, tmp_path, 0, ResultLimits(MIB, 100)) == []
+        assert dirac.unpack(archive, tmp_path, 0, ResultLimits(MIB, 100)) == []
     assert len(list((tmp_path / "work").iterdir())) == 100

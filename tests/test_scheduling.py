@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_states import BOUNDED, HandClock, a_service, new_job
+from world import BOUNDED, HandClock, a_service, new_job
 
 import joborch
 from joborch import (

@@ -6,106 +6,16 @@ That Slurm and DIRAC answer so is shown in test_slurm.py and test_dirac.py, agai
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_client import Yard, ask
-from test_files import data_fixture  # noqa: F401 - a fixture
+from world import Site, ask
 
 import joborch
-from joborch import (
-    BackendUnavailable,
-    CannotRun,
-    Cause,
-    ConfigError,
-    DataFolder,
-    Job,
-    Outcome,
-    Status,
-    StillRunning,
-    SubmitRefused,
-    end_tick,
-    recover_payloads,
-    run_tick,
-)
+from joborch import BackendUnavailable, CannotRun, Cause, ConfigError, DataFolder, Outcome, Status, SubmitRefused, end_tick
 
 ALIVE = Outcome(True)
-
-
-class System(joborch.LocalExecutor):
-    """A batch system: what it has, and what it says of each payload, by id."""
-
-    is_batch = True
-
-    def __init__(self, data: DataFolder) -> None:
-        super().__init__(data, 0.1)
-        self.has: list[int] = []  # what was submitted, in that order, each time
-        self.refuses: dict[int, Exception] = {}
-        self.outcomes: dict[int, Outcome] = {}
-        self.stubborn: set[int] = set()
-        self.unclear: set[int] = set()  # nobody can tell whether it has them
-        self.cancelled: list[int] = []
-        self.collects: Exception | None = None
-        self.trouble = ""
-        self.limit, self.tries = 1000, 0  # jobs that it takes at once; how often it was asked to
-
-    def start(self, job: Job) -> str:
-        self.tries += 1
-        if len(self.has) >= self.limit:
-            raise SubmitRefused("AssocMaxSubmitJobLimit")
-        if job.id in self.refuses:
-            raise self.refuses[job.id]
-        self.has.append(job.id)
-        return str(100 + job.id)
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        if self.trouble:
-            raise BackendUnavailable(self.trouble)
-        found = {job.mark: str(100 + job.id) for job in jobs if job.id in self.has}
-        return {**found, **{job.mark: "" for job in jobs if job.id in self.unclear}}
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        return {job.id: self.outcomes.get(job.id, Outcome(True, waits="in line")) for job in jobs}
-
-    def cancel(self, job: Job) -> None:
-        self.cancelled.append(job.id)
-        if job.id in self.stubborn:
-            raise StillRunning("only noted")
-
-    def collect(self, job: Job) -> None:
-        if self.collects:
-            raise self.collects
-
-    def problem(self) -> str:
-        return self.trouble
-
-
-class Site:
-    """A client with such a system."""
-
-    def __init__(self, data: DataFolder, slots: int = 5) -> None:
-        self.yard = Yard(data, JOBORCH_SLOTS=str(slots))
-        self.system = self.yard.client.executor = System(data)
-
-    def submit(self, **headers: str) -> Job:
-        return self.yard.submit("true", **headers)
-
-    def tick(self, seconds: float = 0.0) -> None:
-        self.yard.clock.pass_s(seconds)
-        run_tick(self.yard.client)
-
-    def restart(self) -> None:
-        """The client is killed and started again; the system has what it has."""
-        self.yard.store.close()
-        self.yard.open()
-        self.yard.client.executor = self.system
-        recover_payloads(self.yard.client)
-
-    def told(self, job: Job) -> tuple[str, str]:
-        """Status and reason as a server hears them."""
-        said = joborch.event_json(self.yard.client, self.yard[job])
-        return said["status"], said["reason"]
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 from harness import free_port, wait_for
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_links import Asked, Peer, digest_of, peer_fixture, reply, zip_reply  # noqa: F401 - a fixture
-from test_states import HandClock, changed, new_job
+from world import RESULT, Asked, Desk, Peer, changed, digest_of, event, events, new_job, reply, zip_reply
 
 import joborch
 from joborch import (
@@ -26,141 +24,20 @@ from joborch import (
     Cause,
     DataFolder,
     Job,
-    Link,
     Loop,
     Server,
     Status,
-    Store,
     WaiterLimit,
     clean_tick,
-    dispatch_tick,
     fetch_tick,
     get_tick,
     kill_tick,
     load_config,
-    send_tick,
     sweep,
     watch_tick,
 )
 
-RESULT = b"PK of a result"
-
-
-@pytest.fixture(autouse=True)
-def no_long_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tick that would wait for news comes back at once."""
-    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 0.0)
-
-
-def send_next(server: Server, link: Link) -> None:
-    """What the dispatcher and a sender of a client do together: claim the next job, and send it."""
-    dispatch_tick(server)
-    send_tick(server, link)
-
-
-class Desk:
-    """A server whose ticks a test calls, and a clock that it moves."""
-
-    def __init__(self, folder: DataFolder, urls: str, **settings: str) -> None:
-        self.data, self.clock = folder, HandClock()
-        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path), **settings}
-        self.open()
-
-    def open(self) -> None:
-        """Open the store and make the server, as at a start; the loops are not started."""
-        config = load_config("server", {}, self.environment)
-        self.store = Store(str(self.data.path / "server.db"), "server", self.clock)
-        self.server = Server(config, self.store, self.data, self.clock)
-
-    def restart(self, **settings: str) -> None:
-        """End the server, and start it again with further settings."""
-        self.store.close()
-        self.environment.update(settings)
-        self.open()
-
-    @property
-    def link(self) -> Link:
-        """The link to the only client."""
-        (found,) = self.server.links.values()
-        return found
-
-    def upload(self, **changes: Any) -> Job:
-        """A queued job with its file in place."""
-        new = new_job(**changes)
-        self.data.job(new.uuid).mkdir()
-        (self.data.job(new.uuid) / "run.sh").write_bytes(b"echo\n")
-        return self.store.add(new, "uploaded")
-
-    def __getitem__(self, job: Job) -> Job:
-        found = self.store.get(job.id)
-        assert found is not None
-        return found
-
-    def with_client(self, to: Status = Status.RUNNING, **changes: Any) -> Job:
-        """A job that is with the client as payload 7, in one of the states of quotas."""
-        job = self.upload(**changes)
-        assert self.store.claim(job.id, self.link.name, 100)
-        self.link.heard()
-        if to is not Status.PROCESSING:
-            assert self.store.move(self[job], Status.SUBMITTED, "", dest_id="7")
-        if to in (Status.RUNNING, Status.UNKNOWN):
-            assert self.store.move(self[job], to, "", started_at=5.0 if to is Status.RUNNING else None)
-        return self[job]
-
-    def send(self) -> bool:
-        """One tick of the sender; whether there was something to send."""
-
-        def state() -> tuple[int, int]:
-            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.failures
-
-        before = state()
-        send_next(self.server, self.link)
-        return state() != before
-
-    def settle(self, job: Job, **payload: Any) -> Job:
-        """Hear that a payload has ended, and fetch what there is."""
-        joborch.report(self.server, self.link, event(job, **payload))
-        assert fetch_tick(self.server, self.link)
-        return self[job]
-
-    def reasons(self, job: Job) -> str:
-        """All reasons of a job's history."""
-        return "\n".join(row["reason"] for row in self.store.read(joborch.HISTORY_GET, id=job.id))
-
-    def quiet(self) -> bool:
-        """Whether nothing of a transfer is left over."""
-        return not list(self.data.tmp.iterdir())
-
-
-@pytest.fixture
-def desk(peer: Peer, data: DataFolder) -> Iterator[Desk]:
-    """A server with one service at one client, the peer."""
-    made = Desk(data, peer.url)
-    yield made
-    made.store.close()
-
-
-@pytest.fixture
-def desk22(peer: Peer, data: DataFolder) -> Iterator[Desk]:
-    """The same with a 2.2 client, told by three URLs."""
-    urls = {
-        f"SERVICE_EXAMPLE_{name}_URL": f"{peer.url}/{path}" for name, path in (("UPLOAD", "in"), ("DOWNLOAD", "out"), ("TERMINATE", "end"))
-    }
-    made = Desk(data, "", **urls, SERVICE_EXAMPLE_PEER="2.2")
-    assert made.link.legacy
-    yield made
-    made.store.close()
-
-
-def event(job: Job, **changes: Any) -> dict[str, Any]:
-    """What a client says of a job's payload."""
-    said = {"id": int(job.dest_id or 7), "uuid": job.uuid, "attempt": job.attempt, "status": "Completed", "reason": "", "cause": None}
-    return {**said, "exit_code": None, "signal": None, "started_at": 5.0, "ended_at": 6.0, **changes}
-
-
-def events(*payloads: Any, **changes: Any) -> bytes:
-    """What a client answers to /events."""
-    return reply(200, {"instance": "i", "next": 9, "slots": 2, "payloads": list(payloads), **changes})
+pytestmark = pytest.mark.usefixtures("no_long_polls")
 
 
 # == Sending ==

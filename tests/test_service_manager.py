@@ -37,7 +37,7 @@ from harness import (
     wait_for,
     wait_status,
 )
-from test_proof import Between
+from world import Between
 
 # == Stopped by a service manager ==
 

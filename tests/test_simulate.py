@@ -11,7 +11,7 @@ import pytest
 import simulate
 from simulate import POLICIES, Job, Site
 from simulate import simulate as play
-from test_states import HandClock, a_service, new_job
+from world import HandClock, a_service, new_job
 
 import joborch
 from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing, Status, Store

@@ -21,28 +21,20 @@ from conftest import MakePair
 from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, need_backend, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from test_disk import reasons
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_states import HandClock, new_job
+from world import HandClock, new_job, reasons
 
 import joborch
-from joborch import (
+from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused, read_sbatch_words
+from joborch_plugins import slurm
+from joborch_plugins.slurm import (
     SLURM_ENDS,
     SLURM_RUNS,
     SLURM_WAITS,
     SQUEUE_FIELDS,
-    BackendUnavailable,
-    BatchOptions,
-    CannotRun,
-    Cause,
-    ConfigError,
-    Outcome,
     SlurmJob,
     SlurmTraces,
-    SubmitRefused,
     parse_sacct,
     parse_squeue,
-    read_sbatch_words,
     sbatch_options,
     slurm_error,
     slurm_name,
@@ -406,8 +398,8 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture
-def slurm(cluster: Cluster, make_pair: MakePair, open_folder: Path, pyz: Path) -> Iterator[Callable[..., Pair]]:
+@pytest.fixture(name="slurm")
+def make_slurm_pair(cluster: Cluster, make_pair: MakePair, open_folder: Path, pyz: Path) -> Iterator[Callable[..., Pair]]:
     """Makes a server and a client that hands its jobs to the cluster, both run by a user who is not root."""
     made: list[Pair] = []
 
@@ -708,13 +700,13 @@ def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster)
 
 
 @pytest.fixture
-def executor(cluster: Cluster, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch) -> joborch.SlurmExecutor:
+def executor(cluster: Cluster, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch) -> slurm.SlurmExecutor:
     """An executor of this process; its commands give up after a second."""
     monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
     monkeypatch.setenv("PATH", f"{cluster.bin}:{os.environ['PATH']}")
-    monkeypatch.setattr(joborch, "SLURM_COMMAND_S", 1.0)
+    monkeypatch.setattr(slurm, "SLURM_COMMAND_S", 1.0)
     wishes = {"JOBORCH_BATCH_INTERVAL": "0.05", "JOBORCH_VANISH_GRACE": "2", "DATA_PATH": str(data.path), "JOBORCH_KILL_GRACE": "5"}
-    return joborch.SlurmExecutor(data, joborch.load_config("client", {}, wishes))
+    return slurm.SlurmExecutor(data, joborch.load_config("client", {}, wishes))
 
 
 def payload(data: joborch.DataFolder, script: str) -> joborch.Job:
@@ -727,12 +719,12 @@ def payload(data: joborch.DataFolder, script: str) -> joborch.Job:
     return job
 
 
-def ended(executor: joborch.SlurmExecutor, job: joborch.Job) -> Outcome:
+def ended(executor: slurm.SlurmExecutor, job: joborch.Job) -> Outcome:
     """Wait for a payload's end."""
     return wait_for(lambda: (outcome := executor.poll([job])[job.id]).alive is False and outcome, 30, "the end")
 
 
-def test_an_exit_file_that_comes_late(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_an_exit_file_that_comes_late(executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """Slurm says COMPLETED, and the file system shows the file a moment later."""
     job = payload(data, "exit 5")
     job = job._replace(handle=executor.start(job))
@@ -745,7 +737,7 @@ def test_an_exit_file_that_comes_late(executor: joborch.SlurmExecutor, data: job
     assert ended(executor, job) == Outcome(False, 5)
 
 
-def test_a_wrapper_that_was_killed(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_a_wrapper_that_was_killed(executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """No exit file, and Slurm knows no reason: after a while it counts as the script's own doing."""
     job = payload(data, "kill -9 $PPID; sleep 1")
     job = job._replace(handle=executor.start(job))
@@ -753,7 +745,7 @@ def test_a_wrapper_that_was_killed(executor: joborch.SlurmExecutor, data: joborc
     assert (found.cause, "the wrapper was killed" in found.reason) == (Cause.USER, True)
 
 
-def test_a_folder_that_the_script_removes(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_a_folder_that_the_script_removes(executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """It ends all the same, and says so: no claim can be taken there, and none is needed."""
     job = payload(data, 'cd /; rm -rf "${OLDPWD%/work}"')
     job = job._replace(handle=executor.start(job))
@@ -762,10 +754,10 @@ def test_a_folder_that_the_script_removes(executor: joborch.SlurmExecutor, data:
 
 
 def test_a_script_that_forges_its_exit_file(
-    executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    executor: slurm.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is believed, and what runs on in Slurm is ended."""
-    monkeypatch.setattr(joborch, "SLURM_LINGER_S", 1.0)
+    monkeypatch.setattr(slurm, "SLURM_LINGER_S", 1.0)
     job = payload(data, """cd ..; rm exit.json; echo '{"status": 0, "left": 0}' > exit.json; sleep 300""")
     job = job._replace(handle=executor.start(job))
     assert ended(executor, job).exit_status == 0
@@ -778,7 +770,7 @@ def test_a_script_that_forges_its_exit_file(
 
 
 @pytest.mark.parametrize("warning", ["USR1", "USR2", "QUIT", "ALRM", "XCPU"])
-def test_a_warning_to_the_wrapper_ends_nothing(warning: str, executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_a_warning_to_the_wrapper_ends_nothing(warning: str, executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """As by --signal=B:USR1@60, or by a script that means itself: its own end counts, and no limit was reached."""
     job = payload(data, f"kill -{warning} $PPID; sleep 0.2; exit 5")
     job = job._replace(handle=executor.start(job))
@@ -788,10 +780,10 @@ def test_a_warning_to_the_wrapper_ends_nothing(warning: str, executor: joborch.S
 def test_a_folder_that_slurm_would_not_find_is_refused(tmp_path: Path) -> None:
     data = joborch.DataFolder(str(tmp_path / "a\\b"))
     with pytest.raises(ConfigError, match="backslash"):
-        joborch.SlurmExecutor(data, joborch.load_config("client", {}, {"DATA_PATH": str(data.path)}))
+        slurm.SlurmExecutor(data, joborch.load_config("client", {}, {"DATA_PATH": str(data.path)}))
 
 
-def test_too_much_memory(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_too_much_memory(executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """Slurm ends it, wrapper and all; whose doing that was stands in the job's own log."""
     script = "exec python3 -c 'import time; x = bytearray(300 << 20); time.sleep(60)'"
     job = payload(data, script)._replace(memory=50)
@@ -800,7 +792,7 @@ def test_too_much_memory(executor: joborch.SlurmExecutor, data: joborch.DataFold
     assert (found.cause, "memory" in found.reason) == (Cause.LIMIT, True), found
 
 
-def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster) -> None:
+def test_a_command_that_hangs(executor: slurm.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster) -> None:
     """It is ended after a while; where that was sbatch nobody knows whether Slurm has the job: it is not submitted again at once."""
     job = payload(data, "true")
     try:
@@ -819,14 +811,14 @@ def test_a_command_that_hangs(executor: joborch.SlurmExecutor, data: joborch.Dat
     assert executor.find([job]) == {}
 
 
-def test_that_slurm_is_back_is_seen_without_a_job_to_ask_for(executor: joborch.SlurmExecutor) -> None:
+def test_that_slurm_is_back_is_seen_without_a_job_to_ask_for(executor: slurm.SlurmExecutor) -> None:
     """Else the client would refuse all jobs for ever."""
     executor.away(BackendUnavailable("squeue did not answer"))
     wait_for(lambda: executor.poll([]) or not executor.problem(), 10, "no problem")
 
 
 def test_what_begins_while_it_is_given_up_is_not_given_up(
-    executor: joborch.SlurmExecutor, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch
+    executor: slurm.SlurmExecutor, data: joborch.DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm has forgotten it, no trace of it is seen, and its wrapper claims it just now."""
     job = payload(data, "true")._replace(handle="4711")
@@ -842,7 +834,7 @@ def test_what_begins_while_it_is_given_up_is_not_given_up(
     assert executor.poll([job])[job.id].alive
 
 
-def test_what_is_given_up_never_begins(executor: joborch.SlurmExecutor, data: joborch.DataFolder) -> None:
+def test_what_is_given_up_never_begins(executor: slurm.SlurmExecutor, data: joborch.DataFolder) -> None:
     """An attempt that was cancelled while nobody knew whether Slurm has it loses its claim, whenever Slurm starts it."""
     job = payload(data, "echo ran > ran")
     executor.cancel(job)
@@ -851,9 +843,7 @@ def test_what_is_given_up_never_begins(executor: joborch.SlurmExecutor, data: jo
     assert not (data.job(job.mark) / "work" / "ran").exists()
 
 
-def test_what_waits_is_ended_at_once_while_slurm_is_away(
-    executor: joborch.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster
-) -> None:
+def test_what_waits_is_ended_at_once_while_slurm_is_away(executor: slurm.SlurmExecutor, data: joborch.DataFolder, cluster: Cluster) -> None:
     """Its claim is taken: whatever Slurm does with it later, the script never begins."""
     job = payload(data, "echo ran > ran")
     for command in ("squeue", "scancel"):
@@ -865,14 +855,14 @@ def test_what_waits_is_ended_at_once_while_slurm_is_away(
         cluster.lie(command, "")
 
 
-def test_no_slurm_here(executor: joborch.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
+def test_no_slurm_here(executor: slurm.SlurmExecutor, data: joborch.DataFolder, tmp_path: Path) -> None:
     executor.inherited["PATH"] = str(tmp_path)
     (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
     with pytest.raises(BackendUnavailable, match="there is no sbatch in PATH"):
         executor.start(payload(data, "true"))
 
 
-def test_doctor_knows_slurm(cluster: Cluster, executor: joborch.SlurmExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_knows_slurm(cluster: Cluster, executor: slurm.SlurmExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers, would take jobs of each service, and why not; nothing is submitted."""
     before = cluster.run("squeue", "-h", "-t", "all")
     found = list(executor.examine())

@@ -1,83 +1,17 @@
-"""The one table of legal moves is the one of the specification: every end can be reached, and none can be left but to Cleaned.
-
-What the in-process tests share (a clock that a test moves, services and jobs to begin with) stands here as well: as in
-joborch.py, each file of them uses only what stands in the files of the sections before it.
-"""
+"""The one table of legal moves is the one of the specification: every end can be reached, and none can be left but to Cleaned."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import settings
+from world import FIRST
 
 import joborch
 from joborch import BUSY, CLIENT_MOVES, ENDED, MOVES, OVER, SERVER_MOVES, Status
 
-T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
-BOUNDED = settings(deadline=None, max_examples=100)  # machines are slow now and then: no test fails by its time
-FIRST = {"server": Status.QUEUED, "client": Status.PREPARED}
 TABLES = {"server": SERVER_MOVES, "client": CLIENT_MOVES}
-
-
-# == What the in-process tests begin with ==
-
-
-class HandClock(joborch.Clock):
-    """Time that stands still until a test moves it; wall and monotonic time go together unless somebody sets the clock."""
-
-    def __init__(self, wall: float = 1_795_510_800.0) -> None:
-        self.now, self.beginning, self.off, self.boots = wall, wall, 0.0, 1
-
-    def wall(self) -> float:
-        return self.now + self.off
-
-    def monotonic(self) -> float:
-        return self.now - self.beginning + 1000.0
-
-    def boot(self) -> tuple[str, float]:
-        return f"boot-{self.boots}", self.monotonic()
-
-    def set_s(self, seconds: float) -> None:
-        """Set the clock forward, or back: wall time alone."""
-        self.off += seconds
-
-    def reboot(self) -> None:
-        """Switch the machine off and on: boot time begins anew."""
-        self.boots, self.beginning = self.boots + 1, self.now
-
-    def pass_s(self, seconds: float) -> None:
-        """Let time go by."""
-        self.now += seconds
-
-
-def a_service(name: str = "example", *urls: str, **changes: Any) -> joborch.Service:
-    """A service with the default limits, at clients with these base URLs."""
-    addresses = tuple(joborch.client_address(url) for url in urls or ("http://127.0.0.1:9000",))
-    return dataclasses.replace(joborch.Service(name, addresses, token="token"), **changes)
-
-
-def new_job(**changes: Any) -> joborch.NewJob:
-    """A job of user 1 for `example`, with a uuid of its own."""
-    return dataclasses.replace(joborch.NewJob(str(uuid.uuid4()), user_id=1, service="example", retries=2), **changes)
-
-
-def changed(job: joborch.Job, **changes: Any) -> joborch.Job:
-    """A job as it would be with other columns."""
-    return job._replace(**changes)
-
-
-def tried(call: Callable[[], T], error: type[E]) -> T | E:
-    """What `call` returns, or the error with which it refuses."""
-    try:
-        return call()
-    except error as raised:
-        return raised
 
 
 # == The table ==

@@ -20,7 +20,7 @@ from harness import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
-from test_states import BOUNDED, FIRST, HandClock, a_service, new_job
+from world import BOUNDED, FIRST, HandClock, a_service, new_job, together
 
 import joborch
 from joborch import BUSY, ENDED, MOVES, OVER, Cause, ConfigError, IllegalMove, Job, Service, Status, StorageError, Store
@@ -530,27 +530,6 @@ class Quotas(StoreMachine):
 
 TestQuotas = Quotas.TestCase
 TestQuotas.settings = settings(deadline=None, max_examples=30, stateful_step_count=30)
-
-
-def together(count: int, work: Callable[[int], object]) -> None:
-    """Run `work(0)`, `work(1)`... in as many threads, from one start; what one raises is raised here."""
-    ready, errors = threading.Barrier(count), list[BaseException]()
-
-    def run(number: int) -> None:
-        ready.wait()
-        try:
-            work(number)
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    for error in errors:
-        raise error
 
 
 def test_quotas_hold_when_many_claim_at_once(make_store: Callable[..., Store]) -> None:

@@ -1,4 +1,4 @@
-"""joborch.py reads from top to bottom, each section on what stands above it; SQL is in the Store, no failure silent.
+"""joborch.py is cut into sections, each with a promise; SQL is in the Store, no failure silent.
 
 The checks are functions of a source text, so that each is tried on a text that breaks its rule (second half) as well as
 on joborch.py (first half). They return what is wrong, one line each, with its line number.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ast
 import re
-import symtable
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from harness import PLUGINS
 
-MODULE = Path(__file__).resolve().parent.parent / "joborch.py"
+TESTS = Path(__file__).resolve().parent
+MODULE = TESTS.parent / "joborch.py"
 FUNCTION_LINES = 40
 SECTION_LINES = 600  # a mirror, not a law: a class is not cut in two to please a number
 STORE = {"Statements", "Store"}
@@ -59,33 +60,6 @@ def section_at(parts: Iterable[Section], line: int) -> int:
     return next((part.number for part in parts if part.first_line <= line <= part.last_line), 0)
 
 
-def defined_names(statement: ast.stmt) -> Iterator[str]:
-    """The module-level names that a top-level statement binds, also below `if` and `try`; imports do not count."""
-    if isinstance(statement, Definition):
-        yield statement.name
-    elif isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
-    else:
-        for block in ("body", "handlers", "orelse", "finalbody"):
-            for inner in getattr(statement, block, []):
-                yield from defined_names(inner)
-
-
-def used_names(statement: ast.stmt) -> set[str]:
-    """The names that a top-level statement looks up in the module, anywhere in its body; locals are none of them."""
-
-    def globals_of(table: symtable.SymbolTable) -> Iterator[str]:
-        at_top = table.get_type() == "module"
-        for symbol in table.get_symbols():
-            if symbol.is_referenced() and (at_top or symbol.is_global()):
-                yield symbol.get_name()
-        for child in table.get_children():
-            yield from globals_of(child)
-
-    return set(globals_of(symtable.symtable(ast.unparse(statement), "statement", "exec")))
-
-
 def strings_of(tree: ast.Module) -> Iterator[ast.Constant]:
     """The string constants of `tree` but its docstrings."""
     documented = (ast.Module, *Definition)
@@ -116,21 +90,6 @@ def banner_faults(source: str) -> list[str]:
     banners = [(part.number, part.title) for part in parts]
     if listed != banners:
         faults.append(f"the docstring lists {listed}, the banners say {banners}")
-    return faults
-
-
-def order_faults(source: str) -> list[str]:
-    """Each top-level statement uses names of its own section and of earlier ones alone."""
-    parts, body = sections(source), ast.parse(source).body
-    home: dict[str, int] = {}
-    for statement in body:
-        for name in defined_names(statement):
-            home.setdefault(name, section_at(parts, statement.lineno))
-    faults = []
-    for statement in body:
-        here = section_at(parts, statement.lineno)
-        late = sorted(name for name in used_names(statement) if home.get(name, 0) > here)
-        faults += [f"{statement.lineno}: section {here} uses {name} of section {home[name]}" for name in late]
     return faults
 
 
@@ -213,7 +172,6 @@ def docstring_faults(source: str) -> list[str]:
 Rule = Callable[[str], list[str]]
 RULES: list[Rule] = [
     banner_faults,
-    order_faults,
     guard_faults,
     statement_faults,
     sql_faults,
@@ -222,11 +180,38 @@ RULES: list[Rule] = [
     docstring_faults,
 ]
 
+OF_PLUGINS: list[Rule] = [statement_faults, sql_faults, silence_faults, length_faults, docstring_faults]
+
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_joborch_keeps_the_rule(rule: Rule) -> None:
     faults = rule(MODULE.read_text(encoding="utf-8"))
     assert not faults, "\n".join(["", *(f"{MODULE.name}:{fault}" for fault in faults)])
+
+
+@pytest.mark.parametrize("rule", OF_PLUGINS, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.stem)
+def test_plugins_keep_the_rules(plugin: Path, rule: Rule) -> None:
+    assert rule(plugin.read_text(encoding="utf-8")) == []
+
+
+def imported_tests(source: str) -> list[str]:
+    """The test files that a source imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(alias.name for alias in node.names)]
+    return [name for name in found if name.rpartition(".")[2].startswith("test_")]
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several of them share stands in world.py, conftest.py and harness.py."""
+    faults = {path.name: found for path in TESTS.glob("*.py") if (found := imported_tests(path.read_text(encoding="utf-8")))}
+    assert not faults
+    assert imported_tests("def f():\n    from test_a import b") == ["test_a"]
+    assert imported_tests("import os, tests.test_a\nfrom tests import test_b") == ["tests.test_a", "test_b"]
 
 
 # == The rules bite ==
@@ -297,11 +282,6 @@ BAD: list[tuple[Rule, str, str, str]] = [
     (banner_faults, "# == 3. Commands", "# == 4. Commands", "numbered"),
     (banner_faults, "  2. Store   ", "  2. Storage ", "the docstring lists"),
     (banner_faults, "  3. Commands    The end.\n", "", "the docstring lists"),
-    (order_faults, 'store = "main"', "store = GET", "section 1 uses GET of section 2"),
-    (order_faults, "if store else None", "if store else main()", "section 2 uses main of section 3"),
-    (order_faults, "class Row:", "class Row(Base if GET else object):", "section 1 uses GET of section 2"),
-    (order_faults, "LIMIT = 5", "LIMIT: dict[str, get] = 5", "section 1 uses get of section 2"),
-    (order_faults, '"""A row."""', '"""A row."""\n    def go(self):\n        return [get for _ in self]', "uses get"),
     (guard_faults, 'if __name__ == "__main__":', "if True:", "guard"),
     (guard_faults, "def main()", "def start()", "main is defined"),
     (statement_faults, "execute(GET,", 'execute(f"{GET}",', "composed SQL"),

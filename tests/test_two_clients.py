@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import MakePair, MakeProcess
 from harness import Pair, Process, submit, wait_for, wait_status
+from world import clients_of, gated, held
 
 Clients = tuple[Process, Process, Process]
 
@@ -29,27 +30,9 @@ def three_fixture(make_pair: MakePair, make_process: MakeProcess) -> Clients:
     return server, pair.client, second
 
 
-def clients_of(server: Process) -> dict[str, dict[str, object]]:
-    """What the server knows of its clients, by name."""
-    return {client["name"]: client for client in server.get("/clients").json()["clients"]}
-
-
 def name(client: Process) -> str:
     """What the server calls a client."""
     return client.url.rpartition("/")[2]
-
-
-def gated(gate: Path) -> str:
-    """A script that runs until a file is there."""
-    return f"until [ -e {gate} ]; do sleep 0.05; done"
-
-
-def held(server: Process, gate: Path, count: int, **fields: object) -> list[int]:
-    """So many jobs that run until the gate is opened."""
-    numbers = [submit(server, gated(gate), **fields) for _ in range(count)]
-    for number in numbers:
-        wait_status(server, number, "Running")
-    return numbers
 
 
 def test_jobs_are_spread_over_the_clients(three: Clients, tmp_path: Path) -> None:

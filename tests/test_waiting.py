@@ -10,14 +10,13 @@ import pytest
 from harness import BOUNDARY, field_part, file_part, form
 from hypothesis import given
 from hypothesis import strategies as st
-from test_client import Said, ask
-from test_files import data_fixture  # noqa: F401 - a fixture
-from test_links import Peer, reply
-from test_server import Desk, no_long_polls, send_next  # noqa: F401 - a fixture
-from test_states import BOUNDED, tried
+from world import BOUNDED, Desk, Peer, Said, ask, reply, send_next, tried
 
 import joborch
 from joborch import BUSY, DataFolder, Job, Status
+
+pytestmark = pytest.mark.usefixtures("no_long_polls")
+
 
 SENT = [reply(200, {"id": 7})]
 

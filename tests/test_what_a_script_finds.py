@@ -30,6 +30,7 @@ from harness import (
 )
 
 import joborch
+from joborch_plugins import dirac
 
 # == What comes back ==
 
@@ -135,11 +136,11 @@ def test_absolute_links_come_back_from_a_grid_as_relative_ones(tmp_path: Path) -
     (there / "wrapper.sh").write_text("exit 0")
     (tmp_path / "secret").write_text("")
     with closing(joborch.Store(":memory:", "client")) as store:
-        text = joborch.launcher(store.add(joborch.NewJob(uuid="8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0"), ""), 1.0)
+        text = dirac.launcher(store.add(joborch.NewJob(uuid="8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0"), ""), 1.0)
     subprocess.run(["bash", "-c", f"cd {there}/alias; {text.decode()}"], check=True)
-    with tarfile.open(there / joborch.OUTPUT_ARCHIVE, mode="r|gz") as archive:
+    with tarfile.open(there / dirac.OUTPUT_ARCHIVE, mode="r|gz") as archive:
         (tmp_path / "out").mkdir()
-        left_out = joborch.unpack(archive, tmp_path / "out", 0)
+        left_out = dirac.unpack(archive, tmp_path / "out", 0)
     work = tmp_path / "out" / "work"
     shutil.rmtree(there)
     assert ((work / "a").read_text(), (work / "d" / "b").read_text()) == ("1", "1")

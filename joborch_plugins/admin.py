@@ -1,0 +1,637 @@
+"""Commands for whoever runs a site: backup, restore, config, doctor and demo."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import platform
+import resource
+import secrets
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from joborch import (
+    CLOCK_TOLERANCE_S,
+    CONNECT_TIMEOUT_S,
+    DEFAULT_HOSTS,
+    EXIT_DONE,
+    EXIT_FAILED,
+    GIB,
+    HELLO_TIMEOUT_S,
+    KIB,
+    LOCK_HELD,
+    MIB,
+    OVER,
+    SERVICE_SETTINGS,
+    SETTINGS,
+    Address,
+    BadAnswer,
+    Clock,
+    Config,
+    ConfigError,
+    DataFolder,
+    Finding,
+    Gone,
+    JoborchError,
+    Link,
+    NoAnswer,
+    NothingSent,
+    Service,
+    Status,
+    Store,
+    __version__,
+    client_token_file,
+    crash_point,
+    damage_of,
+    decided_restore,
+    finish_restore,
+    first_file_limit,
+    folder_of,
+    forgotten_executor,
+    format_duration,
+    free_bytes,
+    fsync_path,
+    is_own_user,
+    left_out,
+    load_plugin,
+    lock_trouble,
+    make_executor,
+    on_network,
+    one_line,
+    open_listeners,
+    parse_json,
+    peer_uid,
+    plural,
+    read_answer,
+    read_some,
+    remove_tree,
+    size_text,
+    socket_path,
+    time_stamp,
+    token_names,
+    token_place,
+    token_remedy,
+    weak_setups,
+)
+
+# == Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+
+
+def copy_database(source: str, target: Path) -> None:
+    """Copy a database, which may be in use, as of one instant to a new file; checked, and durable on return.
+
+    ConfigError where there is none, JoborchError where it cannot be read or is damaged.
+    """
+    if not os.path.isfile(source):
+        raise ConfigError(f"there is no database {source!r}: give the file, or set DB_PATH")
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        read_only = f"file:{quote(os.path.abspath(source))}?mode=ro"
+        old, new = sqlite3.connect(read_only, uri=True, timeout=10), sqlite3.connect(target)
+        with contextlib.closing(old), contextlib.closing(new):
+            old.backup(new)  # in one step: it holds up nobody who writes meanwhile
+            new.execute("PRAGMA journal_mode = DELETE")  # one plain file
+            damage = damage_of(new)
+        if damage:
+            raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
+        fsync_path(target)
+    except sqlite3.Error as error:
+        remove_tree(target)
+        held = ": the server that runs on it holds it alone, stop it first" if "locked" in str(error) else ""
+        raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
+    except BaseException:
+        remove_tree(target)
+        raise
+
+
+def back_up(db_path: str, target: Path) -> None:
+    """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
+    if decided_restore(db_path):
+        raise JoborchError(f"a restore of {db_path!r} was cut off: start the server, which completes it, or restore again")
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    copy_database(db_path, fresh)
+    os.replace(fresh, target)
+    fsync_path(target.parent)
+
+
+def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, Path | None]:
+    """Put a backup in the place of a server's database. `data` is open, and so no server runs.
+
+    Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
+    A crash leaves all as it was, or a restore that the next start or restore completes.
+    """
+    finish_restore(db_path, data)
+    fresh = Path(f"{db_path}.restoring")
+    copy_database(backup, fresh)
+    store = Store(str(fresh), "server")
+    store.renew()
+    store.close()
+    fsync_path(fresh)
+    crash_point("restore.copied")
+    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # from here on it is decided
+    fsync_path(folder_of(db_path))
+    crash_point("restore.decided")
+    return finish_restore(db_path, data)
+
+
+# == Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Yield what was found on this machine for a server or client with these settings; nothing is changed."""
+    yield Finding(True, f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, joborch {__version__}")
+    yield from (Finding(None, warning) for warning in config.warnings)
+    yield from weak_setups(config)
+    yield from examine_environment(config)
+    if config.mode == "client":
+        yield from examine_limits(config)
+    yield from examine_folder(config)
+    yield examine_port(config)
+    if config.mode == "client":
+        yield from examine_token(config)
+        yield from (Finding(None, text) for text in forgotten_executor(config))
+        with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
+            data = DataFolder(folder)
+            try:
+                data.open()
+                yield from make_executor(data, config).examine()
+            except ConfigError as error:
+                yield Finding(False, str(error))
+    met: dict[str, dict[str, str]] = {}
+    for service in config.services.values():
+        for address in service.addresses:
+            yield from examine_client(address, service, config.ca_file, met)
+    yield from map(examine_names, filter(lambda starts: len(starts) > 1, met.values()))
+
+
+def examine_names(starts: Mapping[str, str]) -> Finding:
+    """Say of several URLs at which the same client answers, with the start of its process there, what that means."""
+    names = joined_names(list(starts))
+    if len(set(starts.values())) > 1:
+        return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
+    return Finding(None, f"{names} are one client: its slots are counted once; name it by one URL in all services")
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Return names as people list them: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def examine_environment(config: Config) -> Iterator[Finding]:
+    """Yield what of the environment is a risk, and what scripts do not get of it."""
+    for name in token_names(config):
+        if config.sources.get(name) == "environment":
+            why = "a script of the same user could read it there in the moment in which joborch starts"
+            yield Finding(None, f"{name} is in the environment: {why}; keep it in a file, and set {name}_FILE")
+    names = left_out(os.environ, config.pass_env)
+    if config.mode == "client" and names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        text = f"scripts do not get {plural(len(names), 'variable', 'variables')} of this environment ({shown})"
+        yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
+
+
+SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
+    (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: format_duration(float(value)), resource.RLIM_INFINITY),
+    (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_FSIZE, "-Sf", "the size of a file", size_text, resource.RLIM_INFINITY),
+    (resource.RLIMIT_NOFILE, "-Sn", "open files", str, 1024),
+)
+
+
+def examine_limits(config: Config) -> Iterator[Finding]:
+    """Yield which limits of the shell that starts a client would end it or its scripts."""
+    found = False
+    for limit, flag, what, text, enough in SHELL_LIMITS:
+        soft = first_file_limit()[0] if limit == resource.RLIMIT_NOFILE else resource.getrlimit(limit)[0]
+        if soft == resource.RLIM_INFINITY or 0 <= enough <= soft:
+            continue
+        found = True
+        whom = "the client and each script are ended or fail" if config.executor == "local" else "the client is ended or fails"
+        if config.executor == "slurm" and any(map(load_plugin("joborch_plugins.slurm:propagates"), config.batch.values())):
+            whom += ", and so may jobs to which SLURM_ARGS passes it on"
+        most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
+        remedy = f"ulimit {flag} {most} before the start, or ask the site where services may run"
+        yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
+    if not found:
+        yield Finding(True, "this shell does not limit CPU time, memory or files (ulimit -S)")
+
+
+def examine_folder(config: Config) -> Iterator[Finding]:
+    """Yield what is to be said of the data folder: whether it can be written, its space, its clock, and who sees it."""
+    place = Path(config.data_path)
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as probe:
+            ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
+            locks = trouble_with_lock(probe.fileno())
+    except OSError as error:
+        yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
+        return
+    if locks:
+        yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
+    free, needed = free_bytes(place), config.min_free_bytes
+    remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
+    yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
+    if abs(ahead_s) > CLOCK_TOLERANCE_S:
+        how = "ahead of" if ahead_s > 0 else "behind"
+        yield Finding(
+            None, f"the clock of that file system is {format_duration(abs(ahead_s))} {how} this machine's: shown times may be wrong"
+        )
+    shared = on_network(str(place))
+    if config.mode == "client" and config.executor == "slurm" and not shared:
+        yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
+    elif shared:
+        yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
+
+
+def trouble_with_lock(descriptor: int) -> str:
+    """Return why a file that nobody else uses cannot be locked, and the remedy; an empty text if it can."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return lock_trouble(error)
+    return ""
+
+
+def examine_port(config: Config) -> Finding:
+    """Say whether the port is free on every address, or which joborch of this user listens there."""
+    try:
+        for listener in open_listeners(config.host, config.port):
+            listener.close()
+        return Finding(True, f"port {config.port} is free")
+    except ConfigError as error:
+        problem = str(error)
+    said = own_health(config)
+    another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
+    if another or not is_in_use(Path(config.data_path)):
+        who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
+        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or end it" if who else problem)
+    trouble = said.get("problem") or said.get("message")
+    return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
+
+
+def own_connection(config: Config) -> socket.socket | None:
+    """Return a connection to the running process that has our port, if this user or root holds its other end; else None.
+
+    By the Unix socket of a server if it has one, else over TCP.
+    """
+    places: list[tuple[socket.AddressFamily, Any]] = []
+    path = socket_path(config.socket_file, config.port) if config.mode == "server" else None
+    if path is not None:
+        places.append((socket.AF_UNIX, str(path)))
+    for host in config.host.split(","):
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host.strip(), host.strip())
+        places.append((socket.AF_INET6 if ":" in address else socket.AF_INET, (address, config.port)))
+    for family, place in places:
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        with contextlib.suppress(OSError):
+            connection.connect(place)
+            deadline = time.monotonic() + CONNECT_TIMEOUT_S
+            while peer_uid(connection) is None and time.monotonic() < deadline:
+                time.sleep(0.01)  # nobody holds the other end before it is accepted
+            if is_own_user(peer_uid(connection)):
+                return connection
+        connection.close()
+    return None
+
+
+def own_health(config: Config) -> dict[str, Any]:
+    """Return what a running server or client of this user says of itself; empty if there is none. It shows its token to no other user."""
+    import http.client
+
+    connection = own_connection(config)
+    if connection is None:
+        return {}
+    token = config.token.split(",")[0]
+    path = client_token_file() if config.mode == "client" and not token else None
+    caller = http.client.HTTPConnection("127.0.0.1", config.port)
+    caller.sock = connection
+    with contextlib.closing(caller), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        if path is not None and path.exists():
+            token = path.read_text(encoding="ascii").strip()
+        caller.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
+        said = parse_json(caller.getresponse().read(MIB))
+        return said if isinstance(said, dict) else {}
+    return {}
+
+
+def examine_token(config: Config) -> Iterator[Finding]:
+    """Yield whether a client could not read the token that it made, or not make one at its first start."""
+    if config.token or config.allow_anonymous:
+        return
+    path = token_place(config)
+    if path is None:
+        yield Finding(False, f"there is no home folder to keep a token in: {token_remedy(config)}")
+        return
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.R_OK if place == path else os.W_OK | os.X_OK):
+        what = "read" if place == path else f"made (nothing can be written in {place})"
+        yield Finding(False, f"the token file {path} cannot be {what}: {token_remedy(config)}")
+
+
+def is_in_use(folder: Path) -> bool:
+    """Tell whether a joborch runs on this data folder now."""
+    try:
+        with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in LOCK_HELD and os.access(folder / DataFolder.LOCK, os.R_OK | os.W_OK)
+    return False
+
+
+def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
+    """Yield whether a client of a service can be reached, proves itself, works, and has our time; note in `met` which instance it is."""
+    link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
+    link.services.append(service)
+    link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
+    name = f"service {service.name}: {address.name}"
+    try:
+        if not link.legacy:
+            heard = link.events(0, ())
+            met.setdefault(heard.instance, {})[address.name] = heard.start
+            said = said_of_health(link)
+        else:
+            link.ping()
+            yield Finding(None, f"{name} answers, and is taken for a 2.2 client, which cannot prove who it is")
+            return
+    except Gone:
+        yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
+        return
+    except (NothingSent, NoAnswer) as error:
+        text = str(error).replace("<NAME>", service.name.upper())
+        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
+        yield Finding(False, f"{name} does not let us in: {text}" if link.ours else f"{name}: {text}{hint}")
+        return
+    trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
+    kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
+    yield Finding(not trouble, f"{name} answers{kind}{trouble}")
+    if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
+        yield Finding(
+            None,
+            f"{address.name}: its clock is {format_duration(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both",
+        )
+
+
+def said_of_health(link: Link) -> dict[str, Any]:
+    """Return what a client says of itself to a server that has proven who it is, with `ahead_s`, by how much its clock is ahead."""
+    answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
+    text = read_some(answer, 64 * KIB)
+    try:
+        said = read_answer(text)
+        return {**said, "ahead_s": parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
+
+
+# == Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that is free now, on 127.0.0.1 and ::1."""
+    listeners = open_listeners(DEFAULT_HOSTS, 0)
+    port = int(listeners[0].getsockname()[1])
+    for listener in listeners:
+        listener.close()
+    return port
+
+
+def example_file(name: str) -> bytes:
+    """Return a file of the example, from the .pyz or from beside the program."""
+    loader: Any = globals().get("__loader__")
+    if hasattr(loader, "archive"):
+        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
+    beside = Path(__file__).parent.parent
+    installed = beside / "joborch_example" / name  # as pip puts it
+    return (installed if installed.exists() else beside / "example" / name).read_bytes()
+
+
+class Demo:
+    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {"server": free_port(), "client": free_port()}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.base = f"http://127.0.0.1:{self.ports['server']}"
+
+    def start(self, mode: str) -> None:
+        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
+        self.token = token
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
+        }
+        ours = {
+            "PORT": str(self.ports[mode]),
+            "DATA_PATH": str(self.folder / mode),
+            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
+            **(
+                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
+                if mode == "server"
+                else {}
+            ),
+            "JOBORCH_MIN_FREE": "0",
+        }
+        with open(self.folder / f"{mode}.log", "ab") as log_file:
+            program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
+            self.processes.append(
+                subprocess.Popen(
+                    program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+                )
+            )
+
+    def wait_ready(self, mode: str) -> None:
+        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
+        import urllib3
+
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
+                    return
+            time.sleep(0.05)
+        tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
+        raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
+
+    def run_example(self) -> dict[str, Any]:
+        """Send the example and wait for its end; return the job."""
+        import urllib3
+
+        files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
+        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
+        job: dict[str, Any] = answer.json()
+        if answer.status != 201:
+            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
+        say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
+        deadline = time.monotonic() + 60
+        while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
+            query = {"wait": "10", "since": job["status"]}
+            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
+            say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
+        return job
+
+    def summary(self, job: Mapping[str, Any]) -> str:
+        """Download the result and return its one-line summary."""
+        import urllib3
+
+        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
+        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
+            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
+            return result.read("summary.txt").decode().strip()
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(10)
+
+
+def say(text: str) -> None:
+    """Print one step of the demo."""
+    print(f"  {text}", flush=True)
+
+
+# == Commands ==  Each prints what it did, and returns the exit status.
+
+
+def shown_value(value: Any, secret: bool = False) -> str:
+    """Return a setting's value as a person would write it; a secret is masked."""
+    if secret and value:
+        return "***"
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def config_rows(config: Config) -> list[tuple[str, str, str]]:
+    """Return (name, value, source) of every effective setting; secrets are masked."""
+    rows = [
+        (setting.name, shown_value(getattr(config, setting.field), setting.secret))
+        for setting in SETTINGS
+        if config.mode in setting.modes.split()
+    ]
+    for service in config.services.values():
+        urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
+        for setting in SERVICE_SETTINGS:
+            if setting.modes == "server" and not setting.name.endswith("_URL"):  # CLIENTS shows the URLs
+                value = urls if setting.name == "CLIENTS" else shown_value(getattr(service, setting.field), setting.secret)
+                rows.append((f"SERVICE_{service.name.upper()}_{setting.name}", value))
+    for owner, options in sorted(config.batch.items()):
+        for setting in SERVICE_SETTINGS:
+            given = getattr(options, setting.field) if setting.modes == "client" else None
+            if given:
+                shown = shlex.join(given) if isinstance(given, tuple) else shown_value(given)
+                rows.append((f"SERVICE_{owner.upper()}_{setting.name}", shown))
+    return [(name, value, config.sources.get(name, "default")) for name, value in rows]
+
+
+def command_config(config: Config, as_json: bool) -> int:
+    """Print the effective settings."""
+    rows = config_rows(config)
+    if as_json:
+        print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}, indent=2))
+    else:
+        width = max(len(name) for name, _, _ in rows)
+        print("\n".join(f"{name:<{width}}  {value or '-'}  ({source})" for name, value, source in rows))
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def command_doctor(config: Config, as_json: bool) -> int:
+    """Print what was found; exit status 1 where something does not work."""
+    found = []
+    for finding in examine(config):
+        found.append(finding)
+        if not as_json:
+            print(f"{ {True: 'ok', None: 'note', False: 'PROBLEM'}[finding.good]:<8}{one_line(finding.text, 500)}", flush=True)
+    good = all(finding.good is not False for finding in found)
+    if as_json:
+        print(json.dumps({"good": good, "findings": [finding._asdict() for finding in found]}, indent=2))
+    return EXIT_DONE if good else EXIT_FAILED
+
+
+def command_backup(config: Config, file: str) -> int:
+    """Copy the database to a file."""
+    try:
+        back_up(config.db_path, Path(file))
+    except OSError as error:
+        raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
+    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); it holds no files of jobs, which are in {config.data_path}")
+    return EXIT_DONE
+
+
+def command_restore(config: Config, file: str) -> int:
+    """Put a backup in the place of the database."""
+    data = DataFolder(config.data_path)
+    data.open()
+    data.lock_database(config.db_path)
+    try:
+        kept, unclaimed = restore(config.db_path, data, file)
+    except OSError as error:
+        raise JoborchError(f"{config.db_path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
+    print(f"restored {config.db_path} from {file}; jobs that came after it must be sent again")
+    if kept:
+        print(f"the database that was there is {kept}")
+    if unclaimed:
+        print(f"files of jobs that the backup does not know are in {unclaimed}: remove them when nobody misses them")
+    return EXIT_DONE
+
+
+def command_demo(keep: bool) -> int:
+    """Show the whole way of a job: exit status 0 where it was completed."""
+    started = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
+    demo = Demo(folder)
+    finished = False
+    try:
+        print("joborch demo: a server and a client, and a protein structure sent through them")
+        for mode in ("client", "server"):
+            demo.start(mode)
+        for mode in ("client", "server"):
+            demo.wait_ready(mode)
+            say(f"{mode} answers at http://127.0.0.1:{demo.ports[mode]}")
+        job = demo.run_example()
+        if job["status"] != Status.COMPLETED.value:
+            raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
+        print(f"result: {demo.summary(job)}")
+        print(f"done in {format_duration(time.monotonic() - started)}")
+        finished = True
+    finally:
+        if not (keep and finished):
+            demo.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+    if keep:
+        pids = " ".join(str(process.pid) for process in demo.processes)
+        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); end them with: kill {pids}")
+    else:
+        program = shlex.quote(sys.argv[0])
+        print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")
+    return EXIT_DONE

@@ -1,0 +1,182 @@
+"""What describes the program is made from its declarations: OpenAPI, Swagger UI, and the tables of the documents."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, route
+
+# == Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+
+SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
+SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
+SWAGGER_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>joborch</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="stylesheet" href="swagger-ui.css"><link rel="icon" href="favicon-32x32.png"></head>
+<body><div id="swagger-ui"></div><script src="swagger-ui-bundle.js"></script><script src="start.js"></script></body>
+</html>
+"""
+SWAGGER_START = 'SwaggerUIBundle({url: "/api-docs/openapi.json", dom_id: "#swagger-ui", validatorUrl: null});\n'
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def package_file(package: str, path: str) -> bytes:
+    """Return a file of an installed or packed package, without importing the package."""
+    spec: Any = importlib.util.find_spec(package)
+    return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
+
+
+def openapi(mode: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of one mode, made from the declared routes."""
+    paths: dict[str, dict[str, Any]] = {}
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
+            paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
+            if declared.method == "GET":
+                head = openapi_operation(declared)
+                head["operationId"] += "_head"
+                head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
+                paths[path]["head"] = head
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"joborch {mode}", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
+        "paths": paths,
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def openapi_operation(declared: Route) -> dict[str, Any]:
+    """Return one operation of the description."""
+    operation: dict[str, Any] = {
+        "operationId": declared.handler.__name__,
+        "summary": declared.summary,
+        "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
+        "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
+    }
+    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
+    if declared.who == "caller":
+        for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
+            operation["responses"].setdefault(
+                str(code),
+                openapi_response(Gives(text, JSON_TYPE, {"message": "a token is needed: send the header Authorization: Bearer TOKEN"})),
+            )
+    plain = [parameter for parameter in declared.takes if parameter.place != "form"]
+    if plain:
+        operation["parameters"] = [openapi_parameter(parameter) for parameter in plain]
+    if declared.takes_form:
+        operation["requestBody"] = openapi_form([parameter for parameter in declared.takes if parameter.place == "form"])
+    return operation
+
+
+def openapi_response(said: Gives) -> dict[str, Any]:
+    """Return one answer of an operation, with its example."""
+    response: dict[str, Any] = {"description": said.meaning}
+    if said.content == JSON_TYPE:
+        response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
+    elif said.content:
+        response["content"] = {said.content: {}}
+    return response
+
+
+def openapi_schema_of(example: Any) -> dict[str, Any]:
+    """Return the JSON type of an example; an object's fields may hold null, and there may be more of them."""
+    return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
+
+
+def openapi_parameter(parameter: Parameter) -> dict[str, Any]:
+    """Return one parameter of an operation, with its example."""
+    return {
+        "name": parameter.name,
+        "in": parameter.place,
+        "required": parameter.required,
+        "description": parameter.help,
+        "schema": openapi_schema(parameter),
+        "example": parameter.example,
+    }
+
+
+def openapi_schema(parameter: Parameter) -> dict[str, Any]:
+    """Return the JSON schema of a parameter."""
+    if parameter.kind == "file":
+        return {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": parameter.help}
+    bounds = {name: value for name, value in (("minimum", parameter.least), ("maximum", parameter.most)) if value is not None}
+    allowed = {
+        **({"enum": list(parameter.choices)} if parameter.choices else {}),
+        **({"pattern": parameter.pattern} if parameter.pattern else {}),
+    }
+    return {"type": parameter.kind, **bounds, **allowed}
+
+
+def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """Return the request body of a route that takes a form."""
+    properties = {parameter.name: {**openapi_schema(parameter), "description": parameter.help} for parameter in parameters}
+    for parameter in parameters:
+        if parameter.example is not None:
+            properties[parameter.name]["examples"] = [parameter.example]
+    schema = {"type": "object", "properties": properties, "required": [parameter.name for parameter in parameters if parameter.required]}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+def routes_table(mode: str) -> str:
+    """Return the README's table of routes, in Markdown."""
+    rows = ["| method and path | what it does | answers |", "|---|---|---|"]
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
+            codes = ", ".join(str(code) for code in sorted(declared.gives))
+            rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
+    return "\n".join(rows)
+
+
+@route(
+    "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
+)
+def show_openapi(node: Node, request: Request) -> Answer:
+    """Describe the HTTP interface as OpenAPI 3.1."""
+    return Answer(openapi(node.config.mode))
+
+
+@route("GET", "/swagger", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
+def swagger_redirect(node: Node, request: Request) -> Answer:
+    """Send a browser to Swagger UI."""
+    return Answer(None, 302, {"Location": "/swagger-ui/"})
+
+
+@route("GET", "/swagger-ui", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})
+def swagger_slash(node: Node, request: Request) -> Answer:
+    """Send a browser to Swagger UI."""
+    return Answer(None, 302, {"Location": "/swagger-ui/"})
+
+
+@route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
+def swagger_page(node: Node, request: Request) -> Answer:
+    """Show Swagger UI, from inside this file: no other address is asked."""
+    return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
+
+
+SWAGGER_NAME = Parameter("name", "path", "string", "a file of Swagger UI", "swagger-ui.css", required=True)
+SWAGGER_GIVES = {200: Gives("the file", "text/css"), 404: Gives("no such file", JSON_TYPE, {"message": "Swagger UI has no such file"})}
+
+
+@route("GET", "/swagger-ui/<name>", "server client", who="anyone", takes=(SWAGGER_NAME,), gives=SWAGGER_GIVES)
+def swagger_file(node: Node, request: Request, name: str) -> Answer:
+    """Serve one file of Swagger UI."""
+    if name == "start.js":
+        return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
+    if name not in SWAGGER_FILES:
+        raise HttpError(404, "Swagger UI has no such file")
+    return Answer(
+        package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
+        200,
+        {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"},
+    )

@@ -1,0 +1,579 @@
+"""Executor `slurm`: one question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from joborch import (
+    BackendUnavailable,
+    BatchOptions,
+    CannotRun,
+    Cause,
+    Config,
+    ConfigError,
+    DataFolder,
+    Finding,
+    Job,
+    JoborchError,
+    Outcome,
+    StillRunning,
+    SubmitRefused,
+    backoff_s,
+    crash_point,
+    fits_one,
+    format_duration,
+    last_line,
+    log,
+    marked_below,
+    node_environment,
+    one_line,
+    passed_on,
+    read_claim,
+    read_exit,
+    with_first_file_limit,
+    wrapper_text,
+    write_atomic,
+)
+
+# == Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
+
+# States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
+SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+SLURM_RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what; None: the exit file says it
+    "COMPLETED": (None, ""),
+    "FAILED": (None, ""),
+    "TIMEOUT": (Cause.LIMIT, "Slurm ended it at its time limit"),
+    "DEADLINE": (Cause.LIMIT, "Slurm ended it at its deadline"),
+    "OUT_OF_MEMORY": (Cause.LIMIT, "it used more memory than it had asked for, and was killed"),
+    "NODE_FAIL": (Cause.INFRASTRUCTURE, "the node that it ran on failed"),
+    "BOOT_FAIL": (Cause.INFRASTRUCTURE, "its node could not be started"),
+    "PREEMPTED": (Cause.INFRASTRUCTURE, "Slurm ended it for the sake of another job"),
+    "REVOKED": (Cause.INFRASTRUCTURE, "another cluster of the federation took it"),
+    "CANCELLED": (Cause.CANCELLED, "it was cancelled in Slurm by somebody else"),
+}
+SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not for long; all of it may be over in a minute
+    r"unable to contact|timed out|connection|zero bytes|standby mode|authentication|credential|munge|temporarily|communication|try again"
+    r"|configuration source|slurm\.conf|could not resolve",
+    re.IGNORECASE,
+)
+SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
+    r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
+    r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
+    r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
+    re.IGNORECASE,
+)
+SLURM_LIMIT = re.compile(r"\b(QOS|Assoc|Max)[A-Z]\w+")  # sbatch names the limit that binds in a line of its own
+SLURM_SIZE_LIMIT = re.compile("(Max|Min).*(PerJob|PerNode)|^(QOS|Assoc)Min")  # on the size of a job, not on how many there are
+SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
+SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
+SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
+SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
+SLURM_LINGER_S = 10.0  # so long Slurm may take to end a job whose exit file was written
+SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
+SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
+SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
+    "(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SBATCH_(ARRAY_INX|CLUSTERS|WAIT)$"
+)
+# sbatch exports all that is called SLURM_*, its own login included. exec: nobody can read it from the wrapper's /proc either.
+WITHOUT_JWT = '[ -z "$SLURM_JWT" ] || exec env -u SLURM_JWT bash "$0" "$@"\n'
+KILLED_STATUS = 128 + signal.SIGKILL  # of a script that somebody killed: the kernel for want of memory, too
+
+
+class SlurmJob(NamedTuple):
+    """What Slurm says of one job."""
+
+    id: str
+    state: str
+    restarts: int
+    submitted: str  # as in 2026-11-26T14:02:00, local time
+    reason: str
+    nodes: str = ""  # where it was started; empty where it never was, or where nobody says
+
+
+def slurm_name(mark: str) -> str:
+    """Return the name that an attempt bears in Slurm: ids are given out again, names are ours."""
+    return f"joborch-{mark}"
+
+
+def parse_squeue(text: str) -> dict[str, SlurmJob]:
+    """Return what squeue printed by SQUEUE_FIELDS, of our jobs, by name; ValueError for garbage.
+
+    Of several jobs of one name, that which has not ended counts, else the last. A name of somebody's may break its line.
+    """
+    found: dict[str, SlurmJob] = {}
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and not any(re.match("[0-9]", line) for line in lines):
+        raise ValueError(one_line(lines[0], 80))
+    for line in lines:
+        cells, at = [], 0
+        for _, width in SQUEUE_FIELDS:
+            cells.append(line[at : at + width].strip())
+            at += width
+        job_id, state, restarts, submitted, nodes, reason, name = cells
+        if name.startswith("joborch-"):
+            if not job_id.isdigit() or not re.fullmatch("[A-Z_]+", state):
+                raise ValueError(one_line(line, 80))
+            keep_slurm_job(found, name, SlurmJob(job_id, state, int(restarts) if restarts.isdigit() else 0, submitted, reason, nodes))
+    return found
+
+
+def parse_sacct(text: str) -> dict[str, SlurmJob]:
+    """Return what `sacct --parsable2` printed by JobIDRaw, State, Submit and JobName, of our jobs, by name; what is garbage is left out."""
+    found: dict[str, SlurmJob] = {}
+    for line in text.splitlines():
+        cells = line.split("|", 3)
+        if len(cells) == 4 and cells[0].isdigit() and re.match("[A-Z_]+", cells[1]) and cells[3].startswith("joborch-"):
+            state, _, who = cells[1].partition(" by ")  # as in "CANCELLED by 1000"
+            keep_slurm_job(found, cells[3], SlurmJob(cells[0], state, 0, cells[2], f"by user {who}" if who else ""))
+    return found
+
+
+def keep_slurm_job(found: dict[str, SlurmJob], name: str, job: SlurmJob) -> None:
+    """Take a job in, unless one of this name is known that says more."""
+    known = found.get(name)
+    if known is None or known.state in SLURM_ENDS:
+        found[name] = job
+
+
+def slurm_error(command: str, said: str) -> JoborchError:
+    """Return what the complaint of a command means."""
+    words = [line for line in said.splitlines() if line.strip()]
+    last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
+    text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
+    limit = SLURM_LIMIT.search(said)
+    if limit and limit[0] not in text:
+        text = f"{limit[0]}: {text}"
+    if command == "sbatch" and (SLURM_NEVER.search(text) or (limit and SLURM_SIZE_LIMIT.search(limit[0]))):
+        return CannotRun(f"Slurm refuses it: {text}")
+    return BackendUnavailable(f"{command}: {text}") if command != "sbatch" or SLURM_AWAY.search(text) else SubmitRefused(f"sbatch: {text}")
+
+
+def slurm_waits(job: SlurmJob) -> str:
+    """Return what a job waits for, in Slurm's words; the same as long as nothing changes."""
+    reason = job.reason if job.reason not in ("", "None") else "no reason yet"
+    return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {reason} (job {job.id})"
+
+
+def squeue_format() -> str:
+    """Return what squeue is told to print."""
+    return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
+
+
+def service_options(options: BatchOptions) -> dict[str, str]:
+    """Return what sbatch is told of every job of a service, by option; those that are not set are empty."""
+    return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
+
+
+def propagates(options: BatchOptions) -> bool:
+    """Tell whether a site has chosen itself which limits of the login node its jobs get."""
+    return any(word.startswith("--prop") for word in options.slurm_args)
+
+
+def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
+    """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
+    limit_s = job.timeout or options.slurm_time_s
+    named = {
+        **service_options(options),
+        "mem": f"{job.memory}M" if job.memory else "",
+        "time": str(math.ceil(limit_s / 60)) if limit_s else "",  # whole minutes; the wrapper keeps to the second
+        "cpus-per-task": str(job.cpus),
+        "job-name": slurm_name(job.mark),
+        "chdir": str(folder),
+        "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
+    }
+    # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
+    # --propagate=NONE: else jobs get the limits of the login node (ulimit), CPU time among them (sbatch(1)).
+    return [
+        "--parsable",
+        "--export=ALL",
+        "--no-requeue",
+        *(() if propagates(options) else ("--propagate=NONE",)),
+        *(f"--{key}={value}" for key, value in named.items() if value),
+        *options.slurm_args,
+    ]
+
+
+@dataclass(frozen=True)
+class SlurmTraces:
+    """What is known of an attempt besides Slurm's word."""
+
+    ended: Outcome | None  # by the exit file
+    claimed: bool  # the wrapper has begun
+    begun: bool  # and was about to start the script
+    claimed_before: bool  # it had begun before Slurm was asked
+    folder: Path
+    again: bool = False  # a second wrapper came, and left
+    words: str = ""  # the last line that Slurm wrote into the job's own log
+    missed_s: float = 0.0  # for how long the exit file has been waited for
+    removed: bool = False  # the folder is gone
+
+
+def slurm_outcome(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
+    """Judge an attempt by what Slurm says of it, None where it knows nothing, and by its traces.
+
+    What the script's own exit file says is judged before; here it says at most what a script that was told to end did.
+    """
+    state, cause, what = job.state if job else "", *SLURM_ENDS.get(job.state if job else "", (None, ""))
+    if job is not None and state in SLURM_WAITS:
+        if job.restarts and traces.claimed_before:
+            return requeued(job)
+        return Outcome(True, waits="" if traces.claimed else slurm_waits(job))
+    if job is not None and state not in SLURM_ENDS:
+        return Outcome(True)
+    if cause is Cause.CANCELLED and job is not None and job.nodes and not traces.claimed:
+        # Not by a person: slurmctld, back from a crash, ends so what its nodes say they had before, as what it cannot launch.
+        failed = Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm could not start it on {job.nodes} (job {job.id}: {state})")
+        return unseen(traces) if traces.missed_s < grace_s else failed
+    if cause is not None and job is not None:
+        more = "; ".join(part for part in (job.reason if cause is Cause.CANCELLED and job.reason != "None" else "", traces.words) if part)
+        return Outcome(False, cause=cause, reason=f"{what} (job {job.id}: {state}{'; ' if more else ''}{more})")
+    if SLURM_MEMORY.search(traces.words):
+        return Outcome(False, cause=Cause.LIMIT, reason=f'it used more memory than it had asked for; Slurm: "{traces.words}"')
+    if traces.again:
+        return requeued(job)
+    if traces.ended is not None and (job is not None or not traces.ended.told):
+        return traces.ended
+    return unseen(traces) if traces.missed_s < grace_s else without_exit_file(job, traces, grace_s)
+
+
+def unseen(traces: SlurmTraces) -> Outcome:
+    """Return the outcome of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
+    return Outcome(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
+
+
+def requeued(job: SlurmJob | None) -> Outcome:
+    """Return the outcome of an attempt that Slurm would run a second time."""
+    where = f" (job {job.id})" if job else ""
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"Slurm ended it and put it back into its line{where}: an attempt runs once")
+
+
+def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
+    """Judge an attempt that is over, and whose exit file did not come."""
+    waited = f"no exit file was left within {format_duration(grace_s)}"
+    if traces.removed:
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+    if job is None:
+        reason = (
+            f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
+        )
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
+    said = f'; Slurm: "{traces.words}"' if traces.words else ""
+    if traces.begun:
+        killed = "the wrapper was killed, by the script, by somebody else, or for want of memory"
+        reason = f"Slurm says {job.state} (job {job.id}) and {waited}: {killed}"
+        return Outcome(False, cause=Cause.USER, reason=reason + said)
+    reason = f"Slurm says {job.state} (job {job.id}), and the script never began: can the nodes see {traces.folder}?"
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
+
+
+# == Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+
+
+class SlurmExecutor:
+    """Hands payloads to Slurm by sbatch, squeue, sacct and scancel. A handle is Slurm's id; what it is found by is its name.
+
+    slurmctld may forget jobs that it took, and give their ids out again: no id alone is ever read, cancelled or believed.
+    """
+
+    is_batch = True
+
+    def __init__(self, data: DataFolder, config: Config) -> None:
+        """ConfigError for a data folder that sbatch would not find again."""
+        if "\\" in str(data.path):
+            raise ConfigError(f"DATA_PATH is {str(data.path)!r}: Slurm does not keep a backslash; give a folder without")
+        self.data, self.config = data, config
+        self.wrapper = data.path / "wrapper.sh"
+        write_atomic(self.wrapper, wrapper_text(data, first="" if fits_one(config.pass_env)("SLURM_JWT") else WITHOUT_JWT))
+        kept = {name: text for name, text in passed_on(os.environ, config.pass_env).items() if not SLURM_OWN_NAMES.match(name)}
+        login = {name: os.environ[name] for name in ("SLURM_JWT",) if name in os.environ}  # for Slurm's commands alone
+        self.inherited = {**kept, **login, "SLURM_TIME_FORMAT": "standard"}
+        self.lock = threading.Lock()
+        self.known: dict[str, SlurmJob] = {}  # by name, as of the last look
+        self.looked_at = float("-inf")  # monotonic
+        self.watched: dict[str, Job] = {}  # by mark
+        self.claimed: set[str] = set()  # marks of attempts whose wrapper had begun before the last look
+        self.handed_at: dict[str, float] = {}  # by mark, monotonic
+        self.unsure: dict[str, float] = {}  # by mark, monotonic: sbatch got no answer
+        self.missed: dict[str, float] = {}  # by mark, monotonic: since when it is over without an exit file
+        self.leaving: dict[str, float] = {}  # by mark, monotonic: when its exit file was seen; Slurm is to let go of it, too
+        self.strange: set[str] = set()  # states that were logged
+        self.accounting = True
+        self.trouble, self.since, self.failures, self.held_until = "", 0.0, 0, float("-inf")
+
+    # -- commands --
+
+    def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
+        """Return what a command of Slurm prints. Raises BackendUnavailable, and for sbatch SubmitRefused or CannotRun."""
+        # By timeout(1): it goes on when we are killed.
+        limited = with_first_file_limit(["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words])
+        try:
+            done = subprocess.run(
+                limited,
+                env=dict(environment or self.inherited),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=SLURM_COMMAND_S + 20,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise BackendUnavailable(f"{words[0]} did not answer") from None
+        except OSError as error:
+            raise BackendUnavailable(f"{words[0]} cannot be run by timeout(1): {os.strerror(error.errno or 0)}") from error
+        if done.returncode in (124, 137):
+            raise BackendUnavailable(f"{words[0]} did not answer within {format_duration(SLURM_COMMAND_S)}")
+        if done.returncode == 127:
+            raise BackendUnavailable(f"there is no {words[0]} in PATH: is Slurm installed here?")
+        if done.returncode:
+            raise slurm_error(words[0], done.stderr.decode("utf-8", "replace"))
+        return done.stdout.decode("utf-8", "replace")
+
+    def away(self, error: BackendUnavailable) -> None:
+        """Note that Slurm does not answer, and ask it less and less often."""
+        if str(error) != self.trouble:
+            log.warning("Slurm: %s", error)
+        self.since = self.since if self.trouble else time.time()
+        self.trouble, self.failures = str(error), self.failures + 1
+        self.held_until = time.monotonic() + backoff_s(self.failures)
+
+    def back(self) -> None:
+        """Note that Slurm answers."""
+        if self.trouble:
+            log.info("Slurm answers again after %s", format_duration(max(0.0, time.time() - self.since)))
+        self.trouble, self.failures, self.held_until = "", 0, float("-inf")
+
+    def problem(self) -> str:
+        trouble, since = self.trouble, self.since
+        return f"Slurm: {trouble} (since {time.strftime('%H:%M:%S', time.localtime(since))})" if trouble else ""
+
+    def look(self, max_age_s: float) -> bool:
+        """Ask Slurm about all our jobs at once, unless it was asked a moment ago; True where what is known is no older than that."""
+        with self.lock:
+            now = time.monotonic()
+            if now - self.looked_at <= max_age_s:
+                return True
+            if now < self.held_until:
+                return False
+            claimed = {job.mark for job in list(self.watched.values()) if read_claim(self.data.job(job.mark), job.attempt) is not None}
+            try:
+                known = self.ask()
+            except BackendUnavailable as error:
+                self.away(error)
+                return False
+            self.known, self.looked_at, self.claimed = known, now, claimed
+            self.back()
+            return True
+
+    def ask(self) -> dict[str, SlurmJob]:
+        """Return what Slurm knows of our jobs, by name: by one squeue, and one sacct where some of them have left its memory."""
+        said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={squeue_format()}")
+        try:
+            known = parse_squeue(said)
+        except ValueError as error:
+            raise BackendUnavailable(f"squeue answers garbage: {error}") from error
+        missing = [job.handle for mark, job in list(self.watched.items()) if slurm_name(mark) not in known and (job.handle or "0") != "0"]
+        if missing and self.accounting:
+            known = {**self.accounted(cast("list[str]", missing)), **known}
+        return known
+
+    def accounted(self, ids: Sequence[str]) -> dict[str, SlurmJob]:
+        """Return what the accounting knows of these jobs, by name; nothing where there is none."""
+        try:
+            fields = "--format=JobIDRaw,State,Submit,JobName"
+            return parse_sacct(self.command("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", fields))
+        except BackendUnavailable as error:
+            if "disabled" in str(error) or "there is no sacct" in str(error):
+                self.accounting = False
+                log.info("Slurm has no accounting here (%s): what it has forgotten is judged by exit files alone", error)
+            else:
+                log.debug("%s", error)
+            return {}
+
+    # -- the seam --
+
+    def start(self, job: Job) -> str:
+        folder = self.data.job(job.mark)
+        crash_point("run.prepared")
+        limit = [f"{job.timeout:.3f}", f"{self.config.kill_grace_s:.3f}"] if job.timeout else []
+        words = ["sbatch", *sbatch_options(job, self.config.batch_options(job.service), folder), str(self.wrapper)]
+        environment = node_environment(job, self.inherited, self.config.batch_options(job.service).prelude)
+        try:
+            said = self.command(*words, str(folder), str(job.attempt), *limit, environment=environment).strip().partition(";")[0]
+            if not said.isdigit():
+                raise BackendUnavailable(f"sbatch answers garbage: {one_line(said, 80)}")
+        except CannotRun:
+            self.forget([job])
+            raise
+        except SubmitRefused as error:
+            if job.memory and SLURM_TWO_MEMORIES in str(error):
+                named = f"SERVICE_{(job.service or '').upper()}_SLURM_ARGS sets another of them, so upload it without `memory`"
+                raise CannotRun(f"Slurm refuses it: {str(error).partition(': ')[2]} {named}") from error
+            raise
+        except BackendUnavailable as error:
+            if "unable to contact" not in str(error).lower():
+                self.unsure[job.mark] = time.monotonic()
+            self.away(error)
+            raise
+        crash_point("slurm.submitted")
+        self.handed_at[job.mark] = time.monotonic()
+        return said
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        self.watched.update((job.mark, job) for job in jobs)
+        if not self.look(0.0):
+            raise BackendUnavailable(self.problem() or "Slurm is asked again in a moment")
+        handles = {}
+        for job in jobs:
+            known = self.known.get(slurm_name(job.mark))
+            if known is not None or read_claim(self.data.job(job.mark), job.attempt) is not None:
+                handles[job.mark] = known.id if known else "0"
+            elif time.monotonic() - self.unsure.get(job.mark, float("-inf")) < SLURM_UNSURE_S:
+                handles[job.mark] = ""  # slurmctld may take it in yet
+        missing = {job.mark for job in jobs} - set(handles)
+        under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash cut off
+        return {**handles, **dict.fromkeys(under_way, "")}
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
+        unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
+        self.watched.update((job.mark, job) for job in unclear)
+        if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
+            self.look(self.config.batch_interval_s)
+            self.end_what_lingers()
+        claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
+        judged = {job.id: self.outcome(job, outcomes[job.id], claims[job.id]) for job in unclear}
+        given_up = [job for job in unclear if judged[job.id].cause is Cause.INFRASTRUCTURE]
+        for job in given_up:
+            if not self.fence(job) and claims[job.id] is None:
+                judged[job.id] = Outcome(True)  # it begins just now
+        if given_up:
+            self.scancel([job.mark for job in given_up if not judged[job.id].alive])
+        ended = [job for job in jobs if not (judged.get(job.id) or cast(Outcome, outcomes[job.id])).alive]
+        self.forget(ended)
+        self.leaving.update((job.mark, time.monotonic()) for job in ended if job.mark not in self.leaving)
+        return {**cast("dict[int, Outcome]", outcomes), **judged}
+
+    def end_what_lingers(self) -> None:
+        """End what Slurm still has, a while after its exit file was seen: the script wrote that itself, or Slurm would run it again."""
+        looked = {mark for mark, seen in list(self.leaving.items()) if seen + SLURM_LINGER_S < self.looked_at}
+        active = [mark for mark in looked if self.known.get(slurm_name(mark), SlurmJob("", "COMPLETED", 0, "", "")).state not in SLURM_ENDS]
+        if active:
+            log.warning("Slurm: %d jobs run on after their exit file was written: they are ended", len(active))
+            self.scancel(active)
+        for mark in looked:
+            self.leaving.pop(mark, None)
+
+    def forget(self, jobs: Iterable[Job]) -> None:
+        """Let go of what is known of attempts that have ended."""
+        tables: tuple[dict[str, Any], ...] = (self.watched, self.handed_at, self.unsure, self.missed)
+        for job in jobs:
+            for table in tables:
+                table.pop(job.mark, None)
+
+    def outcome(self, job: Job, ended: Outcome | None, claim: str | None) -> Outcome:
+        """Judge an attempt that has no exit file of the script's own making, by its wrapper's claim as it was just read."""
+        known, folder = self.known.get(slurm_name(job.mark)), self.data.job(job.mark)
+        if known is None and self.looked_at <= self.handed_at.get(job.mark, float("-inf")):
+            return Outcome(True, waits="" if claim is not None else f"Slurm: handed over (job {job.handle})")
+        if known is not None and known.state not in self.strange | SLURM_WAITS | SLURM_RUNS | set(SLURM_ENDS):
+            self.strange.add(known.state)
+            log.warning("Slurm says %s of job %s, which is not known here: it counts as running", known.state, known.id)
+        traces = SlurmTraces(ended, claim is not None, "ready" in (claim or ""), job.mark in self.claimed, folder)
+        if known is not None and known.state not in SLURM_ENDS:
+            self.missed.pop(job.mark, None)
+        else:
+            traces = self.traced(job, traces)
+        return slurm_outcome(known, traces, self.config.vanish_grace_s)
+
+    def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
+        """Return the traces with what an attempt that is over may have left; of one that is alive nobody needs to look for it."""
+        now, folder = time.monotonic(), traces.folder
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
+        again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
+        missed_s = now - self.missed.setdefault(job.mark, now)
+        return dataclasses.replace(traces, again=again, words=words, missed_s=missed_s, removed=not folder.is_dir())
+
+    def fence(self, job: Job) -> bool:
+        """Take the claim of an attempt. True where it had not begun, and so never will, whatever Slurm does."""
+        try:
+            os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            return True
+        except FileNotFoundError:
+            return True  # where its folder is gone, the wrapper ends before it begins
+        except OSError:
+            return False
+
+    def scancel(self, marks: Sequence[str]) -> None:
+        """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
+        for at in range(0, len(marks), 100):
+            names = ",".join(map(slurm_name, marks[at : at + 100]))
+            try:
+                self.command("scancel", f"--user={os.getuid()}", f"--name={names}")
+            except BackendUnavailable as error:
+                log.warning("Slurm: %s", error)
+
+    def cancel(self, job: Job) -> None:
+        self.watched.setdefault(job.mark, job)
+        never = self.fence(job)
+        if not (never and self.trouble):
+            self.scancel([job.mark])
+        asked = time.monotonic()
+        while not (never and self.trouble) and not self.is_over(job, asked):
+            if time.monotonic() > asked + self.config.kill_grace_s:
+                raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
+            time.sleep(SLURM_LOOK_S)
+        self.forget([job])
+
+    def is_over(self, job: Job, asked: float) -> bool:
+        """Tell whether Slurm has said, after `asked` (monotonic), that nothing of an attempt runs any more."""
+        if not self.look(SLURM_LOOK_S) or self.looked_at < asked:
+            return False
+        known = self.known.get(slurm_name(job.mark))
+        return known is None or known.state in SLURM_ENDS
+
+    def collect(self, job: Job) -> None:
+        """The folder is on a file system that the nodes share: the outputs are there."""
+
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        self.scancel(marks)
+
+    def examine(self) -> Iterator[Finding]:
+        try:
+            yield Finding(True, f"{self.command('sbatch', '--version').strip()} is here")
+            parse_squeue(self.command("squeue", "--noheader", f"--user={os.getuid()}", f"--Format={squeue_format()}"))
+            yield Finding(True, "slurmctld answers squeue")
+        except (BackendUnavailable, ValueError) as error:
+            missing = "there is no" in str(error) or "configuration source" in str(error)
+            remedy = "load Slurm's module, or set PATH and SLURM_CONF" if missing else "is slurmctld up? Ask the cluster's people"
+            yield Finding(False, f"{error}; {remedy}")
+            return
+        for service in sorted(self.config.batch) or [""]:
+            yield self.examine_service(service)
+        self.accounted(["1"])
+        yield Finding(True, f"Slurm's accounting is {'on' if self.accounting else 'off: what Slurm has forgotten is judged by exit files'}")
+
+    def examine_service(self, service: str) -> Finding:
+        """Ask whether sbatch would take a job of a service; none is submitted."""
+        name = f"jobs of {service}" if service else "jobs"
+        wishes = self.config.batch_options(service)
+        options = {key: value for key, value in service_options(wishes).items() if value}
+        try:
+            words = [f"--{key}={value}" for key, value in options.items()] + list(wishes.slurm_args)
+            self.command("sbatch", "--test-only", *words, "--wrap=true")
+        except JoborchError as error:
+            named = [f"SERVICE_{service.upper()}_SLURM_{key.upper()}" for key in (*options, *(["args"] if wishes.slurm_args else []))]
+            return Finding(False, f"sbatch would not take {name}: {error}; look at {', '.join(named) or 'SBATCH_... in the environment'}")
+        return Finding(True, f"sbatch would take {name}" + "".join(f", {key} {value}" for key, value in options.items()))
