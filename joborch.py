@@ -431,11 +431,20 @@ def read_line(text: str) -> str:
     return text
 
 
-def read_token(text: str) -> str:
-    """Take a bearer token, or several with commas between."""
-    if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
-        raise ValueError("give printable ASCII without blanks")
-    return text
+def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
+    """Return a reader of texts that fit `pattern` as a whole."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(remedy)
+        return text
+
+    return read
+
+
+read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several with commas between
+read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
+read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
 
 
 def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -513,13 +522,6 @@ def read_weights(text: str) -> dict[int, float]:
     return weights
 
 
-def read_word(text: str) -> str:
-    """Take one word of printable ASCII: a partition, an account, a constraint."""
-    if not re.fullmatch(r"[!-~]{1,500}", text) or text.startswith("-"):
-        raise ValueError("give one word, as in short")
-    return text
-
-
 def read_url(text: str) -> str:
     """Take an http or https URL with a host."""
     try:
@@ -549,13 +551,6 @@ def read_networks(text: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
-def read_mode(text: str) -> str:
-    """Take the mode of a file, in octal."""
-    if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise ValueError("give a mode in octal, as in 0600 or 0660")
-    return text
-
-
 def read_names(text: str) -> tuple[str, ...]:
     """Return names of variables, `*` standing for any characters: words with commas between, as in PGHOST,MYLAB_*."""
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
@@ -574,12 +569,12 @@ def read_switch(text: str) -> bool:
 def one_of(*words: str) -> Callable[[str], str]:
     """Return a reader that takes one of `words`, in any case."""
 
-    def read_word(text: str) -> str:
+    def read(text: str) -> str:
         if text.lower() not in words:
             raise ValueError("give one of " + ", ".join(words))
         return text.lower()
 
-    return read_word
+    return read
 
 
 def read_executor(text: str) -> str:
@@ -591,27 +586,13 @@ def read_executor(text: str) -> str:
     return text
 
 
-OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
-    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
-    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
-    *("time", "uid", "usage", "version", "wait", "wrap"),
-)
+def read_by_plugin(reference: str) -> Callable[[str], Any]:
+    """Return a reader that a plug-in has, as `package.module:name`; the plug-in is imported when there is a value to read."""
 
+    def read(text: str) -> Any:
+        return load_plugin(reference)(text)
 
-SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
-
-
-def read_sbatch_words(text: str) -> tuple[str, ...]:
-    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
-    words = tuple(shlex.split(text))
-    for word in words:
-        if not re.match("--?[a-zA-Z]", word):
-            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
-        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
-        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
-        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
-            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
-    return words
+    return read
 
 
 @dataclass(frozen=True)
@@ -795,7 +776,7 @@ class BatchOptions:
     slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
     slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
         "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
-    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_sbatch_words, "",
+    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
         "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
     dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
     dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from world import HandClock, new_job, reasons
 
 import joborch
-from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused, read_sbatch_words
+from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused
 from joborch_plugins import slurm
 from joborch_plugins.slurm import (
     SLURM_ENDS,
@@ -35,6 +35,7 @@ from joborch_plugins.slurm import (
     SlurmTraces,
     parse_sacct,
     parse_squeue,
+    read_sbatch_words,
     sbatch_options,
     slurm_error,
     slurm_name,
