@@ -633,7 +633,7 @@ def settings_of(owner: type) -> tuple[Setting, ...]:
 
 @dataclass(frozen=True)
 class Address:
-    """The three URLs of a client, and its base where they share one (only then it can have /events and /health)."""
+    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
 
     upload_url: str
     download_url: str
@@ -642,7 +642,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """What people call it: host and port, and the path of its base where there is one."""
+        """What people call it: host and port, and the path of its base if there is one."""
         parts = urlsplit(self.base_url or self.upload_url)
         return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
 
@@ -650,7 +650,7 @@ class Address:
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every effective setting of one process, and where each came from."""
+    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
 
     mode: str
     port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
@@ -792,8 +792,7 @@ SETTINGS = settings_of(Config)
 SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
 
 
-# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
-
+# == 3. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
 
 QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
 
@@ -854,13 +853,13 @@ def split_service_name(name: str) -> tuple[str, Setting] | None:
 
 
 def client_address(base_url: str) -> Address:
-    """Return the client that has its routes below one base URL, as ours do."""
+    """Return the client that has its routes below one base URL, as clients of joborch do."""
     base = base_url.rstrip("/")
     return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
 
 
 def reference_address(service: Service) -> Address | None:
-    """Return the client named by the reference's three URLs, or None where none is set."""
+    """Return the client named by the reference's three URLs, or None if none is set."""
     first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
     if not first:
         if any(others):
@@ -889,21 +888,11 @@ def check_url(url: str, shown_name: str) -> None:
 
 
 def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token that a file holds; ConfigError where it cannot be read."""
+    """Return the token that a file holds; ConfigError if it cannot be read."""
     try:
         return read_token(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
-
-
-LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
-
-
-def token_in_file(mode: str, path: str) -> str:
-    """Return the token that JOBORCH_TOKEN_FILE holds; an empty text if it is not set, or a client makes the file at its first start."""
-    if not path or (mode == "client" and not os.path.lexists(path)):
-        return ""
-    return read_token_file(path, "JOBORCH_TOKEN_FILE")
 
 
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
@@ -916,7 +905,7 @@ def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
 
 
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
+    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
     service = Service(name, (), **read_settings(texts, prefix))
     bases = [base.strip() for base in service.clients.split(",") if base.strip()]
@@ -971,54 +960,55 @@ def nearest_suffix(name: str) -> str:
     return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
 
 
-def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return one warning for each variable that bears our prefix and is not known."""
+def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
-    warnings = []
     for name in sorted(environment):
-        ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
-        if ours:
+        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
             plain = name.replace("JOBORCH_", "", 1)
-            meant = f" (did you mean {plain}?)" if plain in known else nearest(name, known)
-            warnings.append(f"{name} is not a setting{meant}")
+            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
-    return tuple(warnings)
+            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
 
 
-def unit_warning(setting: Setting, text: str, shown_name: str) -> str:
-    """Return a question about a time of a few seconds where hours or days are usual; an empty text if it is no such."""
-    usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
-    if usual_s < LONG_TIME_S or not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
-        return ""
-    return f"{shown_name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
+
+
+def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    for setting, text, name in given:
+        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
+            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
-    """Return the memory of this machine, or of the control group that we are confined to where it has less."""
+    """Return the memory of this machine, or of this process's control group if that has less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
 
 
-def unasked_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return a question about each time that is set without a unit, and looks as if hours or days were meant."""
-    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        given += [(found[1], text, name)] if found else []
-    return tuple(filter(None, (unit_warning(setting, text, name) for setting, text, name in given)))
-
-
 def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch; ConfigError where the user has no home."""
+    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
     import platformdirs
 
     folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
     if folder.startswith("~") or not os.path.isabs(folder):
         raise ConfigError("this user has no home folder: set DATA_PATH to a folder that may be written")
     return folder
+
+
+def token_of_file(config: Config) -> str:
+    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
+    path = config.token_file
+    waits = config.mode == "client" and not os.path.lexists(path)
+    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
 
 
 def with_defaults(config: Config) -> Config:
@@ -1032,7 +1022,7 @@ def with_defaults(config: Config) -> Config:
         db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
         slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
         memory_bytes=config.memory_bytes or machine_memory_bytes(),
-        token=config.token or token_in_file(config.mode, config.token_file),
+        token=config.token or token_of_file(config),
     )
 
 
@@ -1058,7 +1048,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     batch = read_batch_options(merged) if mode == "client" else {}
     config = dataclasses.replace(config, services=services, batch=batch)
     check_config(config)
-    warnings = (*unknown_names(merged), *unasked_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
     return dataclasses.replace(config, warnings=warnings)
 
 
@@ -1099,7 +1089,7 @@ def batch_warnings(config: Config) -> Iterator[str]:
 
 
 def access_warnings(config: Config) -> Iterator[str]:
-    """Yield what somebody who reads the log of a start should know about who is let in."""
+    """Yield what a reader of the log should know about who is served without a token."""
     if config.token and (config.allow_anonymous or config.allow_from):
         yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
     elif config.allow_anonymous:
@@ -1113,7 +1103,7 @@ def access_warnings(config: Config) -> Iterator[str]:
 
 
 def beyond_loopback(hosts: str) -> list[str]:
-    """Return those of the addresses to listen on that other machines can reach."""
+    """Return the addresses to listen on that other machines can reach."""
     return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
 
 
@@ -1135,7 +1125,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 4. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 4. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -1158,7 +1148,7 @@ class Status(str, Enum):
 
 
 class Cause(str, Enum):
-    """Whose doing an end was: the script's, a limit's, the machines', or somebody's who asked for it."""
+    """What made a job end: its script, a limit, the machines, or somebody who asked for it."""
 
     USER = "user"
     LIMIT = "limit"
@@ -1169,7 +1159,7 @@ class Cause(str, Enum):
         return self.value
 
 
-BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # with a client: what quotas count
+BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # at a client; quotas count these
 ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
 OVER = (*ENDED, Status.CLEANED)
 
@@ -1257,34 +1247,34 @@ class Job(NamedTuple):
     created_at: float
     started_at: float | None
     ended_at: float | None
-    not_before: float | None  # steady: a new attempt waits until then
+    not_before: float | None  # steady time: a new attempt waits until then
     fetched_at: float | None  # client: a server has the result
-    kill_requested_at: float | None  # a wish is a column, not a state
+    kill_requested_at: float | None  # wall time; a request to stop a job is a column, not a state
     kill_cause: str | None
     moves: int
-    changed: int | None  # client: number of its last change, for /events
-    moved_at: float  # steady: its last change of status
-    synced: int  # client: 1, its files have surely reached the disk; 2, a server has confirmed that it holds the result
-    inputs_sha256: str | None  # server: of the list of its files with their digests
-    after_ids: str  # server: jobs that must be Completed first, commas between
-    blocked: int  # server: how many of these have not ended
-    arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
-    charged: float  # server: slot-seconds that its user is charged for this attempt
-    ended_as: str | None  # the status that one had before it was cleaned; `end` says it of all that ended
+    changed: int | None  # client: the number of its last change, for /events
+    moved_at: float  # steady time of its last change of status
+    synced: int  # client: 1 if its files are safely on the disk, 2 if a server has confirmed that it holds the result
+    inputs_sha256: str | None  # server: digest of the list of its files and their digests
+    after_ids: str  # server: ids of the jobs that must be Completed first, with commas between
+    blocked: int  # server: how many of those have not ended
+    arrived_at: float  # steady time of its upload: its place in the queue through all attempts
+    charged: float  # server: slot-seconds charged to its user for this attempt
+    ended_as: str | None  # the status that a Cleaned job ended with; `end` gives it for every job that ended
 
     @property
     def mark(self) -> str:
-        """What tells this attempt from every other one, everywhere."""
+        """The attempt key: it tells this attempt from every other one, everywhere."""
         return f"{self.uuid}.{self.attempt}"
 
     @property
     def end(self) -> str | None:
-        """How it ended, whether its files were cleaned since or not; None until it has."""
+        """The status that it ended with, also after its files were cleaned; None until it ends."""
         return self.status.value if self.status in ENDED else self.ended_as
 
 
 STATUS_AT = Job._fields.index("status")
-ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # columns
+ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # the columns of an attempt
 MOVABLE = (  # what a move may change besides status and reason
     *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
     *("not_before", "result_size", "result_sha256"),
@@ -1315,7 +1305,7 @@ class NewJob:
 
     @property
     def after(self) -> list[int]:
-        """The jobs that it is to follow."""
+        """The ids of the jobs that must be Completed first."""
         return ids_in(self.after_ids)
 
 
@@ -1326,7 +1316,7 @@ NEW_COLUMNS = (
 
 
 def ids_in(text: str) -> list[int]:
-    """Return the ids of a text that holds some, with commas between."""
+    """Return the ids in a text, which have commas between."""
     return [int(part) for part in text.split(",") if part]
 
 
@@ -3593,32 +3583,32 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 12. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 12. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
 
 class Changes:
-    """Wakes threads that wait for a job to move, or for any: a commit says which jobs it moved."""
+    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waiting: list[tuple[int | None, threading.Event]] = []
 
     def announce(self, job_ids: Collection[int]) -> None:
-        """Wake those who wait for one of these jobs, or for any."""
+        """Wake the threads that wait for one of these jobs, or for any."""
         with self.lock:
             for job_id, news in self.waiting:
                 if job_id is None or job_id in job_ids:
                     news.set()
 
     def close(self) -> None:
-        """Wake everybody: the process ends."""
+        """Wake all of them: the process ends."""
         with self.lock:
             for _, news in self.waiting:
                 news.set()
 
     @contextlib.contextmanager
     def of(self, job_id: int | None) -> Iterator[threading.Event]:
-        """Give an event for the block that is set when the job moves; when any does, where `job_id` is None."""
+        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
         entry = (job_id, threading.Event())
         with self.lock:
             self.waiting.append(entry)
@@ -3630,7 +3620,7 @@ class Changes:
 
 
 class Ticket:
-    """One piece of work that waits to be part of a transaction, and what came of it."""
+    """One piece of work that waits for a transaction, and its result."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.work, self.durable = work, durable
@@ -3640,22 +3630,22 @@ class Ticket:
 class Database:
     """The database of one process.
 
-    Writes go through one connection, and those that wait meanwhile share a transaction: one fsync serves them all.
-    Reads have a connection for each thread, but where the database is in memory or on a network file system, which has
-    no shared memory for WAL.
+    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
+    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
+    shared memory for WAL, has one connection for everything.
     """
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the transaction under way moves
+        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
         self.synchronous, self.damage = "", ""
-        self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
+        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
             found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # to the end, within the time that a start may take
+            self.checked = found is not None  # whether the check came to its end in the time that a start may take
             self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
@@ -3680,7 +3670,7 @@ class Database:
         return "move it away: its server has new attempts made of what ran here"
 
     def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start has seen all of it; one that is damaged takes no more jobs."""
+        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
         if self.checked:
             return
         self.damage = damage_of(self.reader()) or ""
@@ -3714,33 +3704,33 @@ class Database:
             self.db.executescript(MIGRATIONS[older])
 
     def set_steady(self) -> None:
-        """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
+        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
         at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
         now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what had not been synced then may not have reached the disk
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
         if boot != now_boot:
-            # The first time it is 0, and so wall time. Moves may be later than the heartbeat, but not by more than its period.
+            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
             boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
         self.steady_offset = float(steady - boot_s)
         self.beat(self.db)
 
     def steady(self) -> float:
-        """Return the time by which ages and delays are counted, in seconds: it began as wall time; to set the clock does not change it."""
+        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
         return self.clock.boot()[1] + self.steady_offset
 
     def beat(self, db: sqlite3.Connection) -> None:
-        """Note from where steady time goes on after another boot."""
+        """Store where steady time is to continue after a reboot."""
         boot, boot_s = self.clock.boot()
         self.beaten_at = boot_s + self.steady_offset
         db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
-        """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
+        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
         with self.lock:
             self.db.close()
 
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of one query; StorageError where the database cannot be read."""
+        """Return all rows of one query; StorageError if the database cannot be read."""
         try:
             if self.alone:
                 with self.lock:
@@ -3752,9 +3742,9 @@ class Database:
     def reader(self) -> sqlite3.Connection:
         db = getattr(self.local, "db", None)
         if db is None:
-            db = self.connect("rw")  # where somebody removed the file, none is made in its place
+            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
             db.execute("PRAGMA query_only = 1")
-            db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
             self.local.db = db
         return cast(sqlite3.Connection, db)
 
@@ -3765,7 +3755,7 @@ class Database:
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
         """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
 
-        Raises StorageError where the database cannot be written; whatever `work` raises undoes its part alone.
+        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
         """
         try:
             return self.write_once(work, durable)
@@ -3785,7 +3775,7 @@ class Database:
         return cast(T, ticket.value)
 
     def commit_waiting(self) -> None:
-        """Commit all that waits, in one transaction."""
+        """Run and commit all waiting work in one transaction."""
         batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
         try:
             self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
@@ -3805,7 +3795,7 @@ class Database:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    # Frames of a commit that failed may be whole in the WAL, and come true after a crash: others take their place.
+                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
                     self.beat(self.db)
             for ticket in batch:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
@@ -3817,7 +3807,7 @@ class Database:
 
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return what a thread is told whose transaction failed: its own error where it was alone, else that of the storage."""
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
         own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
         return error if own else StorageError(f"the database cannot be written: {error}")
 
@@ -3827,7 +3817,7 @@ class Database:
             ticket.value = ticket.work(self.db)
         except Exception as error:
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: it concerns the whole transaction
+                raise  # the disk or a lock: the whole transaction fails
             ticket.error = error
             self.db.execute("ROLLBACK TO ticket")
         self.db.execute("RELEASE ticket")
@@ -3838,12 +3828,12 @@ class Database:
             self.synchronous = level
 
     def check(self) -> None:
-        """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
+        """Raise StorageError if the database cannot be read and written, or its file was removed."""
         self.write(self.beat, durable=False)
         self.check_identity()
 
     def check_identity(self) -> None:
-        """Raise StorageError where the database is damaged, or its file was removed: what is written then goes nowhere."""
+        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
         if self.damage:
             raise StorageError(f"the database is damaged: {self.damage}")
         if self.identity is not None:
@@ -3856,7 +3846,7 @@ class Database:
 
 
 def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database's pages: an empty text where nothing is, None where patience ended before all was seen."""
+    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
     deadline = None if patience_s is None else time.monotonic() + patience_s
     db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
     try:
@@ -3865,7 +3855,7 @@ def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | 
         if "interrupted" in str(error):
             return None
         raise
-    except sqlite3.DatabaseError as error:  # damaged so badly that it cannot even be looked through
+    except sqlite3.DatabaseError as error:  # too damaged to be checked
         return str(error)
     finally:
         db.set_progress_handler(None, 0)
@@ -3887,11 +3877,11 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 13. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 13. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
 
 class Store(Database):
-    """The jobs of one process: every move of a status is made here, and with it whose turn it is.
+    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
 
     One class serves both modes: a payload of a client is a job that may have no user and no service.
     """
@@ -3939,8 +3929,8 @@ class Store(Database):
     def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
         """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
 
-        Raises sqlite3.IntegrityError where its mark or key exists, UnknownJob where it cannot follow what it names, and
-        QueueFull where its user has `most_queued` jobs queued.
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
+        not have, and QueueFull if its user has `most_queued` jobs queued.
         """
         job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
         log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
@@ -3969,7 +3959,7 @@ class Store(Database):
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
-        """Return which of the jobs that a new one is to follow have not ended, and why it can never run, or an empty text."""
+        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
         open_ids, broken = [], ""
         for on_id in new.after:
             row = db.execute(JOB_GET, {"id": on_id}).fetchone()
@@ -3985,7 +3975,7 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status, or where a payload is to be ended since it was read.
+        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
         Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
         row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
         """
@@ -4014,7 +4004,7 @@ class Store(Database):
         values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
         values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
-        # What becomes of a payload is judged by whether it was to be ended: a row that did not know that yet judges nothing.
+        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
@@ -4030,7 +4020,7 @@ class Store(Database):
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Let the jobs that follow an ended one go on, or end them where it did not complete, and those that follow them."""
+        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
         ended = [(job_id, to)]
         while ended:
             on_id, how = ended.pop()
@@ -4044,7 +4034,7 @@ class Store(Database):
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
         self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
         values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
         db.execute(HISTORY_ADD, values)
@@ -4057,12 +4047,12 @@ class Store(Database):
         return self.last_change
 
     def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Note durably that a job shall end; return whether that is news."""
+        """Store durably that a job is to be stopped; return whether that was new."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
 
     def take_along(self, job: Job, client: str) -> bool:
-        """Note that a job's client has another name; False where the job has moved meanwhile."""
+        """Store that a job's client has another name; False if the job has moved meanwhile."""
         values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
         return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
@@ -4071,7 +4061,7 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
     def tell(self, job_id: int, **begun: float) -> None:
-        """Have a running payload told again in /events; with `started_at` (wall) and `now` (steady) it has just begun."""
+        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
         sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
         self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
 
@@ -4086,7 +4076,7 @@ class Store(Database):
         self.write(delete, durable=False)
 
     def renew(self) -> None:
-        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
+        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
 
         def skip(db: sqlite3.Connection) -> None:
             last = db.execute(LAST_ID).fetchone()
@@ -4106,7 +4096,7 @@ class Store(Database):
         return Pace(*row) if row else Pace()
 
     def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
-        """Return a user's weight: his own where one was stored, else that of the settings, else 1."""
+        """Return a user's weight: the stored one, else that of the settings, else 1."""
         row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
         return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
 
@@ -4118,12 +4108,14 @@ class Store(Database):
         db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that begins, or for what it took now that it is over."""
+        """Charge a user in advance for a run that begins, or for its real length when it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
             charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
         else:
-            charged = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            charged = float(
+                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
+            )  # charge_longer may have raised it since the row was read
             now = self.steady()
             if run_s is None:
                 run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
@@ -4162,7 +4154,7 @@ class Store(Database):
         return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
+        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
         now, half_life_s = self.steady(), self.sharing.half_life_s
         rows = self.read(USAGE_GET, service=service, user_id=user_id)
         runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
@@ -4170,7 +4162,7 @@ class Store(Database):
         return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
-        """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
+        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
         more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
 
         def charge(db: sqlite3.Connection) -> None:
@@ -4181,7 +4173,7 @@ class Store(Database):
         self.write(charge, durable=False)
 
     def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Keep up `runnable_users`: one row for each user who has work of a service that could run."""
+        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
@@ -4200,7 +4192,7 @@ class Store(Database):
         db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; where they are not those that `runnable_users` was made by, make it anew."""
+        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
             TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
@@ -4211,7 +4203,7 @@ class Store(Database):
             self.write(lambda db: self.make_turns(db, made, half_life_s))
 
     def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `runnable_users` anew; what was used by another half-life counts as much now as it did."""
+        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
         now = self.steady()
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
@@ -4223,7 +4215,7 @@ class Store(Database):
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably; his turns follow it at once."""
+        """Store a user's weight durably; it changes the user's rank at once."""
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
@@ -4263,7 +4255,7 @@ class Store(Database):
         return job
 
     def admit_due(self) -> int:
-        """Let new attempts whose back-off is over be claimed; return how many."""
+        """Make new attempts claimable whose back-off is over; return how many."""
         due = self.read(DELAYED_DUE, now=self.steady())
 
         def admit(db: sqlite3.Connection) -> None:
@@ -4277,7 +4269,7 @@ class Store(Database):
 
 
 def broken_chain(on_id: int, how: Status) -> str:
-    """Return why a job can never run that was to follow one which ended otherwise than Completed."""
+    """Return why a job can never run: one that it was to follow did not end as Completed."""
     return f"job {on_id}, which it was to follow, ended as {how}"
 
 
