@@ -3333,9 +3333,7 @@ JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
 JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
 PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
-PAYLOAD_BEGUN = """
-UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'
-"""
+PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
@@ -3380,10 +3378,7 @@ AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
 """
-ALL_BUSY = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id
-"""
+ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
 PINNED_AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
@@ -3548,9 +3543,7 @@ CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cl
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
 FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = """
-SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
 JOBS_PAGE_OF_USER = """
 SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
    AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
@@ -3564,9 +3557,7 @@ JOBS_PAGE_CLEANED = """
 SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
-JOBS_PAGE_OF_SERVICE = """
-SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
 UNSYNCED = """
 SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
