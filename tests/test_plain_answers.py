@@ -558,24 +558,16 @@ def test_a_job_that_has_not_ended_has_no_end(pair: Pair) -> None:
     pair.server.post(f"/terminate/{number}")
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_what_an_older_version_cleaned(version: int, make_process: MakeProcess) -> None:
+def test_what_0_1_0_cleaned(make_process: MakeProcess) -> None:
     """Its end is taken from its history."""
-    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"})
+    url = f"http://127.0.0.1:{free_port()}"
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": url, "JOBORCH_KEEP_ROWS": "36500d"})
     with contextlib.closing(sqlite3.connect(server.data / "joborch.db")) as db:
-        db.executescript((Path(__file__).parent / f"schema-{version}.sql").read_text())
-        row = {"id": 1, "uuid": "a", "user_id": 1, "service": "example", "status": "Cleaned", "reason": "2 days after it ended"}
-        row.update(created_at=time.time(), ended_at=time.time(), **({"moved_at": time.time()} if version > 1 else {}))
-        db.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
-        moves = [(None, "Queued", "uploaded"), ("Running", "Failed", "exit status 3"), ("Failed", "Cleaned", row["reason"])]
-        for number, move in enumerate(moves, 1):
-            row = dict(zip(("job_id", "number", "at", "attempt", "source", "target", "reason"), (1, number, time.time(), 1, *move)))
-            db.execute(f"INSERT INTO history ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
-        db.commit()
+        db.executescript((Path(__file__).parent / "joborch-0.1.0.sql").read_text())
     (server.data / "joborch.lock").touch()
     server.start()
     (job,) = server.jobs(status="Failed")
-    assert (job["status"], job["ended_as"], job["reason"]) == ("Cleaned", "Failed", "exit status 3")
+    assert (job["name"], job["status"], job["ended_as"], job["reason"]) == ("cleaned failed", "Cleaned", "Failed", "exit status 3")
 
 
 # == Fields of an upload ==
