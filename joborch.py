@@ -21,19 +21,19 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            14. Restore               27. Client
-     2. Settings              15. Inheritance           28. Results
-     3. Configuration         16. Executors             29. Access
-     4. States                17. Local executor        30. HTTP
-     5. Scheduling            18. Identity              31. Connections
-     6. Files                 19. Transfers             32. Server routes
-     7. Folders               20. Answers               33. Jobs
-     8. Trust                 21. Links                 34. Site routes
-     9. Data folder           22. Loops                 35. Client routes
-    10. Archives              23. Server                36. Logs
-    11. Statements            24. News                  37. Weak set-ups
-    12. Database              25. Ends                  38. Commands
-    13. Store                 26. Waiting
+     1. Vocabulary            14. Store                 27. Waiting
+     2. Settings              15. Restore               28. Client
+     3. Configuration         16. Inheritance           29. Results
+     4. States                17. Executors             30. Access
+     5. Reasons               18. Local executor        31. HTTP
+     6. Scheduling            19. Identity              32. Connections
+     7. Files                 20. Transfers             33. Server routes
+     8. Folders               21. Answers               34. Jobs
+     9. Trust                 22. Links                 35. Site routes
+    10. Data folder           23. Loops                 36. Client routes
+    11. Archives              24. Server                37. Logs
+    12. Statements            25. News                  38. Weak set-ups
+    13. Database              26. Ends                  39. Commands
 """
 
 from __future__ import annotations
@@ -402,7 +402,7 @@ PLUGIN_API: tuple[str, ...] = (
     "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
     "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
     "open_listeners", "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim",
-    "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
+    "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
     "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
     "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
     "write_atomic",
@@ -1567,7 +1567,143 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 5. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+# == 5. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
+
+
+class Reason:
+    """The reasons that need no more than a few facts, which stand in braces: `Reason.REFUSED.format(client=..., error=...)`.
+
+    An error of a call brings its own words as `{error}`: Rejected, Gone, NothingSent, NoAnswer, CannotRun. What only Slurm or
+    DIRAC can say is worded by functions of their plug-ins.
+    """
+
+    # The server sends a job.
+    CLAIMED = "claimed for {client}"
+    ACCEPTED = "accepted by {client}"
+    FOUND_THERE = "{client} has it"
+    FILES_REMOVED = "its files are missing on the {where}'s disk: somebody removed them"
+    REFUSED = "{client} refuses it: {error}"
+    NOT_SENT = "{client} {error}"
+    ANSWER_LOST = "{client} {error}: it is asked again under the same key"
+    ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
+    CANNOT_SAY = "{client} cannot say whether it has the job"
+    BEGAN_ANEW = "{client} began anew and knows nothing of it"
+    ANSWER_NOT_STORED = "the client's answer could not be stored: it is asked again under the same key"
+    SERVER_RESTARTED = "the server was restarted while it was sent to {client}: asked again under the same key"
+    CHAIN_BROKEN = "job {job}, which it was to follow, ended as {status}"
+
+    # A client is silent, or its answer cannot be used.
+    TRIED_AGAIN = "{reason}; it is tried again"
+    ANSWERS_AGAIN = "{client} answers again"
+    NOT_CONFIGURED = "{client} is not configured any more"
+    SILENT = "{trouble}, and so for {duration}"
+    SILENT_AND_KILLED = "{trouble}, and so for {duration}; should it come back, the job is ended there"
+    UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
+    CLIENT_FAILED = "{client} failed"
+
+    # An attempt is over.
+    ATTEMPT = "attempt {attempt}: {reason}"
+    NO_ATTEMPT_LEFT = "{reason}; no attempt is left of {attempt}"
+    NO_ATTEMPT_KILLED = "{reason}; terminate was asked for"
+    KILLED = "terminated on request"
+    KILLED_AND_GONE = "terminated on request; {reason}"
+    KILLED_UNSENT = "terminated before it was sent"
+    COMPLETED = "run.sh ended with exit status 0"
+    COMPLETED_CHILDREN = "run.sh ended with exit status 0; what it left running was ended"
+    CLIENT_SAYS = "the client says {status}"
+
+    # The result is lost, too large, or cannot be fetched.
+    RESULT_HAS = "the result has {too_much}"
+    RESULT_HAS_EXIT = "the result has {too_much}; run.sh ended with exit status {status}"
+    NOT_KEPT = "{reason}; what it left was not kept: {error}"
+    NOT_FETCHED = "the result could not be fetched from {client}: {error}"
+    NOT_STORED = "the result could not be stored: {error}"
+    CLIENT_HAS_NOTHING = "{client} has nothing of it any more"
+    CLIENT_CLEANED = "{client} has nothing of it any more: {reason}"
+    FAILED_AND_CLEANED = "{reason}; {cleaned}"
+    RUN_FAILED = "run.sh failed"
+    WORK_REMOVED = "somebody removed its work folder from the client's disk"
+    CLEANED = "{duration} after it ended"
+
+    # The client cannot start a payload, or loses it.
+    NO_SCRIPT = "there is no run.sh: upload a bash script of that name"
+    EMPTY_SCRIPT = "run.sh is empty: it has 0 bytes"
+    NOT_STARTED = "the client could not start it: {error}"
+    DISK_FULL = "the client's disk is full: the script was not started"
+    NO_WRAPPER = "the wrapper could not be started, or ended before its time: the script was not started"
+    REBOOTED = "the machine or the container was restarted while the script ran"
+    REBOOTED_UNSYNCED = "the machine was restarted, and what had reached its disk is not known"
+    FOLDER_REMOVED = "the payload's folder was removed while the script ran"
+    WORK_GONE = "its work folder was removed or replaced while run.sh ran, and its files are missing"
+    WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
+    ENDED_WITH_CLIENT = "the script's processes ended together with the client, or while it was away, and left no exit status"
+    WRAPPER_KILLED = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
+    STOPPED_WITH_CLIENT = (
+        "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+    STOPPED_WITH_WRAPPER = (
+        "it was stopped from outside joborch, and its wrapper, too: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+
+
+def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
+    """Say how a script failed: exit status or signal, run time, the last line of its standard error, and a known remedy."""
+    signalled = f" (as by signal {signal_name(exit_status - 128)})" if is_signalled(exit_status) else ""
+    text = f"run.sh ended with exit status {exit_status}{signalled} after {format_duration(run_s)}{last_words(folder)}"
+    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
+
+
+def limit_reason(folder: Path, limit_s: float) -> str:
+    """Say that a script was ended at its time limit."""
+    return f"run.sh was ended at its time limit of {format_duration(limit_s)}{last_words(folder)}"
+
+
+def last_words(folder: Path) -> str:
+    """Return the last line of a script's standard error as the end of a sentence; an empty text where there is none."""
+    words = last_line(folder / "stderr")
+    return f'; last line of standard error: "{words}"' if words else ""
+
+
+def left_out_text(count: int) -> str:
+    """Return the end of a sentence about files that no archive can hold; an empty text for none."""
+    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
+
+
+def is_signalled(exit_status: int) -> bool:
+    """Tell whether an exit status is that of a script that a signal ended: 128 and the signal's number, as a shell says it."""
+    return 128 < exit_status < 193
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+LOGIN_COMMANDS = re.compile(
+    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
+)
+
+
+def shell_hint(folder: Path) -> str:
+    """Return the remedy for a script that missed a command of login shells, by the begin and end of its standard error."""
+    try:
+        with open_regular(folder, "stderr") as file:
+            said = file.read(4 * KIB)
+            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
+            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
+    except OSError:
+        return ""
+    name = (missing[1] or missing[3]).decode() if missing else ""
+    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
+    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
+
+
+# == 6. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
 CANDIDATES_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
@@ -1931,7 +2067,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 6. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+# == 7. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
 @dataclass(frozen=True)
@@ -2140,7 +2276,7 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
-# == 7. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
+# == 8. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
 
 
 def fsync_path(path: str | Path) -> None:
@@ -2535,7 +2671,7 @@ def example_part(path: str) -> str:
     return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
-# == 8. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
+# == 9. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
 
 
 def owner_name(uid: int) -> str:
@@ -2646,7 +2782,7 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
 
 
-# == 9. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
+# == 10. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
 
 
 class DiskFull(OSError):
@@ -2912,7 +3048,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 10. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 11. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -3459,7 +3595,7 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
         yield chunk
 
 
-# == 11. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 12. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 4
 
@@ -3942,7 +4078,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 12. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 13. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
 
 
 class Changes:
@@ -4234,7 +4370,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 13. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 14. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
 
 
 class Store(Database):
@@ -4325,7 +4461,7 @@ class Store(Database):
             if earlier.status not in OVER:
                 open_ids.append(on_id)
             elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
-                broken = broken or broken_chain(on_id, earlier.status)
+                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
         return ([], broken) if broken else (open_ids, "")
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
@@ -4383,7 +4519,8 @@ class Store(Database):
             for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
                 job = as_job(row)
                 if how is not Status.COMPLETED:
-                    self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
+                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
+                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
                     self.update_rank(db, job.service, job.user_id)
@@ -4591,7 +4728,7 @@ class Store(Database):
             service = self.limits[job.service or ""]
             pair = {"service": job.service, "user_id": job.user_id}
             if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
                 return None
             full = (
                 db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
@@ -4600,7 +4737,7 @@ class Store(Database):
             )
             if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
                 return None
-            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
+            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
             return self.row(db, job_id)
 
         job = self.write(take)
@@ -4622,12 +4759,7 @@ class Store(Database):
         return len(due)
 
 
-def broken_chain(on_id: int, how: Status) -> str:
-    """Return why a job can never run that was to follow one which ended otherwise than Completed."""
-    return f"job {on_id}, which it was to follow, ended as {how}"
-
-
-# == 14. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
+# == 15. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
 
 
 def folder_of(path: str) -> str:
@@ -4666,7 +4798,7 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     return kept if kept.exists() else None, unclaimed
 
 
-# == 15. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
+# == 16. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
 
 # What every script may have. JOBORCH_PASS_ENV adds to it; joborch's own settings are never passed on.
 PASSED_ON = (
@@ -4785,7 +4917,7 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 16. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 17. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -4941,7 +5073,7 @@ def read_exit(folder: Path) -> Outcome | None:
         fits = type(status) is int and 0 <= status < 256
         reason = one_line(str(said.get("reason", "")), 200)
         if said.get("gone") and cause is None and fits:
-            cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
+            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
         return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
@@ -4949,12 +5081,6 @@ def read_exit(folder: Path) -> Outcome | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
-
-
-def work_gone(status: int | None) -> str:
-    """Return the reason of a payload that has lost its work folder."""
-    how = "" if status is None else f" (run.sh ended with exit status {status})"
-    return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
 
 
 def boot_id() -> str:
@@ -5181,7 +5307,7 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
-# == 17. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
+# == 18. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
 
 
 class Engines:
@@ -5371,7 +5497,7 @@ class LocalExecutor:
     def outcome(self, job: Job) -> Outcome:
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
             return Outcome(True)  # whatever the exit file says: the script may have written one
@@ -5387,17 +5513,14 @@ class LocalExecutor:
         if ended:
             return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
                 return Outcome(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
-            reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
         if job.mark not in self.seen:
-            reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
-        reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
-        return Outcome(False, cause=Cause.USER, reason=reason)
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
+        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
 
     def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
         """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
@@ -5409,9 +5532,8 @@ class LocalExecutor:
             return None  # nobody stopped it, or the client did
         if alone and not self.ended_with_client(folder):
             return None  # the script sent the signal to itself
-        reason = f"it was stopped from outside joborch, {'together with the client' if alone else 'and its wrapper, too'}"
-        how = f"run.sh ended with exit status {ended.exit_status}; if a service manager did it, set KillMode=process for the client"
-        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: {how}")
+        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
 
     def ended_with_client(self, folder: Path) -> bool:
         """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
@@ -5489,45 +5611,6 @@ def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
     return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
 
 
-def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
-    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
-    how = f"run.sh ended with exit status {status}"
-    if number is not None:
-        how += f" (as by signal {signal_name(number)})"
-    text = f"{how} after {format_duration(seconds)}"
-    words = last_line(folder / "stderr")
-    if words:
-        text += f'; last line of standard error: "{words}"'
-    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
-
-
-LOGIN_COMMANDS = re.compile(
-    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
-)
-
-
-def shell_hint(folder: Path) -> str:
-    """Return what helps a script that missed a command of login shells, by the begin and end of its standard error; else an empty text."""
-    try:
-        with open_regular(folder, "stderr") as file:
-            said = file.read(4 * KIB)
-            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
-            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
-    except OSError:
-        return ""
-    name = (missing[1] or missing[3]).decode() if missing else ""
-    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
-    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number where it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
-
-
 def make_executor(data: DataFolder, config: Config) -> Executor:
     """Return what runs the payloads of a client; ConfigError if JOBORCH_EXECUTOR names nothing that can be used."""
     if config.executor == "local":
@@ -5542,7 +5625,7 @@ def make_executor(data: DataFolder, config: Config) -> Executor:
     return made
 
 
-# == 18. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 19. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -6006,7 +6089,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 19. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 20. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -6101,7 +6184,7 @@ class Transfer:
     def check_limit(self, size: int) -> None:
         """Raise ResultTooLarge if `size` bytes more are too many."""
         if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(f"the result has {self.limits.broken_by(self.size + size, 0)}")
+            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
 
     def write(self, data: bytes) -> None:
         """Append to what is here."""
@@ -6312,7 +6395,7 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-# == 20. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 21. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -6734,7 +6817,7 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 21. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 22. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def token_place(config: Config) -> Path | None:
@@ -7333,7 +7416,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 22. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 23. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -7872,7 +7955,7 @@ def clean_tick(node: Node) -> bool:
             put_off(node, job, error)
             continue
         node.unremovable.pop(job.id, None)
-        reason = f"{format_duration(max(0.0, now - job.moved_at))} after it ended"
+        reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
         more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
@@ -7914,7 +7997,7 @@ def row_of(node: Node, path: Path) -> Job | None:
 BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
 
 
-# == 23. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+# == 24. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -8119,7 +8202,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
     link.may_have_pinned = bool(pinned)
     for job in pinned:
         if link.legacy:
-            new_attempt(server, job, f"{link.name} cannot say whether it has the job")
+            new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
         with link.lock:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
@@ -8137,7 +8220,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     try:
         paths = files_below(folder)
         if not paths:
-            reason = "its files are missing on the server's disk: somebody removed them"
+            reason = Reason.FILES_REMOVED.format(where="server")
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
         if link.legacy:
@@ -8154,7 +8237,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         return
     except Rejected as error:
         link.heard()
-        server.store.move(job, Status.INVALID, f"{link.name} refuses it: {error}", cause=Cause.USER.value)
+        server.store.move(job, Status.INVALID, Reason.REFUSED.format(client=link.name, error=error), cause=Cause.USER.value)
         return
     except (NoAnswer, OSError) as error:
         link.failed(error)
@@ -8164,7 +8247,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
-    server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
     link.accepted.pop(job.mark, None)
     crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
@@ -8178,7 +8261,7 @@ def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None
     else:
         link.failed(error)
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+        server.store.move(job, Status.QUEUED, Reason.NOT_SENT.format(client=link.name, error=error), client=None)
         crash_point("send.refused")
         kill_queued(server, job.id)
     else:
@@ -8190,7 +8273,7 @@ def kill_queued(server: Server, job_id: int) -> None:
     """Move a job that shall end, and is with no client, to its end."""
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
-        server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
         crash_point("kill.queued")
 
 
@@ -8198,7 +8281,7 @@ def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
     """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
         if job.dest_id and int(job.dest_id) >= newest:
-            new_attempt(server, job, f"{link.name} began anew and knows nothing of it")
+            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
 
 
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
@@ -8207,14 +8290,14 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
     """
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
         crash_point("send.lost")
     link.may_have_pinned = True
     with link.lock:
         link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
-        new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+        new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
@@ -8229,13 +8312,13 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 def become_unknown(server: Server, job: Job, reason: str) -> None:
     """Move a job to Unknown for what cannot be known now; it heals by itself."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
-        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
+        server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
 
 
 def payload_gone(server: Server, job: Job, reason: str) -> None:
     """The client answers and does not know the payload: nothing of it runs any more."""
     if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
-        server.store.move(job, Status.KILLED, f"terminated on request; {reason}", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
     else:
         new_attempt(server, job, reason)
 
@@ -8245,14 +8328,14 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
         due = server.store.steady() + backoff_s(job.attempt)
-        server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
+        server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
         crash_point("attempt.stored")
     else:
-        note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
-        server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
+        text = Reason.NO_ATTEMPT_KILLED if job.kill_requested_at else Reason.NO_ATTEMPT_LEFT
+        server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 24. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 25. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
@@ -8398,7 +8481,7 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
-        server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
+        server.store.move(job, Status.SUBMITTED, Reason.ANSWERS_AGAIN.format(client=link.name))
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
 
@@ -8494,7 +8577,7 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
     """Return a job with its payload's id, which its client says though its answer is lost, or still under way; None where it left."""
     current: Job | None = job
     while current is not None and current.dest_id is None:
-        server.store.move(current, Status.SUBMITTED, f"{link.name} has it", dest_id=payload_id)
+        server.store.move(current, Status.SUBMITTED, Reason.FOUND_THERE.format(client=link.name), dest_id=payload_id)
         current = server.store.get(job.id)  # a sender may have moved it meanwhile, to Unknown: then it is tried again from there
         if current is None or current.attempt != job.attempt or current.status not in BUSY:
             return None
@@ -8576,13 +8659,13 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
             payload_gone(server, current, str(error))
             return
         except BadAnswer as error:
-            become_unknown(server, current, f"{link.name} {error}")
+            become_unknown(server, current, Reason.NOT_SENT.format(client=link.name, error=error))
             return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 25. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 26. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8602,16 +8685,12 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
     return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
 
 
-def because(reason: str | None) -> str:
-    """Return a reason as the second half of a sentence; nothing where there is none."""
-    return f": {reason}" if reason else ""
-
-
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
     """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
-    removed = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    why = payload.get("reason")
+    removed = (Reason.CLIENT_CLEANED if why else Reason.CLIENT_HAS_NOTHING).format(client=link.name, reason=why)
     cause, ended_as = payload.get("cause"), payload.get("ended_as")
-    reason = f"{payload.get('ended_reason') or 'run.sh failed'}; {removed}"
+    reason = Reason.FAILED_AND_CLEANED.format(reason=payload.get("ended_reason") or Reason.RUN_FAILED, cleaned=removed)
     if cause in (Cause.USER.value, Cause.LIMIT.value):
         to = Status.INVALID if ended_as == Status.INVALID.value else Status.FAILED
         end_busy(server, job, to, reason, cause=cause, **known_of_end(server, job, payload))
@@ -8692,13 +8771,13 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         if found.part is not None and not found.part.wanted():
             drop_part(found)  # it cannot be gone on with
         if not is_being_packed(found, error):
-            become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
+            become_unknown(server, job, Reason.NOT_FETCHED.format(client=link.name, error=error))
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
         drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk; and others need the room
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
-        become_unknown(server, job, f"the result could not be stored: {why}")
+        become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
     return True
 
@@ -8718,7 +8797,7 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
         settle_cleaned(server, link, job, found.payload)
     elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
         count_no_more(found)
-        new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
+        new_attempt(server, job, found.payload.get("reason") or Reason.CLIENT_FAILED.format(client=link.name))
     else:
         fetch_failure(server, link, job, found)
 
@@ -8757,7 +8836,7 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
     size, digest = store_archive(server, link, job, found, partial=False)
     count_no_more(found)
     payload = found.payload
-    reason = payload.get("reason") or "run.sh ended with exit status 0"
+    reason = payload.get("reason") or Reason.COMPLETED
     changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(server, job, payload)}
     end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
@@ -8822,7 +8901,7 @@ def check_result(config: Config, part: Transfer) -> None:
             size, count = part.size, 0  # it is no ZIP
     if limits.broken_by(size, count):
         told = ResultLimits(config.max_result_bytes, config.max_result_files)
-        raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
+        raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=told.broken_by(size, count)))
 
 
 def drop_part(found: EndReport) -> None:
@@ -8839,16 +8918,15 @@ def drop_part(found: EndReport) -> None:
 def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
     """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
-    size, digest, not_kept = None, None, ""
+    size, digest, reason = None, None, payload.get("reason") or Reason.CLIENT_SAYS.format(status=to)
     try:
         size, digest = store_archive(server, link, job, found, partial=True)
     except Gone:
         log.info("job %d: %s has nothing of it any more: its end counts all the same", job.id, link.name)
     except ResultTooLarge as error:
-        not_kept = f"; what it left was not kept: {error}"
+        reason = Reason.NOT_KEPT.format(reason=reason, error=error)
         drop_part(found)
     count_no_more(found)
-    reason = (payload.get("reason") or f"the client says {to}") + not_kept
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes = known_of_end(server, job, payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
@@ -8923,23 +9001,22 @@ def judge(server: Server, job: Job) -> None:
     if link is None:
         since_start_s = server.clock.monotonic() - server.started
         if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
-            judge_silence(server, job, f"{job.client} is not configured any more", since_start_s)
+            judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
     elif link.failures and goes_on_elsewhere(server, link, job):
         return
     elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
+        judge_silence(server, job, Reason.NOT_SENT.format(client=link.name, error=link.trouble), 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
     """Go on with a job whose sending ended when the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
-        server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+        server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
         return
-    reason = "what came of sending it could not be written down: it is asked again under the same key"
-    server.store.move(job, Status.UNKNOWN, reason)
+    server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
     server.wake(f"send:{link.name}")
 
@@ -8953,8 +9030,8 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, trouble)
         job = server.store.get(job.id) or job
-    silence = f"{trouble}, and so for {format_duration(silent_s)}"
-    new_attempt(server, job, silence if job.kill_requested_at is None else f"{silence}; should it come back, the job is ended there")
+    text = Reason.SILENT if job.kill_requested_at is None else Reason.SILENT_AND_KILLED
+    new_attempt(server, job, text.format(trouble=trouble, duration=format_duration(silent_s)))
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
@@ -8964,7 +9041,7 @@ def fail_unreachable(server: Server, service: Service) -> None:
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
-        reason = f"client unreachable: no client of {service.name} answered for {format_duration(service.unreachable_after_s)}"
+        reason = Reason.UNREACHABLE.format(service=service.name, duration=format_duration(service.unreachable_after_s))
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
@@ -8982,7 +9059,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 27. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -9193,7 +9270,7 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 27. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
 ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
@@ -9347,7 +9424,7 @@ def begin(client: Client, job: Job) -> bool:
     """Start one payload: the mark is stored before, the handle after. False where it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
-        reason = "its files are missing on the client's disk: somebody removed them"
+        reason = Reason.FILES_REMOVED.format(where="client")
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return False
     problem = why_not_runnable(work / "run.sh")
@@ -9406,7 +9483,7 @@ def start_on_executor(client: Client, job: Job) -> bool:
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
     except OSError as error:
-        fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
+        fail_to_start(client, job, Reason.NOT_STARTED.format(error=os.strerror(error.errno or 0)), Cause.INFRASTRUCTURE)
     else:
         crash_point("run.started")
         client.holds.taken(job)
@@ -9443,9 +9520,9 @@ def save_handles(client: Client) -> None:
 def why_not_runnable(script: Path) -> str:
     """Return why a payload's run.sh cannot be run, or an empty text."""
     if not script.is_file():
-        return "there is no run.sh: upload a bash script of that name"
+        return Reason.NO_SCRIPT
     if script.stat().st_size == 0:
-        return "run.sh is empty: it has 0 bytes"
+        return Reason.EMPTY_SCRIPT
     return ""
 
 
@@ -9511,11 +9588,6 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     return found
 
 
-def left_out_text(count: int) -> str:
-    """Return what a reason says of files that no archive can hold; an empty text for none."""
-    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
-
-
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
     """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
     folder = client.data.job(job.mark)
@@ -9525,7 +9597,8 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         set_wait_reason(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
     if outcome.cause is None and not has_work(folder):
-        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=work_gone(outcome.exit_status))
+        text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
+        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
@@ -9534,29 +9607,21 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
     if too_much:
-        reason = f"the result has {too_much}; run.sh ended with exit status {outcome.exit_status}"
+        reason = Reason.RESULT_HAS_EXIT.format(too_much=too_much, status=outcome.exit_status)
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
     elif outcome.cause is not None:
         to = Status.KILLED if outcome.cause is Cause.CANCELLED else Status.FAILED
-        moved = client.store.move(job, to, outcome.reason or limit_text(job, folder), cause=outcome.cause.value, **changes)
+        moved = client.store.move(job, to, outcome.reason or limit_reason(folder, job.timeout or 0), cause=outcome.cause.value, **changes)
     elif outcome.exit_status == 0:
-        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if outcome.children_left else "")
+        reason = Reason.COMPLETED_CHILDREN if outcome.children_left else Reason.COMPLETED
         moved = client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = outcome.exit_status or 0
-        number = status - 128 if 128 < status < 193 else None
-        reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        reason += left_out_text(left_out)
+        run_s = run_seconds(started, ended, client.store.steady() - job.moved_at)
+        reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
         drop_notes_and_scratch(client, job)
-
-
-def limit_text(job: Job, folder: Path) -> str:
-    """Return one sentence on a script that was ended at its time limit."""
-    words = last_line(folder / "stderr")
-    reason = f"run.sh was ended at its time limit of {format_duration(job.timeout or 0)}"
-    return f'{reason}; last line of standard error: "{words}"' if words else reason
 
 
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
@@ -9596,11 +9661,11 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.ended")
             with contextlib.suppress(BackendUnavailable):  # what it left is worth having, and not worth waiting for
                 client.executor.collect(job)
-        started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
-            client.store.move(job, Status.FAILED, limit_text(job, folder), cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
+            times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
+            client.store.move(job, Status.FAILED, limit_reason(folder, job.timeout or 0), cause=Cause.LIMIT.value, **times)
         else:
-            client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
+            client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
         drop_notes_and_scratch(client, job)
     except StillRunning as error:
@@ -9733,12 +9798,11 @@ def start_now(client: Client, job: Job) -> bool:
 
 def distrust(client: Client) -> None:
     """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
-    reason = "the machine was restarted, and what had reached its disk is not known"
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
         if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
-            client.store.move(job, Status.CLEANED, reason)
+            client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
-        client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+        client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def sync_tick(client: Client) -> bool:
@@ -9763,7 +9827,7 @@ def end_orphans(client: Client) -> None:
             log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
 
 
-# == 28. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -9993,7 +10057,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 29. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -10137,7 +10201,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 30. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -10631,7 +10695,7 @@ PARTS = {
 }
 
 
-# == 31. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 32. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -11103,7 +11167,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 32. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11418,7 +11482,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 33. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 34. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11706,7 +11770,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 35. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -11840,7 +11904,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 36. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -12046,7 +12110,7 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
-        client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
+        client.store.move(job, Status.CLEANED, Reason.WORK_REMOVED)
         job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
@@ -12299,7 +12363,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 37. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -12489,7 +12553,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 37. Weak set-ups ==  What lets others in is refused or warned of at every start.
+# == 38. Weak set-ups ==  What lets others in is refused or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -12567,7 +12631,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
 
 
-# == 38. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 39. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -12698,7 +12762,7 @@ def open_node(config: Config) -> Node:
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
-        store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
+        store.move(job, Status.UNKNOWN, Reason.SERVER_RESTARTED.format(client=job.client))
         crash_point("start.asked")
     return server
 

@@ -55,6 +55,7 @@ from joborch import (
     Job,
     JoborchError,
     Outcome,
+    Reason,
     ResultLimits,
     StillRunning,
     T,
@@ -717,6 +718,17 @@ def without_exit(row: Mapping[str, Any]) -> Outcome:
     return Outcome(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
 
 
+def removed(number: int) -> Outcome:
+    """Return how a job ended that DIRAC does not know any more."""
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC no longer knows job {number}: somebody removed it")
+
+
+def run_again(row: Mapping[str, Any]) -> Outcome:
+    """Return how a job ended that DIRAC started a second time: an attempt runs once."""
+    text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
+
+
 class DiracExecutor:
     """Runs payloads as jobs of DIRAC 9 and later. A handle is the job's number there; its name is the attempt's mark."""
 
@@ -915,10 +927,7 @@ class DiracExecutor:
             return self.verdicts[job.mark]
         if row is None:
             gone = self.lasting_s(number) >= self.config.vanish_grace_s
-            text = f"DIRAC no longer knows job {number}: somebody removed it"
-            return (
-                (read_exit(self.data.job(job.mark)) or Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)) if gone else Outcome(True)
-            )
+            return (read_exit(self.data.job(job.mark)) or removed(number)) if gone else Outcome(True)
         if row["Status"] in GRID_ENDED or row["RescheduleCounter"]:
             self.judge_soon(job, row)
             return Outcome(True)
@@ -955,8 +964,7 @@ class DiracExecutor:
         """Return how a job ended, None where its pilot may still have something of it, or bring its outputs."""
         if row["RescheduleCounter"]:
             self.cancel(job)
-            text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
+            return run_again(row)
         self.collect(job)
         left = read_exit(self.data.job(job.mark))
         if left:
@@ -1120,7 +1128,9 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
     except SandboxTooLarge as error:
         exit_file, left_out = folder / "out" / "exit.json", []
         exit_file.unlink(missing_ok=True)
-        exit_file.write_text(json.dumps({"status": 1, "left": 0, "limit": 1, "reason": f"the result has {error}"}), encoding="ascii")
+        exit_file.write_text(
+            json.dumps({"status": 1, "left": 0, "limit": 1, "reason": Reason.RESULT_HAS.format(too_much=error)}), encoding="ascii"
+        )
     except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
             raise

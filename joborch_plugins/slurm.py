@@ -28,6 +28,7 @@ from joborch import (
     Job,
     JoborchError,
     Outcome,
+    Reason,
     StillRunning,
     SubmitRefused,
     backoff_s,
@@ -264,7 +265,7 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     """Judge an attempt that is over, and whose exit file did not come."""
     waited = f"no exit file was left within {format_duration(grace_s)}"
     if traces.removed:
-        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
     if job is None:
         reason = (
             f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
