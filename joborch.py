@@ -21,19 +21,20 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            14. Store                 27. Waiting
-     2. Settings              15. Restore               28. Client
-     3. Configuration         16. Inheritance           29. Results
-     4. States                17. Executors             30. Access
-     5. Reasons               18. Local executor        31. HTTP
-     6. Scheduling            19. Identity              32. Connections
-     7. Files                 20. Transfers             33. Server routes
-     8. Folders               21. Answers               34. Jobs
-     9. Trust                 22. Links                 35. Site routes
-    10. Data folder           23. Loops                 36. Client routes
-    11. Archives              24. Server                37. Logs
-    12. Statements            25. News                  38. Weak set-ups
-    13. Database              26. Ends                  39. Commands
+     1. Vocabulary            15. Restore               29. Client
+     2. Settings              16. Inheritance           30. Results
+     3. Configuration         17. Executors             31. Access
+     4. States                18. Local executor        32. HTTP
+     5. Reasons               19. Identity              33. Connections
+     6. Scheduling            20. Transfers             34. Server routes
+     7. Files                 21. Answers               35. Jobs
+     8. Folders               22. Links                 36. Site routes
+     9. Trust                 23. Loops                 37. Client routes
+    10. Data folder           24. Cleaning              38. Logs
+    11. Archives              25. Server                39. Weak set-ups
+    12. Statements            26. News                  40. Commands
+    13. Database              27. Ends
+    14. Store                 28. Waiting
 """
 
 from __future__ import annotations
@@ -308,6 +309,33 @@ def backoff_s(failures: int) -> float:
     return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
 
 
+@dataclass
+class Backoff:
+    """Something that failed and is left alone for a while, longer with each failure in a row: why, since when, and until when."""
+
+    clock: Clock
+    reason: str = ""
+    failures: int = 0  # in a row
+    since: float = 0.0  # wall: the first of them
+    until: float = float("-inf")  # monotonic
+
+    def failed(self, reason: object, pause_s: float | None = None) -> bool:
+        """Count a failure, and wait `pause_s`, or as backoff_s says; return whether the reason is news."""
+        before, self.reason = self.reason, str(reason)
+        self.since = self.since if self.failures else self.clock.wall()
+        self.failures += 1
+        self.until = self.clock.monotonic() + (backoff_s(self.failures) if pause_s is None else pause_s)
+        return self.reason != before
+
+    def worked(self) -> None:
+        """Forget the failures: it works again."""
+        self.reason, self.failures, self.until = "", 0, float("-inf")
+
+    def waits(self) -> bool:
+        """Tell whether it is to be left alone now."""
+        return self.clock.monotonic() < self.until
+
+
 def rfc3339(wall: float | None) -> str | None:
     """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
     if wall is None:
@@ -394,18 +422,17 @@ PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECU
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "BackendUnavailable", "backoff_s", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
-    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
-    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
+    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun", "Cause",
+    "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point",
+    "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
     "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
     "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
-    "open_listeners", "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim",
-    "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
-    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
-    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor",
+    "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
+    "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim", "read_exit", "read_some",
+    "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service", "SERVICE_SETTINGS", "SETTINGS",
+    "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp", "token_names",
+    "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
 )  # fmt: skip
 
 
@@ -2550,24 +2577,6 @@ def helper_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
-        done = subprocess.run(
-            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
-        )
-        if done.returncode != 0 and path.exists():
-            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
-
-
 LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process has the lock; any other error is the file system's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -2946,8 +2955,7 @@ class DataFolder:
             reason = os.strerror(error.errno or 0)
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
-        for leftover in self.tmp.iterdir():
-            remove_tree(leftover)
+        discard_all(self.tmp)
         # waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
 
@@ -4776,7 +4784,7 @@ def decided_restore(db_path: str) -> Path | None:
 def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
     """Put a restored database in its place, if there is one, and remove one that is incomplete. Each step may be done twice."""
     for suffix in ("", "-wal", "-shm", "-journal"):
-        remove_tree(Path(f"{db_path}.restoring{suffix}"))
+        discard(Path(f"{db_path}.restoring{suffix}"))
     ready = decided_restore(db_path)
     if ready is None:
         return None, None
@@ -5264,36 +5272,6 @@ def is_own_scratch(place: str) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
-
-
-def scratch_of(folder: Path) -> list[str]:
-    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
-    name = scratch_name(folder.name)
-    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
-    with contextlib.suppress(OSError):  # it is a folder, or gone
-        place = os.readlink(folder / "tmp")
-        if place.startswith("/") and place.rpartition("/")[2] == name:
-            places.insert(0, place)
-    return list(dict.fromkeys(places))
-
-
-def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
-    for place in scratch_of(folder):
-        try:
-            os.rmdir(place)
-            continue
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
-                return False
-        try:
-            if os.lstat(place).st_uid == os.geteuid():
-                remove_tree(Path(place))
-        except OSError as error:
-            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
-    return True
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
@@ -6858,12 +6836,12 @@ class Link:
         self.silent_since = clock.monotonic()
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
-        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.outage = Backoff(clock)  # of calls that failed
         self.answers = True  # it has answered since it failed last
         self.problem = ""  # why it takes no payload now, as it says itself
         self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
-        self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
+        self.refusal = Backoff(clock)  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
@@ -6924,7 +6902,7 @@ class Link:
 
     def is_heard(self) -> bool:
         """Tell whether it was heard, and has not failed since."""
-        return self.heard_at is not None and not self.failures
+        return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
         """Tell whether nothing more can be learnt by waiting for the list of what it has."""
@@ -6936,11 +6914,11 @@ class Link:
 
     def held(self) -> bool:
         """Tell whether the client is held back after a failure, or was never heard."""
-        return self.heard_at is None or self.clock.monotonic() < self.held_until
+        return self.heard_at is None or self.outage.waits()
 
     def heard(self) -> None:
         """Note that the client answered: what waits for it is due again at once."""
-        if self.failures:
+        if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
             with self.lock:  # what is due again is tried at once when its peer is heard of
                 self.resend_due.clear()
@@ -6948,20 +6926,21 @@ class Link:
                 for found in self.ended.values():
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
-        self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
-        self.try_at = float("inf")
+        self.outage.worked()
+        self.answers, self.try_at = True, float("inf")
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
-        text, now = one_line(str(error)), self.clock.monotonic()
-        if text != self.trouble:
+        text = one_line(str(error))
+        if text != self.outage.reason:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
             hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
             log.warning("client %s: %s%s", self.name, text, hint)
-        self.trouble, self.failed_at, self.probing, self.answers = text, now, True, False
-        if now >= self.held_until or not self.failures:
-            self.failures += 1
-            self.held_until = now + backoff_s(self.failures)
+        self.failed_at, self.probing, self.answers = self.clock.monotonic(), True, False
+        if self.outage.waits():
+            self.outage.reason = text
+        else:
+            self.outage.failed(text)
 
     def probe(self) -> bool:
         """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
@@ -6979,13 +6958,14 @@ class Link:
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
-        self.refusals, self.refusal, self.probing = self.refusals + 1, one_line(str(error)), True
-        self.full_until = self.clock.monotonic() + backoff_s(self.refusals)
+        self.refusal.failed(one_line(str(error)))
+        self.probing = True
 
     def took_one(self) -> None:
         """Note that it accepted a job: it is as good as any other again."""
         self.heard()
-        self.refusals, self.refusal, self.probing = 0, "", False
+        self.refusal.worked()
+        self.probing = False
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
@@ -6993,7 +6973,7 @@ class Link:
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
-        return not self.held() and self.clock.monotonic() >= self.full_until
+        return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
         """Tell whether a job that is claimed for it now would be sent at once."""
@@ -7007,11 +6987,9 @@ class Link:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
-        return (
-            f"{self.trouble} ({format_duration(self.silent_s())} ago)"
-            if self.trouble
-            else self.problem or self.refusal or "was not asked yet"
-        )
+        if self.outage.reason:
+            return f"{self.outage.reason} ({format_duration(self.silent_s())} ago)"
+        return self.problem or self.refusal.reason or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -7883,43 +7861,7 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
-@dataclass
-class Unremovable:
-    """Files of an ended job that cannot be removed: where, how much of them, how often that failed, when (monotonic) it is tried again."""
-
-    folder: Path
-    size_bytes: int
-    failures: int
-    until: float
-
-
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
-
-
-def put_off(node: Node, job: Job, error: OSError) -> None:
-    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
-    known = node.unremovable.get(job.id)
-    failures = known.failures + 1 if known else 1
-    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 2, 10), UNREMOVABLE_LAST_S) if failures > 1 else 0.0
-    folder = node.folder(job)
-    node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
-    if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
-        log.warning(
-            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
-            node.store.noun, job.id, error, folder,
-        )  # fmt: skip
-
-
-def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None where all can."""
-    found = list(node.unremovable.values())
-    if not found:
-        return None
-    size = sum(each.size_bytes for each in found)
-    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
-    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
-    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
-    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+# == 24. Cleaning ==  Who deletes files of jobs: all of it happens here, and a file that cannot be removed holds up no other.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
@@ -7933,7 +7875,7 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "confirmed_before": node.clock.wall() - kept_s,
     }
     jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
-    return [job for job in jobs if job.id not in node.unremovable or node.unremovable[job.id].until <= node.clock.monotonic()]
+    return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
 def clean_tick(node: Node) -> bool:
@@ -7994,10 +7936,123 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
+@dataclass
+class Unremovable(Backoff):
+    """Files of an ended job that could not be removed: where they are, and how much of them."""
+
+    folder: Path = Path()
+    size_bytes: int = 0
 
 
-# == 24. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    folder = node.folder(job)
+    known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
+    known.size_bytes = bytes_below(folder)
+    known.failed(error, pause_s)
+    if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None where all can."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
+# -- removal --
+
+
+def discard(path: Path) -> None:
+    """Remove files of which no row speaks: of an upload that failed, a second delivery, or a transfer that is of no use."""
+    remove_tree(path)
+
+
+def discard_all(folder: Path) -> None:
+    """Empty a folder of which nothing is needed after a restart."""
+    for path in folder.iterdir():
+        remove_tree(path)
+
+
+def discard_payloads(data: DataFolder) -> None:
+    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
+    for folder in data.jobs.iterdir():
+        try:
+            remove_scratch(folder)
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
+        if done.returncode != 0 and path.exists():
+            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
+
+
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+# == 25. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -8186,7 +8241,7 @@ def probe_tick(server: Server, link: Link) -> None:
 
     Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
     """
-    if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
+    if link.heard_at is None or link.answers or link.outage.waits():
         return
     if link.probe():
         server.wake("dispatch")
@@ -8266,7 +8321,7 @@ def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None
         kill_queued(server, job.id)
     else:
         with link.lock:
-            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -8294,7 +8349,7 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
         crash_point("send.lost")
     link.may_have_pinned = True
     with link.lock:
-        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
         new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
@@ -8335,12 +8390,12 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 25. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 26. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
     """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
-    if link.failures and server.clock.monotonic() < min(link.held_until, link.try_at):
+    if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
         return False
     try:
         if link.legacy:
@@ -8377,7 +8432,7 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
     link.try_at = float("inf")
     if server.store.number(KILLS_COUNT, client=link.name):
         link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
-    if link.failures == 1:
+    if link.outage.failures == 1:
         decide_again(server)
 
 
@@ -8506,7 +8561,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
     home = server.links.get(job.client or "")
     if link.copy_of or job.status is Status.PROCESSING:
         return None
-    if home is None or (home.failures and home.instance in ("", link.instance) and not home.copy_of):
+    if home is None or (home.outage.failures and home.instance in ("", link.instance) and not home.copy_of):
         return take_along(server, link, job)
     if home.instance == link.instance:
         return None  # one client with two names, or a copy of it
@@ -8665,7 +8720,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 26. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 27. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8910,8 +8965,7 @@ def drop_part(found: EndReport) -> None:
         found.part.target.close()
         if found.part.promise is not None:
             found.part.promise.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(found.part.target.name)
+        discard(Path(found.part.target.name))
         found.part = None
 
 
@@ -9004,10 +9058,11 @@ def judge(server: Server, job: Job) -> None:
             judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
-    elif link.failures and goes_on_elsewhere(server, link, job):
+    elif link.outage.failures and goes_on_elsewhere(server, link, job):
         return
-    elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, Reason.NOT_SENT.format(client=link.name, error=link.trouble), 0.0 if link.outdated else link.silent_s())
+    elif link.outage.failures and link.silent_s() > SILENT_AFTER_S:
+        trouble = Reason.NOT_SENT.format(client=link.name, error=link.outage.reason)
+        judge_silence(server, job, trouble, 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
@@ -9037,7 +9092,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
-    if any(not link.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
+    if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
@@ -9059,7 +9114,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 27. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 28. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
 @dataclass(frozen=True)
@@ -9098,8 +9153,8 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
     link = server.links.get(job.client or "")
     if job.status is Status.UNKNOWN:
         return job.reason
-    if job.status in BUSY and link and link.trouble:
-        return f"{link.name} {link.trouble}"
+    if job.status in BUSY and link and link.outage.reason:
+        return f"{link.name} {link.outage.reason}"
     return link.notes.get(job.id) if link and job.status in BUSY else None
 
 
@@ -9154,22 +9209,10 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
 
 
 @dataclass
-class Hold:
-    """Why nothing is started for now: what runs payloads is away, or takes none of a service."""
+class Held(Backoff):
+    """A payload that waits at the client: what runs payloads has refused it, or was not asked yet."""
 
-    reason: str
-    failures: int
-    until: float  # monotonic
-
-
-@dataclass
-class Held:
-    """A payload that waits at the client: what runs payloads has not taken it yet, or was not asked."""
-
-    reason: str = ""
-    refusals: int = 0  # in a row
     tried_at: float = float("-inf")  # monotonic
-    until: float = float("-inf")  # monotonic: it is not tried again before, unless others come
     passed: bool = False  # others were taken after it was refused: the trouble is its own
 
 
@@ -9178,15 +9221,15 @@ class Holds:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.by_service: dict[str, Hold] = {}  # "" for all
+        self.by_service: dict[str, Backoff] = {}  # "" for all
         self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
 
-    def of(self, key: str) -> Hold | None:
+    def of(self, key: str) -> Backoff | None:
         """Return what holds a service now, or None."""
         hold = self.by_service.get(key)
-        return hold if hold and self.clock.monotonic() < hold.until else None
+        return hold if hold and hold.waits() else None
 
-    def of_all(self) -> Hold | None:
+    def of_all(self) -> Backoff | None:
         """Return what keeps every payload from being started now, or None."""
         return self.of("")
 
@@ -9202,21 +9245,17 @@ class Holds:
 
     def hold(self, key: str, reason: str) -> None:
         """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
-        known = self.by_service.get(key)
         if key and self.of(key):
             return  # asked once more because others came: that makes it no longer
-        if known is None or known.reason != reason:
+        if self.by_service.setdefault(key, Backoff(self.clock)).failed(reason):
             log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
-        failures = known.failures + 1 if known else 1
-        self.by_service[key] = Hold(reason, failures, self.clock.monotonic() + backoff_s(failures))
 
     def put_off(self, job: Job, reason: str) -> None:
         """Note that what runs payloads does not take one now: it is tried again, later and later."""
-        held, now = self.held.setdefault(job.id, Held()), self.clock.monotonic()
-        if held.reason != reason:
+        held = self.held.setdefault(job.id, Held(self.clock))
+        if held.failed(reason):
             log.warning("payload %d is not taken: %s", job.id, reason)
-        held.reason, held.refusals, held.tried_at = reason, held.refusals + 1, now
-        held.until = now + backoff_s(held.refusals)
+        held.tried_at = self.clock.monotonic()
 
     def taken(self, job: Job) -> None:
         """Note that what runs payloads has taken one."""
@@ -9236,13 +9275,13 @@ class Holds:
 
         Only one that was refused while others were taken waits by itself.
         """
-        now = self.clock.monotonic()
-        is_batch = [job for job in waiting if not self.held[job.id].passed]
-        alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
-        first, others_came = self.held[is_batch[0].id] if is_batch else Held(), any(not self.held[job.id].refusals for job in is_batch)
-        early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
+        together = [job for job in waiting if not self.held[job.id].passed]
+        alone = [job for job in waiting if self.held[job.id].passed and not self.held[job.id].waits()][:1]
+        first = self.held[together[0].id] if together else Held(self.clock)
+        others_came = any(not self.held[job.id].failures for job in together)
+        early = self.clock.monotonic() < first.tried_at + TRY_AGAIN_S or (not others_came and first.waits())
         held = not others_came and self.of(waiting[0].service or "-")
-        return alone if first.refusals and (early or held) else is_batch + alone
+        return alone if first.failures and (early or held) else together + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
         """Start payloads that are due, each service by itself."""
@@ -9259,20 +9298,21 @@ class Holds:
             job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
             waiting.remove(job)
             held = self.held[job.id]
-            before = held.refusals
+            before = held.failures
             if start(job):
                 for other in refused:
                     other.passed = True
                 refused.clear()
-            elif held.refusals > before and not held.passed:
+            elif held.failures > before and not held.passed:
                 refused.append(held)
         if len(refused) == 2:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 28. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 29. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
 
 
+BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
 ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
 
 
@@ -9284,8 +9324,8 @@ class Client(Node):
         self.executor = make_executor(data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
         self.holds = Holds(self.clock)
-        self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
-        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
+        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end though they shall
+        self.tried: dict[int, Backoff] = {}  # by payload id: those that were started, and nobody could say whether it succeeded
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
@@ -9358,13 +9398,6 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     if not text:
         del client.notes[job_id]
     client.store.tell(job_id)
-
-
-def drop_scratch(client: Client, job: Job) -> None:
-    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
-    folder = client.data.job(job.mark)
-    if not remove_scratch(folder, at_once=False):
-        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
 
 
 def drop_notes_and_scratch(client: Client, job: Job) -> None:
@@ -9461,7 +9494,7 @@ def launch(client: Client, job: Job) -> None:
     if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
         crash_point("run.marked")
         if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
-            client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
+            client.holds.held[job.id] = Held(client.clock)  # it takes its turn among those that wait: see start_held
         else:
             start_on_executor(client, job)
 
@@ -9477,7 +9510,7 @@ def start_on_executor(client: Client, job: Job) -> bool:
         client.holds.put_off(job, str(error))
     except BackendUnavailable as error:
         client.holds.held.pop(job.id, None)  # nobody knows whether it has it
-        client.tried[job.id] = client.clock.monotonic()
+        client.tried.setdefault(job.id, Backoff(client.clock)).failed(error, FIND_AGAIN_S)
         client.holds.hold("", str(error))
         set_wait_reason(client, job.id, str(error))
     except CannotRun as error:
@@ -9669,11 +9702,10 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.stored")
         drop_notes_and_scratch(client, job)
     except StillRunning as error:
-        if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
+        if client.stubborn.setdefault(job.id, Backoff(client.clock)).failed(error, client.config.run_interval_s):
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
-        client.stubborn[job.id] = (str(error), client.clock.monotonic())
         return True  # others that shall end are not kept waiting by this one
     finally:
         with client.lock:
@@ -9684,11 +9716,10 @@ def end_tick(client: Client) -> bool:
 
 def take_for_ending(client: Client) -> Job | None:
     """Return a payload that shall end, that no other thread is ending, and that was not tried a moment ago."""
-    before = client.clock.monotonic() - client.config.run_interval_s
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
-                lately = job.id in client.stubborn and client.stubborn[job.id][1] > before
+                lately = job.id in client.stubborn and client.stubborn[job.id].waits()
                 if job.kill_requested_at is None or job.id in client.ending or lately:
                     continue
                 client.ending.add(job.id)
@@ -9736,9 +9767,10 @@ def recover_payloads(client: Client) -> None:
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
     """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
-    before, held = client.clock.monotonic() - FIND_AGAIN_S, client.holds.held
-    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].refusals}
-    asked = [job for job in cut_off if (job.id in refused if job.id in held else client.tried.get(job.id, before) <= before)]
+    held = client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
+    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
     if not asked or client.holds.of_all():
         return
     try:
@@ -9755,12 +9787,13 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
-            client.tried[job.id] = client.clock.monotonic()
-            set_wait_reason(client, job.id, "whether its submission, which was cut off, got through is waited for")
+            text = "whether its submission, which was cut off, got through is waited for"
+            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
+            set_wait_reason(client, job.id, text)
         elif job.id not in held:
             if job.id not in client.tried:
                 log.warning("payload %d was marked and never started: it is started now", job.id)
-            held[job.id] = Held()
+            held[job.id] = Held(client.clock)
     start_held(client)
 
 
@@ -9817,17 +9850,11 @@ def sync_tick(client: Client) -> bool:
 
 def end_orphans(client: Client) -> None:
     """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
-    folders = list(client.data.jobs.iterdir())
-    client.executor.end_orphans([folder.name for folder in folders])
-    for folder in folders:
-        try:
-            remove_scratch(folder)
-            remove_tree(folder)
-        except OSError as error:
-            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+    client.executor.end_orphans([folder.name for folder in client.data.jobs.iterdir()])
+    discard_payloads(client.data)
 
 
-# == 29. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 30. Results ==  What a payload leaves is packed once, for all who ask for it.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -10057,7 +10084,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 30. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 31. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -10201,7 +10228,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 31. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 32. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -10695,7 +10722,7 @@ PARTS = {
 }
 
 
-# == 32. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 33. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -11167,7 +11194,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 33. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 34. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11413,7 +11440,7 @@ def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
         folder.mkdir()
         yield
     except BaseException:
-        remove_tree(folder)
+        discard(folder)
         raise
     finally:
         node.data.receiving.discard(key)
@@ -11453,7 +11480,7 @@ def upload(server: Server, request: Request) -> Answer:
                 if earlier is None:
                     raise
     if earlier is not None:
-        remove_tree(folder)
+        discard(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
     warnings = [*field_warnings(form.fields), *hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
     said = {**job_json(server, job), "warnings": warnings}
@@ -11482,7 +11509,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 34. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 35. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11596,12 +11623,12 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
 
     HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
     """
-    if link.failures:
-        raise HttpError(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
+    if link.outage.failures:
+        raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
     with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
         if not (here and anywhere):
             raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
-        yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
+        yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
 
 
 def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bool]) -> bool:
@@ -11726,24 +11753,24 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
     link = server.links.get(job.client or "")
     message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
-    if link is not None and not link.trouble:
+    if link is not None and not link.outage.reason:
         message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
 def is_silent(link: Link | None) -> bool:
     """Tell whether a client does not answer now: nothing is gained by waiting for it."""
-    return link is not None and bool(link.failures)
+    return link is not None and bool(link.outage.failures)
 
 
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
     with server.places.place() as parked:
         link = server.links.get(job.client or "")
-        if link is not None and link.failures and parked:
+        if link is not None and link.outage.failures and parked:
             try_now(server, request, link)
         server.wake(f"kill:{job.client}")
-        patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+        patience_s = WAIT_LIMIT_S if parked and link and not link.outage.failures else 0.0
 
         noted_until = time.monotonic() + NOTED_PATIENCE_S
 
@@ -11759,7 +11786,7 @@ def try_now(server: Server, request: Request, link: Link) -> None:
     failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
     link.try_at = server.clock.monotonic()
     server.wake(f"get:{link.name}")
-    while link.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+    while link.outage.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
         if server.stopping.wait(0.02):
             return
 
@@ -11770,7 +11797,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 35. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 36. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -11801,7 +11828,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     said = []
     for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
-        held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
+        held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
@@ -11904,7 +11931,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 36. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 37. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -12074,15 +12101,15 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
     with client.placing:  # between the files and the row nobody else may come
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
-            remove_tree(folder)
+            discard(folder)
             return job
-        remove_tree(place)  # a crash left it without a row: it never ran
+        discard(place)  # a crash left it without a row: it never ran
         os.rename(folder, place)
         crash_point("submit.renamed")
         try:
             return client.store.add(new, "submitted")
         except BaseException:
-            remove_tree(place)
+            discard(place)
             raise
 
 
@@ -12363,7 +12390,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 37. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 38. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -12553,7 +12580,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 38. Weak set-ups ==  What lets others in is refused or warned of at every start.
+# == 39. Weak set-ups ==  What lets others in is refused or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -12631,7 +12658,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
 
 
-# == 39. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 40. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {

@@ -44,6 +44,7 @@ from joborch import (
     NO_LOCKS,
     READ_TIMEOUT_S,
     BackendUnavailable,
+    Backoff,
     BatchOptions,
     CannotRun,
     Cause,
@@ -61,6 +62,7 @@ from joborch import (
     T,
     below,
     crash_point,
+    discard,
     file_chunks,
     format_duration,
     free_bytes,
@@ -74,7 +76,6 @@ from joborch import (
     one_line,
     parse_json,
     read_exit,
-    remove_tree,
     sync_file_system,
     walk,
     wrapper_text,
@@ -763,12 +764,12 @@ class DiracExecutor:
         self.verdicts: dict[str, Outcome] = {}  # by mark
         self.fetched: set[str] = set()  # marks of which the outputs are here, with an exit file or without
         self.odd: set[str] = set()  # states that are not known, and were logged
-        self.trouble, self.trouble_since = "", 0.0
+        self.outage = Backoff(self.clock)
 
     # -- what is wrong --
 
     def problem(self) -> str:
-        return self.service.login.ended() or (f"{self.trouble} (since {at_clock(self.trouble_since)})" if self.trouble else "")
+        return self.service.login.ended() or (f"{self.outage.reason} (since {at_clock(self.outage.since)})" if self.outage.reason else "")
 
     def login_valid_until(self) -> float | None:
         """Return when only a person's new login helps (seconds since 1970), None where unknown."""
@@ -784,16 +785,13 @@ class DiracExecutor:
             raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             self.note(f"DIRAC answers what is not understood: {one_line(repr(error), 150)}")
-            raise AnswerLost(self.trouble) from error
-        self.trouble = ""
+            raise AnswerLost(self.outage.reason) from error
+        self.outage.worked()
 
     def note(self, trouble: str) -> None:
         """Keep what is wrong, and since when something is."""
-        if not self.trouble:
-            self.trouble_since = self.clock.wall()
-        if self.trouble != trouble:
+        if self.outage.failed(trouble):
             log.warning("%s", trouble)
-        self.trouble = trouble
 
     # -- starting --
 
@@ -876,7 +874,7 @@ class DiracExecutor:
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
                 return
             wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
-            if not wanted and not self.trouble:
+            if not wanted and not self.outage.reason:
                 return
             self.asked_at = now  # also where it fails
             with self.noted():
@@ -1063,7 +1061,7 @@ class DiracExecutor:
                 return False
             raise BackendUnavailable(f"DIRAC: {text}") from error
         finally:
-            remove_tree(room)
+            discard(room)
         self.fetch_failed.pop(job.mark, None)
         return True
 
@@ -1151,4 +1149,4 @@ def exchange(new: Path, folder: Path) -> None:
             os.rename(folder / name, aside / name)
         os.rename(new / name, folder / name)
         crash_point("dirac.exchanged")
-    remove_tree(aside)
+    discard(aside)

@@ -216,6 +216,31 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value)
 
 
+REMOVES = {"unlink", "rmdir", "rmtree", "remove_tree", "removedirs"}
+MAY_REMOVE = {  # no files of jobs
+    "make_scratch": "the link to a TMPDIR, to be made anew",
+    "drop_reserve": "the reserve of the disk",
+    "remove_stale_socket": "the socket of a server that runs no more",
+    "remove_socket_file": "our own socket",
+    "command_demo": "the folder of a demo",
+    "refreshed": "a copy of the login",
+    "write_member": "while an output sandbox is unpacked",
+    "make_links": "while an output sandbox is unpacked",
+    "unpack_outputs": "while an output sandbox is unpacked",
+}
+
+
+def removal_faults(source: str) -> list[str]:
+    """Files are removed in the section Cleaning alone, except by the functions that are named above."""
+    parts, faults = sections(source), []
+    for function in [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function) and node.name not in MAY_REMOVE]:
+        if not any(part.title == "Cleaning" and part.number == section_at(parts, function.lineno) for part in parts):
+            called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+            faults += [f"{function.lineno}: {function.name} calls {name}" for name in called if name.rpartition(".")[2] in REMOVES]
+            faults += [f"{function.lineno}: {function.name} calls {name}" for name in called if name == "os.remove"]
+    return faults
+
+
 Rule = Callable[[str], list[str]]
 RULES: list[Rule] = [
     banner_faults,
@@ -226,9 +251,10 @@ RULES: list[Rule] = [
     length_faults,
     docstring_faults,
     reason_faults,
+    removal_faults,
 ]
 
-OF_PLUGINS: list[Rule] = [statement_faults, sql_faults, silence_faults, length_faults, docstring_faults, reason_faults]
+OF_PLUGINS: list[Rule] = [statement_faults, sql_faults, silence_faults, length_faults, docstring_faults, reason_faults, removal_faults]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -366,6 +392,9 @@ BAD: list[tuple[Rule, str, str, str]] = [
     (reason_faults, "return 0", 'store.move(job, to, f"{job} failed")', "words a reason"),
     (reason_faults, "return 0", 'text = "it failed"; end_busy(server, job, to, text)', "words a reason"),
     (reason_faults, "return 0", 'return Outcome(False, reason="it failed")', "words a reason"),
+    (removal_faults, "return 0", "os.unlink(path)", "main calls os.unlink"),
+    (removal_faults, "return 0", "path.parent.rmdir()", "main calls path.parent.rmdir"),
+    (removal_faults, "return 0", "remove_tree(path)", "main calls remove_tree"),
     (docstring_faults, '"""A row."""', "", "Row has no docstring"),
     (docstring_faults, '"""Uses `get`, of its own section."""', "", "again has no docstring"),
 ]
