@@ -2955,7 +2955,8 @@ class DataFolder:
             reason = os.strerror(error.errno or 0)
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
-        discard_all(self.tmp)
+        for leftover in self.tmp.iterdir():
+            discard(leftover)
         # waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
 
@@ -4925,7 +4926,7 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 17. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 17. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -5028,9 +5029,9 @@ class Outcome:
     alive: bool
     exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
     children_left: bool = False
-    cause: Cause | None = None  # set where there is no exit status, or where that is not the script's own doing
+    cause: Cause | None = None  # set if there is no exit status, or if somebody else caused it
     reason: str = ""
-    told: bool = False  # somebody else told the wrapper to end: run.sh, too, perhaps
+    told: bool = False  # somebody else sent the wrapper a signal, and perhaps run.sh, too
     waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
 
 
@@ -5060,13 +5061,13 @@ class Executor(Protocol):
         """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the payload's folder; nothing to do where it is shared. BackendUnavailable: it is tried again."""
+        """Bring the outputs into the payload's folder; a shared folder needs nothing. After BackendUnavailable the caller tries again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        """End attempts of which nothing is known any more."""
+        """Kill attempts that no database knows any more."""
 
     def problem(self) -> str:
-        """Return why it cannot work now, and since when; an empty text where all is well."""
+        """Return why it cannot work now, and since when; an empty text if all is well."""
 
     def examine(self) -> Iterator[Finding]:
         """Yield what `joborch doctor` shall say of it; nothing is started."""
@@ -5197,7 +5198,7 @@ def marked_below(jobs: Path) -> set[str]:
 
 
 def become_subreaper() -> bool:
-    """Have what payloads orphan become our child (prctl(2)): so it is found without a look at every process. False where that fails."""
+    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
     pr_set_child_subreaper = 36
     return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
 
@@ -5205,7 +5206,7 @@ def become_subreaper() -> bool:
 def signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to each of these processes; one that has ended is fine."""
     for process in processes:
-        # ProcessLookupError: it has ended; PermissionError: it became another user, which no mark of ours can do
+        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, number)
 
@@ -5275,7 +5276,7 @@ def is_own_scratch(place: str) -> bool:
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
+    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
     try:
         with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
@@ -5285,7 +5286,7 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
-# == 18. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
+# == 18. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
 
 
 class Engines:
@@ -5342,7 +5343,7 @@ class Engines:
 
 REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
-STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
+STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
 class LocalExecutor:
@@ -5375,7 +5376,7 @@ class LocalExecutor:
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
         # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
-        # The wrapper's text, not its path: nobody can put another file in its place.
+        # The wrapper's text, not its path: so the file cannot be replaced.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
             env=environment,
@@ -5400,7 +5401,7 @@ class LocalExecutor:
         return handles
 
     def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 where it holds none, None where there is no claim."""
+        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
         said = read_claim(self.data.job(job.mark), job.attempt)
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
@@ -5424,7 +5425,7 @@ class LocalExecutor:
         return outcomes
 
     def forget(self, job: Job) -> None:
-        """Let go of what is known of an attempt that has ended."""
+        """Drop what is known of an attempt that has ended."""
         for marks in (self.seen, self.own, self.untidy):
             marks.discard(job.mark)
         self.resting.pop(job.mark, None)
@@ -5494,7 +5495,7 @@ class LocalExecutor:
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
+                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
         if job.mark not in self.seen:
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
@@ -5507,7 +5508,7 @@ class LocalExecutor:
         """
         alone = not ended.told
         if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # nobody stopped it, or the client did
+            return None  # it was not stopped, or the client stopped it
         if alone and not self.ended_with_client(folder):
             return None  # the script sent the signal to itself
         how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
@@ -5522,14 +5523,14 @@ class LocalExecutor:
             return False  # no client was ever stopped here
 
     def own_wrapper(self, job: Job) -> int:
-        """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
+        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:
             return 0
         if pid == "0":
             claimed = self.claimed_pid(job) or 0
             return claimed if claimed and bears_mark(claimed, job.mark) else 0
-        # No number is given out again while its session has members: where the leader is gone, what is left is ours.
+        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
@@ -5585,7 +5586,7 @@ class LocalExecutor:
 
 
 def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
+    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
     return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
 
 
@@ -7861,7 +7862,7 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
-# == 24. Cleaning ==  Who deletes files of jobs: all of it happens here, and a file that cannot be removed holds up no other.
+# == 24. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
@@ -7962,7 +7963,7 @@ def put_off(node: Node, job: Job, error: OSError) -> None:
 
 
 def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None where all can."""
+    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
     found = list(node.unremovable.values())
     if not found:
         return None
@@ -7977,14 +7978,8 @@ def unremovable_json(node: Node) -> dict[str, Any] | None:
 
 
 def discard(path: Path) -> None:
-    """Remove files of which no row speaks: of an upload that failed, a second delivery, or a transfer that is of no use."""
+    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
     remove_tree(path)
-
-
-def discard_all(folder: Path) -> None:
-    """Empty a folder of which nothing is needed after a restart."""
-    for path in folder.iterdir():
-        remove_tree(path)
 
 
 def discard_payloads(data: DataFolder) -> None:
@@ -8016,7 +8011,7 @@ def remove_tree(path: Path) -> None:
 
 
 def scratch_of(folder: Path) -> list[str]:
-    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
+    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
     name = scratch_name(folder.name)
     places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
     with contextlib.suppress(OSError):  # it is a folder, or gone
@@ -8027,7 +8022,7 @@ def scratch_of(folder: Path) -> list[str]:
 
 
 def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
+    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
     for place in scratch_of(folder):
         try:
             os.rmdir(place)
@@ -8046,7 +8041,7 @@ def remove_scratch(folder: Path, at_once: bool = True) -> bool:
 
 
 def drop_scratch(client: Client, job: Job) -> None:
-    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
+    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
     folder = client.data.job(job.mark)
     if not remove_scratch(folder, at_once=False):
         threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
@@ -8085,7 +8080,7 @@ class Server(Node):
         return [self.links[address.name] for address in service.addresses]
 
     def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
+        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
     def names_of(self, link: Link) -> list[Link]:
@@ -8116,7 +8111,7 @@ class Server(Node):
 
 
 def dispatch_tick(server: Server) -> bool:
-    """Claim the job that is next for the client that is to get it; True where there was one.
+    """Claim the next job for the client that the scheduler chose; True if there was one.
 
     One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
     a job only while one of them is free: one that hangs holds nobody up.
@@ -8126,7 +8121,7 @@ def dispatch_tick(server: Server) -> bool:
         return False
     head, place = chosen
     link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a claimed job that no sender holds is one whose outcome got lost
+    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
@@ -8142,7 +8137,7 @@ def dispatch_tick(server: Server) -> bool:
 
 
 def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return which job is next, and which client gets it; None where nothing can be sent now."""
+    """Return the next job and the client that gets it; None if nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
@@ -8173,7 +8168,7 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the line of a service; None where nobody stands in it, or all its runs are in use.
+    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
 
     `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
     """
@@ -8190,7 +8185,7 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
 
 
 def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
-    """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
+    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
     yield candidate_of(service, first)
     for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
         yield candidate_of(service, row)
@@ -8202,7 +8197,7 @@ def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
-    """Return how long runs of a service take, by the last ones; None where there were none."""
+    """Return how long the last runs of a service took on average; None if there were none."""
     rows = server.store.read(PACE_GET, service=service.name)
     return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
 
@@ -8219,7 +8214,7 @@ def runs_at(server: Server, client: str) -> list[Run]:
 
 
 def send_tick(server: Server, link: Link) -> bool:
-    """Send one job to one client; True where there was one."""
+    """Send one job to one client; True if there was one."""
     job = next_to_send(server, link)
     if job is None:
         probe_tick(server, link)
@@ -8270,7 +8265,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
 
 
 def send_job(server: Server, link: Link, job: Job) -> None:
-    """Send a claimed job, and write down what came of it."""
+    """Send a claimed job, and store the outcome."""
     folder = server.data.job(job.uuid)
     try:
         paths = files_below(folder)
@@ -8310,7 +8305,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 
 
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
-    """The client surely has nothing of a job: leave it alone for a while, and queue the job again unless it is pinned there."""
+    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
     if isinstance(error, Refused):
         link.refused(error)
     else:
@@ -8325,7 +8320,7 @@ def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None
 
 
 def kill_queued(server: Server, job_id: int) -> None:
-    """Move a job that shall end, and is with no client, to its end."""
+    """Kill a queued job for which terminate was requested."""
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
         server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
@@ -8356,7 +8351,7 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
+    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
     current: Job | None = job
     while current is not None and current.status in BUSY and current.attempt == job.attempt:
         if server.store.move(current, to, reason, **changes):
@@ -8365,7 +8360,7 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 
 
 def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown for what cannot be known now; it heals by itself."""
+    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
         server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
 
@@ -8379,7 +8374,7 @@ def payload_gone(server: Server, job: Job, reason: str) -> None:
 
 
 def new_attempt(server: Server, job: Job, reason: str) -> None:
-    """After an infrastructure failure: queue another attempt, or give up where none is left."""
+    """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
         due = server.store.steady() + backoff_s(job.attempt)
@@ -8390,11 +8385,11 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 26. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 26. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
-    """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
+    """Get the changes at one client: by one long poll, or job by job if it has no /events."""
     if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
         return False
     try:
@@ -8426,7 +8421,7 @@ def get_tick(server: Server, link: Link) -> bool:
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
-    """Hold a client back that could not be heard; one where jobs are to be ended is tried more often."""
+    """Wait before calling a client again that did not answer; call it more often if jobs are to be killed there."""
     link.since = 0  # when it is back, it tells all it has
     link.failed(error)
     link.try_at = float("inf")
@@ -8453,17 +8448,19 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     if fresh:
         link.notes.clear()
         link.listed = set()
-    each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
+    each(heard.payloads, functools.partial(report, server, link))  # if one fails, `since` stays, and the client reports it again
     link.since = max(heard.next, link.since)
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
-        look_for_lost(server, link, listed)
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.dest_id and job.id not in listed:  # it should be there: ask for it
+                note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
     forget_others(server, link)
 
 
 def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
-    """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
+    """Learn which client answers: one that has another URL, too, or one that runs on a copy of another client's data folder.
 
     A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
     """
@@ -8485,7 +8482,7 @@ def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> Non
 
 
 def decide_again(server: Server) -> None:
-    """Ask those again who told of payloads that may be another client's, which has told all it has now, or does not answer."""
+    """Ask clients again whose payloads may belong to another client, now that this one has told all it has, or is silent."""
     for link in server.links.values():
         if link.undecided:
             link.undecided, link.relist = False, True
@@ -8531,7 +8528,11 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     if accepted is None:
         return
     job = accepted
-    note_wait(link, job, payload)
+    waits = payload["reason"] if status in (Status.PREPARED.value, Status.RUNNING.value) else ""
+    if waits:
+        link.notes[job.id] = waits  # its place in a batch system, or that this system does not answer
+    else:
+        link.notes.pop(job.id, None)
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
@@ -8554,7 +8555,7 @@ def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str
 
 
 def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
-    """Return a job whose current attempt a client has under another name than the job's row says; None where it stays as it is.
+    """Return a job whose current attempt another client has than the job's row says; None if the row stays as it is.
 
     A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
     """
@@ -8568,7 +8569,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
     if not home.is_heard() or not home.instance or not home.has_told_all():
         link.undecided = True
     elif job.dest_id is None:
-        return take_along(server, link, job)  # whether it came to the other client, nobody knows
+        return take_along(server, link, job)  # it is not known whether the other client got it
     else:
         claim_for(server, link, home, job, str(payload["id"]))
     return None
@@ -8586,7 +8587,7 @@ def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str)
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
-    """Go on with a job at another name of its client; None where it has moved meanwhile."""
+    """Go on with a job at another name of its client; None if it has moved meanwhile."""
     if not server.store.take_along(job, link.name):
         return None
     log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
@@ -8607,7 +8608,7 @@ def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
-    """Tell whether a client's word would only move a job to and fro, a row of its history each time.
+    """Tell whether a client's report would only move a job back and forth, adding a row to its history each time.
 
     A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
     """
@@ -8620,16 +8621,8 @@ def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
     return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
-def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Keep in mind what a payload waits for at its client: a place in a batch system, or that this answers again."""
-    if payload["status"] in (Status.PREPARED.value, Status.RUNNING.value) and payload["reason"]:
-        link.notes[job.id] = payload["reason"]
-    else:
-        link.notes.pop(job.id, None)
-
-
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
-    """Return a job with its payload's id, which its client says though its answer is lost, or still under way; None where it left."""
+    """Store the payload's id that a client reports before its answer to the submit came; None if the job has moved on."""
     current: Job | None = job
     while current is not None and current.dest_id is None:
         server.store.move(current, Status.SUBMITTED, Reason.FOUND_THERE.format(client=link.name), dest_id=payload_id)
@@ -8640,7 +8633,7 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
 
 
 def note_end(server: Server, link: Link, found: EndReport) -> None:
-    """Note that a payload has ended, for the senders that settle it; one that is being settled keeps the news for later."""
+    """Note that a payload has ended, for the thread that collects it; if one is at it, the report waits for its turn."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
         if "archive" in found.payload and not has_room_for(found, link.ended):
@@ -8657,7 +8650,7 @@ def note_end(server: Server, link: Link, found: EndReport) -> None:
 
 
 def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
-    """Tell whether a small result may be kept in memory until it is stored; else it is fetched then."""
+    """Tell whether a small result may be kept in memory until it is stored; if not, it is fetched."""
     if len(ended) > EVENTS_PAGE:
         return False
     kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
@@ -8665,20 +8658,13 @@ def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
 
 
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Have a payload ended whose attempt was given up: it came back late."""
+    """Kill a payload whose attempt was given up and that came back late."""
     superseded = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
     if len(link.superseded_attempts) >= SUPERSEDED_LIMIT and superseded.mark not in link.superseded_attempts:
         return  # it is named again at the next first contact
     link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
     link.superseded_attempts[superseded.mark] = superseded
     server.wake(f"kill:{link.name}")
-
-
-def look_for_lost(server: Server, link: Link, listed: Collection[int]) -> None:
-    """Ask for each job that should be with a client and was not named in its full list."""
-    for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and job.id not in listed:
-            note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def poll_tick(server: Server, link: Link) -> bool:
@@ -8720,7 +8706,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 27. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 27. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8730,7 +8716,7 @@ def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[s
 
 
 def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say.
+    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing if the client does not say.
 
     Its user is charged for it, so it is no longer than the job has been here.
     """
@@ -8741,7 +8727,7 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
+    """A client has removed an ended payload's files. A failure or kill stands as it is; for a lost result the job runs again."""
     why = payload.get("reason")
     removed = (Reason.CLIENT_CLEANED if why else Reason.CLIENT_HAS_NOTHING).format(client=link.name, reason=why)
     cause, ended_as = payload.get("cause"), payload.get("ended_as")
@@ -8756,7 +8742,7 @@ def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, A
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
-    """Settle one job whose payload has ended; True where there was one."""
+    """Collect one job whose payload has ended; True if there was one."""
     now = server.clock.monotonic()
     with link.lock:
         waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
@@ -8776,20 +8762,15 @@ def fetch_tick(server: Server, link: Link) -> bool:
     finally:
         give_back(server, link, due, settled)
     if settled:
-        confirm_later(server, link, job)
+        current = server.store.get(job.id) if job and not link.legacy else None
+        if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
+            link.confirm(job.dest_id)  # its result is safe here: the next call tells the client
         server.wake("dispatch")  # quota and places are free, at this client or another
     return True
 
 
-def confirm_later(server: Server, link: Link, job: Job | None) -> None:
-    """Let the client know with the next call that a job's result is safe here, if it is."""
-    current = server.store.get(job.id) if job and not link.legacy else None
-    if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
-        link.confirm(job.dest_id)
-
-
 def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None:
-    """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
+    """Drop a report that was dealt with, or put it back for later; a newer report takes its place."""
     with link.lock:
         if due.newer is not None:
             due.newer.part, due.part = due.part, None
@@ -8808,7 +8789,7 @@ def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None
 
 
 def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
-    """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
+    """Fetch what an ended payload left, and move its job to its end; False if it must be tried again."""
     found.pause_s = 0.0
     try:
         settle_as_told(server, link, job, found)
@@ -8830,7 +8811,7 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
-        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk; and others need the room
+        drop_part(found)  # after a failed write or fsync it is unknown what is on the disk, and others need the space
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
         become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
@@ -8858,7 +8839,7 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
 
 
 def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
-    """Decide between two clients, of which both may have an attempt, by what the one that the job's row names has said.
+    """Decide which of two clients has an attempt, by the answer of the one that the job's row names.
 
     Returns whether the job goes on at the other one. A payload that runs twice is ended there.
     """
@@ -8882,7 +8863,7 @@ def is_being_packed(found: EndReport, error: Exception) -> bool:
 
 
 def count_no_more(found: EndReport) -> None:
-    """Count the slots of an ended payload as taken, just before its job's row lets them go: none is ever free twice."""
+    """Count the slots of an ended payload as taken just before its job's row frees them: no slot is ever free twice."""
     found.cpus = found.memory = 0
 
 
@@ -8897,7 +8878,7 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
 
 
 def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
-    """Return the ZIP that came with the news of a payload's end; nothing where none came, or another than was sent."""
+    """Return the ZIP that came with a payload's end report; nothing if there is none, or if its digest is wrong."""
     try:
         data = base64.b64decode(str(payload.get("archive", "")))
     except ValueError:
@@ -8940,7 +8921,7 @@ def result_transfer(config: Config, target: IO[bytes], promise: Promise | None =
 
 
 def check_result(config: Config, part: Transfer) -> None:
-    """Look into a large ZIP that came: ResultTooLarge where its files are over a limit. What a client says of it is not believed."""
+    """Check the files in a large ZIP against the limits, whatever the client says of it; ResultTooLarge."""
     limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
@@ -8960,7 +8941,7 @@ def check_result(config: Config, part: Transfer) -> None:
 
 
 def drop_part(found: EndReport) -> None:
-    """Let go of what came of a result: it is in its place, or of no use."""
+    """Drop a transfer: the result is in its place, or the data is useless."""
     if found.part is not None:
         found.part.target.close()
         if found.part.promise is not None:
@@ -8970,7 +8951,7 @@ def drop_part(found: EndReport) -> None:
 
 
 def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
+    """Fetch what a failed payload left, as far as possible, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
     size, digest, reason = None, None, payload.get("reason") or Reason.CLIENT_SAYS.format(status=to)
     try:
@@ -8987,7 +8968,7 @@ def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> Non
 
 
 def kill_tick(server: Server, link: Link) -> bool:
-    """Ask a client to end the jobs that shall end, and attempts that were given up; its events tell when they have."""
+    """Ask a client to kill jobs and superseded attempts; its events say when they have ended."""
     now = server.clock.monotonic()
     if link.held():
         return False
@@ -9021,19 +9002,20 @@ def kill_tick(server: Server, link: Link) -> bool:
 
 
 def watch_tick(server: Server) -> bool:
-    """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
+    """Handle what only time tells: silent clients, unreachable services, attempts that are due."""
     if server.store.admit_due():
         server.wake("dispatch")
     busy = server.store.jobs(ALL_BUSY)
     each(busy, functools.partial(judge, server))
-    each(busy, functools.partial(charge_if_longer, server))
+    running = [job for job in busy if job.status is Status.RUNNING]
+    each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
     each(server.services.values(), functools.partial(fail_unreachable, server))
     forget_ended(server, {job.id for job in busy})
     return False
 
 
 def forget_ended(server: Server, busy: Collection[int]) -> None:
-    """Keep nothing in mind of jobs that are with no client any more, however they ended."""
+    """Drop what links note of jobs that are with no client any more."""
     for link in server.links.values():
         tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
         for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
@@ -9043,14 +9025,8 @@ def forget_ended(server: Server, busy: Collection[int]) -> None:
                     table.pop(job_id, None)
 
 
-def charge_if_longer(server: Server, job: Job) -> None:
-    """Charge for a run that takes longer than its user was charged for."""
-    if job.status is Status.RUNNING and job.cpus * (server.store.steady() - job.moved_at) > job.charged:
-        server.store.charge_longer(job)
-
-
 def judge(server: Server, job: Job) -> None:
-    """Judge a job that is with a client by how long that has been silent."""
+    """Decide what becomes of a job whose client is silent, by how long it has been."""
     link = server.links.get(job.client or "")
     if link is None:
         since_start_s = server.clock.monotonic() - server.started
@@ -9066,7 +9042,7 @@ def judge(server: Server, job: Job) -> None:
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
-    """Go on with a job whose sending ended when the database could not be written."""
+    """Go on with a job that was sent while the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
         server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
@@ -9090,7 +9066,7 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
-    """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
+    """Fail the queued jobs of a service if none of its clients answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
     if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
@@ -9114,12 +9090,12 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 28. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 28. Waiting ==  Why a job waits, its place in the queue, and when it may start.
 
 
 @dataclass(frozen=True)
 class QueueInfo:
-    """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
+    """What a waiting job waits for, its place in the queue (1 is next), and for how many seconds; None if unknown."""
 
     waiting_for: str | None = None
     position: int | None = None
@@ -9159,7 +9135,7 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
 
 
 def follows_text(server: Server, job: Job) -> str:
-    """Return for which jobs a job waits that it is to follow: one of them by name, the others counted."""
+    """Say which jobs a job must wait for: the first by its id, the others by their number."""
     open_jobs = [found for found in map(server.store.get, ids_in(job.after_ids)) if found is not None and found.status not in OVER]
     if not open_jobs:
         return "the jobs that it is to follow have just ended"
@@ -9217,7 +9193,7 @@ class Held(Backoff):
 
 
 class Holds:
-    """Which payloads are handed over now: of each service first who has waited longest, and nobody waits for the trouble of another."""
+    """Decides which payloads the executor gets now: the longest waiting of each service first; no service waits because of another."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -9309,7 +9285,7 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 29. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 29. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 
 BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
@@ -9371,7 +9347,9 @@ def run_tick(client: Client) -> bool:
     problem_since(client, problem)
     for job in started:
         if outcomes[job.id].alive and job.kill_requested_at is None:
-            track(client, job, outcomes[job.id], problem)
+            if job.started_at is None and not outcomes[job.id].waits:
+                client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
+            set_wait_reason(client, job.id, problem or outcomes[job.id].waits)
     ended = [job for job in started if not outcomes[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
@@ -9383,15 +9361,8 @@ def run_tick(client: Client) -> bool:
     return bool(ended)
 
 
-def track(client: Client, job: Job, outcome: Outcome, problem: str) -> None:
-    """Note that a payload has begun, or what it waits for, or why nothing is known of it now: servers hear of all three."""
-    if job.started_at is None and not outcome.waits:
-        client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
-    set_wait_reason(client, job.id, problem or outcome.waits)
-
-
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
-    """Note what a payload waits for, or that it waits for nothing; servers are told where that is news."""
+    """Note what a payload waits for, or that it waits for nothing; report it to the server if it is new."""
     if client.notes.get(job_id, "") == text:
         return
     client.notes[job_id] = text
@@ -9400,33 +9371,27 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     client.store.tell(job_id)
 
 
-def drop_notes_and_scratch(client: Client, job: Job) -> None:
-    """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
-    drop_scratch(client, job)
-    drop_notes(client, job.id)
-
-
 def drop_notes(client: Client, job_id: int) -> None:
-    """Keep nothing in mind of a payload that is over."""
+    """Drop what is noted of a payload that is over."""
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
 
 
 def shown_status(job: Job) -> Status:
-    """Return a payload's status as servers see it: what waits in the line of a batch system does not run yet."""
+    """Return a payload's status as servers see it: one that waits in a batch system's queue is Prepared."""
     return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
 
 
 def problem_of(client: Client, for_all: bool = False) -> str:
-    """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
+    """Return why nothing can be started now, `for_all` services or for one; an empty text if all is well."""
     held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
 
 
 def problem_since(client: Client, problem: str) -> float | None:
     """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
-    if not problem and not client.holds.by_service:  # one that is over for a moment, to be tried again, goes on
+    if not problem and not client.holds.by_service:  # while a retry is under way, the problem is not over
         client.troubled_at = None
     elif client.troubled_at is None:
         client.troubled_at = client.clock.wall()
@@ -9434,12 +9399,12 @@ def problem_since(client: Client, problem: str) -> float | None:
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
-    """Start payloads in the order in which they came, as slots and memory let; one that must wait is not overtaken.
+    """Start payloads in the order of their arrival, as slots and memory allow; none overtakes one that must wait.
 
-    What asks for more than there is runs alone.
+    A payload that asks for more than there is runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
-    if client.executor.is_batch:  # its cores are not ours to count
+    if client.executor.is_batch:  # the batch system counts the cores
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
         start_held(client)
@@ -9454,7 +9419,7 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
 
 
 def begin(client: Client, job: Job) -> bool:
-    """Start one payload: the mark is stored before, the handle after. False where it cannot run."""
+    """Start one payload: Running is stored before, the handle after. False if it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
         reason = Reason.FILES_REMOVED.format(where="client")
@@ -9473,7 +9438,7 @@ def begin(client: Client, job: Job) -> bool:
 
 @contextlib.contextmanager
 def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
-    """Let nobody end a payload between row and handle: there would be nothing to end yet. False where somebody does just now."""
+    """Keep other threads from killing a payload that has no handle yet. Yields False if one is killing it just now."""
     with client.lock:
         free = job.id not in client.ending
         client.ending.update({job.id} if free else ())
@@ -9500,16 +9465,16 @@ def launch(client: Client, job: Job) -> None:
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
-    """Have a payload started whose row says Running; True where it was taken.
+    """Start a payload whose row says Running; True if the executor took it.
 
-    Where that cannot be done now it is tried again, where it never can it has failed.
+    If that is impossible now, it is tried again; if it can never run, it has failed.
     """
     try:
         handle = client.executor.start(job)
     except SubmitRefused as error:
         client.holds.put_off(job, str(error))
     except BackendUnavailable as error:
-        client.holds.held.pop(job.id, None)  # nobody knows whether it has it
+        client.holds.held.pop(job.id, None)  # it is unknown whether the executor has it
         client.tried.setdefault(job.id, Backoff(client.clock)).failed(error, FIND_AGAIN_S)
         client.holds.hold("", str(error))
         set_wait_reason(client, job.id, str(error))
@@ -9521,7 +9486,10 @@ def start_on_executor(client: Client, job: Job) -> bool:
         crash_point("run.started")
         client.holds.taken(job)
         client.tried.pop(job.id, None)
-        keep_handle(client, job, handle)
+        if client.executor.is_batch:
+            log.info("payload %d is job %s of the batch system", job.id, handle)
+        client.unsaved[job.id] = (handle, client.store.steady())
+        save_handles(client)
         crash_point("run.stored")
         return True
     return False
@@ -9529,22 +9497,15 @@ def start_on_executor(client: Client, job: Job) -> bool:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    drop_notes_and_scratch(client, job)
+    drop_notes(client, job.id)
+    drop_scratch(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
 
 
-def keep_handle(client: Client, job: Job, handle: str) -> None:
-    """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
-    if client.executor.is_batch:
-        log.info("payload %d is job %s of the batch system", job.id, handle)
-    client.unsaved[job.id] = (handle, client.store.steady())
-    save_handles(client)
-
-
 def save_handles(client: Client) -> None:
-    """Store the handles of what was started; StorageError where that is not possible now: it is done before anything is judged."""
+    """Store the handles of started payloads; StorageError keeps the tick from judging any payload before that."""
     for job_id, (handle, now) in list(client.unsaved.items()):
         client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
         client.unsaved.pop(job_id, None)
@@ -9560,7 +9521,7 @@ def why_not_runnable(script: Path) -> str:
 
 
 def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that has outgrown its limit."""
+    """Free the middle of an output stream that is over its limit."""
     if not client.holes:
         return
     try:
@@ -9654,13 +9615,14 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
-        drop_notes_and_scratch(client, job)
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
 
 
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone.
+    """Return when a payload began and ended, by the times of the wrapper's files; by the clock if they are gone.
 
-    None where it never began: the claim is missing, or empty because it was made only to keep others out.
+    None if it never began: its claim is missing, or is empty because it was made only to fence the attempt.
     """
     if job.started_at is None and not read_claim(folder, job.attempt):
         return None, time.time()
@@ -9674,7 +9636,7 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
 
 
 def end_tick(client: Client) -> bool:
-    """End one payload that shall end; True where there was one."""
+    """Kill one payload that is to end; True if there was one."""
     job = take_for_ending(client)
     if job is None:
         return False
@@ -9683,7 +9645,7 @@ def end_tick(client: Client) -> bool:
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
         outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
-        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
+        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # it ended before the kill
             finish(client, job, outcome, patient=True)
             return True
         if job.status is Status.RUNNING:
@@ -9692,7 +9654,7 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
-            with contextlib.suppress(BackendUnavailable):  # what it left is worth having, and not worth waiting for
+            with contextlib.suppress(BackendUnavailable):  # its outputs are wanted, but not worth waiting for
                 client.executor.collect(job)
         if job.kill_cause == Cause.LIMIT.value:
             times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
@@ -9700,13 +9662,14 @@ def end_tick(client: Client) -> bool:
         else:
             client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        drop_notes_and_scratch(client, job)
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
     except StillRunning as error:
         if client.stubborn.setdefault(job.id, Backoff(client.clock)).failed(error, client.config.run_interval_s):
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
-        return True  # others that shall end are not kept waiting by this one
+        return True  # go on with the others
     finally:
         with client.lock:
             client.ending.discard(job.id)
@@ -9715,7 +9678,7 @@ def end_tick(client: Client) -> bool:
 
 
 def take_for_ending(client: Client) -> Job | None:
-    """Return a payload that shall end, that no other thread is ending, and that was not tried a moment ago."""
+    """Return a payload to kill that no other thread is killing, and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
@@ -9754,7 +9717,7 @@ def check_executor(client: Client) -> None:
 
 
 def recover_payloads(client: Client) -> None:
-    """At the start of a client: find again what it started before, or start what provably never ran."""
+    """At the start of a client: find the payloads that it started before, and start those that certainly never ran."""
     if client.store.is_new:
         end_orphans(client)
     if client.store.rebooted:
@@ -9766,7 +9729,7 @@ def recover_payloads(client: Client) -> None:
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
+    """Find payloads that were started before a crash or a lost answer; queue those that certainly never were."""
     held = client.holds.held
     refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
     lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
@@ -9798,7 +9761,7 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
 
 
 def start_held(client: Client) -> None:
-    """Start what waits here for what runs payloads to take it, as far as its turn has come; the others hear why they wait."""
+    """Start the waiting payloads whose turn has come; note for the others why they wait."""
     client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
     for job in waiting_here(client):
         reason = client.holds.reason_of(job)
@@ -9807,7 +9770,7 @@ def start_held(client: Client) -> None:
 
 
 def waiting_here(client: Client) -> list[Job]:
-    """Return the payloads that wait here, as they came; what has ended or was found meanwhile waits no more."""
+    """Return the payloads that wait here, in the order of their arrival; drop those that ended or were found meanwhile."""
     found = []
     for job_id in sorted(client.holds.held):
         job = client.store.get(job_id)
@@ -9819,7 +9782,7 @@ def waiting_here(client: Client) -> list[Job]:
 
 
 def start_now(client: Client, job: Job) -> bool:
-    """Start a payload that was marked and never started, unless it shall end meanwhile; True where it was taken."""
+    """Start a payload that is marked Running and was never started, unless it is to be killed; True if the executor took it."""
     taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
@@ -9830,7 +9793,7 @@ def start_now(client: Client, job: Job) -> bool:
 
 
 def distrust(client: Client) -> None:
-    """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
+    """After a reboot, give up files and results that may not have reached the disk; the server tries those jobs again."""
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
         if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
             client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
@@ -9839,7 +9802,7 @@ def distrust(client: Client) -> None:
 
 
 def sync_tick(client: Client) -> bool:
-    """Bring results that nobody has fetched yet to the disk: one call for all of them."""
+    """Flush results to the disk that no server has fetched yet: one call for all of them."""
     jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
@@ -9849,12 +9812,12 @@ def sync_tick(client: Client) -> bool:
 
 
 def end_orphans(client: Client) -> None:
-    """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
+    """A new database, or one in memory, knows nothing of an earlier run's payloads: kill and remove them."""
     client.executor.end_orphans([folder.name for folder in client.data.jobs.iterdir()])
     discard_payloads(client.data)
 
 
-# == 30. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 30. Results ==  A payload's files are packed once, for all who ask for them.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -9904,7 +9867,7 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
 
 
 def open_work(folder: int) -> int | None:
-    """Return a descriptor of a payload's work folder, or None where the script put something else in its place."""
+    """Return a descriptor of a payload's work folder, or None if the script put something else in its place."""
     try:
         give_rights(folder, "work")
         return open_folder(folder, "work", flags=os.O_RDONLY)
@@ -9959,7 +9922,7 @@ class Packing:
             place.release()
 
     def outdated(self) -> bool:
-        """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
+        """Tell whether it can be dropped: no caller waits for it, and none is expected."""
         if not self.done.is_set() or self.readers:
             return False
         if self.passing or self.archive is None or not self.archive.whole:
@@ -9982,7 +9945,7 @@ class Packing:
 
 
 def forget_packings(client: Client) -> None:
-    """Let go of packed results that nobody has come for in a while."""
+    """Drop packed results that nobody has asked for in a while."""
     with client.lock:
         for key, packing in list(client.packings.items()):
             if packing.outdated():
@@ -9992,7 +9955,7 @@ def forget_packings(client: Client) -> None:
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere."""
+    """Drop packed results that the server has stored."""
     for job_id in job_ids:
         packing = client.packings.get((job_id, True))
         if packing is not None:
@@ -10001,7 +9964,7 @@ def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
 
 
 def take_packing(client: Client, job: Job) -> Packing:
-    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 where too many are packed already."""
+    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 if too many wait to be packed."""
     forget_packings(client)
     key = (job.id, job.status in ENDED)
     quick = key in client.packings or is_quick(client, job)
@@ -10059,7 +10022,7 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
-    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
+    """Return a small result in base64 with its SHA-256, to save the server a call; nothing if it is not small."""
     try:
         with opened_folder(client.folder(job)) as folder:
             if not is_small(folder):
