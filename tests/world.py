@@ -457,7 +457,7 @@ class Desk:
         """One tick of the sender; whether there was something to send."""
 
         def state() -> tuple[int, int]:
-            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.failures
+            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.outage.failures
 
         before = state()
         send_next(self.server, self.link)
