@@ -408,7 +408,8 @@ class Desk:
 
     def __init__(self, folder: DataFolder, urls: str, **settings: str) -> None:
         self.data, self.clock = folder, HandClock()
-        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path), **settings}
+        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path)}
+        self.environment.update({"PORT": str(free_port()), **settings})
         self.open()
 
     def open(self) -> None:
