@@ -103,7 +103,7 @@ def test_a_service_manager_that_stops_everything(script: str, order: str, own_pa
 def test_a_stop_that_spares_the_wrapper(own_pair: Pair) -> None:
     """A payload that dies of a TERM that nobody asked for just when its client is stopped was stopped with it."""
     number = ready(own_pair, FIRST + "READY; sleep 1000")
-    script = [pid for pid in children(own_pair.client.pid) if b"./run.sh" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    script = [pid for pid in children(own_pair.client.pid) if b"./run.sh" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
     os.kill(own_pair.client.pid, signal.SIGSTOP)  # it hears of the end only after it was stopped itself
     send(signal.SIGTERM, [*script, own_pair.client.pid])
     os.kill(own_pair.client.pid, signal.SIGCONT)
