@@ -868,7 +868,7 @@ class Liars:
         assert set(self.false.ended) <= here
         assert set(self.false.notes) <= here
         assert len(self.false.superseded_attempts) <= joborch.SUPERSEDED_LIMIT
-        assert len(self.false.settled) <= joborch.SETTLED_LIMIT
+        assert len(self.false.confirmed_ids) <= joborch.SETTLED_LIMIT
         assert all(superseded.attempt <= 1 for superseded in self.false.superseded_attempts.values())
 
 
@@ -996,7 +996,7 @@ def test_what_is_to_be_confirmed_is_bounded() -> None:
             joborch.report_of_another(
                 liars.desk.server, liars.false, liars.desk[over], {"id": str(number), "attempt": 1, "status": "Failed"}
             )
-        assert len(liars.false.settled) == joborch.SETTLED_LIMIT
+        assert len(liars.false.confirmed_ids) == joborch.SETTLED_LIMIT
 
 
 def test_terminate_does_not_wait_for_a_client_that_falls_silent(make_process: MakeProcess, liar: Liar) -> None:
