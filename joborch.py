@@ -44,7 +44,6 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import errno
 import fcntl
 import fnmatch
@@ -54,7 +53,6 @@ import hashlib
 import hmac
 import http.client
 import importlib
-import importlib.util
 import io
 import ipaddress
 import itertools
@@ -62,7 +60,6 @@ import json
 import logging
 import math
 import os
-import platform
 import pwd
 import re
 import reprlib
@@ -84,7 +81,6 @@ import termios
 import threading
 import time
 import types
-import uuid
 import weakref
 import zipfile
 import zlib
@@ -95,11 +91,11 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
-    sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
@@ -384,6 +380,8 @@ def http_pool(**options: Any) -> urllib3.PoolManager:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -403,12 +401,25 @@ PLUGIN_API: tuple[str, ...] = (
     "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
     "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
     "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
-    "open_listeners", "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim",
-    "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
-    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
-    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic",
+    "open_listeners", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer",
+    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES",
+    "Service", "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused",
+    "sync_file_system", "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit",
+    "wrapper_text", "write_atomic",
 )  # fmt: skip
+
+
+def new_uuid() -> str:
+    """Return a random UUID."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+def own_file(name: str) -> bytes:
+    """Return a file from beside this module: in joborch.pyz, its copy in the cache, or a folder. Raises OSError if there is none."""
+    loader: Any = __loader__  # type: ignore[name-defined]
+    return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), name)))
 
 
 def load_plugin(reference: str) -> Any:
@@ -418,7 +429,7 @@ def load_plugin(reference: str) -> Any:
     return getattr(found, name) if name else found
 
 
-# == 2. Settings ==  One table declares every setting; flags, environment, help and messages all come from it.
+# == 2. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
 
 
 def read_text(text: str) -> str:
@@ -433,11 +444,20 @@ def read_line(text: str) -> str:
     return text
 
 
-def read_token(text: str) -> str:
-    """Take a bearer token, or several with commas between."""
-    if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
-        raise ValueError("give printable ASCII without blanks")
-    return text
+def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
+    """Return a reader of texts that fit `pattern` as a whole."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(remedy)
+        return text
+
+    return read
+
+
+read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several with commas between
+read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
+read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
 
 
 def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -515,13 +535,6 @@ def read_weights(text: str) -> dict[int, float]:
     return weights
 
 
-def read_word(text: str) -> str:
-    """Take one word of printable ASCII: a partition, an account, a constraint."""
-    if not re.fullmatch(r"[!-~]{1,500}", text) or text.startswith("-"):
-        raise ValueError("give one word, as in short")
-    return text
-
-
 def read_url(text: str) -> str:
     """Take an http or https URL with a host."""
     try:
@@ -551,13 +564,6 @@ def read_networks(text: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
-def read_mode(text: str) -> str:
-    """Take the mode of a file, in octal."""
-    if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise ValueError("give a mode in octal, as in 0600 or 0660")
-    return text
-
-
 def read_names(text: str) -> tuple[str, ...]:
     """Return names of variables, `*` standing for any characters: words with commas between, as in PGHOST,MYLAB_*."""
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
@@ -576,12 +582,12 @@ def read_switch(text: str) -> bool:
 def one_of(*words: str) -> Callable[[str], str]:
     """Return a reader that takes one of `words`, in any case."""
 
-    def read_word(text: str) -> str:
+    def read(text: str) -> str:
         if text.lower() not in words:
             raise ValueError("give one of " + ", ".join(words))
         return text.lower()
 
-    return read_word
+    return read
 
 
 def read_executor(text: str) -> str:
@@ -593,39 +599,26 @@ def read_executor(text: str) -> str:
     return text
 
 
-OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
-    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
-    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
-    *("time", "uid", "usage", "version", "wait", "wrap"),
-)
+def read_by_plugin(reference: str) -> Callable[[str], Any]:
+    """Return a reader that a plug-in has, as `package.module:name`; the plug-in is imported when there is a value to read."""
 
+    def read(text: str) -> Any:
+        return load_plugin(reference)(text)
 
-SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
-
-
-def read_sbatch_words(text: str) -> tuple[str, ...]:
-    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
-    words = tuple(shlex.split(text))
-    for word in words:
-        if not re.match("--?[a-zA-Z]", word):
-            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
-        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
-        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
-        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
-            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
-    return words
+    return read
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its environment name, the field of Config or Service it fills, how it is read, and what it means."""
+    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
 
     name: str
     field: str
     read: Callable[[str], Any]
     default: str  # as a person would write it; "" means none
     help: str
-    modes: str = "server client"
+    modes: str  # who uses it: "server", "client" or both
+    plugin: str = ""  # the plug-in that uses it; "" means the program itself
     secret: bool = False
 
     @property
@@ -634,285 +627,26 @@ class Setting:
         return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("PORT", "port", read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)"),
-    Setting("JOBORCH_HOST", "host", read_text, DEFAULT_HOSTS, "addresses to listen on, commas between"),
-    Setting("DATA_PATH", "data_path", read_text, "", "folder for files (default: the user's data folder)"),
-    Setting("DB_PATH", "db_path", read_text, "", "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets"),
-    Setting(
-        "MAX_AGE",
-        "max_age_s",
-        read_seconds,
-        "172800",
-        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long",
-    ),
-    Setting(
-        "JOBORCH_TOKEN",
-        "token",
-        read_token,
-        "",
-        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
-        secret=True,
-    ),
-    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token; a client makes it if there is none"),
-    Setting(
-        "JOBORCH_ALLOW_ANONYMOUS",
-        "allow_anonymous",
-        read_switch,
-        "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then",
-    ),
-    Setting(
-        "JOBORCH_ALLOW_FROM",
-        "allow_from",
-        read_networks,
-        "",
-        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8",
-    ),
-    Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
-    Setting(
-        "JOBORCH_SOCKET",
-        "socket_file",
-        read_text,
-        "",
-        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)",
-        "server",
-    ),
-    Setting("JOBORCH_SOCKET_MODE", "socket_mode", read_mode, "0600", "mode of the Unix socket: who may open it may call", "server"),
-    Setting(
-        "JOBORCH_SLOTS",
-        "slots",
-        read_positive,
-        "",
-        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_MEMORY", "memory_bytes", read_bytes, "", "memory that payloads may ask for together (default: the machine's)", "client"
-    ),
-    Setting(
-        "JOBORCH_EXECUTOR",
-        "executor",
-        read_executor,
-        "local",
-        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_PASS_ENV",
-        "pass_env",
-        read_names,
-        "",
-        "further variables that scripts get from the client's environment: names with commas between, * for any characters",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_BATCH_INTERVAL",
-        "batch_interval_s",
-        read_period,
-        "10",
-        "seconds between two questions to a batch system: one for all jobs",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_VANISH_GRACE",
-        "vanish_grace_s",
-        read_seconds,
-        "120",
-        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for",
-        "client",
-    ),
-    Setting("JOBORCH_DIRAC_URL", "dirac_url", read_url, "", "DiracX's address, as in https://dirac.example.org", "client"),
-    Setting(
-        "JOBORCH_DIRAC_CREDENTIALS",
-        "dirac_credentials",
-        read_text,
-        "~/.cache/diracx/credentials.json",
-        "the file that `dirac login` writes",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_DIRAC_QUIET",
-        "dirac_quiet_s",
-        read_seconds,
-        "45m",
-        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)",
-        "client",
-    ),
-    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
-    Setting("JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail"),
-    Setting(
-        "JOBORCH_RUN_INTERVAL",
-        "run_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the runner sleeps at most when nothing wakes it",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_SEND_INTERVAL",
-        "send_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the sender sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_GET_INTERVAL",
-        "get_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the getter sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_SHARE_HALF_LIFE",
-        "share_half_life_s",
-        read_period,
-        "6h",
-        "policy share: after so long, half of what a user has used is forgotten",
-        "server",
-    ),
-    Setting("JOBORCH_AGEING", "ageing_s", read_period, "60", "policy priority: seconds of waiting that count as one point", "server"),
-    Setting("JOBORCH_WEIGHTS", "weights", read_weights, "", "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", "server"),
-    Setting(
-        "JOBORCH_MAX_QUEUED_PER_USER",
-        "max_queued_per_user",
-        read_positive,
-        "10000",
-        "jobs of one user that may be queued at once",
-        "server",
-    ),
-    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
-    Setting(
-        "JOBORCH_KEEP_FETCHED",
-        "keep_fetched_s",
-        read_seconds,
-        "10m",
-        "how long a client keeps files after a server has confirmed that it holds the result",
-        "client",
-    ),
-    Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
-    Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
-    Setting(
-        "JOBORCH_MAX_RESULT",
-        "max_result_bytes",
-        read_bytes,
-        "10G",
-        "largest result: bytes of the files that a script leaves, holes included",
-    ),
-    Setting(
-        "JOBORCH_MAX_RESULT_FILES",
-        "max_result_files",
-        read_positive,
-        "200000",
-        "most files and links in a result, with half as many folders",
-    ),
-    Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
-    Setting(
-        "JOBORCH_CA_FILE",
-        "ca_file",
-        read_text,
-        "",
-        "certificates (PEM) that https clients are checked by, instead of the system's",
-        "server",
-    ),
-    Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
-    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level: debug, info, warning or error"),
-    Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
-)
-
-SERVICE_SETTINGS: tuple[Setting, ...] = (
-    Setting("UPLOAD_URL", "upload_url", read_text, "", "where a client takes payloads, as in http://host:9000/submit", "server"),
-    Setting("DOWNLOAD_URL", "download_url", read_text, "", "where it hands out results, as in http://host:9000/retrieve", "server"),
-    Setting("TERMINATE_URL", "terminate_url", read_text, "", "where it ends payloads, as in http://host:9000/kill", "server"),
-    Setting(
-        "CLIENTS",
-        "clients",
-        read_text,
-        "",
-        "base URLs separated by commas: the short form of the three, and the way to name several",
-        "server",
-    ),
-    Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
-    Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
-    Setting(
-        "PEER",
-        "peer",
-        one_of("joborch", "2.2"),
-        "",
-        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)",
-        "server",
-    ),
-    Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
-    Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
-    Setting(
-        "POLICY",
-        "policy",
-        one_of("share", "fifo", "priority"),
-        "share",
-        "who is next: least use, first come, or highest priority with ageing",
-        "server",
-    ),
-    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit in seconds (default: none)", "server"),
-    Setting(
-        "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
-    ),
-    Setting(
-        "RETURN_INPUTS", "return_inputs", read_switch, "1", "0: inputs that the script left unchanged stay out of the result", "server"
-    ),
-    Setting(
-        "UNREACHABLE_AFTER",
-        "unreachable_after_s",
-        read_period,
-        "24h",
-        "how long jobs wait while no client of the service answers at all",
-        "server",
-    ),
-    Setting(
-        "LOST_AFTER",
-        "lost_after_s",
-        read_period,
-        "3600",
-        "seconds that a client may be silent before its jobs get a new attempt",
-        "server",
-    ),
-    Setting(
-        "PRELUDE",
-        "prelude",
-        read_line,
-        "",
-        "a line of bash that runs before each script, in a login shell, as in module load gcc",
-        "client",
-    ),
-    Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
-    Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
-    Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
-    Setting("SLURM_CONSTRAINT", "slurm_constraint", read_word, "", "sbatch --constraint, as in gpu", "client"),
-    Setting("SLURM_GRES", "slurm_gres", read_word, "", "sbatch --gres, as in gpu:1", "client"),
-    Setting(
-        "SLURM_TIME",
-        "slurm_time_s",
-        read_period,
-        "",
-        "time limit of jobs that name none, as in 90m or 24h",
-        "client",
-    ),
-    Setting("SLURM_ARGS", "slurm_args", read_sbatch_words, "", "further options of sbatch, as in --nice=100 --exclusive", "client"),
-    Setting("DIRAC_SITE", "dirac_site", read_text, "", "sites with commas between, as in LCG.CERN.ch", "client"),
-    Setting("DIRAC_TAGS", "dirac_tags", read_text, "", "tags with commas between, as in GPU", "client"),
-    Setting("DIRAC_CPU_TIME", "dirac_cpu_time_s", read_period, "", "CPU time (default: a job's timeout times its cpus)", "client"),
-    Setting("DIRAC_PLATFORM", "dirac_platform", read_text, "", "platform, as DIRAC names it", "client"),
-    Setting("DIRAC_JDL", "dirac_jdl", read_text, "", 'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', "client"),
-)
+BOTH = "server client"
 
 
-# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
+def setting(
+    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
+) -> T:
+    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
+    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
+    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
+
+
+def settings_of(owner: type) -> tuple[Setting, ...]:
+    """Return the settings that are declared as fields of a dataclass."""
+    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
+    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
 
 
 @dataclass(frozen=True)
 class Address:
-    """The three URLs of a client, and its base where they share one (only then it can have /events and /health)."""
+    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
 
     upload_url: str
     download_url: str
@@ -921,95 +655,86 @@ class Address:
 
     @property
     def name(self) -> str:
-        """What people call it: host and port, and the path of its base where there is one."""
+        """What people call it: host and port, and the path of its base if there is one."""
         parts = urlsplit(self.base_url or self.upload_url)
         return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
 
 
-@dataclass(frozen=True)
-class Service:
-    """A service: who runs its jobs, and the limits for them."""
-
-    name: str
-    addresses: tuple[Address, ...]
-    token: str
-    runs_per_user: int
-    max_runs: int
-    policy: str
-    timeout_s: float | None
-    retries: int
-    return_inputs: bool
-    unreachable_after_s: float
-    lost_after_s: float
-    token_file: str = ""
-    peer: str = "joborch"  # or 2.2: its clients need not prove who they are
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
-
-    slurm_partition: str = ""
-    slurm_account: str = ""
-    slurm_qos: str = ""
-    slurm_constraint: str = ""
-    slurm_gres: str = ""
-    slurm_time_s: float | None = None
-    slurm_args: tuple[str, ...] = ()
-    dirac_site: str = ""
-    dirac_tags: str = ""
-    dirac_cpu_time_s: float | None = None
-    dirac_platform: str = ""
-    dirac_jdl: str = ""
-    prelude: str = ""
-
-
+# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every effective setting of one process, and where each came from."""
+    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
 
     mode: str
-    port: int
-    host: str
-    data_path: str
-    db_path: str
-    max_age_s: float
-    token: str
-    token_file: str
-    allow_anonymous: bool
-    allow_from: tuple[Network, ...]
-    hosts: str
-    socket_file: str
-    socket_mode: str
-    slots: int
-    memory_bytes: int
-    executor: str
-    pass_env: tuple[str, ...]
-    batch_interval_s: float
-    vanish_grace_s: float
-    dirac_url: str
-    dirac_credentials: str
-    dirac_quiet_s: float
-    kill_grace_s: float
-    log_limit_bytes: int
-    run_interval_s: float
-    send_interval_s: float
-    get_interval_s: float
-    share_half_life_s: float
-    ageing_s: float
-    weights: Mapping[int, float]
-    max_queued_per_user: int
-    clean_interval_s: float
-    keep_fetched_s: float
-    keep_rows_s: float
-    max_upload_bytes: int
-    max_result_bytes: int
-    max_result_files: int
-    min_free_bytes: int
-    ca_file: str
-    compat: str
-    log_level: str
-    log_format: str
+    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
+    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
+    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
+    db_path: str = setting("DB_PATH", BOTH, read_text, "",
+        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
+    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
+        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
+    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
+        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
+    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
+    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
+        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
+    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
+        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
+    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
+    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
+        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
+    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
+    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
+        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
+    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
+        "memory that payloads may ask for together (default: the machine's)", unset=0)
+    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
+        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
+    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
+        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
+    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
+        "seconds between two questions to a batch system: one for all jobs")
+    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
+        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
+    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
+        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
+    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
+        "the file that `dirac login` writes", plugin="dirac")
+    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
+        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
+    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
+    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
+        "how much of each output stream is kept: its head and its tail")
+    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
+        "seconds that the runner sleeps at most when nothing wakes it")
+    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
+        "seconds that the sender sleeps at most when nothing wakes it")
+    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
+        "seconds that the getter sleeps at most when nothing wakes it")
+    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
+        "policy share: after so long, half of what a user has used is forgotten")
+    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
+    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
+        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
+    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
+        "jobs of one user that may be queued at once")
+    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
+    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result")
+    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
+    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
+    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
+        "largest result: bytes of the files that a script leaves, holes included")
+    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
+        "most files and links in a result, with half as many folders")
+    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
+    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
+        "certificates (PEM) that https clients are checked by, instead of the system's")
+    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
+        "2.2: GET /download/ID answers as the reference's 2.2 does")
+    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
+        "log level: debug, info, warning or error")
+    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
     services: Mapping[str, Service] = field(default_factory=dict)
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -1020,6 +745,67 @@ class Config:
         """Return what a batch system is asked for the jobs of a service."""
         return self.batch.get((service or "").lower(), BatchOptions())
 
+
+@dataclass(frozen=True)
+class Service:
+    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
+
+    name: str
+    addresses: tuple[Address, ...]  # its clients, from the first four settings
+    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
+    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
+    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
+    clients: str = setting("CLIENTS", "server", read_text, "",
+        "base URLs separated by commas: the short form of the three, and the way to name several")
+    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
+    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
+    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
+    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
+    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
+    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
+        "who is next: least use, first come, or highest priority with ageing")
+    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
+    retries: int = setting("RETRIES", "server", read_whole, "2",
+        "further attempts after an infrastructure failure; never after the script's own")
+    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
+        "0: inputs that the script left unchanged stay out of the result")
+    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
+        "how long jobs wait while no client of the service answers at all")
+    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
+        "seconds that a client may be silent before its jobs get a new attempt")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
+
+    prelude: str = setting("PRELUDE", "client", read_line, "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc")
+    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
+    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
+    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
+    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
+    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
+    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
+        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
+    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
+        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
+    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
+    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
+    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
+        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
+    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
+    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
+        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
+# fmt: on
+
+
+SETTINGS = settings_of(Config)
+SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
+
+
+# == 3. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
 
 QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
 
@@ -1080,25 +866,25 @@ def split_service_name(name: str) -> tuple[str, Setting] | None:
 
 
 def client_address(base_url: str) -> Address:
-    """Return the client that has its routes below one base URL, as ours do."""
+    """Return the client that has its routes below one base URL, as clients of joborch do."""
     base = base_url.rstrip("/")
     return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
 
 
-def reference_address(name: str, values: Mapping[str, Any]) -> Address | None:
-    """Return the client named by the reference's three URLs, or None where none is set."""
-    urls = [str(values[key] or "").rstrip("/") for key in ("upload_url", "download_url", "terminate_url")]
-    if not urls[0]:
-        if any(urls):
-            raise ConfigError(f"SERVICE_{name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
+def reference_address(service: Service) -> Address | None:
+    """Return the client named by the reference's three URLs, or None if none is set."""
+    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
+    if not first:
+        if any(others):
+            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
         return None
-    base, _, last = urls[0].rpartition("/")
+    base, _, last = first.rpartition("/")
     base = base if last == "submit" else ""
-    if not base and not all(urls):
+    if not base and not all(others):
         raise ConfigError(
-            f"SERVICE_{name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
         )
-    return Address(urls[0], urls[1] or base + "/retrieve", urls[2] or base + "/kill", base)
+    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
 
 
 def check_url(url: str, shown_name: str) -> None:
@@ -1115,53 +901,45 @@ def check_url(url: str, shown_name: str) -> None:
 
 
 def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token that a file holds; ConfigError where it cannot be read."""
+    """Return the token that a file holds; ConfigError if it cannot be read."""
     try:
         return read_token(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
-LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
-
-
-def token_in_file(mode: str, path: str) -> str:
-    """Return the token that JOBORCH_TOKEN_FILE holds; an empty text if it is not set, or a client makes the file at its first start."""
-    if not path or (mode == "client" and not os.path.lexists(path)):
-        return ""
-    return read_token_file(path, "JOBORCH_TOKEN_FILE")
-
-
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
+def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
+    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
+
+
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
+    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
-    values: dict[str, Any] = {
-        setting.field: read_setting(setting, texts.get(setting.name) or setting.default, prefix + setting.name)
-        if texts.get(setting.name) or setting.default
-        else None
-        for setting in SERVICE_SETTINGS
-        if setting.modes == "server"
-    }
-    bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
-    first = reference_address(name, values)
-    addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
+    service = Service(name, (), **read_settings(texts, prefix))
+    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
+    first = reference_address(service)
     for base in bases:
         check_url(base, prefix + "CLIENTS")
     for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
         check_url(url, prefix + setting)
-    if not addresses and name == "example":
-        addresses = (client_address(EXAMPLE_CLIENT_URL),)
-    if not addresses:
+    if not first and not bases and name == "example":
+        bases = [EXAMPLE_CLIENT_URL]
+    if not first and not bases:
         raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token, values["token_file"] = str(values["token"] or ""), values["token_file"] or ""
-    if not token and values["token_file"]:
-        token = read_token_file(values["token_file"], prefix + "TOKEN_FILE")
-    values["peer"] = values["peer"] or ("2.2" if first and not bases and not token else "joborch")
-    taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
-    return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
+    token = service.token
+    if not token and service.token_file:
+        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
+    return dataclasses.replace(
+        service,
+        addresses=(*([first] if first else []), *map(client_address, bases)),
+        token=token,
+        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
+    )
 
 
 def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
@@ -1176,19 +954,13 @@ def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, di
 
 def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
     """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
-    options = {}
-    for name, texts in texts_of_services(environment, "client").items():
-        settings = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
-        values = {each.field: read_setting(each, texts[each.name], f"SERVICE_{name.upper()}_{each.name}") for each in settings}
-        options[name] = BatchOptions(**values)
-    return options
+    found = texts_of_services(environment, "client").items()
+    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
 
 
 def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
     """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
-    texts = texts_of_services(environment, "server")
-    if not texts:
-        texts = {"example": {}}
+    texts = texts_of_services(environment, "server") or {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
@@ -1196,53 +968,49 @@ def nearest_suffix(name: str) -> str:
     """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
     suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
     tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
+    import difflib
+
     scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
     best = max(scores, key=lambda suffix: scores[suffix])
     return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
 
 
-def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return one warning for each variable that bears our prefix and is not known."""
+def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
-    warnings = []
     for name in sorted(environment):
-        ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
-        if ours:
+        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
             plain = name.replace("JOBORCH_", "", 1)
-            meant = f" (did you mean {plain}?)" if plain in known else nearest(name, known)
-            warnings.append(f"{name} is not a setting{meant}")
+            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
-    return tuple(warnings)
+            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
 
 
-def unit_warning(setting: Setting, text: str, shown_name: str) -> str:
-    """Return a question about a time of a few seconds where hours or days are usual; an empty text if it is no such."""
-    usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
-    if usual_s < LONG_TIME_S or not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
-        return ""
-    return f"{shown_name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
+
+
+def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    for setting, text, name in given:
+        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
+            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
-    """Return the memory of this machine, or of the control group that we are confined to where it has less."""
+    """Return the memory of this machine, or of this process's control group if that has less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
 
 
-def unasked_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return a question about each time that is set without a unit, and looks as if hours or days were meant."""
-    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        given += [(found[1], text, name)] if found else []
-    return tuple(filter(None, (unit_warning(setting, text, name) for setting, text, name in given)))
-
-
 def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch; ConfigError where the user has no home."""
+    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
     import platformdirs
 
     folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
@@ -1251,16 +1019,26 @@ def default_folder(kind: str) -> str:
     return folder
 
 
-def fill_defaults(values: dict[str, Any], mode: str) -> None:
+def token_of_file(config: Config) -> str:
+    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
+    path = config.token_file
+    waits = config.mode == "client" and not os.path.lexists(path)
+    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
+
+
+def with_defaults(config: Config) -> Config:
     """Fill in the values that depend on the machine, the mode or each other."""
-    for name, empty in (("weights", {}), ("allow_from", ()), ("pass_env", ())):
-        values[name] = values[name] or empty
-    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
-    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
-    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
-    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
-    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
-    values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
+    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
+    db_path = config.db_path or os.path.join(data_path, "joborch.db")
+    return dataclasses.replace(
+        config,
+        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
+        data_path=data_path,
+        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
+        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
+        memory_bytes=config.memory_bytes or machine_memory_bytes(),
+        token=config.token or token_of_file(config),
+    )
 
 
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
@@ -1268,35 +1046,25 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
 
     `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
     """
-    from_file = read_env_file(arguments["env_file"] or "") if arguments.get("env_file") else {}
-    merged = {**from_file, **{name: text for name, text in environment.items() if text}}
+    env_file = arguments.get("env_file") or ""
+    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
+    given = {name: text for name, text in environment.items() if text}
+    merged = {**from_file, **given}
+    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
+    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     for setting in SETTINGS:
-        given = arguments.get(setting.field)
-        if given:
-            text, sources[setting.name] = given, f"flag {setting.flag}"
-        elif environment.get(setting.name):
-            text, sources[setting.name] = environment[setting.name], "environment"
-        elif from_file.get(setting.name):
-            text, sources[setting.name] = from_file[setting.name], "--env-file"
-        else:
-            text, sources[setting.name] = setting.default, "default"
-        shown = setting.flag if given else setting.name
-        values[setting.field] = read_setting(setting, text, shown) if text else ""
-    fill_defaults(values, mode)
-    values["env_file"] = arguments.get("env_file") or ""
-    values["token"] = values["token"] or token_in_file(mode, values["token_file"])
+        flag = arguments.get(setting.field)
+        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
+        if flag or setting.name in merged:
+            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
+    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
-    for name in filter(lambda name: split_service_name(name.upper()), merged):
-        sources[name.upper()] = "environment" if name in environment else "--env-file"
-    warnings = unknown_names(merged) + unasked_units(arguments, merged)
-    if any(dataclasses.replace(options, prelude="") != BatchOptions() for options in batch.values()) and values["executor"] == "local":
-        warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
-    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
+    config = dataclasses.replace(config, services=services, batch=batch)
     check_config(config)
-    return dataclasses.replace(config, warnings=(*warnings, *access_warnings(config)))
+    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    return dataclasses.replace(config, warnings=warnings)
 
 
 def check_certificates(path: str) -> None:
@@ -1328,8 +1096,15 @@ def check_config(config: Config) -> None:
         )
 
 
+def batch_warnings(config: Config) -> Iterator[str]:
+    """Yield a warning if services have settings of a plug-in that this client does not use."""
+    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
+    if config.executor == "local" and any(setting.plugin for setting in given):
+        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
+
+
 def access_warnings(config: Config) -> Iterator[str]:
-    """Yield what somebody who reads the log of a start should know about who is let in."""
+    """Yield what a reader of the log should know about who is served without a token."""
     if config.token and (config.allow_anonymous or config.allow_from):
         yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
     elif config.allow_anonymous:
@@ -1343,7 +1118,7 @@ def access_warnings(config: Config) -> Iterator[str]:
 
 
 def beyond_loopback(hosts: str) -> list[str]:
-    """Return those of the addresses to listen on that other machines can reach."""
+    """Return the addresses to listen on that other machines can reach."""
     return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
 
 
@@ -1365,7 +1140,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 4. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 4. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -1388,7 +1163,7 @@ class Status(str, Enum):
 
 
 class Cause(str, Enum):
-    """Whose doing an end was: the script's, a limit's, the machines', or somebody's who asked for it."""
+    """What made a job end: its script, a limit, the machines, or somebody who asked for it."""
 
     USER = "user"
     LIMIT = "limit"
@@ -1399,7 +1174,7 @@ class Cause(str, Enum):
         return self.value
 
 
-BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # with a client: what quotas count
+BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # at a client; quotas count these
 ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
 OVER = (*ENDED, Status.CLEANED)
 
@@ -1487,51 +1262,43 @@ class Job(NamedTuple):
     created_at: float
     started_at: float | None
     ended_at: float | None
-    not_before: float | None  # steady: a new attempt waits until then
+    not_before: float | None  # steady time: a new attempt waits until then
     fetched_at: float | None  # client: a server has the result
-    kill_requested_at: float | None  # a wish is a column, not a state
+    kill_requested_at: float | None  # wall time; a request to stop a job is a column, not a state
     kill_cause: str | None
     moves: int
-    changed: int | None  # client: number of its last change, for /events
-    moved_at: float  # steady: its last change of status
-    synced: int  # client: 1, its files have surely reached the disk; 2, a server has confirmed that it holds the result
-    inputs_sha256: str | None  # server: of the list of its files with their digests
-    after_ids: str  # server: jobs that must be Completed first, commas between
-    blocked: int  # server: how many of these have not ended
-    arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
-    charged: float  # server: slot-seconds that its user is charged for this attempt
-    ended_as: str | None  # the status that one had before it was cleaned; `end` says it of all that ended
+    changed: int | None  # client: the number of its last change, for /events
+    moved_at: float  # steady time of its last change of status
+    synced: int  # client: 1 if its files are safely on the disk, 2 if a server has confirmed that it holds the result
+    inputs_sha256: str | None  # server: digest of the list of its files and their digests
+    after_ids: str  # server: ids of the jobs that must be Completed first, with commas between
+    blocked: int  # server: how many of those have not ended
+    arrived_at: float  # steady time of its upload: its place in the queue through all attempts
+    charged: float  # server: slot-seconds charged to its user for this attempt
+    ended_as: str | None  # the status that a Cleaned job ended with; `end` gives it for every job that ended
 
     @property
     def mark(self) -> str:
-        """What tells this attempt from every other one, everywhere."""
+        """The attempt key: it tells this attempt from every other one, everywhere."""
         return f"{self.uuid}.{self.attempt}"
 
     @property
     def end(self) -> str | None:
-        """How it ended, whether its files were cleaned since or not; None until it has."""
+        """The status that it ended with, also after its files were cleaned; None until it ends."""
         return self.status.value if self.status in ENDED else self.ended_as
 
 
 STATUS_AT = Job._fields.index("status")
-MOVABLE = (
-    "cause",
-    "exit_code",
-    "signal",
-    "attempt",
-    "client",
-    "dest_id",
-    "started_at",
-    "ended_at",
-    "not_before",
-    "result_size",
-    "result_sha256",
+ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # the columns of an attempt
+MOVABLE = (  # what a move may change besides status and reason
+    *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
+    *("not_before", "result_size", "result_sha256"),
 )
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a row needs at its birth."""
+    """The columns of a new row that its maker chooses."""
 
     uuid: str
     user_id: int | None = None
@@ -1553,12 +1320,18 @@ class NewJob:
 
     @property
     def after(self) -> list[int]:
-        """The jobs that it is to follow."""
+        """The ids of the jobs that must be Completed first."""
         return ids_in(self.after_ids)
 
 
+NEW_COLUMNS = (
+    *(item.name for item in dataclasses.fields(NewJob)),
+    *("status", "reason", "created_at", "moves", "changed", "moved_at", "arrived_at"),
+)
+
+
 def ids_in(text: str) -> list[int]:
-    """Return the ids of a text that holds some, with commas between."""
+    """Return the ids in a text, which have commas between."""
     return [int(part) for part in text.split(",") if part]
 
 
@@ -1699,8 +1472,7 @@ def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
 # -- where --
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """The first queued job of a user who is under quota: what a service could run next."""
 
     service: str
@@ -1710,8 +1482,7 @@ class Candidate:
     timeout: float | None = None  # seconds
 
 
-@dataclass(frozen=True)
-class ServiceQueue:
+class ServiceQueue(NamedTuple):
     """The heads of one service in the order of their turns, who serves it, and how much of it runs."""
 
     service: str
@@ -1721,8 +1492,7 @@ class ServiceQueue:
     heads: Iterable[Candidate]
 
 
-@dataclass(frozen=True)
-class ClientCapacity:
+class ClientCapacity(NamedTuple):
     """A client that takes jobs now, as the scheduler sees it."""
 
     name: str
@@ -1762,8 +1532,7 @@ class ClientCapacity:
         return (-self.free, self.load, -self.failed_s_ago, self.name)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What runs at a client, and when its time limit ends it."""
 
     cpus: int
@@ -1771,8 +1540,7 @@ class Run:
     ends_at: float  # steady; infinity where it has no limit
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """What is kept free at a client for a wide job: all of it until then, but for what is to spare."""
 
     until: float  # steady; when it can begin at the latest, infinity where nobody knows
@@ -1838,8 +1606,7 @@ def choose(
 # -- why --
 
 
-@dataclass(frozen=True)
-class QueueFacts:
+class QueueFacts(NamedTuple):
     """The figures that decide about one queued job."""
 
     runs_of_user: int
@@ -1936,8 +1703,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
 # == 6. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
 
     path: str
@@ -2967,8 +2733,7 @@ class BrokenArchive(JoborchError):
         self.number = number
 
 
-@dataclass(frozen=True)
-class ResultLimits:
+class ResultLimits(NamedTuple):
     """How much a result may hold: bytes of its files (holes count, too), files and links (run.sh does not count), half as many folders."""
 
     size_bytes: int = 2**62
@@ -3465,110 +3230,19 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
 
 SCHEMA_VERSION = 4
 
-AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
-CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
-CREATE INDEX jobs_unsynced ON jobs(id)
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-"""
-
-ENDED_AS_INDEX = """CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-"""
-
-QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
- WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
-CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-"""
-
-RUNNABLE_TABLE = """CREATE TABLE runnable_users (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    at_quota INTEGER NOT NULL,
-    rank REAL NOT NULL,
-    head INTEGER NOT NULL,
-    cpus INTEGER NOT NULL,
-    memory INTEGER,
-    timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-"""
-
-TURN_TABLES = """@RUNNABLE@CREATE TABLE usage (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    used REAL NOT NULL,
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX usage_user ON usage(user_id);
-CREATE TABLE pace (
-    service TEXT PRIMARY KEY,
-    level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
-CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (
-    on_id INTEGER NOT NULL,
-    job_id INTEGER NOT NULL,
-    PRIMARY KEY (on_id, job_id)
-) WITHOUT ROWID;
-CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
-INSERT INTO turns_made VALUES ('', 0);
-""".replace("@RUNNABLE@", RUNNABLE_TABLE)
-
-SCHEMA = (
-    """
+SCHEMA = """
 BEGIN;
 CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uuid TEXT NOT NULL,
-    user_id INTEGER,
-    service TEXT,
-    name TEXT,
-    status TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    cause TEXT,
-    exit_code INTEGER,
-    signal INTEGER,
-    priority INTEGER NOT NULL DEFAULT 0,
-    cpus INTEGER NOT NULL DEFAULT 1,
-    memory INTEGER,
-    timeout REAL,
-    retries INTEGER NOT NULL DEFAULT 0,
-    return_inputs INTEGER NOT NULL DEFAULT 1,
-    attempt INTEGER NOT NULL DEFAULT 1,
-    client TEXT,
-    dest_id TEXT,
-    remote_id TEXT,
-    handle TEXT,
-    idempotency_key TEXT,
-    request_digest TEXT,
-    result_size INTEGER,
-    result_sha256 TEXT,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    ended_at REAL,
-    not_before REAL,
-    fetched_at REAL,
-    kill_requested_at REAL,
-    kill_cause TEXT,
-    moves INTEGER NOT NULL DEFAULT 0,
-    changed INTEGER,
-    moved_at REAL NOT NULL DEFAULT 0,
-    synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT,
-    after_ids TEXT NOT NULL DEFAULT '',
-    blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0,
-    charged REAL NOT NULL DEFAULT 0,
-    ended_as TEXT
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
+    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
+    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
+    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
+    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
+    result_size INTEGER, result_sha256 TEXT,
+    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
+    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
+    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -3578,108 +3252,86 @@ CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@QUEUES@@AGES@@ENDED_AS@CREATE TABLE history (
-    job_id INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    at REAL NOT NULL,
-    source TEXT,
-    target TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    seq INTEGER NOT NULL DEFAULT 0,
+CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
+ WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
+CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
+CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
+CREATE INDEX jobs_unsynced ON jobs(id)
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+CREATE TABLE history (
+    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
+    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
-    job_id INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    client TEXT,
-    dest_id TEXT,
-    started_at REAL,
-    ended_at REAL,
-    exit_code INTEGER,
-    signal INTEGER,
-    reason TEXT,
-    cause TEXT,
+    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
+    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-@TURNS@CREATE TABLE heartbeat (
-    at REAL NOT NULL,
-    instance TEXT NOT NULL,
-    boot TEXT NOT NULL DEFAULT '',
-    boot_s REAL NOT NULL DEFAULT 0,
-    steady REAL NOT NULL DEFAULT 0
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+CREATE TABLE usage (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX usage_user ON usage(user_id);
+CREATE TABLE pace (
+    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
+    runs INTEGER NOT NULL, mean_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
+CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
+CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+INSERT INTO turns_made VALUES ('', 0);
+CREATE TABLE heartbeat (
+    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
 PRAGMA user_version = 4;
 COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES)
-    .replace("@AGES@", AGE_INDEXES)
-    .replace("@ENDED_AS@", ENDED_AS_INDEX)
-    .replace("@TURNS@", TURN_TABLES)
-)
+"""
 
-# From each version of the schema to the next.
+# From each version of the schema that was released to the next. 0.1.0 made version 3.
 MIGRATIONS = {
-    1: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN inputs_sha256 TEXT;
-ALTER TABLE history ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
-ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN steady REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET moved_at = coalesce(ended_at, started_at, created_at);
-UPDATE history SET seq = at * 1000000;
-DROP INDEX jobs_ended;
-DROP INDEX jobs_cleaned;
-@AGES@PRAGMA user_version = 2;
-COMMIT;
-""".replace("@AGES@", AGE_INDEXES),
-    2: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN after_ids TEXT NOT NULL DEFAULT '';
-ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN arrived_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN charged REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET arrived_at = created_at;
-DROP TABLE eligible;
-DROP INDEX jobs_queued;
-DROP INDEX jobs_client;
-@QUEUES@@TURNS@PRAGMA user_version = 3;
-COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
-DROP TABLE IF EXISTS contenders;
-DROP TABLE IF EXISTS runnable_users;
-@RUNNABLE@UPDATE turns_made SET rules = '';
+DROP TABLE contenders;
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+UPDATE turns_made SET rules = '';
 UPDATE jobs
    SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
                            ORDER BY number DESC LIMIT 1), reason)
  WHERE status = 'Cleaned';
-@ENDED_AS@PRAGMA user_version = 4;
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+PRAGMA user_version = 4;
 COMMIT;
-""".replace("@ENDED_AS@", ENDED_AS_INDEX).replace("@RUNNABLE@", RUNNABLE_TABLE),
+""",
 }
 
-JOB_ADD = """
-INSERT INTO jobs (uuid, user_id, service, name, status, reason, priority, cpus, memory, timeout, retries, return_inputs, attempt,
-                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at,
-                  inputs_sha256, after_ids, blocked, arrived_at)
-VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
-        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at,
-        :inputs_sha256, :after_ids, :blocked, :moved_at)
-"""
-JOB_MOVE = """
-UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :cause, exit_code = :exit_code, signal = :signal,
-                attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
-                ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
-                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
- WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)
-"""
+JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
+JOB_MOVE = (
+    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
+    + ", ".join(name + " = :" + name for name in MOVABLE)
+    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
+)
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
 JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
@@ -3688,9 +3340,7 @@ JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
 JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
 PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
-PAYLOAD_BEGUN = """
-UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'
-"""
+PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
@@ -3713,14 +3363,8 @@ INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
 SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
-ATTEMPT_ADD = """
-INSERT OR REPLACE INTO attempts (job_id, attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause)
-VALUES (:id, :attempt, :client, :dest_id, :started_at, :now, :exit_code, :signal, :reason, :cause)
-"""
-ATTEMPTS_GET = """
-SELECT attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause
-  FROM attempts WHERE job_id = :id ORDER BY attempt
-"""
+ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
+ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
 BUSY_OF_USER = """
 SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
    AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
@@ -3741,10 +3385,7 @@ AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
 """
-ALL_BUSY = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id
-"""
+ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
 PINNED_AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
@@ -3909,9 +3550,7 @@ CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cl
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
 FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = """
-SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
 JOBS_PAGE_OF_USER = """
 SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
    AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
@@ -3925,9 +3564,7 @@ JOBS_PAGE_CLEANED = """
 SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
-JOBS_PAGE_OF_SERVICE = """
-SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
 UNSYNCED = """
 SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -3944,32 +3581,32 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 12. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 12. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
 
 class Changes:
-    """Wakes threads that wait for a job to move, or for any: a commit says which jobs it moved."""
+    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waiting: list[tuple[int | None, threading.Event]] = []
 
     def announce(self, job_ids: Collection[int]) -> None:
-        """Wake those who wait for one of these jobs, or for any."""
+        """Wake the threads that wait for one of these jobs, or for any."""
         with self.lock:
             for job_id, news in self.waiting:
                 if job_id is None or job_id in job_ids:
                     news.set()
 
     def close(self) -> None:
-        """Wake everybody: the process ends."""
+        """Wake all of them: the process ends."""
         with self.lock:
             for _, news in self.waiting:
                 news.set()
 
     @contextlib.contextmanager
     def of(self, job_id: int | None) -> Iterator[threading.Event]:
-        """Give an event for the block that is set when the job moves; when any does, where `job_id` is None."""
+        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
         entry = (job_id, threading.Event())
         with self.lock:
             self.waiting.append(entry)
@@ -3981,7 +3618,7 @@ class Changes:
 
 
 class Ticket:
-    """One piece of work that waits to be part of a transaction, and what came of it."""
+    """One piece of work that waits for a transaction, and its result."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.work, self.durable = work, durable
@@ -3991,22 +3628,22 @@ class Ticket:
 class Database:
     """The database of one process.
 
-    Writes go through one connection, and those that wait meanwhile share a transaction: one fsync serves them all.
-    Reads have a connection for each thread, but where the database is in memory or on a network file system, which has
-    no shared memory for WAL.
+    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
+    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
+    shared memory for WAL, has one connection for everything.
     """
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the transaction under way moves
+        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
         self.synchronous, self.damage = "", ""
-        self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
+        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
             found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # to the end, within the time that a start may take
+            self.checked = found is not None  # whether the check came to its end in the time that a start may take
             self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
@@ -4031,7 +3668,7 @@ class Database:
         return "move it away: its server has new attempts made of what ran here"
 
     def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start has seen all of it; one that is damaged takes no more jobs."""
+        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
         if self.checked:
             return
         self.damage = damage_of(self.reader()) or ""
@@ -4049,47 +3686,49 @@ class Database:
         return db
 
     def migrate(self) -> None:
-        """Make the schema, or refuse one that a newer program made."""
+        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
         version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        self.is_new = version == 0
         if version > SCHEMA_VERSION:
             raise ConfigError(
                 f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
                 "run that version, or give another file"
             )
-        if version == 0:
+        if 0 < version < min(MIGRATIONS):
+            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
+        if self.is_new:
             self.db.executescript(SCHEMA)
         for older in range(version, SCHEMA_VERSION) if version else ():
             self.db.executescript(MIGRATIONS[older])
-        self.migrated_from, self.is_new = version, version == 0
 
     def set_steady(self) -> None:
-        """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
+        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
         at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
         now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what had not been synced then may not have reached the disk
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
         if boot != now_boot:
-            # The first time it is 0, and so wall time. Moves may be later than the heartbeat, but not by more than its period.
+            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
             boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
         self.steady_offset = float(steady - boot_s)
         self.beat(self.db)
 
     def steady(self) -> float:
-        """Return the time by which ages and delays are counted, in seconds: it began as wall time; to set the clock does not change it."""
+        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
         return self.clock.boot()[1] + self.steady_offset
 
     def beat(self, db: sqlite3.Connection) -> None:
-        """Note from where steady time goes on after another boot."""
+        """Store where steady time is to continue after a reboot."""
         boot, boot_s = self.clock.boot()
         self.beaten_at = boot_s + self.steady_offset
         db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
-        """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
+        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
         with self.lock:
             self.db.close()
 
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of one query; StorageError where the database cannot be read."""
+        """Return all rows of one query; StorageError if the database cannot be read."""
         try:
             if self.alone:
                 with self.lock:
@@ -4101,9 +3740,9 @@ class Database:
     def reader(self) -> sqlite3.Connection:
         db = getattr(self.local, "db", None)
         if db is None:
-            db = self.connect("rw")  # where somebody removed the file, none is made in its place
+            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
             db.execute("PRAGMA query_only = 1")
-            db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
             self.local.db = db
         return cast(sqlite3.Connection, db)
 
@@ -4114,7 +3753,7 @@ class Database:
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
         """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
 
-        Raises StorageError where the database cannot be written; whatever `work` raises undoes its part alone.
+        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
         """
         try:
             return self.write_once(work, durable)
@@ -4134,7 +3773,7 @@ class Database:
         return cast(T, ticket.value)
 
     def commit_waiting(self) -> None:
-        """Commit all that waits, in one transaction."""
+        """Run and commit all waiting work in one transaction."""
         batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
         try:
             self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
@@ -4154,7 +3793,7 @@ class Database:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    # Frames of a commit that failed may be whole in the WAL, and come true after a crash: others take their place.
+                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
                     self.beat(self.db)
             for ticket in batch:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
@@ -4166,7 +3805,7 @@ class Database:
 
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return what a thread is told whose transaction failed: its own error where it was alone, else that of the storage."""
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
         own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
         return error if own else StorageError(f"the database cannot be written: {error}")
 
@@ -4176,7 +3815,7 @@ class Database:
             ticket.value = ticket.work(self.db)
         except Exception as error:
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: it concerns the whole transaction
+                raise  # the disk or a lock: the whole transaction fails
             ticket.error = error
             self.db.execute("ROLLBACK TO ticket")
         self.db.execute("RELEASE ticket")
@@ -4187,12 +3826,12 @@ class Database:
             self.synchronous = level
 
     def check(self) -> None:
-        """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
+        """Raise StorageError if the database cannot be read and written, or its file was removed."""
         self.write(self.beat, durable=False)
         self.check_identity()
 
     def check_identity(self) -> None:
-        """Raise StorageError where the database is damaged, or its file was removed: what is written then goes nowhere."""
+        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
         if self.damage:
             raise StorageError(f"the database is damaged: {self.damage}")
         if self.identity is not None:
@@ -4205,7 +3844,7 @@ class Database:
 
 
 def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database's pages: an empty text where nothing is, None where patience ended before all was seen."""
+    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
     deadline = None if patience_s is None else time.monotonic() + patience_s
     db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
     try:
@@ -4214,7 +3853,7 @@ def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | 
         if "interrupted" in str(error):
             return None
         raise
-    except sqlite3.DatabaseError as error:  # damaged so badly that it cannot even be looked through
+    except sqlite3.DatabaseError as error:  # too damaged to be checked
         return str(error)
     finally:
         db.set_progress_handler(None, 0)
@@ -4236,11 +3875,11 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 13. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 13. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
 
 class Store(Database):
-    """The jobs of one process: every move of a status is made here, and with it whose turn it is.
+    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
 
     One class serves both modes: a payload of a client is a job that may have no user and no service.
     """
@@ -4288,8 +3927,8 @@ class Store(Database):
     def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
         """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
 
-        Raises sqlite3.IntegrityError where its mark or key exists, UnknownJob where it cannot follow what it names, and
-        QueueFull where its user has `most_queued` jobs queued.
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
+        not have, and QueueFull if its user has `most_queued` jobs queued.
         """
         job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
         log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
@@ -4301,12 +3940,13 @@ class Store(Database):
             raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
         status = Status.QUEUED if self.mode == "server" else Status.PREPARED
         open_ids, broken = self.still_open(db, new)
-        values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change(), "blocked": len(open_ids)}
-        values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
+        now, steady = self.clock.wall(), self.steady()
+        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
+        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
         job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
         for on_id in open_ids:
             db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, values["created_at"], None, status, reason)
+        self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
@@ -4317,7 +3957,7 @@ class Store(Database):
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
-        """Return which of the jobs that a new one is to follow have not ended, and why it can never run, or an empty text."""
+        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
         open_ids, broken = [], ""
         for on_id in new.after:
             row = db.execute(JOB_GET, {"id": on_id}).fetchone()
@@ -4333,7 +3973,7 @@ class Store(Database):
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status, or where a payload is to be ended since it was read.
+        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
         Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
         row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
         """
@@ -4362,14 +4002,14 @@ class Store(Database):
         values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
         values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
-        # What becomes of a payload is judged by whether it was to be ended: a row that did not know that yet judges nothing.
+        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         self.moved.add(job.id)
         if values["attempt"] != job.attempt:
-            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
-            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
+            cause = Cause.INFRASTRUCTURE.value
+            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
         self.add_history(db, job.id, now, job.status, to, reason)
         if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
             self.account(db, job, to, run_s)
@@ -4378,7 +4018,7 @@ class Store(Database):
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Let the jobs that follow an ended one go on, or end them where it did not complete, and those that follow them."""
+        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
         ended = [(job_id, to)]
         while ended:
             on_id, how = ended.pop()
@@ -4392,7 +4032,7 @@ class Store(Database):
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
         self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
         values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
         db.execute(HISTORY_ADD, values)
@@ -4405,12 +4045,12 @@ class Store(Database):
         return self.last_change
 
     def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Note durably that a job shall end; return whether that is news."""
+        """Store durably that a job is to be stopped; return whether that was new."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
 
     def take_along(self, job: Job, client: str) -> bool:
-        """Note that a job's client has another name; False where the job has moved meanwhile."""
+        """Store that a job's client has another name; False if the job has moved meanwhile."""
         values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
         return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
@@ -4419,7 +4059,7 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
     def tell(self, job_id: int, **begun: float) -> None:
-        """Have a running payload told again in /events; with `started_at` (wall) and `now` (steady) it has just begun."""
+        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
         sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
         self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
 
@@ -4434,7 +4074,7 @@ class Store(Database):
         self.write(delete, durable=False)
 
     def renew(self) -> None:
-        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
+        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
 
         def skip(db: sqlite3.Connection) -> None:
             last = db.execute(LAST_ID).fetchone()
@@ -4454,7 +4094,7 @@ class Store(Database):
         return Pace(*row) if row else Pace()
 
     def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
-        """Return a user's weight: his own where one was stored, else that of the settings, else 1."""
+        """Return a user's weight: the stored one, else that of the settings, else 1."""
         row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
         return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
 
@@ -4466,12 +4106,14 @@ class Store(Database):
         db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that begins, or for what it took now that it is over."""
+        """Charge a user in advance for a run that begins, or for its real length when it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
             charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
         else:
-            charged = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            charged = float(
+                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
+            )  # charge_longer may have raised it since the row was read
             now = self.steady()
             if run_s is None:
                 run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
@@ -4510,7 +4152,7 @@ class Store(Database):
         return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
+        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
         now, half_life_s = self.steady(), self.sharing.half_life_s
         rows = self.read(USAGE_GET, service=service, user_id=user_id)
         runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
@@ -4518,7 +4160,7 @@ class Store(Database):
         return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
-        """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
+        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
         more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
 
         def charge(db: sqlite3.Connection) -> None:
@@ -4529,7 +4171,7 @@ class Store(Database):
         self.write(charge, durable=False)
 
     def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Keep up `runnable_users`: one row for each user who has work of a service that could run."""
+        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
@@ -4548,7 +4190,7 @@ class Store(Database):
         db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; where they are not those that `runnable_users` was made by, make it anew."""
+        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
             TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
@@ -4559,7 +4201,7 @@ class Store(Database):
             self.write(lambda db: self.make_turns(db, made, half_life_s))
 
     def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `runnable_users` anew; what was used by another half-life counts as much now as it did."""
+        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
         now = self.steady()
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
@@ -4571,7 +4213,7 @@ class Store(Database):
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably; his turns follow it at once."""
+        """Store a user's weight durably; it changes the user's rank at once."""
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
@@ -4611,7 +4253,7 @@ class Store(Database):
         return job
 
     def admit_due(self) -> int:
-        """Let new attempts whose back-off is over be claimed; return how many."""
+        """Make new attempts claimable whose back-off is over; return how many."""
         due = self.read(DELAYED_DUE, now=self.steady())
 
         def admit(db: sqlite3.Connection) -> None:
@@ -4625,7 +4267,7 @@ class Store(Database):
 
 
 def broken_chain(on_id: int, how: Status) -> str:
-    """Return why a job can never run that was to follow one which ended otherwise than Completed."""
+    """Return why a job can never run: one that it was to follow did not end as Completed."""
     return f"job {on_id}, which it was to follow, ended as {how}"
 
 
@@ -5894,8 +5536,7 @@ def link_key(token: str) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """One request of a server, and what it and its answer are proven with."""
 
     key: bytes
@@ -6127,8 +5768,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """An output stream as it is kept: all that the script wrote up to `limit` bytes, else the first and last half of the limit."""
 
     size: int
@@ -7724,14 +7364,26 @@ class Watch:
             self.known[descriptor] = (each, flags)
 
 
+DAY_S = 24 * 3600.0
+
+
 class Program:
     """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
 
+    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
+    archive: ClassVar[tuple[str, bytes, str] | None] = None
+
     def __init__(self) -> None:
-        archive = getattr(globals().get("__loader__"), "archive", None)  # perhaps a copy in memory: see build_zipapp.py
-        self.path = os.path.abspath(sys.argv[0] if archive else __file__)
-        self.digest = hashlib.sha256(Path(archive or __file__).read_bytes()).digest()
+        own = os.path.abspath(__file__)
+        self.path, self.digest, _ = self.archive or (own, hashlib.sha256(Path(own).read_bytes()).digest(), "")
+        self.copy = os.path.dirname(own) if self.archive and os.path.isfile(own) else None
         self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def keep_copy(self) -> None:
+        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
+        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
+            if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
+                os.utime(self.copy)
 
     def restart_needed(self) -> str:
         """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
@@ -7886,6 +7538,7 @@ def clean_tick(node: Node) -> bool:
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
     node.program.restart_needed()  # it is logged
+    node.program.keep_copy()
     node.data.keep_reserve()
     now, more = node.store.steady(), False
     for job in due_for_cleaning(node, now):
@@ -9013,8 +8666,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
 # == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
 
 
-@dataclass(frozen=True)
-class QueueInfo:
+class QueueInfo(NamedTuple):
     """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
 
     waiting_for: str | None = None
@@ -9532,7 +9184,7 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
         return client.measurings[job.id].too_much, client.measurings[job.id].left_out
-    quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
+    quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
     if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, outcome)
@@ -10026,8 +9678,7 @@ def is_small(folder: int) -> bool:
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls, and what proves it: token, unix socket, same user, anonymous or link."""
 
     name: str
@@ -10170,8 +9821,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One thing that a route takes: where it stands, its JSON type, and what it means."""
 
     name: str
@@ -10186,8 +9836,7 @@ class Parameter:
     pattern: str = ""  # of a string
 
 
-@dataclass(frozen=True)
-class Gives:
+class Gives(NamedTuple):
     """One answer of a route: what it means, its content type ("" for none) and a real example."""
 
     meaning: str
@@ -10349,6 +9998,8 @@ def nearest_path(mode: str, path: str) -> str:
     """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
     first, *rest = path.strip("/").split("/")
     known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    import difflib
+
     for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
         meant = "/" + "/".join([close, *rest])
         if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
@@ -11184,16 +10835,12 @@ def known_job(node: Node, request: Request, text: str) -> Job:
 
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
-    result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
-    return {
-        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
-        "ended_as": job.end, "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal,
-        "priority": job.priority, "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
-        "after": ids_in(job.after_ids), "attempt": job.attempt,
-        "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
-        "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
-        "queue_position": None, "estimated_start": None, "waiting_for": None, "result": result,
-    }  # fmt: skip
+    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
+    said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
+    said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
+    if job.result_sha256 is not None:
+        said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
+    return said
 
 
 def job_json(server: Server, job: Job) -> dict[str, Any]:
@@ -11206,12 +10853,7 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
         said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
     rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
-        rows.append(
-            {
-                name: getattr(job, name)
-                for name in ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")
-            }
-        )
+        rows.append({name: getattr(job, name) for name in ATTEMPT})
     said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
     said["history"] = [
         {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
@@ -11398,7 +11040,7 @@ def upload(server: Server, request: Request) -> Answer:
     key = request.header("Idempotency-Key").strip()
     if len(key) > 255 or not key.isprintable():
         raise HttpError(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
-    job_uuid = str(uuid.uuid4())
+    job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
         form = request.read_form(folder)
@@ -11949,7 +11591,7 @@ def new_payload(request: Request) -> NewJob:
     if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
         raise HttpError(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
     return NewJob(
-        uuid=job_uuid or str(uuid.uuid4()),
+        uuid=job_uuid or new_uuid(),
         user_id=whole_header(request, "X-Joborch-User"),
         service=one_line(unquote_to_bytes(request.header("X-Joborch-Service")).decode("utf-8", "replace"), 200) or None,
         cpus=whole_header(request, "X-Joborch-Cpus") or 1,
@@ -12686,14 +12328,6 @@ def ensure_client_token(config: Config) -> Config:
         raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
 
 
-def name_results(store: Store, data: DataFolder) -> None:
-    """Bring on the results of an older version, which called them UUID.zip."""
-    for path in data.results.iterdir():
-        job = store.job(JOB_BY_UUID, uuid=path.stem)
-        if job is not None:
-            os.rename(path, data.result(job.mark))
-
-
 def open_node(config: Config) -> Node:
     """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
     check_certificates(config.ca_file)
@@ -12721,8 +12355,6 @@ def open_node(config: Config) -> Node:
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None
     if unclaimed:
         log.warning("the database is new, and the data folder holds files of jobs: they are kept in %s", unclaimed)
-    if store.migrated_from == 1:
-        name_results(store, data)
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
@@ -12736,8 +12368,7 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed te
 
 def import_what_will_be_needed(config: Config) -> None:
     """Import before we listen: a newer release may take the place of these files while the process runs."""
-    names = ["multipart"]
-    for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
+    for name in ["difflib", "multipart", "uuid", *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
 
@@ -12747,6 +12378,8 @@ def serve(config: Config) -> int:
     close_at_exec()
     set_up_logging(config)
     bound_memory()
+    if Program.archive and Program.archive[2]:
+        log.info("starts take longer than they need, because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
     for warning in config.warnings:
         log.warning("%s", warning)
     warn_of_weak_setups(config)
@@ -12842,9 +12475,10 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
 
 def bundled_packages() -> dict[str, str]:
     """Return the versions of the packages in use: of the .pyz, else those installed."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return dict(json.loads(loader.get_data(os.path.join(loader.archive, "bundled.json"))))
+    try:
+        return dict(json.loads(own_file("bundled.json")))
+    except OSError:
+        pass  # it runs from a checkout, or was installed with pip
     from importlib import metadata
 
     found = {}
@@ -12858,6 +12492,8 @@ def bundled_packages() -> dict[str, str]:
 
 def command_version(as_json: bool) -> int:
     """Print the versions of all that runs here."""
+    import platform
+
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
     print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
     return EXIT_DONE
@@ -12896,8 +12532,8 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def make_parser() -> Parser:
-    """Return the command line's parser: words, flags of every setting, and an example each."""
+def make_parser(argv: Sequence[str] | None = None) -> Parser:
+    """Return the command line's parser: words, flags of every setting, and an example each. Words that `argv` lacks get no flags."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         "joborch",
@@ -12921,6 +12557,8 @@ def make_parser() -> Parser:
         word = words.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}"
         )
+        if argv is not None and name not in argv:
+            continue
         if name in ("backup", "restore"):
             word.add_argument("file", metavar="FILE", help="the backup")
         if name in ("server", "client", "config", "doctor", "backup", "restore"):
@@ -12971,7 +12609,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line as argparse reads it; SystemExit with one line if it cannot be meant."""
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     if not arguments.command:
         if rest:

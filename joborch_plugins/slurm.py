@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -170,6 +171,27 @@ def slurm_waits(job: SlurmJob) -> str:
 def squeue_format() -> str:
     """Return what squeue is told to print."""
     return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
+
+
+OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
+    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
+    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
+    *("time", "uid", "usage", "version", "wait", "wrap"),
+)
+SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
+
+
+def read_sbatch_words(text: str) -> tuple[str, ...]:
+    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
+    words = tuple(shlex.split(text))
+    for word in words:
+        if not re.match("--?[a-zA-Z]", word):
+            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
+        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
+        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
+        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
+            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
+    return words
 
 
 def service_options(options: BatchOptions) -> dict[str, str]:

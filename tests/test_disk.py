@@ -1019,4 +1019,5 @@ def test_a_damaged_database_is_refused_at_the_start(how: str, side: str, make_pr
 def a_row(store: Store) -> dict[str, Any]:
     """The values of a new row."""
     new = joborch.NewJob(str(uuid.uuid4()), 1, "example", "n" * 100)
-    return {**vars(new), "status": "Completed", "reason": "r" * 200, "changed": None, "created_at": 1.0, "moved_at": 1.0}
+    times = dict.fromkeys(("created_at", "moved_at", "arrived_at"), 1.0)
+    return {**vars(new), **times, "status": "Completed", "reason": "r" * 200, "changed": None, "moves": 1}

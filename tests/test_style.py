@@ -218,49 +218,27 @@ def test_no_test_file_imports_another() -> None:
 
 GOOD = '''"""A program.
 
-  1. Vocabulary  The words.
-  2. Store       The rows.
-  3. Commands    The end.
+  1. Store     All SQL.
+  2. Commands  The end.
 """
 
-from __future__ import annotations
-
-import sqlite3
-
-# == 1. Vocabulary ==  Every word means one thing.
-
-LIMIT = 5
-
-
-class Row:
-    """A row."""
-
-    store = "main"
-
-
-# == 2. Store ==  All SQL of the program stands here.
+# == 1. Store ==  All SQL of the program stands here.
 
 GET = "SELECT * FROM jobs WHERE id = :id"
 
 
-def get(database: sqlite3.Connection, main: int) -> Row | None:
-    """The row; `main` is a local name here."""
-    store = [main for main in range(LIMIT)]
-    return database.execute(GET, {"id": main}).fetchone() or again(database, store)
+def get(database, number):
+    """The row."""
+    return database.execute(GET, {"id": number}).fetchone()
 
 
-def again(database, store):
-    """Uses `get`, of its own section."""
-    return get(database, len(store)) if store else None
+# == 2. Commands ==  What a person types is read here.
 
 
-# == 3. Commands ==  What a person types is read here.
-
-
-def main() -> int:
+def main():
     """Select from the table, INSERT INTO nothing."""
     try:
-        get(sqlite3.connect(":memory:"), 1)
+        get(None, 1)
     except KeyError:
         pass
     return 0
@@ -270,40 +248,29 @@ if __name__ == "__main__":
     raise SystemExit(main())
 '''
 
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_a_good_module_breaks_no_rule(rule: Rule) -> None:
-    assert rule(GOOD) == []
-
-
 BAD: list[tuple[Rule, str, str, str]] = [
-    (banner_faults, "here.\n\nGET", "here\n\nGET", "no sentence"),
-    (banner_faults, "# == 2. Store ==  All", "# == 2. Store == All", "a banner is"),
-    (banner_faults, "# == 3. Commands", "# == 4. Commands", "numbered"),
-    (banner_faults, "  2. Store   ", "  2. Storage ", "the docstring lists"),
-    (banner_faults, "  3. Commands    The end.\n", "", "the docstring lists"),
+    (banner_faults, "stands here.", "stands here", "no sentence"),
+    (banner_faults, "Store ==  All", "Store == All", "a banner is"),
+    (banner_faults, "# == 2. Commands", "# == 3. Commands", "numbered"),
+    (banner_faults, "  1. Store ", "  1. Storage ", "the docstring lists"),
     (guard_faults, 'if __name__ == "__main__":', "if True:", "guard"),
     (guard_faults, "def main()", "def start()", "main is defined"),
     (statement_faults, "execute(GET,", 'execute(f"{GET}",', "composed SQL"),
     (statement_faults, "execute(GET,", "executemany(GET + LIMIT,", "composed SQL"),
-    (statement_faults, "execute(GET,", 'execute("%s" % GET,', "composed SQL"),
     (statement_faults, "execute(GET,", 'executescript("{}".format(GET),', "composed SQL"),
-    (sql_faults, "return 0", 'return "SELECT 1"', "outside the Store"),
     (sql_faults, "return 0", 'return "UPDATE jobs SET x = 1"', "outside the Store"),
-    (sql_faults, "LIMIT = 5", 'LIMIT = "DELETE FROM jobs"', "outside the Store"),
     (sql_faults, 'GET = "', 'GET = f"', "f-string"),
     (silence_faults, "except KeyError", "except", "silent"),
     (silence_faults, "except KeyError", "except (ValueError, Exception)", "silent"),
     (silence_faults, "return 0", "with contextlib.suppress(Exception): pass", "silent"),
     (length_faults, "    return 0", "    print()\n" * FUNCTION_LINES + "    return 0", "main has"),
-    (length_faults, "LIMIT = 5", "LIMIT = 5\n" * SECTION_LINES, "Vocabulary has"),
-    (docstring_faults, '"""A row."""', "", "Row has no docstring"),
-    (docstring_faults, '"""Uses `get`, of its own section."""', "", "again has no docstring"),
+    (docstring_faults, '"""The row."""', "", "get has no docstring"),
 ]
 
 
-@pytest.mark.parametrize(("rule", "good", "bad", "said"), BAD)
-def test_a_broken_rule_is_found(rule: Rule, good: str, bad: str, said: str) -> None:
-    source = GOOD.replace(good, bad)
-    assert source != GOOD
-    assert said in "\n".join(rule(source))
+def test_a_broken_rule_is_found() -> None:
+    assert [rule.__name__ for rule in RULES if rule(GOOD)] == []
+    for rule, good, bad, said in BAD:
+        source = GOOD.replace(good, bad, 1)
+        assert source != GOOD
+        assert said in "\n".join(rule(source)), (rule.__name__, bad)

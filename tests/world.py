@@ -108,8 +108,7 @@ class HandClock(joborch.Clock):
 def a_service(name: str = "example", *urls: str, **changes: Any) -> joborch.Service:
     """A service with the default limits, at clients with these base URLs."""
     addresses = tuple(joborch.client_address(url) for url in urls or ("http://127.0.0.1:9000",))
-    made = joborch.Service(name, addresses, "token", 5, 10, "share", None, 2, True, 86400.0, 3600.0)
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(joborch.Service(name, addresses, token="token"), **changes)
 
 
 def new_job(**changes: Any) -> joborch.NewJob:
