@@ -99,7 +99,6 @@ if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, whic
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
-    import urllib3
 
 sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
 
@@ -371,13 +370,6 @@ def host_of(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def http_pool(**options: Any) -> urllib3.PoolManager:
-    """Return connections to a peer, which threads may share; nothing is tried again unasked. `options` are urllib3's."""
-    import urllib3
-
-    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES, **options)
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
     import difflib
@@ -398,7 +390,7 @@ PLUGIN_API: tuple[str, ...] = (
     "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
     "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
     "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
-    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
+    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
     "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
     "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
     "open_listeners", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer",
@@ -12269,7 +12261,6 @@ def set_up_logging(config: Config) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # half an answer is no news: links say so in a line
     logging.getLogger("waitress").setLevel(logging.WARNING)  # nor is a caller who left
 
 
@@ -12368,7 +12359,7 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed te
 
 def import_what_will_be_needed(config: Config) -> None:
     """Import before we listen: a newer release may take the place of these files while the process runs."""
-    for name in ["difflib", "multipart", "uuid", *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
+    for name in ["difflib", "multipart", "uuid", *(["tarfile", "requests"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
 
@@ -12482,7 +12473,7 @@ def bundled_packages() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("bottle", "waitress", "urllib3", "platformdirs", "multipart"):
+    for name in ("bottle", "waitress", "requests", "platformdirs", "multipart"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -666,9 +666,9 @@ def test_outputs_that_arrive_damaged_are_fetched_again(bench: Bench, monkeypatch
 
     def changing(method: str, url: str, *arguments: Any, **more: Any) -> Any:
         answer = real(method, url, *arguments, **more)
-        if more.get("preload_content") is False:
-            whole = answer.read()
-            answer.stream = lambda size: iter([whole[:-1] + bytes([whole[-1] ^ 1])])
+        if more.get("stream"):
+            whole = answer.content
+            answer.iter_content = lambda size: iter([whole[:-1] + bytes([whole[-1] ^ 1])])
         return answer
 
     with monkeypatch.context() as patch:
