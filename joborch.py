@@ -21,19 +21,20 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            14. Restore               27. Client
-     2. Settings              15. Inheritance           28. Results
-     3. Configuration         16. Executors             29. Access
-     4. States                17. Local executor        30. HTTP
-     5. Scheduling            18. Identity              31. Connections
-     6. Files                 19. Transfers             32. Server routes
-     7. Folders               20. Answers               33. Jobs
-     8. Trust                 21. Links                 34. Site routes
-     9. Data folder           22. Loops                 35. Client routes
-    10. Archives              23. Server                36. Logs
-    11. Statements            24. News                  37. Weak set-ups
-    12. Database              25. Ends                  38. Commands
-    13. Store                 26. Waiting
+     1. Vocabulary            15. Restore               29. Client
+     2. Settings              16. Inheritance           30. Results
+     3. Configuration         17. Executors             31. Access
+     4. States                18. Local executor        32. HTTP
+     5. Reasons               19. Identity              33. Connections
+     6. Scheduling            20. Transfers             34. Server routes
+     7. Files                 21. Answers               35. Jobs
+     8. Folders               22. Links                 36. Site routes
+     9. Trust                 23. Loops                 37. Client routes
+    10. Data folder           24. Cleaning              38. Logs
+    11. Archives              25. Server                39. Weak set-ups
+    12. Statements            26. News                  40. Commands
+    13. Database              27. Ends
+    14. Store                 28. Waiting
 """
 
 from __future__ import annotations
@@ -305,6 +306,33 @@ def backoff_s(failures: int) -> float:
     return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
 
 
+@dataclass
+class Backoff:
+    """Something that failed and is left alone for a while, longer with each failure in a row: why, since when, and until when."""
+
+    clock: Clock
+    reason: str = ""
+    failures: int = 0  # in a row
+    since: float = 0.0  # wall: the first of them
+    until: float = float("-inf")  # monotonic
+
+    def failed(self, reason: object, pause_s: float | None = None) -> bool:
+        """Count a failure, and wait `pause_s`, or as backoff_s says; return whether the reason is news."""
+        before, self.reason = self.reason, str(reason)
+        self.since = self.since if self.failures else self.clock.wall()
+        self.failures += 1
+        self.until = self.clock.monotonic() + (backoff_s(self.failures) if pause_s is None else pause_s)
+        return self.reason != before
+
+    def worked(self) -> None:
+        """Forget the failures: it works again."""
+        self.reason, self.failures, self.until = "", 0, float("-inf")
+
+    def waits(self) -> bool:
+        """Tell whether it is to be left alone now."""
+        return self.clock.monotonic() < self.until
+
+
 def rfc3339(wall: float | None) -> str | None:
     """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
     if wall is None:
@@ -386,18 +414,17 @@ PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECU
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "BackendUnavailable", "backoff_s", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
-    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
-    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
+    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun", "Cause",
+    "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point",
+    "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
     "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
     "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
-    "open_listeners", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer",
-    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES",
-    "Service", "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused",
-    "sync_file_system", "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit",
-    "wrapper_text", "write_atomic",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor",
+    "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
+    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim", "read_exit",
+    "read_some", "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service", "SERVICE_SETTINGS",
+    "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp",
+    "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
 )  # fmt: skip
 
 
@@ -1334,7 +1361,143 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 5. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+# == 5. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
+
+
+class Reason:
+    """The reasons that need no more than a few facts, which stand in braces: `Reason.REFUSED.format(client=..., error=...)`.
+
+    An error of a call brings its own words as `{error}`: Rejected, Gone, NothingSent, NoAnswer, CannotRun. What only Slurm or
+    DIRAC can say is worded by functions of their plug-ins.
+    """
+
+    # The server sends a job.
+    CLAIMED = "claimed for {client}"
+    ACCEPTED = "accepted by {client}"
+    FOUND_THERE = "{client} has it"
+    FILES_REMOVED = "its files are missing on the {where}'s disk: somebody removed them"
+    REFUSED = "{client} refuses it: {error}"
+    NOT_SENT = "{client} {error}"
+    ANSWER_LOST = "{client} {error}: it is asked again under the same key"
+    ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
+    CANNOT_SAY = "{client} cannot say whether it has the job"
+    BEGAN_ANEW = "{client} began anew and knows nothing of it"
+    ANSWER_NOT_STORED = "the client's answer could not be stored: it is asked again under the same key"
+    SERVER_RESTARTED = "the server was restarted while it was sent to {client}: asked again under the same key"
+    CHAIN_BROKEN = "job {job}, which it was to follow, ended as {status}"
+
+    # A client is silent, or its answer cannot be used.
+    TRIED_AGAIN = "{reason}; it is tried again"
+    ANSWERS_AGAIN = "{client} answers again"
+    NOT_CONFIGURED = "{client} is not configured any more"
+    SILENT = "{trouble}, and so for {duration}"
+    SILENT_AND_KILLED = "{trouble}, and so for {duration}; should it come back, the job is ended there"
+    UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
+    CLIENT_FAILED = "{client} failed"
+
+    # An attempt is over.
+    ATTEMPT = "attempt {attempt}: {reason}"
+    NO_ATTEMPT_LEFT = "{reason}; no attempt is left of {attempt}"
+    NO_ATTEMPT_KILLED = "{reason}; terminate was asked for"
+    KILLED = "terminated on request"
+    KILLED_AND_GONE = "terminated on request; {reason}"
+    KILLED_UNSENT = "terminated before it was sent"
+    COMPLETED = "run.sh ended with exit status 0"
+    COMPLETED_CHILDREN = "run.sh ended with exit status 0; what it left running was ended"
+    CLIENT_SAYS = "the client says {status}"
+
+    # The result is lost, too large, or cannot be fetched.
+    RESULT_HAS = "the result has {too_much}"
+    RESULT_HAS_EXIT = "the result has {too_much}; run.sh ended with exit status {status}"
+    NOT_KEPT = "{reason}; what it left was not kept: {error}"
+    NOT_FETCHED = "the result could not be fetched from {client}: {error}"
+    NOT_STORED = "the result could not be stored: {error}"
+    CLIENT_HAS_NOTHING = "{client} has nothing of it any more"
+    CLIENT_CLEANED = "{client} has nothing of it any more: {reason}"
+    FAILED_AND_CLEANED = "{reason}; {cleaned}"
+    RUN_FAILED = "run.sh failed"
+    WORK_REMOVED = "somebody removed its work folder from the client's disk"
+    CLEANED = "{duration} after it ended"
+
+    # The client cannot start a payload, or loses it.
+    NO_SCRIPT = "there is no run.sh: upload a bash script of that name"
+    EMPTY_SCRIPT = "run.sh is empty: it has 0 bytes"
+    NOT_STARTED = "the client could not start it: {error}"
+    DISK_FULL = "the client's disk is full: the script was not started"
+    NO_WRAPPER = "the wrapper could not be started, or ended before its time: the script was not started"
+    REBOOTED = "the machine or the container was restarted while the script ran"
+    REBOOTED_UNSYNCED = "the machine was restarted, and what had reached its disk is not known"
+    FOLDER_REMOVED = "the payload's folder was removed while the script ran"
+    WORK_GONE = "its work folder was removed or replaced while run.sh ran, and its files are missing"
+    WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
+    ENDED_WITH_CLIENT = "the script's processes ended together with the client, or while it was away, and left no exit status"
+    WRAPPER_KILLED = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
+    STOPPED_WITH_CLIENT = (
+        "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+    STOPPED_WITH_WRAPPER = (
+        "it was stopped from outside joborch, and its wrapper, too: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+
+
+def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
+    """Say how a script failed: exit status or signal, run time, the last line of its standard error, and a known remedy."""
+    signalled = f" (as by signal {signal_name(exit_status - 128)})" if is_signalled(exit_status) else ""
+    text = f"run.sh ended with exit status {exit_status}{signalled} after {format_duration(run_s)}{last_words(folder)}"
+    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
+
+
+def limit_reason(folder: Path, limit_s: float) -> str:
+    """Say that a script was ended at its time limit."""
+    return f"run.sh was ended at its time limit of {format_duration(limit_s)}{last_words(folder)}"
+
+
+def last_words(folder: Path) -> str:
+    """Return the last line of a script's standard error as the end of a sentence; an empty text where there is none."""
+    words = last_line(folder / "stderr")
+    return f'; last line of standard error: "{words}"' if words else ""
+
+
+def left_out_text(count: int) -> str:
+    """Return the end of a sentence about files that no archive can hold; an empty text for none."""
+    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
+
+
+def is_signalled(exit_status: int) -> bool:
+    """Tell whether an exit status is that of a script that a signal ended: 128 and the signal's number, as a shell says it."""
+    return 128 < exit_status < 193
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+LOGIN_COMMANDS = re.compile(
+    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
+)
+
+
+def shell_hint(folder: Path) -> str:
+    """Return the remedy for a script that missed a command of login shells, by the begin and end of its standard error."""
+    try:
+        with open_regular(folder, "stderr") as file:
+            said = file.read(4 * KIB)
+            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
+            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
+    except OSError:
+        return ""
+    name = (missing[1] or missing[3]).decode() if missing else ""
+    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
+    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
+
+
+# == 6. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
 NO_USE = float("-inf")  # the base-2 logarithm of no use at all
 CANDIDATES_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
@@ -1692,7 +1855,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 6. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+# == 7. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
 
 
 class StoredFile(NamedTuple):
@@ -1900,7 +2063,7 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
-# == 7. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
+# == 8. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
 
 
 def fsync_path(path: str | Path) -> None:
@@ -2174,24 +2337,6 @@ def helper_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
-        done = subprocess.run(
-            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
-        )
-        if done.returncode != 0 and path.exists():
-            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
-
-
 LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process has the lock; any other error is the file system's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -2295,7 +2440,7 @@ def example_part(path: str) -> str:
     return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
-# == 8. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
+# == 9. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
 
 
 def owner_name(uid: int) -> str:
@@ -2406,7 +2551,7 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
 
 
-# == 9. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
+# == 10. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
 
 
 class DiskFull(OSError):
@@ -2571,7 +2716,7 @@ class DataFolder:
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
         for leftover in self.tmp.iterdir():
-            remove_tree(leftover)
+            discard(leftover)
         # waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
 
@@ -2672,7 +2817,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 10. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 11. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
@@ -3218,7 +3363,7 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
         yield chunk
 
 
-# == 11. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 12. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 4
 
@@ -3573,7 +3718,7 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 12. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
+# == 13. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
 
 class Changes:
@@ -3867,7 +4012,7 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 13. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
+# == 14. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
 
 class Store(Database):
@@ -3959,7 +4104,7 @@ class Store(Database):
             if earlier.status not in OVER:
                 open_ids.append(on_id)
             elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
-                broken = broken or broken_chain(on_id, earlier.status)
+                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
         return ([], broken) if broken else (open_ids, "")
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
@@ -4017,7 +4162,8 @@ class Store(Database):
             for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
                 job = as_job(row)
                 if how is not Status.COMPLETED:
-                    self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
+                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
+                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
                     self.update_rank(db, job.service, job.user_id)
@@ -4227,7 +4373,7 @@ class Store(Database):
             service = self.limits[job.service or ""]
             pair = {"service": job.service, "user_id": job.user_id}
             if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
                 return None
             full = (
                 db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
@@ -4236,7 +4382,7 @@ class Store(Database):
             )
             if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
                 return None
-            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
+            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
             return self.row(db, job_id)
 
         job = self.write(take)
@@ -4258,12 +4404,7 @@ class Store(Database):
         return len(due)
 
 
-def broken_chain(on_id: int, how: Status) -> str:
-    """Return why a job can never run: one that it was to follow did not end as Completed."""
-    return f"job {on_id}, which it was to follow, ended as {how}"
-
-
-# == 14. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
+# == 15. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
 
 
 def folder_of(path: str) -> str:
@@ -4280,7 +4421,7 @@ def decided_restore(db_path: str) -> Path | None:
 def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
     """Put a restored database in its place, if there is one, and remove one that is incomplete. Each step may be done twice."""
     for suffix in ("", "-wal", "-shm", "-journal"):
-        remove_tree(Path(f"{db_path}.restoring{suffix}"))
+        discard(Path(f"{db_path}.restoring{suffix}"))
     ready = decided_restore(db_path)
     if ready is None:
         return None, None
@@ -4302,7 +4443,7 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     return kept if kept.exists() else None, unclaimed
 
 
-# == 15. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
+# == 16. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
 
 # What every script may have. JOBORCH_PASS_ENV adds to it; joborch's own settings are never passed on.
 PASSED_ON = (
@@ -4421,7 +4562,7 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 16. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 17. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -4524,9 +4665,9 @@ class Outcome:
     alive: bool
     exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
     children_left: bool = False
-    cause: Cause | None = None  # set where there is no exit status, or where that is not the script's own doing
+    cause: Cause | None = None  # set if there is no exit status, or if somebody else caused it
     reason: str = ""
-    told: bool = False  # somebody else told the wrapper to end: run.sh, too, perhaps
+    told: bool = False  # somebody else sent the wrapper a signal, and perhaps run.sh, too
     waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
 
 
@@ -4556,13 +4697,13 @@ class Executor(Protocol):
         """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the payload's folder; nothing to do where it is shared. BackendUnavailable: it is tried again."""
+        """Bring the outputs into the payload's folder; a shared folder needs nothing. After BackendUnavailable the caller tries again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        """End attempts of which nothing is known any more."""
+        """Kill attempts that no database knows any more."""
 
     def problem(self) -> str:
-        """Return why it cannot work now, and since when; an empty text where all is well."""
+        """Return why it cannot work now, and since when; an empty text if all is well."""
 
     def examine(self) -> Iterator[Finding]:
         """Yield what `joborch doctor` shall say of it; nothing is started."""
@@ -4577,7 +4718,7 @@ def read_exit(folder: Path) -> Outcome | None:
         fits = type(status) is int and 0 <= status < 256
         reason = one_line(str(said.get("reason", "")), 200)
         if said.get("gone") and cause is None and fits:
-            cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
+            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
         return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
@@ -4585,12 +4726,6 @@ def read_exit(folder: Path) -> Outcome | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
-
-
-def work_gone(status: int | None) -> str:
-    """Return the reason of a payload that has lost its work folder."""
-    how = "" if status is None else f" (run.sh ended with exit status {status})"
-    return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
 
 
 def boot_id() -> str:
@@ -4699,7 +4834,7 @@ def marked_below(jobs: Path) -> set[str]:
 
 
 def become_subreaper() -> bool:
-    """Have what payloads orphan become our child (prctl(2)): so it is found without a look at every process. False where that fails."""
+    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
     pr_set_child_subreaper = 36
     return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
 
@@ -4707,7 +4842,7 @@ def become_subreaper() -> bool:
 def signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to each of these processes; one that has ended is fine."""
     for process in processes:
-        # ProcessLookupError: it has ended; PermissionError: it became another user, which no mark of ours can do
+        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, number)
 
@@ -4776,38 +4911,8 @@ def is_own_scratch(place: str) -> bool:
     return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
 
 
-def scratch_of(folder: Path) -> list[str]:
-    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
-    name = scratch_name(folder.name)
-    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
-    with contextlib.suppress(OSError):  # it is a folder, or gone
-        place = os.readlink(folder / "tmp")
-        if place.startswith("/") and place.rpartition("/")[2] == name:
-            places.insert(0, place)
-    return list(dict.fromkeys(places))
-
-
-def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
-    for place in scratch_of(folder):
-        try:
-            os.rmdir(place)
-            continue
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
-                return False
-        try:
-            if os.lstat(place).st_uid == os.geteuid():
-                remove_tree(Path(place))
-        except OSError as error:
-            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
-    return True
-
-
 def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
+    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
     try:
         with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
@@ -4817,7 +4922,7 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
-# == 17. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
+# == 18. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
 
 
 class Engines:
@@ -4874,7 +4979,7 @@ class Engines:
 
 REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
-STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
+STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
 class LocalExecutor:
@@ -4907,7 +5012,7 @@ class LocalExecutor:
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
         # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
-        # The wrapper's text, not its path: nobody can put another file in its place.
+        # The wrapper's text, not its path: so the file cannot be replaced.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
             env=environment,
@@ -4932,7 +5037,7 @@ class LocalExecutor:
         return handles
 
     def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 where it holds none, None where there is no claim."""
+        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
         said = read_claim(self.data.job(job.mark), job.attempt)
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
@@ -4956,7 +5061,7 @@ class LocalExecutor:
         return outcomes
 
     def forget(self, job: Job) -> None:
-        """Let go of what is known of an attempt that has ended."""
+        """Drop what is known of an attempt that has ended."""
         for marks in (self.seen, self.own, self.untidy):
             marks.discard(job.mark)
         self.resting.pop(job.mark, None)
@@ -5007,7 +5112,7 @@ class LocalExecutor:
     def outcome(self, job: Job) -> Outcome:
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
             return Outcome(True)  # whatever the exit file says: the script may have written one
@@ -5023,17 +5128,14 @@ class LocalExecutor:
         if ended:
             return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
-            reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
+                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
         if job.mark not in self.seen:
-            reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
-        reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
-        return Outcome(False, cause=Cause.USER, reason=reason)
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
+        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
 
     def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
         """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
@@ -5042,12 +5144,11 @@ class LocalExecutor:
         """
         alone = not ended.told
         if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # nobody stopped it, or the client did
+            return None  # it was not stopped, or the client stopped it
         if alone and not self.ended_with_client(folder):
             return None  # the script sent the signal to itself
-        reason = f"it was stopped from outside joborch, {'together with the client' if alone else 'and its wrapper, too'}"
-        how = f"run.sh ended with exit status {ended.exit_status}; if a service manager did it, set KillMode=process for the client"
-        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: {how}")
+        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
 
     def ended_with_client(self, folder: Path) -> bool:
         """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
@@ -5058,14 +5159,14 @@ class LocalExecutor:
             return False  # no client was ever stopped here
 
     def own_wrapper(self, job: Job) -> int:
-        """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
+        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:
             return 0
         if pid == "0":
             claimed = self.claimed_pid(job) or 0
             return claimed if claimed and bears_mark(claimed, job.mark) else 0
-        # No number is given out again while its session has members: where the leader is gone, what is left is ours.
+        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
@@ -5121,47 +5222,8 @@ class LocalExecutor:
 
 
 def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
+    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
     return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
-
-
-def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
-    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
-    how = f"run.sh ended with exit status {status}"
-    if number is not None:
-        how += f" (as by signal {signal_name(number)})"
-    text = f"{how} after {format_duration(seconds)}"
-    words = last_line(folder / "stderr")
-    if words:
-        text += f'; last line of standard error: "{words}"'
-    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
-
-
-LOGIN_COMMANDS = re.compile(
-    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
-)
-
-
-def shell_hint(folder: Path) -> str:
-    """Return what helps a script that missed a command of login shells, by the begin and end of its standard error; else an empty text."""
-    try:
-        with open_regular(folder, "stderr") as file:
-            said = file.read(4 * KIB)
-            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
-            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
-    except OSError:
-        return ""
-    name = (missing[1] or missing[3]).decode() if missing else ""
-    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
-    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number where it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
 
 
 def make_executor(data: DataFolder, config: Config) -> Executor:
@@ -5178,7 +5240,7 @@ def make_executor(data: DataFolder, config: Config) -> Executor:
     return made
 
 
-# == 18. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 19. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -5641,7 +5703,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 19. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 20. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -5736,7 +5798,7 @@ class Transfer:
     def check_limit(self, size: int) -> None:
         """Raise ResultTooLarge if `size` bytes more are too many."""
         if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(f"the result has {self.limits.broken_by(self.size + size, 0)}")
+            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
 
     def write(self, data: bytes) -> None:
         """Append to what is here."""
@@ -5946,7 +6008,7 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-# == 20. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 21. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -6398,7 +6460,7 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 21. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 22. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def token_place(config: Config) -> Path | None:
@@ -6439,12 +6501,12 @@ class Link:
         self.silent_since = clock.monotonic()
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
-        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.outage = Backoff(clock)  # of calls that failed
         self.answers = True  # it has answered since it failed last
         self.problem = ""  # why it takes no payload now, as it says itself
         self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
-        self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
+        self.refusal = Backoff(clock)  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
@@ -6505,7 +6567,7 @@ class Link:
 
     def is_heard(self) -> bool:
         """Tell whether it was heard, and has not failed since."""
-        return self.heard_at is not None and not self.failures
+        return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
         """Tell whether nothing more can be learnt by waiting for the list of what it has."""
@@ -6517,11 +6579,11 @@ class Link:
 
     def held(self) -> bool:
         """Tell whether the client is held back after a failure, or was never heard."""
-        return self.heard_at is None or self.clock.monotonic() < self.held_until
+        return self.heard_at is None or self.outage.waits()
 
     def heard(self) -> None:
         """Note that the client answered: what waits for it is due again at once."""
-        if self.failures:
+        if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
             with self.lock:  # what is due again is tried at once when its peer is heard of
                 self.resend_due.clear()
@@ -6529,20 +6591,21 @@ class Link:
                 for found in self.ended.values():
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
-        self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
-        self.try_at = float("inf")
+        self.outage.worked()
+        self.answers, self.try_at = True, float("inf")
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
-        text, now = one_line(str(error)), self.clock.monotonic()
-        if text != self.trouble:
+        text = one_line(str(error))
+        if text != self.outage.reason:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
             hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
             log.warning("client %s: %s%s", self.name, text, hint)
-        self.trouble, self.failed_at, self.probing, self.answers = text, now, True, False
-        if now >= self.held_until or not self.failures:
-            self.failures += 1
-            self.held_until = now + backoff_s(self.failures)
+        self.failed_at, self.probing, self.answers = self.clock.monotonic(), True, False
+        if self.outage.waits():
+            self.outage.reason = text
+        else:
+            self.outage.failed(text)
 
     def probe(self) -> bool:
         """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
@@ -6560,13 +6623,14 @@ class Link:
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
-        self.refusals, self.refusal, self.probing = self.refusals + 1, one_line(str(error)), True
-        self.full_until = self.clock.monotonic() + backoff_s(self.refusals)
+        self.refusal.failed(one_line(str(error)))
+        self.probing = True
 
     def took_one(self) -> None:
         """Note that it accepted a job: it is as good as any other again."""
         self.heard()
-        self.refusals, self.refusal, self.probing = 0, "", False
+        self.refusal.worked()
+        self.probing = False
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
@@ -6574,7 +6638,7 @@ class Link:
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
-        return not self.held() and self.clock.monotonic() >= self.full_until
+        return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
         """Tell whether a job that is claimed for it now would be sent at once."""
@@ -6588,11 +6652,9 @@ class Link:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
-        return (
-            f"{self.trouble} ({format_duration(self.silent_s())} ago)"
-            if self.trouble
-            else self.problem or self.refusal or "was not asked yet"
-        )
+        if self.outage.reason:
+            return f"{self.outage.reason} ({format_duration(self.silent_s())} ago)"
+        return self.problem or self.refusal.reason or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -6993,7 +7055,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 22. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 23. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -7472,43 +7534,7 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
-@dataclass
-class Unremovable:
-    """Files of an ended job that cannot be removed: where, how much of them, how often that failed, when (monotonic) it is tried again."""
-
-    folder: Path
-    size_bytes: int
-    failures: int
-    until: float
-
-
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
-
-
-def put_off(node: Node, job: Job, error: OSError) -> None:
-    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
-    known = node.unremovable.get(job.id)
-    failures = known.failures + 1 if known else 1
-    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 2, 10), UNREMOVABLE_LAST_S) if failures > 1 else 0.0
-    folder = node.folder(job)
-    node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
-    if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
-        log.warning(
-            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
-            node.store.noun, job.id, error, folder,
-        )  # fmt: skip
-
-
-def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None where all can."""
-    found = list(node.unremovable.values())
-    if not found:
-        return None
-    size = sum(each.size_bytes for each in found)
-    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
-    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
-    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
-    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+# == 24. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
@@ -7522,7 +7548,7 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "confirmed_before": node.clock.wall() - kept_s,
     }
     jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
-    return [job for job in jobs if job.id not in node.unremovable or node.unremovable[job.id].until <= node.clock.monotonic()]
+    return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
 def clean_tick(node: Node) -> bool:
@@ -7545,7 +7571,7 @@ def clean_tick(node: Node) -> bool:
             put_off(node, job, error)
             continue
         node.unremovable.pop(job.id, None)
-        reason = f"{format_duration(max(0.0, now - job.moved_at))} after it ended"
+        reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
         more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
@@ -7584,10 +7610,117 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
+@dataclass
+class Unremovable(Backoff):
+    """Files of an ended job that could not be removed: where they are, and how much of them."""
+
+    folder: Path = Path()
+    size_bytes: int = 0
 
 
-# == 23. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    folder = node.folder(job)
+    known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
+    known.size_bytes = bytes_below(folder)
+    known.failed(error, pause_s)
+    if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
+# -- removal --
+
+
+def discard(path: Path) -> None:
+    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
+    remove_tree(path)
+
+
+def discard_payloads(data: DataFolder) -> None:
+    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
+    for folder in data.jobs.iterdir():
+        try:
+            remove_scratch(folder)
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
+        if done.returncode != 0 and path.exists():
+            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
+
+
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+# == 25. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -7620,7 +7753,7 @@ class Server(Node):
         return [self.links[address.name] for address in service.addresses]
 
     def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
+        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
     def names_of(self, link: Link) -> list[Link]:
@@ -7651,7 +7784,7 @@ class Server(Node):
 
 
 def dispatch_tick(server: Server) -> bool:
-    """Claim the job that is next for the client that is to get it; True where there was one.
+    """Claim the next job for the client that the scheduler chose; True if there was one.
 
     One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
     a job only while one of them is free: one that hangs holds nobody up.
@@ -7661,7 +7794,7 @@ def dispatch_tick(server: Server) -> bool:
         return False
     head, place = chosen
     link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a claimed job that no sender holds is one whose outcome got lost
+    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
@@ -7677,7 +7810,7 @@ def dispatch_tick(server: Server) -> bool:
 
 
 def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return which job is next, and which client gets it; None where nothing can be sent now."""
+    """Return the next job and the client that gets it; None if nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
@@ -7708,7 +7841,7 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the line of a service; None where nobody stands in it, or all its runs are in use.
+    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
 
     `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
     """
@@ -7725,7 +7858,7 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
 
 
 def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
-    """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
+    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
     yield candidate_of(service, first)
     for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
         yield candidate_of(service, row)
@@ -7737,7 +7870,7 @@ def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
-    """Return how long runs of a service take, by the last ones; None where there were none."""
+    """Return how long the last runs of a service took on average; None if there were none."""
     rows = server.store.read(PACE_GET, service=service.name)
     return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
 
@@ -7754,7 +7887,7 @@ def runs_at(server: Server, client: str) -> list[Run]:
 
 
 def send_tick(server: Server, link: Link) -> bool:
-    """Send one job to one client; True where there was one."""
+    """Send one job to one client; True if there was one."""
     job = next_to_send(server, link)
     if job is None:
         probe_tick(server, link)
@@ -7776,7 +7909,7 @@ def probe_tick(server: Server, link: Link) -> None:
 
     Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
     """
-    if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
+    if link.heard_at is None or link.answers or link.outage.waits():
         return
     if link.probe():
         server.wake("dispatch")
@@ -7792,7 +7925,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
     link.may_have_pinned = bool(pinned)
     for job in pinned:
         if link.legacy:
-            new_attempt(server, job, f"{link.name} cannot say whether it has the job")
+            new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
         with link.lock:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
@@ -7805,12 +7938,12 @@ def next_to_send(server: Server, link: Link) -> Job | None:
 
 
 def send_job(server: Server, link: Link, job: Job) -> None:
-    """Send a claimed job, and write down what came of it."""
+    """Send a claimed job, and store the outcome."""
     folder = server.data.job(job.uuid)
     try:
         paths = files_below(folder)
         if not paths:
-            reason = "its files are missing on the server's disk: somebody removed them"
+            reason = Reason.FILES_REMOVED.format(where="server")
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
         if link.legacy:
@@ -7827,7 +7960,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         return
     except Rejected as error:
         link.heard()
-        server.store.move(job, Status.INVALID, f"{link.name} refuses it: {error}", cause=Cause.USER.value)
+        server.store.move(job, Status.INVALID, Reason.REFUSED.format(client=link.name, error=error), cause=Cause.USER.value)
         return
     except (NoAnswer, OSError) as error:
         link.failed(error)
@@ -7837,7 +7970,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
-    server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
     link.accepted.pop(job.mark, None)
     crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
@@ -7845,25 +7978,25 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 
 
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
-    """The client surely has nothing of a job: leave it alone for a while, and queue the job again unless it is pinned there."""
+    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
     if isinstance(error, Refused):
         link.refused(error)
     else:
         link.failed(error)
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+        server.store.move(job, Status.QUEUED, Reason.NOT_SENT.format(client=link.name, error=error), client=None)
         crash_point("send.refused")
         kill_queued(server, job.id)
     else:
         with link.lock:
-            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
-    """Move a job that shall end, and is with no client, to its end."""
+    """Kill a queued job for which terminate was requested."""
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
-        server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
         crash_point("kill.queued")
 
 
@@ -7871,7 +8004,7 @@ def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
     """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
         if job.dest_id and int(job.dest_id) >= newest:
-            new_attempt(server, job, f"{link.name} began anew and knows nothing of it")
+            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
 
 
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
@@ -7880,18 +8013,18 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
     """
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
         crash_point("send.lost")
     link.may_have_pinned = True
     with link.lock:
-        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
-        new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+        new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
+    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
     current: Job | None = job
     while current is not None and current.status in BUSY and current.attempt == job.attempt:
         if server.store.move(current, to, reason, **changes):
@@ -7900,37 +8033,37 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 
 
 def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown for what cannot be known now; it heals by itself."""
+    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
-        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
+        server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
 
 
 def payload_gone(server: Server, job: Job, reason: str) -> None:
     """The client answers and does not know the payload: nothing of it runs any more."""
     if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
-        server.store.move(job, Status.KILLED, f"terminated on request; {reason}", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
     else:
         new_attempt(server, job, reason)
 
 
 def new_attempt(server: Server, job: Job, reason: str) -> None:
-    """After an infrastructure failure: queue another attempt, or give up where none is left."""
+    """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
         due = server.store.steady() + backoff_s(job.attempt)
-        server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
+        server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
         crash_point("attempt.stored")
     else:
-        note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
-        server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
+        text = Reason.NO_ATTEMPT_KILLED if job.kill_requested_at else Reason.NO_ATTEMPT_LEFT
+        server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 24. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 26. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
-    """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
-    if link.failures and server.clock.monotonic() < min(link.held_until, link.try_at):
+    """Get the changes at one client: by one long poll, or job by job if it has no /events."""
+    if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
         return False
     try:
         if link.legacy:
@@ -7961,13 +8094,13 @@ def get_tick(server: Server, link: Link) -> bool:
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
-    """Hold a client back that could not be heard; one where jobs are to be ended is tried more often."""
+    """Wait before calling a client again that did not answer; call it more often if jobs are to be killed there."""
     link.since = 0  # when it is back, it tells all it has
     link.failed(error)
     link.try_at = float("inf")
     if server.store.number(KILLS_COUNT, client=link.name):
         link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
-    if link.failures == 1:
+    if link.outage.failures == 1:
         decide_again(server)
 
 
@@ -7988,17 +8121,19 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     if fresh:
         link.notes.clear()
         link.listed = set()
-    each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
+    each(heard.payloads, functools.partial(report, server, link))  # if one fails, `since` stays, and the client reports it again
     link.since = max(heard.next, link.since)
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
-        look_for_lost(server, link, listed)
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.dest_id and job.id not in listed:  # it should be there: ask for it
+                note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
     forget_others(server, link)
 
 
 def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
-    """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
+    """Learn which client answers: one that has another URL, too, or one that runs on a copy of another client's data folder.
 
     A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
     """
@@ -8020,7 +8155,7 @@ def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> Non
 
 
 def decide_again(server: Server) -> None:
-    """Ask those again who told of payloads that may be another client's, which has told all it has now, or does not answer."""
+    """Ask clients again whose payloads may belong to another client, now that this one has told all it has, or is silent."""
     for link in server.links.values():
         if link.undecided:
             link.undecided, link.relist = False, True
@@ -8066,12 +8201,16 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     if accepted is None:
         return
     job = accepted
-    note_wait(link, job, payload)
+    waits = payload["reason"] if status in (Status.PREPARED.value, Status.RUNNING.value) else ""
+    if waits:
+        link.notes[job.id] = waits  # its place in a batch system, or that this system does not answer
+    else:
+        link.notes.pop(job.id, None)
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
-        server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
+        server.store.move(job, Status.SUBMITTED, Reason.ANSWERS_AGAIN.format(client=link.name))
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
 
@@ -8089,21 +8228,21 @@ def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str
 
 
 def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
-    """Return a job whose current attempt a client has under another name than the job's row says; None where it stays as it is.
+    """Return a job whose current attempt another client has than the job's row says; None if the row stays as it is.
 
     A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
     """
     home = server.links.get(job.client or "")
     if link.copy_of or job.status is Status.PROCESSING:
         return None
-    if home is None or (home.failures and home.instance in ("", link.instance) and not home.copy_of):
+    if home is None or (home.outage.failures and home.instance in ("", link.instance) and not home.copy_of):
         return take_along(server, link, job)
     if home.instance == link.instance:
         return None  # one client with two names, or a copy of it
     if not home.is_heard() or not home.instance or not home.has_told_all():
         link.undecided = True
     elif job.dest_id is None:
-        return take_along(server, link, job)  # whether it came to the other client, nobody knows
+        return take_along(server, link, job)  # it is not known whether the other client got it
     else:
         claim_for(server, link, home, job, str(payload["id"]))
     return None
@@ -8121,7 +8260,7 @@ def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str)
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
-    """Go on with a job at another name of its client; None where it has moved meanwhile."""
+    """Go on with a job at another name of its client; None if it has moved meanwhile."""
     if not server.store.take_along(job, link.name):
         return None
     log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
@@ -8142,7 +8281,7 @@ def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
-    """Tell whether a client's word would only move a job to and fro, a row of its history each time.
+    """Tell whether a client's report would only move a job back and forth, adding a row to its history each time.
 
     A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
     """
@@ -8155,19 +8294,11 @@ def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
     return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
-def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Keep in mind what a payload waits for at its client: a place in a batch system, or that this answers again."""
-    if payload["status"] in (Status.PREPARED.value, Status.RUNNING.value) and payload["reason"]:
-        link.notes[job.id] = payload["reason"]
-    else:
-        link.notes.pop(job.id, None)
-
-
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
-    """Return a job with its payload's id, which its client says though its answer is lost, or still under way; None where it left."""
+    """Store the payload's id that a client reports before its answer to the submit came; None if the job has moved on."""
     current: Job | None = job
     while current is not None and current.dest_id is None:
-        server.store.move(current, Status.SUBMITTED, f"{link.name} has it", dest_id=payload_id)
+        server.store.move(current, Status.SUBMITTED, Reason.FOUND_THERE.format(client=link.name), dest_id=payload_id)
         current = server.store.get(job.id)  # a sender may have moved it meanwhile, to Unknown: then it is tried again from there
         if current is None or current.attempt != job.attempt or current.status not in BUSY:
             return None
@@ -8175,7 +8306,7 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
 
 
 def note_end(server: Server, link: Link, found: EndReport) -> None:
-    """Note that a payload has ended, for the senders that settle it; one that is being settled keeps the news for later."""
+    """Note that a payload has ended, for the thread that collects it; if one is at it, the report waits for its turn."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
         if "archive" in found.payload and not has_room_for(found, link.ended):
@@ -8192,7 +8323,7 @@ def note_end(server: Server, link: Link, found: EndReport) -> None:
 
 
 def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
-    """Tell whether a small result may be kept in memory until it is stored; else it is fetched then."""
+    """Tell whether a small result may be kept in memory until it is stored; if not, it is fetched."""
     if len(ended) > EVENTS_PAGE:
         return False
     kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
@@ -8200,20 +8331,13 @@ def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
 
 
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Have a payload ended whose attempt was given up: it came back late."""
+    """Kill a payload whose attempt was given up and that came back late."""
     superseded = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
     if len(link.superseded_attempts) >= SUPERSEDED_LIMIT and superseded.mark not in link.superseded_attempts:
         return  # it is named again at the next first contact
     link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
     link.superseded_attempts[superseded.mark] = superseded
     server.wake(f"kill:{link.name}")
-
-
-def look_for_lost(server: Server, link: Link, listed: Collection[int]) -> None:
-    """Ask for each job that should be with a client and was not named in its full list."""
-    for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and job.id not in listed:
-            note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def poll_tick(server: Server, link: Link) -> bool:
@@ -8249,13 +8373,13 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
             payload_gone(server, current, str(error))
             return
         except BadAnswer as error:
-            become_unknown(server, current, f"{link.name} {error}")
+            become_unknown(server, current, Reason.NOT_SENT.format(client=link.name, error=error))
             return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 25. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 27. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8265,7 +8389,7 @@ def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[s
 
 
 def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say.
+    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing if the client does not say.
 
     Its user is charged for it, so it is no longer than the job has been here.
     """
@@ -8275,16 +8399,12 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
     return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
 
 
-def because(reason: str | None) -> str:
-    """Return a reason as the second half of a sentence; nothing where there is none."""
-    return f": {reason}" if reason else ""
-
-
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
-    removed = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    """A client has removed an ended payload's files. A failure or kill stands as it is; for a lost result the job runs again."""
+    why = payload.get("reason")
+    removed = (Reason.CLIENT_CLEANED if why else Reason.CLIENT_HAS_NOTHING).format(client=link.name, reason=why)
     cause, ended_as = payload.get("cause"), payload.get("ended_as")
-    reason = f"{payload.get('ended_reason') or 'run.sh failed'}; {removed}"
+    reason = Reason.FAILED_AND_CLEANED.format(reason=payload.get("ended_reason") or Reason.RUN_FAILED, cleaned=removed)
     if cause in (Cause.USER.value, Cause.LIMIT.value):
         to = Status.INVALID if ended_as == Status.INVALID.value else Status.FAILED
         end_busy(server, job, to, reason, cause=cause, **known_of_end(server, job, payload))
@@ -8295,7 +8415,7 @@ def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, A
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
-    """Settle one job whose payload has ended; True where there was one."""
+    """Collect one job whose payload has ended; True if there was one."""
     now = server.clock.monotonic()
     with link.lock:
         waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
@@ -8315,20 +8435,15 @@ def fetch_tick(server: Server, link: Link) -> bool:
     finally:
         give_back(server, link, due, settled)
     if settled:
-        confirm_later(server, link, job)
+        current = server.store.get(job.id) if job and not link.legacy else None
+        if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
+            link.confirm(job.dest_id)  # its result is safe here: the next call tells the client
         server.wake("dispatch")  # quota and places are free, at this client or another
     return True
 
 
-def confirm_later(server: Server, link: Link, job: Job | None) -> None:
-    """Let the client know with the next call that a job's result is safe here, if it is."""
-    current = server.store.get(job.id) if job and not link.legacy else None
-    if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
-        link.confirm(job.dest_id)
-
-
 def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None:
-    """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
+    """Drop a report that was dealt with, or put it back for later; a newer report takes its place."""
     with link.lock:
         if due.newer is not None:
             due.newer.part, due.part = due.part, None
@@ -8347,7 +8462,7 @@ def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None
 
 
 def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
-    """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
+    """Fetch what an ended payload left, and move its job to its end; False if it must be tried again."""
     found.pause_s = 0.0
     try:
         settle_as_told(server, link, job, found)
@@ -8365,13 +8480,13 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         if found.part is not None and not found.part.wanted():
             drop_part(found)  # it cannot be gone on with
         if not is_being_packed(found, error):
-            become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
+            become_unknown(server, job, Reason.NOT_FETCHED.format(client=link.name, error=error))
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
-        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk; and others need the room
+        drop_part(found)  # after a failed write or fsync it is unknown what is on the disk, and others need the space
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
-        become_unknown(server, job, f"the result could not be stored: {why}")
+        become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
     return True
 
@@ -8391,13 +8506,13 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
         settle_cleaned(server, link, job, found.payload)
     elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
         count_no_more(found)
-        new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
+        new_attempt(server, job, found.payload.get("reason") or Reason.CLIENT_FAILED.format(client=link.name))
     else:
         fetch_failure(server, link, job, found)
 
 
 def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
-    """Decide between two clients, of which both may have an attempt, by what the one that the job's row names has said.
+    """Decide which of two clients has an attempt, by the answer of the one that the job's row names.
 
     Returns whether the job goes on at the other one. A payload that runs twice is ended there.
     """
@@ -8421,7 +8536,7 @@ def is_being_packed(found: EndReport, error: Exception) -> bool:
 
 
 def count_no_more(found: EndReport) -> None:
-    """Count the slots of an ended payload as taken, just before its job's row lets them go: none is ever free twice."""
+    """Count the slots of an ended payload as taken just before its job's row frees them: no slot is ever free twice."""
     found.cpus = found.memory = 0
 
 
@@ -8430,13 +8545,13 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
     size, digest = store_archive(server, link, job, found, partial=False)
     count_no_more(found)
     payload = found.payload
-    reason = payload.get("reason") or "run.sh ended with exit status 0"
+    reason = payload.get("reason") or Reason.COMPLETED
     changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(server, job, payload)}
     end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
 
 def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
-    """Return the ZIP that came with the news of a payload's end; nothing where none came, or another than was sent."""
+    """Return the ZIP that came with a payload's end report; nothing if there is none, or if its digest is wrong."""
     try:
         data = base64.b64decode(str(payload.get("archive", "")))
     except ValueError:
@@ -8479,7 +8594,7 @@ def result_transfer(config: Config, target: IO[bytes], promise: Promise | None =
 
 
 def check_result(config: Config, part: Transfer) -> None:
-    """Look into a large ZIP that came: ResultTooLarge where its files are over a limit. What a client says of it is not believed."""
+    """Check the files in a large ZIP against the limits, whatever the client says of it; ResultTooLarge."""
     limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
@@ -8495,40 +8610,38 @@ def check_result(config: Config, part: Transfer) -> None:
             size, count = part.size, 0  # it is no ZIP
     if limits.broken_by(size, count):
         told = ResultLimits(config.max_result_bytes, config.max_result_files)
-        raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
+        raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=told.broken_by(size, count)))
 
 
 def drop_part(found: EndReport) -> None:
-    """Let go of what came of a result: it is in its place, or of no use."""
+    """Drop a transfer: the result is in its place, or the data is useless."""
     if found.part is not None:
         found.part.target.close()
         if found.part.promise is not None:
             found.part.promise.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(found.part.target.name)
+        discard(Path(found.part.target.name))
         found.part = None
 
 
 def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
+    """Fetch what a failed payload left, as far as possible, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
-    size, digest, not_kept = None, None, ""
+    size, digest, reason = None, None, payload.get("reason") or Reason.CLIENT_SAYS.format(status=to)
     try:
         size, digest = store_archive(server, link, job, found, partial=True)
     except Gone:
         log.info("job %d: %s has nothing of it any more: its end counts all the same", job.id, link.name)
     except ResultTooLarge as error:
-        not_kept = f"; what it left was not kept: {error}"
+        reason = Reason.NOT_KEPT.format(reason=reason, error=error)
         drop_part(found)
     count_no_more(found)
-    reason = (payload.get("reason") or f"the client says {to}") + not_kept
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes = known_of_end(server, job, payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
 def kill_tick(server: Server, link: Link) -> bool:
-    """Ask a client to end the jobs that shall end, and attempts that were given up; its events tell when they have."""
+    """Ask a client to kill jobs and superseded attempts; its events say when they have ended."""
     now = server.clock.monotonic()
     if link.held():
         return False
@@ -8562,19 +8675,20 @@ def kill_tick(server: Server, link: Link) -> bool:
 
 
 def watch_tick(server: Server) -> bool:
-    """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
+    """Handle what only time tells: silent clients, unreachable services, attempts that are due."""
     if server.store.admit_due():
         server.wake("dispatch")
     busy = server.store.jobs(ALL_BUSY)
     each(busy, functools.partial(judge, server))
-    each(busy, functools.partial(charge_if_longer, server))
+    running = [job for job in busy if job.status is Status.RUNNING]
+    each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
     each(server.services.values(), functools.partial(fail_unreachable, server))
     forget_ended(server, {job.id for job in busy})
     return False
 
 
 def forget_ended(server: Server, busy: Collection[int]) -> None:
-    """Keep nothing in mind of jobs that are with no client any more, however they ended."""
+    """Drop what links note of jobs that are with no client any more."""
     for link in server.links.values():
         tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
         for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
@@ -8584,35 +8698,29 @@ def forget_ended(server: Server, busy: Collection[int]) -> None:
                     table.pop(job_id, None)
 
 
-def charge_if_longer(server: Server, job: Job) -> None:
-    """Charge for a run that takes longer than its user was charged for."""
-    if job.status is Status.RUNNING and job.cpus * (server.store.steady() - job.moved_at) > job.charged:
-        server.store.charge_longer(job)
-
-
 def judge(server: Server, job: Job) -> None:
-    """Judge a job that is with a client by how long that has been silent."""
+    """Decide what becomes of a job whose client is silent, by how long it has been."""
     link = server.links.get(job.client or "")
     if link is None:
         since_start_s = server.clock.monotonic() - server.started
         if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
-            judge_silence(server, job, f"{job.client} is not configured any more", since_start_s)
+            judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
-    elif link.failures and goes_on_elsewhere(server, link, job):
+    elif link.outage.failures and goes_on_elsewhere(server, link, job):
         return
-    elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
+    elif link.outage.failures and link.silent_s() > SILENT_AFTER_S:
+        trouble = Reason.NOT_SENT.format(client=link.name, error=link.outage.reason)
+        judge_silence(server, job, trouble, 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
-    """Go on with a job whose sending ended when the database could not be written."""
+    """Go on with a job that was sent while the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
-        server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+        server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
         return
-    reason = "what came of sending it could not be written down: it is asked again under the same key"
-    server.store.move(job, Status.UNKNOWN, reason)
+    server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
     server.wake(f"send:{link.name}")
 
@@ -8626,18 +8734,18 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, trouble)
         job = server.store.get(job.id) or job
-    silence = f"{trouble}, and so for {format_duration(silent_s)}"
-    new_attempt(server, job, silence if job.kill_requested_at is None else f"{silence}; should it come back, the job is ended there")
+    text = Reason.SILENT if job.kill_requested_at is None else Reason.SILENT_AND_KILLED
+    new_attempt(server, job, text.format(trouble=trouble, duration=format_duration(silent_s)))
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
-    """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
+    """Fail the queued jobs of a service if none of its clients answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
-    if any(not link.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
+    if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
-        reason = f"client unreachable: no client of {service.name} answered for {format_duration(service.unreachable_after_s)}"
+        reason = Reason.UNREACHABLE.format(service=service.name, duration=format_duration(service.unreachable_after_s))
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
@@ -8655,11 +8763,11 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 28. Waiting ==  Why a job waits, its place in the queue, and when it may start.
 
 
 class QueueInfo(NamedTuple):
-    """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
+    """What a waiting job waits for, its place in the queue (1 is next), and for how many seconds; None if unknown."""
 
     waiting_for: str | None = None
     position: int | None = None
@@ -8693,13 +8801,13 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
     link = server.links.get(job.client or "")
     if job.status is Status.UNKNOWN:
         return job.reason
-    if job.status in BUSY and link and link.trouble:
-        return f"{link.name} {link.trouble}"
+    if job.status in BUSY and link and link.outage.reason:
+        return f"{link.name} {link.outage.reason}"
     return link.notes.get(job.id) if link and job.status in BUSY else None
 
 
 def follows_text(server: Server, job: Job) -> str:
-    """Return for which jobs a job waits that it is to follow: one of them by name, the others counted."""
+    """Say which jobs a job must wait for: the first by its id, the others by their number."""
     open_jobs = [found for found in map(server.store.get, ids_in(job.after_ids)) if found is not None and found.status not in OVER]
     if not open_jobs:
         return "the jobs that it is to follow have just ended"
@@ -8749,39 +8857,27 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
 
 
 @dataclass
-class Hold:
-    """Why nothing is started for now: what runs payloads is away, or takes none of a service."""
+class Held(Backoff):
+    """A payload that waits at the client: what runs payloads has refused it, or was not asked yet."""
 
-    reason: str
-    failures: int
-    until: float  # monotonic
-
-
-@dataclass
-class Held:
-    """A payload that waits at the client: what runs payloads has not taken it yet, or was not asked."""
-
-    reason: str = ""
-    refusals: int = 0  # in a row
     tried_at: float = float("-inf")  # monotonic
-    until: float = float("-inf")  # monotonic: it is not tried again before, unless others come
     passed: bool = False  # others were taken after it was refused: the trouble is its own
 
 
 class Holds:
-    """Which payloads are handed over now: of each service first who has waited longest, and nobody waits for the trouble of another."""
+    """Decides which payloads the executor gets now: the longest waiting of each service first; no service waits because of another."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.by_service: dict[str, Hold] = {}  # "" for all
+        self.by_service: dict[str, Backoff] = {}  # "" for all
         self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
 
-    def of(self, key: str) -> Hold | None:
+    def of(self, key: str) -> Backoff | None:
         """Return what holds a service now, or None."""
         hold = self.by_service.get(key)
-        return hold if hold and self.clock.monotonic() < hold.until else None
+        return hold if hold and hold.waits() else None
 
-    def of_all(self) -> Hold | None:
+    def of_all(self) -> Backoff | None:
         """Return what keeps every payload from being started now, or None."""
         return self.of("")
 
@@ -8797,21 +8893,17 @@ class Holds:
 
     def hold(self, key: str, reason: str) -> None:
         """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
-        known = self.by_service.get(key)
         if key and self.of(key):
             return  # asked once more because others came: that makes it no longer
-        if known is None or known.reason != reason:
+        if self.by_service.setdefault(key, Backoff(self.clock)).failed(reason):
             log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
-        failures = known.failures + 1 if known else 1
-        self.by_service[key] = Hold(reason, failures, self.clock.monotonic() + backoff_s(failures))
 
     def put_off(self, job: Job, reason: str) -> None:
         """Note that what runs payloads does not take one now: it is tried again, later and later."""
-        held, now = self.held.setdefault(job.id, Held()), self.clock.monotonic()
-        if held.reason != reason:
+        held = self.held.setdefault(job.id, Held(self.clock))
+        if held.failed(reason):
             log.warning("payload %d is not taken: %s", job.id, reason)
-        held.reason, held.refusals, held.tried_at = reason, held.refusals + 1, now
-        held.until = now + backoff_s(held.refusals)
+        held.tried_at = self.clock.monotonic()
 
     def taken(self, job: Job) -> None:
         """Note that what runs payloads has taken one."""
@@ -8831,13 +8923,13 @@ class Holds:
 
         Only one that was refused while others were taken waits by itself.
         """
-        now = self.clock.monotonic()
-        is_batch = [job for job in waiting if not self.held[job.id].passed]
-        alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
-        first, others_came = self.held[is_batch[0].id] if is_batch else Held(), any(not self.held[job.id].refusals for job in is_batch)
-        early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
+        together = [job for job in waiting if not self.held[job.id].passed]
+        alone = [job for job in waiting if self.held[job.id].passed and not self.held[job.id].waits()][:1]
+        first = self.held[together[0].id] if together else Held(self.clock)
+        others_came = any(not self.held[job.id].failures for job in together)
+        early = self.clock.monotonic() < first.tried_at + TRY_AGAIN_S or (not others_came and first.waits())
         held = not others_came and self.of(waiting[0].service or "-")
-        return alone if first.refusals and (early or held) else is_batch + alone
+        return alone if first.failures and (early or held) else together + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
         """Start payloads that are due, each service by itself."""
@@ -8854,20 +8946,21 @@ class Holds:
             job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
             waiting.remove(job)
             held = self.held[job.id]
-            before = held.refusals
+            before = held.failures
             if start(job):
                 for other in refused:
                     other.passed = True
                 refused.clear()
-            elif held.refusals > before and not held.passed:
+            elif held.failures > before and not held.passed:
                 refused.append(held)
         if len(refused) == 2:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 27. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 29. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 
+BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
 ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
 
 
@@ -8879,8 +8972,8 @@ class Client(Node):
         self.executor = make_executor(data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
         self.holds = Holds(self.clock)
-        self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
-        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
+        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end though they shall
+        self.tried: dict[int, Backoff] = {}  # by payload id: those that were started, and nobody could say whether it succeeded
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
@@ -8926,7 +9019,9 @@ def run_tick(client: Client) -> bool:
     problem_since(client, problem)
     for job in started:
         if outcomes[job.id].alive and job.kill_requested_at is None:
-            track(client, job, outcomes[job.id], problem)
+            if job.started_at is None and not outcomes[job.id].waits:
+                client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
+            set_wait_reason(client, job.id, problem or outcomes[job.id].waits)
     ended = [job for job in started if not outcomes[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
@@ -8938,15 +9033,8 @@ def run_tick(client: Client) -> bool:
     return bool(ended)
 
 
-def track(client: Client, job: Job, outcome: Outcome, problem: str) -> None:
-    """Note that a payload has begun, or what it waits for, or why nothing is known of it now: servers hear of all three."""
-    if job.started_at is None and not outcome.waits:
-        client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
-    set_wait_reason(client, job.id, problem or outcome.waits)
-
-
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
-    """Note what a payload waits for, or that it waits for nothing; servers are told where that is news."""
+    """Note what a payload waits for, or that it waits for nothing; report it to the server if it is new."""
     if client.notes.get(job_id, "") == text:
         return
     client.notes[job_id] = text
@@ -8955,40 +9043,27 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     client.store.tell(job_id)
 
 
-def drop_scratch(client: Client, job: Job) -> None:
-    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
-    folder = client.data.job(job.mark)
-    if not remove_scratch(folder, at_once=False):
-        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
-
-
-def drop_notes_and_scratch(client: Client, job: Job) -> None:
-    """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
-    drop_scratch(client, job)
-    drop_notes(client, job.id)
-
-
 def drop_notes(client: Client, job_id: int) -> None:
-    """Keep nothing in mind of a payload that is over."""
+    """Drop what is noted of a payload that is over."""
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
 
 
 def shown_status(job: Job) -> Status:
-    """Return a payload's status as servers see it: what waits in the line of a batch system does not run yet."""
+    """Return a payload's status as servers see it: one that waits in a batch system's queue is Prepared."""
     return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
 
 
 def problem_of(client: Client, for_all: bool = False) -> str:
-    """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
+    """Return why nothing can be started now, `for_all` services or for one; an empty text if all is well."""
     held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
 
 
 def problem_since(client: Client, problem: str) -> float | None:
     """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
-    if not problem and not client.holds.by_service:  # one that is over for a moment, to be tried again, goes on
+    if not problem and not client.holds.by_service:  # while a retry is under way, the problem is not over
         client.troubled_at = None
     elif client.troubled_at is None:
         client.troubled_at = client.clock.wall()
@@ -8996,12 +9071,12 @@ def problem_since(client: Client, problem: str) -> float | None:
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
-    """Start payloads in the order in which they came, as slots and memory let; one that must wait is not overtaken.
+    """Start payloads in the order of their arrival, as slots and memory allow; none overtakes one that must wait.
 
-    What asks for more than there is runs alone.
+    A payload that asks for more than there is runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
-    if client.executor.is_batch:  # its cores are not ours to count
+    if client.executor.is_batch:  # the batch system counts the cores
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
         start_held(client)
@@ -9016,10 +9091,10 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
 
 
 def begin(client: Client, job: Job) -> bool:
-    """Start one payload: the mark is stored before, the handle after. False where it cannot run."""
+    """Start one payload: Running is stored before, the handle after. False if it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
-        reason = "its files are missing on the client's disk: somebody removed them"
+        reason = Reason.FILES_REMOVED.format(where="client")
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return False
     problem = why_not_runnable(work / "run.sh")
@@ -9035,7 +9110,7 @@ def begin(client: Client, job: Job) -> bool:
 
 @contextlib.contextmanager
 def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
-    """Let nobody end a payload between row and handle: there would be nothing to end yet. False where somebody does just now."""
+    """Keep other threads from killing a payload that has no handle yet. Yields False if one is killing it just now."""
     with client.lock:
         free = job.id not in client.ending
         client.ending.update({job.id} if free else ())
@@ -9056,34 +9131,37 @@ def launch(client: Client, job: Job) -> None:
     if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
         crash_point("run.marked")
         if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
-            client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
+            client.holds.held[job.id] = Held(client.clock)  # it takes its turn among those that wait: see start_held
         else:
             start_on_executor(client, job)
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
-    """Have a payload started whose row says Running; True where it was taken.
+    """Start a payload whose row says Running; True if the executor took it.
 
-    Where that cannot be done now it is tried again, where it never can it has failed.
+    If that is impossible now, it is tried again; if it can never run, it has failed.
     """
     try:
         handle = client.executor.start(job)
     except SubmitRefused as error:
         client.holds.put_off(job, str(error))
     except BackendUnavailable as error:
-        client.holds.held.pop(job.id, None)  # nobody knows whether it has it
-        client.tried[job.id] = client.clock.monotonic()
+        client.holds.held.pop(job.id, None)  # it is unknown whether the executor has it
+        client.tried.setdefault(job.id, Backoff(client.clock)).failed(error, FIND_AGAIN_S)
         client.holds.hold("", str(error))
         set_wait_reason(client, job.id, str(error))
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
     except OSError as error:
-        fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
+        fail_to_start(client, job, Reason.NOT_STARTED.format(error=os.strerror(error.errno or 0)), Cause.INFRASTRUCTURE)
     else:
         crash_point("run.started")
         client.holds.taken(job)
         client.tried.pop(job.id, None)
-        keep_handle(client, job, handle)
+        if client.executor.is_batch:
+            log.info("payload %d is job %s of the batch system", job.id, handle)
+        client.unsaved[job.id] = (handle, client.store.steady())
+        save_handles(client)
         crash_point("run.stored")
         return True
     return False
@@ -9091,22 +9169,15 @@ def start_on_executor(client: Client, job: Job) -> bool:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    drop_notes_and_scratch(client, job)
+    drop_notes(client, job.id)
+    drop_scratch(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
 
 
-def keep_handle(client: Client, job: Job, handle: str) -> None:
-    """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
-    if client.executor.is_batch:
-        log.info("payload %d is job %s of the batch system", job.id, handle)
-    client.unsaved[job.id] = (handle, client.store.steady())
-    save_handles(client)
-
-
 def save_handles(client: Client) -> None:
-    """Store the handles of what was started; StorageError where that is not possible now: it is done before anything is judged."""
+    """Store the handles of started payloads; StorageError keeps the tick from judging any payload before that."""
     for job_id, (handle, now) in list(client.unsaved.items()):
         client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
         client.unsaved.pop(job_id, None)
@@ -9115,14 +9186,14 @@ def save_handles(client: Client) -> None:
 def why_not_runnable(script: Path) -> str:
     """Return why a payload's run.sh cannot be run, or an empty text."""
     if not script.is_file():
-        return "there is no run.sh: upload a bash script of that name"
+        return Reason.NO_SCRIPT
     if script.stat().st_size == 0:
-        return "run.sh is empty: it has 0 bytes"
+        return Reason.EMPTY_SCRIPT
     return ""
 
 
 def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that has outgrown its limit."""
+    """Free the middle of an output stream that is over its limit."""
     if not client.holes:
         return
     try:
@@ -9183,11 +9254,6 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     return found
 
 
-def left_out_text(count: int) -> str:
-    """Return what a reason says of files that no archive can hold; an empty text for none."""
-    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
-
-
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
     """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
     folder = client.data.job(job.mark)
@@ -9197,7 +9263,8 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         set_wait_reason(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
     if outcome.cause is None and not has_work(folder):
-        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=work_gone(outcome.exit_status))
+        text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
+        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
@@ -9206,35 +9273,28 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
     if too_much:
-        reason = f"the result has {too_much}; run.sh ended with exit status {outcome.exit_status}"
+        reason = Reason.RESULT_HAS_EXIT.format(too_much=too_much, status=outcome.exit_status)
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
     elif outcome.cause is not None:
         to = Status.KILLED if outcome.cause is Cause.CANCELLED else Status.FAILED
-        moved = client.store.move(job, to, outcome.reason or limit_text(job, folder), cause=outcome.cause.value, **changes)
+        moved = client.store.move(job, to, outcome.reason or limit_reason(folder, job.timeout or 0), cause=outcome.cause.value, **changes)
     elif outcome.exit_status == 0:
-        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if outcome.children_left else "")
+        reason = Reason.COMPLETED_CHILDREN if outcome.children_left else Reason.COMPLETED
         moved = client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = outcome.exit_status or 0
-        number = status - 128 if 128 < status < 193 else None
-        reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        reason += left_out_text(left_out)
+        run_s = run_seconds(started, ended, client.store.steady() - job.moved_at)
+        reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
-        drop_notes_and_scratch(client, job)
-
-
-def limit_text(job: Job, folder: Path) -> str:
-    """Return one sentence on a script that was ended at its time limit."""
-    words = last_line(folder / "stderr")
-    reason = f"run.sh was ended at its time limit of {format_duration(job.timeout or 0)}"
-    return f'{reason}; last line of standard error: "{words}"' if words else reason
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
 
 
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone.
+    """Return when a payload began and ended, by the times of the wrapper's files; by the clock if they are gone.
 
-    None where it never began: the claim is missing, or empty because it was made only to keep others out.
+    None if it never began: its claim is missing, or is empty because it was made only to fence the attempt.
     """
     if job.started_at is None and not read_claim(folder, job.attempt):
         return None, time.time()
@@ -9248,7 +9308,7 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
 
 
 def end_tick(client: Client) -> bool:
-    """End one payload that shall end; True where there was one."""
+    """Kill one payload that is to end; True if there was one."""
     job = take_for_ending(client)
     if job is None:
         return False
@@ -9257,7 +9317,7 @@ def end_tick(client: Client) -> bool:
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
         outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
-        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
+        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # it ended before the kill
             finish(client, job, outcome, patient=True)
             return True
         if job.status is Status.RUNNING:
@@ -9266,22 +9326,22 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
-            with contextlib.suppress(BackendUnavailable):  # what it left is worth having, and not worth waiting for
+            with contextlib.suppress(BackendUnavailable):  # its outputs are wanted, but not worth waiting for
                 client.executor.collect(job)
-        started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
-            client.store.move(job, Status.FAILED, limit_text(job, folder), cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
+            times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
+            client.store.move(job, Status.FAILED, limit_reason(folder, job.timeout or 0), cause=Cause.LIMIT.value, **times)
         else:
-            client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
+            client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        drop_notes_and_scratch(client, job)
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
     except StillRunning as error:
-        if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
+        if client.stubborn.setdefault(job.id, Backoff(client.clock)).failed(error, client.config.run_interval_s):
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
-        client.stubborn[job.id] = (str(error), client.clock.monotonic())
-        return True  # others that shall end are not kept waiting by this one
+        return True  # go on with the others
     finally:
         with client.lock:
             client.ending.discard(job.id)
@@ -9290,12 +9350,11 @@ def end_tick(client: Client) -> bool:
 
 
 def take_for_ending(client: Client) -> Job | None:
-    """Return a payload that shall end, that no other thread is ending, and that was not tried a moment ago."""
-    before = client.clock.monotonic() - client.config.run_interval_s
+    """Return a payload to kill that no other thread is killing, and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
-                lately = job.id in client.stubborn and client.stubborn[job.id][1] > before
+                lately = job.id in client.stubborn and client.stubborn[job.id].waits()
                 if job.kill_requested_at is None or job.id in client.ending or lately:
                     continue
                 client.ending.add(job.id)
@@ -9330,7 +9389,7 @@ def check_executor(client: Client) -> None:
 
 
 def recover_payloads(client: Client) -> None:
-    """At the start of a client: find again what it started before, or start what provably never ran."""
+    """At the start of a client: find the payloads that it started before, and start those that certainly never ran."""
     if client.store.is_new:
         end_orphans(client)
     if client.store.rebooted:
@@ -9342,10 +9401,11 @@ def recover_payloads(client: Client) -> None:
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
-    before, held = client.clock.monotonic() - FIND_AGAIN_S, client.holds.held
-    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].refusals}
-    asked = [job for job in cut_off if (job.id in refused if job.id in held else client.tried.get(job.id, before) <= before)]
+    """Find payloads that were started before a crash or a lost answer; queue those that certainly never were."""
+    held = client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
+    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
     if not asked or client.holds.of_all():
         return
     try:
@@ -9362,17 +9422,18 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
-            client.tried[job.id] = client.clock.monotonic()
-            set_wait_reason(client, job.id, "whether its submission, which was cut off, got through is waited for")
+            text = "whether its submission, which was cut off, got through is waited for"
+            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
+            set_wait_reason(client, job.id, text)
         elif job.id not in held:
             if job.id not in client.tried:
                 log.warning("payload %d was marked and never started: it is started now", job.id)
-            held[job.id] = Held()
+            held[job.id] = Held(client.clock)
     start_held(client)
 
 
 def start_held(client: Client) -> None:
-    """Start what waits here for what runs payloads to take it, as far as its turn has come; the others hear why they wait."""
+    """Start the waiting payloads whose turn has come; note for the others why they wait."""
     client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
     for job in waiting_here(client):
         reason = client.holds.reason_of(job)
@@ -9381,7 +9442,7 @@ def start_held(client: Client) -> None:
 
 
 def waiting_here(client: Client) -> list[Job]:
-    """Return the payloads that wait here, as they came; what has ended or was found meanwhile waits no more."""
+    """Return the payloads that wait here, in the order of their arrival; drop those that ended or were found meanwhile."""
     found = []
     for job_id in sorted(client.holds.held):
         job = client.store.get(job_id)
@@ -9393,7 +9454,7 @@ def waiting_here(client: Client) -> list[Job]:
 
 
 def start_now(client: Client, job: Job) -> bool:
-    """Start a payload that was marked and never started, unless it shall end meanwhile; True where it was taken."""
+    """Start a payload that is marked Running and was never started, unless it is to be killed; True if the executor took it."""
     taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
@@ -9404,17 +9465,16 @@ def start_now(client: Client, job: Job) -> bool:
 
 
 def distrust(client: Client) -> None:
-    """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
-    reason = "the machine was restarted, and what had reached its disk is not known"
+    """After a reboot, give up files and results that may not have reached the disk; the server tries those jobs again."""
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
         if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
-            client.store.move(job, Status.CLEANED, reason)
+            client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
-        client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+        client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def sync_tick(client: Client) -> bool:
-    """Bring results that nobody has fetched yet to the disk: one call for all of them."""
+    """Flush results to the disk that no server has fetched yet: one call for all of them."""
     jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
@@ -9424,18 +9484,12 @@ def sync_tick(client: Client) -> bool:
 
 
 def end_orphans(client: Client) -> None:
-    """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
-    folders = list(client.data.jobs.iterdir())
-    client.executor.end_orphans([folder.name for folder in folders])
-    for folder in folders:
-        try:
-            remove_scratch(folder)
-            remove_tree(folder)
-        except OSError as error:
-            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+    """A new database, or one in memory, knows nothing of an earlier run's payloads: kill and remove them."""
+    client.executor.end_orphans([folder.name for folder in client.data.jobs.iterdir()])
+    discard_payloads(client.data)
 
 
-# == 28. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 30. Results ==  A payload's files are packed once, for all who ask for them.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -9485,7 +9539,7 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
 
 
 def open_work(folder: int) -> int | None:
-    """Return a descriptor of a payload's work folder, or None where the script put something else in its place."""
+    """Return a descriptor of a payload's work folder, or None if the script put something else in its place."""
     try:
         give_rights(folder, "work")
         return open_folder(folder, "work", flags=os.O_RDONLY)
@@ -9540,7 +9594,7 @@ class Packing:
             place.release()
 
     def outdated(self) -> bool:
-        """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
+        """Tell whether it can be dropped: no caller waits for it, and none is expected."""
         if not self.done.is_set() or self.readers:
             return False
         if self.passing or self.archive is None or not self.archive.whole:
@@ -9563,7 +9617,7 @@ class Packing:
 
 
 def forget_packings(client: Client) -> None:
-    """Let go of packed results that nobody has come for in a while."""
+    """Drop packed results that nobody has asked for in a while."""
     with client.lock:
         for key, packing in list(client.packings.items()):
             if packing.outdated():
@@ -9573,7 +9627,7 @@ def forget_packings(client: Client) -> None:
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere."""
+    """Drop packed results that the server has stored."""
     for job_id in job_ids:
         packing = client.packings.get((job_id, True))
         if packing is not None:
@@ -9582,7 +9636,7 @@ def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
 
 
 def take_packing(client: Client, job: Job) -> Packing:
-    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 where too many are packed already."""
+    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 if too many wait to be packed."""
     forget_packings(client)
     key = (job.id, job.status in ENDED)
     quick = key in client.packings or is_quick(client, job)
@@ -9640,7 +9694,7 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
-    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
+    """Return a small result in base64 with its SHA-256, to save the server a call; nothing if it is not small."""
     try:
         with opened_folder(client.folder(job)) as folder:
             if not is_small(folder):
@@ -9665,7 +9719,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 29. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 31. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
 
@@ -9808,7 +9862,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 30. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 32. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
@@ -10302,7 +10356,7 @@ PARTS = {
 }
 
 
-# == 31. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 33. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
@@ -10774,7 +10828,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 32. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 34. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11011,7 +11065,7 @@ def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
         folder.mkdir()
         yield
     except BaseException:
-        remove_tree(folder)
+        discard(folder)
         raise
     finally:
         node.data.receiving.discard(key)
@@ -11051,7 +11105,7 @@ def upload(server: Server, request: Request) -> Answer:
                 if earlier is None:
                     raise
     if earlier is not None:
-        remove_tree(folder)
+        discard(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
     warnings = [*field_warnings(form.fields), *hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
     said = {**job_json(server, job), "warnings": warnings}
@@ -11080,7 +11134,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 33. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 35. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11194,12 +11248,12 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
 
     HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
     """
-    if link.failures:
-        raise HttpError(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
+    if link.outage.failures:
+        raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
     with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
         if not (here and anywhere):
             raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
-        yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
+        yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
 
 
 def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bool]) -> bool:
@@ -11324,24 +11378,24 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
     link = server.links.get(job.client or "")
     message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
-    if link is not None and not link.trouble:
+    if link is not None and not link.outage.reason:
         message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
 def is_silent(link: Link | None) -> bool:
     """Tell whether a client does not answer now: nothing is gained by waiting for it."""
-    return link is not None and bool(link.failures)
+    return link is not None and bool(link.outage.failures)
 
 
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
     with server.places.place() as parked:
         link = server.links.get(job.client or "")
-        if link is not None and link.failures and parked:
+        if link is not None and link.outage.failures and parked:
             try_now(server, request, link)
         server.wake(f"kill:{job.client}")
-        patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+        patience_s = WAIT_LIMIT_S if parked and link and not link.outage.failures else 0.0
 
         noted_until = time.monotonic() + NOTED_PATIENCE_S
 
@@ -11357,7 +11411,7 @@ def try_now(server: Server, request: Request, link: Link) -> None:
     failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
     link.try_at = server.clock.monotonic()
     server.wake(f"get:{link.name}")
-    while link.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+    while link.outage.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
         if server.stopping.wait(0.02):
             return
 
@@ -11368,7 +11422,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 36. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -11399,7 +11453,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     said = []
     for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
-        held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
+        held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
@@ -11502,7 +11556,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 37. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -11672,15 +11726,15 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
     with client.placing:  # between the files and the row nobody else may come
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
-            remove_tree(folder)
+            discard(folder)
             return job
-        remove_tree(place)  # a crash left it without a row: it never ran
+        discard(place)  # a crash left it without a row: it never ran
         os.rename(folder, place)
         crash_point("submit.renamed")
         try:
             return client.store.add(new, "submitted")
         except BaseException:
-            remove_tree(place)
+            discard(place)
             raise
 
 
@@ -11708,7 +11762,7 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
-        client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
+        client.store.move(job, Status.CLEANED, Reason.WORK_REMOVED)
         job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
@@ -11961,7 +12015,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 38. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -12151,7 +12205,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 37. Weak set-ups ==  What lets others in is refused or warned of at every start.
+# == 39. Weak set-ups ==  What lets others in is refused or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
@@ -12229,7 +12283,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
 
 
-# == 38. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 40. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -12349,7 +12403,7 @@ def open_node(config: Config) -> Node:
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
-        store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
+        store.move(job, Status.UNKNOWN, Reason.SERVER_RESTARTED.format(client=job.client))
         crash_point("start.asked")
     return server
 

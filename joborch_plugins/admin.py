@@ -59,6 +59,7 @@ from joborch import (
     crash_point,
     damage_of,
     decided_restore,
+    discard,
     finish_restore,
     first_file_limit,
     folder_of,
@@ -80,7 +81,6 @@ from joborch import (
     plural,
     read_answer,
     read_some,
-    remove_tree,
     size_text,
     socket_path,
     time_stamp,
@@ -112,11 +112,11 @@ def copy_database(source: str, target: Path) -> None:
             raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
         fsync_path(target)
     except sqlite3.Error as error:
-        remove_tree(target)
+        discard(target)
         held = ": the server that runs on it holds it alone, stop it first" if "locked" in str(error) else ""
         raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
     except BaseException:
-        remove_tree(target)
+        discard(target)
         raise
 
 

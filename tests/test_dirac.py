@@ -997,7 +997,7 @@ def test_dirac_away_ends_nothing_and_problem_says_since_when(bench: Bench) -> No
 @pytest.mark.parametrize("status", [200, 201, 404, 500])
 def test_rubbish_for_an_answer_is_no_answer(answer: str, status: int, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = changed(bench.payload("true"), handle="7")
-    said = types.SimpleNamespace(status=status, data=answer.encode(), reason="")
+    said = types.SimpleNamespace(status_code=status, content=answer.encode(), reason="")
     monkeypatch.setattr(bench.executor.service, "send", lambda *a, **more: said)
     assert bench.outcome(job).alive and bench.executor.problem()
     with pytest.raises(BackendUnavailable):

@@ -753,7 +753,7 @@ def test_a_disk_becomes_full_while_a_large_upload_comes(make_disk: Callable[...,
             head = raw_head("POST", "/upload", server.port, f"Content-Length: {len(body)}", f"Content-Type: {FORM_TYPE}")
             line.sendall(head + body[: 4 * MIB])
             before = disk.pages()
-            wait_for(lambda: disk.pages() < before - 3 * MIB // PAGE or disk.pages() < 13_000, 10, "the first part on the disk")
+            wait_for(lambda: disk.pages() < before - 3 * MIB // PAGE or disk.pages() < 13_000, 30, "the first part on the disk")
             disk.fill()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 line.sendall(body[4 * MIB :])

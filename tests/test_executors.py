@@ -482,8 +482,8 @@ TREES = {
 @pytest.mark.parametrize("tree", TREES)
 def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> None:
     job, bystander = bench.signalled(TREES[tree]), bench.signalled("READY\nBLOCK")
-    others = [process.pid for process in joborch.all_processes() if holds_open(process.pid, bench.folder(job) / "go")]
-    assert others
+    go = bench.folder(job) / "go"
+    others = wait_for(lambda: [process.pid for process in joborch.all_processes() if holds_open(process.pid, go)], what="it to block")
     bench.executor.cancel(job)
     left = [pid for pid in others if alive(pid)]
     for pid in left:

@@ -408,7 +408,8 @@ class Desk:
 
     def __init__(self, folder: DataFolder, urls: str, **settings: str) -> None:
         self.data, self.clock = folder, HandClock()
-        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path), **settings}
+        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path)}
+        self.environment.update({"PORT": str(free_port()), **settings})
         self.open()
 
     def open(self) -> None:
@@ -456,7 +457,7 @@ class Desk:
         """One tick of the sender; whether there was something to send."""
 
         def state() -> tuple[int, int]:
-            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.failures
+            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.outage.failures
 
         before = state()
         send_next(self.server, self.link)
