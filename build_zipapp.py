@@ -50,7 +50,7 @@ SWAGGER_PACKAGE = "drf-spectacular-sidecar"
 SWAGGER_WHEEL_FOLDER = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FOLDER = f"{PLUGINS}/swagger-ui/"
 SWAGGER_FILES = ("LICENSE", "favicon-32x32.png", "swagger-ui-bundle.js", "swagger-ui.css")
-DATA = {SWAGGER_FOLDER + name for name in SWAGGER_FILES}
+DATA = {SWAGGER_FOLDER + name for name in SWAGGER_FILES} | {"certifi/cacert.pem"}  # requests looks for it when it is imported
 LEFT_OUT = re.compile(r"[^/]+\.(dist-info|data)/|drf_spectacular_sidecar/|.*/tests/")
 
 LICENCE = re.compile(r"^(?P<package>[^/]+)\.dist-info/(?:.*/)?(?P<file>(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS)[^/]*)$")
@@ -161,7 +161,7 @@ def place(name: str) -> str | None:
     if name.startswith(SWAGGER_WHEEL_FOLDER):
         file = name[len(SWAGGER_WHEEL_FOLDER) :]
         return SWAGGER_FOLDER + file if file in SWAGGER_FILES else None
-    return name if name.endswith(".py") and not LEFT_OUT.match(name) else None
+    return name if (name.endswith(".py") or name in DATA) and not LEFT_OUT.match(name) else None
 
 
 def packed_bytes(wheel: bytes, entry: zipfile.ZipInfo) -> bytes:
@@ -225,7 +225,7 @@ def members(source: Path, pins: Iterable[Pin], wheels: Iterable[Path]) -> dict[s
         raise BuildError(f"{len(found) - len(by_name)} files of the locked packages have the name of another")
     lacking = DATA - by_name.keys()
     if lacking:
-        raise BuildError(f"the package of {BUILD_LOCK} lacks {', '.join(sorted(lacking))}: pin a release that brings them")
+        raise BuildError(f"the locked packages lack {', '.join(sorted(lacking))}: pin releases that bring them")
     return by_name
 
 

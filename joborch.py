@@ -52,6 +52,7 @@ import functools
 import grp
 import hashlib
 import hmac
+import http.client
 import importlib
 import io
 import ipaddress
@@ -71,6 +72,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -98,7 +100,6 @@ if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, whic
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
-    import urllib3
 
 sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
 
@@ -397,13 +398,6 @@ def host_of(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def http_pool(**options: Any) -> urllib3.PoolManager:
-    """Return connections to a peer, which threads may share; nothing is tried again unasked. `options` are urllib3's."""
-    import urllib3
-
-    return urllib3.PoolManager(num_pools=4, maxsize=16, retries=False, blocksize=CHUNK_BYTES, **options)
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
     import difflib
@@ -424,7 +418,7 @@ PLUGIN_API: tuple[str, ...] = (
     "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point",
     "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
     "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
-    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
+    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
     "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor",
     "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
     "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim", "read_exit",
@@ -5617,7 +5611,7 @@ class Proof(NamedTuple):
         ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
         return self.mac("request", length, said.get("content-type", ""), ours)
 
-    def of_answer(self, status: int, headers: Mapping[str, str]) -> str:
+    def of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> str:
         """Return the MAC of the answer to this request; the body is compared by the length and digest that its head names."""
         return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
 
@@ -6060,7 +6054,8 @@ INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's di
 SLOWEST_BYTES_S = 8 * KIB  # an answer that comes more slowly on the whole is given up
 WANTED_LOOK_S = 1.0  # between two looks whether anybody still waits for an answer
 BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
-CALL = threading.local()  # `bounds`: those of the answer that this thread is about to read
+IDLE_CONNECTIONS = 16  # to one client
+CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is no number
 
 
 def whole_in(said: Any, least: int, most: int) -> int | None:
@@ -6149,19 +6144,21 @@ def read_events(text: bytes) -> EventsReply:
     return heard
 
 
-def plain_cause(error: BaseException) -> str:
-    """Return the innermost reason of a chain of network errors, as people say it."""
-    seen: list[BaseException] = []
-    inner: BaseException | None = error
-    while inner is not None and inner not in seen:
-        seen.append(inner)
-        reason = getattr(inner, "reason", None)
-        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
-    for one in reversed(seen):
-        if isinstance(one, OSError) and one.errno:
-            return os.strerror(one.errno).lower() if one.errno > 0 else "its name is not known"
-    text = re.sub(r"<[^>]*>:? ?", "", str(seen[-1]))
-    text = one_line(text or type(seen[-1]).__name__, 120)
+def plain_cause(error: Exception) -> str:
+    """Return why a connection failed, in plain words."""
+    if isinstance(error, http.client.IncompleteRead):
+        return "it ended too early"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it hung up without an answer"
+    if isinstance(error, http.client.HTTPException):
+        return f"what came is not HTTP ({type(error).__name__})"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known"
+    if isinstance(error, ssl.SSLError):  # has numbers of its own
+        return f"TLS failed: {(getattr(error, 'reason', None) or 'no reason given').replace('_', ' ').lower()}"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    text = one_line(str(error) or type(error).__name__, 120)
     return text[:1].lower() + text[1:]
 
 
@@ -6266,46 +6263,96 @@ class Incoming(io.RawIOBase):
         super().close()
 
 
-def bounded_pool(look: Callable[[socket.socket], None], ca_file: str = "") -> urllib3.PoolManager:
-    """Return connections to a client. Each answer is held to the bounds in `CALL` of the thread that asks.
+class Reply(http.client.HTTPResponse):
+    """The answer of a client: held to bounds, and never unpacked. Once its body is read, its connection serves the next call."""
 
-    `look` sees each connection before its first byte, and raises NothingSent if it must not be used. `ca_file` holds the
-    certificates to trust, in PEM.
-    """
-    import http.client
+    def __init__(self, sock: socket.socket, method: str | None, connection: Connection) -> None:
+        self.connection: Connection | None = connection
+        super().__init__(sock, method=method)
+        self.incoming = Incoming(self.fp.detach(), sock, connection.bounds)
+        self.fp = io.BufferedReader(self.incoming)
 
-    class Response(http.client.HTTPResponse):
-        def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
-            super().__init__(sock, *arguments, **options)
-            self.incoming = Incoming(self.fp.detach(), sock, getattr(CALL, "bounds", Bounds(READ_TIMEOUT_S)))
-            self.fp = io.BufferedReader(self.incoming)
+    def piece(self, limit_bytes: int) -> bytes:
+        """Return what has come of the body, an empty piece at its end; NoAnswer if it breaks off.
 
-        def read1(self, n: int = -1) -> bytes:
-            data = super().read1(n)
-            self.incoming.body_count += len(data)
-            return data
+        Unlike read(), it drops nothing of a body whose rest does not come.
+        """
+        try:
+            data = self.read1(limit_bytes)
+            if not data and self.length:
+                raise http.client.IncompleteRead(b"", self.length)
+        except CONNECTION_ERRORS as error:
+            self.close()
+            raise NoAnswer(f"the transfer broke after {self.incoming.body_count} bytes: {plain_cause(error)}") from error
+        self.incoming.body_count += len(data)
+        if not data and self.connection is not None:
+            connection, self.connection = self.connection, None
+            self.close()
+            connection.rest()
+        return data
 
-    class Looked:
-        response_class = Response
-
-        def _new_conn(self) -> socket.socket:
-            made: socket.socket = cast("Any", super())._new_conn()
-            try:
-                look(made)
-            except BaseException:
-                made.close()
-                raise
-            return made
-
-    pool, bounded = http_pool(**({"ca_certs": ca_file} if ca_file else {})), {}
-    for scheme, known in pool.pool_classes_by_scheme.items():
-        connection = type("Connection", (Looked, cast("Any", known).ConnectionCls), {})
-        bounded[scheme] = type("Pool", (known,), {"ConnectionCls": connection})
-    pool.pool_classes_by_scheme = bounded
-    return pool
+    def close(self) -> None:
+        """End it. If anything of its body was not read, its connection is of no further use."""
+        connection, self.connection = self.connection, None
+        super().close()
+        if connection is not None:
+            connection.close()
 
 
-def refuse_encoded(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
+class Connection(http.client.HTTPConnection):
+    """A connection to a client, which waits in `idle` for the next call once an answer was read to its end."""
+
+    response_class: Any  # see __init__
+
+    def __init__(self, url: str, idle: list[Connection]) -> None:
+        self.secure, self.idle, self.bounds = url.startswith("https:"), idle, Bounds(READ_TIMEOUT_S)
+        self.default_port = 443 if self.secure else 80
+        parts = urlsplit(url)
+        super().__init__(parts.hostname or "", parts.port or self.default_port, blocksize=CHUNK_BYTES)
+        self.response_class = functools.partial(Reply, connection=self)
+
+    def open(self, look: Callable[[socket.socket], None], ca_file: str) -> socket.socket:
+        """Connect. `look` sees the connection before its first byte, and raises if it must not be used.
+
+        `ca_file` holds the certificates to trust, in PEM; without it those that this machine trusts.
+        """
+        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        look(self.sock)
+        if self.secure:
+            context = ssl.create_default_context(cafile=ca_file or None)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 takes older ones
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        return self.sock
+
+    def rest(self) -> None:
+        """Wait for the next call."""
+        if self.sock is not None and len(self.idle) < IDLE_CONNECTIONS:
+            self.idle.append(self)
+        else:
+            self.close()
+
+
+class Connections:
+    """The connections to one client, kept open between two calls."""
+
+    def __init__(self) -> None:
+        self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
+
+    def take(self, url: str) -> Connection:
+        """Return the connection that was used last, if it is still open and silent as it has to be; else a new one, to be opened."""
+        idle = self.idle.setdefault(urlsplit(url)[:2], [])
+        with contextlib.suppress(IndexError):
+            while True:
+                known, ready = idle.pop(), select.poll()
+                ready.register(cast("socket.socket", known.sock), select.POLLIN)
+                if not ready.poll(0):
+                    return known
+                known.close()
+        return Connection(url, idle)
+
+
+def refuse_encoded(answer: Reply) -> Reply:
     """Return an answer whose bytes are what they stand for; BadAnswer if they are to be unpacked: 65 KB may be gigabytes."""
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
@@ -6314,55 +6361,42 @@ def refuse_encoded(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse
     return answer
 
 
-def read_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int) -> bytes:
+def read_some(answer: Reply, limit_bytes: int) -> bytes:
     """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
     target = io.BytesIO()
     copy_some(answer, limit_bytes, target)
     return target.getvalue()
 
 
-def copy_some(answer: urllib3.BaseHTTPResponse, limit_bytes: int, target: IO[bytes]) -> None:
+def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
     """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
-    from urllib3.exceptions import HTTPError
-
-    digest, left = hashlib.sha256(), limit_bytes
-    try:
-        while left:
-            piece = answer.read1(min(64 * KIB, left))
-            if not piece:
-                break
-            target.write(piece)
-            digest.update(piece)
-            left -= len(piece)
-        whole = bool(left) or not answer.read1(1)
-        if not whole:
-            answer.close()  # more than we want: the connection is of no further use
-        answer.release_conn()
-    except (HTTPError, OSError, ValueError) as error:  # ValueError: a chunk whose length is no number
-        answer.close()
-        raise NoAnswer(f"the answer broke off: {plain_cause(error)}") from error
-    if whole and answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
+    digest, left, piece = hashlib.sha256(), limit_bytes, b"-"
+    while piece and left:
+        piece = answer.piece(min(64 * KIB, left))
+        target.write(piece)
+        digest.update(piece)
+        left -= len(piece)
+    if piece and answer.piece(1):
+        answer.close()  # more than we want
+    elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
         raise NoAnswer("the answer broke: its digest is not the one that was sent")
 
 
-def receive(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
+def receive(answer: Reply, into: Transfer) -> None:
     """Copy a response's body to a file; DiskFull before the first byte if its length is known and does not fit."""
     length = answer.headers.get("Content-Length", "")
     try:
         if re.fullmatch("[0-9]{1,18}", length):
             into.expect(int(length))
-        for chunk in iter(lambda: read_chunk(answer, into.size), b""):
+        for chunk in iter(lambda: answer.piece(CHUNK_BYTES), b""):
             into.write(chunk)
-    except (DiskFull, ResultTooLarge):
-        answer.close()  # what is still to come of it is of no use
-        raise
     finally:
+        answer.close()  # if anything is still to come of it, that is of no use
         if into.promise is not None:
             into.promise.close()
-    answer.release_conn()
 
 
-def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
+def take_rest(answer: Reply, into: Transfer) -> None:
     """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
     begin = f"bytes {into.size}-"
     if answer.status == 200:
@@ -6383,16 +6417,6 @@ def take_rest(answer: urllib3.BaseHTTPResponse, into: Transfer) -> None:
     if said and said[1] != base64.b64encode(into.digest.digest()).decode():
         into.begin()
         raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
-
-
-def read_chunk(answer: urllib3.BaseHTTPResponse, so_far: int) -> bytes:
-    """Return the next part of a body, an empty one at its end; NoAnswer where the transfer broke."""
-    from urllib3.exceptions import HTTPError
-
-    try:
-        return answer.read1(CHUNK_BYTES)  # what has come: read() would drop it where the rest does not come
-    except (HTTPError, OSError, ValueError) as error:
-        raise NoAnswer(f"the transfer broke after {so_far} bytes: {plain_cause(error)}") from error
 
 
 class WaiterLimit:
@@ -6467,7 +6491,7 @@ class Link:
         self.sessions: dict[str, Session | None] = {}  # by token; None: it is called without proof
         self.opening, self.outdated = threading.Lock(), False  # outdated: it runs joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
-        self.local, self.lock, self.one_at_a_time = threading.local(), threading.Lock(), threading.Lock()
+        self.connections, self.lock, self.one_at_a_time = Connections(), threading.Lock(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
         self.job_slots = False  # a slot there takes a job, however many cores that needs
         self.notes: dict[int, str] = {}  # by job id: what a payload there waits for, as the client says
@@ -6766,7 +6790,7 @@ class Link:
         setting = self.remedy("PEER", lambda service: service.peer != "2.2")
         return f"cannot prove who it is, since {why}: set {setting}=2.2 if it is a 2.2 client"
 
-    def unproven(self, answer: urllib3.BaseHTTPResponse) -> str:
+    def unproven(self, answer: Reply) -> str:
         """Return what is to be said of an answer that is not proven."""
         if OURS_HEADER in answer.headers and MAC_HEADER not in answer.headers:
             why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
@@ -6780,9 +6804,7 @@ class Link:
         base = self.address.base_url
         return url[len(base) :] if url.startswith(base) else "/" + url.partition("://")[2].partition("/")[2]
 
-    def prove(
-        self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any
-    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+    def prove(self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any) -> tuple[Reply, bool]:
         """Make one call with its proof; return the answer, and whether it is proven too. One that is not ends the session."""
         headers = options.pop("headers", {})
         proof = session.proof(method, self.target_of(url))
@@ -6795,14 +6817,7 @@ class Link:
 
     # -- calls --
 
-    @functools.cached_property
-    def pool(self) -> urllib3.PoolManager:
-        """The connections to this client."""
-        return bounded_pool(self.look, self.ca_file)
-
-    def call(
-        self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any
-    ) -> urllib3.BaseHTTPResponse:
+    def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any) -> Reply:
         """Make one call for a service; the body is read by the caller. NothingSent where nothing of it can have gone out, else NoAnswer.
 
         It is given up when `unwanted`, one of the options, says that nobody waits for it any more.
@@ -6825,9 +6840,7 @@ class Link:
         self.ours = True
         return answer
 
-    def call_again(
-        self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any
-    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+    def call_again(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> tuple[Reply, bool]:
         """Make a call once more, to a client that says it was started anew. Who says so has not proven it: the call may have been done."""
         if "body" in options:
             options["body"].rewind()
@@ -6839,7 +6852,7 @@ class Link:
         except NothingSent as error:
             raise NoAnswer(str(error)) from error
 
-    def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> urllib3.BaseHTTPResponse:
+    def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> Reply:
         """Make one call to a client that cannot prove who it is. Only a token that is set is shown, and only to a 2.2 client."""
         headers = dict(options.pop("headers", {}))
         if self.legacy:
@@ -6849,29 +6862,36 @@ class Link:
         return self.exchange(method, url, read_timeout_s, headers=headers, **options)
 
     def exchange(
-        self, method: str, url: str, read_timeout_s: float, *, unwanted: Callable[[], bool] | None = None, **options: Any
-    ) -> urllib3.BaseHTTPResponse:
+        self,
+        method: str,
+        url: str,
+        read_timeout_s: float,
+        headers: Mapping[str, str] = types.MappingProxyType({}),
+        body: FilesBody | None = None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> Reply:
         """Send one request and return the head of its answer. NothingSent where no byte can have gone out, else NoAnswer."""
-        import urllib3
-        from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationValueError, NewConnectionError
-
-        options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", OURS_HEADER: __version__}
-        options.update(preload_content=False, decode_content=False, redirect=False)
-        CALL.bounds = Bounds(read_timeout_s, unwanted)
-        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s)
+        connection, begun = self.connections.take(url), False
+        connection.bounds = Bounds(read_timeout_s, unwanted)
         try:
-            answer = self.pool.request(method, url, timeout=timeout, **options)
-        except (NewConnectionError, ConnectTimeoutError, LocationValueError) as error:
+            (connection.sock or connection.open(self.look, self.ca_file)).settimeout(read_timeout_s)
+            begun = True
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
+                connection.request(method, "/" + url.partition("://")[2].partition("/")[2], body, {**headers, OURS_HEADER: __version__})
+            return refuse_encoded(cast("Reply", connection.getresponse()))
+        except CONNECTION_ERRORS as error:
+            connection.close()
             self.sessions.clear()  # whoever answers next, has to prove himself
-            raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
-        except (HTTPError, OSError, ValueError) as error:
-            self.sessions.clear()
-            if "certificate verify failed" in str(error).lower():  # before anything was sent; later TLS can fail at any byte
+            if begun:
+                raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
+            if isinstance(error, ssl.SSLCertVerificationError):
                 raise NothingSent("cannot be reached: its TLS certificate is not trusted here; see JOBORCH_CA_FILE") from error
-            raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
-        return refuse_encoded(answer)
+            raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
+        except BaseException:
+            connection.close()
+            raise
 
-    def its_own(self, answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
+    def its_own(self, answer: Reply) -> Reply:
         """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client.
 
         But a gateway to which a request is too large says for certain that the client got nothing of it.
@@ -12295,7 +12315,6 @@ def set_up_logging(config: Config) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # half an answer is no news: links say so in a line
     logging.getLogger("waitress").setLevel(logging.WARNING)  # nor is a caller who left
 
 
@@ -12394,8 +12413,7 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed te
 
 def import_what_will_be_needed(config: Config) -> None:
     """Import before we listen: a newer release may take the place of these files while the process runs."""
-    names = ["difflib", "multipart", "uuid", *(["urllib3"] if config.mode == "server" else [])]
-    for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
+    for name in ["difflib", "multipart", "uuid", *(["tarfile", "requests"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
 
@@ -12509,7 +12527,7 @@ def bundled_packages() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("bottle", "waitress", "urllib3", "platformdirs", "multipart"):
+    for name in ("bottle", "waitress", "requests", "platformdirs", "multipart"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

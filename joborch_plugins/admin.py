@@ -462,12 +462,12 @@ class Demo:
 
     def wait_ready(self, mode: str) -> None:
         """Wait until a process answers; JoborchError shows the end of its log where it does not."""
-        import urllib3
+        import requests
 
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                if urllib3.request("GET", f"http://127.0.0.1:{self.ports[mode]}/health", retries=False, timeout=2).status == 200:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"http://127.0.0.1:{self.ports[mode]}/health", timeout=2).status_code == 200:
                     return
             time.sleep(0.05)
         tail = (self.folder / f"{mode}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
@@ -475,28 +475,28 @@ class Demo:
 
     def run_example(self) -> dict[str, Any]:
         """Send the example and wait for its end; return the job."""
-        import urllib3
+        import requests
 
         files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
-        answer = urllib3.request("POST", f"{self.base}/upload", fields=[*files, ("user_id", "1"), ("service", "example")], timeout=30)
+        answer = requests.post(f"{self.base}/upload", files=files, data={"user_id": "1", "service": "example"}, timeout=30)
         job: dict[str, Any] = answer.json()
-        if answer.status != 201:
-            raise JoborchError(f"the demo's upload was answered with {answer.status}: {job.get('message')}")
+        if answer.status_code != 201:
+            raise JoborchError(f"the demo's upload was answered with {answer.status_code}: {job.get('message')}")
         say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
         deadline = time.monotonic() + 60
         while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
             query = {"wait": "10", "since": job["status"]}
-            job = urllib3.request("GET", f"{self.base}/jobs/{job['id']}", fields=query, timeout=30).json()
+            job = requests.get(f"{self.base}/jobs/{job['id']}", params=query, timeout=30).json()
             say(f"job {job['id']} is {job['status']}" + (f": {job['message']}" if job["message"] else ""))
         return job
 
     def summary(self, job: Mapping[str, Any]) -> str:
         """Download the result and return its one-line summary."""
-        import urllib3
+        import requests
 
-        answer = urllib3.request("GET", f"{self.base}/download/{job['id']}", timeout=30)
-        with zipfile.ZipFile(io.BytesIO(answer.data)) as result:
-            say(f"downloaded the result: {len(answer.data)} bytes, {len(result.namelist())} files")
+        content = requests.get(f"{self.base}/download/{job['id']}", timeout=30).content
+        with zipfile.ZipFile(io.BytesIO(content)) as result:
+            say(f"downloaded the result: {len(content)} bytes, {len(result.namelist())} files")
             return result.read("summary.txt").decode().strip()
 
     def stop(self) -> None:

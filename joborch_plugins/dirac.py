@@ -18,6 +18,7 @@ import re
 import secrets
 import shlex
 import shutil
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any, Callable, cast
 from urllib.parse import quote, urlencode
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
-    import urllib3
+    import requests
 
 
 from joborch import (
@@ -69,7 +70,6 @@ from joborch import (
     fsync_path,
     helper_environment,
     host_of,
-    http_pool,
     lock_trouble,
     log,
     node_environment,
@@ -581,20 +581,26 @@ class DiracService:
         self.login = DiracLogin(credentials, self.refresh, clock)
 
     @functools.cached_property
-    def pool(self) -> urllib3.PoolManager:
-        return http_pool()
+    def session(self) -> requests.Session:
+        """What calls are made with. Proxies, passwords and certificates that the environment names are not used."""
+        import requests
 
-    def send(self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
+        session, trusted = requests.Session(), ssl.get_default_verify_paths()
+        session.trust_env, session.verify = False, trusted.cafile or trusted.capath or True  # those of this machine
+        session.headers.update({"Connection": "close", "Accept-Encoding": "identity"})
+        return session
+
+    def send(
+        self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, stream: bool = False
+    ) -> requests.Response:
         """Return the answer to one request, whatever its status. Raises BackendUnavailable if none came; it may have been heard."""
-        import urllib3
-
-        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
-        all_headers = {"Connection": "close", "Accept-Encoding": "identity", **(headers or {})}
+        timeout = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
         try:
-            return self.pool.request(method, url, body=body, headers=all_headers, timeout=timeout, redirect=False, **more)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            text = re.sub(r"<[^>]*>:? ?", "", str(error))  # an object's address: the reason must not change each time
-            unheard = isinstance(error, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
+            return self.session.request(method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False, stream=stream)
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
+            cause = getattr(error.args[0] if error.args else None, "reason", None) or error
+            text = re.sub(r"<[^>]*>:? ?", "", str(cause))  # an object's address: the reason must not change each time
+            unheard = type(cause).__name__ in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")
             kind = BackendUnavailable if unheard else AnswerLost
             raise kind(f"DIRAC: {host_of(url)[0]} does not answer: {one_line(text, 150)}") from error
 
@@ -602,7 +608,7 @@ class DiracService:
         """Show a refresh token; return the status and what came with it. BackendUnavailable for all but a yes or a no."""
         form = urlencode({"grant_type": "refresh_token", "client_id": DIRAC_CLIENT_ID, "refresh_token": token})
         answer = self.send("POST", f"{self.url}/api/auth/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
-        return (answer.status, {}) if answer.status in (400, 401) else (answer.status, self.meant(answer))
+        return answer.status_code, {} if answer.status_code in (400, 401) else self.meant(answer)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Return what an API call answers. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if it should be asked again."""
@@ -610,24 +616,25 @@ class DiracService:
         text = None if body is None else json.dumps(body).encode()
         for _ in range(2):
             answer = self.send(method, self.url + path, text, {"Authorization": f"Bearer {token}", "Content-Type": JSON_TYPE})
-            if answer.status != 401:
+            if answer.status_code != 401:
                 break
             token = self.login.token(refused=token)
         return self.meant(answer)
 
-    def meant(self, answer: Any) -> Any:
+    def meant(self, answer: requests.Response) -> Any:
         """Return what an answer says."""
         try:
-            said = parse_json(answer.data)
+            said = parse_json(answer.content)
         except ValueError:
             said = None
-        if answer.status in (200, 201, 206) and said is not None:
+        status = answer.status_code
+        if status in (200, 201, 206) and said is not None:
             return said
         detail = said.get("detail") if isinstance(said, dict) else None
-        text = f"DIRAC answers {answer.status}: {one_line(str(detail or answer.reason), 200)}"
-        if answer.status in (400, 403, 413, 422):
-            raise DiracRefusal(answer.status, text)
-        raise BackendUnavailable(text) if answer.status in (401, 429, 503) else AnswerLost(text)
+        text = f"DIRAC answers {status}: {one_line(str(detail or answer.reason), 200)}"
+        if status in (400, 403, 413, 422):
+            raise DiracRefusal(status, text)
+        raise BackendUnavailable(text) if status in (401, 429, 503) else AnswerLost(text)
 
     def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
         """Return the rows of an owner's jobs that have one of these values; others' jobs are visible, too, and are left out."""
@@ -653,38 +660,52 @@ class DiracService:
             )
             head += f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="sandbox"\r\n\r\n'
             tail = f"\r\n--{boundary}--\r\n"
-            length = len(head.encode()) + size + len(tail)
-            headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Content-Length": str(length)}
             file.seek(0)
-            answer = self.send("POST", said["url"], itertools.chain([head.encode()], file_chunks(file, size), [tail.encode()]), headers)
-            if answer.status not in (200, 201, 204):
-                raise BackendUnavailable(
-                    f"DIRAC's sandbox store answers {answer.status}: {one_line(answer.data.decode('utf-8', 'replace'), 200)}"
-                )
+            chunks = itertools.chain([head.encode()], file_chunks(file, size), [tail.encode()])
+            body = SizedBody(chunks, len(head.encode()) + size + len(tail))
+            answer = self.send("POST", said["url"], body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+            if answer.status_code not in (200, 201, 204):
+                text = answer.content.decode("utf-8", "replace")
+                raise BackendUnavailable(f"DIRAC's sandbox store answers {answer.status_code}: {one_line(text, 200)}")
         return str(said["pfn"])
 
     def download(self, pfn: str, target: IO[bytes]) -> None:
         """Bring a sandbox, verified by the SHA-256 in its name; BackendUnavailable where it is damaged or does not come."""
         url = self.call("GET", f"/api/jobs/sandbox?pfn={quote(pfn, safe='')}")["url"]
-        answer = self.send("GET", url, preload_content=False)  # without our token: the store is another's, and refuses it
-        digest, size = hashlib.sha256(), 0
+        answer = self.send("GET", url, stream=True)  # without our token: the store is another's, and refuses it
+        digest, size, pieces = hashlib.sha256(), 0, answer.iter_content(CHUNK_BYTES)
         try:
-            for chunk in answer.stream(CHUNK_BYTES):
+            while chunk := next_piece(pieces, pfn):
                 digest.update(chunk)
                 size += len(chunk)
                 if size > OUTPUT_LIMIT_BYTES:
                     raise BadSandbox(f"{pfn} is larger than {OUTPUT_LIMIT_BYTES // MIB} MiB")
                 target.write(chunk)
-        except OSError:
-            raise
-        except Exception as error:  # urllib3's, of many kinds; BadSandbox of ours goes on as it is
-            raise (
-                error if isinstance(error, BadSandbox) else BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}")
-            ) from error
         finally:
             answer.close()
-        if answer.status != 200 or f":{digest.hexdigest()}." not in pfn:
-            raise BackendUnavailable(f"DIRAC: {pfn} came damaged (status {answer.status}): it is fetched again")
+        if answer.status_code != 200 or f":{digest.hexdigest()}." not in pfn:
+            raise BackendUnavailable(f"DIRAC: {pfn} came damaged (status {answer.status_code}): it is fetched again")
+
+
+class SizedBody:
+    """A body that is read while it is sent, and whose length is known: a sandbox store takes no chunks."""
+
+    def __init__(self, chunks: Iterator[bytes], size: int) -> None:
+        self.chunks, self.size = chunks, size
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.chunks
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def next_piece(pieces: Iterator[bytes], pfn: str) -> bytes:
+    """Return the next piece of a sandbox, an empty one at its end; BackendUnavailable where it does not come."""
+    try:
+        return next(pieces, b"")
+    except (OSError, ValueError) as error:
+        raise BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
 
 
 # == DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.

@@ -115,8 +115,8 @@ def test_every_python_finds_the_packages_and_assets_in_it(version: str, archive:
     script = """
 import sys, pkgutil
 sys.path.insert(0, sys.argv[1])
-import bottle, joborch_plugins, multipart, platformdirs, urllib3, waitress
-for module in (bottle, joborch_plugins, multipart, platformdirs, urllib3, waitress):
+import bottle, joborch_plugins, multipart, platformdirs, requests, waitress
+for module in (bottle, joborch_plugins, multipart, platformdirs, requests, waitress):
     assert module.__file__.startswith(sys.argv[1]), module
 assert b"SwaggerUIBundle" in pkgutil.get_data("joborch_plugins", "swagger-ui/swagger-ui-bundle.js")
 """

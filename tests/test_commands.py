@@ -141,7 +141,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["joborch"] == joborch.__version__
     assert lines["sqlite"] == sqlite3.sqlite_version
-    assert {"python", "bottle", "waitress", "urllib3", "platformdirs", "multipart"} <= set(lines)
+    assert {"python", "bottle", "waitress", "requests", "platformdirs", "multipart"} <= set(lines)
     assert joborch.main(["version", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == lines
     with pytest.raises(SystemExit) as caught:

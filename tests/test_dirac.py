@@ -666,9 +666,9 @@ def test_outputs_that_arrive_damaged_are_fetched_again(bench: Bench, monkeypatch
 
     def changing(method: str, url: str, *arguments: Any, **more: Any) -> Any:
         answer = real(method, url, *arguments, **more)
-        if more.get("preload_content") is False:
-            whole = answer.read()
-            answer.stream = lambda size: iter([whole[:-1] + bytes([whole[-1] ^ 1])])
+        if more.get("stream"):
+            whole = answer.content
+            answer.iter_content = lambda size: iter([whole[:-1] + bytes([whole[-1] ^ 1])])
         return answer
 
     with monkeypatch.context() as patch:
@@ -997,7 +997,7 @@ def test_dirac_away_ends_nothing_and_problem_says_since_when(bench: Bench) -> No
 @pytest.mark.parametrize("status", [200, 201, 404, 500])
 def test_rubbish_for_an_answer_is_no_answer(answer: str, status: int, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = changed(bench.payload("true"), handle="7")
-    said = types.SimpleNamespace(status=status, data=answer.encode(), reason="")
+    said = types.SimpleNamespace(status_code=status, content=answer.encode(), reason="")
     monkeypatch.setattr(bench.executor.service, "send", lambda *a, **more: said)
     assert bench.outcome(job).alive and bench.executor.problem()
     with pytest.raises(BackendUnavailable):
