@@ -1,4 +1,4 @@
-"""What describes the program is made from its declarations: OpenAPI, Swagger UI, and the tables of the documents."""
+"""Documents made from the declared routes: OpenAPI, Swagger UI, and the tables of the README."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, route
 
-# == Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == Page and documents ==  They are made from the declared routes, and served without asking another machine.
 
 SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -30,13 +30,13 @@ PAGE_HEADERS = {
 
 
 def package_file(package: str, path: str) -> bytes:
-    """Return a file of an installed or packed package, without importing the package."""
+    """Return a file of a package, installed or in the .pyz, without importing the package."""
     spec: Any = importlib.util.find_spec(package)
     return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
 
 
 def openapi(mode: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of one mode, made from the declared routes."""
+    """Return the OpenAPI 3.1 description of the routes of one mode."""
     paths: dict[str, dict[str, Any]] = {}
     for declared in ROUTES:
         if mode in declared.mode.split():
@@ -63,7 +63,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
-    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
+    operation["responses"].setdefault("400", openapi_response(BAD))  # for unknown parameters
     if declared.who == "caller":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
@@ -79,7 +79,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
 
 
 def openapi_response(said: Gives) -> dict[str, Any]:
-    """Return one answer of an operation, with its example."""
+    """Return one response of an operation, with its example."""
     response: dict[str, Any] = {"description": said.meaning}
     if said.content == JSON_TYPE:
         response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
@@ -89,7 +89,7 @@ def openapi_response(said: Gives) -> dict[str, Any]:
 
 
 def openapi_schema_of(example: Any) -> dict[str, Any]:
-    """Return the JSON type of an example; an object's fields may hold null, and there may be more of them."""
+    """Return the JSON type of an example. Nothing is said of an object's fields: they may be null, and there may be more."""
     return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
 
 
@@ -160,7 +160,7 @@ def swagger_slash(node: Node, request: Request) -> Answer:
 
 @route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
 def swagger_page(node: Node, request: Request) -> Answer:
-    """Show Swagger UI, from inside this file: no other address is asked."""
+    """Show Swagger UI; its files come from this server."""
     return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
 
 

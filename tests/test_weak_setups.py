@@ -320,7 +320,7 @@ def test_a_token_as_a_flag_shows_in_ps(machine: Machine) -> None:
     process = machine.process(JOBORCH_TOKEN=None)
     process.arguments = ["--token", GOOD_TOKEN]
     process.start()
-    assert "every user of this machine can see by ps: set JOBORCH_TOKEN_FILE" in process.log
+    assert "every user of this machine can see with ps: set JOBORCH_TOKEN_FILE" in process.log
     assert GOOD_TOKEN not in process.log
 
 
