@@ -2,12 +2,12 @@
 """Build joborch.pyz: joborch, the packages it runs on and its example, in one file that any Python from 3.9 on starts.
 
     python3 build_zipapp.py             build; prints the size in bytes and the SHA-256
-    python3 build_zipapp.py --lock      renew requirements.lock first: the newest releases that Python 3.9 can run
+    python3 build_zipapp.py --lock      renew the lock files first: the newest releases that Python 3.9 can run
 
-The same sources and the same lock file give the same bytes, with every Python and on every machine:
+The same sources and the same lock files give the same bytes, with every Python and on every machine:
 
-- pip only fetches. Every wheel must have the digest that requirements.lock names, whether it comes from an index or
-  from build/wheels, where it is kept for the next build. A wheel is a ZIP, so its members are taken from it directly,
+- pip only fetches. Every wheel must have the digest that a lock file names, whether it comes from an index or from
+  build/wheels, where it is kept for the next build. A wheel is a ZIP, so its members are taken from it directly,
   and nothing is installed.
 - Deflate gives other bytes with every release of zlib, so nothing is deflated here: what a wheel brings stays packed
   as its maker packed it, and our own files are stored.
@@ -38,48 +38,20 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
-# In the syntax of Python 3.6, which is what `python3` is on machines that are otherwise well kept.
-# Undumpable (PR_SET_DUMPABLE) before the import, which takes a third of a second: the environment may hold a token.
-# A server or client runs from a copy in memory: a newer file may take the archive's place while the process runs.
-MAIN = b"""import sys
-
-if sys.version_info < (3, 9):
-    import shutil
-
-    newer = [name for name in ("python3.%d" % minor for minor in range(15, 8, -1)) if shutil.which(name)]
-    remedy = "try %s" % newer[0] if newer else "try python3.11, or `module load python`"
-    sys.stderr.write("joborch needs Python 3.9 or later, and this is %d.%d.%d: %s\\n" % (tuple(sys.version_info[:3]) + (remedy,)))
-    sys.exit(2)
-
-import ctypes
-import os
-
-ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-if {"server", "client"}.intersection(sys.argv[1:]) and hasattr(os, "memfd_create"):
-    try:
-        with open(sys.path[0], "rb") as archive:
-            copy = os.memfd_create("joborch.pyz")
-            os.write(copy, archive.read())
-        sys.path[0] = "/proc/self/fd/%d" % copy
-    except OSError:
-        pass  # an old kernel, or no /proc: it runs from the archive itself
-from joborch import main
-
-raise SystemExit(main())
-"""
-
 SOURCES = ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb")
-OPTIONAL_FOLDERS = ("joborch_plugins", "web")
-LOCK = "requirements.lock"
+PLUGINS = "joborch_plugins"  # all modules of this package, and the files of the page
+MAIN = "zipapp_main.py"  # __main__.py of the archive
+LOCK = "requirements.lock"  # what joborch runs on
+BUILD_LOCK = "build.lock"  # of what the files of Swagger UI are taken from: `pip install joborch` does without
 CACHE = "build/wheels"
 
-SWAGGER = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"
+# The files of Swagger UI, and where they go. Their package brings nothing else that we want; it would import Django.
+SWAGGER_PACKAGE = "drf-spectacular-sidecar"
+SWAGGER_WHEEL_FOLDER = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"
+SWAGGER_FOLDER = f"{PLUGINS}/swagger-ui/"
 SWAGGER_FILES = ("LICENSE", "favicon-32x32.png", "swagger-ui-bundle.js", "swagger-ui.css")
-DATA = {SWAGGER + name for name in SWAGGER_FILES}
-# The package of Swagger UI's files imports Django, which we neither have nor need: in the archive it is a bare package.
-EMPTIED = {"drf_spectacular_sidecar/__init__.py"}
-LEFT_OUT = re.compile(r"[^/]+\.(dist-info|data)/|drf_spectacular_sidecar/apps\.py$|.*/tests/")
-WITHOUT_DEPENDENCIES = "drf-spectacular-sidecar"
+DATA = {SWAGGER_FOLDER + name for name in SWAGGER_FILES}
+LEFT_OUT = re.compile(r"[^/]+\.(dist-info|data)/|drf_spectacular_sidecar/|.*/tests/")
 
 LICENCE = re.compile(r"^(?P<package>[^/]+)\.dist-info/(?:.*/)?(?P<file>(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS)[^/]*)$")
 PIN = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>\S+) \\\n {4}--hash=sha256:(?P<sha256>[0-9a-f]{64})$", re.MULTILINE)
@@ -123,10 +95,10 @@ def read_lock(text: str) -> list[Pin]:
     """The packages that a lock file pins. Raises BuildError for a line that is no pin, digest or comment."""
     rest = re.sub(r"^(#.*)?\n", "", PIN.sub("", text), flags=re.MULTILINE).strip()
     if rest:
-        raise BuildError(f"{LOCK}: {rest.splitlines()[0]!r} is no pin with a digest: run build_zipapp.py --lock")
+        raise BuildError(f"lock file: {rest.splitlines()[0]!r} is no pin with a digest: run build_zipapp.py --lock")
     pins = [Pin(*match.group("name", "version", "sha256")) for match in PIN.finditer(text)]
     if not pins:
-        raise BuildError(f"{LOCK} pins no package: run build_zipapp.py --lock")
+        raise BuildError("the lock file pins no package: run build_zipapp.py --lock")
     return pins
 
 
@@ -169,7 +141,7 @@ def fetch(pins: Iterable[Pin], cache: Path) -> list[Path]:
         have = wheels_by_digest(cache)
     lost = [pin.name for pin in pins if pin.sha256 not in have]
     if lost:
-        raise BuildError(f"{cache} lacks {', '.join(lost)} as {LOCK} pins it: delete the folder and build again")
+        raise BuildError(f"{cache} lacks {', '.join(lost)} as the lock file pins it: delete the folder and build again")
     return [have[pin.sha256] for pin in pins]
 
 
@@ -186,8 +158,10 @@ def place(name: str) -> str | None:
     licence = LICENCE.match(name)
     if licence:
         return f"licenses/{licence['package']}/{licence['file']}"
-    wanted = name.endswith(".py") or name in DATA
-    return name if wanted and not LEFT_OUT.match(name) else None
+    if name.startswith(SWAGGER_WHEEL_FOLDER):
+        file = name[len(SWAGGER_WHEEL_FOLDER) :]
+        return SWAGGER_FOLDER + file if file in SWAGGER_FILES else None
+    return name if name.endswith(".py") and not LEFT_OUT.match(name) else None
 
 
 def packed_bytes(wheel: bytes, entry: zipfile.ZipInfo) -> bytes:
@@ -209,37 +183,49 @@ def wheel_members(path: Path) -> Iterator[Member]:
                 continue
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise BuildError(f"{path.name}: zipimport cannot unpack {entry.filename}, method {entry.compress_type}")
-            if name in EMPTIED:
-                yield stored(name, b"")
-            else:
-                yield Member(name, entry.compress_type, entry.CRC, entry.file_size, packed_bytes(wheel, entry))
+            yield Member(name, entry.compress_type, entry.CRC, entry.file_size, packed_bytes(wheel, entry))
+
+
+def source_file(source: Path, name: str) -> bytes:
+    """One of joborch's own files. Raises BuildError if it is missing."""
+    try:
+        return (source / name).read_bytes()
+    except FileNotFoundError:
+        raise BuildError(f"{source / name} is missing: build from a whole copy of the repository") from None
 
 
 def source_members(source: Path) -> Iterator[Member]:
-    """joborch's own files below `source`. Raises BuildError if one of SOURCES is missing."""
-    names = list(SOURCES)
-    for folder in OPTIONAL_FOLDERS:
-        files = (path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file())
-        names += [file.as_posix() for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts)]
-    for name in names:
-        try:
-            yield stored(name, (source / name).read_bytes())
-        except FileNotFoundError:
-            raise BuildError(f"{source / name} is missing: build from a whole copy of the repository") from None
+    """joborch's own files below `source`, without hidden ones. Raises BuildError if one of SOURCES is missing."""
+    plugins = source / PLUGINS
+    files = [path.relative_to(source) for path in (*plugins.rglob("*.py"), *plugins.glob("page/**/*")) if path.is_file()]
+    names = {file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)}
+    for name in (*SOURCES, *names):
+        yield stored(name, source_file(source, name))
+
+
+def main_module(source: Path) -> bytes:
+    """`__main__.py` of the archive, which knows the version: `--version` need not import the program."""
+    version = re.search(r'^__version__ = "[^"]+"$', source_file(source, "joborch.py").decode("utf-8"), re.MULTILINE)
+    if version is None:
+        raise BuildError("joborch.py has no line '__version__ = \"...\"'")
+    main, count = re.subn(rb"(?m)^VERSION = .*$", version[0].replace("__version__", "VERSION").encode("ascii"), source_file(source, MAIN))
+    if count != 1:
+        raise BuildError(f"{MAIN} has not one line 'VERSION = ...'")
+    return main
 
 
 def members(source: Path, pins: Iterable[Pin], wheels: Iterable[Path]) -> dict[str, Member]:
     """All members by name. Raises BuildError if two files claim one name."""
     bundled = json.dumps({pin.name: pin.version for pin in pins}, indent=1, sort_keys=True) + "\n"
-    found = [stored("__main__.py", MAIN), stored("bundled.json", bundled.encode("ascii")), *source_members(source)]
+    found = [stored("__main__.py", main_module(source)), stored("bundled.json", bundled.encode("ascii")), *source_members(source)]
     for wheel in wheels:
         found += wheel_members(wheel)
     by_name = {member.name: member for member in found}
     if len(by_name) < len(found):
-        raise BuildError(f"{len(found) - len(by_name)} files of the packages in {LOCK} have the name of another")
+        raise BuildError(f"{len(found) - len(by_name)} files of the locked packages have the name of another")
     lacking = DATA - by_name.keys()
     if lacking:
-        raise BuildError(f"the packages of {LOCK} lack {', '.join(sorted(lacking))}: pin releases that bring them")
+        raise BuildError(f"the package of {BUILD_LOCK} lacks {', '.join(sorted(lacking))}: pin a release that brings them")
     return by_name
 
 
@@ -273,7 +259,7 @@ def write_executable(target: Path, content: bytes) -> None:
 
 def build(source: Path, target: Path, cache: Path) -> str:
     """Build the archive of `source` at `target`, with wheels kept in `cache`; return its SHA-256 in hexadecimal."""
-    pins = read_lock((source / LOCK).read_text(encoding="ascii"))
+    pins = [pin for lock in (LOCK, BUILD_LOCK) for pin in read_lock(source_file(source, lock).decode("ascii"))]
     content = archive_bytes(members(source, pins, fetch(pins, cache)))
     write_executable(target, content)
     return hashlib.sha256(content).hexdigest()
@@ -291,29 +277,30 @@ def direct_dependencies(pyproject: str) -> list[str]:
     return [str(requirement) for requirement in ast.literal_eval(found[1])]
 
 
-def renew_lock(source: Path) -> None:
-    """Pin the newest releases that Python 3.9 can run, of the direct dependencies and of what these need."""
-    wanted = direct_dependencies((source / "pyproject.toml").read_text(encoding="utf-8"))
-    alone = [requirement for requirement in wanted if requirement.startswith(WITHOUT_DEPENDENCIES)]
+def newest(*requirements: str) -> list[Pin]:
+    """The newest releases that Python 3.9 can run, of packages and of what these need."""
     with tempfile.TemporaryDirectory() as fresh:
-        pip_download(Path(fresh), *(requirement for requirement in wanted if requirement not in alone))
-        pip_download(Path(fresh), "--no-deps", *alone)
-        pins = []
-        for digest, wheel in wheels_by_digest(Path(fresh)).items():
-            name, version, *_ = wheel.name.split("-")
-            pins.append(Pin(name.replace("_", "-").lower(), version, digest))
-    (source / LOCK).write_text(write_lock(pins), encoding="ascii")
+        pip_download(Path(fresh), *requirements)
+        found = [(digest, wheel.name.split("-")) for digest, wheel in wheels_by_digest(Path(fresh)).items()]
+    return [Pin(name.replace("_", "-").lower(), version, digest) for digest, (name, version, *_) in found]
+
+
+def renew_locks(source: Path) -> None:
+    """Pin the newest releases of the direct dependencies, of what these need, and of the package with Swagger UI's files."""
+    wanted = direct_dependencies((source / "pyproject.toml").read_text(encoding="utf-8"))
+    (source / LOCK).write_text(write_lock(newest(*wanted)), encoding="ascii")
+    (source / BUILD_LOCK).write_text(write_lock(newest("--no-deps", SWAGGER_PACKAGE)), encoding="ascii")
 
 
 def main() -> int:
     """Build, after renewing the lock file if asked to; 0 when the archive is written, 1 when it cannot be."""
     parser = argparse.ArgumentParser(description="Build joborch.pyz.", epilog="Example: python3 build_zipapp.py")
     parser.add_argument("--output", type=Path, default=ROOT / "joborch.pyz", metavar="FILE", help="the archive")
-    parser.add_argument("--lock", action="store_true", help=f"renew {LOCK} first, from pyproject.toml")
+    parser.add_argument("--lock", action="store_true", help=f"renew {LOCK} and {BUILD_LOCK} first, from pyproject.toml")
     arguments = parser.parse_args()
     try:
         if arguments.lock:
-            renew_lock(ROOT)
+            renew_locks(ROOT)
         digest = build(ROOT, arguments.output, ROOT / CACHE)
     except BuildError as error:
         print(f"build_zipapp.py: {error}", file=sys.stderr)

@@ -21,19 +21,20 @@ it on, may run at any time, twice, or after a crash.
 
 The module is read from top to bottom; every section uses only what stands above it:
 
-     1. Vocabulary            14. Restore               27. Client
-     2. Settings              15. Inheritance           28. Results
-     3. Configuration         16. Executors             29. Access
-     4. States                17. Local executor        30. HTTP
-     5. Scheduling            18. Identity              31. Connections
-     6. Files                 19. Transfers             32. Server routes
-     7. Folders               20. Answers               33. Jobs
-     8. Trust                 21. Links                 34. Site routes
-     9. Data folder           22. Loops                 35. Client routes
-    10. Archives              23. Server                36. Logs
-    11. Statements            24. News                  37. Weak set-ups
-    12. Database              25. Ends                  38. Commands
-    13. Store                 26. Waiting
+     1. Vocabulary            15. Restore               29. Client
+     2. Settings              16. Inheritance           30. Results
+     3. Configuration         17. Executors             31. Access
+     4. States                18. Local executor        32. HTTP
+     5. Reasons               19. Identity              33. Connections
+     6. Scheduling            20. Transfers             34. Server routes
+     7. Files                 21. Answers               35. Jobs
+     8. Folders               22. Links                 36. Site routes
+     9. Trust                 23. Loops                 37. Client routes
+    10. Data folder           24. Cleaning              38. Logs
+    11. Archives              25. Server                39. Weak set-ups
+    12. Statements            26. News                  40. Commands
+    13. Database              27. Ends
+    14. Store                 28. Waiting
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import errno
 import fcntl
 import fnmatch
@@ -53,7 +53,6 @@ import grp
 import hashlib
 import hmac
 import importlib
-import importlib.util
 import io
 import ipaddress
 import itertools
@@ -61,7 +60,6 @@ import json
 import logging
 import math
 import os
-import platform
 import pwd
 import re
 import reprlib
@@ -82,7 +80,6 @@ import termios
 import threading
 import time
 import types
-import uuid
 import weakref
 import zipfile
 import zlib
@@ -93,11 +90,11 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
-    sys.exit(f"joborch needs Python 3.9 or later, and this is {platform.python_version()}: start it with a newer one")
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")
 
 if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
     import bottle
@@ -308,6 +305,33 @@ def backoff_s(failures: int) -> float:
     return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
 
 
+@dataclass
+class Backoff:
+    """Something that failed and is left alone for a while, longer with each failure in a row: why, since when, and until when."""
+
+    clock: Clock
+    reason: str = ""
+    failures: int = 0  # in a row
+    since: float = 0.0  # wall: the first of them
+    until: float = float("-inf")  # monotonic
+
+    def failed(self, reason: object, pause_s: float | None = None) -> bool:
+        """Count a failure, and wait `pause_s`, or as backoff_s says; return whether the reason is news."""
+        before, self.reason = self.reason, str(reason)
+        self.since = self.since if self.failures else self.clock.wall()
+        self.failures += 1
+        self.until = self.clock.monotonic() + (backoff_s(self.failures) if pause_s is None else pause_s)
+        return self.reason != before
+
+    def worked(self) -> None:
+        """Forget the failures: it works again."""
+        self.reason, self.failures, self.until = "", 0, float("-inf")
+
+    def waits(self) -> bool:
+        """Tell whether it is to be left alone now."""
+        return self.clock.monotonic() < self.until
+
+
 def rfc3339(wall: float | None) -> str | None:
     """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
     if wall is None:
@@ -382,6 +406,8 @@ def http_pool(**options: Any) -> urllib3.PoolManager:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -394,19 +420,31 @@ PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECU
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "BackendUnavailable", "backoff_s", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
-    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
-    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
+    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun", "Cause",
+    "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point",
+    "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
     "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
     "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "http_pool", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
-    "open_listeners", "Outcome", "OVER", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim",
-    "read_exit", "read_some", "READ_TIMEOUT_S", "remove_tree", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
-    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
-    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor",
+    "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
+    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim", "read_exit",
+    "read_some", "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service", "SERVICE_SETTINGS",
+    "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp",
+    "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
 )  # fmt: skip
+
+
+def new_uuid() -> str:
+    """Return a random UUID."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+def own_file(name: str) -> bytes:
+    """Return a file from beside this module: in joborch.pyz, its copy in the cache, or a folder. Raises OSError if there is none."""
+    loader: Any = __loader__  # type: ignore[name-defined]
+    return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), name)))
 
 
 def load_plugin(reference: str) -> Any:
@@ -416,7 +454,7 @@ def load_plugin(reference: str) -> Any:
     return getattr(found, name) if name else found
 
 
-# == 2. Settings ==  One table declares every setting; flags, environment, help and messages all come from it.
+# == 2. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
 
 
 def read_text(text: str) -> str:
@@ -431,11 +469,20 @@ def read_line(text: str) -> str:
     return text
 
 
-def read_token(text: str) -> str:
-    """Take a bearer token, or several with commas between."""
-    if not re.fullmatch(r"[!-~]{1,4096}", text) or not text.strip(","):
-        raise ValueError("give printable ASCII without blanks")
-    return text
+def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
+    """Return a reader of texts that fit `pattern` as a whole."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(remedy)
+        return text
+
+    return read
+
+
+read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several with commas between
+read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
+read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
 
 
 def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -513,13 +560,6 @@ def read_weights(text: str) -> dict[int, float]:
     return weights
 
 
-def read_word(text: str) -> str:
-    """Take one word of printable ASCII: a partition, an account, a constraint."""
-    if not re.fullmatch(r"[!-~]{1,500}", text) or text.startswith("-"):
-        raise ValueError("give one word, as in short")
-    return text
-
-
 def read_url(text: str) -> str:
     """Take an http or https URL with a host."""
     try:
@@ -549,13 +589,6 @@ def read_networks(text: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
-def read_mode(text: str) -> str:
-    """Take the mode of a file, in octal."""
-    if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise ValueError("give a mode in octal, as in 0600 or 0660")
-    return text
-
-
 def read_names(text: str) -> tuple[str, ...]:
     """Return names of variables, `*` standing for any characters: words with commas between, as in PGHOST,MYLAB_*."""
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
@@ -574,12 +607,12 @@ def read_switch(text: str) -> bool:
 def one_of(*words: str) -> Callable[[str], str]:
     """Return a reader that takes one of `words`, in any case."""
 
-    def read_word(text: str) -> str:
+    def read(text: str) -> str:
         if text.lower() not in words:
             raise ValueError("give one of " + ", ".join(words))
         return text.lower()
 
-    return read_word
+    return read
 
 
 def read_executor(text: str) -> str:
@@ -591,39 +624,26 @@ def read_executor(text: str) -> str:
     return text
 
 
-OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
-    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
-    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
-    *("time", "uid", "usage", "version", "wait", "wrap"),
-)
+def read_by_plugin(reference: str) -> Callable[[str], Any]:
+    """Return a reader that a plug-in has, as `package.module:name`; the plug-in is imported when there is a value to read."""
 
+    def read(text: str) -> Any:
+        return load_plugin(reference)(text)
 
-SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
-
-
-def read_sbatch_words(text: str) -> tuple[str, ...]:
-    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
-    words = tuple(shlex.split(text))
-    for word in words:
-        if not re.match("--?[a-zA-Z]", word):
-            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
-        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
-        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
-        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
-            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
-    return words
+    return read
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its environment name, the field of Config or Service it fills, how it is read, and what it means."""
+    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
 
     name: str
     field: str
     read: Callable[[str], Any]
     default: str  # as a person would write it; "" means none
     help: str
-    modes: str = "server client"
+    modes: str  # who uses it: "server", "client" or both
+    plugin: str = ""  # the plug-in that uses it; "" means the program itself
     secret: bool = False
 
     @property
@@ -632,285 +652,26 @@ class Setting:
         return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("PORT", "port", read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)"),
-    Setting("JOBORCH_HOST", "host", read_text, DEFAULT_HOSTS, "addresses to listen on, commas between"),
-    Setting("DATA_PATH", "data_path", read_text, "", "folder for files (default: the user's data folder)"),
-    Setting("DB_PATH", "db_path", read_text, "", "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets"),
-    Setting(
-        "MAX_AGE",
-        "max_age_s",
-        read_seconds,
-        "172800",
-        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long",
-    ),
-    Setting(
-        "JOBORCH_TOKEN",
-        "token",
-        read_token,
-        "",
-        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)",
-        secret=True,
-    ),
-    Setting("JOBORCH_TOKEN_FILE", "token_file", read_text, "", "file that holds the token; a client makes it if there is none"),
-    Setting(
-        "JOBORCH_ALLOW_ANONYMOUS",
-        "allow_anonymous",
-        read_switch,
-        "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then",
-    ),
-    Setting(
-        "JOBORCH_ALLOW_FROM",
-        "allow_from",
-        read_networks,
-        "",
-        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8",
-    ),
-    Setting("JOBORCH_HOSTS", "hosts", read_text, "", "further names, separated by commas, under which the server may be called"),
-    Setting(
-        "JOBORCH_SOCKET",
-        "socket_file",
-        read_text,
-        "",
-        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)",
-        "server",
-    ),
-    Setting("JOBORCH_SOCKET_MODE", "socket_mode", read_mode, "0600", "mode of the Unix socket: who may open it may call", "server"),
-    Setting(
-        "JOBORCH_SLOTS",
-        "slots",
-        read_positive,
-        "",
-        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_MEMORY", "memory_bytes", read_bytes, "", "memory that payloads may ask for together (default: the machine's)", "client"
-    ),
-    Setting(
-        "JOBORCH_EXECUTOR",
-        "executor",
-        read_executor,
-        "local",
-        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_PASS_ENV",
-        "pass_env",
-        read_names,
-        "",
-        "further variables that scripts get from the client's environment: names with commas between, * for any characters",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_BATCH_INTERVAL",
-        "batch_interval_s",
-        read_period,
-        "10",
-        "seconds between two questions to a batch system: one for all jobs",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_VANISH_GRACE",
-        "vanish_grace_s",
-        read_seconds,
-        "120",
-        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for",
-        "client",
-    ),
-    Setting("JOBORCH_DIRAC_URL", "dirac_url", read_url, "", "DiracX's address, as in https://dirac.example.org", "client"),
-    Setting(
-        "JOBORCH_DIRAC_CREDENTIALS",
-        "dirac_credentials",
-        read_text,
-        "~/.cache/diracx/credentials.json",
-        "the file that `dirac login` writes",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_DIRAC_QUIET",
-        "dirac_quiet_s",
-        read_seconds,
-        "45m",
-        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)",
-        "client",
-    ),
-    Setting("JOBORCH_KILL_GRACE", "kill_grace_s", read_seconds, "10", "seconds from TERM to KILL", "client"),
-    Setting("JOBORCH_LOG_LIMIT", "log_limit_bytes", read_bytes, "64M", "how much of each output stream is kept: its head and its tail"),
-    Setting(
-        "JOBORCH_RUN_INTERVAL",
-        "run_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the runner sleeps at most when nothing wakes it",
-        "client",
-    ),
-    Setting(
-        "JOBORCH_SEND_INTERVAL",
-        "send_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the sender sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_GET_INTERVAL",
-        "get_interval_s",
-        read_period,
-        "0.5",
-        "seconds that the getter sleeps at most when nothing wakes it",
-        "server",
-    ),
-    Setting(
-        "JOBORCH_SHARE_HALF_LIFE",
-        "share_half_life_s",
-        read_period,
-        "6h",
-        "policy share: after so long, half of what a user has used is forgotten",
-        "server",
-    ),
-    Setting("JOBORCH_AGEING", "ageing_s", read_period, "60", "policy priority: seconds of waiting that count as one point", "server"),
-    Setting("JOBORCH_WEIGHTS", "weights", read_weights, "", "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", "server"),
-    Setting(
-        "JOBORCH_MAX_QUEUED_PER_USER",
-        "max_queued_per_user",
-        read_positive,
-        "10000",
-        "jobs of one user that may be queued at once",
-        "server",
-    ),
-    Setting("JOBORCH_CLEAN_INTERVAL", "clean_interval_s", read_period, "60", "how often the cleaner looks, in seconds"),
-    Setting(
-        "JOBORCH_KEEP_FETCHED",
-        "keep_fetched_s",
-        read_seconds,
-        "10m",
-        "how long a client keeps files after a server has confirmed that it holds the result",
-        "client",
-    ),
-    Setting("JOBORCH_KEEP_ROWS", "keep_rows_s", read_seconds, "365d", "rows and history of cleaned jobs are deleted after that"),
-    Setting("JOBORCH_MAX_UPLOAD", "max_upload_bytes", read_bytes, "10G", "largest request body"),
-    Setting(
-        "JOBORCH_MAX_RESULT",
-        "max_result_bytes",
-        read_bytes,
-        "10G",
-        "largest result: bytes of the files that a script leaves, holes included",
-    ),
-    Setting(
-        "JOBORCH_MAX_RESULT_FILES",
-        "max_result_files",
-        read_positive,
-        "200000",
-        "most files and links in a result, with half as many folders",
-    ),
-    Setting("JOBORCH_MIN_FREE", "min_free_bytes", read_bytes, "1G", "free disk under which uploads are refused with 507"),
-    Setting(
-        "JOBORCH_CA_FILE",
-        "ca_file",
-        read_text,
-        "",
-        "certificates (PEM) that https clients are checked by, instead of the system's",
-        "server",
-    ),
-    Setting("JOBORCH_COMPAT", "compat", one_of("1.2", "2.2"), "1.2", "2.2: GET /download/ID answers as the reference's 2.2 does", "server"),
-    Setting("JOBORCH_LOG", "log_level", one_of("debug", "info", "warning", "error"), "info", "log level: debug, info, warning or error"),
-    Setting("JOBORCH_LOG_FORMAT", "log_format", one_of("text", "json"), "text", "json: one JSON object a line"),
-)
-
-SERVICE_SETTINGS: tuple[Setting, ...] = (
-    Setting("UPLOAD_URL", "upload_url", read_text, "", "where a client takes payloads, as in http://host:9000/submit", "server"),
-    Setting("DOWNLOAD_URL", "download_url", read_text, "", "where it hands out results, as in http://host:9000/retrieve", "server"),
-    Setting("TERMINATE_URL", "terminate_url", read_text, "", "where it ends payloads, as in http://host:9000/kill", "server"),
-    Setting(
-        "CLIENTS",
-        "clients",
-        read_text,
-        "",
-        "base URLs separated by commas: the short form of the three, and the way to name several",
-        "server",
-    ),
-    Setting("TOKEN", "token", read_token, "", "token for these clients", "server", secret=True),
-    Setting("TOKEN_FILE", "token_file", read_text, "", "file that holds the token for these clients", "server"),
-    Setting(
-        "PEER",
-        "peer",
-        one_of("joborch", "2.2"),
-        "",
-        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)",
-        "server",
-    ),
-    Setting("RUNS_PER_USER", "runs_per_user", read_positive, "5", "jobs of one user that are with clients at once", "server"),
-    Setting("MAX_RUNS", "max_runs", read_positive, "10", "jobs of the service that are with clients at once", "server"),
-    Setting(
-        "POLICY",
-        "policy",
-        one_of("share", "fifo", "priority"),
-        "share",
-        "who is next: least use, first come, or highest priority with ageing",
-        "server",
-    ),
-    Setting("TIMEOUT", "timeout_s", read_period, "", "run time limit in seconds (default: none)", "server"),
-    Setting(
-        "RETRIES", "retries", read_whole, "2", "further attempts after an infrastructure failure; never after the script's own", "server"
-    ),
-    Setting(
-        "RETURN_INPUTS", "return_inputs", read_switch, "1", "0: inputs that the script left unchanged stay out of the result", "server"
-    ),
-    Setting(
-        "UNREACHABLE_AFTER",
-        "unreachable_after_s",
-        read_period,
-        "24h",
-        "how long jobs wait while no client of the service answers at all",
-        "server",
-    ),
-    Setting(
-        "LOST_AFTER",
-        "lost_after_s",
-        read_period,
-        "3600",
-        "seconds that a client may be silent before its jobs get a new attempt",
-        "server",
-    ),
-    Setting(
-        "PRELUDE",
-        "prelude",
-        read_line,
-        "",
-        "a line of bash that runs before each script, in a login shell, as in module load gcc",
-        "client",
-    ),
-    Setting("SLURM_PARTITION", "slurm_partition", read_word, "", "sbatch --partition", "client"),
-    Setting("SLURM_ACCOUNT", "slurm_account", read_word, "", "sbatch --account", "client"),
-    Setting("SLURM_QOS", "slurm_qos", read_word, "", "sbatch --qos", "client"),
-    Setting("SLURM_CONSTRAINT", "slurm_constraint", read_word, "", "sbatch --constraint, as in gpu", "client"),
-    Setting("SLURM_GRES", "slurm_gres", read_word, "", "sbatch --gres, as in gpu:1", "client"),
-    Setting(
-        "SLURM_TIME",
-        "slurm_time_s",
-        read_period,
-        "",
-        "time limit of jobs that name none, as in 90m or 24h",
-        "client",
-    ),
-    Setting("SLURM_ARGS", "slurm_args", read_sbatch_words, "", "further options of sbatch, as in --nice=100 --exclusive", "client"),
-    Setting("DIRAC_SITE", "dirac_site", read_text, "", "sites with commas between, as in LCG.CERN.ch", "client"),
-    Setting("DIRAC_TAGS", "dirac_tags", read_text, "", "tags with commas between, as in GPU", "client"),
-    Setting("DIRAC_CPU_TIME", "dirac_cpu_time_s", read_period, "", "CPU time (default: a job's timeout times its cpus)", "client"),
-    Setting("DIRAC_PLATFORM", "dirac_platform", read_text, "", "platform, as DIRAC names it", "client"),
-    Setting("DIRAC_JDL", "dirac_jdl", read_text, "", 'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', "client"),
-)
+BOTH = "server client"
 
 
-# == 3. Configuration ==  The services and settings of one process: from flags, environment and files; refused where they cannot be meant.
+def setting(
+    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
+) -> T:
+    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
+    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
+    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
+
+
+def settings_of(owner: type) -> tuple[Setting, ...]:
+    """Return the settings that are declared as fields of a dataclass."""
+    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
+    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
 
 
 @dataclass(frozen=True)
 class Address:
-    """The three URLs of a client, and its base where they share one (only then it can have /events and /health)."""
+    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
 
     upload_url: str
     download_url: str
@@ -919,95 +680,86 @@ class Address:
 
     @property
     def name(self) -> str:
-        """What people call it: host and port, and the path of its base where there is one."""
+        """What people call it: host and port, and the path of its base if there is one."""
         parts = urlsplit(self.base_url or self.upload_url)
         return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
 
 
-@dataclass(frozen=True)
-class Service:
-    """A service: who runs its jobs, and the limits for them."""
-
-    name: str
-    addresses: tuple[Address, ...]
-    token: str
-    runs_per_user: int
-    max_runs: int
-    policy: str
-    timeout_s: float | None
-    retries: int
-    return_inputs: bool
-    unreachable_after_s: float
-    lost_after_s: float
-    token_file: str = ""
-    peer: str = "joborch"  # or 2.2: its clients need not prove who they are
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
-
-    slurm_partition: str = ""
-    slurm_account: str = ""
-    slurm_qos: str = ""
-    slurm_constraint: str = ""
-    slurm_gres: str = ""
-    slurm_time_s: float | None = None
-    slurm_args: tuple[str, ...] = ()
-    dirac_site: str = ""
-    dirac_tags: str = ""
-    dirac_cpu_time_s: float | None = None
-    dirac_platform: str = ""
-    dirac_jdl: str = ""
-    prelude: str = ""
-
-
+# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every effective setting of one process, and where each came from."""
+    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
 
     mode: str
-    port: int
-    host: str
-    data_path: str
-    db_path: str
-    max_age_s: float
-    token: str
-    token_file: str
-    allow_anonymous: bool
-    allow_from: tuple[Network, ...]
-    hosts: str
-    socket_file: str
-    socket_mode: str
-    slots: int
-    memory_bytes: int
-    executor: str
-    pass_env: tuple[str, ...]
-    batch_interval_s: float
-    vanish_grace_s: float
-    dirac_url: str
-    dirac_credentials: str
-    dirac_quiet_s: float
-    kill_grace_s: float
-    log_limit_bytes: int
-    run_interval_s: float
-    send_interval_s: float
-    get_interval_s: float
-    share_half_life_s: float
-    ageing_s: float
-    weights: Mapping[int, float]
-    max_queued_per_user: int
-    clean_interval_s: float
-    keep_fetched_s: float
-    keep_rows_s: float
-    max_upload_bytes: int
-    max_result_bytes: int
-    max_result_files: int
-    min_free_bytes: int
-    ca_file: str
-    compat: str
-    log_level: str
-    log_format: str
+    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
+    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
+    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
+    db_path: str = setting("DB_PATH", BOTH, read_text, "",
+        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
+    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
+        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
+    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
+        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
+    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
+    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
+        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
+    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
+        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
+    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
+    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
+        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
+    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
+    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
+        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
+    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
+        "memory that payloads may ask for together (default: the machine's)", unset=0)
+    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
+        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
+    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
+        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
+    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
+        "seconds between two questions to a batch system: one for all jobs")
+    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
+        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
+    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
+        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
+    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
+        "the file that `dirac login` writes", plugin="dirac")
+    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
+        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
+    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
+    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
+        "how much of each output stream is kept: its head and its tail")
+    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
+        "seconds that the runner sleeps at most when nothing wakes it")
+    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
+        "seconds that the sender sleeps at most when nothing wakes it")
+    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
+        "seconds that the getter sleeps at most when nothing wakes it")
+    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
+        "policy share: after so long, half of what a user has used is forgotten")
+    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
+    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
+        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
+    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
+        "jobs of one user that may be queued at once")
+    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
+    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result")
+    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
+    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
+    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
+        "largest result: bytes of the files that a script leaves, holes included")
+    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
+        "most files and links in a result, with half as many folders")
+    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
+    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
+        "certificates (PEM) that https clients are checked by, instead of the system's")
+    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
+        "2.2: GET /download/ID answers as the reference's 2.2 does")
+    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
+        "log level: debug, info, warning or error")
+    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
     services: Mapping[str, Service] = field(default_factory=dict)
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -1018,6 +770,67 @@ class Config:
         """Return what a batch system is asked for the jobs of a service."""
         return self.batch.get((service or "").lower(), BatchOptions())
 
+
+@dataclass(frozen=True)
+class Service:
+    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
+
+    name: str
+    addresses: tuple[Address, ...]  # its clients, from the first four settings
+    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
+    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
+    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
+    clients: str = setting("CLIENTS", "server", read_text, "",
+        "base URLs separated by commas: the short form of the three, and the way to name several")
+    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
+    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
+    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
+    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
+    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
+    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
+        "who is next: least use, first come, or highest priority with ageing")
+    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
+    retries: int = setting("RETRIES", "server", read_whole, "2",
+        "further attempts after an infrastructure failure; never after the script's own")
+    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
+        "0: inputs that the script left unchanged stay out of the result")
+    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
+        "how long jobs wait while no client of the service answers at all")
+    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
+        "seconds that a client may be silent before its jobs get a new attempt")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
+
+    prelude: str = setting("PRELUDE", "client", read_line, "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc")
+    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
+    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
+    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
+    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
+    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
+    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
+        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
+    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
+        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
+    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
+    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
+    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
+        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
+    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
+    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
+        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
+# fmt: on
+
+
+SETTINGS = settings_of(Config)
+SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
+
+
+# == 3. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
 
 QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
 
@@ -1078,25 +891,25 @@ def split_service_name(name: str) -> tuple[str, Setting] | None:
 
 
 def client_address(base_url: str) -> Address:
-    """Return the client that has its routes below one base URL, as ours do."""
+    """Return the client that has its routes below one base URL, as clients of joborch do."""
     base = base_url.rstrip("/")
     return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
 
 
-def reference_address(name: str, values: Mapping[str, Any]) -> Address | None:
-    """Return the client named by the reference's three URLs, or None where none is set."""
-    urls = [str(values[key] or "").rstrip("/") for key in ("upload_url", "download_url", "terminate_url")]
-    if not urls[0]:
-        if any(urls):
-            raise ConfigError(f"SERVICE_{name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
+def reference_address(service: Service) -> Address | None:
+    """Return the client named by the reference's three URLs, or None if none is set."""
+    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
+    if not first:
+        if any(others):
+            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
         return None
-    base, _, last = urls[0].rpartition("/")
+    base, _, last = first.rpartition("/")
     base = base if last == "submit" else ""
-    if not base and not all(urls):
+    if not base and not all(others):
         raise ConfigError(
-            f"SERVICE_{name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
         )
-    return Address(urls[0], urls[1] or base + "/retrieve", urls[2] or base + "/kill", base)
+    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
 
 
 def check_url(url: str, shown_name: str) -> None:
@@ -1113,53 +926,45 @@ def check_url(url: str, shown_name: str) -> None:
 
 
 def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token that a file holds; ConfigError where it cannot be read."""
+    """Return the token that a file holds; ConfigError if it cannot be read."""
     try:
         return read_token(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
-LONG_TIME_S = 6 * 3600.0  # a setting whose default is longer is rarely meant in seconds
-
-
-def token_in_file(mode: str, path: str) -> str:
-    """Return the token that JOBORCH_TOKEN_FILE holds; an empty text if it is not set, or a client makes the file at its first start."""
-    if not path or (mode == "client" and not os.path.lexists(path)):
-        return ""
-    return read_token_file(path, "JOBORCH_TOKEN_FILE")
-
-
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
 
 
+def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
+    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
+
+
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix; ConfigError where they do not fit together."""
+    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
-    values: dict[str, Any] = {
-        setting.field: read_setting(setting, texts.get(setting.name) or setting.default, prefix + setting.name)
-        if texts.get(setting.name) or setting.default
-        else None
-        for setting in SERVICE_SETTINGS
-        if setting.modes == "server"
-    }
-    bases = [base.strip() for base in str(values["clients"] or "").split(",") if base.strip()]
-    first = reference_address(name, values)
-    addresses = tuple(([first] if first else []) + [client_address(base) for base in bases])
+    service = Service(name, (), **read_settings(texts, prefix))
+    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
+    first = reference_address(service)
     for base in bases:
         check_url(base, prefix + "CLIENTS")
     for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
         check_url(url, prefix + setting)
-    if not addresses and name == "example":
-        addresses = (client_address(EXAMPLE_CLIENT_URL),)
-    if not addresses:
+    if not first and not bases and name == "example":
+        bases = [EXAMPLE_CLIENT_URL]
+    if not first and not bases:
         raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token, values["token_file"] = str(values["token"] or ""), values["token_file"] or ""
-    if not token and values["token_file"]:
-        token = read_token_file(values["token_file"], prefix + "TOKEN_FILE")
-    values["peer"] = values["peer"] or ("2.2" if first and not bases and not token else "joborch")
-    taken = {item.name for item in dataclasses.fields(Service)} - {"name", "addresses", "token"}
-    return Service(name=name, addresses=addresses, token=token, **{key: values[key] for key in taken})
+    token = service.token
+    if not token and service.token_file:
+        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
+    return dataclasses.replace(
+        service,
+        addresses=(*([first] if first else []), *map(client_address, bases)),
+        token=token,
+        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
+    )
 
 
 def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
@@ -1174,19 +979,13 @@ def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, di
 
 def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
     """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
-    options = {}
-    for name, texts in texts_of_services(environment, "client").items():
-        settings = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
-        values = {each.field: read_setting(each, texts[each.name], f"SERVICE_{name.upper()}_{each.name}") for each in settings}
-        options[name] = BatchOptions(**values)
-    return options
+    found = texts_of_services(environment, "client").items()
+    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
 
 
 def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
     """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
-    texts = texts_of_services(environment, "server")
-    if not texts:
-        texts = {"example": {}}
+    texts = texts_of_services(environment, "server") or {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
@@ -1194,53 +993,49 @@ def nearest_suffix(name: str) -> str:
     """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
     suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
     tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
+    import difflib
+
     scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
     best = max(scores, key=lambda suffix: scores[suffix])
     return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
 
 
-def unknown_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return one warning for each variable that bears our prefix and is not known."""
+def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
-    warnings = []
     for name in sorted(environment):
-        ours = name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_")
-        if ours:
+        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
             plain = name.replace("JOBORCH_", "", 1)
-            meant = f" (did you mean {plain}?)" if plain in known else nearest(name, known)
-            warnings.append(f"{name} is not a setting{meant}")
+            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            warnings.append(f"{name} is not a setting of a service{nearest_suffix(name)}")
-    return tuple(warnings)
+            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
 
 
-def unit_warning(setting: Setting, text: str, shown_name: str) -> str:
-    """Return a question about a time of a few seconds where hours or days are usual; an empty text if it is no such."""
-    usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
-    if usual_s < LONG_TIME_S or not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
-        return ""
-    return f"{shown_name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
+
+
+def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    for setting, text, name in given:
+        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
+            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
-    """Return the memory of this machine, or of the control group that we are confined to where it has less."""
+    """Return the memory of this machine, or of this process's control group if that has less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
 
 
-def unasked_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return a question about each time that is set without a unit, and looks as if hours or days were meant."""
-    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        given += [(found[1], text, name)] if found else []
-    return tuple(filter(None, (unit_warning(setting, text, name) for setting, text, name in given)))
-
-
 def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch; ConfigError where the user has no home."""
+    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
     import platformdirs
 
     folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
@@ -1249,16 +1044,26 @@ def default_folder(kind: str) -> str:
     return folder
 
 
-def fill_defaults(values: dict[str, Any], mode: str) -> None:
+def token_of_file(config: Config) -> str:
+    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
+    path = config.token_file
+    waits = config.mode == "client" and not os.path.lexists(path)
+    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
+
+
+def with_defaults(config: Config) -> Config:
     """Fill in the values that depend on the machine, the mode or each other."""
-    for name, empty in (("weights", {}), ("allow_from", ()), ("pass_env", ())):
-        values[name] = values[name] or empty
-    values["memory_bytes"] = values["memory_bytes"] or machine_memory_bytes()
-    values["slots"] = values["slots"] or (os.cpu_count() or 1 if values["executor"] == "local" else BATCH_SLOTS)
-    values["port"] = values["port"] if values["port"] != "" else {"server": 5000}.get(mode, 9000)
-    values["data_path"] = os.path.abspath(values["data_path"] or os.path.join(default_folder("data"), mode))
-    values["db_path"] = values["db_path"] or os.path.join(values["data_path"], "joborch.db")
-    values["db_path"] = values["db_path"] if values["db_path"] == ":memory:" else os.path.abspath(values["db_path"])
+    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
+    db_path = config.db_path or os.path.join(data_path, "joborch.db")
+    return dataclasses.replace(
+        config,
+        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
+        data_path=data_path,
+        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
+        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
+        memory_bytes=config.memory_bytes or machine_memory_bytes(),
+        token=config.token or token_of_file(config),
+    )
 
 
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
@@ -1266,35 +1071,25 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
 
     `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
     """
-    from_file = read_env_file(arguments["env_file"] or "") if arguments.get("env_file") else {}
-    merged = {**from_file, **{name: text for name, text in environment.items() if text}}
+    env_file = arguments.get("env_file") or ""
+    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
+    given = {name: text for name, text in environment.items() if text}
+    merged = {**from_file, **given}
+    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
+    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     for setting in SETTINGS:
-        given = arguments.get(setting.field)
-        if given:
-            text, sources[setting.name] = given, f"flag {setting.flag}"
-        elif environment.get(setting.name):
-            text, sources[setting.name] = environment[setting.name], "environment"
-        elif from_file.get(setting.name):
-            text, sources[setting.name] = from_file[setting.name], "--env-file"
-        else:
-            text, sources[setting.name] = setting.default, "default"
-        shown = setting.flag if given else setting.name
-        values[setting.field] = read_setting(setting, text, shown) if text else ""
-    fill_defaults(values, mode)
-    values["env_file"] = arguments.get("env_file") or ""
-    values["token"] = values["token"] or token_in_file(mode, values["token_file"])
+        flag = arguments.get(setting.field)
+        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
+        if flag or setting.name in merged:
+            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
+    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
     services = read_services(merged) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
-    for name in filter(lambda name: split_service_name(name.upper()), merged):
-        sources[name.upper()] = "environment" if name in environment else "--env-file"
-    warnings = unknown_names(merged) + unasked_units(arguments, merged)
-    if any(dataclasses.replace(options, prelude="") != BatchOptions() for options in batch.values()) and values["executor"] == "local":
-        warnings += ("settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local",)
-    config = Config(mode=mode, services=services, batch=batch, sources=sources, warnings=warnings, **values)
+    config = dataclasses.replace(config, services=services, batch=batch)
     check_config(config)
-    return dataclasses.replace(config, warnings=(*warnings, *access_warnings(config)))
+    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    return dataclasses.replace(config, warnings=warnings)
 
 
 def check_certificates(path: str) -> None:
@@ -1326,8 +1121,15 @@ def check_config(config: Config) -> None:
         )
 
 
+def batch_warnings(config: Config) -> Iterator[str]:
+    """Yield a warning if services have settings of a plug-in that this client does not use."""
+    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
+    if config.executor == "local" and any(setting.plugin for setting in given):
+        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
+
+
 def access_warnings(config: Config) -> Iterator[str]:
-    """Yield what somebody who reads the log of a start should know about who is let in."""
+    """Yield what a reader of the log should know about who is served without a token."""
     if config.token and (config.allow_anonymous or config.allow_from):
         yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
     elif config.allow_anonymous:
@@ -1341,7 +1143,7 @@ def access_warnings(config: Config) -> Iterator[str]:
 
 
 def beyond_loopback(hosts: str) -> list[str]:
-    """Return those of the addresses to listen on that other machines can reach."""
+    """Return the addresses to listen on that other machines can reach."""
     return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
 
 
@@ -1363,7 +1165,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 4. States ==  The one table of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 4. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -1386,7 +1188,7 @@ class Status(str, Enum):
 
 
 class Cause(str, Enum):
-    """Whose doing an end was: the script's, a limit's, the machines', or somebody's who asked for it."""
+    """What made a job end: its script, a limit, the machines, or somebody who asked for it."""
 
     USER = "user"
     LIMIT = "limit"
@@ -1397,7 +1199,7 @@ class Cause(str, Enum):
         return self.value
 
 
-BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # with a client: what quotas count
+BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # at a client; quotas count these
 ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
 OVER = (*ENDED, Status.CLEANED)
 
@@ -1485,51 +1287,43 @@ class Job(NamedTuple):
     created_at: float
     started_at: float | None
     ended_at: float | None
-    not_before: float | None  # steady: a new attempt waits until then
+    not_before: float | None  # steady time: a new attempt waits until then
     fetched_at: float | None  # client: a server has the result
-    kill_requested_at: float | None  # a wish is a column, not a state
+    kill_requested_at: float | None  # wall time; a request to stop a job is a column, not a state
     kill_cause: str | None
     moves: int
-    changed: int | None  # client: number of its last change, for /events
-    moved_at: float  # steady: its last change of status
-    synced: int  # client: 1, its files have surely reached the disk; 2, a server has confirmed that it holds the result
-    inputs_sha256: str | None  # server: of the list of its files with their digests
-    after_ids: str  # server: jobs that must be Completed first, commas between
-    blocked: int  # server: how many of these have not ended
-    arrived_at: float  # steady: it keeps its place in the queue by this, through all attempts
-    charged: float  # server: slot-seconds that its user is charged for this attempt
-    ended_as: str | None  # the status that one had before it was cleaned; `end` says it of all that ended
+    changed: int | None  # client: the number of its last change, for /events
+    moved_at: float  # steady time of its last change of status
+    synced: int  # client: 1 if its files are safely on the disk, 2 if a server has confirmed that it holds the result
+    inputs_sha256: str | None  # server: digest of the list of its files and their digests
+    after_ids: str  # server: ids of the jobs that must be Completed first, with commas between
+    blocked: int  # server: how many of those have not ended
+    arrived_at: float  # steady time of its upload: its place in the queue through all attempts
+    charged: float  # server: slot-seconds charged to its user for this attempt
+    ended_as: str | None  # the status that a Cleaned job ended with; `end` gives it for every job that ended
 
     @property
     def mark(self) -> str:
-        """What tells this attempt from every other one, everywhere."""
+        """The attempt key: it tells this attempt from every other one, everywhere."""
         return f"{self.uuid}.{self.attempt}"
 
     @property
     def end(self) -> str | None:
-        """How it ended, whether its files were cleaned since or not; None until it has."""
+        """The status that it ended with, also after its files were cleaned; None until it ends."""
         return self.status.value if self.status in ENDED else self.ended_as
 
 
 STATUS_AT = Job._fields.index("status")
-MOVABLE = (
-    "cause",
-    "exit_code",
-    "signal",
-    "attempt",
-    "client",
-    "dest_id",
-    "started_at",
-    "ended_at",
-    "not_before",
-    "result_size",
-    "result_sha256",
+ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # the columns of an attempt
+MOVABLE = (  # what a move may change besides status and reason
+    *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
+    *("not_before", "result_size", "result_sha256"),
 )
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a row needs at its birth."""
+    """The columns of a new row that its maker chooses."""
 
     uuid: str
     user_id: int | None = None
@@ -1551,12 +1345,18 @@ class NewJob:
 
     @property
     def after(self) -> list[int]:
-        """The jobs that it is to follow."""
+        """The ids of the jobs that must be Completed first."""
         return ids_in(self.after_ids)
 
 
+NEW_COLUMNS = (
+    *(item.name for item in dataclasses.fields(NewJob)),
+    *("status", "reason", "created_at", "moves", "changed", "moved_at", "arrived_at"),
+)
+
+
 def ids_in(text: str) -> list[int]:
-    """Return the ids of a text that holds some, with commas between."""
+    """Return the ids in a text, which have commas between."""
     return [int(part) for part in text.split(",") if part]
 
 
@@ -1567,7 +1367,143 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 5. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+# == 5. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
+
+
+class Reason:
+    """The reasons that need no more than a few facts, which stand in braces: `Reason.REFUSED.format(client=..., error=...)`.
+
+    An error of a call brings its own words as `{error}`: Rejected, Gone, NothingSent, NoAnswer, CannotRun. What only Slurm or
+    DIRAC can say is worded by functions of their plug-ins.
+    """
+
+    # The server sends a job.
+    CLAIMED = "claimed for {client}"
+    ACCEPTED = "accepted by {client}"
+    FOUND_THERE = "{client} has it"
+    FILES_REMOVED = "its files are missing on the {where}'s disk: somebody removed them"
+    REFUSED = "{client} refuses it: {error}"
+    NOT_SENT = "{client} {error}"
+    ANSWER_LOST = "{client} {error}: it is asked again under the same key"
+    ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
+    CANNOT_SAY = "{client} cannot say whether it has the job"
+    BEGAN_ANEW = "{client} began anew and knows nothing of it"
+    ANSWER_NOT_STORED = "the client's answer could not be stored: it is asked again under the same key"
+    SERVER_RESTARTED = "the server was restarted while it was sent to {client}: asked again under the same key"
+    CHAIN_BROKEN = "job {job}, which it was to follow, ended as {status}"
+
+    # A client is silent, or its answer cannot be used.
+    TRIED_AGAIN = "{reason}; it is tried again"
+    ANSWERS_AGAIN = "{client} answers again"
+    NOT_CONFIGURED = "{client} is not configured any more"
+    SILENT = "{trouble}, and so for {duration}"
+    SILENT_AND_KILLED = "{trouble}, and so for {duration}; should it come back, the job is ended there"
+    UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
+    CLIENT_FAILED = "{client} failed"
+
+    # An attempt is over.
+    ATTEMPT = "attempt {attempt}: {reason}"
+    NO_ATTEMPT_LEFT = "{reason}; no attempt is left of {attempt}"
+    NO_ATTEMPT_KILLED = "{reason}; terminate was asked for"
+    KILLED = "terminated on request"
+    KILLED_AND_GONE = "terminated on request; {reason}"
+    KILLED_UNSENT = "terminated before it was sent"
+    COMPLETED = "run.sh ended with exit status 0"
+    COMPLETED_CHILDREN = "run.sh ended with exit status 0; what it left running was ended"
+    CLIENT_SAYS = "the client says {status}"
+
+    # The result is lost, too large, or cannot be fetched.
+    RESULT_HAS = "the result has {too_much}"
+    RESULT_HAS_EXIT = "the result has {too_much}; run.sh ended with exit status {status}"
+    NOT_KEPT = "{reason}; what it left was not kept: {error}"
+    NOT_FETCHED = "the result could not be fetched from {client}: {error}"
+    NOT_STORED = "the result could not be stored: {error}"
+    CLIENT_HAS_NOTHING = "{client} has nothing of it any more"
+    CLIENT_CLEANED = "{client} has nothing of it any more: {reason}"
+    FAILED_AND_CLEANED = "{reason}; {cleaned}"
+    RUN_FAILED = "run.sh failed"
+    WORK_REMOVED = "somebody removed its work folder from the client's disk"
+    CLEANED = "{duration} after it ended"
+
+    # The client cannot start a payload, or loses it.
+    NO_SCRIPT = "there is no run.sh: upload a bash script of that name"
+    EMPTY_SCRIPT = "run.sh is empty: it has 0 bytes"
+    NOT_STARTED = "the client could not start it: {error}"
+    DISK_FULL = "the client's disk is full: the script was not started"
+    NO_WRAPPER = "the wrapper could not be started, or ended before its time: the script was not started"
+    REBOOTED = "the machine or the container was restarted while the script ran"
+    REBOOTED_UNSYNCED = "the machine was restarted, and what had reached its disk is not known"
+    FOLDER_REMOVED = "the payload's folder was removed while the script ran"
+    WORK_GONE = "its work folder was removed or replaced while run.sh ran, and its files are missing"
+    WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
+    ENDED_WITH_CLIENT = "the script's processes ended together with the client, or while it was away, and left no exit status"
+    WRAPPER_KILLED = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
+    STOPPED_WITH_CLIENT = (
+        "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+    STOPPED_WITH_WRAPPER = (
+        "it was stopped from outside joborch, and its wrapper, too: run.sh ended with exit status {status}; "
+        "if a service manager did it, set KillMode=process for the client"
+    )
+
+
+def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
+    """Say how a script failed: exit status or signal, run time, the last line of its standard error, and a known remedy."""
+    signalled = f" (as by signal {signal_name(exit_status - 128)})" if is_signalled(exit_status) else ""
+    text = f"run.sh ended with exit status {exit_status}{signalled} after {format_duration(run_s)}{last_words(folder)}"
+    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
+
+
+def limit_reason(folder: Path, limit_s: float) -> str:
+    """Say that a script was ended at its time limit."""
+    return f"run.sh was ended at its time limit of {format_duration(limit_s)}{last_words(folder)}"
+
+
+def last_words(folder: Path) -> str:
+    """Return the last line of a script's standard error as the end of a sentence; an empty text where there is none."""
+    words = last_line(folder / "stderr")
+    return f'; last line of standard error: "{words}"' if words else ""
+
+
+def left_out_text(count: int) -> str:
+    """Return the end of a sentence about files that no archive can hold; an empty text for none."""
+    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
+
+
+def is_signalled(exit_status: int) -> bool:
+    """Tell whether an exit status is that of a script that a signal ended: 128 and the signal's number, as a shell says it."""
+    return 128 < exit_status < 193
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+LOGIN_COMMANDS = re.compile(
+    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
+)
+
+
+def shell_hint(folder: Path) -> str:
+    """Return the remedy for a script that missed a command of login shells, by the begin and end of its standard error."""
+    try:
+        with open_regular(folder, "stderr") as file:
+            said = file.read(4 * KIB)
+            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
+            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
+    except OSError:
+        return ""
+    name = (missing[1] or missing[3]).decode() if missing else ""
+    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
+    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
+
+
+# == 6. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
 NO_USE = float("-inf")  # log2(0)
 CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
@@ -1697,8 +1633,7 @@ def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
 # -- which client gets a job --
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """The first queued job of a user who is below the quota: what a service could run next."""
 
     service: str
@@ -1708,8 +1643,7 @@ class Candidate:
     timeout: float | None = None  # seconds
 
 
-@dataclass(frozen=True)
-class ServiceQueue:
+class ServiceQueue(NamedTuple):
     """The candidates of one service in the order of their turns, its clients, and its load."""
 
     service: str
@@ -1719,8 +1653,7 @@ class ServiceQueue:
     heads: Iterable[Candidate]
 
 
-@dataclass(frozen=True)
-class ClientCapacity:
+class ClientCapacity(NamedTuple):
     """A client that takes jobs now, as the scheduler sees it."""
 
     name: str
@@ -1760,8 +1693,7 @@ class ClientCapacity:
         return (-self.free, self.load, -self.failed_s_ago, self.name)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A running job, for estimating when its slots become free."""
 
     cpus: int
@@ -1769,8 +1701,7 @@ class Run:
     ends_at: float  # steady; infinity without a time limit
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """A client that is held for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
 
     until: float  # steady; the latest start of the wide job, infinity if unknown
@@ -1838,8 +1769,7 @@ def choose(
 # -- why a job waits --
 
 
-@dataclass(frozen=True)
-class QueueFacts:
+class QueueFacts(NamedTuple):
     """The figures that decide when a queued job runs."""
 
     runs_of_user: int
@@ -1933,11 +1863,10 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 6. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
+# == 7. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
 
     path: str
@@ -2137,7 +2066,7 @@ def write_all(target: IO[bytes], data: bytes) -> None:
         view = view[target.write(view) :]
 
 
-# == 7. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
+# == 8. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
 
 
 def fsync_path(path: str | Path) -> None:
@@ -2410,23 +2339,6 @@ def helper_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
-        environment = helper_environment()
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=environment)
-        done = subprocess.run(["rm", "-rf", "--", path], check=False, capture_output=True, text=True, errors="replace", env=environment)
-        if done.returncode != 0 and path.exists():
-            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
-
-
 LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors are the file system's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -2531,7 +2443,7 @@ def example_part(path: str) -> str:
     return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
-# == 8. Trust ==  Folders, links and token files are not trusted if other users could replace them.
+# == 9. Trust ==  Folders, links and token files are not trusted if other users could replace them.
 
 
 def owner_name(uid: int) -> str:
@@ -2640,7 +2552,7 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
 
 
-# == 9. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
+# == 10. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
 
 
 class DiskFull(OSError):
@@ -2794,7 +2706,7 @@ class DataFolder:
             raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that joborch may write to") from error
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
         for leftover in self.tmp.iterdir():
-            remove_tree(leftover)
+            discard(leftover)
         # waitress spools bodies here: same file system, swept at each start.
         tempfile.tempdir = str(self.tmp)
 
@@ -2895,7 +2807,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 10. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
+# == 11. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
@@ -2948,8 +2860,7 @@ class BrokenArchive(JoborchError):
         self.number = number
 
 
-@dataclass(frozen=True)
-class ResultLimits:
+class ResultLimits(NamedTuple):
     """The most that a result may hold: bytes (holes count), files and links (run.sh does not count), and half as many folders."""
 
     size_bytes: int = 2**62
@@ -3442,114 +3353,23 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
         yield chunk
 
 
-# == 11. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 12. Statements ==  All SQL of the program, as named constants; every query goes by an index.
 
 SCHEMA_VERSION = 4
 
-AGE_INDEXES = """CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
-CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
-CREATE INDEX jobs_unsynced ON jobs(id)
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-"""
-
-ENDED_AS_INDEX = """CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-"""
-
-QUEUE_INDEXES = """CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
- WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
-CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-"""
-
-RUNNABLE_TABLE = """CREATE TABLE runnable_users (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    at_quota INTEGER NOT NULL,
-    rank REAL NOT NULL,
-    head INTEGER NOT NULL,
-    cpus INTEGER NOT NULL,
-    memory INTEGER,
-    timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-"""
-
-TURN_TABLES = """@RUNNABLE@CREATE TABLE usage (
-    service TEXT NOT NULL,
-    user_id INTEGER NOT NULL,
-    used REAL NOT NULL,
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX usage_user ON usage(user_id);
-CREATE TABLE pace (
-    service TEXT PRIMARY KEY,
-    level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL,
-    mean_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
-CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (
-    on_id INTEGER NOT NULL,
-    job_id INTEGER NOT NULL,
-    PRIMARY KEY (on_id, job_id)
-) WITHOUT ROWID;
-CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
-INSERT INTO turns_made VALUES ('', 0);
-""".replace("@RUNNABLE@", RUNNABLE_TABLE)
-
-SCHEMA = (
-    """
+SCHEMA = """
 BEGIN;
 CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uuid TEXT NOT NULL,
-    user_id INTEGER,
-    service TEXT,
-    name TEXT,
-    status TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    cause TEXT,
-    exit_code INTEGER,
-    signal INTEGER,
-    priority INTEGER NOT NULL DEFAULT 0,
-    cpus INTEGER NOT NULL DEFAULT 1,
-    memory INTEGER,
-    timeout REAL,
-    retries INTEGER NOT NULL DEFAULT 0,
-    return_inputs INTEGER NOT NULL DEFAULT 1,
-    attempt INTEGER NOT NULL DEFAULT 1,
-    client TEXT,
-    dest_id TEXT,
-    remote_id TEXT,
-    handle TEXT,
-    idempotency_key TEXT,
-    request_digest TEXT,
-    result_size INTEGER,
-    result_sha256 TEXT,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    ended_at REAL,
-    not_before REAL,
-    fetched_at REAL,
-    kill_requested_at REAL,
-    kill_cause TEXT,
-    moves INTEGER NOT NULL DEFAULT 0,
-    changed INTEGER,
-    moved_at REAL NOT NULL DEFAULT 0,
-    synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT,
-    after_ids TEXT NOT NULL DEFAULT '',
-    blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0,
-    charged REAL NOT NULL DEFAULT 0,
-    ended_as TEXT
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
+    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
+    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
+    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
+    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
+    result_size INTEGER, result_sha256 TEXT,
+    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
+    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
+    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -3559,108 +3379,86 @@ CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-@QUEUES@@AGES@@ENDED_AS@CREATE TABLE history (
-    job_id INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    at REAL NOT NULL,
-    source TEXT,
-    target TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    seq INTEGER NOT NULL DEFAULT 0,
+CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
+ WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
+CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
+CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
+CREATE INDEX jobs_unsynced ON jobs(id)
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+CREATE TABLE history (
+    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
+    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
-    job_id INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    client TEXT,
-    dest_id TEXT,
-    started_at REAL,
-    ended_at REAL,
-    exit_code INTEGER,
-    signal INTEGER,
-    reason TEXT,
-    cause TEXT,
+    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
+    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-@TURNS@CREATE TABLE heartbeat (
-    at REAL NOT NULL,
-    instance TEXT NOT NULL,
-    boot TEXT NOT NULL DEFAULT '',
-    boot_s REAL NOT NULL DEFAULT 0,
-    steady REAL NOT NULL DEFAULT 0
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+CREATE TABLE usage (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX usage_user ON usage(user_id);
+CREATE TABLE pace (
+    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
+    runs INTEGER NOT NULL, mean_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
+CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
+CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+INSERT INTO turns_made VALUES ('', 0);
+CREATE TABLE heartbeat (
+    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
 PRAGMA user_version = 4;
 COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES)
-    .replace("@AGES@", AGE_INDEXES)
-    .replace("@ENDED_AS@", ENDED_AS_INDEX)
-    .replace("@TURNS@", TURN_TABLES)
-)
+"""
 
-# From each version of the schema to the next.
+# From each version of the schema that was released to the next. 0.1.0 made version 3.
 MIGRATIONS = {
-    1: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN moved_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN inputs_sha256 TEXT;
-ALTER TABLE history ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN boot TEXT NOT NULL DEFAULT '';
-ALTER TABLE heartbeat ADD COLUMN boot_s REAL NOT NULL DEFAULT 0;
-ALTER TABLE heartbeat ADD COLUMN steady REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET moved_at = coalesce(ended_at, started_at, created_at);
-UPDATE history SET seq = at * 1000000;
-DROP INDEX jobs_ended;
-DROP INDEX jobs_cleaned;
-@AGES@PRAGMA user_version = 2;
-COMMIT;
-""".replace("@AGES@", AGE_INDEXES),
-    2: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN after_ids TEXT NOT NULL DEFAULT '';
-ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN arrived_at REAL NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN charged REAL NOT NULL DEFAULT 0;
-UPDATE jobs SET arrived_at = created_at;
-DROP TABLE eligible;
-DROP INDEX jobs_queued;
-DROP INDEX jobs_client;
-@QUEUES@@TURNS@PRAGMA user_version = 3;
-COMMIT;
-""".replace("@QUEUES@", QUEUE_INDEXES).replace("@TURNS@", TURN_TABLES),
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
-DROP TABLE IF EXISTS contenders;
-DROP TABLE IF EXISTS runnable_users;
-@RUNNABLE@UPDATE turns_made SET rules = '';
+DROP TABLE contenders;
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+UPDATE turns_made SET rules = '';
 UPDATE jobs
    SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
                            ORDER BY number DESC LIMIT 1), reason)
  WHERE status = 'Cleaned';
-@ENDED_AS@PRAGMA user_version = 4;
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+PRAGMA user_version = 4;
 COMMIT;
-""".replace("@ENDED_AS@", ENDED_AS_INDEX).replace("@RUNNABLE@", RUNNABLE_TABLE),
+""",
 }
 
-JOB_ADD = """
-INSERT INTO jobs (uuid, user_id, service, name, status, reason, priority, cpus, memory, timeout, retries, return_inputs, attempt,
-                  remote_id, idempotency_key, request_digest, created_at, moves, changed, moved_at,
-                  inputs_sha256, after_ids, blocked, arrived_at)
-VALUES (:uuid, :user_id, :service, :name, :status, :reason, :priority, :cpus, :memory, :timeout, :retries, :return_inputs, :attempt,
-        :remote_id, :idempotency_key, :request_digest, :created_at, 1, :changed, :moved_at,
-        :inputs_sha256, :after_ids, :blocked, :moved_at)
-"""
-JOB_MOVE = """
-UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, cause = :cause, exit_code = :exit_code, signal = :signal,
-                attempt = :attempt, client = :client, dest_id = :dest_id, started_at = :started_at,
-                ended_at = :ended_at, not_before = :not_before, result_size = :result_size,
-                result_sha256 = :result_sha256, moves = moves + 1, changed = :changed, moved_at = :moved_at
- WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)
-"""
+JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
+JOB_MOVE = (
+    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
+    + ", ".join(name + " = :" + name for name in MOVABLE)
+    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
+)
 JOB_GET = "SELECT * FROM jobs WHERE id = :id"
 JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
 JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
@@ -3669,9 +3467,7 @@ JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
 JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
 PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
-PAYLOAD_BEGUN = """
-UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'
-"""
+PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
  WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
@@ -3694,14 +3490,8 @@ INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
 SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
-ATTEMPT_ADD = """
-INSERT OR REPLACE INTO attempts (job_id, attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause)
-VALUES (:id, :attempt, :client, :dest_id, :started_at, :now, :exit_code, :signal, :reason, :cause)
-"""
-ATTEMPTS_GET = """
-SELECT attempt, client, dest_id, started_at, ended_at, exit_code, signal, reason, cause
-  FROM attempts WHERE job_id = :id ORDER BY attempt
-"""
+ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
+ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
 BUSY_OF_USER = """
 SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
    AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
@@ -3722,10 +3512,7 @@ AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
 """
-ALL_BUSY = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id
-"""
+ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
 PINNED_AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
@@ -3890,9 +3677,7 @@ CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cl
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
 FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = """
-SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
 JOBS_PAGE_OF_USER = """
 SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
    AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
@@ -3906,9 +3691,7 @@ JOBS_PAGE_CLEANED = """
 SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
-JOBS_PAGE_OF_SERVICE = """
-SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit
-"""
+JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
 UNSYNCED = """
 SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -3925,32 +3708,32 @@ ALL_UUIDS = "SELECT uuid FROM jobs"
 DAMAGE = "PRAGMA quick_check(1)"
 
 
-# == 12. Database ==  One connection writes, and those that wait share a transaction; time that counts is not the wall clock's.
+# == 13. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
 
 class Changes:
-    """Wakes threads that wait for a job to move, or for any: a commit says which jobs it moved."""
+    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waiting: list[tuple[int | None, threading.Event]] = []
 
     def announce(self, job_ids: Collection[int]) -> None:
-        """Wake those who wait for one of these jobs, or for any."""
+        """Wake the threads that wait for one of these jobs, or for any."""
         with self.lock:
             for job_id, news in self.waiting:
                 if job_id is None or job_id in job_ids:
                     news.set()
 
     def close(self) -> None:
-        """Wake everybody: the process ends."""
+        """Wake all of them: the process ends."""
         with self.lock:
             for _, news in self.waiting:
                 news.set()
 
     @contextlib.contextmanager
     def of(self, job_id: int | None) -> Iterator[threading.Event]:
-        """Give an event for the block that is set when the job moves; when any does, where `job_id` is None."""
+        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
         entry = (job_id, threading.Event())
         with self.lock:
             self.waiting.append(entry)
@@ -3962,7 +3745,7 @@ class Changes:
 
 
 class Ticket:
-    """One piece of work that waits to be part of a transaction, and what came of it."""
+    """One piece of work that waits for a transaction, and its result."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.work, self.durable = work, durable
@@ -3972,22 +3755,22 @@ class Ticket:
 class Database:
     """The database of one process.
 
-    Writes go through one connection, and those that wait meanwhile share a transaction: one fsync serves them all.
-    Reads have a connection for each thread, but where the database is in memory or on a network file system, which has
-    no shared memory for WAL.
+    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
+    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
+    shared memory for WAL, has one connection for everything.
     """
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the transaction under way moves
+        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
         self.alone = path == ":memory:" or on_network(path)
         self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
         self.synchronous, self.damage = "", ""
-        self.make_room: Callable[[], bool] = lambda: False  # what can be done about a full disk
+        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
             found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # to the end, within the time that a start may take
+            self.checked = found is not None  # whether the check came to its end in the time that a start may take
             self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
@@ -4012,7 +3795,7 @@ class Database:
         return "move it away: its server has new attempts made of what ran here"
 
     def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start has seen all of it; one that is damaged takes no more jobs."""
+        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
         if self.checked:
             return
         self.damage = damage_of(self.reader()) or ""
@@ -4030,47 +3813,49 @@ class Database:
         return db
 
     def migrate(self) -> None:
-        """Make the schema, or refuse one that a newer program made."""
+        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
         version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        self.is_new = version == 0
         if version > SCHEMA_VERSION:
             raise ConfigError(
                 f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
                 "run that version, or give another file"
             )
-        if version == 0:
+        if 0 < version < min(MIGRATIONS):
+            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
+        if self.is_new:
             self.db.executescript(SCHEMA)
         for older in range(version, SCHEMA_VERSION) if version else ():
             self.db.executescript(MIGRATIONS[older])
-        self.migrated_from, self.is_new = version, version == 0
 
     def set_steady(self) -> None:
-        """Go on with steady time where the last process left it: by the boot's own clock, and by wall time after another boot."""
+        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
         at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
         now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what had not been synced then may not have reached the disk
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
         if boot != now_boot:
-            # The first time it is 0, and so wall time. Moves may be later than the heartbeat, but not by more than its period.
+            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
             boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
         self.steady_offset = float(steady - boot_s)
         self.beat(self.db)
 
     def steady(self) -> float:
-        """Return the time by which ages and delays are counted, in seconds: it began as wall time; to set the clock does not change it."""
+        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
         return self.clock.boot()[1] + self.steady_offset
 
     def beat(self, db: sqlite3.Connection) -> None:
-        """Note from where steady time goes on after another boot."""
+        """Store where steady time is to continue after a reboot."""
         boot, boot_s = self.clock.boot()
         self.beaten_at = boot_s + self.steady_offset
         db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
-        """End writing. Threads that still read keep their connections: closing one under a running query crashes the process."""
+        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
         with self.lock:
             self.db.close()
 
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of one query; StorageError where the database cannot be read."""
+        """Return all rows of one query; StorageError if the database cannot be read."""
         try:
             if self.alone:
                 with self.lock:
@@ -4082,9 +3867,9 @@ class Database:
     def reader(self) -> sqlite3.Connection:
         db = getattr(self.local, "db", None)
         if db is None:
-            db = self.connect("rw")  # where somebody removed the file, none is made in its place
+            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
             db.execute("PRAGMA query_only = 1")
-            db.execute("PRAGMA wal_autocheckpoint = 0")  # the writer alone does it
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
             self.local.db = db
         return cast(sqlite3.Connection, db)
 
@@ -4095,7 +3880,7 @@ class Database:
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
         """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
 
-        Raises StorageError where the database cannot be written; whatever `work` raises undoes its part alone.
+        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
         """
         try:
             return self.write_once(work, durable)
@@ -4115,7 +3900,7 @@ class Database:
         return cast(T, ticket.value)
 
     def commit_waiting(self) -> None:
-        """Commit all that waits, in one transaction."""
+        """Run and commit all waiting work in one transaction."""
         batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
         try:
             self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
@@ -4135,7 +3920,7 @@ class Database:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    # Frames of a commit that failed may be whole in the WAL, and come true after a crash: others take their place.
+                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
                     self.beat(self.db)
             for ticket in batch:
                 ticket.error = self.why_not(error, alone=len(batch) == 1)
@@ -4147,7 +3932,7 @@ class Database:
 
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return what a thread is told whose transaction failed: its own error where it was alone, else that of the storage."""
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
         own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
         return error if own else StorageError(f"the database cannot be written: {error}")
 
@@ -4157,7 +3942,7 @@ class Database:
             ticket.value = ticket.work(self.db)
         except Exception as error:
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: it concerns the whole transaction
+                raise  # the disk or a lock: the whole transaction fails
             ticket.error = error
             self.db.execute("ROLLBACK TO ticket")
         self.db.execute("RELEASE ticket")
@@ -4168,12 +3953,12 @@ class Database:
             self.synchronous = level
 
     def check(self) -> None:
-        """Raise StorageError where the database cannot be read and written, or its file was removed under us."""
+        """Raise StorageError if the database cannot be read and written, or its file was removed."""
         self.write(self.beat, durable=False)
         self.check_identity()
 
     def check_identity(self) -> None:
-        """Raise StorageError where the database is damaged, or its file was removed: what is written then goes nowhere."""
+        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
         if self.damage:
             raise StorageError(f"the database is damaged: {self.damage}")
         if self.identity is not None:
@@ -4186,7 +3971,7 @@ class Database:
 
 
 def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database's pages: an empty text where nothing is, None where patience ended before all was seen."""
+    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
     deadline = None if patience_s is None else time.monotonic() + patience_s
     db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
     try:
@@ -4195,7 +3980,7 @@ def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | 
         if "interrupted" in str(error):
             return None
         raise
-    except sqlite3.DatabaseError as error:  # damaged so badly that it cannot even be looked through
+    except sqlite3.DatabaseError as error:  # too damaged to be checked
         return str(error)
     finally:
         db.set_progress_handler(None, 0)
@@ -4217,11 +4002,11 @@ def on_network(path: str) -> bool:
     return kind.startswith(kinds)
 
 
-# == 13. Store ==  A status changes in one statement, and its history row, its user's account and his turn in the same transaction.
+# == 14. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
 
 class Store(Database):
-    """The jobs of one process: every move of a status is made here, and with it whose turn it is.
+    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
 
     One class serves both modes: a payload of a client is a job that may have no user and no service.
     """
@@ -4269,8 +4054,8 @@ class Store(Database):
     def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
         """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
 
-        Raises sqlite3.IntegrityError where its mark or key exists, UnknownJob where it cannot follow what it names, and
-        QueueFull where its user has `most_queued` jobs queued.
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
+        not have, and QueueFull if its user has `most_queued` jobs queued.
         """
         job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
         log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
@@ -4282,12 +4067,13 @@ class Store(Database):
             raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
         status = Status.QUEUED if self.mode == "server" else Status.PREPARED
         open_ids, broken = self.still_open(db, new)
-        values = {**vars(new), "status": status.value, "reason": reason, "changed": self.next_change(), "blocked": len(open_ids)}
-        values["created_at"], values["moved_at"] = self.clock.wall(), self.steady()
+        now, steady = self.clock.wall(), self.steady()
+        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
+        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
         job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
         for on_id in open_ids:
             db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, values["created_at"], None, status, reason)
+        self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
@@ -4298,7 +4084,7 @@ class Store(Database):
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
-        """Return which of the jobs that a new one is to follow have not ended, and why it can never run, or an empty text."""
+        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
         open_ids, broken = [], ""
         for on_id in new.after:
             row = db.execute(JOB_GET, {"id": on_id}).fetchone()
@@ -4308,13 +4094,13 @@ class Store(Database):
             if earlier.status not in OVER:
                 open_ids.append(on_id)
             elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
-                broken = broken or broken_chain(on_id, earlier.status)
+                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
         return ([], broken) if broken else (open_ids, "")
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
         """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
 
-        Returns False where the row has meanwhile left that status, or where a payload is to be ended since it was read.
+        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
         Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
         row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
         """
@@ -4343,14 +4129,14 @@ class Store(Database):
         values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
         values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
-        # What becomes of a payload is judged by whether it was to be ended: a row that did not know that yet judges nothing.
+        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
         self.moved.add(job.id)
         if values["attempt"] != job.attempt:
-            archived = {name: getattr(job, name) for name in ("id", "attempt", "client", "dest_id", "started_at", "exit_code", "signal")}
-            db.execute(ATTEMPT_ADD, {**archived, "now": now, "reason": reason, "cause": Cause.INFRASTRUCTURE.value})
+            cause = Cause.INFRASTRUCTURE.value
+            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
         self.add_history(db, job.id, now, job.status, to, reason)
         if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
             self.account(db, job, to, run_s)
@@ -4359,21 +4145,22 @@ class Store(Database):
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Let the jobs that follow an ended one go on, or end them where it did not complete, and those that follow them."""
+        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
         ended = [(job_id, to)]
         while ended:
             on_id, how = ended.pop()
             for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
                 job = as_job(row)
                 if how is not Status.COMPLETED:
-                    self.move_row(db, job, Status.INVALID, broken_chain(on_id, how), cause=Cause.USER.value)
+                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
+                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
                     self.update_rank(db, job.service, job.user_id)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Write down a move. `seq` tells the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
         self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
         values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
         db.execute(HISTORY_ADD, values)
@@ -4386,12 +4173,12 @@ class Store(Database):
         return self.last_change
 
     def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Note durably that a job shall end; return whether that is news."""
+        """Store durably that a job is to be stopped; return whether that was new."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
 
     def take_along(self, job: Job, client: str) -> bool:
-        """Note that a job's client has another name; False where the job has moved meanwhile."""
+        """Store that a job's client has another name; False if the job has moved meanwhile."""
         values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
         return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
@@ -4400,7 +4187,7 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
     def tell(self, job_id: int, **begun: float) -> None:
-        """Have a running payload told again in /events; with `started_at` (wall) and `now` (steady) it has just begun."""
+        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
         sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
         self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
 
@@ -4415,7 +4202,7 @@ class Store(Database):
         self.write(delete, durable=False)
 
     def renew(self) -> None:
-        """After a restore: ids given out since the backup are not given out again, and what numbered by them begins anew."""
+        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
 
         def skip(db: sqlite3.Connection) -> None:
             last = db.execute(LAST_ID).fetchone()
@@ -4435,7 +4222,7 @@ class Store(Database):
         return Pace(*row) if row else Pace()
 
     def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
-        """Return a user's weight: his own where one was stored, else that of the settings, else 1."""
+        """Return a user's weight: the stored one, else that of the settings, else 1."""
         row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
         return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
 
@@ -4447,12 +4234,14 @@ class Store(Database):
         db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that begins, or for what it took now that it is over."""
+        """Charge a user in advance for a run that begins, or for its real length when it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
             charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
         else:
-            charged = float(db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0])  # it may have grown since the row was read
+            charged = float(
+                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
+            )  # charge_longer may have raised it since the row was read
             now = self.steady()
             if run_s is None:
                 run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
@@ -4491,7 +4280,7 @@ class Store(Database):
         return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return what a user has used of a service as it counts now, in slot-seconds; of what runs, as much as it has run."""
+        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
         now, half_life_s = self.steady(), self.sharing.half_life_s
         rows = self.read(USAGE_GET, service=service, user_id=user_id)
         runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
@@ -4499,7 +4288,7 @@ class Store(Database):
         return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
-        """Charge for a run that takes longer than was expected: twice what was charged so far, but never far ahead."""
+        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
         more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
 
         def charge(db: sqlite3.Connection) -> None:
@@ -4510,7 +4299,7 @@ class Store(Database):
         self.write(charge, durable=False)
 
     def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Keep up `runnable_users`: one row for each user who has work of a service that could run."""
+        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
@@ -4529,7 +4318,7 @@ class Store(Database):
         db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; where they are not those that `runnable_users` was made by, make it anew."""
+        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
             TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
@@ -4540,7 +4329,7 @@ class Store(Database):
             self.write(lambda db: self.make_turns(db, made, half_life_s))
 
     def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `runnable_users` anew; what was used by another half-life counts as much now as it did."""
+        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
         now = self.steady()
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
@@ -4552,7 +4341,7 @@ class Store(Database):
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably; his turns follow it at once."""
+        """Store a user's weight durably; it changes the user's rank at once."""
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
@@ -4574,7 +4363,7 @@ class Store(Database):
             service = self.limits[job.service or ""]
             pair = {"service": job.service, "user_id": job.user_id}
             if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
                 return None
             full = (
                 db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
@@ -4583,7 +4372,7 @@ class Store(Database):
             )
             if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
                 return None
-            self.move_in(db, job, Status.PROCESSING, f"claimed for {client}", client=client)
+            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
             return self.row(db, job_id)
 
         job = self.write(take)
@@ -4592,7 +4381,7 @@ class Store(Database):
         return job
 
     def admit_due(self) -> int:
-        """Let new attempts whose back-off is over be claimed; return how many."""
+        """Make new attempts claimable whose back-off is over; return how many."""
         due = self.read(DELAYED_DUE, now=self.steady())
 
         def admit(db: sqlite3.Connection) -> None:
@@ -4605,12 +4394,7 @@ class Store(Database):
         return len(due)
 
 
-def broken_chain(on_id: int, how: Status) -> str:
-    """Return why a job can never run that was to follow one which ended otherwise than Completed."""
-    return f"job {on_id}, which it was to follow, ended as {how}"
-
-
-# == 14. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
+# == 15. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
 
 
 def folder_of(path: str) -> str:
@@ -4630,7 +4414,7 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     Both are None if there was nothing to do. Each step may be repeated after a crash.
     """
     for suffix in ("", "-wal", "-shm", "-journal"):
-        remove_tree(Path(f"{db_path}.restoring{suffix}"))
+        discard(Path(f"{db_path}.restoring{suffix}"))
     ready = decided_restore(db_path)
     if ready is None:
         return None, None
@@ -4652,7 +4436,7 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     return kept if kept.exists() else None, unclaimed
 
 
-# == 15. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
+# == 16. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
 
 # Passed on to every script. JOBORCH_PASS_ENV adds names; joborch's own settings are never passed on.
 PASSED_ON = (
@@ -4769,7 +4553,7 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 16. Executors ==  What runs a payload: started at most once an attempt, found again after a crash, ended as a whole.
+# == 17. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
 
 # The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
 # limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
@@ -4872,9 +4656,9 @@ class Outcome:
     alive: bool
     exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
     children_left: bool = False
-    cause: Cause | None = None  # set where there is no exit status, or where that is not the script's own doing
+    cause: Cause | None = None  # set if there is no exit status, or if somebody else caused it
     reason: str = ""
-    told: bool = False  # somebody else told the wrapper to end: run.sh, too, perhaps
+    told: bool = False  # somebody else sent the wrapper a signal, and perhaps run.sh, too
     waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
 
 
@@ -4904,13 +4688,13 @@ class Executor(Protocol):
         """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the payload's folder; nothing to do where it is shared. BackendUnavailable: it is tried again."""
+        """Bring the outputs into the payload's folder; a shared folder needs nothing. After BackendUnavailable the caller tries again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        """End attempts of which nothing is known any more."""
+        """Kill attempts that no database knows any more."""
 
     def problem(self) -> str:
-        """Return why it cannot work now, and since when; an empty text where all is well."""
+        """Return why it cannot work now, and since when; an empty text if all is well."""
 
     def examine(self) -> Iterator[Finding]:
         """Yield what `joborch doctor` shall say of it; nothing is started."""
@@ -4925,7 +4709,7 @@ def read_exit(folder: Path) -> Outcome | None:
         fits = type(status) is int and 0 <= status < 256
         reason = one_line(str(said.get("reason", "")), 200)
         if said.get("gone") and cause is None and fits:
-            cause, reason = Cause.INFRASTRUCTURE, work_gone(status)
+            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
         return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
@@ -4933,12 +4717,6 @@ def read_exit(folder: Path) -> Outcome | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, not finished, or something that the script put in its place
-
-
-def work_gone(status: int | None) -> str:
-    """Return the reason of a payload that has lost its work folder."""
-    how = "" if status is None else f" (run.sh ended with exit status {status})"
-    return f"its work folder was removed or replaced while run.sh ran, and its files are missing{how}"
 
 
 def boot_id() -> str:
@@ -5047,7 +4825,7 @@ def marked_below(jobs: Path) -> set[str]:
 
 
 def become_subreaper() -> bool:
-    """Have what payloads orphan become our child (prctl(2)): so it is found without a look at every process. False where that fails."""
+    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
     pr_set_child_subreaper = 36
     return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
 
@@ -5055,7 +4833,7 @@ def become_subreaper() -> bool:
 def signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to each of these processes; one that has ended is fine."""
     for process in processes:
-        # ProcessLookupError: it has ended; PermissionError: it became another user, which no mark of ours can do
+        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, number)
 
@@ -5124,38 +4902,8 @@ def is_own_scratch(place: str) -> bool:
     return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
 
 
-def scratch_of(folder: Path) -> list[str]:
-    """Return the paths of an attempt's TMPDIR on this machine: where `tmp` says it is, which its script can change, and where it may be."""
-    name = scratch_name(folder.name)
-    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
-    with contextlib.suppress(OSError):  # it is a folder, or gone
-        place = os.readlink(folder / "tmp")
-        if place.startswith("/") and place.rpartition("/")[2] == name:
-            places.insert(0, place)
-    return list(dict.fromkeys(places))
-
-
-def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine; False, and it stays, if it is not empty and that is not to be done `at_once`."""
-    for place in scratch_of(folder):
-        try:
-            os.rmdir(place)
-            continue
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
-                return False
-        try:
-            if os.lstat(place).st_uid == os.geteuid():
-                remove_tree(Path(place))
-        except OSError as error:
-            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
-    return True
-
-
 def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return what the wrapper wrote into its claim, None where there is none: its process id, and `ready` once the script can begin."""
+    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
     try:
         with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
@@ -5165,7 +4913,7 @@ def read_claim(folder: Path, attempt: int) -> str | None:
         return ""  # the script put something else in its place
 
 
-# == 17. Local executor ==  A payload of this machine is started, watched and ended with all that belongs to it, and with nothing else.
+# == 18. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
 
 
 class Engines:
@@ -5222,7 +4970,7 @@ class Engines:
 
 REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
-STOP_NEAR_S = 5.0  # between the end of a script and that of its client, where one signal stopped both
+STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
 class LocalExecutor:
@@ -5255,7 +5003,7 @@ class LocalExecutor:
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
         # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
-        # The wrapper's text, not its path: nobody can put another file in its place.
+        # The wrapper's text, not its path: so the file cannot be replaced.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
             env=environment,
@@ -5280,7 +5028,7 @@ class LocalExecutor:
         return handles
 
     def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 where it holds none, None where there is no claim."""
+        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
         said = read_claim(self.data.job(job.mark), job.attempt)
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
@@ -5304,7 +5052,7 @@ class LocalExecutor:
         return outcomes
 
     def forget(self, job: Job) -> None:
-        """Let go of what is known of an attempt that has ended."""
+        """Drop what is known of an attempt that has ended."""
         for marks in (self.seen, self.own, self.untidy):
             marks.discard(job.mark)
         self.resting.pop(job.mark, None)
@@ -5355,7 +5103,7 @@ class LocalExecutor:
     def outcome(self, job: Job) -> Outcome:
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the machine or the container was restarted while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
             return Outcome(True)  # whatever the exit file says: the script may have written one
@@ -5371,17 +5119,14 @@ class LocalExecutor:
         if ended:
             return self.stopped_by_others(job, folder, ended) or ended
         if not folder.is_dir() or folder.is_symlink():
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # a wrapper is just about to claim it, or something that was told apart from its wrapper runs
-            reason = "the client's disk is full" if is_full(folder) else "the wrapper could not be started, or ended before its time"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: the script was not started")
+                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
         if job.mark not in self.seen:
-            reason = "the script's processes ended together with the client, or while it was away, and left no exit status"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason)
-        reason = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
-        return Outcome(False, cause=Cause.USER, reason=reason)
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
+        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
 
     def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
         """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
@@ -5390,12 +5135,11 @@ class LocalExecutor:
         """
         alone = not ended.told
         if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # nobody stopped it, or the client did
+            return None  # it was not stopped, or the client stopped it
         if alone and not self.ended_with_client(folder):
             return None  # the script sent the signal to itself
-        reason = f"it was stopped from outside joborch, {'together with the client' if alone else 'and its wrapper, too'}"
-        how = f"run.sh ended with exit status {ended.exit_status}; if a service manager did it, set KillMode=process for the client"
-        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=f"{reason}: {how}")
+        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
 
     def ended_with_client(self, folder: Path) -> bool:
         """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
@@ -5406,14 +5150,14 @@ class LocalExecutor:
             return False  # no client was ever stopped here
 
     def own_wrapper(self, job: Job) -> int:
-        """Return the process id, and so the session, of an attempt's wrapper; 0 where it is unknown or a stranger has the number now."""
+        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:
             return 0
         if pid == "0":
             claimed = self.claimed_pid(job) or 0
             return claimed if claimed and bears_mark(claimed, job.mark) else 0
-        # No number is given out again while its session has members: where the leader is gone, what is left is ours.
+        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
@@ -5469,47 +5213,8 @@ class LocalExecutor:
 
 
 def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; by what has `passed_s` where the clock was set meanwhile."""
+    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
     return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
-
-
-def failure_text(status: int, number: int | None, seconds: float, folder: Path) -> str:
-    """Return one sentence on a script that failed: status or signal, run time, its last words, a known remedy."""
-    how = f"run.sh ended with exit status {status}"
-    if number is not None:
-        how += f" (as by signal {signal_name(number)})"
-    text = f"{how} after {format_duration(seconds)}"
-    words = last_line(folder / "stderr")
-    if words:
-        text += f'; last line of standard error: "{words}"'
-    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
-
-
-LOGIN_COMMANDS = re.compile(
-    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
-)
-
-
-def shell_hint(folder: Path) -> str:
-    """Return what helps a script that missed a command of login shells, by the begin and end of its standard error; else an empty text."""
-    try:
-        with open_regular(folder, "stderr") as file:
-            said = file.read(4 * KIB)
-            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
-            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
-    except OSError:
-        return ""
-    name = (missing[1] or missing[3]).decode() if missing else ""
-    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
-    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number where it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
 
 
 def make_executor(data: DataFolder, config: Config) -> Executor:
@@ -5526,7 +5231,7 @@ def make_executor(data: DataFolder, config: Config) -> Executor:
     return made
 
 
-# == 18. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 19. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -5876,8 +5581,7 @@ def link_key(token: str) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """One request of a server, and what it and its answer are proven with."""
 
     key: bytes
@@ -5990,7 +5694,7 @@ def client_token_file() -> Path | None:
         return None
 
 
-# == 19. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 20. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
 
 
 class FilesBody:
@@ -6085,7 +5789,7 @@ class Transfer:
     def check_limit(self, size: int) -> None:
         """Raise ResultTooLarge if `size` bytes more are too many."""
         if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(f"the result has {self.limits.broken_by(self.size + size, 0)}")
+            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
 
     def write(self, data: bytes) -> None:
         """Append to what is here."""
@@ -6109,8 +5813,7 @@ class Transfer:
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """An output stream as it is kept: all that the script wrote up to `limit` bytes, else the first and last half of the limit."""
 
     size: int
@@ -6296,7 +5999,7 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-# == 20. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 21. Answers ==  What a client says has bounds, and is checked before it is believed.
 
 
 @dataclass
@@ -6718,7 +6421,7 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 21. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 22. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
 
 
 def token_place(config: Config) -> Path | None:
@@ -6759,12 +6462,12 @@ class Link:
         self.silent_since = clock.monotonic()
         self.drained = False  # somebody asked that it gets no more jobs
         self.probing = False  # after a failure it gets one job at a time, until it has taken one
-        self.failures, self.held_until, self.trouble = 0, 0.0, ""
+        self.outage = Backoff(clock)  # of calls that failed
         self.answers = True  # it has answered since it failed last
         self.problem = ""  # why it takes no payload now, as it says itself
         self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
-        self.refusals, self.full_until, self.refusal = 0, 0.0, ""  # of submits that it answered, and did not take
+        self.refusal = Backoff(clock)  # of submits that it answered, and did not take
         self.instance, self.since = "", 0
         self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
@@ -6825,7 +6528,7 @@ class Link:
 
     def is_heard(self) -> bool:
         """Tell whether it was heard, and has not failed since."""
-        return self.heard_at is not None and not self.failures
+        return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
         """Tell whether nothing more can be learnt by waiting for the list of what it has."""
@@ -6837,11 +6540,11 @@ class Link:
 
     def held(self) -> bool:
         """Tell whether the client is held back after a failure, or was never heard."""
-        return self.heard_at is None or self.clock.monotonic() < self.held_until
+        return self.heard_at is None or self.outage.waits()
 
     def heard(self) -> None:
         """Note that the client answered: what waits for it is due again at once."""
-        if self.failures:
+        if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
             with self.lock:  # what is due again is tried at once when its peer is heard of
                 self.resend_due.clear()
@@ -6849,20 +6552,21 @@ class Link:
                 for found in self.ended.values():
                     found.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
-        self.failures, self.held_until, self.trouble, self.answers = 0, 0.0, "", True
-        self.try_at = float("inf")
+        self.outage.worked()
+        self.answers, self.try_at = True, float("inf")
 
     def failed(self, error: object) -> None:
         """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
-        text, now = one_line(str(error)), self.clock.monotonic()
-        if text != self.trouble:
+        text = one_line(str(error))
+        if text != self.outage.reason:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
             hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
             log.warning("client %s: %s%s", self.name, text, hint)
-        self.trouble, self.failed_at, self.probing, self.answers = text, now, True, False
-        if now >= self.held_until or not self.failures:
-            self.failures += 1
-            self.held_until = now + backoff_s(self.failures)
+        self.failed_at, self.probing, self.answers = self.clock.monotonic(), True, False
+        if self.outage.waits():
+            self.outage.reason = text
+        else:
+            self.outage.failed(text)
 
     def probe(self) -> bool:
         """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
@@ -6880,13 +6584,14 @@ class Link:
 
     def refused(self, error: object) -> None:
         """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
-        self.refusals, self.refusal, self.probing = self.refusals + 1, one_line(str(error)), True
-        self.full_until = self.clock.monotonic() + backoff_s(self.refusals)
+        self.refusal.failed(one_line(str(error)))
+        self.probing = True
 
     def took_one(self) -> None:
         """Note that it accepted a job: it is as good as any other again."""
         self.heard()
-        self.refusals, self.refusal, self.probing = 0, "", False
+        self.refusal.worked()
+        self.probing = False
 
     def takes_jobs(self) -> bool:
         """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
@@ -6894,7 +6599,7 @@ class Link:
 
     def ready(self) -> bool:
         """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
-        return not self.held() and self.clock.monotonic() >= self.full_until
+        return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
         """Tell whether a job that is claimed for it now would be sent at once."""
@@ -6908,11 +6613,9 @@ class Link:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
-        return (
-            f"{self.trouble} ({format_duration(self.silent_s())} ago)"
-            if self.trouble
-            else self.problem or self.refusal or "was not asked yet"
-        )
+        if self.outage.reason:
+            return f"{self.outage.reason} ({format_duration(self.silent_s())} ago)"
+        return self.problem or self.refusal.reason or "was not asked yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
@@ -7317,7 +7020,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 22. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 23. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
 
 
 class Loop:
@@ -7680,14 +7383,26 @@ class Watch:
             self.known[descriptor] = (each, flags)
 
 
+DAY_S = 24 * 3600.0
+
+
 class Program:
     """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
 
+    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
+    archive: ClassVar[tuple[str, bytes, str] | None] = None
+
     def __init__(self) -> None:
-        archive = getattr(globals().get("__loader__"), "archive", None)  # perhaps a copy in memory: see build_zipapp.py
-        self.path = os.path.abspath(sys.argv[0] if archive else __file__)
-        self.digest = hashlib.sha256(Path(archive or __file__).read_bytes()).digest()
+        own = os.path.abspath(__file__)
+        self.path, self.digest, _ = self.archive or (own, hashlib.sha256(Path(own).read_bytes()).digest(), "")
+        self.copy = os.path.dirname(own) if self.archive and os.path.isfile(own) else None
         self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def keep_copy(self) -> None:
+        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
+        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
+            if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
+                os.utime(self.copy)
 
     def restart_needed(self) -> str:
         """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
@@ -7784,43 +7499,7 @@ class Node:
                     news.wait(min(remaining, 2.0))
 
 
-@dataclass
-class Unremovable:
-    """Files of an ended job that cannot be removed: where, how much of them, how often that failed, when (monotonic) it is tried again."""
-
-    folder: Path
-    size_bytes: int
-    failures: int
-    until: float
-
-
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
-
-
-def put_off(node: Node, job: Job, error: OSError) -> None:
-    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
-    known = node.unremovable.get(job.id)
-    failures = known.failures + 1 if known else 1
-    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(failures - 2, 10), UNREMOVABLE_LAST_S) if failures > 1 else 0.0
-    folder = node.folder(job)
-    node.unremovable[job.id] = Unremovable(folder, bytes_below(folder), failures, node.clock.monotonic() + pause_s)
-    if failures == 1 or pause_s == UNREMOVABLE_LAST_S:
-        log.warning(
-            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
-            node.store.noun, job.id, error, folder,
-        )  # fmt: skip
-
-
-def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None where all can."""
-    found = list(node.unremovable.values())
-    if not found:
-        return None
-    size = sum(each.size_bytes for each in found)
-    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
-    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
-    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
-    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+# == 24. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
@@ -7834,7 +7513,7 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "confirmed_before": node.clock.wall() - kept_s,
     }
     jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
-    return [job for job in jobs if job.id not in node.unremovable or node.unremovable[job.id].until <= node.clock.monotonic()]
+    return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
 def clean_tick(node: Node) -> bool:
@@ -7842,6 +7521,7 @@ def clean_tick(node: Node) -> bool:
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
     node.program.restart_needed()  # it is logged
+    node.program.keep_copy()
     node.data.keep_reserve()
     now, more = node.store.steady(), False
     for job in due_for_cleaning(node, now):
@@ -7856,7 +7536,7 @@ def clean_tick(node: Node) -> bool:
             put_off(node, job, error)
             continue
         node.unremovable.pop(job.id, None)
-        reason = f"{format_duration(max(0.0, now - job.moved_at))} after it ended"
+        reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
         more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
     old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
@@ -7895,10 +7575,117 @@ def row_of(node: Node, path: Path) -> Job | None:
     return node.store.job(JOB_BY_UUID, uuid=job_uuid)
 
 
-BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
+@dataclass
+class Unremovable(Backoff):
+    """Files of an ended job that could not be removed: where they are, and how much of them."""
+
+    folder: Path = Path()
+    size_bytes: int = 0
 
 
-# == 23. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    folder = node.folder(job)
+    known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
+    known.size_bytes = bytes_below(folder)
+    known.failed(error, pause_s)
+    if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
+# -- removal --
+
+
+def discard(path: Path) -> None:
+    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
+    remove_tree(path)
+
+
+def discard_payloads(data: DataFolder) -> None:
+    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
+    for folder in data.jobs.iterdir():
+        try:
+            remove_scratch(folder)
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
+        if done.returncode != 0 and path.exists():
+            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
+
+
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+# == 25. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
 
 
 class Server(Node):
@@ -7931,7 +7718,7 @@ class Server(Node):
         return [self.links[address.name] for address in service.addresses]
 
     def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service gets no jobs now, by name; an empty text where it does."""
+        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
     def names_of(self, link: Link) -> list[Link]:
@@ -7962,7 +7749,7 @@ class Server(Node):
 
 
 def dispatch_tick(server: Server) -> bool:
-    """Claim the job that is next for the client that is to get it; True where there was one.
+    """Claim the next job for the client that the scheduler chose; True if there was one.
 
     One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
     a job only while one of them is free: one that hangs holds nobody up.
@@ -7972,7 +7759,7 @@ def dispatch_tick(server: Server) -> bool:
         return False
     head, place = chosen
     link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a claimed job that no sender holds is one whose outcome got lost
+    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
@@ -7988,7 +7775,7 @@ def dispatch_tick(server: Server) -> bool:
 
 
 def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return which job is next, and which client gets it; None where nothing can be sent now."""
+    """Return the next job and the client that gets it; None if nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
@@ -8019,7 +7806,7 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the line of a service; None where nobody stands in it, or all its runs are in use.
+    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
 
     `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
     """
@@ -8036,7 +7823,7 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
 
 
 def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
-    """Yield the heads of a service by turn; beyond the first they are read only where it could not be sent."""
+    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
     yield candidate_of(service, first)
     for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
         yield candidate_of(service, row)
@@ -8048,7 +7835,7 @@ def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
-    """Return how long runs of a service take, by the last ones; None where there were none."""
+    """Return how long the last runs of a service took on average; None if there were none."""
     rows = server.store.read(PACE_GET, service=service.name)
     return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
 
@@ -8065,7 +7852,7 @@ def runs_at(server: Server, client: str) -> list[Run]:
 
 
 def send_tick(server: Server, link: Link) -> bool:
-    """Send one job to one client; True where there was one."""
+    """Send one job to one client; True if there was one."""
     job = next_to_send(server, link)
     if job is None:
         probe_tick(server, link)
@@ -8087,7 +7874,7 @@ def probe_tick(server: Server, link: Link) -> None:
 
     Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
     """
-    if link.heard_at is None or link.answers or server.clock.monotonic() < link.held_until:
+    if link.heard_at is None or link.answers or link.outage.waits():
         return
     if link.probe():
         server.wake("dispatch")
@@ -8103,7 +7890,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
     link.may_have_pinned = bool(pinned)
     for job in pinned:
         if link.legacy:
-            new_attempt(server, job, f"{link.name} cannot say whether it has the job")
+            new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
         with link.lock:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
@@ -8116,12 +7903,12 @@ def next_to_send(server: Server, link: Link) -> Job | None:
 
 
 def send_job(server: Server, link: Link, job: Job) -> None:
-    """Send a claimed job, and write down what came of it."""
+    """Send a claimed job, and store the outcome."""
     folder = server.data.job(job.uuid)
     try:
         paths = files_below(folder)
         if not paths:
-            reason = "its files are missing on the server's disk: somebody removed them"
+            reason = Reason.FILES_REMOVED.format(where="server")
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
         if link.legacy:
@@ -8138,7 +7925,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         return
     except Rejected as error:
         link.heard()
-        server.store.move(job, Status.INVALID, f"{link.name} refuses it: {error}", cause=Cause.USER.value)
+        server.store.move(job, Status.INVALID, Reason.REFUSED.format(client=link.name, error=error), cause=Cause.USER.value)
         return
     except (NoAnswer, OSError) as error:
         link.failed(error)
@@ -8148,7 +7935,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
     link.resend_due.pop(job.id, None)
     if link.legacy:
         give_up_older_ids(server, link, int(dest_id))
-    server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
     link.accepted.pop(job.mark, None)
     crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
@@ -8156,25 +7943,25 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 
 
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
-    """The client surely has nothing of a job: leave it alone for a while, and queue the job again unless it is pinned there."""
+    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
     if isinstance(error, Refused):
         link.refused(error)
     else:
         link.failed(error)
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.QUEUED, f"{link.name} {error}", client=None)
+        server.store.move(job, Status.QUEUED, Reason.NOT_SENT.format(client=link.name, error=error), client=None)
         crash_point("send.refused")
         kill_queued(server, job.id)
     else:
         with link.lock:
-            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
-    """Move a job that shall end, and is with no client, to its end."""
+    """Kill a queued job for which terminate was requested."""
     job = server.store.get(job_id)
     if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
-        server.store.move(job, Status.KILLED, "terminated before it was sent", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
         crash_point("kill.queued")
 
 
@@ -8182,7 +7969,7 @@ def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
     """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
     for job in server.store.jobs(AT_CLIENT, client=link.name):
         if job.dest_id and int(job.dest_id) >= newest:
-            new_attempt(server, job, f"{link.name} began anew and knows nothing of it")
+            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
 
 
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
@@ -8191,18 +7978,18 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
     """
     if job.status is Status.PROCESSING:
-        server.store.move(job, Status.UNKNOWN, f"{link.name} {error}: it is asked again under the same key")
+        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
         crash_point("send.lost")
     link.may_have_pinned = True
     with link.lock:
-        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.failures)
+        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
     if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
-        new_attempt(server, current, f"{link.name} {error}, and cannot say whether it has the job")
+        new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now; one that is over, or at another attempt, is left alone."""
+    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
     current: Job | None = job
     while current is not None and current.status in BUSY and current.attempt == job.attempt:
         if server.store.move(current, to, reason, **changes):
@@ -8211,37 +7998,37 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 
 
 def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown for what cannot be known now; it heals by itself."""
+    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
-        server.store.move(job, Status.UNKNOWN, f"{reason}; it is tried again")
+        server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
 
 
 def payload_gone(server: Server, job: Job, reason: str) -> None:
     """The client answers and does not know the payload: nothing of it runs any more."""
     if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
-        server.store.move(job, Status.KILLED, f"terminated on request; {reason}", cause=Cause.CANCELLED.value)
+        server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
     else:
         new_attempt(server, job, reason)
 
 
 def new_attempt(server: Server, job: Job, reason: str) -> None:
-    """After an infrastructure failure: queue another attempt, or give up where none is left."""
+    """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
         due = server.store.steady() + backoff_s(job.attempt)
-        server.store.move(job, Status.QUEUED, f"attempt {job.attempt}: {reason}", not_before=due, **changes)
+        server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
         crash_point("attempt.stored")
     else:
-        note = "terminate was asked for" if job.kill_requested_at else f"no attempt is left of {job.attempt}"
-        server.store.move(job, Status.FAILED, f"{reason}; {note}", cause=Cause.INFRASTRUCTURE.value)
+        text = Reason.NO_ATTEMPT_KILLED if job.kill_requested_at else Reason.NO_ATTEMPT_LEFT
+        server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 24. News ==  What clients tell moves jobs on. A client is who it says it is, whatever its URL.
+# == 26. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
-    """Hear of changes at one client: by one long poll, or by gentle polling where it has no /events."""
-    if link.failures and server.clock.monotonic() < min(link.held_until, link.try_at):
+    """Get the changes at one client: by one long poll, or job by job if it has no /events."""
+    if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
         return False
     try:
         if link.legacy:
@@ -8272,13 +8059,13 @@ def get_tick(server: Server, link: Link) -> bool:
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
-    """Hold a client back that could not be heard; one where jobs are to be ended is tried more often."""
+    """Wait before calling a client again that did not answer; call it more often if jobs are to be killed there."""
     link.since = 0  # when it is back, it tells all it has
     link.failed(error)
     link.try_at = float("inf")
     if server.store.number(KILLS_COUNT, client=link.name):
         link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
-    if link.failures == 1:
+    if link.outage.failures == 1:
         decide_again(server)
 
 
@@ -8299,17 +8086,19 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     if fresh:
         link.notes.clear()
         link.listed = set()
-    each(heard.payloads, functools.partial(report, server, link))  # where one fails, `since` stays, and it is told again
+    each(heard.payloads, functools.partial(report, server, link))  # if one fails, `since` stays, and the client reports it again
     link.since = max(heard.next, link.since)
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
-        look_for_lost(server, link, listed)
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.dest_id and job.id not in listed:  # it should be there: ask for it
+                note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
     forget_others(server, link)
 
 
 def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
-    """Learn which client answers: whether it is one that has another URL too, or runs on a copy of another one's data folder.
+    """Learn which client answers: one that has another URL, too, or one that runs on a copy of another client's data folder.
 
     A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
     """
@@ -8331,7 +8120,7 @@ def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> Non
 
 
 def decide_again(server: Server) -> None:
-    """Ask those again who told of payloads that may be another client's, which has told all it has now, or does not answer."""
+    """Ask clients again whose payloads may belong to another client, now that this one has told all it has, or is silent."""
     for link in server.links.values():
         if link.undecided:
             link.undecided, link.relist = False, True
@@ -8377,12 +8166,16 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     if accepted is None:
         return
     job = accepted
-    note_wait(link, job, payload)
+    waits = payload["reason"] if status in (Status.PREPARED.value, Status.RUNNING.value) else ""
+    if waits:
+        link.notes[job.id] = waits  # its place in a batch system, or that this system does not answer
+    else:
+        link.notes.pop(job.id, None)
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
-        server.store.move(job, Status.SUBMITTED, f"{link.name} answers again")
+        server.store.move(job, Status.SUBMITTED, Reason.ANSWERS_AGAIN.format(client=link.name))
     elif status not in (Status.PREPARED.value, Status.RUNNING.value):
         note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
 
@@ -8400,21 +8193,21 @@ def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str
 
 
 def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
-    """Return a job whose current attempt a client has under another name than the job's row says; None where it stays as it is.
+    """Return a job whose current attempt another client has than the job's row says; None if the row stays as it is.
 
     A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
     """
     home = server.links.get(job.client or "")
     if link.copy_of or job.status is Status.PROCESSING:
         return None
-    if home is None or (home.failures and home.instance in ("", link.instance) and not home.copy_of):
+    if home is None or (home.outage.failures and home.instance in ("", link.instance) and not home.copy_of):
         return take_along(server, link, job)
     if home.instance == link.instance:
         return None  # one client with two names, or a copy of it
     if not home.is_heard() or not home.instance or not home.has_told_all():
         link.undecided = True
     elif job.dest_id is None:
-        return take_along(server, link, job)  # whether it came to the other client, nobody knows
+        return take_along(server, link, job)  # it is not known whether the other client got it
     else:
         claim_for(server, link, home, job, str(payload["id"]))
     return None
@@ -8432,7 +8225,7 @@ def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str)
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
-    """Go on with a job at another name of its client; None where it has moved meanwhile."""
+    """Go on with a job at another name of its client; None if it has moved meanwhile."""
     if not server.store.take_along(job, link.name):
         return None
     log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
@@ -8453,7 +8246,7 @@ def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
-    """Tell whether a client's word would only move a job to and fro, a row of its history each time.
+    """Tell whether a client's report would only move a job back and forth, adding a row to its history each time.
 
     A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
     """
@@ -8466,19 +8259,11 @@ def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
     return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
-def note_wait(link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Keep in mind what a payload waits for at its client: a place in a batch system, or that this answers again."""
-    if payload["status"] in (Status.PREPARED.value, Status.RUNNING.value) and payload["reason"]:
-        link.notes[job.id] = payload["reason"]
-    else:
-        link.notes.pop(job.id, None)
-
-
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
-    """Return a job with its payload's id, which its client says though its answer is lost, or still under way; None where it left."""
+    """Store the payload's id that a client reports before its answer to the submit came; None if the job has moved on."""
     current: Job | None = job
     while current is not None and current.dest_id is None:
-        server.store.move(current, Status.SUBMITTED, f"{link.name} has it", dest_id=payload_id)
+        server.store.move(current, Status.SUBMITTED, Reason.FOUND_THERE.format(client=link.name), dest_id=payload_id)
         current = server.store.get(job.id)  # a sender may have moved it meanwhile, to Unknown: then it is tried again from there
         if current is None or current.attempt != job.attempt or current.status not in BUSY:
             return None
@@ -8486,7 +8271,7 @@ def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Jo
 
 
 def note_end(server: Server, link: Link, found: EndReport) -> None:
-    """Note that a payload has ended, for the senders that settle it; one that is being settled keeps the news for later."""
+    """Note that a payload has ended, for the thread that collects it; if one is at it, the report waits for its turn."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
         if "archive" in found.payload and not has_room_for(found, link.ended):
@@ -8503,7 +8288,7 @@ def note_end(server: Server, link: Link, found: EndReport) -> None:
 
 
 def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
-    """Tell whether a small result may be kept in memory until it is stored; else it is fetched then."""
+    """Tell whether a small result may be kept in memory until it is stored; if not, it is fetched."""
     if len(ended) > EVENTS_PAGE:
         return False
     kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
@@ -8511,20 +8296,13 @@ def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
 
 
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Have a payload ended whose attempt was given up: it came back late."""
+    """Kill a payload whose attempt was given up and that came back late."""
     superseded = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
     if len(link.superseded_attempts) >= SUPERSEDED_LIMIT and superseded.mark not in link.superseded_attempts:
         return  # it is named again at the next first contact
     link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
     link.superseded_attempts[superseded.mark] = superseded
     server.wake(f"kill:{link.name}")
-
-
-def look_for_lost(server: Server, link: Link, listed: Collection[int]) -> None:
-    """Ask for each job that should be with a client and was not named in its full list."""
-    for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and job.id not in listed:
-            note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def poll_tick(server: Server, link: Link) -> bool:
@@ -8560,13 +8338,13 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
             payload_gone(server, current, str(error))
             return
         except BadAnswer as error:
-            become_unknown(server, current, f"{link.name} {error}")
+            become_unknown(server, current, Reason.NOT_SENT.format(client=link.name, error=error))
             return
     link.heard()
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 25. Ends ==  What has ended is fetched, what shall end is ended, and who is silent for too long is given up.
+# == 27. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8576,7 +8354,7 @@ def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[s
 
 
 def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing where it does not say.
+    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing if the client does not say.
 
     Its user is charged for it, so it is no longer than the job has been here.
     """
@@ -8586,16 +8364,12 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
     return {"run_s": max(0.0, min(ended - started, server.store.steady() - job.arrived_at + CLOCK_TOLERANCE_S))}
 
 
-def because(reason: str | None) -> str:
-    """Return a reason as the second half of a sentence; nothing where there is none."""
-    return f": {reason}" if reason else ""
-
-
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed what an ended payload left. How the script failed, or was ended, stands; a lost result is tried again."""
-    removed = f"{link.name} has nothing of it any more" + because(payload.get("reason"))
+    """A client has removed an ended payload's files. A failure or kill stands as it is; for a lost result the job runs again."""
+    why = payload.get("reason")
+    removed = (Reason.CLIENT_CLEANED if why else Reason.CLIENT_HAS_NOTHING).format(client=link.name, reason=why)
     cause, ended_as = payload.get("cause"), payload.get("ended_as")
-    reason = f"{payload.get('ended_reason') or 'run.sh failed'}; {removed}"
+    reason = Reason.FAILED_AND_CLEANED.format(reason=payload.get("ended_reason") or Reason.RUN_FAILED, cleaned=removed)
     if cause in (Cause.USER.value, Cause.LIMIT.value):
         to = Status.INVALID if ended_as == Status.INVALID.value else Status.FAILED
         end_busy(server, job, to, reason, cause=cause, **known_of_end(server, job, payload))
@@ -8606,7 +8380,7 @@ def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, A
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
-    """Settle one job whose payload has ended; True where there was one."""
+    """Collect one job whose payload has ended; True if there was one."""
     now = server.clock.monotonic()
     with link.lock:
         waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
@@ -8626,20 +8400,15 @@ def fetch_tick(server: Server, link: Link) -> bool:
     finally:
         give_back(server, link, due, settled)
     if settled:
-        confirm_later(server, link, job)
+        current = server.store.get(job.id) if job and not link.legacy else None
+        if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
+            link.confirm(job.dest_id)  # its result is safe here: the next call tells the client
         server.wake("dispatch")  # quota and places are free, at this client or another
     return True
 
 
-def confirm_later(server: Server, link: Link, job: Job | None) -> None:
-    """Let the client know with the next call that a job's result is safe here, if it is."""
-    current = server.store.get(job.id) if job and not link.legacy else None
-    if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
-        link.confirm(job.dest_id)
-
-
 def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None:
-    """Take a settled report off the list, or put it back for later; what came meanwhile takes its place."""
+    """Drop a report that was dealt with, or put it back for later; a newer report takes its place."""
     with link.lock:
         if due.newer is not None:
             due.newer.part, due.part = due.part, None
@@ -8658,7 +8427,7 @@ def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None
 
 
 def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
-    """Fetch what an ended payload left, and move its job to its end; False where it must be tried again."""
+    """Fetch what an ended payload left, and move its job to its end; False if it must be tried again."""
     found.pause_s = 0.0
     try:
         settle_as_told(server, link, job, found)
@@ -8676,13 +8445,13 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         if found.part is not None and not found.part.wanted():
             drop_part(found)  # it cannot be gone on with
         if not is_being_packed(found, error):
-            become_unknown(server, job, f"the result could not be fetched from {link.name}: {error}")
+            become_unknown(server, job, Reason.NOT_FETCHED.format(client=link.name, error=error))
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
-        drop_part(found)  # after a failed write or fsync nobody knows what of it is on the disk; and others need the room
+        drop_part(found)  # after a failed write or fsync it is unknown what is on the disk, and others need the space
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
-        become_unknown(server, job, f"the result could not be stored: {why}")
+        become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
     return True
 
@@ -8702,13 +8471,13 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
         settle_cleaned(server, link, job, found.payload)
     elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
         count_no_more(found)
-        new_attempt(server, job, found.payload.get("reason") or f"{link.name} failed")
+        new_attempt(server, job, found.payload.get("reason") or Reason.CLIENT_FAILED.format(client=link.name))
     else:
         fetch_failure(server, link, job, found)
 
 
 def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
-    """Decide between two clients, of which both may have an attempt, by what the one that the job's row names has said.
+    """Decide which of two clients has an attempt, by the answer of the one that the job's row names.
 
     Returns whether the job goes on at the other one. A payload that runs twice is ended there.
     """
@@ -8732,7 +8501,7 @@ def is_being_packed(found: EndReport, error: Exception) -> bool:
 
 
 def count_no_more(found: EndReport) -> None:
-    """Count the slots of an ended payload as taken, just before its job's row lets them go: none is ever free twice."""
+    """Count the slots of an ended payload as taken just before its job's row frees them: no slot is ever free twice."""
     found.cpus = found.memory = 0
 
 
@@ -8741,13 +8510,13 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
     size, digest = store_archive(server, link, job, found, partial=False)
     count_no_more(found)
     payload = found.payload
-    reason = payload.get("reason") or "run.sh ended with exit status 0"
+    reason = payload.get("reason") or Reason.COMPLETED
     changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(server, job, payload)}
     end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
 
 def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
-    """Return the ZIP that came with the news of a payload's end; nothing where none came, or another than was sent."""
+    """Return the ZIP that came with a payload's end report; nothing if there is none, or if its digest is wrong."""
     try:
         data = base64.b64decode(str(payload.get("archive", "")))
     except ValueError:
@@ -8790,7 +8559,7 @@ def result_transfer(config: Config, target: IO[bytes], promise: Promise | None =
 
 
 def check_result(config: Config, part: Transfer) -> None:
-    """Look into a large ZIP that came: ResultTooLarge where its files are over a limit. What a client says of it is not believed."""
+    """Check the files in a large ZIP against the limits, whatever the client says of it; ResultTooLarge."""
     limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
@@ -8806,40 +8575,38 @@ def check_result(config: Config, part: Transfer) -> None:
             size, count = part.size, 0  # it is no ZIP
     if limits.broken_by(size, count):
         told = ResultLimits(config.max_result_bytes, config.max_result_files)
-        raise ResultTooLarge(f"the result has {told.broken_by(size, count)}")
+        raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=told.broken_by(size, count)))
 
 
 def drop_part(found: EndReport) -> None:
-    """Let go of what came of a result: it is in its place, or of no use."""
+    """Drop a transfer: the result is in its place, or the data is useless."""
     if found.part is not None:
         found.part.target.close()
         if found.part.promise is not None:
             found.part.promise.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(found.part.target.name)
+        discard(Path(found.part.target.name))
         found.part = None
 
 
 def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Bring what a failed payload left, as far as it can be had, and move its job to its end."""
+    """Fetch what a failed payload left, as far as possible, and move its job to its end."""
     payload, to = found.payload, Status(found.payload["status"])
-    size, digest, not_kept = None, None, ""
+    size, digest, reason = None, None, payload.get("reason") or Reason.CLIENT_SAYS.format(status=to)
     try:
         size, digest = store_archive(server, link, job, found, partial=True)
     except Gone:
         log.info("job %d: %s has nothing of it any more: its end counts all the same", job.id, link.name)
     except ResultTooLarge as error:
-        not_kept = f"; what it left was not kept: {error}"
+        reason = Reason.NOT_KEPT.format(reason=reason, error=error)
         drop_part(found)
     count_no_more(found)
-    reason = (payload.get("reason") or f"the client says {to}") + not_kept
     cause = payload.get("cause") or (Cause.CANCELLED.value if to is Status.KILLED else Cause.USER.value)
     changes = known_of_end(server, job, payload)
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
 def kill_tick(server: Server, link: Link) -> bool:
-    """Ask a client to end the jobs that shall end, and attempts that were given up; its events tell when they have."""
+    """Ask a client to kill jobs and superseded attempts; its events say when they have ended."""
     now = server.clock.monotonic()
     if link.held():
         return False
@@ -8873,19 +8640,20 @@ def kill_tick(server: Server, link: Link) -> bool:
 
 
 def watch_tick(server: Server) -> bool:
-    """Judge by time what no event tells: silent clients, unreachable services, new attempts that are due."""
+    """Handle what only time tells: silent clients, unreachable services, attempts that are due."""
     if server.store.admit_due():
         server.wake("dispatch")
     busy = server.store.jobs(ALL_BUSY)
     each(busy, functools.partial(judge, server))
-    each(busy, functools.partial(charge_if_longer, server))
+    running = [job for job in busy if job.status is Status.RUNNING]
+    each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
     each(server.services.values(), functools.partial(fail_unreachable, server))
     forget_ended(server, {job.id for job in busy})
     return False
 
 
 def forget_ended(server: Server, busy: Collection[int]) -> None:
-    """Keep nothing in mind of jobs that are with no client any more, however they ended."""
+    """Drop what links note of jobs that are with no client any more."""
     for link in server.links.values():
         tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
         for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
@@ -8895,35 +8663,29 @@ def forget_ended(server: Server, busy: Collection[int]) -> None:
                     table.pop(job_id, None)
 
 
-def charge_if_longer(server: Server, job: Job) -> None:
-    """Charge for a run that takes longer than its user was charged for."""
-    if job.status is Status.RUNNING and job.cpus * (server.store.steady() - job.moved_at) > job.charged:
-        server.store.charge_longer(job)
-
-
 def judge(server: Server, job: Job) -> None:
-    """Judge a job that is with a client by how long that has been silent."""
+    """Decide what becomes of a job whose client is silent, by how long it has been."""
     link = server.links.get(job.client or "")
     if link is None:
         since_start_s = server.clock.monotonic() - server.started
         if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
-            judge_silence(server, job, f"{job.client} is not configured any more", since_start_s)
+            judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
-    elif link.failures and goes_on_elsewhere(server, link, job):
+    elif link.outage.failures and goes_on_elsewhere(server, link, job):
         return
-    elif link.failures and link.silent_s() > SILENT_AFTER_S:
-        judge_silence(server, job, f"{link.name} {link.trouble}", 0.0 if link.outdated else link.silent_s())
+    elif link.outage.failures and link.silent_s() > SILENT_AFTER_S:
+        trouble = Reason.NOT_SENT.format(client=link.name, error=link.outage.reason)
+        judge_silence(server, job, trouble, 0.0 if link.outdated else link.silent_s())
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
-    """Go on with a job whose sending ended when the database could not be written."""
+    """Go on with a job that was sent while the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
-        server.store.move(job, Status.SUBMITTED, f"accepted by {link.name}", durable=link.legacy, dest_id=dest_id)
+        server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
         return
-    reason = "what came of sending it could not be written down: it is asked again under the same key"
-    server.store.move(job, Status.UNKNOWN, reason)
+    server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
     server.wake(f"send:{link.name}")
 
@@ -8937,18 +8699,18 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, trouble)
         job = server.store.get(job.id) or job
-    silence = f"{trouble}, and so for {format_duration(silent_s)}"
-    new_attempt(server, job, silence if job.kill_requested_at is None else f"{silence}; should it come back, the job is ended there")
+    text = Reason.SILENT if job.kill_requested_at is None else Reason.SILENT_AND_KILLED
+    new_attempt(server, job, text.format(trouble=trouble, duration=format_duration(silent_s)))
 
 
 def fail_unreachable(server: Server, service: Service) -> None:
-    """Fail what waits for a service of which no client answered for UNREACHABLE_AFTER."""
+    """Fail the queued jobs of a service if none of its clients answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
-    if any(not link.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
+    if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
     for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
-        reason = f"client unreachable: no client of {service.name} answered for {format_duration(service.unreachable_after_s)}"
+        reason = Reason.UNREACHABLE.format(service=service.name, duration=format_duration(service.unreachable_after_s))
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
@@ -8966,12 +8728,11 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 26. Waiting ==  What somebody is told whose job waits: why, its place in the line, and when it may start.
+# == 28. Waiting ==  Why a job waits, its place in the queue, and when it may start.
 
 
-@dataclass(frozen=True)
-class QueueInfo:
-    """What a waiting job waits for, its place in the line (1 is next), and for how many seconds; None where nobody can tell."""
+class QueueInfo(NamedTuple):
+    """What a waiting job waits for, its place in the queue (1 is next), and for how many seconds; None if unknown."""
 
     waiting_for: str | None = None
     position: int | None = None
@@ -9005,13 +8766,13 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
     link = server.links.get(job.client or "")
     if job.status is Status.UNKNOWN:
         return job.reason
-    if job.status in BUSY and link and link.trouble:
-        return f"{link.name} {link.trouble}"
+    if job.status in BUSY and link and link.outage.reason:
+        return f"{link.name} {link.outage.reason}"
     return link.notes.get(job.id) if link and job.status in BUSY else None
 
 
 def follows_text(server: Server, job: Job) -> str:
-    """Return for which jobs a job waits that it is to follow: one of them by name, the others counted."""
+    """Say which jobs a job must wait for: the first by its id, the others by their number."""
     open_jobs = [found for found in map(server.store.get, ids_in(job.after_ids)) if found is not None and found.status not in OVER]
     if not open_jobs:
         return "the jobs that it is to follow have just ended"
@@ -9061,39 +8822,27 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
 
 
 @dataclass
-class Hold:
-    """Why nothing is started for now: what runs payloads is away, or takes none of a service."""
+class Held(Backoff):
+    """A payload that waits at the client: what runs payloads has refused it, or was not asked yet."""
 
-    reason: str
-    failures: int
-    until: float  # monotonic
-
-
-@dataclass
-class Held:
-    """A payload that waits at the client: what runs payloads has not taken it yet, or was not asked."""
-
-    reason: str = ""
-    refusals: int = 0  # in a row
     tried_at: float = float("-inf")  # monotonic
-    until: float = float("-inf")  # monotonic: it is not tried again before, unless others come
     passed: bool = False  # others were taken after it was refused: the trouble is its own
 
 
 class Holds:
-    """Which payloads are handed over now: of each service first who has waited longest, and nobody waits for the trouble of another."""
+    """Decides which payloads the executor gets now: the longest waiting of each service first; no service waits because of another."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.by_service: dict[str, Hold] = {}  # "" for all
+        self.by_service: dict[str, Backoff] = {}  # "" for all
         self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
 
-    def of(self, key: str) -> Hold | None:
+    def of(self, key: str) -> Backoff | None:
         """Return what holds a service now, or None."""
         hold = self.by_service.get(key)
-        return hold if hold and self.clock.monotonic() < hold.until else None
+        return hold if hold and hold.waits() else None
 
-    def of_all(self) -> Hold | None:
+    def of_all(self) -> Backoff | None:
         """Return what keeps every payload from being started now, or None."""
         return self.of("")
 
@@ -9109,21 +8858,17 @@ class Holds:
 
     def hold(self, key: str, reason: str) -> None:
         """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
-        known = self.by_service.get(key)
         if key and self.of(key):
             return  # asked once more because others came: that makes it no longer
-        if known is None or known.reason != reason:
+        if self.by_service.setdefault(key, Backoff(self.clock)).failed(reason):
             log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
-        failures = known.failures + 1 if known else 1
-        self.by_service[key] = Hold(reason, failures, self.clock.monotonic() + backoff_s(failures))
 
     def put_off(self, job: Job, reason: str) -> None:
         """Note that what runs payloads does not take one now: it is tried again, later and later."""
-        held, now = self.held.setdefault(job.id, Held()), self.clock.monotonic()
-        if held.reason != reason:
+        held = self.held.setdefault(job.id, Held(self.clock))
+        if held.failed(reason):
             log.warning("payload %d is not taken: %s", job.id, reason)
-        held.reason, held.refusals, held.tried_at = reason, held.refusals + 1, now
-        held.until = now + backoff_s(held.refusals)
+        held.tried_at = self.clock.monotonic()
 
     def taken(self, job: Job) -> None:
         """Note that what runs payloads has taken one."""
@@ -9143,13 +8888,13 @@ class Holds:
 
         Only one that was refused while others were taken waits by itself.
         """
-        now = self.clock.monotonic()
-        is_batch = [job for job in waiting if not self.held[job.id].passed]
-        alone = [job for job in waiting if self.held[job.id].passed and self.held[job.id].until <= now][:1]
-        first, others_came = self.held[is_batch[0].id] if is_batch else Held(), any(not self.held[job.id].refusals for job in is_batch)
-        early = now < first.tried_at + TRY_AGAIN_S or (not others_came and now < first.until)
+        together = [job for job in waiting if not self.held[job.id].passed]
+        alone = [job for job in waiting if self.held[job.id].passed and not self.held[job.id].waits()][:1]
+        first = self.held[together[0].id] if together else Held(self.clock)
+        others_came = any(not self.held[job.id].failures for job in together)
+        early = self.clock.monotonic() < first.tried_at + TRY_AGAIN_S or (not others_came and first.waits())
         held = not others_came and self.of(waiting[0].service or "-")
-        return alone if first.refusals and (early or held) else is_batch + alone
+        return alone if first.failures and (early or held) else together + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
         """Start payloads that are due, each service by itself."""
@@ -9166,20 +8911,21 @@ class Holds:
             job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
             waiting.remove(job)
             held = self.held[job.id]
-            before = held.refusals
+            before = held.failures
             if start(job):
                 for other in refused:
                     other.passed = True
                 refused.clear()
-            elif held.refusals > before and not held.passed:
+            elif held.failures > before and not held.passed:
                 refused.append(held)
         if len(refused) == 2:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 27. Client ==  A client's loops: it starts payloads, learns of their end, ends them, and keeps them in their limits.
+# == 29. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 
+BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
 ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
 
 
@@ -9191,8 +8937,8 @@ class Client(Node):
         self.executor = make_executor(data, config)
         self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
         self.holds = Holds(self.clock)
-        self.stubborn: dict[int, tuple[str, float]] = {}  # by payload id: why it does not end yet, and when (monotonic) that was tried
-        self.tried: dict[int, float] = {}  # by payload id, monotonic: when it was last handed over, and nobody could tell
+        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end though they shall
+        self.tried: dict[int, Backoff] = {}  # by payload id: those that were started, and nobody could say whether it succeeded
         # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
@@ -9238,7 +8984,9 @@ def run_tick(client: Client) -> bool:
     problem_since(client, problem)
     for job in started:
         if outcomes[job.id].alive and job.kill_requested_at is None:
-            track(client, job, outcomes[job.id], problem)
+            if job.started_at is None and not outcomes[job.id].waits:
+                client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
+            set_wait_reason(client, job.id, problem or outcomes[job.id].waits)
     ended = [job for job in started if not outcomes[job.id].alive]
     for job in ended:
         if job.kill_cause is None:
@@ -9250,15 +8998,8 @@ def run_tick(client: Client) -> bool:
     return bool(ended)
 
 
-def track(client: Client, job: Job, outcome: Outcome, problem: str) -> None:
-    """Note that a payload has begun, or what it waits for, or why nothing is known of it now: servers hear of all three."""
-    if job.started_at is None and not outcome.waits:
-        client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
-    set_wait_reason(client, job.id, problem or outcome.waits)
-
-
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
-    """Note what a payload waits for, or that it waits for nothing; servers are told where that is news."""
+    """Note what a payload waits for, or that it waits for nothing; report it to the server if it is new."""
     if client.notes.get(job_id, "") == text:
         return
     client.notes[job_id] = text
@@ -9267,40 +9008,27 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     client.store.tell(job_id)
 
 
-def drop_scratch(client: Client, job: Job) -> None:
-    """Remove what a payload that is over left in its TMPDIR; what its wrapper could not remove may be much: nobody waits for that."""
-    folder = client.data.job(job.mark)
-    if not remove_scratch(folder, at_once=False):
-        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
-
-
-def drop_notes_and_scratch(client: Client, job: Job) -> None:
-    """Keep nothing in mind of a payload that is over, and nothing of its TMPDIR."""
-    drop_scratch(client, job)
-    drop_notes(client, job.id)
-
-
 def drop_notes(client: Client, job_id: int) -> None:
-    """Keep nothing in mind of a payload that is over."""
+    """Drop what is noted of a payload that is over."""
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
 
 
 def shown_status(job: Job) -> Status:
-    """Return a payload's status as servers see it: what waits in the line of a batch system does not run yet."""
+    """Return a payload's status as servers see it: one that waits in a batch system's queue is Prepared."""
     return Status.PREPARED if job.status is Status.RUNNING and job.started_at is None else job.status
 
 
 def problem_of(client: Client, for_all: bool = False) -> str:
-    """Return why nothing can be started now, `for_all` services or for one; an empty text where all is well."""
+    """Return why nothing can be started now, `for_all` services or for one; an empty text if all is well."""
     held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
 
 
 def problem_since(client: Client, problem: str) -> float | None:
     """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
-    if not problem and not client.holds.by_service:  # one that is over for a moment, to be tried again, goes on
+    if not problem and not client.holds.by_service:  # while a retry is under way, the problem is not over
         client.troubled_at = None
     elif client.troubled_at is None:
         client.troubled_at = client.clock.wall()
@@ -9308,12 +9036,12 @@ def problem_since(client: Client, problem: str) -> float | None:
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
-    """Start payloads in the order in which they came, as slots and memory let; one that must wait is not overtaken.
+    """Start payloads in the order of their arrival, as slots and memory allow; none overtakes one that must wait.
 
-    What asks for more than there is runs alone.
+    A payload that asks for more than there is runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
-    if client.executor.is_batch:  # its cores are not ours to count
+    if client.executor.is_batch:  # the batch system counts the cores
         for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
             begin(client, job)
         start_held(client)
@@ -9328,10 +9056,10 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
 
 
 def begin(client: Client, job: Job) -> bool:
-    """Start one payload: the mark is stored before, the handle after. False where it cannot run."""
+    """Start one payload: Running is stored before, the handle after. False if it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
-        reason = "its files are missing on the client's disk: somebody removed them"
+        reason = Reason.FILES_REMOVED.format(where="client")
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
         return False
     problem = why_not_runnable(work / "run.sh")
@@ -9347,7 +9075,7 @@ def begin(client: Client, job: Job) -> bool:
 
 @contextlib.contextmanager
 def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
-    """Let nobody end a payload between row and handle: there would be nothing to end yet. False where somebody does just now."""
+    """Keep other threads from killing a payload that has no handle yet. Yields False if one is killing it just now."""
     with client.lock:
         free = job.id not in client.ending
         client.ending.update({job.id} if free else ())
@@ -9368,34 +9096,37 @@ def launch(client: Client, job: Job) -> None:
     if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
         crash_point("run.marked")
         if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
-            client.holds.held[job.id] = Held()  # it takes its turn among those that wait: see start_held
+            client.holds.held[job.id] = Held(client.clock)  # it takes its turn among those that wait: see start_held
         else:
             start_on_executor(client, job)
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
-    """Have a payload started whose row says Running; True where it was taken.
+    """Start a payload whose row says Running; True if the executor took it.
 
-    Where that cannot be done now it is tried again, where it never can it has failed.
+    If that is impossible now, it is tried again; if it can never run, it has failed.
     """
     try:
         handle = client.executor.start(job)
     except SubmitRefused as error:
         client.holds.put_off(job, str(error))
     except BackendUnavailable as error:
-        client.holds.held.pop(job.id, None)  # nobody knows whether it has it
-        client.tried[job.id] = client.clock.monotonic()
+        client.holds.held.pop(job.id, None)  # it is unknown whether the executor has it
+        client.tried.setdefault(job.id, Backoff(client.clock)).failed(error, FIND_AGAIN_S)
         client.holds.hold("", str(error))
         set_wait_reason(client, job.id, str(error))
     except CannotRun as error:
         fail_to_start(client, job, str(error), Cause.LIMIT)
     except OSError as error:
-        fail_to_start(client, job, f"the client could not start it: {os.strerror(error.errno or 0)}", Cause.INFRASTRUCTURE)
+        fail_to_start(client, job, Reason.NOT_STARTED.format(error=os.strerror(error.errno or 0)), Cause.INFRASTRUCTURE)
     else:
         crash_point("run.started")
         client.holds.taken(job)
         client.tried.pop(job.id, None)
-        keep_handle(client, job, handle)
+        if client.executor.is_batch:
+            log.info("payload %d is job %s of the batch system", job.id, handle)
+        client.unsaved[job.id] = (handle, client.store.steady())
+        save_handles(client)
         crash_point("run.stored")
         return True
     return False
@@ -9403,22 +9134,15 @@ def start_on_executor(client: Client, job: Job) -> bool:
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end."""
-    drop_notes_and_scratch(client, job)
+    drop_notes(client, job.id)
+    drop_scratch(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
 
 
-def keep_handle(client: Client, job: Job, handle: str) -> None:
-    """Store the handle of what was just started, and that its time begins now; what cannot be stored now is stored by a later tick."""
-    if client.executor.is_batch:
-        log.info("payload %d is job %s of the batch system", job.id, handle)
-    client.unsaved[job.id] = (handle, client.store.steady())
-    save_handles(client)
-
-
 def save_handles(client: Client) -> None:
-    """Store the handles of what was started; StorageError where that is not possible now: it is done before anything is judged."""
+    """Store the handles of started payloads; StorageError keeps the tick from judging any payload before that."""
     for job_id, (handle, now) in list(client.unsaved.items()):
         client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
         client.unsaved.pop(job_id, None)
@@ -9427,14 +9151,14 @@ def save_handles(client: Client) -> None:
 def why_not_runnable(script: Path) -> str:
     """Return why a payload's run.sh cannot be run, or an empty text."""
     if not script.is_file():
-        return "there is no run.sh: upload a bash script of that name"
+        return Reason.NO_SCRIPT
     if script.stat().st_size == 0:
-        return "run.sh is empty: it has 0 bytes"
+        return Reason.EMPTY_SCRIPT
     return ""
 
 
 def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that has outgrown its limit."""
+    """Free the middle of an output stream that is over its limit."""
     if not client.holes:
         return
     try:
@@ -9488,16 +9212,11 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
     if job.id in client.measurings and not patient:
         return client.measurings[job.id].too_much, client.measurings[job.id].left_out
-    quick = dataclasses.replace(client.limits, files=min(QUICK_MEASURE_FILES, client.limits.files))
+    quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
     if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, outcome)
     return found
-
-
-def left_out_text(count: int) -> str:
-    """Return what a reason says of files that no archive can hold; an empty text for none."""
-    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
 
 
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
@@ -9509,7 +9228,8 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         set_wait_reason(client, job.id, f"its outputs cannot be had yet: {error}")
         return  # a later tick finds it ended again
     if outcome.cause is None and not has_work(folder):
-        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=work_gone(outcome.exit_status))
+        text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
+        outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
     for stream in OUTPUT_STREAMS:
         bound_output(client, folder / stream)
     too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
@@ -9518,35 +9238,28 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
     if too_much:
-        reason = f"the result has {too_much}; run.sh ended with exit status {outcome.exit_status}"
+        reason = Reason.RESULT_HAS_EXIT.format(too_much=too_much, status=outcome.exit_status)
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
     elif outcome.cause is not None:
         to = Status.KILLED if outcome.cause is Cause.CANCELLED else Status.FAILED
-        moved = client.store.move(job, to, outcome.reason or limit_text(job, folder), cause=outcome.cause.value, **changes)
+        moved = client.store.move(job, to, outcome.reason or limit_reason(folder, job.timeout or 0), cause=outcome.cause.value, **changes)
     elif outcome.exit_status == 0:
-        reason = "run.sh ended with exit status 0" + ("; what it left running was ended" if outcome.children_left else "")
+        reason = Reason.COMPLETED_CHILDREN if outcome.children_left else Reason.COMPLETED
         moved = client.store.move(job, Status.COMPLETED, reason + left_out_text(left_out), **changes)
     else:
         status = outcome.exit_status or 0
-        number = status - 128 if 128 < status < 193 else None
-        reason = failure_text(status, number, run_seconds(started, ended, client.store.steady() - job.moved_at), folder)
-        reason += left_out_text(left_out)
+        run_s = run_seconds(started, ended, client.store.steady() - job.moved_at)
+        reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
-        drop_notes_and_scratch(client, job)
-
-
-def limit_text(job: Job, folder: Path) -> str:
-    """Return one sentence on a script that was ended at its time limit."""
-    words = last_line(folder / "stderr")
-    reason = f"run.sh was ended at its time limit of {format_duration(job.timeout or 0)}"
-    return f'{reason}; last line of standard error: "{words}"' if words else reason
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
 
 
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload began and ended, by the times of the wrapper's files; by the clock where they are gone.
+    """Return when a payload began and ended, by the times of the wrapper's files; by the clock if they are gone.
 
-    None where it never began: the claim is missing, or empty because it was made only to keep others out.
+    None if it never began: its claim is missing, or is empty because it was made only to fence the attempt.
     """
     if job.started_at is None and not read_claim(folder, job.attempt):
         return None, time.time()
@@ -9560,7 +9273,7 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
 
 
 def end_tick(client: Client) -> bool:
-    """End one payload that shall end; True where there was one."""
+    """Kill one payload that is to end; True if there was one."""
     job = take_for_ending(client)
     if job is None:
         return False
@@ -9569,7 +9282,7 @@ def end_tick(client: Client) -> bool:
         begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
         measuring = client.measurings.get(job.id)
         outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
-        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # quicker than the wish
+        if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # it ended before the kill
             finish(client, job, outcome, patient=True)
             return True
         if job.status is Status.RUNNING:
@@ -9578,22 +9291,22 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
-            with contextlib.suppress(BackendUnavailable):  # what it left is worth having, and not worth waiting for
+            with contextlib.suppress(BackendUnavailable):  # its outputs are wanted, but not worth waiting for
                 client.executor.collect(job)
-        started, ended = run_times(folder, job)
         if job.kill_cause == Cause.LIMIT.value:
-            client.store.move(job, Status.FAILED, limit_text(job, folder), cause=Cause.LIMIT.value, started_at=started, ended_at=ended)
+            times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
+            client.store.move(job, Status.FAILED, limit_reason(folder, job.timeout or 0), cause=Cause.LIMIT.value, **times)
         else:
-            client.store.move(job, Status.KILLED, "terminated on request", cause=Cause.CANCELLED.value)
+            client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value)
             crash_point("kill.stored")
-        drop_notes_and_scratch(client, job)
+        drop_notes(client, job.id)
+        drop_scratch(client, job)
     except StillRunning as error:
-        if client.stubborn.get(job.id, ("", 0.0))[0] != str(error):
+        if client.stubborn.setdefault(job.id, Backoff(client.clock)).failed(error, client.config.run_interval_s):
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
-        client.stubborn[job.id] = (str(error), client.clock.monotonic())
-        return True  # others that shall end are not kept waiting by this one
+        return True  # go on with the others
     finally:
         with client.lock:
             client.ending.discard(job.id)
@@ -9602,12 +9315,11 @@ def end_tick(client: Client) -> bool:
 
 
 def take_for_ending(client: Client) -> Job | None:
-    """Return a payload that shall end, that no other thread is ending, and that was not tried a moment ago."""
-    before = client.clock.monotonic() - client.config.run_interval_s
+    """Return a payload to kill that no other thread is killing, and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
-                lately = job.id in client.stubborn and client.stubborn[job.id][1] > before
+                lately = job.id in client.stubborn and client.stubborn[job.id].waits()
                 if job.kill_requested_at is None or job.id in client.ending or lately:
                     continue
                 client.ending.add(job.id)
@@ -9642,7 +9354,7 @@ def check_executor(client: Client) -> None:
 
 
 def recover_payloads(client: Client) -> None:
-    """At the start of a client: find again what it started before, or start what provably never ran."""
+    """At the start of a client: find the payloads that it started before, and start those that certainly never ran."""
     if client.store.is_new:
         end_orphans(client)
     if client.store.rebooted:
@@ -9654,10 +9366,11 @@ def recover_payloads(client: Client) -> None:
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find again what was started before a crash or a lost answer, or was refused; what provably never was started waits for its turn."""
-    before, held = client.clock.monotonic() - FIND_AGAIN_S, client.holds.held
-    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].refusals}
-    asked = [job for job in cut_off if (job.id in refused if job.id in held else client.tried.get(job.id, before) <= before)]
+    """Find payloads that were started before a crash or a lost answer; queue those that certainly never were."""
+    held = client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
+    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
     if not asked or client.holds.of_all():
         return
     try:
@@ -9674,17 +9387,18 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
-            client.tried[job.id] = client.clock.monotonic()
-            set_wait_reason(client, job.id, "whether its submission, which was cut off, got through is waited for")
+            text = "whether its submission, which was cut off, got through is waited for"
+            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
+            set_wait_reason(client, job.id, text)
         elif job.id not in held:
             if job.id not in client.tried:
                 log.warning("payload %d was marked and never started: it is started now", job.id)
-            held[job.id] = Held()
+            held[job.id] = Held(client.clock)
     start_held(client)
 
 
 def start_held(client: Client) -> None:
-    """Start what waits here for what runs payloads to take it, as far as its turn has come; the others hear why they wait."""
+    """Start the waiting payloads whose turn has come; note for the others why they wait."""
     client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
     for job in waiting_here(client):
         reason = client.holds.reason_of(job)
@@ -9693,7 +9407,7 @@ def start_held(client: Client) -> None:
 
 
 def waiting_here(client: Client) -> list[Job]:
-    """Return the payloads that wait here, as they came; what has ended or was found meanwhile waits no more."""
+    """Return the payloads that wait here, in the order of their arrival; drop those that ended or were found meanwhile."""
     found = []
     for job_id in sorted(client.holds.held):
         job = client.store.get(job_id)
@@ -9705,7 +9419,7 @@ def waiting_here(client: Client) -> list[Job]:
 
 
 def start_now(client: Client, job: Job) -> bool:
-    """Start a payload that was marked and never started, unless it shall end meanwhile; True where it was taken."""
+    """Start a payload that is marked Running and was never started, unless it is to be killed; True if the executor took it."""
     taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
@@ -9716,17 +9430,16 @@ def start_now(client: Client, job: Job) -> bool:
 
 
 def distrust(client: Client) -> None:
-    """After another boot: give up what may not have reached the disk before it, files or results; the server tries it again."""
-    reason = "the machine was restarted, and what had reached its disk is not known"
+    """After a reboot, give up files and results that may not have reached the disk; the server tries those jobs again."""
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
         if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
-            client.store.move(job, Status.CLEANED, reason)
+            client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
-        client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+        client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def sync_tick(client: Client) -> bool:
-    """Bring results that nobody has fetched yet to the disk: one call for all of them."""
+    """Flush results to the disk that no server has fetched yet: one call for all of them."""
     jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
@@ -9736,18 +9449,12 @@ def sync_tick(client: Client) -> bool:
 
 
 def end_orphans(client: Client) -> None:
-    """With a new database, or one in memory, nothing is known of payloads that an earlier run left: they are ended and removed."""
-    folders = list(client.data.jobs.iterdir())
-    client.executor.end_orphans([folder.name for folder in folders])
-    for folder in folders:
-        try:
-            remove_scratch(folder)
-            remove_tree(folder)
-        except OSError as error:
-            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+    """A new database, or one in memory, knows nothing of an earlier run's payloads: kill and remove them."""
+    client.executor.end_orphans([folder.name for folder in client.data.jobs.iterdir()])
+    discard_payloads(client.data)
 
 
-# == 28. Results ==  What a payload leaves is packed once, for all who ask for it.
+# == 30. Results ==  A payload's files are packed once, for all who ask for them.
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
@@ -9797,7 +9504,7 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
 
 
 def open_work(folder: int) -> int | None:
-    """Return a descriptor of a payload's work folder, or None where the script put something else in its place."""
+    """Return a descriptor of a payload's work folder, or None if the script put something else in its place."""
     try:
         give_rights(folder, "work")
         return open_folder(folder, "work", flags=os.O_RDONLY)
@@ -9852,7 +9559,7 @@ class Packing:
             place.release()
 
     def outdated(self) -> bool:
-        """Tell whether it can be dropped: nobody waits for it, and nobody will come for it."""
+        """Tell whether it can be dropped: no caller waits for it, and none is expected."""
         if not self.done.is_set() or self.readers:
             return False
         if self.passing or self.archive is None or not self.archive.whole:
@@ -9875,7 +9582,7 @@ class Packing:
 
 
 def forget_packings(client: Client) -> None:
-    """Let go of packed results that nobody has come for in a while."""
+    """Drop packed results that nobody has asked for in a while."""
     with client.lock:
         for key, packing in list(client.packings.items()):
             if packing.outdated():
@@ -9885,7 +9592,7 @@ def forget_packings(client: Client) -> None:
 
 
 def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
-    """Let go of packed results that are safe elsewhere."""
+    """Drop packed results that the server has stored."""
     for job_id in job_ids:
         packing = client.packings.get((job_id, True))
         if packing is not None:
@@ -9894,7 +9601,7 @@ def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
 
 
 def take_packing(client: Client, job: Job) -> Packing:
-    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 where too many are packed already."""
+    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 if too many wait to be packed."""
     forget_packings(client)
     key = (job.id, job.status in ENDED)
     quick = key in client.packings or is_quick(client, job)
@@ -9952,7 +9659,7 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
-    """Return a small result in base64 and its SHA-256, to save a server the next call; nothing where it is not small."""
+    """Return a small result in base64 with its SHA-256, to save the server a call; nothing if it is not small."""
     try:
         with opened_folder(client.folder(job)) as folder:
             if not is_small(folder):
@@ -9977,13 +9684,12 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 29. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
+# == 31. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added when a request is passed on
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls, and how that was proven: token, unix socket, same user, anonymous or link."""
 
     name: str
@@ -10121,13 +9827,12 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 30. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 32. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One thing that a route takes: where it stands, its JSON type, and what it means."""
 
     name: str
@@ -10142,8 +9847,7 @@ class Parameter:
     pattern: str = ""  # of a string
 
 
-@dataclass(frozen=True)
-class Gives:
+class Gives(NamedTuple):
     """One answer of a route: what it means, its content type ("" for none) and a real example."""
 
     meaning: str
@@ -10305,6 +10009,8 @@ def nearest_path(mode: str, path: str) -> str:
     """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
     first, *rest = path.strip("/").split("/")
     known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    import difflib
+
     for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
         meant = "/" + "/".join([close, *rest])
         if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
@@ -10615,7 +10321,7 @@ PARTS = {
 }
 
 
-# == 31. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
+# == 33. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # for all headers of a request, however slowly they come
@@ -11079,7 +10785,7 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 32. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 34. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -11132,16 +10838,12 @@ def known_job(node: Node, request: Request, text: str) -> Job:
 
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
     """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
-    result = None if job.result_sha256 is None else {"size": job.result_size, "sha256": job.result_sha256}
-    return {
-        "id": job.id, "uuid": job.uuid, "user_id": job.user_id, "service": job.service, "name": job.name, "status": job.status.value,
-        "ended_as": job.end, "reason": job.reason, "cause": job.cause, "exit_code": job.exit_code, "signal": job.signal,
-        "priority": job.priority, "cpus": job.cpus, "memory": job.memory, "timeout": job.timeout, "retries": job.retries,
-        "after": ids_in(job.after_ids), "attempt": job.attempt,
-        "client": job.client, "dest_id": job.dest_id or "", "loc": str(server.folder(job)), "message": job.reason,
-        "created_at": rfc3339(job.created_at), "started_at": rfc3339(job.started_at), "ended_at": rfc3339(job.ended_at),
-        "queue_position": None, "estimated_start": None, "waiting_for": None, "result": result,
-    }  # fmt: skip
+    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
+    said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
+    said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
+    if job.result_sha256 is not None:
+        said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
+    return said
 
 
 def job_json(server: Server, job: Job) -> dict[str, Any]:
@@ -11154,12 +10856,7 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
         said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
     rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
-        rows.append(
-            {
-                name: getattr(job, name)
-                for name in ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")
-            }
-        )
+        rows.append({name: getattr(job, name) for name in ATTEMPT})
     said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
     said["history"] = [
         {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
@@ -11325,7 +11022,7 @@ def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
         folder.mkdir()
         yield
     except BaseException:
-        remove_tree(folder)
+        discard(folder)
         raise
     finally:
         node.data.receiving.discard(key)
@@ -11346,7 +11043,7 @@ def upload(server: Server, request: Request) -> Answer:
     key = request.header("Idempotency-Key").strip()
     if len(key) > 255 or not key.isprintable():
         raise HttpError(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
-    job_uuid = str(uuid.uuid4())
+    job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
         form = request.read_form(folder)
@@ -11365,7 +11062,7 @@ def upload(server: Server, request: Request) -> Answer:
                 if earlier is None:
                     raise
     if earlier is not None:
-        remove_tree(folder)
+        discard(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
     warnings = [*field_warnings(form.fields), *hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
     said = {**job_json(server, job), "warnings": warnings}
@@ -11394,7 +11091,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 33. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 35. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -11508,12 +11205,12 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
 
     HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
     """
-    if link.failures:
-        raise HttpError(503, f"{link.name} {link.trouble}", Retry_After=str(COME_AGAIN_S))
+    if link.outage.failures:
+        raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
     with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
         if not (here and anywhere):
             raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
-        yield lambda: request.left() or bool(link.failures) or server.stopping.is_set()
+        yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
 
 
 def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bool]) -> bool:
@@ -11638,24 +11335,24 @@ def terminate(server: Server, request: Request, job_id: str) -> Answer:
         return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
     link = server.links.get(job.client or "")
     message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
-    if link is not None and not link.trouble:
+    if link is not None and not link.outage.reason:
         message = link.notes.get(job.id) or f"{job.client} is ending it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
 def is_silent(link: Link | None) -> bool:
     """Tell whether a client does not answer now: nothing is gained by waiting for it."""
-    return link is not None and bool(link.failures)
+    return link is not None and bool(link.outage.failures)
 
 
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
     with server.places.place() as parked:
         link = server.links.get(job.client or "")
-        if link is not None and link.failures and parked:
+        if link is not None and link.outage.failures and parked:
             try_now(server, request, link)
         server.wake(f"kill:{job.client}")
-        patience_s = WAIT_LIMIT_S if parked and link and not link.failures else 0.0
+        patience_s = WAIT_LIMIT_S if parked and link and not link.outage.failures else 0.0
 
         noted_until = time.monotonic() + NOTED_PATIENCE_S
 
@@ -11671,7 +11368,7 @@ def try_now(server: Server, request: Request, link: Link) -> None:
     failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
     link.try_at = server.clock.monotonic()
     server.wake(f"get:{link.name}")
-    while link.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+    while link.outage.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
         if server.stopping.wait(0.02):
             return
 
@@ -11682,7 +11379,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 34. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 36. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -11713,7 +11410,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     said = []
     for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
-        held_for_s = max(0.0, max(link.held_until, link.full_until) - server.clock.monotonic())
+        held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
         known = not link.legacy and link.heard_at is not None
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
@@ -11816,7 +11513,7 @@ def set_user(server: Server, request: Request, user_id: str) -> Answer:
     return user_answer(server, user)
 
 
-# == 35. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 37. Client routes ==  The HTTP contract of the client, and what both modes answer.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -11897,7 +11594,7 @@ def new_payload(request: Request) -> NewJob:
     if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
         raise HttpError(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
     return NewJob(
-        uuid=job_uuid or str(uuid.uuid4()),
+        uuid=job_uuid or new_uuid(),
         user_id=whole_header(request, "X-Joborch-User"),
         service=one_line(unquote_to_bytes(request.header("X-Joborch-Service")).decode("utf-8", "replace"), 200) or None,
         cpus=whole_header(request, "X-Joborch-Cpus") or 1,
@@ -11986,15 +11683,15 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
     with client.placing:  # between the files and the row nobody else may come
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
-            remove_tree(folder)
+            discard(folder)
             return job
-        remove_tree(place)  # a crash left it without a row: it never ran
+        discard(place)  # a crash left it without a row: it never ran
         os.rename(folder, place)
         crash_point("submit.renamed")
         try:
             return client.store.add(new, "submitted")
         except BaseException:
-            remove_tree(place)
+            discard(place)
             raise
 
 
@@ -12022,7 +11719,7 @@ def retrieve(client: Client, request: Request, job_id: str) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
-        client.store.move(job, Status.CLEANED, "somebody removed its work folder from the client's disk")
+        client.store.move(job, Status.CLEANED, Reason.WORK_REMOVED)
         job = known_payload(client, request, job_id)
     if job.status is not Status.COMPLETED:
         ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
@@ -12275,7 +11972,7 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 36. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 38. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -12465,7 +12162,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 37. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
+# == 39. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; shorter tokens can be guessed
@@ -12542,7 +12239,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm? (set it to local if not)"]
 
 
-# == 38. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
+# == 40. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -12648,15 +12345,10 @@ def open_node(config: Config) -> Node:
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None
     if unclaimed:
         log.warning("the database is new, but the data folder has files of jobs: they are kept in %s", unclaimed)
-    if store.migrated_from == 1:  # joborch 0.1.0 called results UUID.zip
-        for path in data.results.iterdir():
-            job = store.job(JOB_BY_UUID, uuid=path.stem)
-            if job is not None:
-                os.rename(path, data.result(job.mark))
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
     for job in store.jobs(CUT_OFF_SENDING):  # the client is known, but not whether the job arrived there
-        store.move(job, Status.UNKNOWN, f"the server was restarted while it was sent to {job.client}: asked again under the same key")
+        store.move(job, Status.UNKNOWN, Reason.SERVER_RESTARTED.format(client=job.client))
         crash_point("start.asked")
     return server
 
@@ -12666,8 +12358,8 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed te
 
 def import_what_will_be_needed(config: Config) -> None:
     """Import everything before listening: a newer release may replace these files while the process runs."""
-    dirac = config.executor == "dirac"
-    for name in ["multipart", *(["urllib3"] if config.mode == "server" or dirac else []), *(["tarfile"] if dirac else [])]:
+    names = ["difflib", "multipart", "uuid", *(["urllib3"] if config.mode == "server" else [])]
+    for name in [*names, *(["tarfile", "urllib3"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
 
@@ -12677,8 +12369,8 @@ def serve(config: Config) -> int:
     close_at_exec()
     set_up_logging(config)
     bound_memory()
-    for warning in config.warnings:
-        log.warning("%s", warning)
+    if Program.archive and Program.archive[2]:
+        log.info("starts take longer than they need, because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
     warn_of_weak_setups(config)
     if config.mode == "client":
         log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
@@ -12746,7 +12438,9 @@ def greet(node: Node, http_server: Any) -> None:
 
 
 def warn_of_weak_setups(config: Config) -> None:
-    """Log whatever lets other users in. Raises ConfigError if it is too dangerous to start."""
+    """Log the configuration's warnings and whatever lets other users in. Raises ConfigError if it is too dangerous to start."""
+    for warning in config.warnings:
+        log.warning("%s", warning)
     for finding in weak_setups(config):
         if finding.good is False:
             raise ConfigError(finding.text)
@@ -12774,9 +12468,10 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
 
 def bundled_packages() -> dict[str, str]:
     """Return the versions of the packages in use: those in the .pyz, else those installed."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return dict(json.loads(loader.get_data(os.path.join(loader.archive, "bundled.json"))))
+    try:
+        return dict(json.loads(own_file("bundled.json")))
+    except OSError:
+        pass  # it runs from a checkout, or was installed with pip
     from importlib import metadata
 
     found = {}
@@ -12790,6 +12485,8 @@ def bundled_packages() -> dict[str, str]:
 
 def command_version(as_json: bool) -> int:
     """Print the versions of joborch and everything it uses."""
+    import platform
+
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
     print(json.dumps(said) if as_json else "\n".join(f"{name} {version}" for name, version in said.items()))
     return EXIT_DONE
@@ -12826,8 +12523,11 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{one_line(word, 80)!r} is one word too many")
 
 
-def make_parser() -> Parser:
-    """Return the parser of the command line: the commands with their examples, and a flag for each setting."""
+def make_parser(argv: Sequence[str] | None = None) -> Parser:
+    """Return the parser of the command line: the commands with their examples, and a flag for each setting.
+
+    Commands that `argv` lacks get no flags: adding them all would slow down every start.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         "joborch",
@@ -12850,6 +12550,8 @@ def make_parser() -> Parser:
     for name, text in helps.items():
         what = text[0].upper() + text[1:] + "."
         word = words.add_parser(name, help=text, description=what, formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}")
+        if argv is not None and name not in argv:
+            continue
         if name in ("backup", "restore"):
             word.add_argument("file", metavar="FILE", help="the backup")
         if name in ("server", "client", "config", "doctor", "backup", "restore"):
@@ -12897,7 +12599,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line. Exits with one line on stderr if it is wrong."""
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     if not arguments.command:
         if rest:

@@ -59,6 +59,7 @@ from joborch import (
     crash_point,
     damage_of,
     decided_restore,
+    discard,
     finish_restore,
     first_file_limit,
     folder_of,
@@ -74,12 +75,12 @@ from joborch import (
     on_network,
     one_line,
     open_listeners,
+    own_file,
     parse_json,
     peer_uid,
     plural,
     read_answer,
     read_some,
-    remove_tree,
     size_text,
     socket_path,
     time_stamp,
@@ -111,11 +112,11 @@ def copy_database(source: str, target: Path) -> None:
             raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
         fsync_path(target)
     except sqlite3.Error as error:
-        remove_tree(target)
+        discard(target)
         held = ": a running server has locked it, stop that first" if "locked" in str(error) else ""
         raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
     except BaseException:
-        remove_tree(target)
+        discard(target)
         raise
 
 
@@ -408,12 +409,10 @@ def free_port() -> int:
 
 def example_file(name: str) -> bytes:
     """Return a file of the example, from the .pyz or beside the program."""
-    loader: Any = globals().get("__loader__")
-    if hasattr(loader, "archive"):
-        return bytes(loader.get_data(os.path.join(loader.archive, "example", name)))
-    beside = Path(__file__).parent.parent
-    installed = beside / "joborch_example" / name  # as pip puts it
-    return (installed if installed.exists() else beside / "example" / name).read_bytes()
+    try:
+        return own_file(f"joborch_example/{name}")  # as pip puts it
+    except OSError:
+        return own_file(f"example/{name}")
 
 
 class Demo:
@@ -499,8 +498,10 @@ def say(text: str) -> None:
 # == Commands ==  Each prints what it did and returns the exit status.
 
 
-def shown_value(value: Any) -> str:
-    """Return a setting's value as one would write it."""
+def shown_value(value: Any, secret: bool = False) -> str:
+    """Return a setting's value as one would write it; a secret is masked."""
+    if secret and value:
+        return "***"
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -514,25 +515,24 @@ def shown_value(value: Any) -> str:
 
 def config_rows(config: Config) -> list[tuple[str, str, str]]:
     """Return (name, value, source) of each effective setting; secrets are masked."""
-    rows = []
-    for setting in SETTINGS:
-        if config.mode in setting.modes.split():
-            value = getattr(config, setting.field)
-            rows.append((setting.name, "***" if setting.secret and value else shown_value(value), setting.name))
+    rows = [
+        (setting.name, shown_value(getattr(config, setting.field), setting.secret))
+        for setting in SETTINGS
+        if config.mode in setting.modes.split()
+    ]
     for service in config.services.values():
-        prefix = f"SERVICE_{service.name.upper()}_"
         urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
-        shown = {"CLIENTS": urls, "TOKEN": "***" if service.token else ""}
         for setting in SERVICE_SETTINGS:
-            if setting.name in shown or hasattr(service, setting.field):
-                name = prefix + setting.name
-                rows.append((name, shown.get(setting.name) or shown_value(getattr(service, setting.field, "")), name))
+            if setting.modes == "server" and not setting.name.endswith("_URL"):  # CLIENTS shows the URLs
+                value = urls if setting.name == "CLIENTS" else shown_value(getattr(service, setting.field), setting.secret)
+                rows.append((f"SERVICE_{service.name.upper()}_{setting.name}", value))
     for owner, options in sorted(config.batch.items()):
         for setting in SERVICE_SETTINGS:
-            if getattr(options, setting.field, None):
-                name, value = f"SERVICE_{owner.upper()}_{setting.name}", getattr(options, setting.field)
-                rows.append((name, shlex.join(value) if isinstance(value, tuple) else shown_value(value), name))
-    return [(name, value, config.sources.get(key, "default")) for name, value, key in rows]
+            given = getattr(options, setting.field) if setting.modes == "client" else None
+            if given:
+                shown = shlex.join(given) if isinstance(given, tuple) else shown_value(given)
+                rows.append((f"SERVICE_{owner.upper()}_{setting.name}", shown))
+    return [(name, value, config.sources.get(name, "default")) for name, value in rows]
 
 
 def command_config(config: Config, as_json: bool) -> int:

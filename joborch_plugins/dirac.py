@@ -44,6 +44,7 @@ from joborch import (
     NO_LOCKS,
     READ_TIMEOUT_S,
     BackendUnavailable,
+    Backoff,
     BatchOptions,
     CannotRun,
     Cause,
@@ -55,11 +56,13 @@ from joborch import (
     Job,
     JoborchError,
     Outcome,
+    Reason,
     ResultLimits,
     StillRunning,
     T,
     below,
     crash_point,
+    discard,
     file_chunks,
     format_duration,
     free_bytes,
@@ -73,7 +76,6 @@ from joborch import (
     one_line,
     parse_json,
     read_exit,
-    remove_tree,
     sync_file_system,
     walk,
     wrapper_text,
@@ -717,6 +719,17 @@ def without_exit(row: Mapping[str, Any]) -> Outcome:
     return Outcome(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
 
 
+def removed(number: int) -> Outcome:
+    """Return how a job ended that DIRAC does not know any more."""
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC no longer knows job {number}: somebody removed it")
+
+
+def run_again(row: Mapping[str, Any]) -> Outcome:
+    """Return how a job ended that DIRAC started a second time: an attempt runs once."""
+    text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
+    return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
+
+
 class DiracExecutor:
     """Runs payloads as jobs of DIRAC 9 and later. A handle is the job's number there; its name is the attempt's mark."""
 
@@ -751,12 +764,12 @@ class DiracExecutor:
         self.verdicts: dict[str, Outcome] = {}  # by mark
         self.fetched: set[str] = set()  # marks of which the outputs are here, with an exit file or without
         self.odd: set[str] = set()  # states that are not known, and were logged
-        self.trouble, self.trouble_since = "", 0.0
+        self.outage = Backoff(self.clock)
 
     # -- what is wrong --
 
     def problem(self) -> str:
-        return self.service.login.ended() or (f"{self.trouble} (since {at_clock(self.trouble_since)})" if self.trouble else "")
+        return self.service.login.ended() or (f"{self.outage.reason} (since {at_clock(self.outage.since)})" if self.outage.reason else "")
 
     def login_valid_until(self) -> float | None:
         """Return when only a person's new login helps (seconds since 1970), None where unknown."""
@@ -772,16 +785,13 @@ class DiracExecutor:
             raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             self.note(f"DIRAC answers what is not understood: {one_line(repr(error), 150)}")
-            raise AnswerLost(self.trouble) from error
-        self.trouble = ""
+            raise AnswerLost(self.outage.reason) from error
+        self.outage.worked()
 
     def note(self, trouble: str) -> None:
         """Keep what is wrong, and since when something is."""
-        if not self.trouble:
-            self.trouble_since = self.clock.wall()
-        if self.trouble != trouble:
+        if self.outage.failed(trouble):
             log.warning("%s", trouble)
-        self.trouble = trouble
 
     # -- starting --
 
@@ -864,7 +874,7 @@ class DiracExecutor:
             if not at_once and now - self.asked_at < self.config.batch_interval_s:
                 return
             wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
-            if not wanted and not self.trouble:
+            if not wanted and not self.outage.reason:
                 return
             self.asked_at = now  # also where it fails
             with self.noted():
@@ -915,10 +925,7 @@ class DiracExecutor:
             return self.verdicts[job.mark]
         if row is None:
             gone = self.lasting_s(number) >= self.config.vanish_grace_s
-            text = f"DIRAC no longer knows job {number}: somebody removed it"
-            return (
-                (read_exit(self.data.job(job.mark)) or Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)) if gone else Outcome(True)
-            )
+            return (read_exit(self.data.job(job.mark)) or removed(number)) if gone else Outcome(True)
         if row["Status"] in GRID_ENDED or row["RescheduleCounter"]:
             self.judge_soon(job, row)
             return Outcome(True)
@@ -955,8 +962,7 @@ class DiracExecutor:
         """Return how a job ended, None where its pilot may still have something of it, or bring its outputs."""
         if row["RescheduleCounter"]:
             self.cancel(job)
-            text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
+            return run_again(row)
         self.collect(job)
         left = read_exit(self.data.job(job.mark))
         if left:
@@ -1055,7 +1061,7 @@ class DiracExecutor:
                 return False
             raise BackendUnavailable(f"DIRAC: {text}") from error
         finally:
-            remove_tree(room)
+            discard(room)
         self.fetch_failed.pop(job.mark, None)
         return True
 
@@ -1120,7 +1126,9 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
     except SandboxTooLarge as error:
         exit_file, left_out = folder / "out" / "exit.json", []
         exit_file.unlink(missing_ok=True)
-        exit_file.write_text(json.dumps({"status": 1, "left": 0, "limit": 1, "reason": f"the result has {error}"}), encoding="ascii")
+        exit_file.write_text(
+            json.dumps({"status": 1, "left": 0, "limit": 1, "reason": Reason.RESULT_HAS.format(too_much=error)}), encoding="ascii"
+        )
     except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in TROUBLES_OF_OURS:
             raise
@@ -1141,4 +1149,4 @@ def exchange(new: Path, folder: Path) -> None:
             os.rename(folder / name, aside / name)
         os.rename(new / name, folder / name)
         crash_point("dirac.exchanged")
-    remove_tree(aside)
+    discard(aside)

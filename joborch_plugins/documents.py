@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
-from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, route
+from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route
 
 # == Page and documents ==  They are made from the declared routes, and served without asking another machine.
 
-SWAGGER_FOLDER = "static/drf_spectacular_sidecar/swagger-ui-dist/"
+SWAGGER_FOLDER = "joborch_plugins/swagger-ui/"  # of joborch.pyz; elsewhere there is none
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
 SWAGGER_PAGE = """<!doctype html>
 <html lang="en">
@@ -22,17 +20,23 @@ SWAGGER_PAGE = """<!doctype html>
 <body><div id="swagger-ui"></div><script src="swagger-ui-bundle.js"></script><script src="start.js"></script></body>
 </html>
 """
+ROUTES_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>joborch {mode}</title><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {{ font-family: sans-serif; margin: 2em; }} td {{ padding: 0.2em 1.5em 0.2em 0; vertical-align: top; }}</style></head>
+<body><h1>joborch {mode}</h1>
+<p>These are the routes. <a href="/api-docs/openapi.json">OpenAPI 3.1</a> describes their parameters and answers, for any viewer.
+joborch.pyz brings a viewer of its own, Swagger UI; this copy of joborch comes without.</p>
+<table>
+{rows}
+</table></body>
+</html>
+"""
 SWAGGER_START = 'SwaggerUIBundle({url: "/api-docs/openapi.json", dom_id: "#swagger-ui", validatorUrl: null});\n'
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
-
-
-def package_file(package: str, path: str) -> bytes:
-    """Return a file of a package, installed or in the .pyz, without importing the package."""
-    spec: Any = importlib.util.find_spec(package)
-    return bytes(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), path)))
 
 
 def openapi(mode: str) -> dict[str, Any]:
@@ -138,6 +142,17 @@ def routes_table(mode: str) -> str:
     return "\n".join(rows)
 
 
+def routes_page(mode: str) -> str:
+    """Return the page that lists the routes, for a copy of joborch without Swagger UI."""
+    rows = []
+    for declared in ROUTES:
+        if mode in declared.mode.split():
+            path = escape(re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path))
+            shown = f'<a href="{path}">{path}</a>' if declared.method == "GET" and "{" not in path else path
+            rows.append(f"<tr><td>{declared.method}</td><td>{shown}</td><td>{escape(declared.summary)}</td></tr>")
+    return ROUTES_PAGE.format(mode=mode, rows="\n".join(rows))
+
+
 @route(
     "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
 )
@@ -161,7 +176,12 @@ def swagger_slash(node: Node, request: Request) -> Answer:
 @route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
 def swagger_page(node: Node, request: Request) -> Answer:
     """Show Swagger UI; its files come from this server."""
-    return Answer(SWAGGER_PAGE.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
+    try:
+        own_file(SWAGGER_FOLDER + "LICENSE")
+        page = SWAGGER_PAGE
+    except OSError:
+        page = routes_page(node.config.mode)
+    return Answer(page.encode(), 200, {"Content-Type": "text/html; charset=utf-8", **PAGE_HEADERS})
 
 
 SWAGGER_NAME = Parameter("name", "path", "string", "a file of Swagger UI", "swagger-ui.css", required=True)
@@ -173,10 +193,10 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     """Serve one file of Swagger UI."""
     if name == "start.js":
         return Answer(SWAGGER_START.encode(), 200, {"Content-Type": "text/javascript"})
-    if name not in SWAGGER_FILES:
-        raise HttpError(404, "Swagger UI has no such file")
-    return Answer(
-        package_file("drf_spectacular_sidecar", SWAGGER_FOLDER + name),
-        200,
-        {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"},
-    )
+    try:
+        content = own_file(SWAGGER_FOLDER + name) if name in SWAGGER_FILES else None
+    except OSError:
+        content = None
+    if content is None:
+        raise HttpError(404, "Swagger UI has no such file, or is missing: joborch.pyz brings it")
+    return Answer(content, 200, {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"})

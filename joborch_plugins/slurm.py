@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple, cast
 
 from joborch import (
     BackendUnavailable,
+    Backoff,
     BatchOptions,
     CannotRun,
     Cause,
+    Clock,
     Config,
     ConfigError,
     DataFolder,
@@ -28,9 +31,9 @@ from joborch import (
     Job,
     JoborchError,
     Outcome,
+    Reason,
     StillRunning,
     SubmitRefused,
-    backoff_s,
     crash_point,
     fits_one,
     format_duration,
@@ -172,6 +175,27 @@ def squeue_format() -> str:
     return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
 
 
+OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
+    *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
+    *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
+    *("time", "uid", "usage", "version", "wait", "wrap"),
+)
+SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its value, or alone: several in one word are not looked through
+
+
+def read_sbatch_words(text: str) -> tuple[str, ...]:
+    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
+    words = tuple(shlex.split(text))
+    for word in words:
+        if not re.match("--?[a-zA-Z]", word):
+            raise ValueError(f"{word!r} does not begin as an option does: write --nice=100, and quote what holds blanks")
+        name = word[2:].partition("=")[0]  # it may be cut short, as getopt_long(3) lets: --arr is --array
+        ours = any(known.startswith(name) for known in OWN_SBATCH_OPTIONS)
+        if ours if word.startswith("--") else not SHORT_SBATCH_OPTION.fullmatch(word):
+            raise ValueError(f"{word} is joborch's to set, or hides what is: leave it out, or write it as a long option")
+    return words
+
+
 def service_options(options: BatchOptions) -> dict[str, str]:
     """Return what sbatch is told of every job of a service, by option; those that are not set are empty."""
     return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
@@ -264,7 +288,7 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     """Judge an attempt that is over, and whose exit file did not come."""
     waited = f"no exit file was left within {format_duration(grace_s)}"
     if traces.removed:
-        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the payload's folder was removed while the script ran")
+        return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
     if job is None:
         reason = (
             f"Slurm does not know the job any more, and {waited if traces.ended is None else 'it was told to end, nobody knows by whom'}"
@@ -311,7 +335,7 @@ class SlurmExecutor:
         self.leaving: dict[str, float] = {}  # by mark, monotonic: when its exit file was seen; Slurm is to let go of it, too
         self.strange: set[str] = set()  # states that were logged
         self.accounting = True
-        self.trouble, self.since, self.failures, self.held_until = "", 0.0, 0, float("-inf")
+        self.outage = Backoff(Clock())
 
     # -- commands --
 
@@ -342,21 +366,18 @@ class SlurmExecutor:
 
     def away(self, error: BackendUnavailable) -> None:
         """Note that Slurm does not answer, and ask it less and less often."""
-        if str(error) != self.trouble:
+        if self.outage.failed(error):
             log.warning("Slurm: %s", error)
-        self.since = self.since if self.trouble else time.time()
-        self.trouble, self.failures = str(error), self.failures + 1
-        self.held_until = time.monotonic() + backoff_s(self.failures)
 
     def back(self) -> None:
         """Note that Slurm answers."""
-        if self.trouble:
-            log.info("Slurm answers again after %s", format_duration(max(0.0, time.time() - self.since)))
-        self.trouble, self.failures, self.held_until = "", 0, float("-inf")
+        if self.outage.reason:
+            log.info("Slurm answers again after %s", format_duration(max(0.0, time.time() - self.outage.since)))
+        self.outage.worked()
 
     def problem(self) -> str:
-        trouble, since = self.trouble, self.since
-        return f"Slurm: {trouble} (since {time.strftime('%H:%M:%S', time.localtime(since))})" if trouble else ""
+        trouble, since = self.outage.reason, time.strftime("%H:%M:%S", time.localtime(self.outage.since))
+        return f"Slurm: {trouble} (since {since})" if trouble else ""
 
     def look(self, max_age_s: float) -> bool:
         """Ask Slurm about all our jobs at once, unless it was asked a moment ago; True where what is known is no older than that."""
@@ -364,7 +385,7 @@ class SlurmExecutor:
             now = time.monotonic()
             if now - self.looked_at <= max_age_s:
                 return True
-            if now < self.held_until:
+            if self.outage.waits():
                 return False
             claimed = {job.mark for job in list(self.watched.values()) if read_claim(self.data.job(job.mark), job.attempt) is not None}
             try:
@@ -449,7 +470,7 @@ class SlurmExecutor:
         outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
         unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
-        if unclear or self.trouble or self.leaving:  # else nobody would notice that Slurm is back
+        if unclear or self.outage.reason or self.leaving:  # else nobody would notice that Slurm is back
             self.look(self.config.batch_interval_s)
             self.end_what_lingers()
         claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
@@ -528,10 +549,10 @@ class SlurmExecutor:
     def cancel(self, job: Job) -> None:
         self.watched.setdefault(job.mark, job)
         never = self.fence(job)
-        if not (never and self.trouble):
+        if not (never and self.outage.reason):
             self.scancel([job.mark])
         asked = time.monotonic()
-        while not (never and self.trouble) and not self.is_over(job, asked):
+        while not (never and self.outage.reason) and not self.is_over(job, asked):
             if time.monotonic() > asked + self.config.kill_grace_s:
                 raise StillRunning(f"payload {job.id}: {self.problem() or 'Slurm is ending it'}")
             time.sleep(SLURM_LOOK_S)

@@ -24,10 +24,10 @@ MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_stale_sockets() -> Iterator[None]:
-    """Removes the Unix sockets that killed servers leave in /tmp; those of servers that run are left alone."""
-    yield
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove the Unix sockets that killed servers leave in /tmp, once all tests are over; those of servers that run are left alone."""
+    if hasattr(session.config, "workerinput"):  # one of several processes: the tests of the others still run
+        return
     for path in Path(f"/tmp/joborch-{os.getuid()}").glob("joborch-*.sock"):
         with closing(socket.socket(socket.AF_UNIX)) as probe:
             if probe.connect_ex(str(path)) == errno.ECONNREFUSED:

@@ -151,9 +151,12 @@ def clean_environment(home: Path | None) -> dict[str, str]:
     return environment
 
 
-def from_source() -> list[str]:
-    """The command that runs joborch.py of this repository with the tests' own interpreter."""
-    return [sys.executable, str(SOURCE)]
+def from_source(**constants: float) -> list[str]:
+    """The command that runs joborch.py of this repository with the tests' own interpreter.
+
+    Constants of time may be given other values, so that a test need not wait as long as a user may have to.
+    """
+    return [sys.executable, str(ROOT / "tests" / "quick_start.py"), *(f"{name}={seconds}" for name, seconds in constants.items())]
 
 
 class Process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -265,9 +266,10 @@ OWN_HOSTS += ["192.168.0.7", socket.gethostname()]  # DNS rebinding needs a name
 
 
 @pytest.fixture(scope="module")
-def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A server that answers the same user without a token, and may be called orch.lab."""
-    server = Process("server", tmp_path_factory.mktemp("open"), {"JOBORCH_HOSTS": "orch.lab, other.lab"})
+def open_server(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server that answers the same user without a token, may be called orch.lab, and has Swagger UI."""
+    folder, program = tmp_path_factory.mktemp("open"), [sys.executable, str(pyz)]
+    server = Process("server", folder, {"JOBORCH_HOSTS": "orch.lab, other.lab"}, program=program)
     try:
         yield server.start()
     finally:

@@ -14,11 +14,15 @@ import pytest
 from pythons import pythons
 
 from build_zipapp import (
+    BUILD_LOCK,
     CACHE,
     DATA,
     LOCK,
     ROOT,
     SHEBANG,
+    SOURCES,
+    SWAGGER_PACKAGE,
+    SWAGGER_WHEEL_FOLDER,
     BuildError,
     build,
     direct_dependencies,
@@ -85,7 +89,7 @@ def test_only_python_source_named_data_and_licences_are_in_it(entries: list[zipf
 
 
 def test_every_package_brings_its_licence_and_version(archive: Path) -> None:
-    pins = read_lock((ROOT / LOCK).read_text())
+    pins = [pin for lock in (LOCK, BUILD_LOCK) for pin in read_lock((ROOT / lock).read_text())]
     with zipfile.ZipFile(archive) as opened:
         assert json.loads(opened.read("bundled.json")) == {pin.name: pin.version for pin in pins}
         licensed = {name.split("/")[1] for name in opened.namelist() if name.startswith("licenses/")}
@@ -111,11 +115,10 @@ def test_every_python_finds_the_packages_and_assets_in_it(version: str, archive:
     script = """
 import sys, pkgutil
 sys.path.insert(0, sys.argv[1])
-import bottle, multipart, platformdirs, urllib3, waitress, drf_spectacular_sidecar as sidecar
-for module in (bottle, multipart, platformdirs, urllib3, waitress, sidecar):
+import bottle, joborch_plugins, multipart, platformdirs, urllib3, waitress
+for module in (bottle, joborch_plugins, multipart, platformdirs, urllib3, waitress):
     assert module.__file__.startswith(sys.argv[1]), module
-asset = "static/drf_spectacular_sidecar/swagger-ui-dist/swagger-ui-bundle.js"
-assert b"SwaggerUIBundle" in pkgutil.get_data("drf_spectacular_sidecar", asset)
+assert b"SwaggerUIBundle" in pkgutil.get_data("joborch_plugins", "swagger-ui/swagger-ui-bundle.js")
 """
     command = [pythons()[version], "-IS", "-W", "error", "-c", script, archive]  # nothing but the standard library
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -136,9 +139,12 @@ assert b"SwaggerUIBundle" in pkgutil.get_data("drf_spectacular_sidecar", asset)
         ("urllib3/tests/test_it.py", None),
         ("urllib3/py.typed", None),
         ("urllib3/contrib/emscripten/emscripten_fetch_worker.js", None),
+        (f"{SWAGGER_WHEEL_FOLDER}swagger-ui.css", "joborch_plugins/swagger-ui/swagger-ui.css"),
+        (f"{SWAGGER_WHEEL_FOLDER}LICENSE", "joborch_plugins/swagger-ui/LICENSE"),
+        (f"{SWAGGER_WHEEL_FOLDER}swagger-ui-bundle.js.map", None),
+        ("drf_spectacular_sidecar/__init__.py", None),
         ("drf_spectacular_sidecar/apps.py", None),
         ("drf_spectacular_sidecar/static/drf_spectacular_sidecar/redoc/bundles/redoc.standalone.js", None),
-        ("drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/swagger-ui-bundle.js.map", None),
     ],
 )
 def test_place(name: str, placed: str | None) -> None:
@@ -160,19 +166,28 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
         list(source_members(tmp_path))
 
 
-def test_the_folder_of_the_page_goes_in_without_hidden_files(tmp_path: Path) -> None:
-    for name in ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb", "web/page.html", "web/js/.page.js.swp"):
+def test_plugins_go_in_with_the_files_of_the_page_and_nothing_hidden(tmp_path: Path) -> None:
+    wanted = {"joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb", "joborch_plugins/__init__.py", "joborch_plugins/deep/er.py"}
+    wanted |= {"joborch_plugins/page/page.html", "joborch_plugins/page/js/page.js"}
+    for name in (*wanted, "joborch_plugins/notes.txt", "joborch_plugins/page/js/.page.js.swp", "joborch_plugins/.cache/x.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    names = {member.name for member in source_members(tmp_path)}
-    assert names == {"joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb", "web/page.html"}
+    assert {member.name for member in source_members(tmp_path)} == wanted
+
+
+def test_no_plugins_are_no_fault(tmp_path: Path) -> None:
+    for name in SOURCES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert {member.name for member in source_members(tmp_path)} == set(SOURCES)
 
 
 # == The lock file ==
 
 
-def test_the_lock_file_reads_back_as_written() -> None:
-    text = (ROOT / LOCK).read_text()
+@pytest.mark.parametrize("lock", [LOCK, BUILD_LOCK])
+def test_a_lock_file_reads_back_as_written(lock: str) -> None:
+    text = (ROOT / lock).read_text()
     assert write_lock(read_lock(text)) == text
 
 
@@ -186,6 +201,13 @@ def test_every_dependency_is_locked() -> None:
     wanted = direct_dependencies((ROOT / "pyproject.toml").read_text())
     names = {requirement.split(">")[0] for requirement in wanted}
     assert names <= {pin.name for pin in read_lock((ROOT / LOCK).read_text())}
+
+
+def test_what_only_the_build_needs_is_locked_apart() -> None:
+    """`pip install -r requirements.lock` must not pull in what the package with Swagger UI's files needs."""
+    assert SWAGGER_PACKAGE not in (ROOT / "pyproject.toml").read_text()
+    assert [pin.name for pin in read_lock((ROOT / BUILD_LOCK).read_text())] == [SWAGGER_PACKAGE]
+    assert SWAGGER_PACKAGE not in {pin.name for pin in read_lock((ROOT / LOCK).read_text())}
 
 
 def test_the_build_needs_no_installed_package() -> None:

@@ -293,7 +293,7 @@ def test_a_signal_ends_it_with_status_0(word: str, number: signal.Signals, make_
     assert process.process is not None
     process.process.send_signal(number)
     assert process.process.wait(10) == 0
-    assert f"{word} ended" in process.log
+    assert f"{word} stopped" in process.log
 
 
 def test_a_signal_that_comes_at_once_ends_it_too(make_process: MakeProcess) -> None:

@@ -136,6 +136,8 @@ def test_every_default_can_be_read_and_every_setting_is_explained(setting: Setti
         setting.read(setting.default)
     assert len(setting.help) > 5
     assert set(setting.modes.split()) <= set(MODES)
+    named = re.match(r"(?:JOBORCH_)?(SLURM|DIRAC)_", setting.name)
+    assert setting.plugin == (named[1].lower() if named else "")
     assert re.fullmatch(r"--[a-z]+(-[a-z]+)*", setting.flag)
 
 
@@ -174,7 +176,7 @@ def test_defaults_are_those_of_the_specification(home: Path) -> None:
     assert server.data_path == str(home / ".local/share/joborch/server")
     assert client.db_path == str(home / ".local/share/joborch/client/joborch.db")
     service = load(environment={"SERVICE_A_CLIENTS": "http://h:1"}).services["a"]
-    assert dataclasses.astuple(service)[3:] == (5, 10, "share", None, 2, True, 86400.0, 3600.0, "", "joborch")
+    assert dataclasses.astuple(service)[6:] == ("", "", "joborch", 5, 10, "share", None, 2, True, 86400.0, 3600.0)
 
 
 THREE_URLS = {

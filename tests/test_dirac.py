@@ -59,7 +59,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         if passed == name:
             raise Crash
 
-    monkeypatch.setattr(joborch, "crash_point", point)
+    monkeypatch.setattr(dirac, "crash_point", point)
 
 
 # == The service ==

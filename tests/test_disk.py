@@ -753,7 +753,7 @@ def test_a_disk_becomes_full_while_a_large_upload_comes(make_disk: Callable[...,
             head = raw_head("POST", "/upload", server.port, f"Content-Length: {len(body)}", f"Content-Type: {FORM_TYPE}")
             line.sendall(head + body[: 4 * MIB])
             before = disk.pages()
-            wait_for(lambda: disk.pages() < before - 3 * MIB // PAGE or disk.pages() < 13_000, 10, "the first part on the disk")
+            wait_for(lambda: disk.pages() < before - 3 * MIB // PAGE or disk.pages() < 13_000, 30, "the first part on the disk")
             disk.fill()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 line.sendall(body[4 * MIB :])
@@ -1019,4 +1019,5 @@ def test_a_damaged_database_is_refused_at_the_start(how: str, side: str, make_pr
 def a_row(store: Store) -> dict[str, Any]:
     """The values of a new row."""
     new = joborch.NewJob(str(uuid.uuid4()), 1, "example", "n" * 100)
-    return {**vars(new), "status": "Completed", "reason": "r" * 200, "changed": None, "created_at": 1.0, "moved_at": 1.0}
+    times = dict.fromkeys(("created_at", "moved_at", "arrived_at"), 1.0)
+    return {**vars(new), **times, "status": "Completed", "reason": "r" * 200, "changed": None, "moves": 1}

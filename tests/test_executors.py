@@ -444,7 +444,7 @@ def test_find_tells_what_was_started_from_what_never_ran(bench: Bench) -> None:
     assert outcomes == {running.id: Outcome(True), ended.id: Outcome(False, 0, False)}
 
 
-@pytest.mark.parametrize("claim", ["", "\n", "12 34", "x", "-1", "\x00\x00", str(os.getpid())])
+@pytest.mark.parametrize("claim", ["", "\n", "12 34", "x", "-1", "\x00\x00", pytest.param(str(os.getpid()), id="this process")])
 def test_find_is_not_misled_by_a_claim(claim: str, bench: Bench) -> None:
     """It was claimed, so it must not be started again; whose number that is has to be seen."""
     job = bench.payload("true")
@@ -482,8 +482,8 @@ TREES = {
 @pytest.mark.parametrize("tree", TREES)
 def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> None:
     job, bystander = bench.signalled(TREES[tree]), bench.signalled("READY\nBLOCK")
-    others = [process.pid for process in joborch.all_processes() if holds_open(process.pid, bench.folder(job) / "go")]
-    assert others
+    go = bench.folder(job) / "go"
+    others = wait_for(lambda: [process.pid for process in joborch.all_processes() if holds_open(process.pid, go)], what="it to block")
     bench.executor.cancel(job)
     left = [pid for pid in others if alive(pid)]
     for pid in left:

@@ -282,7 +282,7 @@ def test_a_job_stays_queued_while_no_client_answers(how: str, make_pair: MakePai
     link = lambda: pair.server.get("/clients").json()["clients"][0]  # noqa: E731
     wait_for(lambda: not link()["reachable"], what="the server has noticed")
     number = submit(pair.server, "true")
-    for _ in range(4):  # it is asked again and again
+    for _ in range(2):  # it is asked again and again
         wait_for(lambda: link()["held_for_s"] > 0, what="it is held back")
         wait_for(lambda: link()["held_for_s"] == 0, what="it is asked again")
     job = pair.server.job(number)

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import requests
 from conftest import MakeProcess
-from harness import Pair, Process, free_port, need_backend, submit, upload, wait_for, wait_status
+from harness import Pair, Process, free_port, from_source, need_backend, submit, upload, wait_for, wait_status
+
+import joborch
 
 TOKEN = {"Authorization": "Bearer sesame"}
 SITE = "server {{ listen 127.0.0.1:{port}; {more} location / {{ proxy_pass http://127.0.0.1:{server}; }} }}"
@@ -54,14 +56,21 @@ class Gateway:
         self.process.wait(30)
 
 
-PATIENCE_S = 20  # shorter than nginx's 60 s, longer than the pause between two comments
+PATIENCE_S = 4  # longer than the pause between two comments, shorter than the longest wait
+HURRIED = from_source(COMMENT_EVERY_S=PATIENCE_S / 2, WAIT_LIMIT_S=2.5 * PATIENCE_S)
+NGINX_PATIENCE_S = 60
+
+
+def test_nginx_is_more_patient_than_joborch_is_silent() -> None:
+    """By a margin: the other tests of this file play the same with shorter times."""
+    assert max(2 * joborch.COMMENT_EVERY_S, joborch.WAIT_LIMIT_S) <= NGINX_PATIENCE_S - 10
 
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pair, Gateway]]:
     """A pair and an nginx before its server."""
     folder = tmp_path_factory.mktemp("behind")
-    pair = Pair(folder, {"JOBORCH_TOKEN": "sesame"})
+    pair = Pair(folder, {"JOBORCH_TOKEN": "sesame"}, program=HURRIED)
     pair.server.api.headers.update(TOKEN)
     gateway = None
     try:

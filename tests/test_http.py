@@ -518,8 +518,9 @@ def test_download_partial_in_every_state(status: Status, desk: Desk, peer: Peer)
 
 
 @pytest.mark.parametrize("status", STATES, ids=str)
-def test_terminate_in_every_state(status: Status, desk: Desk) -> None:
+def test_terminate_in_every_state(status: Status, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once where it is with no client; noted where its client is away; 409 where it ended in another way."""
+    monkeypatch.setattr(joborch, "TERMINATE_TRY_S", 0.05)
     job = in_state(desk, status)
     desk.link.failed("cannot be reached")
     for _ in range(2):

@@ -550,15 +550,15 @@ def test_a_link_is_held_back_after_failures_and_free_when_it_is_heard(link: Link
         for _ in range(5):
             link.failed("no\nanswer")
             assert link.held()
-        assert link.failures == number, "all calls that were under way fail at once: that is one failure"
-        holds.append(link.held_until - clock.monotonic())
+        assert link.outage.failures == number, "all calls that were under way fail at once: that is one failure"
+        holds.append(link.outage.until - clock.monotonic())
         clock.pass_s(holds[-1] + 0.001)
         assert not link.held(), "it is tried again"
-    assert link.trouble == "no answer"
+    assert link.outage.reason == "no answer"
     assert 0.5 <= holds[0] <= 1.5 and 15 <= holds[-1] <= 45
     assert link.silent_s() == clock.monotonic() - begun
     link.heard()
-    assert (link.failures, link.trouble, link.silent_s(), link.held()) == (0, "", 0, False)
+    assert (link.outage.failures, link.outage.reason, link.silent_s(), link.held()) == (0, "", 0, False)
 
 
 def test_room(link: Link) -> None:

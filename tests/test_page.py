@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +171,15 @@ def test_errors_are_like_their_examples(desk: Desk) -> None:
 # == Assets ==
 
 
+@pytest.fixture(name="packed")
+def packed_fixture(pyz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files from beside the module are those of joborch.pyz, which alone has Swagger UI."""
+    with zipfile.ZipFile(pyz) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    monkeypatch.setattr(documents, "own_file", files.__getitem__)
+
+
+@pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("name", [*documents.SWAGGER_FILES, "start.js"])
 def test_swagger_ui_is_served_from_inside(name: str, desk: Desk) -> None:
     said = ask(desk.server, "GET", f"/swagger-ui/{name}")
@@ -178,6 +190,7 @@ def test_swagger_ui_is_served_from_inside(name: str, desk: Desk) -> None:
         assert said.body.startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("packed")
 def test_the_page_names_only_files_that_are_served_and_no_other_address(desk: Desk) -> None:
     said = ask(desk.server, "GET", "/swagger-ui/")
     page = said.body.decode()
@@ -193,6 +206,24 @@ def test_the_page_names_only_files_that_are_served_and_no_other_address(desk: De
     assert ask(desk.server, "GET", document).json == openapi("server")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_without_swagger_ui_the_page_lists_the_routes(mode: str, desk: Desk, yard: Yard) -> None:
+    """As in a checkout, or installed with pip. What it links to is there."""
+    node = desk.server if mode == "server" else yard.client
+    said = ask(node, "GET", "/swagger-ui/")
+    assert (said.status, said.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    page = html.unescape(said.body.decode())
+    for kind, declared in OF_MODE:
+        if kind == mode:
+            assert declared.summary in page
+    links = re.findall(r'href="([^"]+)"', page)
+    assert "/api-docs/openapi.json" in links
+    assert {ask(node, "GET", link).status for link in links} <= {200, 302, 400}
+    assert "<script" not in page and "//" not in page
+    assert ask(node, "GET", "/swagger-ui/swagger-ui.css").status == 404
+
+
+@pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("name", ["index.html", "swagger-ui.css.map", "..", "%2e%2e", "", "swagger-initializer.js"])
 def test_no_other_file_is_served(name: str, desk: Desk) -> None:
     said = tried(lambda: documents.swagger_file(desk.server, joborch.Request({}), name), HttpError)
@@ -210,10 +241,10 @@ def test_the_client_is_described_too(yard: Yard) -> None:
     assert ask(yard.client, "GET", "/swagger-ui/").status == 200
 
 
-def test_a_packages_file_is_read_without_importing_it() -> None:
-    assert b"def" in documents.package_file("bottle", "bottle.py")
+def test_a_file_from_beside_the_module() -> None:
+    assert b"def own_file" in joborch.own_file("joborch.py")
     with pytest.raises(OSError, match="nothing"):
-        documents.package_file("bottle", "nothing")
+        joborch.own_file("nothing")
 
 
 # == Tables ==

@@ -26,7 +26,6 @@ from conftest import MakePair, MakeProcess
 from harness import (
     ENDED,
     NOBODY_UID,
-    ROOT,
     SOURCE,
     LinkCaller,
     Pair,
@@ -559,24 +558,16 @@ def test_a_job_that_has_not_ended_has_no_end(pair: Pair) -> None:
     pair.server.post(f"/terminate/{number}")
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_what_an_older_version_cleaned(version: int, make_process: MakeProcess) -> None:
+def test_what_0_1_0_cleaned(make_process: MakeProcess) -> None:
     """Its end is taken from its history."""
-    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"})
+    url = f"http://127.0.0.1:{free_port()}"
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": url, "JOBORCH_KEEP_ROWS": "36500d"})
     with contextlib.closing(sqlite3.connect(server.data / "joborch.db")) as db:
-        db.executescript((Path(__file__).parent / f"schema-{version}.sql").read_text())
-        row = {"id": 1, "uuid": "a", "user_id": 1, "service": "example", "status": "Cleaned", "reason": "2 days after it ended"}
-        row.update(created_at=time.time(), ended_at=time.time(), **({"moved_at": time.time()} if version > 1 else {}))
-        db.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
-        moves = [(None, "Queued", "uploaded"), ("Running", "Failed", "exit status 3"), ("Failed", "Cleaned", row["reason"])]
-        for number, move in enumerate(moves, 1):
-            row = dict(zip(("job_id", "number", "at", "attempt", "source", "target", "reason"), (1, number, time.time(), 1, *move)))
-            db.execute(f"INSERT INTO history ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
-        db.commit()
+        db.executescript((Path(__file__).parent / "joborch-0.1.0.sql").read_text())
     (server.data / "joborch.lock").touch()
     server.start()
     (job,) = server.jobs(status="Failed")
-    assert (job["status"], job["ended_as"], job["reason"]) == ("Cleaned", "Failed", "exit status 3")
+    assert (job["name"], job["status"], job["ended_as"], job["reason"]) == ("cleaned failed", "Cleaned", "Failed", "exit status 3")
 
 
 # == Fields of an upload ==
@@ -756,24 +747,3 @@ def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: P
     assert question not in doctor_says(tmp_path, "server", **path)[1]
     client = make_process("client", dict(path)).start()
     wait_for(lambda: question in client.log)
-
-
-def test_demo_of_an_installed_copy(tmp_path: Path) -> None:
-    """The example is packaged: as setuptools builds it, from a copy of the sources."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    for name in ("joborch.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for folder in ("example", "joborch_plugins"):
-        shutil.copytree(ROOT / folder, source / folder)
-    text = (source / "pyproject.toml").read_text()  # an older setuptools than it asks for knows no licence of PEP 639
-    (source / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", text, flags=re.MULTILINE))
-    build = "from setuptools import setup; setup()"
-    command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(site)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=100)
-    if "No module named 'setuptools'" in done.stderr:
-        pytest.skip("there is no setuptools")
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(site / "joborch.py"), "demo"]
-    demo = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert (demo.returncode, "downloaded the result" in demo.stdout) == (0, True), demo.stdout + demo.stderr

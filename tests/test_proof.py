@@ -37,6 +37,7 @@ from harness import (
     form,
     form_type,
     free_port,
+    from_source,
     open_program,
     parse_answer,
     raw_exchange,
@@ -90,7 +91,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("changes", "headers", "length"), CHANGED)
 def test_each_part_of_a_request_counts(changes: dict[str, Any], headers: dict[str, str], length: int) -> None:
-    changed = Proof(**{**vars(PROOF), **changes})
+    changed = PROOF._replace(**changes)
     assert changed.of_request(headers, length) != PROOF.of_request(HEADERS, 3)
     assert PROOF.of_request({**HEADERS, "Accept": "text/html", "Host": "x"}, 3) == PROOF.of_request(HEADERS, 3), "gateways change these"
 
@@ -99,7 +100,7 @@ def test_each_part_of_a_request_counts(changes: dict[str, Any], headers: dict[st
 def test_each_part_of_an_answer_counts(name: str) -> None:
     known = PROOF.of_answer(200, {})
     assert known not in (PROOF.of_answer(200, {name: "x"}), PROOF.of_answer(201, {}), PROOF.of_request({}, 0))
-    assert known not in {Proof(**{**vars(PROOF), **changes}).of_answer(200, {}) for changes, _, _ in CHANGED if changes}
+    assert known not in {PROOF._replace(**changes).of_answer(200, {}) for changes, _, _ in CHANGED if changes}
 
 
 def accepted(reader: ProofReader, proof: Proof, headers: dict[str, str] | None = None) -> bool:
@@ -249,8 +250,8 @@ def test_files_are_compared_with_the_digest_in_the_head(client: Process) -> None
 
 @pytest.fixture(name="between")
 def between_fixture(make_pair: MakePair) -> Iterator[tuple[Pair, Between]]:
-    """A pair with somebody in between; the client is started."""
-    own = make_pair()
+    """A pair with somebody in between, where what failed is tried again soon; the client is started."""
+    own = make_pair(program=from_source(BACKOFF_FIRST_S=0.2))
     own.client.start()
     middle = Between(own.client)
     own.server.settings["SERVICE_EXAMPLE_CLIENTS"] = middle.url

@@ -253,6 +253,18 @@ def test_every_state_and_cause_is_explained() -> None:
     assert [cause for cause in joborch.Cause if f"| `{cause}` |" not in trouble] == []
 
 
+def test_every_name_in_the_architecture_exists() -> None:
+    """Files, functions and columns that the page and its picture of a job's way name are in the sources; placeholders are not."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("joborch_plugins/*.py")]
+    known = {word for path in sources for word in re.findall(r"\w+", path.read_text())}
+    known |= {path.stem for path in sources} | {"UUID", "ATTEMPT", "CLIENT", "joborch_plugins", "jobs", "package", "pyz"}
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = re.findall(r"`([^`]+)`", page)
+    names += re.findall(r'class="note code"[^>]*>([^<]+)<', (ROOT / "docs" / "job.svg").read_text())
+    assert len(names) > 100
+    assert [name for name in names if not set(re.findall(r"[A-Za-z_]\w+", name)) <= known] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_lead_somewhere(document: Path) -> None:
     """Files and headings that the documents point to."""

@@ -561,7 +561,7 @@ def test_a_payloads_folder_exchanged_for_a_link_is_not_followed(yard: Yard, fore
     assert "secret" not in (joborch.read_claim(folder, 1) or "")
     assert joborch.unchanged_inputs(folder) == {}
     assert joborch.inline_archive(yard.client, job) == {}
-    assert "secret" not in joborch.failure_text(1, None, 1.0, folder)
+    assert "secret" not in joborch.failure_reason(folder, 1, 1.0)
     size = (foreign / "stdout").stat().st_size
     with contextlib.suppress(OSError):
         joborch.punch_middle(folder / "stdout", 2)

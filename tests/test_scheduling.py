@@ -5,7 +5,6 @@ They are tried on tables, on random figures, and as the rules of a machine that 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -194,7 +193,7 @@ def test_only_work_of_a_moment_waits_at_a_client(run_s: float | None, room: int)
 def test_the_service_of_whose_limit_the_least_is_in_use_goes_first() -> None:
     lines = [line(Candidate("s", 1), busy=0.5), line(Candidate("t", 99), service="t", busy=0.1)]
     assert chosen(lines, [place()]) == (99, "a")
-    assert chosen([dataclasses.replace(lines[0], clients="x"), lines[1]], [place("x")]) == (1, "x"), "where it can be had"
+    assert chosen([lines[0]._replace(clients="x"), lines[1]], [place("x")]) == (1, "x"), "where it can be had"
     assert chosen([line(Candidate("s", 1)), line(Candidate("t", 2), service="t")], [place()]) == (1, "a")
 
 
@@ -248,9 +247,9 @@ def test_memory_is_matched(free_memory: int | None, wanted: Any) -> None:
 
 def test_a_slot_of_a_batch_system_takes_a_job_of_any_size() -> None:
     """However many cores and how much memory it asks for: what there is, the batch system knows."""
-    batch = dataclasses.replace(place(slots=2, free=1, memory=None, free_memory=None), job_slots=True)
+    batch = place(slots=2, free=1, memory=None, free_memory=None)._replace(job_slots=True)
     assert chosen([line(Candidate("s", 1, cpus=64, memory=10**6))], [batch]) == (1, "a")
-    assert chosen([line(Candidate("s", 1, cpus=64))], [dataclasses.replace(batch, free=0)]) is None
+    assert chosen([line(Candidate("s", 1, cpus=64))], [batch._replace(free=0)]) is None
     assert joborch.too_large_text("s", 64, 10**6, [batch]) == ""
 
 

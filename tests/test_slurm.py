@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from world import HandClock, new_job, reasons
 
 import joborch
-from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused, read_sbatch_words
+from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused
 from joborch_plugins import slurm
 from joborch_plugins.slurm import (
     SLURM_ENDS,
@@ -35,6 +35,7 @@ from joborch_plugins.slurm import (
     SlurmTraces,
     parse_sacct,
     parse_squeue,
+    read_sbatch_words,
     sbatch_options,
     slurm_error,
     slurm_name,
@@ -150,7 +151,9 @@ def options_of(options: BatchOptions | None = None, folder: str = "/data/jobs/x"
 
 
 def test_a_job_overrides_cores_memory_and_time_and_nothing_else() -> None:
-    site = BatchOptions("short", "acc", "high", "gpu&ib", "gpu:1", 3600.0, ("--nice=100", "--requeue"))
+    words = {"partition": "short", "account": "acc", "qos": "high", "constraint": "gpu&ib", "gres": "gpu:1"}
+    named = {f"slurm_{name}": word for name, word in words.items()}
+    site = BatchOptions(**named, slurm_time_s=3600.0, slurm_args=("--nice=100", "--requeue"))
     assert options_of(site, cpus=4, memory=2048, timeout=61.0) == [
         "--parsable",
         "--export=ALL",
@@ -867,12 +870,12 @@ def test_doctor_knows_slurm(cluster: Cluster, executor: slurm.SlurmExecutor, mon
     assert all(finding.good for finding in found), found
     assert "slurm-wlm 22.05" in found[0].text
     assert "accounting is off" in found[-1].text
-    wrong = {"docking": BatchOptions("nowhere"), "example": BatchOptions("main")}
+    wrong = {"docking": BatchOptions(slurm_partition="nowhere"), "example": BatchOptions(slurm_partition="main")}
     executor.config = dataclasses.replace(executor.config, batch=wrong)
     texts = [finding.text for finding in executor.examine() if not finding.good]
     refused = "sbatch would not take jobs of docking: sbatch: invalid partition specified: nowhere"
     assert texts == [f"{refused}; look at SERVICE_DOCKING_SLURM_PARTITION"]
-    odd = {"docking": BatchOptions("main", slurm_args=("--nonsense",))}
+    odd = {"docking": BatchOptions(slurm_partition="main", slurm_args=("--nonsense",))}
     executor.config = dataclasses.replace(executor.config, batch=odd)
     (text,) = [finding.text for finding in executor.examine() if not finding.good]
     assert "unrecognized option '--nonsense'; look at SERVICE_DOCKING_SLURM_PARTITION, SERVICE_DOCKING_SLURM_ARGS" in text

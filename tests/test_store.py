@@ -588,7 +588,7 @@ def inserting(key: str, then: Exception | None = None) -> Callable[[sqlite3.Conn
 
     def work(db: sqlite3.Connection) -> str:
         values = {**dataclasses.asdict(new_job(idempotency_key=key)), "status": "Queued", "reason": "", "created_at": 0.0}
-        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0})
+        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0, "moves": 1, "arrived_at": 0.0})
         if then is not None:
             raise then
         return key
@@ -866,37 +866,70 @@ def schema_of(store: Store) -> dict[str, Any]:
     return {**columns, **{row["name"]: re.sub(r"\s+", " ", row["sql"]) for row in indexes}}
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_an_older_database_is_brought_on(version: int, tmp_path: Path, store: Store) -> None:
-    """It has then what a new one has, and all its rows."""
+RELEASED = Path(__file__).parent / "joborch-0.1.0.sql"  # a database that the Store of 0.1.0 made
+
+
+def test_a_database_of_0_1_0_is_brought_on(tmp_path: Path, store: Store) -> None:
+    """It has then what a new one has, with all its rows; a cleaned job gets its end and its reason from its history."""
     path = tmp_path / "old"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript((Path(__file__).parent / f"schema-{version}.sql").read_text())
-        for number, status, ended in ((1, "Queued", None), (2, "Completed", 1000.0)):
-            row = {"id": number, "uuid": str(number), "user_id": 1, "service": "example", "status": status, "created_at": 900.0 + number}
-            names = ", ".join([*row, "ended_at"])
-            db.execute(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * (len(row) + 1))})", [*row.values(), ended])
-            db.execute("INSERT INTO history (job_id, number, at, target, reason, attempt) VALUES (?, 1, 901.0, 'Queued', '', 1)", [number])
-        if version > 1:
-            db.execute("UPDATE jobs SET moved_at = coalesce(ended_at, created_at)")
-            db.execute("UPDATE history SET seq = 901000000")
-        if version > 2:
-            db.execute("UPDATE jobs SET arrived_at = created_at")
-        db.commit()
+        db.executescript(RELEASED.read_text())
+        rows = {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in ("jobs", "history", "attempts", "usage", "users")}
     old = Store(str(path), "server", HandClock())
     assert schema_of(old) == schema_of(store)
-    assert [(job.id, job.status, job.moved_at, job.synced) for job in old.jobs("SELECT * FROM jobs ORDER BY id")] == [
-        (1, Status.QUEUED, 901.0, 0),
-        (2, Status.COMPLETED, 1000.0, 0),
+    jobs = old.jobs("SELECT * FROM jobs ORDER BY id")
+    assert [(job.name, job.status, job.ended_as, job.reason) for job in jobs] == [
+        ("done", Status.COMPLETED, None, "exit status 0"),
+        ("cleaned failed", Status.CLEANED, "Failed", "exit status 3"),
+        ("cleaned completed", Status.CLEANED, "Completed", "exit status 0"),
+        ("killed", Status.KILLED, None, "terminated before it was sent"),
+        ("second attempt", Status.RUNNING, None, "running"),
+        ("waits", Status.QUEUED, None, "uploaded"),
+        ("follows", Status.QUEUED, None, "uploaded"),
     ]
-    assert [job.arrived_at for job in old.jobs("SELECT * FROM jobs ORDER BY id")] == [901.0, 902.0]
+    changed_columns = {"ended_as", "reason"}
+    kept = [name for name in joborch.Job._fields if name not in changed_columns]
+    before = [dict(zip(joborch.Job._fields, row)) for row in rows.pop("jobs")]
+    assert [[getattr(job, name) for name in kept] for job in jobs] == [[row[name] for name in kept] for row in before]
+    for table, were in rows.items():
+        assert [tuple(row) for row in old.read(f"SELECT * FROM {table}")] == were
     old.set_limits({"example": a_service()})
-    assert [row["head"] for row in old.read(joborch.RUNNABLE_NEXT, service="example", limit=9)] == [1]
-    assert [row["seq"] for row in old.read("SELECT seq FROM history")] == [901_000_000] * 2
+    assert [row["head"] for row in old.read(joborch.RUNNABLE_NEXT, service="example", limit=9)] == [6]
+    assert [row["client"] for row in old.read(joborch.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
+    moved(old, jobs[5], Status.PROCESSING, Status.SUBMITTED, Status.COMPLETED)
+    follower = old.get(7)
+    assert follower is not None and follower.blocked == 0
+    assert old.add(new_job(), "uploaded").id == 8
     old.close()
     again = Store(str(path), "server", HandClock())
     assert again.number("PRAGMA user_version") == joborch.SCHEMA_VERSION
     again.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_database_that_no_release_made_is_refused(version: int, tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    with pytest.raises(ConfigError, match=rf"never released \(schema {version}\): give another file"):
+        Store(str(path), "server", HandClock())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0, "no table was made"
+
+
+def test_a_job_is_a_row_of_its_table(store: Store) -> None:
+    """`Job` names the columns in their order, with their types; `NewJob` has the defaults of the table."""
+    kinds = {"int": "INTEGER", "float": "REAL", "str": "TEXT", "Status": "TEXT"}
+    hints = {name: getattr(hint, "__forward_arg__", hint) for name, hint in Job.__annotations__.items()}
+    table = store.read("SELECT name, type, \"notnull\" AS needed, dflt_value AS given FROM pragma_table_info('jobs')")
+    assert [row["name"] for row in table] == list(Job._fields)
+    for row in table:
+        kind, optional, _ = hints[row["name"]].partition(" | None")
+        assert row["type"] == kinds[kind], row["name"]
+        assert row["name"] == "id" or bool(row["needed"]) is not bool(optional), row["name"]
+    chosen = {item.name: item.default for item in dataclasses.fields(joborch.NewJob) if item.name != "uuid"}
+    written = {row["name"]: row["given"] for row in table}
+    assert {name: written[name] for name in chosen} == {name: None if given is None else repr(given) for name, given in chosen.items()}
 
 
 # == Every query goes by an index ==
@@ -926,7 +959,15 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with thousands of queued jobs, most of one user, and with what ANALYZE learned from them."""
     store = Store(str(tmp_path_factory.mktemp("filled") / "db"), "server", HandClock())
     store.set_limits({"example": a_service()})
-    new = {**dataclasses.asdict(new_job()), "reason": "", "created_at": 0.0, "changed": None, "moved_at": 0.0}
+    new = {
+        **dataclasses.asdict(new_job()),
+        "reason": "",
+        "created_at": 0.0,
+        "changed": None,
+        "moved_at": 0.0,
+        "moves": 1,
+        "arrived_at": 0.0,
+    }
 
     def fill(db: sqlite3.Connection) -> None:
         for number in range(5000):

@@ -108,8 +108,7 @@ class HandClock(joborch.Clock):
 def a_service(name: str = "example", *urls: str, **changes: Any) -> joborch.Service:
     """A service with the default limits, at clients with these base URLs."""
     addresses = tuple(joborch.client_address(url) for url in urls or ("http://127.0.0.1:9000",))
-    made = joborch.Service(name, addresses, "token", 5, 10, "share", None, 2, True, 86400.0, 3600.0)
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(joborch.Service(name, addresses, token="token"), **changes)
 
 
 def new_job(**changes: Any) -> joborch.NewJob:
@@ -409,7 +408,8 @@ class Desk:
 
     def __init__(self, folder: DataFolder, urls: str, **settings: str) -> None:
         self.data, self.clock = folder, HandClock()
-        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path), **settings}
+        self.environment = {"SERVICE_EXAMPLE_CLIENTS": urls, "SERVICE_EXAMPLE_TOKEN": "a-token", "DATA_PATH": str(folder.path)}
+        self.environment.update({"PORT": str(free_port()), **settings})
         self.open()
 
     def open(self) -> None:
@@ -457,7 +457,7 @@ class Desk:
         """One tick of the sender; whether there was something to send."""
 
         def state() -> tuple[int, int]:
-            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.failures
+            return self.store.number("SELECT sum(moves) FROM jobs"), self.link.outage.failures
 
         before = state()
         send_next(self.server, self.link)

@@ -1,0 +1,321 @@
+"""The start of joborch.pyz, where it is packed as `__main__.py`: unpack the archive once, and run the copy with its byte code.
+
+Compiling the program takes ten times longer than starting it. So the first start unpacks the archive into the user's cache
+folder, under the SHA-256 of the archive, and compiles it; every start checks who could change that folder, and runs from it.
+If there is no such folder and none can be made, the program runs from the archive.
+
+Python 3.6 must be able to parse this file: on many well-kept machines it is still what `python3` means.
+"""
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    import shutil
+
+    newer = [name for name in (f"python3.{minor}" for minor in range(15, 8, -1)) if shutil.which(name)]
+    remedy = f"try {newer[0]}" if newer else "try python3.11, or `module load python`"
+    this = ".".join(map(str, sys.version_info[:3]))
+    sys.stderr.write(f"joborch needs Python 3.9 or later, and this is {this}: {remedy}\n")
+    sys.exit(2)
+
+import ctypes
+import gc
+import os
+
+if __name__ == "__main__":
+    # PR_SET_DUMPABLE, before anything that takes time: the environment may hold a token.
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+
+VERSION = "unknown"  # build_zipapp.py writes the version of joborch.py here
+
+DAY_S = 24 * 60 * 60
+KEEP_S = 30 * DAY_S  # a copy that nothing has started or run for this long is removed
+OWN = ("__main__.py", "licenses/")  # what stays in the archive
+
+
+class Member:
+    """One file of the archive: where its local header lies, how it is packed, and its size."""
+
+    def __init__(self, entry: bytes) -> None:
+        self.method = int.from_bytes(entry[10:12], "little")
+        self.crc = int.from_bytes(entry[16:20], "little")
+        self.packed_bytes = int.from_bytes(entry[20:24], "little")
+        self.size = int.from_bytes(entry[24:28], "little")
+        self.offset = int.from_bytes(entry[42:46], "little")
+
+
+def directory(archive: bytes) -> "dict[str, Member]":
+    """Return the files of an archive by name (APPNOTE 6.3.10, 4.3.12). It is read here since importing zipfile takes too long."""
+    found = {}
+    at = int.from_bytes(archive[-6:-2], "little")
+    while archive[at : at + 4] == b"PK\1\2":
+        name_end = at + 46 + int.from_bytes(archive[at + 28 : at + 30], "little")
+        name = archive[at + 46 : name_end].decode("ascii")
+        if not name.startswith(OWN):
+            found[name] = Member(archive[at : at + 46])
+        at = name_end  # build_zipapp.py writes neither extra fields nor comments
+    if "joborch.py" not in found:
+        raise ValueError("the archive is damaged")
+    return found
+
+
+def content(archive: bytes, member: Member) -> bytes:
+    """Return a file of the archive, unpacked. Raises ValueError if it is damaged."""
+    import zlib
+
+    lengths = archive[member.offset + 26 : member.offset + 30]
+    start = member.offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    data = archive[start : start + member.packed_bytes]
+    if member.method == 8:
+        try:
+            data = zlib.decompress(data, -15)
+        except zlib.error:
+            data = b""
+    if len(data) != member.size or zlib.crc32(data) != member.crc:
+        raise ValueError("the archive is damaged")
+    return data
+
+
+def check_owner(folder: str, own: int) -> None:
+    """Raise PermissionError if another user can replace `folder`, or what is in it or in the next ones above: `own` folders in all.
+
+    These and all their parents belong to root or to us, and only root and we can write to them. Parents may be as /tmp is
+    (sticky), or writable by a group that has nobody else in it. Symbolic links are followed: what counts is where they lead.
+    """
+    folder = os.path.realpath(folder)
+    while True:
+        state = os.lstat(folder)
+        sticky = state.st_mode & 0o1000 and own <= 0
+        if state.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{folder} belongs to user {state.st_uid}")
+        if state.st_mode & 0o002 and not sticky:
+            raise PermissionError(f"{folder} is writable by every user")
+        if state.st_mode & 0o020 and not sticky and (own > 0 or not is_private_group(state.st_gid)):
+            raise PermissionError(f"{folder} is writable by a group")
+        if folder == os.path.dirname(folder):
+            return
+        folder, own = os.path.dirname(folder), own - 1
+
+
+def is_private_group(gid: int) -> bool:
+    """Tell whether a group has nobody in it but us or root: where each user has a group, folders are writable by it (umask 002)."""
+    if gid == 0 or gid != os.getegid():
+        return gid == 0
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return gid == os.geteuid()
+    return user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def cache_folder() -> str:
+    """Return the folder for all copies: `joborch` in the user's cache folder (XDG Base Directory Specification).
+
+    Raises OSError if the user has none.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        raise FileNotFoundError("this user has no home folder")
+    return os.path.join(cache, "joborch")
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder that is closed to others, and its parent, unless they are there; not in a folder of somebody else."""
+    for each in (os.path.dirname(folder), folder):
+        if not os.path.isdir(each):
+            check_owner(os.path.dirname(each), own=0)
+            try:
+                os.mkdir(each, 0o700)
+            except FileExistsError:
+                pass  # another first start was quicker
+    check_owner(folder, own=1)
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file in one step, and to the disk: whoever reads meanwhile, and a crash, find the old one or the new one whole."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    partial = f"{path}.{os.urandom(8).hex()}"
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+
+
+def is_whole(path: str, member: Member) -> bool:
+    """Tell whether a file of the copy is there with its full size: a crash of the machine or a clean-up by age may have taken it."""
+    try:
+        return os.stat(path).st_size == member.size
+    except FileNotFoundError:
+        return False
+
+
+def fill(folder: str, archive: bytes, members: "dict[str, Member]") -> None:
+    """Write the files of the archive that `folder` lacks."""
+    for name, member in members.items():
+        path = os.path.join(folder, name)
+        if not is_whole(path, member):
+            write_file(path, content(archive, member))
+
+
+def unpack(folder: str, archive: bytes, members: "dict[str, Member]") -> None:
+    """Make `folder` with all files of the archive, in one step. Of two starts that do so at once, the first one counts."""
+    import shutil
+
+    make_folder(os.path.dirname(folder))
+    partial = os.path.join(os.path.dirname(folder), f".{os.urandom(16).hex()}")
+    os.mkdir(partial, 0o700)
+    try:
+        fill(partial, archive, members)
+        os.rename(partial, folder)
+    except OSError:
+        if not os.path.isdir(folder):
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sweep(os.path.dirname(folder), os.path.basename(folder))
+
+
+def sweep(folder: str, keep: str) -> None:
+    """Remove copies of other versions, and what killed starts left, that nothing has used for 30 days."""
+    import shutil
+    import time
+
+    def is_old(path: str) -> bool:
+        return os.lstat(path).st_mtime < time.time() - KEEP_S
+
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        gone = os.path.join(folder, f".{os.urandom(16).hex()}")
+        try:
+            if name != keep and (len(name) == 64 or name.startswith(".")) and is_old(path):
+                os.rename(path, gone)
+                if is_old(gone):
+                    shutil.rmtree(gone, ignore_errors=True)
+                else:
+                    os.rename(gone, path)  # it was started between the two looks
+        except OSError:
+            continue  # another start was quicker
+
+
+def touch(folder: str) -> None:
+    """Tell other starts once a day that this copy is used; the program does the same while it runs."""
+    import time
+
+    try:
+        if os.stat(folder).st_mtime < time.time() - DAY_S:
+            os.utime(folder)
+    except OSError:
+        pass  # it is root's, or cannot be written now: then nobody removes it either
+
+
+def byte_code(path: str) -> str:
+    """Return where this Python looks for the byte code of a file."""
+    from importlib.util import cache_from_source
+
+    return cache_from_source(path)
+
+
+def compile_all(folder: str, names: "list[str]") -> None:
+    """Write the byte code of all modules for this Python, joborch.py's last: if that is there, all is.
+
+    It is of the kind that is not compared with its source (PEP 552): neither of them changes.
+    """
+    import marshal
+    import warnings
+    from importlib.util import MAGIC_NUMBER, source_hash
+
+    for name in sorted(names, key=lambda name: (name == "joborch.py", name)):
+        path = os.path.join(folder, name)
+        with open(path, "rb") as file:
+            source = file.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever imports it is told, if he asks for it
+            try:
+                code = compile(source, path, "exec", dont_inherit=True)
+            except SyntaxError:
+                continue  # a module of a package for newer versions of Python
+        write_file(byte_code(path), MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))
+
+
+def ready_copy(archive: bytes, digest: str) -> str:
+    """Return the folder with the copy of this archive, made if need be. OSError says why there is none that can be trusted."""
+    folder = os.path.join(cache_folder(), digest)
+    members = directory(archive)
+    umask = os.umask(0o077)
+    try:
+        if not os.path.isdir(folder):
+            unpack(folder, archive, members)
+        check_owner(folder, own=2)
+        touch(folder)
+        fill(folder, archive, members)
+        if not os.path.exists(byte_code(os.path.join(folder, "joborch.py"))):
+            try:
+                compile_all(folder, [name for name in members if name.endswith(".py")])
+            except OSError:
+                pass  # a full disk: Python compiles in memory
+    finally:
+        os.umask(umask)
+    return folder
+
+
+def copy_in_memory(archive: bytes) -> str:
+    """Return the path of a copy of the archive that lasts as long as this process. OSError if this kernel has none, or no /proc."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this Python cannot make files in memory")
+    copy = os.memfd_create("joborch.pyz")
+    with open(copy, "wb", closefd=False) as file:
+        file.write(archive)
+    os.stat(f"/proc/self/fd/{copy}")
+    return f"/proc/self/fd/{copy}"
+
+
+def choose_copy(path: str) -> "tuple[str, bytes, str]":
+    """Have Python import the program from its copy in the cache. If there is none, a server or client is read from memory.
+
+    Return the path of the archive, its SHA-256 and why there is no copy.
+    """
+    import hashlib
+
+    with open(path, "rb") as file:
+        archive = file.read()
+    digest = hashlib.sha256(archive)
+    try:
+        sys.path[0] = ready_copy(archive, digest.hexdigest())
+    except (OSError, ValueError) as error:
+        if {"server", "client"}.intersection(sys.argv[1:]):
+            try:  # a newer file may take the place of the archive while the process runs
+                sys.path[0] = copy_in_memory(archive)
+            except OSError:
+                pass  # it runs from the archive itself
+        return path, digest.digest(), str(error)
+    return path, digest.digest(), ""
+
+
+def main() -> int:
+    """Run the program."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"joborch {VERSION}")
+        return 0
+    path = os.path.abspath(os.path.dirname(__file__))
+    archive = choose_copy(path) if os.path.isfile(path) else None  # else it was unpacked by hand
+    gc.disable()  # hardly anything of what an import makes is garbage: looking for it would take a tenth of the time
+    import joborch
+
+    gc.enable()
+    joborch.Program.archive = archive
+    return joborch.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
