@@ -1499,27 +1499,27 @@ def shell_hint(folder: Path) -> str:
 
 # == 6. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
-NO_USE = float("-inf")  # the base-2 logarithm of no use at all
-CANDIDATES_LOOKED_AT = 100  # of a service, where its first jobs are too wide for what is free
-UNKNOWN_RUN_S = 60.0  # what a run is charged in advance where nothing is known of earlier ones
-TURN_S = 0.001  # what each turn costs at least: whose jobs take no time does not stand before those who had no turn yet
-TURNS_VERSION = 2  # of the rules by which ranks are made: ranks that an older version stored are made anew
-TURNING_S = 1.0  # a client where no run has ended for so long gets nothing ahead
-HANDOVER_S = 0.2  # work that may wait at a client, so that its slots do not stand idle between two jobs
+NO_USE = float("-inf")  # log2(0)
+CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
+UNKNOWN_RUN_S = 60.0  # charged in advance for a run when the service has no earlier runs
+TURN_S = 0.001  # the least that a turn costs: even jobs that take no time must not pass users who had no turn yet
+TURNS_VERSION = 2  # of the ranking rules: stored ranks of another version are recomputed
+TURNING_S = 1.0  # nothing is sent ahead to a client that finished no run for this long
+HANDOVER_S = 0.2  # how much work may queue at a client, so that its slots do not idle between two jobs
 FULL_QUEUE_RETRY_S = 60
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What turns depend on beside the rows and the services."""
+    """Everything else that turns depend on, apart from the rows and the services."""
 
     half_life_s: float = 6 * 3600.0
     ageing_s: float = 60.0
-    weights: Mapping[int, float] = field(default_factory=dict)  # by user; those in the store go before them
+    weights: Mapping[int, float] = field(default_factory=dict)  # by user; weights in the store take precedence
 
 
 class Waiting(NamedTuple):
-    """What a turn needs to know of a queued job."""
+    """A queued job, as the ranking sees it."""
 
     job_id: int
     priority: int
@@ -1531,11 +1531,11 @@ class Waiting(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a user has used of a service, as the base-2 logarithm of slot-seconds; and how long his runs take.
+    """A user's past use of a service, as the base-2 logarithm of slot-seconds, and the mean length of the user's runs.
 
-    Only runs that are over are in it. What runs now is added where it matters (`with_open_runs`), so nothing is ever given back.
-    A use u of now is kept as log2(u) + now / half-life. So it never has to be brought up to date: by the time a half-life
-    has passed, every new slot-second counts twice as much as it, and the order of users does not change while time passes.
+    It covers finished runs only. Running ones are added on the fly (`with_open_runs`), so nothing is ever refunded.
+    A use u at time `now` is stored as log2(u) + now / half-life. Stored values never need an update: after one half-life a
+    new slot-second counts twice as much as an old one, and the order of users does not change as time passes.
     """
 
     use: float = NO_USE
@@ -1545,28 +1545,28 @@ class Usage:
 
 @dataclass
 class Pace:
-    """What is known of a service: how long its runs take."""
+    """The mean length of a service's runs."""
 
     runs: int = 0
     mean_s: float = 0.0
 
 
 def with_run(known: Usage | Pace, run_s: float) -> None:
-    """Take one more run into a mean that follows the last twenty or so."""
+    """Add a run to a moving mean of about the last twenty."""
     known.runs += 1
     known.mean_s += (run_s - known.mean_s) / min(known.runs, 20)
 
 
 class OpenRun(NamedTuple):
-    """A job that is with a client: what its user is charged for it, and what he has had of it."""
+    """A job that was sent to a client: what its user is charged for it, and how long it has run."""
 
     cpus: int
-    charged: float  # slot-seconds, in advance; more once it has run for longer
-    run_s: float  # how long it has run; 0 where it has not begun
+    charged: float  # slot-seconds, in advance; more if it runs longer than that
+    run_s: float  # 0 before it starts
 
 
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
-    """Return a use after `slot_s` more slot-seconds at `now`."""
+    """Return a use (see Usage) increased by `slot_s` slot-seconds at time `now`."""
     if slot_s <= 0:
         return use
     term = now / half_life_s + math.log2(slot_s)
@@ -1574,48 +1574,48 @@ def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
 
 
 def counted_s(run_s: float, half_life_s: float) -> float:
-    """Return how many seconds of a run count now: of a long one, each eighth of a half-life less than the next."""
+    """Return how many seconds of a run count now: each eighth of a half-life counts less than the one after it."""
     step_s, fade = half_life_s / 8, 2.0 ** (-1 / 8)
     whole = min(run_s // step_s, 1000.0)
     return float(step_s * (1 - fade**whole) / (1 - fade) + (run_s - whole * step_s) * fade**whole)
 
 
 def with_open_runs(use: float, runs: Collection[OpenRun], now: float, half_life_s: float, in_advance: bool = True) -> float:
-    """Return a use with what runs now: as much as was charged in advance, or only what has run of it."""
+    """Return a use plus its open runs: everything that was charged in advance, or only the time they have run."""
     had = sum(run.cpus * counted_s(run.run_s, half_life_s) for run in runs)
     ahead = sum(max(0.0, run.charged - run.cpus * run.run_s) for run in runs) if in_advance else 0.0
     return used(use, had + ahead, now, half_life_s)
 
 
 def use_now(use: float, now: float, half_life_s: float) -> float:
-    """Return a use in slot-seconds, as it counts at `now`."""
+    """Convert a use (see Usage) to slot-seconds at time `now`."""
     return float(2.0 ** min(use - now / half_life_s, 1000.0))
 
 
 def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) -> float:
-    """Return the slot-seconds that a job is charged while it runs, so that running slots count at once.
+    """Return the slot-seconds that a job is charged when it starts, so that running jobs count at once.
 
-    As long as the user's runs take, else those of the service; what it takes longer is charged as it runs.
+    The estimate is the mean run of the user, else of the service. Longer runs are charged as they go on.
     """
     expected = usage.mean_s if usage.runs else pace.mean_s if pace.runs else UNKNOWN_RUN_S
     return job.cpus * min(expected, job.timeout or expected, half_life_s / 8)
 
 
 def cap_idle_credit(use: float, weight: float, level: float) -> float:
-    """Return the use of a user who comes back after idling: his credit is one half-life before the others who are active, not more.
+    """Return the use of a user who comes back after a pause: at most one half-life of credit over the other active users.
 
-    `level` is the least use by weight among them. This is applied when a run is over and he has more to run, not when a job
-    comes: until he has had something, a newcomer stands before all who have used more than he has.
+    `level` is the least use by weight among those. The cap is applied when a run ends and the user has more jobs, not when a
+    job arrives: a newcomer goes ahead of everyone with more use until the first run has been charged.
     """
     return max(use, level - 1 + math.log2(weight))
 
 
 def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s: float) -> tuple[float, Waiting]:
-    """Return the rank of a user's turn for a service, the lowest being next, and the job that takes it.
+    """Return a user's rank for a service (the lowest goes next), and the job to run.
 
-    `waiting` is the first job of each priority; with `share`, that of the highest suffices. No rank changes while time
-    passes. `priority` is one line for all: a point of priority is worth `ageing_s` seconds of waiting, so that a job is
-    overtaken only by such as come within (100 - its priority) times `ageing_s` after it, 200 minutes at most.
+    `waiting` holds the first job of each priority; the policy `share` needs only the highest. Ranks do not change as time
+    passes. The policy `priority` is one queue for all users, in which a point of priority is worth `ageing_s` seconds of
+    waiting. So only jobs that arrive within (100 - priority) * `ageing_s` of a job can overtake it: 200 minutes at most.
     """
     if policy == "priority":
         first = min(waiting, key=lambda job: (job.arrived_at / ageing_s - job.priority, job.job_id))
@@ -1624,11 +1624,11 @@ def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
     return min(job.arrived_at for job in waiting) if policy == "fifo" else share_rank, highest
 
 
-# -- where --
+# -- which client gets a job --
 
 
 class Candidate(NamedTuple):
-    """The first queued job of a user who is under quota: what a service could run next."""
+    """The first queued job of a user who is below the quota: what a service could run next."""
 
     service: str
     job_id: int
@@ -1638,12 +1638,12 @@ class Candidate(NamedTuple):
 
 
 class ServiceQueue(NamedTuple):
-    """The heads of one service in the order of their turns, who serves it, and how much of it runs."""
+    """The candidates of one service in the order of their turns, its clients, and its load."""
 
     service: str
     clients: Collection[str]
-    busy: float  # the part of its limit that is in use
-    run_s: float | None  # how long a run takes, where that is known
+    busy: float  # the part of its max_runs that is in use, 0 to 1
+    run_s: float | None  # the mean run, if known
     heads: Iterable[Candidate]
 
 
@@ -1652,29 +1652,29 @@ class ClientCapacity(NamedTuple):
 
     name: str
     slots: int
-    free: int  # slots; below 0 where jobs wait there
-    memory: int | None = None  # MiB; None: it does not say
+    free: int  # slots; negative if jobs queue there
+    memory: int | None = None  # MiB; None if the client does not say
     free_memory: int | None = None
     load: float = 0.0  # percent
     failed_s_ago: float = float("inf")
-    turning: bool = False  # a run has ended there a moment ago
-    queues: bool = False  # a 2.2 client: it says nothing of its slots, and queues by itself
-    taken: int = 0  # slots that its jobs ask for together, those that have ended included
-    job_slots: bool = False  # a batch system stands behind it: a slot takes a job, however many cores that needs
+    turning: bool = False  # a run ended there a moment ago
+    queues: bool = False  # a 2.2 client: it does not report its slots, and queues jobs by itself
+    taken: int = 0  # slots of all its jobs, including those that have ended
+    job_slots: bool = False  # it feeds a batch system: one slot holds one job, whatever number of cores it needs
 
     def wanted(self, cpus: int) -> int:
-        """Return how many slots a job takes here."""
+        """Return how many slots a job occupies here."""
         return 1 if self.job_slots else cpus
 
     def could_run(self, cpus: int, memory: int | None) -> bool:
-        """Tell whether so much would fit into it when it is empty."""
+        """Tell whether a job of this size would fit on an idle client."""
         return self.queues or (self.wanted(cpus) <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
 
     def room(self, run_s: float | None, cpus: int = 1) -> int:
-        """Return how many slots may be promised to a job: those that are free, and for short runs some more, that none stands idle.
+        """Return how many slots may be promised to a job: the free ones, and for short runs a few more, so that none idles.
 
-        What waits there is work of HANDOVER_S at most: a newcomer's job waits for no more than that beyond what runs. Nothing
-        is sent ahead where no run has ended of late, nor a job that needs several slots at once: it might wait there for long.
+        The jobs sent ahead amount to HANDOVER_S of work at most, so a newcomer's job is delayed by no more than that. Nothing
+        is sent ahead if no run ended lately, and no job that needs several slots at once: both could wait there for long.
         """
         if self.queues:
             return 1 << 30
@@ -1683,86 +1683,88 @@ class ClientCapacity(NamedTuple):
         return self.free + min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3)))
 
     def preference(self) -> tuple[float, float, float, str]:
-        """Return what to choose it by, the lowest first: free slots, load, age of its last failure."""
+        """Return a sort key, best client first: most free slots, lowest load, longest time since a failure."""
         return (-self.free, self.load, -self.failed_s_ago, self.name)
 
 
 class Run(NamedTuple):
-    """What runs at a client, and when its time limit ends it."""
+    """A running job, for estimating when its slots become free."""
 
     cpus: int
     memory: int
-    ends_at: float  # steady; infinity where it has no limit
+    ends_at: float  # steady; infinity without a time limit
 
 
 class Reservation(NamedTuple):
-    """What is kept free at a client for a wide job: all of it until then, but for what is to spare."""
+    """A client that is held for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
 
-    until: float  # steady; when it can begin at the latest, infinity where nobody knows
+    until: float  # steady; the latest start of the wide job, infinity if unknown
     cpus: int
     memory: float
 
     def lets(self, head: Candidate, now: float) -> bool:
-        """Tell whether another job may go first: it will have ended by then, or needs only what is to spare (EASY backfilling)."""
+        """Tell whether another job may run first: it ends before `until`, or fits into the spare part (EASY backfilling)."""
         ends_before = head.timeout is not None and now + head.timeout <= self.until < float("inf")
         return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
 
 
-def reserve(head: Candidate, place: ClientCapacity, runs: Iterable[Run]) -> Reservation:
-    """Return the earliest time by which enough will be free at a client for a job, and what is to spare of it then.
+def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run]) -> Reservation:
+    """Return when a client will have room for a job at the latest, and what remains to spare.
 
-    Where that hangs on a run without time limit, nothing is to spare: all that becomes free is kept until it suffices.
+    Nothing is to spare if that depends on a run without a time limit: everything that becomes free is kept for the job.
     """
-    wanted, free, until = place.wanted(head.cpus), place.free, 0.0
-    memory = float("inf") if place.free_memory is None else float(place.free_memory)
+    wanted, free, until = client.wanted(candidate.cpus), client.free, 0.0
+    memory = float("inf") if client.free_memory is None else float(client.free_memory)
     for run in sorted(runs, key=lambda run: run.ends_at):
-        if free >= wanted and memory >= (head.memory or 0):
+        if free >= wanted and memory >= (candidate.memory or 0):
             break
-        free, memory, until = free + place.wanted(run.cpus), memory + run.memory, run.ends_at
+        free, memory, until = free + client.wanted(run.cpus), memory + run.memory, run.ends_at
     if until == float("inf") or free < wanted:
         return Reservation(float("inf"), 0, 0)
-    return Reservation(until, free - wanted, memory - (head.memory or 0))
+    return Reservation(until, free - wanted, memory - (candidate.memory or 0))
 
 
-def fits(head: Candidate, place: ClientCapacity, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
+def fits(candidate: Candidate, client: ClientCapacity, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
     """Tell whether a job can be sent to a client now."""
-    memory_fits = head.memory is None or place.free_memory is None or head.memory <= place.free_memory
-    wanted = place.wanted(head.cpus)
-    return wanted <= place.room(run_s, wanted) and (memory_fits or place.queues) and (reserved is None or reserved.lets(head, now))
+    memory_fits = candidate.memory is None or client.free_memory is None or candidate.memory <= client.free_memory
+    wanted = client.wanted(candidate.cpus)
+    if wanted > client.room(run_s, wanted) or not (memory_fits or client.queues):
+        return False
+    return reserved is None or reserved.lets(candidate, now)
 
 
 def choose(
-    lines: Sequence[ServiceQueue], places: Sequence[ClientCapacity], runs_at: Callable[[str], Iterable[Run]], now: float
+    queues: Sequence[ServiceQueue], clients: Sequence[ClientCapacity], runs_at: Callable[[str], Iterable[Run]], now: float
 ) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the job that is next and the client that gets it, or None where nothing can be sent now.
+    """Return the next job and the client that gets it, or None if nothing can be sent now.
 
-    Between services: the one of whose limit the least is in use. Within one: by turn. The first job that is too wide for
-    what is free reserves the client where it can begin first; others go before it only where they do not delay it.
+    The service with the smallest part of its limit in use goes first; within a service, turns decide. The first job that is
+    too wide for the free slots reserves the client that can start it earliest; other jobs pass it only if they do not delay it.
     """
     reserved: dict[str, Reservation] = {}
-    for line in sorted(lines, key=lambda line: line.busy):
-        able = [place for place in places if place.name in line.clients]
-        if not any(place.room(line.run_s) > 0 for place in able):
+    for queue in sorted(queues, key=lambda queue: queue.busy):
+        able = [client for client in clients if client.name in queue.clients]
+        if not any(client.room(queue.run_s) > 0 for client in able):
             continue
-        waits = False
-        for head in line.heads:
-            fitting = [place for place in able if fits(head, place, line.run_s, reserved.get(place.name), now)]
+        one_waits = False
+        for candidate in queue.heads:
+            fitting = [client for client in able if fits(candidate, client, queue.run_s, reserved.get(client.name), now)]
             if fitting:
-                return head, min(fitting, key=ClientCapacity.preference)
-            large = [place for place in able if place.could_run(head.cpus, head.memory) and place.name not in reserved]
-            if large and not waits:
-                waits = True
-                kept = {place.name: reserve(head, place, runs_at(place.name)) for place in large}
-                best = min(large, key=lambda place: (kept[place.name].until, *place.preference()))
-                reserved[best.name] = kept[best.name]
+                return candidate, min(fitting, key=ClientCapacity.preference)
+            large = [each for each in able if each.could_run(candidate.cpus, candidate.memory) and each.name not in reserved]
+            if large and not one_waits:
+                one_waits = True
+                starts = {client.name: reserve(candidate, client, runs_at(client.name)) for client in large}
+                best = min(large, key=lambda client: (starts[client.name].until, *client.preference()))
+                reserved[best.name] = starts[best.name]
     return None
 
 
-# -- why --
+# -- why a job waits --
 
 
 class QueueFacts(NamedTuple):
-    """The figures that decide about one queued job."""
+    """The figures that decide when a queued job runs."""
 
     runs_of_user: int
     runs_per_user: int
@@ -1774,36 +1776,36 @@ class QueueFacts(NamedTuple):
     memory: int | None = None  # MiB
 
     def before(self, with_others: bool = True) -> str:
-        """Return what stands before the job, as a sentence; empty where nothing does."""
-        jobs = plural(self.queued_before, "job of yours", "jobs of yours")
+        """Return what is ahead of the job, as a clause; empty if nothing is."""
+        jobs = plural(self.queued_before, "of your jobs", "of your jobs")
         users = plural(self.users_before if with_others else 0, "other user's turn", "other users' turns")
         parts = [part for part in (jobs, users) if part]
-        verb = "stands" if len(parts) == 1 and parts[0].startswith("1 ") else "stand"
-        return f"{' and '.join(parts)} {verb} before it" if parts else ""
+        verb = "is" if len(parts) == 1 and parts[0].startswith("1 ") else "are"
+        return f"{' and '.join(parts)} {verb} ahead of it" if parts else ""
 
 
 def join_clauses(text: str, more: str) -> str:
-    """Return two sentences as one; the first alone where there is no second."""
+    """Join two clauses with "and"; `more` may be empty."""
     return f"{text} and {more}" if more else text
 
 
 def plural(count: int, one: str, many: str) -> str:
-    """Return `1 job`, `5 jobs`, or nothing for none; beyond 10,000 nobody counts."""
+    """Return `1 job` or `5 jobs`, an empty text for 0, and `more than 10,000 jobs` from there on (counting stops)."""
     return "" if not count else f"1 {one}" if count == 1 else f"{'more than ' if count >= 10_000 else ''}{count:,} {many}"
 
 
 def attempts_left(job: Job) -> bool:
-    """Tell whether an infrastructure failure of this attempt may be followed by another attempt."""
+    """Tell whether the job may be tried again after an infrastructure failure."""
     return job.attempt <= job.retries and job.kill_requested_at is None
 
 
 def needs(cpus: int, memory: int | None) -> str:
-    """Return what a job asks for, as people say it."""
+    """Return a job's size in words: `2 slots and 4,096 MiB of memory`."""
     return plural(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
 
 
 def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[ClientCapacity]) -> str:
-    """Return why no client of a service could ever run so much, or an empty text where one could, or may be."""
+    """Return why no client of a service could ever run a job of this size; empty if one could, or if none is known."""
     if not places or any(place.could_run(cpus, memory) for place in places):
         return ""
     largest = max(places, key=lambda place: (place.slots >= cpus, place.slots, place.memory or 0))
@@ -1814,7 +1816,7 @@ def too_large_text(service: str, cpus: int, memory: int | None, places: Collecti
 def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], places: Collection[ClientCapacity]) -> str:
     """Return one sentence on what a queued job waits for.
 
-    `troubles` says, by client, why it cannot be used now; `places` are those that can.
+    `troubles` says, by client, why it takes no jobs now (empty if it does); `places` are the clients that do.
     """
     if facts.runs_of_user >= facts.runs_per_user:
         text = f"{facts.runs_of_user} of your {facts.runs_per_user} runs for {service} are in use"
@@ -1836,16 +1838,16 @@ def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], pl
         return f"it waits for its turn: {facts.before()}"
     if places and not any(place.queues or place.free >= place.wanted(facts.cpus) for place in places):
         best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory), place.free))
-        has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and keeps what becomes free for it"
+        has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and holds freed slots for it"
         return f"it needs {needs(facts.cpus, None)} at once: {has}"
     return f"it is next for a free place at a client for {service}"
 
 
 def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) -> float:
-    """Return how long a job waits as things stand: each round of runs takes `run_s`, the mean of past ones.
+    """Estimate the seconds until a queued job starts, in rounds of `run_s`, the mean of past runs.
 
-    `position` counts the jobs that are before it, itself included; as many at once run as slots and limits let. It waits for
-    as many rounds as they take, and as its user's own limit takes for his.
+    `position` is the job's place in the service's queue, from 1. It waits for the longer of two: the rounds that the jobs
+    ahead take with `slots` and max_runs, and the rounds that its user's own jobs take with runs_per_user.
     """
     at_once = max(1, min(slots, facts.max_runs))
     free = max(0, at_once - facts.runs_of_service)
@@ -1855,7 +1857,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 7. Files ==  Names are checked before anything is stored; everything streams in chunks; what is promised is fsynced.
+# == 7. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
 
 
 class StoredFile(NamedTuple):
@@ -1875,58 +1877,53 @@ class Form:
 
 
 def shown(name: str) -> str:
-    """Return a file name as a message shows it."""
+    """Return a file name for a message: quoted, printable and short."""
     return repr(one_line(name, 80))
 
 
 def check_path(path: str) -> str:
-    """Return a relative POSIX path that stays in its folder; HttpError 400 says which rule another one breaks."""
+    """Return `path` without a leading `./`. Raises HttpError 400 unless it is a relative POSIX path that stays in its folder."""
     name = re.sub(r"^(\./)+", "", path)
     parts = name.split("/")
     if not name:
         raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
     if any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise HttpError(400, f"file name {shown(name)} holds a control character: use printable ones", "file")
+        raise HttpError(400, f"file name {shown(name)} contains a control character: use printable ones", "file")
     if name.startswith("/"):
         raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
     if ".." in parts:
-        raise HttpError(400, f"file name {shown(name)} has '..' in it: give a path that stays in its folder", "file")
+        raise HttpError(400, f"file name {shown(name)} contains '..': give a path that stays in its folder", "file")
     if "" in parts or "." in parts:
         raise HttpError(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
     if len(parts) > DEPTH_LIMIT + 1:
-        raise HttpError(400, f"file name {shown(name)} lies {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
-    if len(name) > NAME_LIMIT_BYTES // 4 and is_too_long(parts):
+        raise HttpError(400, f"file name {shown(name)} is {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
+    sizes = [len(os.fsencode(part)) for part in parts]
+    if max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES:
         limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
         raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
     return name
 
 
 def inputs_digest(digests: Mapping[str, str]) -> str:
-    """Return the SHA-256 (hex) of a list of files, given with that of each."""
+    """Return one SHA-256 (hex) for a set of files; `digests` has the SHA-256 of each, by path."""
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def is_too_long(parts: Sequence[str]) -> bool:
-    """Tell whether a path, given by its parts, is over the limits of file systems."""
-    sizes = [len(os.fsencode(part)) for part in parts]
-    return max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES
-
-
 def parents_of(path: str) -> set[str]:
-    """Return the folders above a relative path: `a` and `a/b` for `a/b/c`."""
+    """Return all folders above a relative path: `a` and `a/b` for `a/b/c`."""
     parts = path.split("/")
     return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
 
 
 class Tree:
-    """The names that one form brought so far: no duplicate, and none that is both a file and a folder."""
+    """The file names of one form so far: each is unique, and none is both a file and a folder."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
         self.folders: set[str] = set()
 
     def add(self, path: str) -> None:
-        """Take in `path`; HttpError 400 where it clashes with an earlier one."""
+        """Add `path`. Raises HttpError 400 if it clashes with an earlier one."""
         parents = parents_of(path)
         if path in self.files:
             raise HttpError(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
@@ -1937,10 +1934,10 @@ class Tree:
 
 
 def part_path(segment: Any, by_name: bool) -> str | None:
-    """Return the path that a part of a form stands for, or None where it is a text field.
+    """Return the path of a part's file, or None if the part is a text field.
 
-    A caller of the server gives it as filename. Between machines (`by_name`) the part's NAME is the path and its
-    filename the base name; a 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library leaves out.
+    Callers of the server send the path as filename. Between machines (`by_name`) the part's name is the path and its filename
+    the base name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
     """
     exact = segment.header("X-Joborch-Path")
     if by_name and exact:
@@ -1955,13 +1952,13 @@ def part_path(segment: Any, by_name: bool) -> str | None:
 
 
 def extended_parameter(header: str, name: str) -> str:
-    """Return `name*=utf-8''...` of a header (RFC 5987), or an empty string."""
+    """Return the value of `name*=utf-8''...` in a header (RFC 5987), or an empty string."""
     match = re.search(rf";\s*{name}\*=(?:utf-8|UTF-8)''([^;\s]+)", header)
     return unquote_to_bytes(match[1]).decode("utf-8", "replace") if match else ""
 
 
 def multipart_boundary(content_type: str) -> str:
-    """Return the boundary of a multipart/form-data request; HttpError 415 or 400."""
+    """Return the boundary of a form. Raises HttpError 415 for another content type, 400 if the boundary is missing."""
     kind, _, rest = content_type.partition(";")
     if kind.strip().lower() != "multipart/form-data":
         raise HttpError(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
@@ -1972,9 +1969,9 @@ def multipart_boundary(content_type: str) -> str:
 
 
 class FormReader:
-    """Streams a multipart form: files to disk below `folder` as they come, text fields to memory.
+    """Streams a multipart form: files to disk below `folder`, text fields to memory.
 
-    `before_file` and `after_write` keep the disk's account: the first may refuse a further file, the second gets the bytes written.
+    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both keep the account of the disk.
     """
 
     def __init__(
@@ -1989,7 +1986,7 @@ class FormReader:
         self.form, self.tree, self.folders = Form(), Tree(), {""}
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
-        """Read the whole form. Raises HttpError; the caller removes the folder then."""
+        """Read the whole form. Raises HttpError; the caller must then remove the folder."""
         import multipart
 
         parser = multipart.PushMultipartParser(
@@ -2005,13 +2002,13 @@ class FormReader:
         except multipart.ParserLimitReached as error:
             if "segment count" in str(error).lower():
                 raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
-            raise HttpError(413, f"a part's head is too long: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
+            raise HttpError(413, f"a part has too long headers: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
         except multipart.MultipartError as error:
             raise HttpError(400, f"the form cannot be read: {error}") from error
         return self.form
 
     def part(self, segment: Any, events: Iterator[Any]) -> None:
-        """Take one part from the event stream, up to the None that ends it."""
+        """Read one part from the event stream, up to the None that ends it."""
         path = part_path(segment, self.by_name)
         if path is None:
             self.text(segment, events)
@@ -2045,7 +2042,7 @@ class FormReader:
                 digest.update(chunk)
                 size += len(chunk)
                 head += chunk[: 4 - len(head)]
-            if head.startswith((b"#!", b"\x7fELF")):  # a form carries no modes, and a script calls ./tool
+            if head.startswith((b"#!", b"\x7fELF")):  # forms carry no file modes, but a script may call ./tool
                 os.fchmod(descriptor, 0o700)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
@@ -2057,17 +2054,17 @@ class FormReader:
 
 
 def write_all(target: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to an unbuffered file: a raw write may take only a part of it."""
+    """Write all of `data` to an unbuffered file, which may take less than it is given."""
     view = memoryview(data)
     while view:
         view = view[target.write(view) :]
 
 
-# == 8. Folders ==  What is promised is on the disk, and what a script left in a folder is read and removed safely.
+# == 8. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
 
 
 def fsync_path(path: str | Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
+    """Make a file's content or a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(descriptor)
@@ -2082,8 +2079,8 @@ def files_below(folder: Path) -> list[str]:
 
 
 def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
-    """Make `folder` with the files `paths` in it durable, and its entry in its parent."""
-    if len(paths) > 32:  # one call for the whole file system is cheaper than thousands
+    """Make `folder`, the files `paths` in it, and its entry in its parent durable."""
+    if len(paths) > 32:  # one syncfs is cheaper than many fsyncs
         sync_file_system(folder)
         return
     root = str(folder)
@@ -2095,7 +2092,7 @@ def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
 
 
 def sync_file_system(path: Path) -> None:
-    """Write everything of the file system that holds `path` to disk: syncfs(2)."""
+    """Write the whole file system of `path` to disk (syncfs(2))."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if libc().syncfs(descriptor) != 0:
@@ -2106,14 +2103,14 @@ def sync_file_system(path: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def libc() -> ctypes.CDLL:
-    """Return the C library of this process, for what Python has no name for."""
+    """Return the C library, for system calls that Python does not wrap."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
-    """Return a descriptor of a folder, or with `inner` of one below it: none of them may be a link. OSError.
+    """Return a descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
 
-    `path` may be a descriptor itself. `flags` are those of the last one: O_PATH is enough to open what is in it.
+    `path` may be a descriptor. `flags` apply to the last folder: O_PATH is enough to open what is in it.
     """
     names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
     descriptor = owned = path if isinstance(path, int) else -1
@@ -2130,7 +2127,7 @@ def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_P
 
 @contextlib.contextmanager
 def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
-    """Give a descriptor of a folder, as `open_folder` does, and close it."""
+    """Open a folder as `open_folder` does, and close it at the end."""
     descriptor = open_folder(path, *inner, flags=flags)
     try:
         yield descriptor
@@ -2139,10 +2136,9 @@ def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O
 
 
 def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
-    """Open a file that a script could have replaced: no link is followed, no fifo waited for. OSError where it is no file.
+    """Open a file that a script could have replaced: follow no link, wait for no fifo. Raises OSError if it is not a regular file.
 
-    With `inner`, `path` is a folder (or a descriptor of one) in which these names lead to the file; neither it nor what lies
-    between may be a link.
+    With `inner`, `path` is a folder (or a descriptor of one) and `inner` leads to the file; no folder on the way may be a link.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     if isinstance(path, int) and len(inner) == 1:
@@ -2159,13 +2155,13 @@ def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
 
 
 def state_below(folder: Path, name: str) -> os.stat_result:
-    """Return what the kernel says of a file in a folder that a script can change; no link is followed. OSError."""
+    """Return the status of `name` in a folder that a script can change, following no link. Raises OSError."""
     with opened_folder(folder) as descriptor:
         return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
 
 
 def has_work(folder: Path) -> bool:
-    """Tell whether the work folder of a payload is there, as a folder; True where that cannot be seen."""
+    """Tell whether a payload has its work folder; True if that cannot be checked."""
     try:
         return stat.S_ISDIR(state_below(folder, "work").st_mode)
     except OSError as error:
@@ -2173,7 +2169,7 @@ def has_work(folder: Path) -> bool:
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, made safe to show."""
+    """Return the last line of a text file that is not blank, safe to show; empty if the file cannot be read."""
     try:
         with open_regular(path.parent, path.name) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
@@ -2184,7 +2180,7 @@ def last_line(path: Path) -> str:
 
 
 def give_rights(folder: Path | int, *inner: str | bytes) -> None:
-    """Give this user all rights to a folder whose script took them away; OSError where it is none, or a link."""
+    """Give this user full rights to a folder whose script took them away. Raises OSError if it is not a folder."""
     with opened_folder(folder, *inner) as descriptor:
         path = f"/proc/self/fd/{descriptor}"
         if not os.access(path, os.R_OK | os.X_OK):
@@ -2192,7 +2188,7 @@ def give_rights(folder: Path | int, *inner: str | bytes) -> None:
 
 
 def open_unreadable(name: bytes | str, folder: int | None) -> int:
-    """Open a file of this user's whose mode lets even him not read it; it keeps its mode. PermissionError if it is another user's."""
+    """Open a file whose mode denies reading even to its owner, and restore its mode. Raises PermissionError if another user owns it."""
     descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
     try:
         state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
@@ -2208,7 +2204,7 @@ def open_unreadable(name: bytes | str, folder: int | None) -> int:
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Put `data` at `path` durably: after a crash there is the old content or the new, never a part."""
+    """Write a file atomically and durably: after a crash it has its old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "wb") as target:
@@ -2220,21 +2216,21 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def is_full(folder: str | Path) -> bool:
-    """Tell whether hardly a file more fits on the file system of `folder`: no block, or no inode (some have no such limit)."""
+    """Tell whether the file system of `folder` is full: no block or no inode left (some file systems have no inode limit)."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Return the space that an ordinary user can still fill on the file system of `folder`."""
+    """Return how many bytes an ordinary user can still write to the file system of `folder`."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize
 
 
 def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
-    """Yield each folder below `root` with the names of its folders and of all else in it, sorted; no link is followed.
+    """Yield each folder below `root` with its subfolders and its other entries, all sorted. Links are not followed.
 
-    os.walk(), but of any depth: before Python 3.12 it ends at a thousand levels.
+    This is os.walk() for any depth: before Python 3.12 that fails at a thousand levels.
     """
     waiting = [root]
     while waiting:
@@ -2251,7 +2247,7 @@ def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iter
 
 
 class Level:
-    """A folder on the way of a walk: its path, a descriptor (-1 where none is open), and its folders that are still to be visited."""
+    """One folder on the path of a walk: its path, its descriptor (-1 when closed), and the subfolders still to visit."""
 
     def __init__(self, path: bytes, descriptor: int) -> None:
         self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
@@ -2265,11 +2261,11 @@ class Level:
 def walk_open(
     root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
 ) -> Iterator[tuple[int, bytes, list[bytes], int]]:
-    """Yield each folder below the open folder `root`, itself first: its descriptor, its path, what is in it, and how many entries it has.
+    """Yield each folder below the open folder `root`, itself first: descriptor, path, names of its non-folders (sorted), entry count.
 
-    What is in it are the names of all but folders, sorted. No link is followed, whatever is exchanged for one meanwhile. At most
-    `room` entries are looked at; `set_wait_reason` gets the path of what is left out, and why. With `mend`, this user gets back the
-    rights to folders of his own. Depth costs no descriptors: the upper folders are closed, and opened again on the way back.
+    Links are never followed, even if something is swapped for one during the walk. The walk ends after `room` entries; `note`
+    gets the path of each entry that is left out, and why. With `mend`, this user's own folders are made readable first. Deep
+    trees need few descriptors: the upper folders are closed, and reopened on the way back.
     """
     levels: list[Level] = []
     entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
@@ -2293,7 +2289,7 @@ def walk_open(
 
 
 def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
-    """Open the next folder in another one; None, and a note, where that cannot be."""
+    """Open the next subfolder of `above`; None, with a note, if that is impossible."""
     name = above.folders.pop()
     path = above.path + b"/" + name if above.path else name
     try:
@@ -2302,7 +2298,7 @@ def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: boo
         if above.descriptor < 0:
             above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
         if mend:
-            with contextlib.suppress(PermissionError):  # another user's: what it lets us read is read
+            with contextlib.suppress(PermissionError):  # another user's folder: read what its mode allows
                 give_rights(above.descriptor, name)
         return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
     except OSError as error:
@@ -2311,7 +2307,7 @@ def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: boo
 
 
 def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
-    """Return the names in a folder: of all but folders, sorted, and of folders, backwards; and how many there are, also beyond `room`."""
+    """Return the names of non-folders (sorted), of folders (in reverse), and the number of entries, which may exceed `room`."""
     names: list[list[bytes]] = [[], []]
     count, prefix = 0, level.path + b"/" if level.path else b""
     try:
@@ -2327,33 +2323,33 @@ def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> 
     if count > room:
         for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
             note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        note(level.path, "what follows it was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        note(level.path, "the rest was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
         files, folders = files[:room], folders[: max(0, room - len(files))]
     return files, folders[::-1], count
 
 
 def helper_environment() -> dict[str, str]:
-    """Return all that helper programs (rm, chmod, zstd) need of the environment: payloads can read theirs, and find no secret there."""
+    """Return the environment for rm, chmod and zstd: payloads could read it, so it has no secrets."""
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
-LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process has the lock; any other error is the file system's
+LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors are the file system's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def lock_trouble(error: OSError) -> str:
-    """Return what to do about a file system that did not give a lock, where nobody else holds it."""
+    """Return why a file system refused a lock that nobody holds, and the remedy."""
     reason = os.strerror(error.errno or 0)
     if error.errno not in NO_LOCKS:
-        return f"{reason}; is this file system well?"
+        return f"{reason}; is the file system healthy?"
     return (
-        f"this file system has no locks ({reason}); use a folder of another one, as on a local disk, "
+        f"this file system has no locks ({reason}); use a folder on another one, such as a local disk, "
         "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
     )
 
 
 def bytes_below(path: Path) -> int:
-    """Return what the files below a folder have together, as far as this user can see them."""
+    """Return the total size of the files below a folder that this user can see."""
     total = 0
     for here, _, names in walk(os.fsencode(path)):
         for name in names:
@@ -2363,7 +2359,7 @@ def bytes_below(path: Path) -> int:
 
 
 def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file as long as the process lives, and write its id there; ConfigError names who has it, or why it cannot be locked."""
+    """Lock an open file for the life of the process and write the process id to it. Raises ConfigError if that fails."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -2371,7 +2367,7 @@ def take_lock(file: IO[str], name: str, kind: str) -> None:
             raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
         file.seek(0)
         owner = file.read().strip() or "unknown"
-        raise ConfigError(f"{name} is in use by process {owner}: stop it, or give another {kind}") from error
+        raise ConfigError(f"{name} is in use by process {owner}: stop it, or use another {kind}") from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -2379,12 +2375,12 @@ def take_lock(file: IO[str], name: str, kind: str) -> None:
 
 # -- run.sh --
 
-SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # whose scripts bash can run, too
+SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # bash can run their scripts, too
 SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
 
 
 def interpreter_of(first_line: bytes) -> str:
-    """Return the name of the program that a `#!` line calls, by way of env or not; an empty text if it is no such line."""
+    """Return the name of the program that a `#!` line calls, directly or by env; empty for any other line."""
     words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
     if words and os.path.basename(words[0]) == "env":
         words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
@@ -2392,33 +2388,34 @@ def interpreter_of(first_line: bytes) -> str:
 
 
 def script_hints(head: bytes) -> list[str]:
-    """Return a sentence on each thing about a run.sh, given by its first bytes, that bash does not take as its author meant it."""
+    """Return one sentence for each mistake in the first bytes of a run.sh that would make bash fail."""
     hints = []
-    name = interpreter_of(head[:500].partition(b"\n")[0])
+    first_line = head[:500].partition(b"\n")[0]
+    name = interpreter_of(first_line)
     if name and not SHELLS.fullmatch(name):
-        said, name = one_line(head[:500].partition(b"\n")[0].decode("utf-8", "replace"), 80), one_line(name, 40)
+        said, name = one_line(first_line.decode("utf-8", "replace"), 80), one_line(name, 40)
         other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
         hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
     if head.startswith(b"\x7fELF"):
-        hints.append("run.sh is a program and not a script: send it as your-program, and put `./your-program` into run.sh")
+        hints.append("run.sh is a program, not a script: send it as your-program, and put `./your-program` into run.sh")
     if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
     if b"\r\n" in head:
-        hints.append("run.sh has Windows line ends (CRLF), which bash does not understand: convert it, as with dos2unix")
+        hints.append("run.sh has Windows line endings (CRLF), which bash does not understand: convert it, for example with dos2unix")
     return hints
 
 
 def hints_for(folder: Path, *inner: str) -> list[str]:
-    """Return the hints for a run.sh that is on the disk, given as to `open_regular`; see script_hints."""
+    """Return the hints for a run.sh on disk; the arguments are those of `open_regular`."""
     try:
         with open_regular(folder, *inner) as file:
             return script_hints(file.read(64 * KIB))
     except OSError:
-        return []  # there is none that could be read, which is said elsewhere
+        return []  # a missing run.sh is reported elsewhere
 
 
 def no_script_text(paths: Sequence[str]) -> str:
-    """Return what to do about an upload without run.sh; the text names the files that there are."""
+    """Return what to do about an upload without run.sh; the text names the files that it has."""
     below = [path for path in paths if path.endswith("/run.sh")]
     top = paths[0].partition("/")[0]
     if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
@@ -2436,15 +2433,15 @@ def no_script_text(paths: Sequence[str]) -> str:
 
 
 def example_part(path: str) -> str:
-    """Return how curl sends `path` as run.sh, as the end of a sentence; an empty text for a name that would need quoting."""
+    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name that the shell would need quoted."""
     return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
-# == 9. Trust ==  What others could replace is not trusted: folders, links, and files with tokens.
+# == 9. Trust ==  Folders, links and token files are not trusted if other users could replace them.
 
 
 def owner_name(uid: int) -> str:
-    """Return a user as a message names it."""
+    """Return a user's name for a message."""
     try:
         return f"user {pwd.getpwuid(uid).pw_name}"
     except KeyError:
@@ -2452,7 +2449,7 @@ def owner_name(uid: int) -> str:
 
 
 def made_as(folder: Path) -> int | None:
-    """Return who owns a file that we make in a folder, None if we may not: a file system may map users, as NFS maps root to nobody."""
+    """Return the owner of a file that this process creates in `folder` (NFS may map root to nobody), or None if it cannot create one."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_uid
@@ -2461,20 +2458,20 @@ def made_as(folder: Path) -> int | None:
 
 
 def is_strangers(uid: int, folder: Path) -> bool:
-    """Tell whether the owner of something in `folder` is neither root nor whoever we are on that file system."""
+    """Tell whether the owner of something in `folder` is neither root nor this user, as that file system maps it."""
     return uid not in (0, os.geteuid()) and uid != made_as(folder)
 
 
 class UserNumbers(NamedTuple):
-    """What the user ids that the kernel tells this process are worth."""
+    """What the user ids that this process sees mean."""
 
-    unmapped: int | None  # every user without an id in our user namespace appears as this one; None outside of any
-    root: bool  # 0 is the root of the machine
+    unmapped: int | None  # the id that stands for all users outside our user namespace; None if there is no namespace
+    root: bool  # id 0 is the root of the machine
 
 
 @functools.lru_cache(maxsize=1)
 def user_numbers() -> UserNumbers:
-    """Read what user ids mean here (user_namespaces(7)): in a user namespace, strangers share the overflow id."""
+    """Read the meaning of user ids (user_namespaces(7)): in a user namespace, all unknown users share the overflow id."""
     try:
         lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
     except OSError:
@@ -2486,12 +2483,12 @@ def user_numbers() -> UserNumbers:
 
 
 def is_unmapped(uid: int) -> bool:
-    """Tell whether this is how a user namespace shows all users that it does not know, root of the machine among them."""
+    """Tell whether a user namespace shows all unknown users, including the machine's root, as this id."""
     return uid == user_numbers().unmapped
 
 
 def is_private_group(gid: int) -> bool:
-    """Tell whether a group has nobody in it but us or root: where each user has a group, folders are writable by it (umask 002)."""
+    """Tell whether a group has no members except this user and root: with one group per user, umask 002 makes folders group-writable."""
     if gid == 0 or gid != os.getegid():
         return gid == 0
     try:
@@ -2502,9 +2499,10 @@ def is_private_group(gid: int) -> bool:
 
 
 def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
-    """Yield who else can replace what a folder holds, or (with `itself` False: only) the folder, by one of its parents.
+    """Yield who else can replace the content of a folder, or (with `itself` False) only the folder itself, by one of its parents.
 
-    False: what is in the folder itself. None: the folder, by one of its parents, as is usual on clusters; or a group can.
+    A finding is False (refused) if it is about the folder; None (a warning) if it is about a parent, as is usual on clusters,
+    or about a group.
     """
     real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
     for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
@@ -2520,42 +2518,39 @@ def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[
             good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace what is in it"
             yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
         elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
-            yield Finding(
-                None, f"{place} is writable by a group (mode {mode:04o}), which can replace what is in it: chmod g-w, or chmod +t"
-            )
+            who = f"writable by a group (mode {mode:04o}), which can replace what is in it"
+            yield Finding(None, f"{place} is {who}: chmod g-w, or chmod +t")
     for link in (given, *given.parents):
         if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
-            yield Finding(
-                False, f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere: name the folder itself"
-            )
+            text = f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere"
+            yield Finding(False, f"{text}: name the folder itself")
 
 
 def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
-    """Yield who else can read or change a file that holds a token; nothing where there is no such file."""
+    """Yield who else can read or change a file that holds a token; nothing if the file does not exist."""
     real = os.path.realpath(os.path.expanduser(path))
     try:
         state = os.stat(real)
     except OSError:
         return
     if real.startswith(("/run/secrets/", "/var/run/secrets/")):
-        return  # a container's own: whoever can put a file there is root
+        return  # a container's own: only root can put a file there
     mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
     if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
         yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use a file of your own")
     elif mode & 0o002:
-        yield Finding(
-            False, f"{name} is writable by every user (mode {mode:04o}): chmod 600 {shlex.quote(path)}, and put a new token in it"
-        )
+        fix = f"chmod 600 {shlex.quote(path)}, and put a new token in it"
+        yield Finding(False, f"{name} is writable by every user (mode {mode:04o}): {fix}")
     elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
         fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
         yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
 
 
-# == 10. Data folder ==  One process alone uses it, and no transfer gets disk space that another was promised.
+# == 10. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
 
 
 class DiskFull(OSError):
-    """There is no room for `needed` bytes beside what others were promised and what must stay free; errno is ENOSPC."""
+    """`needed` more bytes do not fit, given what was promised to others and what must stay free. errno is ENOSPC."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
@@ -2563,20 +2558,20 @@ class DiskFull(OSError):
 
 
 class DiskAccount:
-    """The one account of the disk below a data folder: nobody gets what another transfer was promised and has not written yet.
+    """Keeps account of the disk below a data folder: nobody gets space that was promised to another transfer.
 
-    `keep_bytes` stay free whoever writes. Each process keeps its own account; what other processes write is seen by statvfs(2).
+    At least `keep_bytes` stay free. Each process has its own account, and sees what others write by statvfs(2).
     """
 
-    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # with more room than this margin, a figure of a moment ago will do
+    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs will do if it leaves more than this margin
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
-        self.promised = 0  # to all transfers together, and not written yet
-        self.free, self.looked_at = 0, float("-inf")  # as statvfs said, less what was written since; monotonic
+        self.promised = 0  # to all transfers together, not written yet
+        self.free, self.looked_at = 0, float("-inf")  # the last statvfs less what was written since; its time (monotonic)
 
     def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
-        """Promise `size` bytes, or count them as written at once; DiskFull if they do not fit."""
+        """Promise `size` bytes, or else count them as written. Raises DiskFull if they do not fit."""
         with self.lock:
             needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
             now = time.monotonic()
@@ -2596,51 +2591,51 @@ class DiskAccount:
             self.give_back(size)
 
     def give_back(self, size: int, written: int = 0) -> None:
-        """Take back a promise of `size` bytes; `written` of them are on the disk."""
+        """Cancel a promise of `size` bytes of which `written` are now on the disk."""
         with self.lock:
             self.promised -= size
             self.free -= written
 
 
 class Promise:
-    """Disk space that was promised to one transfer: what it writes is taken from it, and the rest goes back when it is closed."""
+    """Disk space promised to one transfer: writes use it up, and closing returns the rest."""
 
     def __init__(self, account: DiskAccount) -> None:
         self.account, self.left, self.lock = account, 0, threading.Lock()
 
     def more(self, size: int) -> None:
-        """Take a promise of `size` bytes more; DiskFull if they do not fit."""
+        """Get `size` more bytes promised. Raises DiskFull if they do not fit."""
         self.account.take(size, promise=True)
         with self.lock:
             self.left += size
 
     def more_for_file(self) -> None:
-        """Take the blocks that a file costs beside its content: thousands of files of one byte fill a disk, too."""
+        """Get a promise for a file's own blocks: thousands of one-byte files fill a disk, too."""
         self.more(4 * KIB)
         self.wrote(4 * KIB)
 
     def wrote(self, size: int) -> None:
-        """Note that so many bytes are on the disk now."""
+        """Record that `size` bytes were written."""
         with self.lock:
             used = min(size, self.left)
             self.left -= used
             self.account.give_back(used, size)
 
     def close(self) -> None:
-        """Give back what was not written; a promise that is closed can be used again."""
+        """Return what was not written. The promise can be used again."""
         with self.lock:
             left, self.left = self.left, 0
             self.account.give_back(left)
 
 
 class Spool:
-    """A file that stays in memory while it is small, so that it can be written where the disk is full, and has no name.
+    """A nameless temporary file that stays in memory while small, so that it works on a full disk.
 
-    tempfile.SpooledTemporaryFile hides a full disk behind an AttributeError (before Python 3.12).
+    tempfile.SpooledTemporaryFile turns a full disk into an AttributeError before Python 3.12.
     """
 
     def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
-        """`claim` is asked before so many bytes go to the disk, and may raise DiskFull."""
+        """`claim` is called with the number of bytes before they go to the disk, and may raise DiskFull."""
         self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
 
     def write(self, data: bytes) -> int:
@@ -2652,7 +2647,7 @@ class Spool:
         return self.file.write(data)
 
     def move_to_disk(self) -> None:
-        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it is closed by us
+        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the spool
         try:
             larger.write(cast(io.BytesIO, self.file).getvalue())
         except BaseException:
@@ -2661,7 +2656,7 @@ class Spool:
         self.file = cast("IO[bytes]", larger)
 
     def again(self) -> IO[bytes]:
-        """Return another reader of the same bytes, with a position of its own."""
+        """Return a second reader of the same bytes, with its own position."""
         if isinstance(self.file, io.BytesIO):
             return io.BytesIO(self.file.getvalue())
         return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
@@ -2670,50 +2665,39 @@ class Spool:
         return getattr(self.file, name)
 
 
-STOP_NOTE = "stopped"  # an empty file in a client's data folder: its time says when the client was last stopped
+STOP_NOTE = "stopped"  # an empty file in a client's data folder; its time is that of the client's last stop
 
 
 class DataFolder:
-    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, and the lock.
+    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, the lock.
 
-    One process a folder: a second one is refused with the first one's pid. What belongs to no job is removed from it, so
-    a folder that holds other things of these names is refused.
+    A second process on the same folder is refused with the pid of the first. Files that belong to no job are removed, so a
+    folder with other things of these names is refused, too.
     """
 
     LOCK = "joborch.lock"
-    NAMES = frozenset(
-        (
-            "jobs",
-            "results",
-            "tmp",
-            "reserve",
-            "wrapper.sh",
-            "executor",
-            STOP_NOTE,
-            LOCK,
-            *("joborch.db" + end for end in ("", "-wal", "-shm")),
-        )
-    )
+    NAMES = frozenset(("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", STOP_NOTE, LOCK))
+    NAMES |= {"joborch.db", "joborch.db-wal", "joborch.db-shm"}
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
-        self.receiving: set[str] = set()  # uuids of uploads under way, which have no row yet
+        self.receiving: set[str] = set()  # uuids of uploads in progress, which have no row yet
         self.account, self.packs_below_minimum = DiskAccount(self.path), False
 
     def open(self) -> None:
-        """Make the folders, take the lock, empty tmp. ConfigError where that cannot be."""
-        self.umask = os.umask(0o077)  # what users upload is nobody else's business; scripts get theirs back
+        """Make the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
+        self.umask = os.umask(0o077)  # uploads are private; scripts get the original umask back
         try:
             self.close_to_others()
             self.refuse_foreign()
             for folder in (self.jobs, self.results, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.close_to_others()  # again: another user may have been quicker to make it
+            self.close_to_others()  # again: another user may have created it first
             self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that may be written") from error
+            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that joborch may write to") from error
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
         for leftover in self.tmp.iterdir():
             discard(leftover)
@@ -2721,7 +2705,7 @@ class DataFolder:
         tempfile.tempdir = str(self.tmp)
 
     def weak_spots(self) -> Iterator[Finding]:
-        """Yield who else can replace what is in this folder; the start refuses it where a finding is False, and mends what is our own."""
+        """Yield who else can replace what is in the folder. The start refuses a False finding, and fixes the modes of our own folders."""
         real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give a folder of your own"
         yield from examine_place(self.path, "DATA_PATH", itself=False)
         if not os.path.isdir(real):
@@ -2736,21 +2720,21 @@ class DataFolder:
         if foreign:
             yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
         elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
-            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir, which nobody else sees
+            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
             yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
         elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
-            yield Finding(None, f"{name} belongs to you, is {who}: at its start joborch takes that right from them")
+            yield Finding(None, f"{name} belongs to you, is {who}: joborch removes that permission when it starts")
 
     def foreign_entry(self, real: Path, everything: bool) -> str:
-        """Return what another user has in the folder, and who; only what bears our names unless `everything` counts, as in /tmp."""
+        """Return an entry of another user and its owner: only entries with our names count, or all if `everything` (as in /tmp)."""
         for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
-            with contextlib.suppress(FileNotFoundError):  # it has just gone
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
                     return f"{entry.name!r} of {owner_name(owner)}"
         return ""
 
     def close_to_others(self) -> None:
-        """Take the right to write from others where the folder is ours; ConfigError where they can replace what is in it."""
+        """Remove others' write permission from our own folders. Raises ConfigError if others can replace what is in them."""
         for finding in self.weak_spots():
             if finding.good is False:
                 raise ConfigError(finding.text)
@@ -2761,37 +2745,37 @@ class DataFolder:
                     folder.chmod(mode & ~0o022)
 
     def refuse_foreign(self) -> None:
-        """Refuse a folder whose `tmp`, `jobs` or `results` were not made by joborch: DATA_PATH=/var would empty /var/tmp."""
+        """Refuse a folder whose `tmp`, `jobs` or `results` joborch did not make: DATA_PATH=/var would empty /var/tmp."""
         for folder in (self.jobs, self.results, self.tmp):
             if folder.exists() and not (self.path / self.LOCK).exists():
-                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which holds {folder.name!r} of something else: give an empty folder")
+                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} of something else: give an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / self.LOCK).touch()
 
     def keep_reserve(self) -> None:
-        """Hold some of the disk back, where there is enough of it, for the database when scripts have filled the rest."""
+        """Reserve some disk space, if there is plenty, for the database to use once scripts have filled the disk."""
         path = self.path / "reserve"
         if not path.exists() and free_bytes(self.path) > 4 * RESERVE_BYTES:
             with contextlib.suppress(OSError), open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
 
     def drop_reserve(self) -> bool:
-        """Give the reserve free; tell whether there was one."""
+        """Free the reserve; False if there is none."""
         try:
             os.unlink(self.path / "reserve")
         except OSError:
             return False
-        log.warning("the disk is full: the last %d MiB, which were held back, go to the database", RESERVE_BYTES // MIB)
+        log.warning("the disk is full: the database gets the last %d MiB, which were kept in reserve", RESERVE_BYTES // MIB)
         return True
 
     def lock_database(self, path: str) -> None:
-        """Let no second process use a database that lies elsewhere; ConfigError where one does."""
+        """Lock a database outside this folder. Raises ConfigError if another process uses it."""
         if path != ":memory:" and os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
             self.database_lock = open(f"{path}.lock", "a+")  # noqa: SIM115 - held as long as the process lives
             take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
 
     def set_aside(self, known: Callable[[str], bool]) -> Path | None:
-        """Move what is in `jobs` and `results` and is not `known` by its name to a folder beside them; return that, None for nothing."""
+        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder beside them; return it, or None."""
         aside, moved = self.path / f"unclaimed-{time_stamp()}", False
         for folder in (self.jobs, self.results):
             for path in [path for path in folder.iterdir() if not known(path.name)]:
@@ -2804,23 +2788,23 @@ class DataFolder:
         return self.jobs / name
 
     def result(self, mark: str) -> Path:
-        """Return where the result of one attempt is: one that comes late cannot overwrite another's."""
+        """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""
         return self.results / f"{mark}.zip"
 
     def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
-        """Keep so much of the disk free; archives alone may use that too, if `packs_below_minimum`."""
+        """Set how many bytes of the disk stay free; with `packs_below_minimum`, archives may still use them."""
         self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum
 
     def spool(self) -> IO[bytes]:
-        """Return a file without a name, which is gone when it is closed; see Spool."""
+        """Return a nameless temporary file (see Spool) that disappears when closed."""
         keep_bytes = 0 if self.packs_below_minimum else None
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 11. Archives ==  A folder leaves as a ZIP: nothing is followed out of it, nothing is lost silently.
+# == 11. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
 
 
-STREAM_COMMENT = "joborch stream {} {}"  # of a ZIP's member that is an output stream: its size before the middle went, and the limit
+STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
 # The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
 ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
 ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
@@ -2829,7 +2813,7 @@ ZEROS = bytes(MIB)
 
 
 class DigestWriter:
-    """A file that only grows: passes what is written on, and keeps its SHA-256 and size. BrokenArchive where it cannot be written."""
+    """Passes on what is written, keeping its size and SHA-256. Raises BrokenArchive if it cannot be written."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self.target, self.digest, self.size = target, hashlib.sha256(), 0
@@ -2845,17 +2829,17 @@ class DigestWriter:
 
 @dataclass
 class Archive:
-    """A finished ZIP: an open file at its beginning, its size in bytes, its SHA-256 (hex); not `whole` where a disk gave not all."""
+    """A finished ZIP: an open file at its start, its size in bytes and SHA-256 (hex). Not `whole` if a file could not be read."""
 
     file: IO[bytes]
     size: int
     sha256: str
     whole: bool = True
-    cut: bool = False  # something was left out for its size or number
+    cut: bool = False  # something was left out because of a limit
 
 
 class Unreadable(JoborchError):
-    """A file could not be read to its end: the archive that holds its beginning is of no use."""
+    """A file could not be read to its end, so the archive with its first part is useless."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{shown(name)} cannot be read: {why}")
@@ -2863,7 +2847,7 @@ class Unreadable(JoborchError):
 
 
 class BrokenArchive(JoborchError):
-    """An archive could not be written to its end."""
+    """An archive could not be written completely."""
 
     def __init__(self, number: int) -> None:
         super().__init__(os.strerror(number))
@@ -2871,7 +2855,7 @@ class BrokenArchive(JoborchError):
 
 
 class ResultLimits(NamedTuple):
-    """How much a result may hold: bytes of its files (holes count, too), files and links (run.sh does not count), half as many folders."""
+    """The most that a result may hold: bytes (holes count), files and links (run.sh does not count), and half as many folders."""
 
     size_bytes: int = 2**62
     files: int = 2**62
@@ -2882,11 +2866,11 @@ class ResultLimits(NamedTuple):
 
     @property
     def entries(self) -> int:
-        """Return how many entries of folders are looked at: there is too much of something where there are more."""
+        """Return how many directory entries to look at: more than this break one of the limits."""
         return self.files + self.folders + 1
 
     def broken_by(self, size_bytes: int, files: int) -> str:
-        """Return what is too much, as the end of a sentence; an empty text where all fits."""
+        """Return what exceeds a limit, as the end of a sentence; empty if nothing does."""
         if size_bytes > self.size_bytes:
             sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
             has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
@@ -2897,17 +2881,17 @@ class ResultLimits(NamedTuple):
 
 
 class Losses:
-    """Counts what an archive of an ended payload's work folder will have to leave out; `places` are the paths of that folder."""
+    """Counts what cannot be packed of an ended payload's work folder; `places` are the paths of that folder."""
 
     def __init__(self, places: Sequence[bytes] = ()) -> None:
         self.places, self.count = places, 0
 
     def note(self, path: bytes, why: str) -> None:
-        """Count a folder that cannot be entered."""
+        """Count a folder that cannot be opened."""
         self.count += 1
 
     def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
-        """Count an entry of a folder if it cannot be packed. OSError."""
+        """Count an entry if it cannot be packed. Raises OSError if it cannot be examined."""
         if stat.S_ISLNK(state.st_mode):
             self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
         elif not stat.S_ISREG(state.st_mode):
@@ -2917,16 +2901,16 @@ class Losses:
 
 
 def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
-    """Return the bytes and the number of files and links below an open folder, without the inputs that stayed as `skipped` says.
+    """Return the bytes and the number of files and links below an open folder, not counting the unchanged inputs (`skipped`).
 
-    It looks no further once a limit is broken; too many folders count as one file too many. With `losses`, of an ended payload,
-    what cannot be packed is counted there.
+    It stops once a limit is broken; too many folders count as one file too many. `losses`, for a payload that has ended,
+    counts what cannot be packed.
     """
     size = count = folders = 0
     for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
         folders += entries - len(names)
         for name in names:
-            with contextlib.suppress(OSError):  # it went meanwhile
+            with contextlib.suppress(OSError):  # removed meanwhile
                 state = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
                     continue
@@ -2942,12 +2926,12 @@ def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]
 
 
 def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
-    """Return size and mtime of each input as it came; nothing where the script has spoiled the list."""
+    """Return the size and mtime (ns) of each input as it arrived; empty if the script damaged the list."""
     noted: dict[str, Sequence[int]] = {}
     try:
         with open_regular(folder, "inputs.json") as file:
             for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
-                path, size, mtime_ns = parse_json(line)  # one list a line: a list of all, if spoiled, would fill the memory
+                path, size, mtime_ns = parse_json(line)  # one list per line: a single damaged document could fill the memory
                 noted[path] = (int(size), int(mtime_ns))
     except (OSError, ValueError, TypeError):
         return {}
@@ -2955,12 +2939,12 @@ def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
 
 
 def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
-    """Tell whether a file is an input that still has the size and time that it came with."""
+    """Tell whether a file is an input with its original size and time."""
     return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
 
 
 def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Yield the chunks of a file that is packed; Unreadable where its disk does not give them."""
+    """Yield the chunks of a file that is being packed. Raises Unreadable if its disk fails."""
     try:
         yield from chunks
     except OSError as error:
@@ -2968,7 +2952,7 @@ def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
-    """Yield what an open file holds: bytes, and each hole as the number of its zeros. What is appended meanwhile stays out."""
+    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is left out."""
     begin, size, descriptor = 0, state.st_size, source.fileno()
     while state.st_blocks * 512 < size and begin < size:
         try:
@@ -2976,8 +2960,8 @@ def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[
             end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
         except OSError as error:
             if error.errno != errno.ENXIO:
-                break  # this file system knows no holes: it is read
-            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no data follows, but perhaps somebody cut the file
+                break  # this file system does not report holes
+            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no more data; the file may have been truncated
             size = end
         if data > begin:
             yield min(data, size) - begin
@@ -2992,9 +2976,9 @@ def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[
 
 @functools.lru_cache(maxsize=1)
 def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
-    """Return 1 MiB of zeros as a piece of a deflated stream, and what they do to a CRC-32: its value for none, and the change by each bit.
+    """Return 1 MiB of zeros as a piece of a deflate stream, its CRC-32, and how each bit of a preceding CRC-32 changes that.
 
-    The piece begins and ends at a byte, and refers to nothing before it (Z_FULL_FLUSH): it may stand in any stream, any number of times.
+    The piece is byte-aligned and refers to nothing before it (Z_FULL_FLUSH), so any stream may contain it any number of times.
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
@@ -3002,7 +2986,7 @@ def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
 
 
 class Deflater:
-    """What is written to it goes on compressed (or as it is); it counts, and keeps the CRC-32. Long holes cost next to nothing."""
+    """Compresses (or copies) what is written, counting it and keeping its CRC-32. Long runs of zeros cost next to nothing."""
 
     def __init__(self, target: DigestWriter, method: int) -> None:
         self.target, self.size, self.crc = target, 0, 0
@@ -3030,15 +3014,15 @@ class Deflater:
 
 
 class ZipWriter:
-    """Writes a ZIP (APPNOTE 6.3.10) front to back; its directory grows in a file of its own: memory does not grow with the members."""
+    """Writes a ZIP (APPNOTE 6.3.10) sequentially; the directory is collected in a second file, so memory use stays constant."""
 
     def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
         self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
 
     def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
-        """Add a member that is in memory; with method deflated where that makes it smaller by a tenth."""
+        """Add a member from memory. Deflating must make it smaller by a tenth, or else it is stored."""
         packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
-        if len(packed) >= 0.9 * len(data):  # also of an empty file: nothing is no deflated stream
+        if len(packed) >= 0.9 * len(data):  # also for an empty file, as empty data is not a valid deflate stream
             packed, method = data, zipfile.ZIP_STORED
         raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
         head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
@@ -3046,7 +3030,7 @@ class ZipWriter:
         self.note(raw, head, mode, begin, comment)
 
     def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
-        """Add a member as it is read: bytes, and numbers of zeros."""
+        """Add a member from a stream of bytes and of numbers of zeros."""
         raw, begin = name.encode(), self.target.size
         head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
         self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
@@ -3059,9 +3043,9 @@ class ZipWriter:
         self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
 
     def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
-        """Write a member's record for the directory: `head` are the fields that local header and record share."""
+        """Write a member's directory record; `head` has the fields that it shares with the local header."""
         version, flags, method, moment, day, crc, *sizes, length = head
-        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # 4.5.3: in this order, those that do not fit
+        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # those that do not fit, in this order (4.5.3)
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         version = 45 if wide else version
         values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
@@ -3083,35 +3067,35 @@ class ZipWriter:
 
 
 class ZipPacker:
-    """Packs a folder as it stands into a ZIP: nothing is followed out of it, nothing is lost silently, memory does not grow with it.
+    """Packs a folder as it is into a ZIP, following no link out of it, in constant memory.
 
-    Symbolic links are stored as links if they stay inside, absolute ones as relative ones; devices, fifos, sockets, unreadable
-    files, links that lead out, and what is over the limits are named in `.joborch/left-out.txt`. What changes meanwhile is packed
-    as it was read.
+    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, fifos, sockets, unreadable
+    files, links that lead out, and whatever exceeds the limits are listed in `.joborch/left-out.txt`. A file that changes
+    meanwhile is packed as it was read.
     """
 
     def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
-        """`at` is the time of what has none of its own; with it, the same files make the same bytes. `directory` is a second spool."""
+        """`at` is the time of members that have none: with a fixed one, equal files make equal bytes. `directory` is a second spool."""
         self.spool, self.at = spool, time.time() if at is None else at
         self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
         self.zip = ZipWriter(spool, self.directory)
         self.names: set[bytes] = set()
         self.left_out: list[str] = []
-        self.unreadable: Mapping[str, str] = {}  # paths that could not be read to their end the last time, and why
+        self.unreadable: Mapping[str, str] = {}  # paths that could not be read before, and why
         self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
         self.wanted: Callable[[], bool] = lambda: True
         self.own, self.cut = ".joborch", False
-        self.places: Sequence[bytes] = ()  # further paths of the folder, as absolute links may name it
-        self.mends = False  # the folder's script has ended: what it left unreadable of this user's is read all the same
+        self.places: Sequence[bytes] = ()  # other paths of the folder, which absolute links may use
+        self.mends = False  # the script has ended: read this user's files even if their mode forbids it
 
     def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Pack everything below `folder`, but the inputs that still have the size and mtime listed in `unchanged`."""
+        """Pack everything below `folder` except the inputs that still have the size and mtime in `unchanged`."""
         with opened_folder(folder, flags=os.O_RDONLY) as root:
             self.choose_own(root)
             self.add_open_folder(root, unchanged or {})
 
     def choose_own(self, root: int) -> None:
-        """Choose where our own files go: the script's own .joborch keeps its name."""
+        """Choose the name of the folder for our own files: a script may have a .joborch of its own."""
         with contextlib.suppress(FileNotFoundError):
             while os.stat(self.own, dir_fd=root, follow_symlinks=False):
                 self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
@@ -3137,7 +3121,7 @@ class ZipPacker:
         self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
 
     def leave_out(self, line: str) -> None:
-        """Name what is not packed, and why."""
+        """List something that is not packed, and why."""
         if len(self.left_out) < LEFT_OUT_LINES:
             self.left_out.append(line)
         else:
@@ -3149,16 +3133,16 @@ class ZipPacker:
             if stat.S_ISLNK(state.st_mode):
                 self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
             elif not stat.S_ISREG(state.st_mode):
-                self.leave_out(f"{path}: neither a file, a folder nor a link")
+                self.leave_out(f"{path}: not a file, folder or link")
             elif not unchanged or not is_unchanged(state, path, unchanged):
                 self.add_file(name, path, folder)
         except FileNotFoundError:
-            return  # it went while we walked
+            return  # removed meanwhile
         except OSError as error:
             self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
 
     def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
-        # O_NONBLOCK: a fifo put in the file's place since the stat must not hold us up.
+        # O_NONBLOCK: a fifo that replaced the file since the stat must not block us.
         try:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except PermissionError:
@@ -3179,7 +3163,7 @@ class ZipPacker:
                 self.add_open_file(source, state, path)
 
     def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
-        """Pack what an open file holds. Where that fails half way, the whole archive is of no use: Unreadable, or BrokenArchive."""
+        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half way: the archive is useless then."""
         mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
         self.count += path != "run.sh"
         sparse = state.st_blocks * 512 < state.st_size > MIB
@@ -3194,7 +3178,7 @@ class ZipPacker:
         self.size += state.st_size
 
     def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
-        """Pass chunks on; GivenUp as soon as nobody waits for them."""
+        """Pass chunks on. Raises GivenUp as soon as nobody waits for them."""
         for chunk in chunks:
             self.check_wanted()
             yield chunk
@@ -3211,7 +3195,7 @@ class ZipPacker:
         self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
 
     def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
-        """Pack a file of our own, below `.joborch/`; where it is known to be small, at once."""
+        """Pack one of our own files, below `.joborch/`; `size` is its size, if known."""
         method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
         if size is not None and size < 256 * KIB:
             self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
@@ -3219,25 +3203,25 @@ class ZipPacker:
             self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
 
     def member_name(self, name: str) -> str:
-        """Return what a member is called. Names that are not UTF-8 are percent-encoded, and stay apart."""
+        """Return a file's name in the archive: unique, and percent-encoded if it is not UTF-8."""
         safe = name
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
-        if "%" in safe or safe.startswith(self.own):  # no two others are the same: a folder has no name twice
+        if "%" in safe or safe.startswith(self.own):  # all other names are unique already
             while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
                 safe += "~"
             self.names.add(known)
         return safe
 
     def abandon(self) -> None:
-        """Let go of an archive that will not be finished."""
+        """Close an archive that will not be finished."""
         self.directory.close()
         self.spool.close()
 
     def finish(self) -> Archive:
-        """Write what was left out and the directory; return the archive, to be read from its beginning."""
+        """Write the list of what was left out, and the directory; return the archive, ready to be read."""
         if self.left_out:
             lines = [one_line(line, 5000) + "\n" for line in self.left_out]
             lines += [f"... and {self.further:,} more\n"] if self.further else []
@@ -3255,7 +3239,7 @@ def path_of(folder: int) -> bytes:
 
 
 def below(places: Sequence[bytes], path: bytes) -> bytes | None:
-    """Return an absolute path as one relative to the first of `places` that it lies below, or is; None if there is none."""
+    """Return an absolute path relative to the first of `places` that contains it, or None."""
     plain = re.sub(rb"/+", b"/", path)
     for place in places:
         if (plain + b"/").startswith(place + b"/"):
@@ -3264,9 +3248,9 @@ def below(places: Sequence[bytes], path: bytes) -> bytes | None:
 
 
 def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
-    """Return what an archive holds of a link in `folder`, a path below the open folder `root`; None if it leads out of that.
+    """Return the target to store for a link in `folder` (relative to the open folder `root`), or None if it leads out of `root`.
 
-    An absolute target below one of `places`, the paths of `root`, becomes a relative one: elsewhere it would lead to nothing.
+    An absolute target below one of `places`, the paths of `root`, is made relative: it would lead nowhere on another machine.
     """
     if not target.startswith(b"/"):
         return None if leads_out(root, folder, target, places) else target
@@ -3277,15 +3261,15 @@ def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[byte
 
 
 def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
-    """Tell whether a relative link in `folder`, a path below the open folder `root`, leads out of that.
+    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`.
 
-    It may do so by its letters, or by way of other links; these may be absolute, below one of `places`.
+    It may do so literally, or through other links. Those may be absolute, if they lead below one of `places`.
     """
     lexical = os.path.normpath(os.path.join(folder, target))
     if lexical == b".." or lexical.startswith(b"../"):
         return True
     here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
-    while ahead and links < 40:  # as many as the kernel follows: what comes after leads nowhere
+    while ahead and links < 40:  # the kernel's limit, too: beyond it a link leads nowhere
         part = ahead.pop()
         if part == b"..":
             if not here:
@@ -3294,7 +3278,7 @@ def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) 
         elif part not in (b"", b"."):
             try:
                 further = os.readlink(b"/".join([*here, part]), dir_fd=root)
-            except OSError:  # no link, or nothing at all
+            except OSError:  # not a link, or missing
                 here.append(part)
                 continue
             if further.startswith(b"/"):
@@ -3307,9 +3291,9 @@ def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) 
 
 
 def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds; OSError where the archive cannot be written, GivenUp where nobody waits for it any more.
+    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if nobody waits for it any more.
 
-    A file that its disk does not give at the third time either is left out and named.
+    A file that cannot be read at the third attempt is left out and listed.
     """
     unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
     while True:
@@ -3334,7 +3318,7 @@ def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[Zip
 
 
 def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
-    """Return a file's time as a ZIP can say it: local time, 1980 to 2107."""
+    """Return a file's time as a ZIP can express it: local time, 1980 to 2107."""
     try:
         year, month, day, hour, minute, second = time.localtime(mtime)[:6]
     except (OverflowError, OSError, ValueError):
@@ -3343,18 +3327,18 @@ def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
 
 
 def zip_moment(mtime: float) -> tuple[int, int]:
-    """Return a file's time in the two numbers of a ZIP's header (MS-DOS): of the day, and the date."""
+    """Return a file's time as the two MS-DOS numbers of a ZIP header: time and date."""
     year, month, day, hour, minute, second = zip_time(mtime)
     return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
 
 
 def worthwhile_compression(probe: bytes) -> int:
-    """Return STORED where a first part of a file shrinks by less than a tenth, else DEFLATED."""
+    """Return STORED if the start of a file shrinks by less than a tenth, else DEFLATED."""
     return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
 
 
 def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file, or what there is of them."""
+    """Yield the next `count` bytes of a file, or fewer if it ends before."""
     while count > 0:
         chunk = source.read(min(count, CHUNK_BYTES))
         if not chunk:
@@ -4404,22 +4388,25 @@ class Store(Database):
         return len(due)
 
 
-# == 15. Restore ==  A restore that was decided is completed at the next start; no id is given twice.
+# == 15. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
 
 
 def folder_of(path: str) -> str:
-    """Return the folder that a file is in."""
+    """Return the real path of the folder that a file is in."""
     return os.path.realpath(os.path.dirname(path))
 
 
 def decided_restore(db_path: str) -> Path | None:
-    """Return a restored database that is complete and not yet in its place, or None."""
+    """Return a restored database that is complete but not yet in place, or None."""
     folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
     return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
 
 
 def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
-    """Put a restored database in its place, if there is one, and remove one that is incomplete. Each step may be done twice."""
+    """Put a restored database in place, and remove incomplete ones; return the replaced database and the files without a job.
+
+    Both are None if there was nothing to do. Each step may be repeated after a crash.
+    """
     for suffix in ("", "-wal", "-shm", "-journal"):
         discard(Path(f"{db_path}.restoring{suffix}"))
     ready = decided_restore(db_path)
@@ -4433,7 +4420,7 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     if os.path.exists(db_path) and not kept.exists():
         os.link(db_path, kept)
     crash_point("restore.kept")
-    for suffix in ("-wal", "-shm"):  # they belong to the old one
+    for suffix in ("-wal", "-shm"):  # of the old database
         with contextlib.suppress(FileNotFoundError):
             os.rename(db_path + suffix, f"{kept}{suffix}")
     fsync_path(folder_of(db_path))
@@ -4443,18 +4430,18 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
     return kept if kept.exists() else None, unclaimed
 
 
-# == 16. Inheritance ==  What a script gets of its client is on a list: nothing secret goes along by accident.
+# == 16. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
 
-# What every script may have. JOBORCH_PASS_ENV adds to it; joborch's own settings are never passed on.
+# Passed on to every script. JOBORCH_PASS_ENV adds names; joborch's own settings are never passed on.
 PASSED_ON = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LOCPATH", "LOCALE_ARCHIVE"),
     *("XDG_*_HOME", "XDG_*_DIRS", "XDG_RUNTIME_DIR", "SCRATCH", "WORK", "PROJECT"),
-    # Environment Modules, Lmod, and what the modules that are loaded already have set
+    # Environment Modules and Lmod, and what loaded modules have set
     *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
     *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
     *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
     *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
-    # where libraries and the packages of languages are
+    # libraries, and packages of programming languages
     *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
     *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
     *("R_LIBS*", "R_HOME", "JULIA_*", "CLASSPATH", "GEM_HOME", "GEM_PATH", "RUBYLIB", "LUA_PATH", "LUA_CPATH", "TCLLIBPATH"),
@@ -4467,8 +4454,8 @@ PASSED_ON = (
     *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
 )
-PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # as modules name where a program is: passed on if it is a path
-# A family such as CONDA_* may have such members, and a proxy's address a password: neither is passed on unless it is asked for.
+PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # modules name programs like this: passed on if it is a path
+# A family such as CONDA_* may include secrets, and the URL of a proxy a password: these are passed on only by JOBORCH_PASS_ENV.
 SECRET_NAMES = re.compile(
     r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
     re.IGNORECASE,
@@ -4477,18 +4464,18 @@ LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
 
 
 def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return what tells whether a name fits one of these patterns, in which `*` stands for any characters."""
+    """Return a function that tells whether a name fits one of these patterns, in which `*` stands for any text."""
     rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
     return lambda name: bool(rule.match(name))
 
 
 def is_own_setting(name: str) -> bool:
-    """Tell whether a variable is joborch's: the client's PORT is not a script's, and its tokens are nobody's."""
+    """Tell whether a variable is a setting of joborch: the client's PORT and tokens are not for scripts."""
     return name.startswith(("JOBORCH_", "SERVICE_")) or any(name == setting.name for setting in SETTINGS)
 
 
 def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
-    """Return what scripts get of the client's environment: what is listed here, and what fits `more` (JOBORCH_PASS_ENV)."""
+    """Return the part of the client's environment that scripts get: what PASSED_ON and `more` (JOBORCH_PASS_ENV) list."""
     listed, wanted, plain = fits_one(PASSED_ON), fits_one(more), {name for name in PASSED_ON if "*" not in name}
 
     def is_passed(name: str, value: str) -> bool:
@@ -4503,13 +4490,13 @@ def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[
 
 
 def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """Return the names of the variables that scripts do not get, without joborch's own, sorted."""
+    """Return the sorted names of the variables that scripts do not get, without joborch's own."""
     kept = passed_on(environment, more)
     return sorted(name for name in environment if name not in kept and not is_own_setting(name))
 
 
 def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
-    """Return what the wrapper sees: what the script inherits, our own words, and for the wrapper alone what it runs before the script."""
+    """Return the wrapper's environment: what scripts inherit, the job's own variables, and the commands to run before the script."""
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -4524,25 +4511,23 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], pr
 
 
 def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
-    """Return what the wrapper sees on another machine: TMPDIR is what that machine or its site says."""
+    """Return the wrapper's environment on another machine, which sets TMPDIR by itself."""
     words = payload_environment(job, Path(), {}, prelude)
     del words["TMPDIR"]
     return {**inherited, **words}
 
 
-MOST_FILES = 65_536  # no more are asked for, even where there is no limit: some programs try every number up to theirs
-
-
 @functools.lru_cache(maxsize=1)
 def first_file_limit() -> tuple[int, int]:
-    """Return the soft and hard limit of open files that this process was started with: payloads get the same."""
+    """Return the soft and hard limit of open files at the start of this process; payloads get the same."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: each connection needs a file, and the usual soft limit is 1,024."""
+    """Raise the soft limit of open files, usually 1,024, to the hard one: each connection needs a file."""
+    most = 65_536  # even without a hard limit: some programs loop over all numbers up to theirs
     soft, hard = first_file_limit()
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -4551,13 +4536,13 @@ def raise_file_limit() -> None:
 
 
 def first_file_limit_text() -> str:
-    """Return the soft limit of open files at the start, as `ulimit -Sn` takes it; an empty text if it was not raised."""
+    """Return the first soft limit of open files for `ulimit -Sn`; empty if it was not raised."""
     soft = first_file_limit()[0]
     return "" if soft == resource.getrlimit(resource.RLIMIT_NOFILE)[0] else str(soft)
 
 
 def with_first_file_limit(command: Sequence[str]) -> list[str]:
-    """Return a command that runs with the limit of open files that we were started with: sbatch(1) passes it on to jobs."""
+    """Return a command that runs with the first limit of open files: sbatch(1) passes its own on to jobs."""
     limit = first_file_limit_text()
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
@@ -7666,7 +7651,7 @@ def discard_payloads(data: DataFolder) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or folder for good, whatever rights a script left in it; what is not there is fine."""
+    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
@@ -7674,7 +7659,7 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     except FileNotFoundError:
         return
-    except (OSError, RecursionError):  # rights that a script took away; paths and depths beyond what Python can do
+    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
         subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
         done = subprocess.run(
             ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
@@ -9719,13 +9704,13 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 31. Access ==  A token, or the same user on this machine: everybody else is refused, and told what would be right.
+# == 31. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
 
-PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # of requests that somebody else passed on
+PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added when a request is passed on
 
 
 class Caller(NamedTuple):
-    """Who calls, and what proves it: token, unix socket, same user, anonymous or link."""
+    """Who calls, and how that was proven: token, unix socket, same user, anonymous or link."""
 
     name: str
     proof: str
@@ -9736,17 +9721,17 @@ class Peer(Protocol):
 
     @property
     def address(self) -> str:
-        """Its IP address; empty on a Unix socket."""
+        """Return its IP address; empty on a Unix socket."""
 
     def uid(self) -> int | None:
-        """Its user on this machine, or None if that cannot be proven."""
+        """Return its user on this machine, or None if that cannot be proven."""
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
-    """Return who calls; HttpError 401 or 403 says what would let him in.
+    """Return who calls. Raises HttpError 401 or 403, which names what the caller needs.
 
-    `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token proves a caller by itself. Whoever shows
-    none could be a web page in the user's browser: what other sites send is refused, and a host name that is not ours.
+    `headers` are the request's, in CGI spelling (AUTHORIZATION). A token is proof enough. A caller without one may be a web page
+    in the user's browser, so requests of other sites, or for a host name that is not this server's, are refused.
     """
     shown = headers.get("AUTHORIZATION", "")
     if node.tokens and (shown or peer.address):
@@ -9757,7 +9742,7 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
     uid, proxied = None, next((name for name in PROXY_HEADERS if name in headers), "")
     if not proxied and (not peer.address or is_here(peer.address)):
         uid = peer.uid()
-    if not peer.address and uid is not None:  # who may open the socket is the operator's choice, by its mode
+    if not peer.address and uid is not None:  # the socket's mode decides who may open it
         return Caller(f"uid {uid}", "unix socket")
     if is_own_user(uid):
         return Caller(f"uid {uid}", "same user")
@@ -9767,7 +9752,7 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
 
 
 def check_token(node: Node, shown: str, peer: Peer) -> Caller:
-    """Return the caller who shows one of our tokens; HttpError 401. Takes the same time whichever it is."""
+    """Return the caller if it has one of our tokens. Raises HttpError 401; the time taken does not depend on the token."""
     kind, _, token = shown.partition(" ")
     fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
     if kind.lower() == "bearer" and any(fits):
@@ -9779,7 +9764,7 @@ def check_token(node: Node, shown: str, peer: Peer) -> Caller:
 
 
 def check_site(headers: Mapping[str, str]) -> None:
-    """Refuse what a browser sends for a page of another site; HttpError 403."""
+    """Raise HttpError 403 for what a browser sends on behalf of another site's page."""
     origin = headers.get("ORIGIN")
     foreign = origin is not None and host_of(origin)[0] != headers.get("HOST", "")
     if foreign or headers.get("SEC_FETCH_SITE", "").lower() == "cross-site":
@@ -9787,23 +9772,23 @@ def check_site(headers: Mapping[str, str]) -> None:
 
 
 def check_host(node: Node, headers: Mapping[str, str]) -> None:
-    """Refuse a host name that is not ours, by which a web page could reach us (DNS rebinding); HttpError 403.
+    """Raise HttpError 403 for a host name that is not this server's: a web page could use one (DNS rebinding).
 
-    Rebinding needs a name, so IP addresses are let through, and so is a request without Host: browsers send one.
+    IP addresses are safe from that, and so are requests without Host, as browsers always send it.
     """
     if "HOST" not in headers:
         return
     name = host_of(f"//{headers['HOST']}")[1]
     address = plain_address(name)
     known = [each.strip().lower() for each in node.config.hosts.split(",") if each.strip()]
-    by_address = address is not None and not address.is_unspecified  # browsers take 0.0.0.0 for this machine, too
+    by_address = address is not None and not address.is_unspecified  # browsers accept 0.0.0.0 as this machine, too
     if not by_address and name not in {*known, "localhost", *machine_names()}:
         remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or show a token"
         raise HttpError(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
 
 
 def is_allowed(networks: Sequence[Network], text: str) -> bool:
-    """Tell whether a caller at this address needs no token. From this machine, only if loopback is among the networks."""
+    """Tell whether a caller at this address needs no token. This machine counts only if loopback is among the networks."""
     address = plain_address(text)
     if address is None:
         return False
@@ -9813,20 +9798,20 @@ def is_allowed(networks: Sequence[Network], text: str) -> bool:
 
 
 def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
-    """Return why a caller without a token is not let in, and the remedy."""
+    """Return why a caller without a token is refused, and the remedy."""
     remedy = f"set JOBORCH_TOKEN for the {node.config.mode} and show it"
     if proxied:
         header = proxied.replace("_", "-").title()
-        return f"the request has the header {header}, so it came through a proxy, and whose it is cannot be told: {remedy}"
+        return f"the request has the header {header}, so it came through a proxy, and its user is unknown: {remedy}"
     if peer.address and not is_here(peer.address):
         return f"callers at {peer.address} need a token: {remedy}, or list the address in JOBORCH_ALLOW_FROM"
     if uid is None or uid == user_numbers().unmapped:
-        return f"which user of this machine calls cannot be told: {remedy}"
+        return f"joborch cannot tell which user of this machine is calling: {remedy}"
     return f"another user of this machine needs a token: {remedy}"
 
 
 def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
-    """Return who calls a route that is for `who`; HttpError unless that is anyone, who need not prove anything."""
+    """Return who calls a route that is open to `who`; None for an unproven caller of an open route. Raises HttpError."""
     if proof is not None:
         return Caller("server", "link")
     try:
@@ -9841,23 +9826,23 @@ def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, st
 
 
 def refuse_old_server(node: Node) -> NoReturn:
-    """Refuse a server that shows its token instead of proving it: 426, and a line in the log now and then."""
+    """Raise HttpError 426 for a server that sends its token instead of proving it knows it; log that now and then."""
     now = node.clock.monotonic()
     if now - node.old_server_at > OLD_SERVER_LOG_S:
         node.old_server_at = now
-        log.warning("a server shows its token as joborch 0.1.0 does: replace its joborch.pyz by version %s; its jobs wait", __version__)
-    what = f"this client is joborch {__version__}, and this server cannot prove who it is, as joborch 0.1.0 cannot"
-    raise HttpError(426, f"{what}: replace the server's joborch.pyz by version {__version__}; its jobs wait", Upgrade="joborch-link/1")
+        log.warning("a server sends its token, as joborch 0.1.0 does: replace its joborch.pyz with version %s; its jobs wait", __version__)
+    what = f"this client is joborch {__version__}, and this server does not prove who it is (joborch 0.1.0 cannot)"
+    raise HttpError(426, f"{what}: replace the server's joborch.pyz with version {__version__}; its jobs wait", Upgrade="joborch-link/1")
 
 
 def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int, peer: Peer) -> Proof | None:
-    """Return the proof that a request bears, None if it bears none; HttpError 401 if it does not fit."""
+    """Return the proof in a request, or None if it has none. Raises HttpError 401 if the proof is wrong."""
     if not (node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")):
         return None
     try:
         return node.proofs.accept(headers, method, target, length)
     except HttpError as refusal:
-        if "X-Joborch-Nonce" not in refusal.headers:  # with it, the server only has to say hello again
+        if "X-Joborch-Nonce" not in refusal.headers:  # with a new nonce, the server only has to say hello again
             node.refused.note(peer.address)
         raise
 
@@ -10356,20 +10341,20 @@ PARTS = {
 }
 
 
-# == 33. Connections ==  Whoever connects gets an answer or is dropped: nobody keeps the others out.
+# == 33. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
 
 
-REQUEST_LIMIT_S = 15.0  # a connection may take this long for the whole head of a request, however it comes
-IDLE_LIMIT_S = 120.0  # a connection may be silent this long between two requests
-PROGRESS_BYTES = 64 * KIB  # in IDLE_LIMIT_S, a body that comes or an answer that goes makes at least this progress
-LINGER_S = 2.0  # what a refused caller still sends is thrown away for this long, so that the answer reaches it
+REQUEST_LIMIT_S = 15.0  # for all headers of a request, however slowly they come
+IDLE_LIMIT_S = 120.0  # of silence between two requests
+PROGRESS_BYTES = 64 * KIB  # a body or an answer must advance by this much within IDLE_LIMIT_S
+LINGER_S = 2.0  # after a refusal, the rest of the request is read and discarded this long: a reset would lose the answer
 MOST_CONNECTIONS = 4096
 ACCEPTS_AT_ONCE = 64
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def make_task_class() -> Any:
-    """Return a task of waitress that hands on what its parser knows: who calls, and what the disk's account promised."""
+    """Return a waitress task that passes on what its parser knows: the caller, and the promise of disk space."""
     import waitress.task
 
     class Task(waitress.task.WSGITask):  # type: ignore[misc]
@@ -10383,7 +10368,7 @@ def make_task_class() -> Any:
 
 
 def make_error_task_class() -> Any:
-    """Return a task of waitress that gives every error as JSON; the connection ends after it."""
+    """Return a waitress task that sends every error as JSON and closes the connection."""
     import waitress.task
 
     class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
@@ -10400,7 +10385,7 @@ def make_error_task_class() -> Any:
             self.content_length = len(body)
             self.channel.lingers = True
             said = b"" if getattr(self.request, "command", "") == "HEAD" else body
-            # In one piece: a caller that has said all is closed as one that has left, and would get the head alone.
+            # In one piece: a caller that half-closed its connection would otherwise get only the headers.
             self.channel.write_soon(self.build_response_header() + said)
             self.wrote_header, self.content_bytes_written = True, len(said)
 
@@ -10408,12 +10393,12 @@ def make_error_task_class() -> Any:
 
 
 def make_signing(task_class: Any) -> Any:
-    """Return a task of waitress that proves its answer to a server that has proven its request."""
+    """Return a waitress task that proves its answer to a server that has proven its request."""
 
     class Signing(task_class):  # type: ignore[misc]
         def build_response_header(self) -> bytes:
             head = bytes(super().build_response_header())
-            # Not self.request: for what fails beneath us waitress makes up another one.
+            # Not self.request: waitress replaces that when it fails.
             asked = getattr(next(iter(self.channel.requests), None), "proof", None)
             if asked is None:
                 return head
@@ -10424,7 +10409,7 @@ def make_signing(task_class: Any) -> Any:
 
 
 class FoldedHeaders(dict[str, str]):
-    """Headers by name, in any case of letters."""
+    """Headers by name, ignoring case."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         super().__init__((name.lower(), value) for name, value in pairs)
@@ -10434,16 +10419,16 @@ class FoldedHeaders(dict[str, str]):
 
 
 class Turns:
-    """What our connections add to those of waitress: they know whose they are, send in turns, and have limits to their patience."""
+    """What our connections add to those of waitress: they know the user, send in turns, and have time limits."""
 
     turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
     proven, serving, closed = False, False, False
-    moved_bytes, mark_bytes, mark_at = 0, 0, 0.0  # in and out; what that was at the last progress, and when (monotonic)
-    since = 0.0  # monotonic: the begin of what it does now, which is to be silent or to send the head of a request
-    waits_for_request = True  # nothing came yet of its first request
+    moved_bytes, mark_bytes, mark_at = 0, 0, 0.0  # in and out; their number and the time (monotonic) of the last progress
+    since = 0.0  # monotonic: when it became idle, or the headers of its request began
+    waits_for_request = True  # for its first one
 
     def uid(self) -> int | None:
-        """Return the user at the other end, or None where that cannot be told."""
+        """Return the user at the other end, or None if unknown."""
         connection: Any = self
         if self.known_uid is None:
             self.known_uid = peer_uid(connection.socket)
@@ -10451,20 +10436,20 @@ class Turns:
 
     @property
     def address(self) -> str:
-        """The IP address of the other end; empty on a Unix socket."""
+        """Return the IP address of the other end; empty on a Unix socket."""
         connection: Any = self
         return "" if connection.socket.family == socket.AF_UNIX else str(connection.addr[0])
 
-    # -- how long it may take --
+    # -- time limits --
 
     def is_under_way(self) -> bool:
-        """Tell whether a request is under way: a whole one, or the body of one whose caller was let in."""
+        """Tell whether it is busy: with a complete request, or with the body of one whose caller was admitted."""
         connection: Any = self
         request = connection.request
         return bool(connection.requests) or (self.proven and bool(connection.total_outbufs_len or (request and request.proven)))
 
     def is_overdue(self, now: float) -> bool:
-        """Tell whether it has to be closed: for silence, for a head that does not come to its end, for a transfer that stands still."""
+        """Tell whether to close it: it is silent, its headers are not complete, or its transfer stands still."""
         connection: Any = self
         if self.linger_until:
             return now > self.linger_until
@@ -10477,26 +10462,26 @@ class Turns:
         return now - self.since > (REQUEST_LIMIT_S if request is not None or self.waits_for_request else IDLE_LIMIT_S)
 
     def stands_still(self, now: float) -> bool:
-        """Tell whether a transfer made too little progress for too long. What the kernel took and the caller did not is none."""
+        """Tell whether a transfer made too little progress for too long. Bytes count once the other end has acknowledged them."""
         moved = self.moved_bytes - unsent_bytes(cast(Any, self).socket)
         if not self.mark_at or moved - self.mark_bytes >= PROGRESS_BYTES:
             self.mark_at, self.mark_bytes = now, moved
         return now - self.mark_at > IDLE_LIMIT_S
 
-    # -- what comes --
+    # -- receiving --
 
     def readable(self) -> bool:
-        """Tell whether more is to be read."""
+        """Tell whether to read more."""
         connection: Any = self
         parent: Any = super()
         return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
 
     def handle_read(self) -> None:
-        """Read; what a refused caller still sends is thrown away for a while."""
+        """Read; after a refusal, discard what the caller still sends."""
         connection: Any = self
         parent: Any = super()
         if not self.linger_until:
-            # waitress takes the end of what is sent for the end of the connection, and would drop the answer.
+            # waitress takes a half-closed connection for a closed one, and would drop the answer.
             self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
             if self.half_closed:
                 return
@@ -10507,12 +10492,12 @@ class Turns:
             connection.handle_close()
 
     def recv(self, size: int) -> bytes:
-        """Read; of a chunked body only a little, since chunks of one byte cost a thousand times their size."""
+        """Read; only a little of a chunked body, as chunks of one byte take a thousand times their size in memory."""
         request = cast(Any, self).request
         return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
 
     def received(self, data: bytes) -> bool:
-        """Take in what came. Bytes of a head that is not whole give a connection no further time."""
+        """Process received bytes. Incomplete headers do not extend a connection's time."""
         connection: Any = self
         parent: Any = super()
         self.moved_bytes += len(data)
@@ -10524,10 +10509,10 @@ class Turns:
             connection.server.house.busy(self)
         return taken
 
-    # -- what is done --
+    # -- serving --
 
     def service(self) -> None:
-        """Serve one request; the I/O thread hears at once of a connection that is to end, not a second later."""
+        """Serve one request; wake the I/O thread at once if the connection must close, not a second later."""
         connection: Any = self
         parent: Any = super()
         with connection.requests_lock:
@@ -10548,7 +10533,7 @@ class Turns:
             connection.server.pull_trigger()
 
     def handle_close(self) -> None:
-        """Close it, and give back at once what its unfinished requests hold of the disk."""
+        """Close it, and return at once the disk space that its unfinished requests hold."""
         parent: Any = super()
         self.closed = True
         parent.handle_close()
@@ -10556,9 +10541,9 @@ class Turns:
         self.drop_requests()
 
     def drop_requests(self) -> None:
-        """Let go of requests that will have no answer; not of the one that a worker is busy with, who does that at its end."""
+        """Close requests that will get no answer, except one that a worker is busy with: the worker closes that."""
         connection: Any = self
-        if connection.requests_lock.acquire(blocking=False):  # else a worker is between two requests, and does this at its end
+        if connection.requests_lock.acquire(blocking=False):  # else a worker is between two requests, and calls this later
             try:
                 dropped = [*connection.requests[1 if self.serving else 0 :], *([connection.request] if connection.request else [])]
                 for request in dropped:
@@ -10567,14 +10552,14 @@ class Turns:
                 connection.requests_lock.release()
 
     def handle_error(self) -> None:
-        """Close a connection after an error in joborch: a line for debugging, since a stranger may know how to cause it."""
-        log.debug("a connection is closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
+        """Close it after an error in joborch; logged for debugging only, as strangers may be able to cause it at will."""
+        log.debug("a connection was closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
         self.handle_close()
 
-    # -- what goes --
+    # -- sending --
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, but at most 4 MiB a turn: one big download must not keep all others waiting."""
+        """Send at most 4 MiB a turn: one large download must not block the others."""
         parent: Any = super()
         sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
         self.turn_bytes += sent
@@ -10582,7 +10567,7 @@ class Turns:
         return sent
 
     def write_soon(self, data: Any) -> int:
-        """Take in what a worker has to say; it sends by itself what it can."""
+        """Accept a worker's output, and send what is possible at once."""
         connection: Any = self
         parent: Any = super()
         self.writing = True
@@ -10595,19 +10580,19 @@ class Turns:
                 connection.server.pull_trigger()
 
     def writable(self) -> bool:
-        """Tell whether the I/O thread shall send: not while a worker does, or it would spin until the worker is done."""
+        """Tell whether the I/O thread should send: not while a worker does, or it would spin until the worker is done."""
         connection: Any = self
         parent: Any = super()
         busy = self.writing and connection.total_outbufs_len <= connection.adj.outbuf_high_watermark
         return not busy and bool(parent.writable())
 
     def handle_write(self) -> None:
-        """Send what waits; after a refusal, say that no more comes, and let the caller finish sending."""
+        """Send what is left; after a refusal, half-close the connection and let the caller finish sending."""
         connection: Any = self
         parent: Any = super()
         self.turn_bytes = 0
         if self.lingers and connection.close_when_flushed and not connection.total_outbufs_len:
-            # Closed with bytes unread, TCP would reset the connection and take our answer with it.
+            # If bytes were left unread, TCP would reset the connection, and our answer would be lost.
             connection.close_when_flushed, self.linger_until = False, time.monotonic() + LINGER_S
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_WR)
@@ -10616,7 +10601,7 @@ class Turns:
 
 
 def unsent_bytes(connection: socket.socket) -> int:
-    """Return how many of the bytes that the kernel took for a connection its other end has not acknowledged (SIOCOUTQ)."""
+    """Return how many bytes the kernel has taken for a connection but the other end has not acknowledged (SIOCOUTQ)."""
     try:
         return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
     except OSError:
@@ -10624,7 +10609,7 @@ def unsent_bytes(connection: socket.socket) -> int:
 
 
 def held_bytes(connection: Any) -> int:
-    """Return what is kept for a connection that has shown nothing: what came of a request, and what was not sent of an answer."""
+    """Return the memory that a caller without proof occupies: the request so far, and the unsent part of the answer."""
     request = connection.request
     if connection.proven or connection.closed:
         return 0
@@ -10633,7 +10618,7 @@ def held_bytes(connection: Any) -> int:
 
 
 def make_channel_class(node: Node) -> Any:
-    """Return the class of our connections, for waitress."""
+    """Return the class of our connections for waitress."""
     import waitress.channel
     import waitress.parser
 
@@ -10647,7 +10632,7 @@ def make_channel_class(node: Node) -> Any:
 
         def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress's name
             super().__init__(server, sock, addr, adj, map=map)
-            self.requests_lock = threading.RLock()  # a connection may be closed while it is read
+            self.requests_lock = threading.RLock()  # a connection may be closed while it is being read
             self.since = time.monotonic()
             server.house.enter(self, addr)
             server.watch.touched.append(self)
@@ -10661,14 +10646,14 @@ def make_channel_class(node: Node) -> Any:
 
 
 class Doors:
-    """What our listeners add to those of waitress: they keep the rules of their House."""
+    """What our listeners add to those of waitress: they follow the rules of their House."""
 
     house: House
     siblings: Sequence[Any] = ()  # the other listeners of the process
     next_look = paused_until = 0.0  # monotonic
 
     def readable(self) -> bool:
-        """Tell whether connections are to be accepted; now and then, close those whose time is over."""
+        """Tell whether to accept connections; once a second, close overdue ones."""
         now = time.monotonic()
         if now >= self.next_look:
             self.next_look = now + 1
@@ -10676,7 +10661,7 @@ class Doors:
         return bool(cast(Any, self).accepting and now >= self.paused_until)
 
     def close(self) -> None:
-        """Listen no more, on no address."""
+        """Stop listening on all addresses."""
         siblings, self.siblings = self.siblings, ()
         for listener in siblings:
             listener.siblings = ()
@@ -10684,7 +10669,7 @@ class Doors:
         cast(Any, super()).close()
 
     def close_overdue(self, now: float) -> None:
-        """Close the connections whose time is over, and those that keep too much for nothing."""
+        """Close connections that are overdue, and those that occupy too much memory without proof."""
         for connection in list(cast(Any, self).active_channels.values()):
             if connection.is_overdue(now):
                 connection.handle_close()
@@ -10692,7 +10677,7 @@ class Doors:
         self.house.tell(now)
 
     def handle_accept(self) -> None:
-        """Accept what waits; for whom there is no place, or no file, an idle connection is closed."""
+        """Accept waiting connections; if there is no place or no file left, close idle ones."""
         listener: Any = self
         for _ in range(min(ACCEPTS_AT_ONCE, self.house.places // 4)):
             if self.house.is_full() and not self.house.make_room():
@@ -10709,11 +10694,11 @@ class Doors:
                 listener.channel_class(self, connection, listener.fix_addr(address), listener.adj, map=listener._map)
         else:
             return
-        self.paused_until = time.monotonic() + 0.2  # those that have a request under way shall get on with it
+        self.paused_until = time.monotonic() + 0.2  # let the requests in progress finish
 
 
 def connection_places(node: Node) -> int:
-    """Return how many connections there may be: what the limit of open files leaves beside database, links, and files of requests."""
+    """Return the limit of connections: the limit of open files, less what database, links and requests need."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
@@ -10722,7 +10707,7 @@ def connection_places(node: Node) -> int:
 
 
 class Dispatcher:
-    """Gives each request to the pool of its class, as waitress's own would to its only one: slow ones never hold up quick ones."""
+    """Gives each request to the pool of its class (waitress has a single one), so that slow ones do not delay quick ones."""
 
     def __init__(self, mode: str) -> None:
         quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
@@ -10730,14 +10715,14 @@ class Dispatcher:
         self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
 
     def add_task(self, connection: Any) -> None:
-        """Have the next request of a connection served; 503 if too many of its class wait."""
+        """Queue the next request of a connection; answer 503 if too many of its class wait."""
         request = connection.requests[0]
         if not self.pools[class_of(request)].add(connection):
-            request.refuse(HttpError(503, "too many requests of this kind are under way: try again soon", Retry_After=str(COME_AGAIN_S)))
+            request.refuse(HttpError(503, "too many requests of this kind are in progress: try again soon", Retry_After=str(COME_AGAIN_S)))
             self.pools["quick"].add(connection)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
-        """End the threads; those that are busy for longer than `timeout` seconds are left alone."""
+        """Stop the threads; leave alone those that are busy for more than `timeout` seconds."""
         for pool in self.pools.values():
             pool.stop()
         deadline = time.monotonic() + timeout
@@ -10747,49 +10732,48 @@ class Dispatcher:
 
 
 def class_of(request: Any) -> str:
-    """Return the pool of a request: `form` for small forms, which are most of the traffic, `large` for large ones.
+    """Return the pool of a request: `form` for small forms (most of the traffic), `large` for large ones, `slow` or `quick`.
 
-    `slow` is for what hangs on others, `quick` for all else. Those who follow a job's output are bounded by the places of
-    those who wait, and wait most of the time.
+    `slow` is for routes that wait for other machines. Callers who follow a job's output are `quick`: they idle most of the
+    time, and the places for waiting callers limit them.
     """
     found: Route | None = request.route
     if found is None or request.error is not None or not found.slow:
         return "quick"
     if found.takes_form:
-        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < SMALL_FORM_BYTES else "large"
+        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < MIB else "large"
     follows = request.command == "GET" and dict(parse_qsl(request.query)).get("follow") == "1"
     return "quick" if follows else "slow"
 
 
-SMALL_FORM_BYTES = 1 * MIB
-
-
 def make_http_server(node: Node, app: Any) -> Any:
-    """Return a waitress server that listens for `node`; ConfigError where the address cannot be had."""
+    """Return a waitress server that listens for `node`. Raises ConfigError if an address cannot be used."""
     import waitress.server
 
     config = node.config
     options: dict[str, Any] = {
-        "connection_limit": sys.maxsize,  # our listeners have limits of their own
-        "channel_request_lookahead": 1,  # so that callers who left while they waited are noticed
+        "connection_limit": sys.maxsize,  # our listeners have their own limits
+        "channel_request_lookahead": 1,  # to notice callers who left while waiting
         "recv_bytes": 256 * KIB,
         "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
         "max_request_header_size": 64 * KIB,
         "backlog": BACKLOG,
         "ident": "joborch",
-        "clear_untrusted_proxy_headers": False,  # nothing here believes them
+        "clear_untrusted_proxy_headers": False,  # nothing here trusts them
     }
-    opened: dict[int, Any] = {}  # waitress's own table of all that is open, by descriptor
+    opened: dict[int, Any] = {}  # waitress's table of open sockets, by descriptor
     sockets = open_listeners(config.host, config.port)
     local = open_own_socket(config, sockets)
     dispatcher = Dispatcher(config.mode)
     waitress.server.create_server(app, map=opened, sockets=sockets, _dispatcher=dispatcher, **options)
-    if local is not None:  # waitress takes no mix of sockets: a second server, with the same threads
+    if local is not None:  # waitress does not mix kinds of sockets: use a second server with the same threads
         waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=dispatcher, **options)
     listeners = [each for each in opened.values() if hasattr(each, "channel_class")]
     house, watch = House(connection_places(node)), Watch()
     for listener in listeners:
-        set_up_listener(node, listener, house, watch)
+        listener.watch = watch
+        listener.__class__ = type("Listener", (Doors, type(listener)), {})
+        listener.house, listener.channel_class = house, make_channel_class(node)
     server = listeners[0]
     server.siblings = listeners[1:]
     server.asyncore = types.SimpleNamespace(loop=watch.loop)
@@ -10798,15 +10782,8 @@ def make_http_server(node: Node, app: Any) -> Any:
     return server
 
 
-def set_up_listener(node: Node, listener: Any, house: House, watch: Watch) -> None:
-    """Have a listener of waitress keep our rules; the listeners of one process share one House, those of one thread one Watch."""
-    listener.watch = watch
-    listener.__class__ = type("Listener", (Doors, type(listener)), {})
-    listener.house, listener.channel_class = house, make_channel_class(node)
-
-
 def open_own_socket(config: Config, listeners: Sequence[socket.socket]) -> socket.socket | None:
-    """Return the server's Unix socket, or None. ConfigError if JOBORCH_SOCKET names one that cannot be; else a warning."""
+    """Return the server's Unix socket, or None. A failure is logged, or raises ConfigError if JOBORCH_SOCKET is set."""
     port = listeners[0].getsockname()[1]
     if config.mode != "server" or socket_path(config.socket_file, port) is None:
         return None
@@ -10822,7 +10799,7 @@ def open_own_socket(config: Config, listeners: Sequence[socket.socket]) -> socke
 
 
 def remove_socket_file(server: Any) -> None:
-    """Remove the Unix socket of a server that ends, unless another server has taken its place."""
+    """Remove the Unix socket of a stopping server, unless another server has replaced it."""
     with contextlib.suppress(OSError):
         if server.socket_file and os.lstat(server.socket_file).st_ino == server.socket_inode:
             os.unlink(server.socket_file)
@@ -12205,25 +12182,25 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 39. Weak set-ups ==  What lets others in is refused or warned of at every start.
+# == 39. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
 
 
-TOKEN_LEAST = 16  # characters; a shorter token can be found by trying
+TOKEN_LEAST = 16  # characters; shorter tokens can be guessed
 NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
 
 
 def weak_setups(config: Config) -> Iterator[Finding]:
-    """Yield what lets others in, each with its remedy. A start refuses what is False, and warns of the rest."""
+    """Yield what lets other users in, with its remedy. The start refuses a False finding, and warns of the others."""
     if os.geteuid() == 0:
-        what = "scripts run as root, too, and nothing is hidden from them" if config.mode == "client" else "it needs no rights of root"
-        yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a user of its own, as by User= in a systemd unit")
+        what = "so do its scripts, and nothing is hidden from them" if config.mode == "client" else "it does not need that"
+        yield Finding(None, f"this {config.mode} runs as root: {what}; give it a user of its own, for example with User= in a systemd unit")
     yield from weak_tokens(config)
     for path, what in secret_files(config):
-        remedy = "joborch makes it 0600 at its start; remove it for a new one, since the old one may be known"
+        remedy = "joborch makes it 0600 at its start; the old token may be known, so remove the file to get a new one"
         made_by_us = config.mode == "client" and what == CLIENT_TOKEN
         yield from examine_secret_file(path, what, remedy if made_by_us else "")
         found = examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
-        # The login of DIRAC is where its own program puts it: a warning has to do.
+        # DIRAC's own program decides where its login is kept: warn only.
         yield from (finding._replace(good=None) if "DIRAC" in what else finding for finding in found)
     yield from DataFolder(config.data_path).weak_spots()
     if config.db_path != ":memory:" and os.path.dirname(os.path.realpath(config.db_path)) != os.path.realpath(config.data_path):
@@ -12233,28 +12210,27 @@ def weak_setups(config: Config) -> Iterator[Finding]:
 
 
 def weak_tokens(config: Config) -> Iterator[Finding]:
-    """Yield which tokens can be guessed, or read by other users of this machine."""
+    """Yield tokens that can be guessed, or that other users of this machine can read."""
     shortest = min(map(len, filter(None, config.token.split(","))), default=TOKEN_LEAST)
     if shortest < TOKEN_LEAST:
         where = f", and JOBORCH_HOST={config.host} lets other machines try" if beyond_loopback(config.host) else ""
         how_long = plural(shortest, "character", "characters")
         yield Finding(None, f"JOBORCH_TOKEN holds a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
     if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
-        yield Finding(None, "the token was given as --token, which every user of this machine can see by ps: set JOBORCH_TOKEN_FILE")
+        yield Finding(None, "the token was given as --token, which every user of this machine can see with ps: set JOBORCH_TOKEN_FILE")
     for service in config.services.values():
         beyond = not all(is_loopback(host_of(address.upload_url)[1]) for address in service.addresses)
         if beyond and 0 < len(service.token) < TOKEN_LEAST:
             name = f"SERVICE_{service.name.upper()}_TOKEN"
-            yield Finding(
-                None, f"{name} has {plural(len(service.token), 'character', 'characters')}: use at least {TOKEN_LEAST}; {NEW_TOKEN}"
-            )
+            how_long = plural(len(service.token), "character", "characters")
+            yield Finding(None, f"{name} has {how_long}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
 
 
 CLIENT_TOKEN = "the client's token file"
 
 
 def secret_files(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield the files that hold the tokens of these settings, and what each is called."""
+    """Yield the files that hold tokens for these settings, each with its name for messages."""
     if config.token_file and config.sources.get("JOBORCH_TOKEN") == "default":
         yield config.token_file, "JOBORCH_TOKEN_FILE"
     for service in config.services.values():
@@ -12271,19 +12247,19 @@ def secret_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def token_names(config: Config) -> list[str]:
-    """Return the names of the settings that hold tokens, of those that are set."""
+    """Return the names of those settings that hold tokens."""
     return ["JOBORCH_TOKEN", *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN"))]
 
 
 def forgotten_executor(config: Config) -> list[str]:
-    """Return a question about a client that runs payloads itself on what looks like the login node of a cluster, if it is one."""
+    """Return a question if a client would run payloads itself on what looks like the login node of a cluster; else nothing."""
     forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
     if not forgotten or shutil.which("sbatch") is None:
         return []
-    return ["sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant? (=local says that it is not)"]
+    return ["sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm? (set it to local if not)"]
 
 
-# == 40. Commands ==  The words of the command line; each has an example, and says what went wrong and what would be right.
+# == 40. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
@@ -12300,7 +12276,7 @@ EXAMPLES = {
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: at, level, message."""
+    """Formats records as one JSON object a line: at, level, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         said = {"at": rfc3339(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
@@ -12315,47 +12291,35 @@ def set_up_logging(config: Config) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # nor is a caller who left
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # callers who leave are not worth a line
 
 
 def bound_memory() -> None:
-    """Let all threads share two arenas of glibc's malloc(3): one each would keep what each of sixty once needed."""
+    """Let all threads share two arenas of glibc's malloc(3): by default, each of sixty threads keeps its peak size."""
     m_arena_max = -8
-    with contextlib.suppress(AttributeError):  # another C library has no such knob
+    with contextlib.suppress(AttributeError):  # not in every C library
         libc().mallopt(m_arena_max, 2)
 
 
-def give_back_memory() -> None:
-    """Let malloc(3) give back what is free: compiling this module at a start leaves some 20 MB behind."""
-    with contextlib.suppress(AttributeError):  # another C library has no such call
-        libc().malloc_trim(0)
-
-
 def hide_from_payloads() -> None:
-    """Make this process undumpable (prctl(2)): no payload of the same user can read its memory or environment, no core holds a token."""
+    """Make this process undumpable (prctl(2)): payloads of the same user cannot read its memory, and no core file holds a token."""
     pr_set_dumpable = 4
     if libc().prctl(pr_set_dumpable, 0, 0, 0, 0) != 0:
-        log.warning("this process cannot be made undumpable: payloads of the same user could read its token")
+        log.warning("this process cannot be made undumpable: payloads of the same user may read its token")
 
 
 def close_at_exec() -> None:
-    """Mark every descriptor above stderr close-on-exec: no file that whoever started us left open reaches a script."""
+    """Mark all descriptors above stderr close-on-exec: scripts do not get files that our parent left open."""
     close_range, cloexec, last = 436, 4, 2**32 - 1  # close_range(2), of Linux 5.11
     if libc().syscall(close_range, 3, ctypes.c_uint(last), cloexec) != 0:
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor > 2:
-                with contextlib.suppress(OSError):  # the one that listed them
+                with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.set_inheritable(descriptor, False)
 
 
-def forget_tokens(config: Config) -> None:
-    """Drop the tokens from the environment, now that they are read: programs that are started later need not have them."""
-    for name in token_names(config):
-        os.environ.pop(name, None)
-
-
 def ensure_client_token(config: Config) -> Config:
-    """Return the configuration with a token: the one set, else the one made at the first start, mode 0600."""
+    """Return the configuration with a token: the one set, else one that is made at the first start and kept (mode 0600)."""
     if config.token or config.allow_anonymous:
         return config
     path = token_place(config)
@@ -12364,7 +12328,7 @@ def ensure_client_token(config: Config) -> Config:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
-            path.chmod(0o600)  # weak_setups has warned of it
+            path.chmod(0o600)  # weak_setups has warned about it
         if not path.exists() or not path.read_text(encoding="ascii").strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
             log.info("made a token for callers in %s", path)
@@ -12374,7 +12338,7 @@ def ensure_client_token(config: Config) -> Config:
 
 
 def open_node(config: Config) -> Node:
-    """Open folders, lock and database of one process, and return its node; ConfigError says what stands in the way."""
+    """Open the folders, lock and database of one process, and return its node. Raises ConfigError if one of them cannot be used."""
     check_certificates(config.ca_file)
     data = DataFolder(config.data_path)
     data.open()
@@ -12386,7 +12350,7 @@ def open_node(config: Config) -> Node:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
     if config.mode == "server":
         if decided_restore(config.db_path):
-            log.warning("a restore of the database was cut off: it is completed; the database that was there is kept beside it")
+            log.warning("a restore of the database was interrupted: completing it; the replaced database is kept beside it")
         finish_restore(config.db_path, data)
     store = Store(config.db_path, config.mode)
     data.keep_reserve()
@@ -12399,39 +12363,38 @@ def open_node(config: Config) -> Node:
         return client
     unclaimed = data.set_aside(lambda name: False) if store.is_new else None
     if unclaimed:
-        log.warning("the database is new, and the data folder holds files of jobs: they are kept in %s", unclaimed)
+        log.warning("the database is new, but the data folder has files of jobs: they are kept in %s", unclaimed)
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
-    for job in store.jobs(CUT_OFF_SENDING):  # where they were sent is known, whether they arrived is not
+    for job in store.jobs(CUT_OFF_SENDING):  # the client is known, but not whether the job arrived there
         store.move(job, Status.UNKNOWN, Reason.SERVER_RESTARTED.format(client=job.client))
         crash_point("start.asked")
     return server
 
 
-IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a log that is rotated: none ends us
+IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a rotated log: none must stop us
 
 
 def import_what_will_be_needed(config: Config) -> None:
-    """Import before we listen: a newer release may take the place of these files while the process runs."""
+    """Import everything before listening: a newer release may replace these files while the process runs."""
     for name in ["difflib", "multipart", "uuid", *(["tarfile", "requests"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
 
 
 def serve(config: Config) -> int:
-    """Run a server or client until INT or TERM. Payloads of a client go on, and are found again at the next start."""
+    """Run a server or client until INT or TERM. A client's payloads keep running; the next start finds them again."""
     hide_from_payloads()
     close_at_exec()
     set_up_logging(config)
     bound_memory()
     if Program.archive and Program.archive[2]:
         log.info("starts take longer than they need, because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
-    for warning in config.warnings:
-        log.warning("%s", warning)
     warn_of_weak_setups(config)
     if config.mode == "client":
         log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
         config = ensure_client_token(config)
-    forget_tokens(config)
+    for name in token_names(config):  # programs started later do not need them
+        os.environ.pop(name, None)
     raise_file_limit()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -12447,19 +12410,20 @@ def serve(config: Config) -> int:
     greet(node, http_server)
     if isinstance(node, Client) and node.executor.is_batch:
         threading.Thread(target=warn_of_problems, args=(node,), name="examine", daemon=True).start()
-    give_back_memory()
+    with contextlib.suppress(AttributeError):
+        libc().malloc_trim(0)  # compiling this module leaves about 20 MB of free memory behind
     try:
         listen_for_signals(node, wake_read)
     finally:
         node.stop()
         node.store.close()
         remove_socket_file(http_server)
-    log.info("%s ended", config.mode)
+    log.info("%s stopped", config.mode)
     return EXIT_DONE
 
 
 def listening_at(http_server: Any) -> list[str]:
-    """Return the URLs at which a server can be called, and the path of its Unix socket."""
+    """Return the URLs of a server, and the path of its Unix socket."""
     places = []
     for listener in list(http_server._map.values()):
         if hasattr(listener, "effective_port"):
@@ -12470,7 +12434,7 @@ def listening_at(http_server: Any) -> list[str]:
 
 
 def greet(node: Node, http_server: Any) -> None:
-    """Log where the process listens, and what it needs to be of use."""
+    """Log where the process listens, and its services or slots."""
     config = node.config
     places = " and ".join(listening_at(http_server))
     log.info("joborch %s %s listens on %s (data in %s)", __version__, config.mode, places, config.data_path)
@@ -12492,7 +12456,9 @@ def greet(node: Node, http_server: Any) -> None:
 
 
 def warn_of_weak_setups(config: Config) -> None:
-    """Log what lets others in; ConfigError for what is too much to start with."""
+    """Log the configuration's warnings and whatever lets other users in. Raises ConfigError if it is too dangerous to start."""
+    for warning in config.warnings:
+        log.warning("%s", warning)
     for finding in weak_setups(config):
         if finding.good is False:
             raise ConfigError(finding.text)
@@ -12500,26 +12466,26 @@ def warn_of_weak_setups(config: Config) -> None:
 
 
 def warn_of_problems(client: Client) -> None:
-    """Log what stands in the way of the batch system that a client is to use, before the first job finds it out."""
+    """Log what is wrong with a client's batch system before the first job hits it."""
     for finding in client.executor.examine():
         if finding.good is not True:
             log.warning("%s", finding.text)
 
 
 def listen_for_signals(node: Node, wake_read: int) -> None:
-    """Wait for INT or TERM; the end of a child wakes the runner, and IGNORED_SIGNALS leave a line in the log."""
+    """Wait for INT or TERM. CHLD wakes the runner; IGNORED_SIGNALS are logged."""
     while True:
         select.select([wake_read], [], [])
         numbers = os.read(wake_read, 512)
         if signal.SIGINT in numbers or signal.SIGTERM in numbers:
             return
         for number in set(numbers).intersection(IGNORED_SIGNALS):
-            log.info("%s is ignored: settings are read at the start alone, restart to have them read again", signal_name(number))
+            log.info("%s is ignored: settings are read only at the start; restart joborch to read them again", signal_name(number))
         node.wake("run")
 
 
 def bundled_packages() -> dict[str, str]:
-    """Return the versions of the packages in use: of the .pyz, else those installed."""
+    """Return the versions of the packages in use: those in the .pyz, else those installed."""
     try:
         return dict(json.loads(own_file("bundled.json")))
     except OSError:
@@ -12536,7 +12502,7 @@ def bundled_packages() -> dict[str, str]:
 
 
 def command_version(as_json: bool) -> int:
-    """Print the versions of all that runs here."""
+    """Print the versions of joborch and everything it uses."""
     import platform
 
     said = {"joborch": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **bundled_packages()}
@@ -12548,14 +12514,14 @@ def command_version(as_json: bool) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what was wrong and what would be right; its usage stays with --help."""
+    """A parser whose errors are one line with the mistake and the remedy; usage is left to --help."""
 
     def error(self, message: str) -> NoReturn:
-        """Print why the command line is refused, and end with exit status 2."""
+        """Print why the command line is refused, and exit with status 2."""
         self.exit(EXIT_USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
 
     def plain(self, message: str) -> str:
-        """Return what argparse said, in words of ours, with the nearest word or flag that there is."""
+        """Return a message of argparse in plain words, with the nearest known word or flag."""
         wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
         if wrong:
             known = [word.strip(" '") for word in wrong[3].split(",")]
@@ -12568,17 +12534,18 @@ class Parser(argparse.ArgumentParser):
         return message
 
     def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
-        """Refuse a word of the command line that nothing takes."""
+        """Refuse a word or flag that the command does not know."""
         flag = word.partition("=")[0]
-        self.error(
-            f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}"
-            if word.startswith("-")
-            else f"{one_line(word, 80)!r} is one word too many"
-        )
+        if word.startswith("-"):
+            self.error(f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}")
+        self.error(f"{one_line(word, 80)!r} is one word too many")
 
 
 def make_parser(argv: Sequence[str] | None = None) -> Parser:
-    """Return the command line's parser: words, flags of every setting, and an example each. Words that `argv` lacks get no flags."""
+    """Return the parser of the command line: the commands with their examples, and a flag for each setting.
+
+    Commands that `argv` lacks get no flags: adding them all would slow down every start.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         "joborch",
@@ -12590,18 +12557,17 @@ def make_parser(argv: Sequence[str] | None = None) -> Parser:
     words = parser.add_subparsers(dest="command", metavar="COMMAND")
     helps = {
         "server": "run a server until INT or TERM",
-        "client": "run a client until INT or TERM; running payloads go on and are found again at the next start",
+        "client": "run a client until INT or TERM; running payloads continue, and the next start finds them again",
         "backup": "copy the server's database to FILE, also while the server runs",
-        "restore": "put a backup in the place of the server's database; the server must not run, nothing is deleted",
-        "demo": "start both in a temporary folder and send the example through them",
-        "config": "print the effective settings, each with its source; secrets masked",
-        "doctor": "say what would stand in the way of a server or client with these settings, and the remedy; nothing is changed",
+        "restore": "replace the server's database by a backup; stop the server first; nothing is deleted",
+        "demo": "start both in a temporary folder and run the example",
+        "config": "print the effective settings and the source of each; secrets are masked",
+        "doctor": "check these settings and this machine, and print problems with their remedies; nothing is changed",
         "version": "print the versions of joborch, Python, SQLite and the bundled packages",
     }
     for name, text in helps.items():
-        word = words.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}"
-        )
+        what = text[0].upper() + text[1:] + "."
+        word = words.add_parser(name, help=text, description=what, formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}")
         if argv is not None and name not in argv:
             continue
         if name in ("backup", "restore"):
@@ -12618,21 +12584,18 @@ def make_parser(argv: Sequence[str] | None = None) -> Parser:
 
 
 def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
-    """Give a command the flags of its settings, from SETTINGS."""
-    word.add_argument(
-        "--env-file", metavar="FILE", help="read NAME=VALUE lines from FILE, as systemd and shells do; the environment goes before it"
-    )
+    """Add the flags of a command's settings, from SETTINGS."""
+    word.add_argument("--env-file", metavar="FILE", help="read NAME=VALUE lines from FILE; variables of the environment take precedence")
     for setting in SETTINGS:
         storage = mode in ("backup", "restore") and setting.field in ("data_path", "db_path")
         if storage or mode in ("config", "doctor") or mode in setting.modes.split():
             default = "" if not setting.default or "(default" in setting.help else f" (default: {setting.default})"
-            word.add_argument(
-                setting.flag, dest=setting.field, metavar="VALUE", help=f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
-            )
+            text = f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
+            word.add_argument(setting.flag, dest=setting.field, metavar="VALUE", help=text)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run the command that was given, or print what there is if none was; return its exit status."""
+    """Run a command, or print the help if none is given; return the exit status."""
     if not arguments.command:
         make_parser().print_help()
         return EXIT_USAGE
@@ -12653,7 +12616,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line as argparse reads it; SystemExit with one line if it cannot be meant."""
+    """Return the parsed command line. Exits with one line on stderr if it is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
@@ -12668,24 +12631,24 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def use_utf8() -> None:
-    """Start this program again in Python's UTF-8 mode where the locale has another encoding: names of files are UTF-8 to us."""
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch takes file names as UTF-8."""
     if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
         return
-    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not say what flags it was given
+    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not keep its own flags
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *arguments])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
-    if argv is None:  # as a program: before anything else, since the environment may hold a token
+    if argv is None:  # run as a program: first of all, because the environment may hold a token
         hide_from_payloads()
         use_utf8()
     try:
         try:
             return run_command(parse_command(argv))
         finally:
-            sys.stdout.flush()  # here, where an error can still be caught
-    except BrokenPipeError:  # as in `joborch config | head`: who read it has seen enough
+            sys.stdout.flush()  # here, where an error is still caught
+    except BrokenPipeError:  # the reader has seen enough, as in `joborch config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ConfigError as error:
@@ -12695,10 +12658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"joborch: {error}", file=sys.stderr)
         return EXIT_FAILED
     except ModuleNotFoundError as error:
-        print(
-            f"joborch: the package {error.name} is missing: run joborch.pyz, which has it, or pip install -r requirements.lock",
-            file=sys.stderr,
-        )
+        remedy = "run joborch.pyz, which has it, or pip install -r requirements.lock"
+        print(f"joborch: the package {error.name} is missing: {remedy}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -1,4 +1,4 @@
-"""Commands for whoever runs a site: backup, restore, config, doctor and demo."""
+"""Commands for the operators of a site: backup, restore, config, doctor and demo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,13 @@ from joborch import (
     weak_setups,
 )
 
-# == Backups ==  A database is copied while it is used, checked before it is trusted, and put back without giving an id twice.
+# == Backups ==  A database can be copied while in use. A copy is checked before it is used, and a restore gives no id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
-    """Copy a database, which may be in use, as of one instant to a new file; checked, and durable on return.
+    """Copy a database, which may be in use, as of one moment to a new file; check the copy and make it durable.
 
-    ConfigError where there is none, JoborchError where it cannot be read or is damaged.
+    Raises ConfigError if there is no database, JoborchError if it cannot be read or is damaged.
     """
     if not os.path.isfile(source):
         raise ConfigError(f"there is no database {source!r}: give the file, or set DB_PATH")
@@ -105,7 +105,7 @@ def copy_database(source: str, target: Path) -> None:
         read_only = f"file:{quote(os.path.abspath(source))}?mode=ro"
         old, new = sqlite3.connect(read_only, uri=True, timeout=10), sqlite3.connect(target)
         with contextlib.closing(old), contextlib.closing(new):
-            old.backup(new)  # in one step: it holds up nobody who writes meanwhile
+            old.backup(new)  # in one step, which does not block writers
             new.execute("PRAGMA journal_mode = DELETE")  # one plain file
             damage = damage_of(new)
         if damage:
@@ -113,7 +113,7 @@ def copy_database(source: str, target: Path) -> None:
         fsync_path(target)
     except sqlite3.Error as error:
         discard(target)
-        held = ": the server that runs on it holds it alone, stop it first" if "locked" in str(error) else ""
+        held = ": a running server has locked it, stop that first" if "locked" in str(error) else ""
         raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
     except BaseException:
         discard(target)
@@ -121,9 +121,9 @@ def copy_database(source: str, target: Path) -> None:
 
 
 def back_up(db_path: str, target: Path) -> None:
-    """Write a copy of a server's database to `target`; an older file there is replaced once the new one is complete."""
+    """Copy a server's database to `target`; an older file there is replaced once the copy is complete."""
     if decided_restore(db_path):
-        raise JoborchError(f"a restore of {db_path!r} was cut off: start the server, which completes it, or restore again")
+        raise JoborchError(f"a restore of {db_path!r} was interrupted: start the server, which completes it, or restore again")
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     copy_database(db_path, fresh)
     os.replace(fresh, target)
@@ -131,10 +131,10 @@ def back_up(db_path: str, target: Path) -> None:
 
 
 def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, Path | None]:
-    """Put a backup in the place of a server's database. `data` is open, and so no server runs.
+    """Replace a server's database by a backup. `data` must be open: then no server runs.
 
-    Nothing is deleted: returns where the old database is now, and where the files are that the backup knows no job of.
-    A crash leaves all as it was, or a restore that the next start or restore completes.
+    Nothing is deleted. Returns the path of the old database, and of the files whose jobs are not in the backup (or None).
+    After a crash, either nothing has changed or the next start or restore completes the work.
     """
     finish_restore(db_path, data)
     fresh = Path(f"{db_path}.restoring")
@@ -144,17 +144,17 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     store.close()
     fsync_path(fresh)
     crash_point("restore.copied")
-    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # from here on it is decided
+    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # now it is decided
     fsync_path(folder_of(db_path))
     crash_point("restore.decided")
     return finish_restore(db_path, data)
 
 
-# == Doctor ==  What would stand in the way of a job is found before there is one: a line each, with the remedy.
+# == Doctor ==  Problems are found before the first job meets them: one line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """Yield what was found on this machine for a server or client with these settings; nothing is changed."""
+    """Yield findings on this machine and these settings of a server or client; nothing is changed."""
     yield Finding(True, f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, joborch {__version__}")
     yield from (Finding(None, warning) for warning in config.warnings)
     yield from weak_setups(config)
@@ -166,7 +166,7 @@ def examine(config: Config) -> Iterator[Finding]:
     if config.mode == "client":
         yield from examine_token(config)
         yield from (Finding(None, text) for text in forgotten_executor(config))
-        with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # a client may be using the real one
+        with tempfile.TemporaryDirectory(prefix="joborch-doctor-") as folder:  # the real one may be in use
             data = DataFolder(folder)
             try:
                 data.open()
@@ -181,23 +181,18 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def examine_names(starts: Mapping[str, str]) -> Finding:
-    """Say of several URLs at which the same client answers, with the start of its process there, what that means."""
-    names = joined_names(list(starts))
+    """Return what it means that one client answers at several URLs; `starts` has the start of its process by URL."""
+    names = " and ".join([", ".join([*starts][:-1]), [*starts][-1]])
     if len(set(starts.values())) > 1:
         return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
-    return Finding(None, f"{names} are one client: its slots are counted once; name it by one URL in all services")
-
-
-def joined_names(names: Sequence[str]) -> str:
-    """Return names as people list them: `a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return Finding(None, f"{names} are one client: its slots are counted once; use the same URL in all services")
 
 
 def examine_environment(config: Config) -> Iterator[Finding]:
-    """Yield what of the environment is a risk, and what scripts do not get of it."""
+    """Yield the risks of the environment, and the variables that scripts do not get."""
     for name in token_names(config):
         if config.sources.get(name) == "environment":
-            why = "a script of the same user could read it there in the moment in which joborch starts"
+            why = "a script of the same user could read it there while joborch starts"
             yield Finding(None, f"{name} is in the environment: {why}; keep it in a file, and set {name}_FILE")
     names = left_out(os.environ, config.pass_env)
     if config.mode == "client" and names:
@@ -206,7 +201,7 @@ def examine_environment(config: Config) -> Iterator[Finding]:
         yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
 
 
-SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is, in which unit, and from where on it harms nobody
+SHELL_LIMITS = (  # of a login node: ulimit's flag, the meaning, how to print it, and a value that is enough
     (resource.RLIMIT_CPU, "-St", "CPU time", lambda value: format_duration(float(value)), resource.RLIM_INFINITY),
     (resource.RLIMIT_AS, "-Sv", "memory", size_text, resource.RLIM_INFINITY),
     (resource.RLIMIT_DATA, "-Sd", "memory", size_text, resource.RLIM_INFINITY),
@@ -216,25 +211,25 @@ SHELL_LIMITS = (  # what a login node may limit: as ulimit names it, what it is,
 
 
 def examine_limits(config: Config) -> Iterator[Finding]:
-    """Yield which limits of the shell that starts a client would end it or its scripts."""
+    """Yield the limits of this shell that could kill a client or its scripts."""
     found = False
     for limit, flag, what, text, enough in SHELL_LIMITS:
         soft = first_file_limit()[0] if limit == resource.RLIMIT_NOFILE else resource.getrlimit(limit)[0]
         if soft == resource.RLIM_INFINITY or 0 <= enough <= soft:
             continue
         found = True
-        whom = "the client and each script are ended or fail" if config.executor == "local" else "the client is ended or fails"
+        whom = "the client and each script are killed or fail" if config.executor == "local" else "the client is killed or fails"
         if config.executor == "slurm" and any(map(load_plugin("joborch_plugins.slurm:propagates"), config.batch.values())):
-            whom += ", and so may jobs to which SLURM_ARGS passes it on"
+            whom += ", and so may jobs that get the limit by SLURM_ARGS"
         most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
-        remedy = f"ulimit {flag} {most} before the start, or ask the site where services may run"
+        remedy = f"run ulimit {flag} {most} before the start, or ask the site where services may run"
         yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
     if not found:
         yield Finding(True, "this shell does not limit CPU time, memory or files (ulimit -S)")
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:
-    """Yield what is to be said of the data folder: whether it can be written, its space, its clock, and who sees it."""
+    """Yield findings on the data folder: can it be written and locked, its free space, its clock, and whether it is shared."""
     place = Path(config.data_path)
     while not place.exists():
         place = place.parent
@@ -249,21 +244,19 @@ def examine_folder(config: Config) -> Iterator[Finding]:
         yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
     free, needed = free_bytes(place), config.min_free_bytes
     remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
-    yield Finding(free > needed, f"{config.data_path} can be written, {free / GIB:.1f} GiB are free{remedy}")
+    yield Finding(free > needed, f"{config.data_path} can be written and has {free / GIB:.1f} GiB of free space{remedy}")
     if abs(ahead_s) > CLOCK_TOLERANCE_S:
-        how = "ahead of" if ahead_s > 0 else "behind"
-        yield Finding(
-            None, f"the clock of that file system is {format_duration(abs(ahead_s))} {how} this machine's: shown times may be wrong"
-        )
+        how = f"{format_duration(abs(ahead_s))} {'ahead of' if ahead_s > 0 else 'behind'}"
+        yield Finding(None, f"the clock of that file system is {how} this machine's: displayed times may be wrong")
     shared = on_network(str(place))
     if config.mode == "client" and config.executor == "slurm" and not shared:
-        yield Finding(None, f"{config.data_path} is on this machine's own disk: DATA_PATH must be a folder that the compute nodes see too")
+        yield Finding(None, f"{config.data_path} is on a local disk: set DATA_PATH to a folder that the compute nodes see, too")
     elif shared:
-        yield Finding(None, f"{config.data_path} is on a network file system: no other machine may run joborch on the same folder")
+        yield Finding(None, f"{config.data_path} is on a network file system: run joborch on this folder on no other machine")
 
 
 def trouble_with_lock(descriptor: int) -> str:
-    """Return why a file that nobody else uses cannot be locked, and the remedy; an empty text if it can."""
+    """Return why a file that nobody else uses cannot be locked, with the remedy; empty if it can."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -272,7 +265,7 @@ def trouble_with_lock(descriptor: int) -> str:
 
 
 def examine_port(config: Config) -> Finding:
-    """Say whether the port is free on every address, or which joborch of this user listens there."""
+    """Return whether the port is free on every address, or which joborch of this user listens there."""
     try:
         for listener in open_listeners(config.host, config.port):
             listener.close()
@@ -280,18 +273,18 @@ def examine_port(config: Config) -> Finding:
     except ConfigError as error:
         problem = str(error)
     said = own_health(config)
-    another = not said or said.get("mode", config.mode) != config.mode  # without its token, /health does not say which it is
+    another = not said or said.get("mode", config.mode) != config.mode  # without a token, /health does not say the mode
     if another or not is_in_use(Path(config.data_path)):
         who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
-        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or end it" if who else problem)
+        return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or stop it" if who else problem)
     trouble = said.get("problem") or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
 
 
 def own_connection(config: Config) -> socket.socket | None:
-    """Return a connection to the running process that has our port, if this user or root holds its other end; else None.
+    """Return a connection to the process on our port, if its user is ours or root; else None.
 
-    By the Unix socket of a server if it has one, else over TCP.
+    A server is called over its Unix socket if it has one, else over TCP.
     """
     places: list[tuple[socket.AddressFamily, Any]] = []
     path = socket_path(config.socket_file, config.port) if config.mode == "server" else None
@@ -307,7 +300,7 @@ def own_connection(config: Config) -> socket.socket | None:
             connection.connect(place)
             deadline = time.monotonic() + CONNECT_TIMEOUT_S
             while peer_uid(connection) is None and time.monotonic() < deadline:
-                time.sleep(0.01)  # nobody holds the other end before it is accepted
+                time.sleep(0.01)  # the other end has no owner until it is accepted
             if is_own_user(peer_uid(connection)):
                 return connection
         connection.close()
@@ -315,7 +308,7 @@ def own_connection(config: Config) -> socket.socket | None:
 
 
 def own_health(config: Config) -> dict[str, Any]:
-    """Return what a running server or client of this user says of itself; empty if there is none. It shows its token to no other user."""
+    """Return the /health of a running server or client of this user; empty if none runs. No other user gets to see the token."""
     import http.client
 
     connection = own_connection(config)
@@ -335,7 +328,7 @@ def own_health(config: Config) -> dict[str, Any]:
 
 
 def examine_token(config: Config) -> Iterator[Finding]:
-    """Yield whether a client could not read the token that it made, or not make one at its first start."""
+    """Yield whether a client could not read its token, or could not make one at its first start."""
     if config.token or config.allow_anonymous:
         return
     path = token_place(config)
@@ -351,7 +344,7 @@ def examine_token(config: Config) -> Iterator[Finding]:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Tell whether a joborch runs on this data folder now."""
+    """Tell whether a joborch is using this data folder."""
     try:
         with open(folder / DataFolder.LOCK, "r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -361,10 +354,10 @@ def is_in_use(folder: Path) -> bool:
 
 
 def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
-    """Yield whether a client of a service can be reached, proves itself, works, and has our time; note in `met` which instance it is."""
+    """Yield whether a client of a service answers, proves who it is, works, and has the right time; add its instance to `met`."""
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
-    link.data.tmp = Path(tempfile.gettempdir())  # a large answer waits there
+    link.data.tmp = Path(tempfile.gettempdir())  # for large answers
     name = f"service {service.name}: {address.name}"
     try:
         if not link.legacy:
@@ -373,7 +366,7 @@ def examine_client(address: Address, service: Service, ca_file: str, met: dict[s
             said = said_of_health(link)
         else:
             link.ping()
-            yield Finding(None, f"{name} answers, and is taken for a 2.2 client, which cannot prove who it is")
+            yield Finding(None, f"{name} answers, and is treated as a 2.2 client, which cannot prove who it is")
             return
     except Gone:
         yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
@@ -381,20 +374,18 @@ def examine_client(address: Address, service: Service, ca_file: str, met: dict[s
     except (NothingSent, NoAnswer) as error:
         text = str(error).replace("<NAME>", service.name.upper())
         hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
-        yield Finding(False, f"{name} does not let us in: {text}" if link.ours else f"{name}: {text}{hint}")
+        yield Finding(False, f"{name} refuses this server: {text}" if link.ours else f"{name}: {text}{hint}")
         return
     trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
     kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
     yield Finding(not trouble, f"{name} answers{kind}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
-        yield Finding(
-            None,
-            f"{address.name}: its clock is {format_duration(abs(said['ahead_s']))} off ours: shown times may be wrong; use NTP on both",
-        )
+        off = f"is {format_duration(abs(said['ahead_s']))} different from this machine's"
+        yield Finding(None, f"{address.name}: its clock {off}: displayed times may be wrong; use NTP on both")
 
 
 def said_of_health(link: Link) -> dict[str, Any]:
-    """Return what a client says of itself to a server that has proven who it is, with `ahead_s`, by how much its clock is ahead."""
+    """Return the /health of a client, which must prove who it is, and `ahead_s`: how far its clock is ahead."""
     answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
     text = read_some(answer, 64 * KIB)
     try:
@@ -404,11 +395,11 @@ def said_of_health(link: Link) -> dict[str, Any]:
         raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
 
 
-# == Demo ==  The whole way of a job is shown on any machine in seconds: by two real processes and the example.
+# == Demo ==  It shows a job's whole way in seconds, on any machine, with two real processes and the example.
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that is free now, on 127.0.0.1 and ::1."""
+    """Return a TCP port that is free now on 127.0.0.1 and ::1."""
     listeners = open_listeners(DEFAULT_HOSTS, 0)
     port = int(listeners[0].getsockname()[1])
     for listener in listeners:
@@ -417,7 +408,7 @@ def free_port() -> int:
 
 
 def example_file(name: str) -> bytes:
-    """Return a file of the example."""
+    """Return a file of the example, from the .pyz or beside the program."""
     try:
         return own_file(f"joborch_example/{name}")  # as pip puts it
     except OSError:
@@ -425,33 +416,26 @@ def example_file(name: str) -> bytes:
 
 
 class Demo:
-    """A server and a client as two real processes in a temporary folder, and the example sent through them."""
+    """A server and a client as two real processes in a temporary folder, which run the example."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.token = folder, secrets.token_urlsafe(16)
         self.ports = {"server": free_port(), "client": free_port()}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.base = f"http://127.0.0.1:{self.ports['server']}"
 
     def start(self, mode: str) -> None:
-        token = getattr(self, "token", None) or secrets.token_urlsafe(16)
-        self.token = token
         kept = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
         }
-        ours = {
-            "PORT": str(self.ports[mode]),
-            "DATA_PATH": str(self.folder / mode),
-            **({"JOBORCH_TOKEN": token} if mode == "client" else {}),
-            **(
-                {"SERVICE_EXAMPLE_TOKEN": token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
-                if mode == "server"
-                else {}
-            ),
-            "JOBORCH_MIN_FREE": "0",
-        }
+        ours = {"PORT": str(self.ports[mode]), "DATA_PATH": str(self.folder / mode), "JOBORCH_MIN_FREE": "0"}
+        if mode == "client":
+            ours["JOBORCH_TOKEN"] = self.token
+        else:
+            ours["SERVICE_EXAMPLE_TOKEN"] = self.token
+            ours["SERVICE_EXAMPLE_CLIENTS"] = f"http://127.0.0.1:{self.ports['client']}"
         with open(self.folder / f"{mode}.log", "ab") as log_file:
             program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
             self.processes.append(
@@ -461,7 +445,7 @@ class Demo:
             )
 
     def wait_ready(self, mode: str) -> None:
-        """Wait until a process answers; JoborchError shows the end of its log where it does not."""
+        """Wait until a process answers. Raises JoborchError, with the end of its log, if it does not."""
         import requests
 
         deadline = time.monotonic() + 20
@@ -474,14 +458,14 @@ class Demo:
         raise JoborchError(f"the demo's {mode} did not start; its log ends with:\n{tail}")
 
     def run_example(self) -> dict[str, Any]:
-        """Send the example and wait for its end; return the job."""
+        """Send the example, wait for its end, and return the job."""
         import requests
 
         files = [("file", (name, example_file(name))) for name in ("run.sh", "2oob.pdb")]
         answer = requests.post(f"{self.base}/upload", files=files, data={"user_id": "1", "service": "example"}, timeout=30)
         job: dict[str, Any] = answer.json()
         if answer.status_code != 201:
-            raise JoborchError(f"the demo's upload was answered with {answer.status_code}: {job.get('message')}")
+            raise JoborchError(f"the demo's upload failed with status {answer.status_code}: {job.get('message')}")
         say(f"uploaded run.sh and 2oob.pdb: job {job['id']} is {job['status']}")
         deadline = time.monotonic() + 60
         while job["status"] not in {status.value for status in OVER} and time.monotonic() < deadline:
@@ -511,11 +495,11 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-# == Commands ==  Each prints what it did, and returns the exit status.
+# == Commands ==  Each prints what it did and returns the exit status.
 
 
 def shown_value(value: Any, secret: bool = False) -> str:
-    """Return a setting's value as a person would write it; a secret is masked."""
+    """Return a setting's value as one would write it; a secret is masked."""
     if secret and value:
         return "***"
     if value is None:
@@ -530,7 +514,7 @@ def shown_value(value: Any, secret: bool = False) -> str:
 
 
 def config_rows(config: Config) -> list[tuple[str, str, str]]:
-    """Return (name, value, source) of every effective setting; secrets are masked."""
+    """Return (name, value, source) of each effective setting; secrets are masked."""
     rows = [
         (setting.name, shown_value(getattr(config, setting.field), setting.secret))
         for setting in SETTINGS
@@ -565,7 +549,7 @@ def command_config(config: Config, as_json: bool) -> int:
 
 
 def command_doctor(config: Config, as_json: bool) -> int:
-    """Print what was found; exit status 1 where something does not work."""
+    """Print the findings; exit status 1 if something does not work."""
     found = []
     for finding in examine(config):
         found.append(finding)
@@ -583,12 +567,12 @@ def command_backup(config: Config, file: str) -> int:
         back_up(config.db_path, Path(file))
     except OSError as error:
         raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); it holds no files of jobs, which are in {config.data_path}")
+    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); the files of jobs are not in it, but in {config.data_path}")
     return EXIT_DONE
 
 
 def command_restore(config: Config, file: str) -> int:
-    """Put a backup in the place of the database."""
+    """Replace the database by a backup."""
     data = DataFolder(config.data_path)
     data.open()
     data.lock_database(config.db_path)
@@ -596,22 +580,21 @@ def command_restore(config: Config, file: str) -> int:
         kept, unclaimed = restore(config.db_path, data, file)
     except OSError as error:
         raise JoborchError(f"{config.db_path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"restored {config.db_path} from {file}; jobs that came after it must be sent again")
+    print(f"restored {config.db_path} from {file}; jobs uploaded after the backup must be sent again")
     if kept:
-        print(f"the database that was there is {kept}")
+        print(f"the replaced database is {kept}")
     if unclaimed:
-        print(f"files of jobs that the backup does not know are in {unclaimed}: remove them when nobody misses them")
+        print(f"files of jobs that are not in the backup are in {unclaimed}: remove them when nobody needs them")
     return EXIT_DONE
 
 
 def command_demo(keep: bool) -> int:
-    """Show the whole way of a job: exit status 0 where it was completed."""
+    """Run the demo; exit status 0 if its job was completed."""
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
-    demo = Demo(folder)
-    finished = False
+    demo, finished = Demo(folder), False
     try:
-        print("joborch demo: a server and a client, and a protein structure sent through them")
+        print("joborch demo: a server, a client, and a protein structure to work on")
         for mode in ("client", "server"):
             demo.start(mode)
         for mode in ("client", "server"):
@@ -629,7 +612,7 @@ def command_demo(keep: bool) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     if keep:
         pids = " ".join(str(process.pid) for process in demo.processes)
-        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); end them with: kill {pids}")
+        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); stop them with: kill {pids}")
     else:
         program = shlex.quote(sys.argv[0])
         print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")

@@ -1,4 +1,4 @@
-"""What describes the program is made from its declarations: OpenAPI, Swagger UI, and the tables of the documents."""
+"""Documents made from the declared routes: OpenAPI, Swagger UI, and the tables of the README."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route
 
-# == Page and documents ==  What describes the program is made from its declarations, and served from inside the file.
+# == Page and documents ==  They are made from the declared routes, and served without asking another machine.
 
 SWAGGER_FOLDER = "joborch_plugins/swagger-ui/"  # of joborch.pyz; elsewhere there is none
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
@@ -40,7 +40,7 @@ PAGE_HEADERS = {
 
 
 def openapi(mode: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of one mode, made from the declared routes."""
+    """Return the OpenAPI 3.1 description of the routes of one mode."""
     paths: dict[str, dict[str, Any]] = {}
     for declared in ROUTES:
         if mode in declared.mode.split():
@@ -67,7 +67,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
-    operation["responses"].setdefault("400", openapi_response(BAD))  # of every route: a parameter that it does not take
+    operation["responses"].setdefault("400", openapi_response(BAD))  # for unknown parameters
     if declared.who == "caller":
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
@@ -83,7 +83,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
 
 
 def openapi_response(said: Gives) -> dict[str, Any]:
-    """Return one answer of an operation, with its example."""
+    """Return one response of an operation, with its example."""
     response: dict[str, Any] = {"description": said.meaning}
     if said.content == JSON_TYPE:
         response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
@@ -93,7 +93,7 @@ def openapi_response(said: Gives) -> dict[str, Any]:
 
 
 def openapi_schema_of(example: Any) -> dict[str, Any]:
-    """Return the JSON type of an example; an object's fields may hold null, and there may be more of them."""
+    """Return the JSON type of an example. Nothing is said of an object's fields: they may be null, and there may be more."""
     return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
 
 
@@ -175,7 +175,7 @@ def swagger_slash(node: Node, request: Request) -> Answer:
 
 @route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
 def swagger_page(node: Node, request: Request) -> Answer:
-    """Show Swagger UI, from inside this file: no other address is asked."""
+    """Show Swagger UI; its files come from this server."""
     try:
         own_file(SWAGGER_FOLDER + "LICENSE")
         page = SWAGGER_PAGE

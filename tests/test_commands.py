@@ -240,7 +240,7 @@ def test_a_data_folder_that_cannot_be_made(word: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     said = refused(word, DATA_PATH=str(tmp_path / "file/data"))
     assert f"DATA_PATH is '{tmp_path}/file/data'" in said
-    assert "give a folder that may be written" in said
+    assert "give a folder that joborch may write to" in said
 
 
 def test_a_data_folder_that_may_not_be_written(make_process: MakeProcess, open_folder: Path, pyz: Path, root: None) -> None:
@@ -249,7 +249,7 @@ def test_a_data_folder_that_may_not_be_written(make_process: MakeProcess, open_f
     os.chown(process.data, 0, 0)
     status, said = process.start_refused()
     assert status == 2
-    assert "Permission denied; give a folder that may be written" in said
+    assert "Permission denied; give a folder that joborch may write to" in said
 
 
 def test_a_data_folder_that_holds_things_of_others(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_database_in_a_place_that_cannot_be(tmp_path: Path) -> None:
 def test_a_second_start_on_one_data_folder_is_refused_with_the_pid(word: str, make_process: MakeProcess) -> None:
     first = make_process(word).start()
     said = refused(word, DATA_PATH=str(first.data), PORT=str(free_port()))
-    assert f"is in use by process {first.pid}: stop it, or give another folder" in said
+    assert f"is in use by process {first.pid}: stop it, or use another folder" in said
     assert first.running()
     first.kill()
     first.start()
@@ -293,7 +293,7 @@ def test_a_signal_ends_it_with_status_0(word: str, number: signal.Signals, make_
     assert process.process is not None
     process.process.send_signal(number)
     assert process.process.wait(10) == 0
-    assert f"{word} ended" in process.log
+    assert f"{word} stopped" in process.log
 
 
 def test_a_signal_that_comes_at_once_ends_it_too(make_process: MakeProcess) -> None:

@@ -35,7 +35,7 @@ def test_all_is_well(pair: Pair, tmp_path: Path) -> None:
 def test_a_client_that_does_not_let_us_in(pair: Pair, tmp_path: Path) -> None:
     code, found = doctor("server", tmp_path, SERVICE_EXAMPLE_CLIENTS=pair.client.url, SERVICE_EXAMPLE_TOKEN="wrong")
     (problem,) = problems(found)
-    assert (code, "does not let us in" in problem, "set SERVICE_EXAMPLE_TOKEN" in problem) == (1, True, True)
+    assert (code, "refuses this server" in problem, "set SERVICE_EXAMPLE_TOKEN" in problem) == (1, True, True)
 
 
 @pytest.mark.parametrize("what", ["nobody", "rubbish"])
@@ -60,7 +60,7 @@ def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: P
     code, found = doctor("client", tmp_path, PORT=str(server.port))
     (problem,) = problems(found)
     there = "a joborch server with another data folder listens there"
-    assert (code, problem) == (1, f"port {server.port} cannot be used: {there}; set PORT, or end it")
+    assert (code, problem) == (1, f"port {server.port} cannot be used: {there}; set PORT, or stop it")
 
 
 def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:

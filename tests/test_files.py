@@ -371,7 +371,7 @@ def test_any_tree_is_packed_as_it_is(tree: dict[bytes, Any]) -> None:
                 assert same, f"{path!r} is missing"
             elif kind == "fifo":
                 missing += 1
-                assert "neither a file, a folder nor a link" in left_out
+                assert "not a file, folder or link" in left_out
             elif kind == "link" and stays_inside(folder / "work", path) and not rest[0].startswith("/"):
                 by_letters = os.path.normpath(b"/".join([*path.split(b"/")[:-1], rest[0].encode()]))
                 assert links or by_letters.split(b"/")[0] == b"..", f"{path!r} -> {rest[0]} stays inside"
@@ -730,14 +730,14 @@ def test_what_is_stored_is_nobody_elses_business(data: DataFolder) -> None:
 def test_a_second_process_is_refused_with_the_pid_of_the_first(data: DataFolder) -> None:
     code = f"import joborch; joborch.DataFolder({str(data.path)!r}).open()"
     second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert f"is in use by process {os.getpid()}: stop it, or give another folder" in second.stderr
+    assert f"is in use by process {os.getpid()}: stop it, or use another folder" in second.stderr
     assert (data.path / DataFolder.LOCK).read_text() == f"{os.getpid()}\n", "the refused one wrote nothing"
 
 
 def test_a_data_folder_that_cannot_be_made(tmp_path: Path, data: DataFolder) -> None:
     (tmp_path / "file").write_bytes(b"")
     for place, why in (("file", "Not a directory|File exists"), ("file/below", "Not a directory"), ("x" * 256, "too long")):
-        with pytest.raises(ConfigError, match=f"DATA_PATH is .*({why}).*; give a folder that may be written"):
+        with pytest.raises(ConfigError, match=f"DATA_PATH is .*({why}).*; give a folder that joborch may write to"):
             DataFolder(str(tmp_path / place)).open()
 
 

@@ -562,9 +562,9 @@ def test_places_in_the_queue_and_what_is_waited_for(desk: Desk) -> None:
     said = [ask(desk.server, "GET", f"/jobs/{job.id}").json for job in jobs]
     assert [each["queue_position"] for each in said] == [3, 4, 1, 2], "who has used nothing goes before who runs one"
     assert said[0]["waiting_for"] == "1 of your 1 runs for example are in use"
-    assert said[1]["waiting_for"] == "1 of your 1 runs for example are in use and 1 job of yours stands before it"
+    assert said[1]["waiting_for"] == "1 of your 1 runs for example are in use and 1 of your jobs is ahead of it"
     assert said[2]["waiting_for"].startswith("it is next")
-    assert said[3]["waiting_for"] == "it waits for its turn: 1 other user's turn stands before it"
+    assert said[3]["waiting_for"] == "it waits for its turn: 1 other user's turn is ahead of it"
     desk.with_client(Status.RUNNING, user_id=4)
     assert ask(desk.server, "GET", f"/jobs/{jobs[3].id}").json["waiting_for"].startswith("all 2 runs of example are in use")
     desk.link.failed("cannot be reached: connection refused")

@@ -202,7 +202,7 @@ PYTHON = b"#!/usr/bin/env python3\nimport os\nprint('hi')\n"
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        (b"#!/bin/bash\r\n\r\n# only\r\n", ["Windows line ends (CRLF)", "dos2unix"]),
+        (b"#!/bin/bash\r\n\r\n# only\r\n", ["Windows line endings (CRLF)", "dos2unix"]),
         (PYTHON, ["run.sh begins with #!/usr/bin/env python3 but is run by bash", "put `python3 your.py` into run.sh"]),
         (b"#!/usr/bin/perl -w\n", ["begins with #!/usr/bin/perl -w", "`perl your.pl`"]),
         (b"#!/usr/bin/env -S A=1 Rscript --vanilla\n", ["`Rscript your.R`"]),
@@ -741,7 +741,7 @@ def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: P
     (tools / "sbatch").write_text("#!/bin/sh\n")
     (tools / "sbatch").chmod(0o755)
     path = {"PATH": f"{tools}:{os.environ['PATH']}", "JOBORCH_TOKEN": "t"}
-    question = "sbatch is here, and payloads would run on this machine itself: is JOBORCH_EXECUTOR=slurm meant?"
+    question = "sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm?"
     assert f"note    {question}" in doctor_says(tmp_path, "client", **path)[1]
     assert question not in doctor_says(tmp_path, "client", JOBORCH_EXECUTOR="local", **path)[1]
     assert question not in doctor_says(tmp_path, "server", **path)[1]

@@ -100,7 +100,7 @@ def test_a_folder_of_ours_is_closed_to_others(mode: int, machine: Machine) -> No
     data = machine.make("data", OWN_UID, mode)
     process = machine.process(DATA_PATH=str(data))
     if mode & 0o002:
-        warned(machine, process, f"'{data}'", f"writable by every user (mode {mode:04o})", "takes that right")
+        warned(machine, process, f"'{data}'", f"writable by every user (mode {mode:04o})", "removes that permission")
     else:
         silent(machine, process)
     assert stat.S_IMODE(data.stat().st_mode) == mode & ~0o022
@@ -110,7 +110,7 @@ def test_a_group_of_others_loses_its_right(machine: Machine) -> None:
     data = machine.make("data", OWN_UID, 0o2775)
     os.chown(data, OWN_UID, 100)
     data.chmod(0o2775)
-    warned(machine, machine.process(DATA_PATH=str(data)), "writable by a group (mode 2775)", "takes that right")
+    warned(machine, machine.process(DATA_PATH=str(data)), "writable by a group (mode 2775)", "removes that permission")
     assert data.stat().st_mode & 0o777 == 0o755
 
 
@@ -320,7 +320,7 @@ def test_a_token_as_a_flag_shows_in_ps(machine: Machine) -> None:
     process = machine.process(JOBORCH_TOKEN=None)
     process.arguments = ["--token", GOOD_TOKEN]
     process.start()
-    assert "every user of this machine can see by ps: set JOBORCH_TOKEN_FILE" in process.log
+    assert "every user of this machine can see with ps: set JOBORCH_TOKEN_FILE" in process.log
     assert GOOD_TOKEN not in process.log
 
 
