@@ -414,17 +414,18 @@ PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECU
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun", "Cause",
-    "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point",
-    "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "Finding",
-    "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path",
-    "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor",
-    "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
-    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer", "read_claim", "read_exit",
-    "read_some", "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service", "SERVICE_SETTINGS",
-    "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp",
-    "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
+    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
+    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
+    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks",
+    "Finding", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes",
+    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
+    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
+    "open_listeners", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer",
+    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
+    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
+    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
+    "write_atomic",
 )  # fmt: skip
 
 
