@@ -248,7 +248,7 @@ def test_the_clients_own_token_is_closed_again(machine: Machine) -> None:
     file = process.home / ".config/joborch/client-token"
     process.stop()
     file.chmod(0o644)
-    warned(machine, process, f"the client's token file {file} is readable by others (mode 0644)", "remove it for a new one")
+    warned(machine, process, f"the client's token file {file} is readable by others (mode 0644)", "remove the file to get a new one")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     process.stop()
     process.start()
