@@ -4550,12 +4550,12 @@ def with_first_file_limit(command: Sequence[str]) -> list[str]:
 
 # == 17. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
 
-# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt; where nobody else keeps its time
-# limit, $3 is that, in seconds, and $4 the seconds from TERM to KILL.
+# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
+# the time limit, $3 is that limit in seconds, and $4 the seconds from TERM to KILL.
 # It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
 # wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder, with
-# whether it was told to end meanwhile, which run.sh may then have been, too.
-# All that can fail for want of disk is done before `ready` goes into the claim: without it the script never began.
+# whether it got a signal to end; run.sh may have got that, too.
+# Everything that a full disk could break is done before `ready` is written to the claim: without `ready` the script never began.
 WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
 @FIRST@umask @UMASK@@FILES@
@@ -4630,7 +4630,7 @@ set -- "$TMPDIR"/*                                 # the client removes an empty
 case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
 exit $status
 """
-# Where another machine runs the wrapper, that makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
+# On another machine, the wrapper makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
 NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
 name=jo-${name:0:12}.$2
 for base in "${TMPDIR%/}" /tmp; do
@@ -4646,57 +4646,57 @@ CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread,
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a started payload: `alive`, and perhaps `waits`; or how it ended."""
+    """The state of a started payload: `alive`, perhaps with `waits`, or how it ended."""
 
     alive: bool
-    exit_status: int | None = None  # as the shell gives it: above 128, a signal's number is 128 less
+    exit_status: int | None = None  # as in the shell: 128 plus the signal's number if a signal killed it
     children_left: bool = False
-    cause: Cause | None = None  # set if there is no exit status, or if somebody else caused it
+    cause: Cause | None = None  # set if there is no exit status, or if the script did not cause the end
     reason: str = ""
-    told: bool = False  # somebody else sent the wrapper a signal, and perhaps run.sh, too
-    waits: str = ""  # it has not begun: what it waits for, in the words of what runs it; the same as long as nothing changes
+    told: bool = False  # the wrapper got a signal to end, and perhaps run.sh, too
+    waits: str = ""  # why it has not begun, in the batch system's words; constant while nothing changes
 
 
 class Executor(Protocol):
-    """The seam for what runs payloads; a handle is a text that survives a restart of the client. Several threads call it."""
+    """The interface of everything that runs payloads. Several threads call it. A handle is a text that survives a client restart."""
 
     is_batch: bool
-    """What is started may first wait; it keeps time limits by itself, and a slot takes a job, however many cores that needs."""
+    """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""
 
     def start(self, job: Job) -> str:
         """Start the attempt and return its handle. The row says Running before this is called.
 
-        Raises OSError where it cannot be started, CannotRun where it never can, BackendUnavailable where nobody knows: then it is
-        looked for (`find`) before it is started again.
+        Raises OSError if it cannot be started now, CannotRun if it never can, and BackendUnavailable if that is unknown: then
+        the client calls `find` before it starts the attempt again.
         """
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return the handles, by mark, of attempts whose start was cut off; what is missing never ran.
+        """Return the handles, by mark, of attempts whose start was interrupted. Attempts that are missing never ran.
 
-        An empty handle: nobody can tell of this one yet. BackendUnavailable where nobody can tell of any.
+        An empty handle means that this is not known yet. Raises BackendUnavailable if nothing is known of any attempt.
         """
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return what became of these payloads, by id: one call to a batch system for all of them. Of one that is away, all are alive."""
+        """Return the outcome of these payloads, by id. It asks a batch system once for all; if that is away, all count as alive."""
 
     def cancel(self, job: Job) -> None:
-        """Return when nothing of it runs any more, or raise StillRunning. Cancelling twice is fine."""
+        """Kill the payload, and return when none of its processes runs, or raise StillRunning. Cancelling twice is fine."""
 
     def collect(self, job: Job) -> None:
-        """Bring the outputs into the payload's folder; a shared folder needs nothing. After BackendUnavailable the caller tries again."""
+        """Fetch the outputs into the payload's folder, unless that is shared. After BackendUnavailable the caller tries again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
-        """Kill attempts that no database knows any more."""
+        """Kill attempts that are no longer in any database."""
 
     def problem(self) -> str:
         """Return why it cannot work now, and since when; an empty text if all is well."""
 
     def examine(self) -> Iterator[Finding]:
-        """Yield what `joborch doctor` shall say of it; nothing is started."""
+        """Yield the findings for `joborch doctor`; no job is started."""
 
 
 def read_exit(folder: Path) -> Outcome | None:
-    """Return the outcome that the wrapper wrote down, or None; a file that is not finished is none."""
+    """Return the outcome in the wrapper's exit file, or None if the file is missing or incomplete."""
     try:
         with open_regular(folder, "exit.json") as file:
             said = parse_json(file.read(400))
@@ -4715,7 +4715,7 @@ def read_exit(folder: Path) -> Outcome | None:
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the machine from every other, and this container by the start of its process 1."""
+    """Return a unique id of this boot, and of this container (by the start of its process 1)."""
     return f"{kernel_boot_id()}.{process_start(1) or 0}"
 
 
@@ -4731,7 +4731,7 @@ def process_start(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Process:
-    """What /proc says of one process."""
+    """One process, as /proc shows it."""
 
     pid: int
     parent: int
@@ -4766,10 +4766,10 @@ def bears_mark(pid: int, mark: str) -> bool:
 
 
 def marks_of(process: Process, jobs: Path) -> list[bytes]:
-    """Return the marks of the payloads below `jobs` that a process belongs to, by what can be seen of it alone; mostly none.
+    """Return the marks of the payloads below `jobs` that a process belongs to, judged by this process alone; mostly none.
 
-    The mark in its environment proves it. That it works in a payload's folder does not: a person may have gone there with a
-    shell or an editor. It counts only where nothing else could: an orphan without a terminal, whose environment was emptied.
+    The mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
+    editor. It counts only if there is no other explanation: an orphan without a terminal, whose environment was emptied.
     """
     try:
         environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
@@ -4792,13 +4792,13 @@ def is_orphan(process: Process) -> bool:
 
 
 def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
-    """Return all processes of an attempt that run, also those `known` from an earlier look: their parents may have ended since."""
+    """Return all running processes of an attempt, also those `known` from an earlier call: their parents may be gone by now."""
     return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
 
 
 def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
-    """Return all processes of these attempts: by mark (see `marks_of`) or session, and by parent and group of those."""
-    # Process 1 and kernel threads may have session and group 0, which are nobody's.
+    """Return all processes of these attempts: by mark (see `marks_of`) or session, and then by parent and group."""
+    # Process 1 and kernel threads may have session and group 0, which belong to no payload.
     everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
     before = {(process.pid, process.start) for process in known}
     found = {
@@ -4833,19 +4833,19 @@ def signal_all(processes: Iterable[Process], number: int) -> None:
             os.kill(process.pid, number)
 
 
-OOM_HANDICAP = 500  # in thousandths of all memory: short of it, the kernel ends a script before it ends the client or server
+OOM_HANDICAP = 500  # in thousandths of all memory: if that runs out, the kernel kills a script before the client or server
 
 
 def handicap() -> str:
-    """Return the line that makes a script of this machine the kernel's first choice when memory is short (proc(5)); it needs no right."""
+    """Return a shell line that makes the kernel kill the script first if memory runs out (proc(5)). It needs no privilege."""
     own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
     return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
 
 
 def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
-    """Return the wrapper, with the umask that this process was started with and, if one is given, a soft limit of open files.
+    """Return the wrapper with this process's original umask and, if `file_limit` is given, a soft limit of open files.
 
-    `first` is what it does first, `before_script` what it does just before the script. It runs `here`, or makes TMPDIR itself.
+    It runs `first` at its start and `before_script` just before the script. Unless it runs `here`, it makes TMPDIR itself.
     """
     scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
     files = f"; ulimit -Sn {file_limit}" if file_limit else ""
@@ -4857,19 +4857,19 @@ def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", fil
 
 
 def scratch_bases(environment: Mapping[str, str]) -> list[str]:
-    """Return the folders in which TMPDIR may be made: the site's, and /tmp."""
+    """Return the folders in which TMPDIR may be created: the site's TMPDIR, and /tmp."""
     bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
     return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
 
 
 def scratch_name(mark: str) -> str:
-    """Return the name of the folder that is an attempt's TMPDIR: by it the folder is found again, and none is taken for it."""
+    """Return the unique name of an attempt's TMPDIR, by which it is found again."""
     job_uuid, _, attempt = mark.partition(".")
     return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
 
 
 def make_scratch(folder: Path, bases: Sequence[str]) -> str:
-    """Make an attempt's TMPDIR in one of `bases`, to which `tmp` in the payload's folder leads then; else `tmp` itself is it."""
+    """Make an attempt's TMPDIR in one of `bases`, and link `tmp` in the payload's folder to it; if none works, use `tmp` itself."""
     note = folder / "tmp"
     for base in bases:
         place = f"{base}/{scratch_name(folder.name)}"
@@ -4877,7 +4877,7 @@ def make_scratch(folder: Path, bases: Sequence[str]) -> str:
             if not is_own_scratch(place):
                 os.mkdir(place, 0o700)
             if note.is_symlink():
-                note.unlink()  # a crash came just here, and the site's TMPDIR is another one now
+                note.unlink()  # joborch crashed here, and the site has changed its TMPDIR since
             os.symlink(place, note)
             return place
         except OSError as error:
@@ -4889,7 +4889,7 @@ def make_scratch(folder: Path, bases: Sequence[str]) -> str:
 
 
 def is_own_scratch(place: str) -> bool:
-    """Tell whether there is a folder of this user's, and no link."""
+    """Tell whether this is a folder that belongs to this user, not a link."""
     try:
         state = os.lstat(place)
     except OSError:
@@ -5226,7 +5226,7 @@ def make_executor(data: DataFolder, config: Config) -> Executor:
     return made
 
 
-# == 19. Identity ==  Who is at the other end of a connection is proven, never guessed from a port.
+# == 19. Identity ==  The peer of a connection is proven by the kernel or by a token, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
@@ -5238,7 +5238,7 @@ class SeenSocket(NamedTuple):
 
     state: int
     uid: int
-    inode: int  # 0: nobody holds it any more, and the uid means nothing
+    inode: int  # 0: no process holds it any more, and the uid means nothing
 
     @property
     def proves(self) -> bool:
@@ -5271,7 +5271,7 @@ def peer_uid(connection: socket.socket) -> int | None:
 
 
 def is_half_closed(connection: socket.socket) -> bool:
-    """Tell whether a process of this machine has sent all that it will, and still holds its end to read the answer."""
+    """Tell whether a local process has finished sending, and keeps its end open to read the answer."""
     with contextlib.suppress(OSError):
         state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
@@ -5279,7 +5279,7 @@ def is_half_closed(connection: socket.socket) -> bool:
 
 
 def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id of the process that holds the socket with these ends; it proves nothing of a connection without `peer_uid`."""
+    """Return the user id of the process that holds the socket with these ends. It is no proof of the caller: see `peer_uid`."""
     seen = find_socket(peer, here)
     return seen.uid if seen is not None and seen.proves else None
 
@@ -5314,7 +5314,7 @@ def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) 
 
 @functools.lru_cache(maxsize=1)
 def sock_diag_works() -> bool:
-    """Tell whether sock_diag finds sockets here; then "no such socket" is its answer, and no list need be read."""
+    """Tell whether sock_diag works here. If it does, "no such socket" is an answer, and /proc/net need not be read."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
             return diagnosed_socket(socket.AF_INET, near.getsockname(), near.getpeername()).inode != 0
@@ -5323,7 +5323,7 @@ def sock_diag_works() -> bool:
 
 
 def packed_address(family: int, host: str) -> bytes:
-    """Return an IP address in network order; an IPv4 one as IPv6 does where the family asks for it."""
+    """Return an IP address in network order; an IPv4 address is mapped to IPv6 if the family is IPv6."""
     return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
 
 
@@ -5355,14 +5355,14 @@ def tcp_hex(family: int, host: str, port: int) -> str:
 
 
 def is_own_user(uid: int | None) -> bool:
-    """Tell whether a user id is surely that of this process, or of the machine's root."""
+    """Tell whether a user id is certainly that of this process, or root's."""
     numbers = user_numbers()
     return uid is not None and uid != numbers.unmapped and (uid == os.getuid() or (uid == 0 and numbers.root))
 
 
 @functools.lru_cache(maxsize=1)
 def machine_names() -> frozenset[str]:
-    """Return the names of this machine, in lower case: its host name, the first part of it, and what /etc/hosts adds; DNS is not asked."""
+    """Return this machine's names in lower case: host name, its first part, and names in /etc/hosts. It does not ask DNS."""
     name = socket.gethostname().lower()
     names = {name, name.partition(".")[0]}
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -5374,7 +5374,7 @@ def machine_names() -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an IP address, an IPv4 one as itself also if it is written as IPv6; None for anything else."""
+    """Parse an IP address, and turn IPv4-mapped IPv6 into IPv4. Return None for anything else."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -5383,7 +5383,7 @@ def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 def is_here(text: str) -> bool:
-    """Tell whether an IP address is one of this machine: loopback, or one that a socket can be bound to."""
+    """Tell whether an IP address belongs to this machine: loopback, or an address that a socket can bind to."""
     address = plain_address(text)
     if address is None or address.is_loopback:
         return address is not None
@@ -5392,12 +5392,12 @@ def is_here(text: str) -> bool:
         with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
             probe.bind((str(address) + "".join(zone), 0))
     except OSError as error:
-        return error.errno != errno.EADDRNOTAVAIL  # in doubt it is: then only the same user is let in
+        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only the same user gets in
     return True
 
 
 class RefusedTokens:
-    """Wrong tokens are counted, and logged at most once a period: how many, and from where the last came."""
+    """Counts wrong tokens, and logs at most once a period how many there were and where the last came from."""
 
     def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
         self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
@@ -5410,7 +5410,7 @@ class RefusedTokens:
         self.report()
 
     def report(self) -> None:
-        """Log what was counted, unless a line came a moment ago."""
+        """Log the count, unless it was logged a moment ago."""
         with self.lock:
             now = self.clock.monotonic()
             if not self.count or now < self.quiet_until:
@@ -5423,7 +5423,7 @@ class RefusedTokens:
 
 
 def listener_uid(host: str, port: int) -> int | None:
-    """Return who listens on an address of this machine, or on all of its addresses; None if nobody is found."""
+    """Return the user id that listens on an address of this machine, or on all addresses; None if there is none."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):  # no address of this family
             wanted = tcp_hex(family, host, port)
@@ -5435,7 +5435,7 @@ def listener_uid(host: str, port: int) -> int | None:
 
 
 def open_listeners(hosts: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on every one of `hosts` (commas between), all on one port; 0 takes one that is free on all.
+    """Return sockets that listen on each of `hosts` (separated by commas), all on one port. Port 0 picks one that is free on all.
 
     ConfigError names the address that cannot be used. By default, a machine without ::1 does without it.
     """
@@ -5463,7 +5463,7 @@ def open_listeners(hosts: str, port: int) -> list[socket.socket]:
 
 
 def open_host(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on all addresses of one host; OSError or ValueError leave none open."""
+    """Return sockets that listen on all addresses of one host. None stays open if it raises OSError or ValueError."""
     listeners: list[socket.socket] = []
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     try:
@@ -5492,7 +5492,7 @@ def cannot_listen(host: str, port: int, error: Exception) -> str:
 
 
 def socket_path(setting: str, port: int) -> Path | None:
-    """Return where a server on `port` has its Unix socket, by JOBORCH_SOCKET; None if it has none."""
+    """Return the path of the Unix socket of a server on `port`, as JOBORCH_SOCKET says; None if it has none."""
     if setting in ("0", "none"):
         return None
     if setting:
@@ -5503,7 +5503,7 @@ def socket_path(setting: str, port: int) -> Path | None:
 
 
 def folder_problem(folder: Path, by_default: bool) -> str:
-    """Return why a socket in this folder could be somebody else's, or an empty string; a link counts as no folder."""
+    """Return why another user could own a socket in this folder, or an empty string. A link does not count as a folder."""
     try:
         found = os.lstat(folder)
     except OSError as error:
@@ -5517,7 +5517,7 @@ def folder_problem(folder: Path, by_default: bool) -> str:
 
 
 def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
-    """Return a Unix socket that listens at its path with this mode; ConfigError says why there can be none."""
+    """Return a Unix socket that listens at its path with this mode. Raises ConfigError if that is impossible."""
     path, remedy = socket_path(setting, port), "set JOBORCH_SOCKET to another path, or to 0 for none"
     if path is None or len(os.fsencode(path)) > SOCKET_PATH_LIMIT_BYTES:
         raise ConfigError(f"{path} is too long for a Unix socket (at most {SOCKET_PATH_LIMIT_BYTES} bytes): {remedy}")
@@ -5529,7 +5529,7 @@ def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
         problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
         if problem:
             raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
-        umask = os.umask(0o077)  # bind(2) makes the file: nobody else may use it before it has its own mode
+        umask = os.umask(0o077)  # bind(2) creates the file: no other user may use it before its mode is set
         try:
             listener.bind(str(path))
         finally:
@@ -5545,7 +5545,7 @@ def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
 
 
 def remove_stale_socket(path: Path) -> str:
-    """Remove the socket of a server that runs no more; return what else is there, or an empty string."""
+    """Remove the socket of a server that no longer runs. Return what else is at the path, or an empty string."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -5560,11 +5560,11 @@ def remove_stale_socket(path: Path) -> str:
     return ""
 
 
-# -- the link between server and client: both prove that they hold the same token, which itself never travels --
+# -- the link between server and client: both prove that they have the same token, and never send it --
 
 LINK_VERSION = 1
-OLD_SERVER_LOG_S = 3600.0  # so often a client says in its log that a server of version 0.1.0 calls it
-SESSIONS_LIMIT = 1000  # of one client: a server has one for each of its starts and tokens
+OLD_SERVER_LOG_S = 3600.0  # how often a client logs that a server of version 0.1.0 calls it
+SESSIONS_LIMIT = 1000  # for one client: each start and each token of a server makes one
 WINDOW = 4096  # requests of one session that may overtake each other
 SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
 PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
@@ -5572,12 +5572,12 @@ PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=
 
 @functools.lru_cache(maxsize=64)
 def link_key(token: str) -> bytes:
-    """Return the key that server and client derive from their token; slow, so that a token cannot be searched for by its MACs."""
+    """Derive the key of server and client from their token. It is slow, so that nobody can guess a token from its MACs."""
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
 
 
 class Proof(NamedTuple):
-    """One request of a server, and what it and its answer are proven with."""
+    """The data that proves one request of a server and the answer to it."""
 
     key: bytes
     server: str  # nonces: random, one for each start of a process, not secret
@@ -5587,18 +5587,18 @@ class Proof(NamedTuple):
     target: str
 
     def mac(self, kind: str, *said: Any) -> str:
-        """Return the MAC (HMAC-SHA-256, hex) of what is said in this request or its answer; as JSON no two lists look alike."""
+        """Return the MAC (HMAC-SHA-256, hex) of these values, encoded as JSON so that no two lists look alike."""
         text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
         return hmac.new(self.key, text.encode(), "sha256").hexdigest()
 
     def of_request(self, headers: Mapping[str, str], length: int) -> str:
-        """Return the MAC of this request; of its headers, those named X-Joborch-... and the type of its body count."""
+        """Return the MAC of this request. It covers the headers named X-Joborch-... and the body's type."""
         said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
         ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
         return self.mac("request", length, said.get("content-type", ""), ours)
 
     def of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> str:
-        """Return the MAC of the answer to this request; the body is compared by the length and digest that its head names."""
+        """Return the MAC of the answer to this request. It covers the body by the length and digest in the answer's headers."""
         return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
 
     def authorization(self, headers: Mapping[str, str], length: int) -> str:
@@ -5620,7 +5620,7 @@ class Session:
 
 
 class ProofReader:
-    """A client's side of the link: it knows a server by the token, and takes each request once."""
+    """A client's side of the link: it recognises a server by the token, and accepts each request once."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.lock = tokens, threading.Lock()
@@ -5628,7 +5628,7 @@ class ProofReader:
         self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
 
     def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
-        """Return the proof of a request; HttpError 401 where it does not fit, comes again, or is meant for an earlier start."""
+        """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
         shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
         if shown is None:
             raise unproven("the proof cannot be read")
@@ -5643,11 +5643,11 @@ class ProofReader:
         raise unproven("the token is wrong, or the request was changed on its way")
 
     def take(self, proof: Proof) -> None:
-        """Note a request's number in a sliding window, as IPsec does (RFC 4303, 3.4.3); HttpError 401 where it came before."""
+        """Note a request's number in a sliding window (RFC 4303, 3.4.3). Raises HttpError 401 if the number was used before."""
         session = (proof.server, proof.key)
         with self.lock:
             if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
-                self.seen.clear()  # what was proven by the old nonce is worth nothing from now on: nothing of it can come again
+                self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
                 self.nonce = secrets.token_hex(16)
                 raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
             highest, bits = self.seen.get(session, (0, 0))
@@ -5660,12 +5660,12 @@ class ProofReader:
 
 
 def unproven(message: str, nonce: str = "") -> HttpError:
-    """Return the answer to a server that has not proven itself; with `nonce`, it may do so by that one."""
+    """Return the answer to a server that has not proven its identity; it may use `nonce` to do so."""
     return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
 
 
 def far_uid(connection: socket.socket) -> int | None:
-    """Return the user whom a connection that we made has reached on this machine, or None if it cannot be told.
+    """Return the user id that an outgoing connection has reached on this machine, or None if it is unknown.
 
     Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
     """
@@ -5677,26 +5677,26 @@ def far_uid(connection: socket.socket) -> int | None:
         if seen is not None and seen.state == LISTEN and seen.inode:
             uid = seen.uid
             break
-    # Only if it is still ours: what was found may else be a later socket with the same ends.
+    # Only if the connection is still open: otherwise a later socket with the same ends may have been found.
     return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
 
 
 def client_token_file() -> Path | None:
-    """Return where a client of this user on this machine keeps its token, or None for a user without a home."""
+    """Return the file in which this user's client on this machine keeps its token, or None if the user has no home."""
     try:
         return Path(default_folder("config")) / "client-token"
     except ConfigError:
         return None
 
 
-# == 20. Transfers ==  Files go out and come in as they are read and written: with digests, and a break costs no more than the rest.
+# == 20. Transfers ==  Files are streamed and verified by digests; after a break, only the rest is sent again.
 
 
 class FilesBody:
-    """A multipart body that is read while it is sent: its length is known, its files are not in memory."""
+    """A multipart body that is read while it is sent. Its length is known beforehand, and its files are not kept in memory."""
 
     def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
-        """With `inputs_sha256`, other files than these end in InputsChanged before the body is complete."""
+        """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
         self.inputs_sha256 = inputs_sha256
         self.boundary = secrets.token_hex(16)
         self.folder, self.with_digests = folder, with_digests
@@ -5710,7 +5710,7 @@ class FilesBody:
         self.rewind()
 
     def rewind(self) -> None:
-        """Begin anew: the body is sent once more."""
+        """Start from the beginning, to send the body again."""
         self.chunks, self.rest = self.generate(), b""
 
     def part_head(self, path: str) -> bytes:
@@ -5731,7 +5731,7 @@ class FilesBody:
                     digest.update(chunk)
                     missing -= len(chunk)
                     yield chunk
-            if missing:  # the length was told before: what follows would be taken for the rest of it
+            if missing:  # the length was sent already: whatever follows would be taken for the rest
                 raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
             self.digests[path] = digest.hexdigest()
             yield b"\r\n"
@@ -5763,31 +5763,31 @@ class FilesBody:
 
 
 class Transfer:
-    """A file that comes over the network, in several pieces where it must: what is here of it, and what it is a piece of."""
+    """A file that arrives over the network, in several pieces if a transfer breaks: the part that is here, and the file's ETag."""
 
     def __init__(
         self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
     ) -> None:
-        """With a `promise` of the disk's account, nothing is written that does not fit: DiskFull.
+        """With a `promise` of disk space, writing raises DiskFull if the data does not fit.
 
-        More than `limit_bytes` are not taken: ResultTooLarge, whose message names `limits`.
+        It raises ResultTooLarge above `limit_bytes`; the message names `limits`.
         """
         self.target, self.promise, self.limit_bytes, self.limits = target, promise, limit_bytes, limits or ResultLimits(limit_bytes)
         self.size, self.tag, self.digest = 0, "", hashlib.sha256()
 
     def expect(self, size: int) -> None:
-        """Get ready for `size` bytes more, before the first of them comes: ResultTooLarge or DiskFull if they are too many."""
+        """Reserve space for `size` more bytes. Raises ResultTooLarge or DiskFull if they are too many."""
         self.check_limit(size)
         if self.promise is not None:
             self.promise.more(size)
 
     def check_limit(self, size: int) -> None:
-        """Raise ResultTooLarge if `size` bytes more are too many."""
+        """Raise ResultTooLarge if `size` more bytes are too many."""
         if self.size + size > self.limit_bytes:
             raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
 
     def write(self, data: bytes) -> None:
-        """Append to what is here."""
+        """Append a chunk."""
         self.check_limit(len(data))
         if self.promise is not None:
             if len(data) > self.promise.left:
@@ -5798,34 +5798,34 @@ class Transfer:
         self.size += len(data)
 
     def begin(self, tag: str = "") -> None:
-        """Drop what is here: a whole file follows, whose ETag is `tag`."""
+        """Drop the part that is here: a whole file with the ETag `tag` follows."""
         self.target.seek(0)
         self.target.truncate()
         self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
 
     def wanted(self) -> dict[str, str]:
-        """Return the headers that ask for what is missing, of this very file (RFC 9110, If-Range)."""
+        """Return the headers that ask for the missing rest of exactly this file (RFC 9110, If-Range)."""
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
 class Stream(NamedTuple):
-    """An output stream as it is kept: all that the script wrote up to `limit` bytes, else the first and last half of the limit."""
+    """An output stream as it is kept: whole up to `limit` bytes, else the first and last `limit / 2` bytes."""
 
     size: int
     limit: int
 
     @property
     def gap(self) -> tuple[int, int]:
-        """The first byte that was left out, and the first one kept after it; the same where all is kept."""
+        """The first byte that was left out, and the first one kept after it; equal if everything is kept."""
         half = self.limit // 2
         return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
 
     def line(self, begin: int) -> bytes:
-        """Return what stands for the bytes left out, from `begin` on."""
+        """Return the line that replaces the bytes left out, from `begin` on."""
         return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
 
     def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
-        """Return at most about `room` bytes from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
+        """Return about `room` bytes at most from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
         first, second = self.gap
         said = read_at(offset, min(room, first - offset)) if offset < first else b""
         offset += len(said)
@@ -5838,7 +5838,7 @@ class Stream(NamedTuple):
 
 
 def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: whole, else its first and last half with one line between. OSError."""
+    """Return how an output stream is kept, and its chunks: whole, or head, one line and tail. Raises OSError if it is unreadable."""
     source = open_regular(folder, name)
     stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
 
@@ -5857,7 +5857,7 @@ def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream
 def punch_middle(path: Path, limit_bytes: int) -> None:
     """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
 
-    Raises OSError where the file system has no holes.
+    Raises OSError if the file system does not support holes.
     """
     keep_size, punch_hole, block = 1, 2, 4096
     state = state_below(path.parent, path.name)
@@ -5890,7 +5890,7 @@ class ZipRecord(NamedTuple):
 
 
 def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
-    """Return where the directory of a ZIP begins, its size, and how many members it names; ValueError where there is none."""
+    """Return the offset, size and number of members of a ZIP's directory. Raises ValueError if there is none."""
     length = file.seek(0, os.SEEK_END)
     for room in (ZIP_END.size, 66 * KIB):  # most have no comment at their end
         file.seek(max(0, length - room - ZIP64_LOCATOR.size))
@@ -5915,9 +5915,9 @@ def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
 
 
 def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
-    """Yield what the directory of a ZIP says, as it is read: in a little memory, and of DIRECTORY_LIMIT_BYTES at most.
+    """Yield the entries of a ZIP's directory while reading it, with little memory, up to DIRECTORY_LIMIT_BYTES.
 
-    With `commented`, of members that have a comment alone. ValueError where there is no directory.
+    With `commented`, only members with a comment. Raises ValueError if there is no directory.
     """
     begin, left, _ = zip_directory(file)
     left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
@@ -5958,7 +5958,7 @@ def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
 def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
     """Return `count` bytes of a ZIP's member from `begin` on, or what there is of them, for the work of `begin + count` bytes at most.
 
-    ValueError where that is not what the directory says.
+    Raises ValueError if the member does not match its directory entry.
     """
     length = file.seek(0, os.SEEK_END)
     file.seek(min(record.begin, length))
@@ -5971,7 +5971,7 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
         return file.read(max(0, min(count, record.packed_bytes - begin)))
     file.seek(min(place, length))
     unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
-    # What is deflated by a fair program never takes much more room than it had: other streams could be endless, and hold nothing.
+    # Real programs never deflate data to much more than its size; other streams could be endless, and contain nothing.
     for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
         ahead = chunk
         while ahead and len(said) < count:
@@ -5987,7 +5987,7 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
 
 
 def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse what a 2.2 client would lose silently: it flattens folders, and of two files of one base name one goes."""
+    """Refuse files that a 2.2 client would lose silently: it flattens folders, so files with the same base name overwrite each other."""
     names = [path.rpartition("/")[2] for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
