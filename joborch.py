@@ -5994,12 +5994,12 @@ def check_base_names(paths: Sequence[str]) -> None:
         raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
 
 
-# == 21. Answers ==  What a client says has bounds, and is checked before it is believed.
+# == 21. Answers ==  A client's answers are limited in size and time, and checked before they are used.
 
 
 @dataclass
 class EventsReply:
-    """What the events of a client said: its state, and the payloads that changed."""
+    """A client's answer to /events: its state, and the payloads that changed."""
 
     instance: str
     next: int
@@ -6016,51 +6016,51 @@ class EventsReply:
 
 @dataclass
 class EndReport:
-    """A payload that a client says has ended, waiting to be settled."""
+    """A client's report that a payload is over. It waits until its result is collected."""
 
     job_id: int
     payload: dict[str, Any]
     due: float  # monotonic
     failures: int = 0
-    taken: bool = False  # a sender settles it now
-    newer: EndReport | None = None  # what the client said of the job meanwhile
-    needs: int = 0  # bytes for which there was no room on the disk: it is not asked for again before there is
-    part: Transfer | None = None  # what has come of its result
-    asked: int = 0  # how often the client said that it still packs the result
-    pause_s: float = 0.0  # how long that is waited for
+    taken: bool = False  # a sender collects it now
+    newer: EndReport | None = None  # a later report of the client on the same job
+    needs: int = 0  # bytes that did not fit on the disk: it is fetched again when there is room for them
+    part: Transfer | None = None  # the part of its result that has arrived
+    asked: int = 0  # how often the client answered that it still packs the result
+    pause_s: float = 0.0  # the pause before asking again
     cpus: int = 0  # slots and memory (MiB) that are free again
     memory: int = 0
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
-ANSWER_HEAD_BYTES = 64 * KIB  # of an answer, its body aside: headers, those of "100 Continue" before them, what frames its chunks
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, those of "100 Continue" before them, chunk framing
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
-EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # what a page of /events may have with all that stands around its payloads
+EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
 INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
-SLOWEST_BYTES_S = 8 * KIB  # an answer that comes more slowly on the whole is given up
-WANTED_LOOK_S = 1.0  # between two looks whether anybody still waits for an answer
+SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is given up
+WANTED_LOOK_S = 1.0  # between two checks that somebody still waits for an answer
 BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
 IDLE_CONNECTIONS = 16  # to one client
-CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is no number
+CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is not a number
 
 
 def whole_in(said: Any, least: int, most: int) -> int | None:
-    """Return a whole number that a client says; None if it is something else (true is no number) or out of range."""
+    """Return an integer from a client; None if it is anything else (also true) or out of range."""
     return said if type(said) is int and least <= said <= most else None
 
 
 def number_in(said: Any, least: float, most: float) -> float | None:
-    """Return a number that a client says; None if it is something else, or out of range as NaN and 1e400 always are."""
+    """Return a number from a client; None if it is anything else or out of range, as NaN and 1e400 always are."""
     return said if type(said) in (int, float) and least <= said <= most else None
 
 
 def text_in(said: Any, pattern: str) -> str | None:
-    """Return a text that a client says; None if it is something else, or does not match."""
+    """Return a text from a client; None if it is anything else, or does not match."""
     return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
 
 
 def clean_payload(said: Any) -> dict[str, Any] | None:
-    """Return what a client says of a payload, each field of the right type and size, or None if it is rubbish.
+    """Return a client's description of a payload with each field of the right type and size, or None if it is invalid.
 
     What is not credible is left out. `uuid`, `attempt` and `id` may be None; `reason` is a text, perhaps an empty one.
     """
@@ -6090,14 +6090,14 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
 
 
 def read_answer(text: bytes) -> Any:
-    """Return what a client's JSON says; ValueError if it is none, or would become far more memory than its text takes."""
+    """Parse a client's JSON. Raises ValueError if it is invalid, or would take far more memory than its text."""
     if has_many_values(text):
         raise ValueError("more values than an answer has")
     return parse_json(text)
 
 
 def has_many_values(text: bytes) -> bool:
-    """Tell whether a JSON text holds more than ANSWER_VALUES values. What stands inside strings does not count."""
+    """Tell whether a JSON text has more than ANSWER_VALUES values; the content of strings does not count."""
     separators = (b",", b"[", b"{")
     count = sum(map(text.count, separators))
     if count <= ANSWER_VALUES:
@@ -6110,7 +6110,7 @@ def has_many_values(text: bytes) -> bool:
 
 
 def read_events(text: bytes) -> EventsReply:
-    """Return what a client's answer to /events says; ValueError, KeyError or TypeError if it is rubbish."""
+    """Parse a client's answer to /events. Raises ValueError, KeyError or TypeError if it is invalid."""
     if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
         raise ValueError("longer than a page, or not as we write JSON")
     said = read_answer(text)
@@ -6149,7 +6149,7 @@ def plain_cause(error: Exception) -> str:
 
 
 def refused_text(status: int, body: bytes) -> str:
-    """Return one sentence on an answer that is an error."""
+    """Return one sentence about an error answer."""
     message: Any = None
     with contextlib.suppress(ValueError, AttributeError):
         message = read_answer(body).get("message")
@@ -6164,7 +6164,7 @@ def repr_digest(sha256_hex: str) -> str:
 
 
 def read_hello(status: int, text: bytes) -> dict[str, Any]:
-    """Return what a joborch client answers to /hello: its `nonce`, and whether it has a token to prove (`proof`).
+    """Return a joborch client's answer to /hello: its `nonce`, and whether it has a token to prove (`proof`).
 
     Raises NothingSent for anything else.
     """
@@ -6178,9 +6178,9 @@ def read_hello(status: int, text: bytes) -> dict[str, Any]:
 
 
 def read_submit_answer(status: int, text: bytes) -> str:
-    """Return the payload id of an answer to /submit, or raise what the answer means."""
+    """Return the payload id in an answer to /submit, or raise the exception that the answer stands for."""
     if status in (200, 201):
-        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # followed by something: half an id is another's
+        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # the end must follow: half an id would be the id of another payload
         if not match:
             raise NoAnswer("answered rubbish to /submit")
         return match[1].decode()
@@ -6192,14 +6192,14 @@ def read_submit_answer(status: int, text: bytes) -> str:
 
 
 class Bounds(NamedTuple):
-    """What an answer may cost: seconds of silence, and how to tell that nobody waits for it any more."""
+    """Limits for one answer: seconds of silence, and a function that tells whether nobody waits for it any more."""
 
     silent_s: float
     unwanted: Callable[[], bool] | None = None
 
 
 class Incoming(io.RawIOBase):
-    """An answer as it comes: what is not its body has a limit, its body a least pace, and what nobody wants is not waited for.
+    """Reads an answer within limits: on the size of its head, on the pace of its body, and only while somebody waits for it.
 
     A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
     """
@@ -6213,7 +6213,7 @@ class Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read what has come; OSError if it takes too long, is too long, or nobody wants it."""
+        """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
         if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
             raise OSError("its answer is headers and frames without end")
         silent_until = time.monotonic() + self.bounds.silent_s
@@ -6228,7 +6228,7 @@ class Incoming(io.RawIOBase):
             self.connection.settimeout(self.bounds.silent_s)  # the next request may go out over it
 
     def patience_s(self, silent_until: float) -> float:
-        """Return for how long to wait now; OSError if there is nothing to wait for any more."""
+        """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
         now = time.monotonic()
         slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
         if now >= silent_until:
@@ -6250,7 +6250,7 @@ class Incoming(io.RawIOBase):
 
 
 class Reply(http.client.HTTPResponse):
-    """The answer of a client: held to bounds, and never unpacked. Once its body is read, its connection serves the next call."""
+    """A client's answer, read within limits and never decompressed. Once its body is read, its connection serves the next call."""
 
     def __init__(self, sock: socket.socket, method: str | None, connection: Connection) -> None:
         self.connection: Connection | None = connection
@@ -6259,7 +6259,7 @@ class Reply(http.client.HTTPResponse):
         self.fp = io.BufferedReader(self.incoming)
 
     def piece(self, limit_bytes: int) -> bytes:
-        """Return what has come of the body, an empty piece at its end; NoAnswer if it breaks off.
+        """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
 
         Unlike read(), it drops nothing of a body whose rest does not come.
         """
@@ -6278,7 +6278,7 @@ class Reply(http.client.HTTPResponse):
         return data
 
     def close(self) -> None:
-        """End it. If anything of its body was not read, its connection is of no further use."""
+        """Close the answer. Its connection is closed, too, if the body was not read to the end."""
         connection, self.connection = self.connection, None
         super().close()
         if connection is not None:
@@ -6326,7 +6326,7 @@ class Connections:
         self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
 
     def take(self, url: str) -> Connection:
-        """Return the connection that was used last, if it is still open and silent as it has to be; else a new one, to be opened."""
+        """Return the connection that was used last if it is still open and idle, else a new one that is not open yet."""
         idle = self.idle.setdefault(urlsplit(url)[:2], [])
         with contextlib.suppress(IndexError):
             while True:
@@ -6339,7 +6339,7 @@ class Connections:
 
 
 def refuse_encoded(answer: Reply) -> Reply:
-    """Return an answer whose bytes are what they stand for; BadAnswer if they are to be unpacked: 65 KB may be gigabytes."""
+    """Return `answer`. Raises BadAnswer if its body is compressed: 65 KB could become gigabytes."""
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         answer.close()
@@ -6383,7 +6383,7 @@ def receive(answer: Reply, into: Transfer) -> None:
 
 
 def take_rest(answer: Reply, into: Transfer) -> None:
-    """Copy a response's body to its place in a file; NoAnswer where length or digest are not what its headers said."""
+    """Copy a response's body to its place in a file. Raises NoAnswer if length or digest differ from its headers."""
     begin = f"bytes {into.size}-"
     if answer.status == 200:
         into.begin(answer.headers.get("ETag", ""))
@@ -6406,14 +6406,14 @@ def take_rest(answer: Reply, into: Transfer) -> None:
 
 
 class WaiterLimit:
-    """A bounded number of places for callers that wait, so that uploads never starve."""
+    """Limits how many callers may wait at once, so that uploads never starve."""
 
     def __init__(self, places: int) -> None:
         self.free = threading.BoundedSemaphore(places)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[bool]:
-        """Hold a place for the block; yields False where all are taken."""
+        """Hold a place during the block; yield False if all are taken."""
         taken = self.free.acquire(blocking=False)
         try:
             yield taken
@@ -6423,7 +6423,7 @@ class WaiterLimit:
 
 
 class Allowance:
-    """Lets a client's polls come as often as a busy client's do; one that answers at once for ever is slowed down."""
+    """Allows polls as often as a busy client needs them, and slows down a client that always answers at once."""
 
     burst, per_s = 200.0, 50.0
 
@@ -6431,19 +6431,19 @@ class Allowance:
         self.left, self.at = self.burst, time.monotonic()
 
     def take(self, amount: float) -> float:
-        """Use some of it; return for how many seconds to pause, until as much is left as was overdrawn."""
+        """Use a part of the allowance. Return how many seconds to pause if it is overdrawn."""
         now = time.monotonic()
         self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
         return max(0.0, -self.left / self.per_s)
 
 
-SETTLED_LIMIT = 20_000  # payloads of one client whose results are to be confirmed
-SUPERSEDED_LIMIT = 1000  # given up attempts of one client that are to be ended
-INLINE_KEPT_BYTES = 2 * MIB  # of small results of one client that wait to be stored; those beyond are fetched
+SETTLED_LIMIT = 20_000  # payloads of one client whose results are still to be confirmed
+SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are still to be killed
+INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
 RESTLESS_MOVES = 100  # of one job
 SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
 DONE_AT_ONCE = 500  # payloads that one poll confirms
-CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
+CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
 
 
 # == 22. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
@@ -7048,8 +7048,8 @@ def named(job: Job) -> dict[str, str]:
 class Loop:
     """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
 
-    A tick returns whether there may be more to do. What it raises is logged, and it is tried again a period later.
-    Further threads are made when they are called for and all others are at work; only the first looks without being woken.
+    A tick returns whether there may be more to do. If it raises, the error is logged, and the next tick comes a period later.
+    Further threads start when the loop is woken while all others are busy; only the first thread ticks without being woken.
     """
 
     def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
@@ -7067,7 +7067,7 @@ class Loop:
         thread.start()
 
     def wake(self) -> None:
-        """Let one thread tick now; one that finds work wakes the next."""
+        """Wake one thread to tick now; a thread that finds work wakes the next."""
         with self.condition:
             self.calls = min(self.calls + 1, self.most_threads)
             if self.asleep < self.calls and 0 < len(self.threads) < self.most_threads and not self.stopped:
@@ -7097,9 +7097,9 @@ class Loop:
                 self.sleep(patience_s)
 
     def complain(self, error: Exception) -> None:
-        """Log what a tick raised, once as long as it is the same; a fault of the program with its traceback."""
+        """Log an error of a tick, once while it stays the same; a bug gets its traceback."""
         text = one_line(f"{type(error).__name__}: {error}")
-        if text == self.trouble or self.stopped:  # the store closes under those that come late
+        if text == self.trouble or self.stopped:  # at the stop, the store may close before the last tick is done
             return
         self.trouble = text
         known = isinstance(error, (StorageError, OSError))
@@ -7117,7 +7117,7 @@ class Loop:
 
 
 def each(items: Iterable[T], work: Callable[[T], object]) -> None:
-    """Do `work` for every item, also after one for which it failed; the first failure is raised at the end."""
+    """Do `work` for every item, even if it fails for some; raise the first failure at the end."""
     failure: Exception | None = None
     for item in items:
         try:
@@ -7129,7 +7129,7 @@ def each(items: Iterable[T], work: Callable[[T], object]) -> None:
 
 
 class WorkerLimit:
-    """Lets a few threads work at once: more of them only fight for the interpreter. One that waits steps out meanwhile."""
+    """Limits how many threads work at once, because more would only contend for the GIL. A thread that waits leaves its place."""
 
     def __init__(self, places: int) -> None:
         self.free, self.mine = threading.Semaphore(places), threading.local()
@@ -7144,7 +7144,7 @@ class WorkerLimit:
 
     @contextlib.contextmanager
     def stepped_out(self) -> Iterator[None]:
-        """Leave the gate for the block, if this thread is inside."""
+        """Give up this thread's place during the block, if it has one."""
         inside = getattr(self.mine, "inside", False)
         if inside:
             self.__exit__()
@@ -7156,7 +7156,7 @@ class WorkerLimit:
 
 
 class Pool:
-    """Threads that are made when they are needed, at most so many, and end when they were idle for a while.
+    """A bounded pool of threads that start when they are needed, and end after they were idle for a while.
 
     The one that was idle last works next, so that few of them are awake. A thread of each class of requests cannot be
     taken by those of another.
@@ -7172,7 +7172,7 @@ class Pool:
         self.idle: list[threading.Lock] = []  # bells of threads that sleep
 
     def add(self, task: Any) -> bool:
-        """Have a task done; False if too many wait already."""
+        """Queue a task; return False if too many wait already."""
         with self.lock:
             if len(self.tasks) >= self.most_waiting:
                 return False
@@ -7185,7 +7185,7 @@ class Pool:
         return True
 
     def work(self) -> None:
-        """Do tasks until there were none for a while."""
+        """Work on tasks until none has come for a while."""
         bell = threading.Lock()
         bell.acquire()  # it is released to wake this thread, and never otherwise
         while True:
@@ -7218,7 +7218,7 @@ class Pool:
             return True
 
     def stop(self) -> None:
-        """Let the threads end when they have done what waits."""
+        """Let the threads end after the tasks that wait."""
         with self.lock:
             self.stopping = True
             while self.idle:
@@ -9476,16 +9476,16 @@ def end_orphans(client: Client) -> None:
     discard_payloads(client.data)
 
 
-# == 30. Results ==  A payload's files are packed once, for all who ask for them.
+# == 30. Results ==  A payload's files are packed once, for all callers that ask for them.
 
 
-QUICK_PACK = ResultLimits(16 * MIB, 1000)  # a result up to this size is not kept waiting by larger ones
+QUICK_PACK = ResultLimits(16 * MIB, 1000)  # results up to this size do not wait behind larger ones
 
 
 def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: True, limits: ResultLimits | None = None) -> Archive:
-    """Return a payload's work folder as it stands, with its output streams below `.joborch/`, as far as the limits let.
+    """Pack a payload's work folder in its present state, with its output streams below `.joborch/`, within the limits.
 
-    OSError where it cannot be written, GivenUp where it is not `wanted` any more.
+    Raises OSError if it cannot be written, and GivenUp if it is not `wanted` any more.
     """
 
     def fill(packer: ZipPacker) -> None:
@@ -9497,12 +9497,12 @@ def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: 
         except OSError as error:  # the script put a link in its own folder's place, or removed it
             packer.leave_out(f"the payload's folder: {os.strerror(error.errno or 0)}")
 
-    # One time for what has none: the same payload makes the same bytes, so that a transfer can be gone on with.
+    # Entries without a time get a fixed one: the same payload gives the same bytes, so that a transfer can resume.
     return packed(client.data.spool, job.ended_at, fill)
 
 
 def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> None:
-    """Pack a payload's files: its output streams first, so that they are found without a look at all the rest."""
+    """Pack a payload's files, output streams first, so that they are found without reading the rest."""
     work = open_work(folder)
     try:
         if work is not None:
@@ -9518,7 +9518,7 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
         if work is None:
             packer.leave_out("the work folder: the script removed it, or put something else in its place")
         else:
-            whole = job.return_inputs or job.status is not Status.COMPLETED  # of what failed, the inputs are part of the story
+            whole = job.return_inputs or job.status is not Status.COMPLETED  # the inputs of a failed job help to explain the failure
             packer.add_open_folder(work, {} if whole else unchanged_inputs(folder))
     finally:
         if work is not None:
@@ -9535,7 +9535,7 @@ def open_work(folder: int) -> int | None:
 
 
 class Packing:
-    """The archive of a payload, made in a thread of its own for all who ask for it meanwhile.
+    """The archive of a payload. One thread makes it for all callers that ask in the meantime.
 
     That of an ended payload is kept for those who come later. It is given up when nobody waits for it any more.
     """
@@ -9543,7 +9543,7 @@ class Packing:
     def __init__(self, client: Client, job: Job, quick: bool) -> None:
         self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("Exception | None", None)
         self.client, self.job, self.quick = client, job, quick
-        self.passing = job.status not in ENDED  # it shows what the folder was like, and is of no use to those who come later
+        self.passing = job.status not in ENDED  # a snapshot of a running payload, not to be reused
         self.readers, self.until = 0, 0.0  # callers that wait now; until when (monotonic) one who was asked to come again may do so
         self.used_at = client.clock.monotonic()
 
@@ -9570,7 +9570,7 @@ class Packing:
         forget_packings(self.client)
 
     def pack_in_turn(self, place: threading.Semaphore, limits: ResultLimits) -> Archive:
-        """Pack as soon as there is a place for it."""
+        """Pack as soon as a packer is free."""
         while not place.acquire(timeout=0.2):
             if not self.wanted():
                 raise GivenUp("nobody waits for the archive any more")
@@ -9604,7 +9604,7 @@ class Packing:
 
 
 def forget_packings(client: Client) -> None:
-    """Drop packed results that nobody has asked for in a while."""
+    """Drop packed results that no caller has asked for in a while."""
     with client.lock:
         for key, packing in list(client.packings.items()):
             if packing.outdated():
@@ -9643,7 +9643,7 @@ def take_packing(client: Client, job: Job) -> Packing:
 
 
 def is_quick(client: Client, job: Job) -> bool:
-    """Tell whether a payload is packed in a moment."""
+    """Tell whether a payload is small enough to be packed at once."""
     try:
         with opened_folder(client.folder(job), "work") as work:
             return not QUICK_PACK.broken_by(*measure(work, QUICK_PACK, {}))
@@ -9652,14 +9652,14 @@ def is_quick(client: Client, job: Job) -> bool:
 
 
 def not_packed(why: str) -> HttpError:
-    """Return the answer to a caller who comes before the archive is there."""
+    """Return the answer to a caller that asks before the archive is ready."""
     return HttpError(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
 
 
 def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
     """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has.
 
-    HttpError 503 where that is not packed within `patience_s`.
+    Raises HttpError 503 if it is not packed within `patience_s`.
     """
     packing, told = take_packing(client, job), False
     try:
@@ -9681,7 +9681,7 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
 
 
 def inline_archive(client: Client, job: Job) -> dict[str, str]:
-    """Return a small result in base64 with its SHA-256, to save the server a call; nothing if it is not small."""
+    """Return a small result in base64 with its SHA-256, to save the server a call; empty if it is not small."""
     try:
         with opened_folder(client.folder(job)) as folder:
             if not is_small(folder):
@@ -9696,7 +9696,7 @@ def inline_archive(client: Client, job: Job) -> dict[str, str]:
 
 
 def is_small(folder: int) -> bool:
-    """Tell whether a payload left a few small files and nothing else. OSError."""
+    """Tell whether a payload left only a few small files. Raises OSError if its folder cannot be read."""
     size = sum(os.stat(stream, dir_fd=folder, follow_symlinks=False).st_size for stream in OUTPUT_STREAMS)
     with opened_folder(folder, "work", flags=os.O_RDONLY) as work, os.scandir(work) as entries:
         for number, entry in enumerate(entries):

@@ -50,12 +50,12 @@ from joborch import (
     write_atomic,
 )
 
-# == Slurm's words ==  What its commands print is read and judged by pure functions; a state that is not known counts as alive.
+# == Slurm's words ==  Pure functions parse and judge the output of Slurm's commands; an unknown state counts as alive.
 
 # States by squeue(1) and sacct(1). What is in none of these tables counts as running, and is logged once.
 SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 SLURM_RUNS = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what; None: the exit file says it
+SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # the cause and the reason; None: the exit file decides
     "COMPLETED": (None, ""),
     "FAILED": (None, ""),
     "TIMEOUT": (Cause.LIMIT, "Slurm ended it at its time limit"),
@@ -67,12 +67,12 @@ SLURM_ENDS: Mapping[str, tuple[Cause | None, str]] = {  # whose doing, and what;
     "REVOKED": (Cause.INFRASTRUCTURE, "another cluster of the federation took it"),
     "CANCELLED": (Cause.CANCELLED, "it was cancelled in Slurm by somebody else"),
 }
-SLURM_AWAY = re.compile(  # what the commands say where nobody answers, or not for long; all of it may be over in a minute
+SLURM_AWAY = re.compile(  # messages of the commands if Slurm does not answer; all these troubles may be over in a minute
     r"unable to contact|timed out|connection|zero bytes|standby mode|authentication|credential|munge|temporarily|communication|try again"
     r"|configuration source|slurm\.conf|could not resolve",
     re.IGNORECASE,
 )
-SLURM_NEVER = re.compile(  # what sbatch says of figures that no node or partition here can meet
+SLURM_NEVER = re.compile(  # messages of sbatch about requests that no node or partition can satisfy
     r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
     r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
     r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
@@ -83,36 +83,36 @@ SLURM_SIZE_LIMIT = re.compile("(Max|Min).*(PerJob|PerNode)|^(QOS|Assoc)Min")  # 
 SLURM_TWO_MEMORIES = "mutually exclusive"  # of --mem, --mem-per-cpu and --mem-per-gpu
 SLURM_MEMORY = re.compile(r"oom[-_ ]kill|memory limit|out of memory", re.IGNORECASE)
 SLURM_COMMAND_S = 20.0  # with slurmctld gone, the commands would try again for ten minutes
-SLURM_UNSURE_S = 60.0  # where sbatch got no answer, slurmctld may take the job in until then
-SLURM_LINGER_S = 10.0  # so long Slurm may take to end a job whose exit file was written
-SLURM_LOOK_S = 0.3  # while somebody waits for the end of a job that is being cancelled
+SLURM_UNSURE_S = 60.0  # if sbatch got no answer, slurmctld may still accept the job for this long
+SLURM_LINGER_S = 10.0  # how long Slurm may take to finish a job after its exit file was written
+SLURM_LOOK_S = 0.3  # the pause between queries while a job is being cancelled
 SQUEUE_FIELDS = (("JobID", 20), ("State", 20), ("RestartCnt", 10), ("SubmitTime", 24), ("NodeList", 40), ("Reason", 120), ("Name", 120))
 SLURM_OWN_NAMES = re.compile(  # of an allocation that we may run in, or what would make several jobs of one
     "(SQUEUE|SACCT|SCANCEL|SALLOC|SRUN)_|SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SBATCH_(ARRAY_INX|CLUSTERS|WAIT)$"
 )
 # sbatch exports all that is called SLURM_*, its own login included. exec: nobody can read it from the wrapper's /proc either.
 WITHOUT_JWT = '[ -z "$SLURM_JWT" ] || exec env -u SLURM_JWT bash "$0" "$@"\n'
-KILLED_STATUS = 128 + signal.SIGKILL  # of a script that somebody killed: the kernel for want of memory, too
+KILLED_STATUS = 128 + signal.SIGKILL  # of a script that was killed, also by the kernel when memory ran out
 
 
 class SlurmJob(NamedTuple):
-    """What Slurm says of one job."""
+    """One job as Slurm reports it."""
 
     id: str
     state: str
     restarts: int
     submitted: str  # as in 2026-11-26T14:02:00, local time
     reason: str
-    nodes: str = ""  # where it was started; empty where it never was, or where nobody says
+    nodes: str = ""  # where it was started; empty if it never was, or if that is unknown
 
 
 def slurm_name(mark: str) -> str:
-    """Return the name that an attempt bears in Slurm: ids are given out again, names are ours."""
+    """Return an attempt's name in Slurm. Slurm reuses its ids; these names are unique."""
     return f"joborch-{mark}"
 
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
-    """Return what squeue printed by SQUEUE_FIELDS, of our jobs, by name; ValueError for garbage.
+    """Parse squeue's output in the format SQUEUE_FIELDS. Return joborch's jobs by name. Raises ValueError for garbage.
 
     Of several jobs of one name, that which has not ended counts, else the last. A name of somebody's may break its line.
     """
@@ -134,7 +134,7 @@ def parse_squeue(text: str) -> dict[str, SlurmJob]:
 
 
 def parse_sacct(text: str) -> dict[str, SlurmJob]:
-    """Return what `sacct --parsable2` printed by JobIDRaw, State, Submit and JobName, of our jobs, by name; what is garbage is left out."""
+    """Parse `sacct --parsable2` (JobIDRaw, State, Submit, JobName). Return joborch's jobs by name; skip garbage."""
     found: dict[str, SlurmJob] = {}
     for line in text.splitlines():
         cells = line.split("|", 3)
@@ -145,14 +145,14 @@ def parse_sacct(text: str) -> dict[str, SlurmJob]:
 
 
 def keep_slurm_job(found: dict[str, SlurmJob], name: str, job: SlurmJob) -> None:
-    """Take a job in, unless one of this name is known that says more."""
+    """Add a job, unless a more informative one of the same name is known."""
     known = found.get(name)
     if known is None or known.state in SLURM_ENDS:
         found[name] = job
 
 
 def slurm_error(command: str, said: str) -> JoborchError:
-    """Return what the complaint of a command means."""
+    """Return the exception that a command's error message stands for."""
     words = [line for line in said.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if "error" in line.lower()), words[0] if words else "it said nothing")
     text = one_line(re.sub(r"^\w+: (error: |fatal: )?", "", last), 200)
@@ -165,17 +165,17 @@ def slurm_error(command: str, said: str) -> JoborchError:
 
 
 def slurm_waits(job: SlurmJob) -> str:
-    """Return what a job waits for, in Slurm's words; the same as long as nothing changes."""
+    """Return why a job waits, in Slurm's words; constant while nothing changes."""
     reason = job.reason if job.reason not in ("", "None") else "no reason yet"
     return f"Slurm: {job.state.lower()} since {job.submitted[:16].replace('T', ' ')}, {reason} (job {job.id})"
 
 
 def squeue_format() -> str:
-    """Return what squeue is told to print."""
+    """Return squeue's output format."""
     return ",".join(f"{name}:{width}" for name, width in SQUEUE_FIELDS)
 
 
-OWN_SBATCH_OPTIONS = (  # what joborch sets itself, or what it could not follow; all else is the site's to choose
+OWN_SBATCH_OPTIONS = (  # set by joborch, or impossible for it to follow; the site may choose all others
     *("array", "begin", "chdir", "clusters", "cpus-per-task", "dependency", "error", "export", "export-file", "get-user-env", "gid"),
     *("help", "hold", "input", "job-name", "kill-on-invalid-dep", "mem", "open-mode", "output", "parsable", "quiet", "test-only"),
     *("time", "uid", "usage", "version", "wait", "wrap"),
@@ -184,7 +184,7 @@ SHORT_SBATCH_OPTION = re.compile("-([ACGLNnpqwxBS].+|[Oskv])")  # one with its v
 
 
 def read_sbatch_words(text: str) -> tuple[str, ...]:
-    """Return further options for sbatch, split as a shell does; ValueError for what joborch sets itself."""
+    """Return further options for sbatch, split as by a shell. Raises ValueError for options that joborch sets itself."""
     words = tuple(shlex.split(text))
     for word in words:
         if not re.match("--?[a-zA-Z]", word):
@@ -197,17 +197,17 @@ def read_sbatch_words(text: str) -> tuple[str, ...]:
 
 
 def service_options(options: BatchOptions) -> dict[str, str]:
-    """Return what sbatch is told of every job of a service, by option; those that are not set are empty."""
+    """Return the sbatch options for every job of a service; options that are not set are empty."""
     return {name: getattr(options, f"slurm_{name}") for name in ("partition", "account", "qos", "constraint", "gres")}
 
 
 def propagates(options: BatchOptions) -> bool:
-    """Tell whether a site has chosen itself which limits of the login node its jobs get."""
+    """Tell whether the site itself chose which limits of the login node its jobs get."""
     return any(word.startswith("--prop") for word in options.slurm_args)
 
 
 def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
-    """Return what sbatch is told of one attempt. A job's own cpus, memory and timeout go before the settings of its service."""
+    """Return the sbatch options for one attempt. The job's own cpus, memory and timeout override its service's settings."""
     limit_s = job.timeout or options.slurm_time_s
     named = {
         **service_options(options),
@@ -219,7 +219,7 @@ def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
         "output": str(folder / f"slurm.{job.attempt}").replace("%", "%%"),
     }
     # --no-requeue: a lost node ends the attempt, and the server's rule for attempts decides what follows.
-    # --propagate=NONE: else jobs get the limits of the login node (ulimit), CPU time among them (sbatch(1)).
+    # --propagate=NONE: otherwise jobs inherit the login node's limits (ulimit), such as CPU time (sbatch(1)).
     return [
         "--parsable",
         "--export=ALL",
@@ -232,21 +232,21 @@ def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class SlurmTraces:
-    """What is known of an attempt besides Slurm's word."""
+    """What joborch knows about an attempt apart from Slurm's report."""
 
     ended: Outcome | None  # by the exit file
     claimed: bool  # the wrapper has begun
     begun: bool  # and was about to start the script
-    claimed_before: bool  # it had begun before Slurm was asked
+    claimed_before: bool  # it had begun before the last query
     folder: Path
-    again: bool = False  # a second wrapper came, and left
+    again: bool = False  # a second wrapper started, and gave up
     words: str = ""  # the last line that Slurm wrote into the job's own log
-    missed_s: float = 0.0  # for how long the exit file has been waited for
+    missed_s: float = 0.0  # how long joborch has waited for the exit file
     removed: bool = False  # the folder is gone
 
 
 def slurm_outcome(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
-    """Judge an attempt by what Slurm says of it, None where it knows nothing, and by its traces.
+    """Judge an attempt by Slurm's report (None if Slurm does not know it) and by its traces.
 
     What the script's own exit file says is judged before; here it says at most what a script that was told to end did.
     """
@@ -274,7 +274,7 @@ def slurm_outcome(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> 
 
 
 def unseen(traces: SlurmTraces) -> Outcome:
-    """Return the outcome of an attempt of which nothing is seen now: it may have ended, and its exit file is waited for."""
+    """Return the outcome of an attempt that has disappeared: it may be over, so joborch waits for its exit file."""
     return Outcome(True, waits="" if traces.claimed else "Slurm does not show it any more: its traces are waited for")
 
 
@@ -285,7 +285,7 @@ def requeued(job: SlurmJob | None) -> Outcome:
 
 
 def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float) -> Outcome:
-    """Judge an attempt that is over, and whose exit file did not come."""
+    """Judge an attempt that is over, but whose exit file did not appear."""
     waited = f"no exit file was left within {format_duration(grace_s)}"
     if traces.removed:
         return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
@@ -315,7 +315,7 @@ class SlurmExecutor:
     is_batch = True
 
     def __init__(self, data: DataFolder, config: Config) -> None:
-        """ConfigError for a data folder that sbatch would not find again."""
+        """Raises ConfigError if sbatch would not find the data folder again."""
         if "\\" in str(data.path):
             raise ConfigError(f"DATA_PATH is {str(data.path)!r}: Slurm does not keep a backslash; give a folder without")
         self.data, self.config = data, config
@@ -341,7 +341,7 @@ class SlurmExecutor:
 
     def command(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
         """Return what a command of Slurm prints. Raises BackendUnavailable, and for sbatch SubmitRefused or CannotRun."""
-        # By timeout(1): it goes on when we are killed.
+        # timeout(1) still works if joborch is killed.
         limited = with_first_file_limit(["timeout", "-k", "5", f"{SLURM_COMMAND_S:g}", *words])
         try:
             done = subprocess.run(
@@ -365,7 +365,7 @@ class SlurmExecutor:
         return done.stdout.decode("utf-8", "replace")
 
     def away(self, error: BackendUnavailable) -> None:
-        """Note that Slurm does not answer, and ask it less and less often."""
+        """Note that Slurm does not answer; the pause before the next query grows."""
         if self.outage.failed(error):
             log.warning("Slurm: %s", error)
 
@@ -380,7 +380,7 @@ class SlurmExecutor:
         return f"Slurm: {trouble} (since {since})" if trouble else ""
 
     def look(self, max_age_s: float) -> bool:
-        """Ask Slurm about all our jobs at once, unless it was asked a moment ago; True where what is known is no older than that."""
+        """Query all of joborch's jobs at once, unless that was just done. Return True if the data is that recent."""
         with self.lock:
             now = time.monotonic()
             if now - self.looked_at <= max_age_s:
@@ -398,7 +398,7 @@ class SlurmExecutor:
             return True
 
     def ask(self) -> dict[str, SlurmJob]:
-        """Return what Slurm knows of our jobs, by name: by one squeue, and one sacct where some of them have left its memory."""
+        """Return joborch's jobs in Slurm by name: from one squeue, and one sacct if squeue no longer knows some of them."""
         said = self.command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={squeue_format()}")
         try:
             known = parse_squeue(said)
@@ -410,7 +410,7 @@ class SlurmExecutor:
         return known
 
     def accounted(self, ids: Sequence[str]) -> dict[str, SlurmJob]:
-        """Return what the accounting knows of these jobs, by name; nothing where there is none."""
+        """Return these jobs by name from Slurm's accounting; empty if there is no accounting."""
         try:
             fields = "--format=JobIDRaw,State,Submit,JobName"
             return parse_sacct(self.command("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", fields))
@@ -461,16 +461,16 @@ class SlurmExecutor:
             if known is not None or read_claim(self.data.job(job.mark), job.attempt) is not None:
                 handles[job.mark] = known.id if known else "0"
             elif time.monotonic() - self.unsure.get(job.mark, float("-inf")) < SLURM_UNSURE_S:
-                handles[job.mark] = ""  # slurmctld may take it in yet
+                handles[job.mark] = ""  # slurmctld may still accept it
         missing = {job.mark for job in jobs} - set(handles)
-        under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash cut off
+        under_way = missing & marked_below(self.data.jobs) if missing else set()  # an sbatch that a crash interrupted
         return {**handles, **dict.fromkeys(under_way, "")}
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
         outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
         unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
-        if unclear or self.outage.reason or self.leaving:  # else nobody would notice that Slurm is back
+        if unclear or self.outage.reason or self.leaving:  # otherwise joborch would not notice that Slurm is back
             self.look(self.config.batch_interval_s)
             self.end_what_lingers()
         claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
@@ -487,7 +487,7 @@ class SlurmExecutor:
         return {**cast("dict[int, Outcome]", outcomes), **judged}
 
     def end_what_lingers(self) -> None:
-        """End what Slurm still has, a while after its exit file was seen: the script wrote that itself, or Slurm would run it again."""
+        """Cancel jobs that Slurm still has a while after their exit file: the script wrote that file itself, or Slurm would rerun it."""
         looked = {mark for mark, seen in list(self.leaving.items()) if seen + SLURM_LINGER_S < self.looked_at}
         active = [mark for mark in looked if self.known.get(slurm_name(mark), SlurmJob("", "COMPLETED", 0, "", "")).state not in SLURM_ENDS]
         if active:
@@ -497,7 +497,7 @@ class SlurmExecutor:
             self.leaving.pop(mark, None)
 
     def forget(self, jobs: Iterable[Job]) -> None:
-        """Let go of what is known of attempts that have ended."""
+        """Forget attempts that are over."""
         tables: tuple[dict[str, Any], ...] = (self.watched, self.handed_at, self.unsure, self.missed)
         for job in jobs:
             for table in tables:
@@ -519,7 +519,7 @@ class SlurmExecutor:
         return slurm_outcome(known, traces, self.config.vanish_grace_s)
 
     def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
-        """Return the traces with what an attempt that is over may have left; of one that is alive nobody needs to look for it."""
+        """Return the traces, with the log and exit file of an attempt that is over; a live attempt needs no such look."""
         now, folder = time.monotonic(), traces.folder
         with contextlib.suppress(OSError):
             os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
@@ -528,17 +528,17 @@ class SlurmExecutor:
         return dataclasses.replace(traces, again=again, words=words, missed_s=missed_s, removed=not folder.is_dir())
 
     def fence(self, job: Job) -> bool:
-        """Take the claim of an attempt. True where it had not begun, and so never will, whatever Slurm does."""
+        """Take the claim of an attempt. Return True if it had not begun: then it never will, whatever Slurm does."""
         try:
             os.close(os.open(self.data.job(job.mark) / f"started.{job.attempt}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             return True
         except FileNotFoundError:
-            return True  # where its folder is gone, the wrapper ends before it begins
+            return True  # without its folder, the wrapper exits before it begins
         except OSError:
             return False
 
     def scancel(self, marks: Sequence[str]) -> None:
-        """Ask Slurm to end attempts, by name: a stranger's job that has one of our old ids is never met."""
+        """Ask Slurm to cancel attempts by name: another user's job may have got an old id, but never the name."""
         for at in range(0, len(marks), 100):
             names = ",".join(map(slurm_name, marks[at : at + 100]))
             try:
@@ -559,14 +559,14 @@ class SlurmExecutor:
         self.forget([job])
 
     def is_over(self, job: Job, asked: float) -> bool:
-        """Tell whether Slurm has said, after `asked` (monotonic), that nothing of an attempt runs any more."""
+        """Tell whether a query after `asked` (monotonic) showed that no process of an attempt runs any more."""
         if not self.look(SLURM_LOOK_S) or self.looked_at < asked:
             return False
         known = self.known.get(slurm_name(job.mark))
         return known is None or known.state in SLURM_ENDS
 
     def collect(self, job: Job) -> None:
-        """The folder is on a file system that the nodes share: the outputs are there."""
+        """Do nothing: the nodes share the folder's file system, so the outputs are there already."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         self.scancel(marks)
@@ -587,7 +587,7 @@ class SlurmExecutor:
         yield Finding(True, f"Slurm's accounting is {'on' if self.accounting else 'off: what Slurm has forgotten is judged by exit files'}")
 
     def examine_service(self, service: str) -> Finding:
-        """Ask whether sbatch would take a job of a service; none is submitted."""
+        """Ask sbatch whether it would accept a job of a service, without submitting one."""
         name = f"jobs of {service}" if service else "jobs"
         wishes = self.config.batch_options(service)
         options = {key: value for key, value in service_options(wishes).items() if value}
