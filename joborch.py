@@ -105,7 +105,7 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 
 __version__ = "0.2.0"
 
-# == 1. Vocabulary ==  Every word and number that several sections share, each with its unit in its name.
+# == 1. Vocabulary ==  Constants, exceptions and small functions that several sections share. Numbers have their unit in their name.
 
 CHUNK_BYTES = 1 << 20
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -114,57 +114,57 @@ PARTS_LIMIT = 20_000  # parts of a form
 PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
 WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
-EVENTS_WAIT_S = 10.0  # a long poll of a client: a client that hangs is noticed 10 s after it should have answered
-EVENTS_SETTLE_S = 0.03  # a payload that only started is reported this much later: short ones have ended by then
+EVENTS_WAIT_S = 10.0  # of a long poll at a client: one that hangs is noticed 10 s after this
+EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are over by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
-HELLO_TIMEOUT_S = 10.0  # for the answers by which a client proves itself
-KILL_TIMEOUT_S = 10.0  # for the answer of a client that is asked to end a payload, and does not wait for that
-NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only noted it
-TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer; then the server tries it this often
-FOREIGN_PATIENCE_S = 3600.0  # where one of ours answered, another's answers count after so long: a site may have put a 2.2 client there
+HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identity
+KILL_TIMEOUT_S = 10.0  # for a client's answer to a kill request; the kill itself may take longer
+NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only accepted the request
+TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer, and the pause between later tries
+FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then a 2.2 client may have come
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
-SILENT_AFTER_S = 15.0  # a client that has not answered for this long: its jobs are Unknown
-CHECK_PATIENCE_S = 0.5  # so long a start is held up by the check of the database; the rest is done in the background
-RESTORE_ID_GAP = 1_000_000  # ids that are skipped after a restore: they may have been given out since the backup
-HEARTBEAT_S = 60.0  # after another boot, steady time goes on from a note that is no older than this
-SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is brought to the disk
-CLOCK_TOLERANCE_S = 5.0  # by so much two clocks may differ before doctor says so
-TRY_AGAIN_S = 1.0  # what was refused is not tried again before, whoever comes meanwhile
-FIND_AGAIN_S = 2.0  # so long a payload that was not taken, or of which nobody could tell, is left alone
-COME_AGAIN_S = 5  # Retry-After for who finds no place to wait
-BATCH_SLOTS = 100  # jobs that a batch system is given at once, unless JOBORCH_SLOTS says otherwise
-DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else a stranger could take the one that `localhost` means first
+SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
+CHECK_PATIENCE_S = 0.5  # how long a start waits for the database check, which then goes on in the background
+RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
+HEARTBEAT_S = 60.0  # how often steady time is saved: after a reboot it continues from the last saved value
+SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is written to the disk
+CLOCK_TOLERANCE_S = 5.0  # doctor reports clocks that differ by more
+TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again, whoever asks
+FIND_AGAIN_S = 2.0  # wait before retrying a payload that the batch system rejected or could not report on
+COME_AGAIN_S = 5  # Retry-After if too many callers wait
+BATCH_SLOTS = 100  # jobs that a batch system gets at once, unless JOBORCH_SLOTS is set
+DEFAULT_HOSTS = "127.0.0.1,::1"  # both: otherwise another user could listen on the one that `localhost` resolves to first
 BACKLOG = 1024  # connections that wait to be accepted
-WAITER_PLACES = 32  # callers that wait in `?wait=` at once
-ANYONES_BODY_BYTES = 16 * KIB  # of a request that needs no token: more of it would be kept for a stranger
+WAITER_PLACES = 32  # callers that may wait in `?wait=` at once
+ANYONES_BODY_BYTES = 16 * KIB  # limit for requests without a token: strangers must not fill the memory
 MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
-UNREADABLE_LIMIT = 20  # files of one archive that a disk does not give; more of them, and the disk is at fault
-PACK_PATIENCE_S = 20.0  # so long a caller waits for a result to be packed
-PACK_GLANCE_S = 0.5  # a joborch server waits only this long for it: it goes on with other results and asks again
-PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing goes on for a caller who was asked to come again: a result; a folder in use
-PACK_ASKED_MOST = 1000  # times that a client is asked for a result that it packs, before its job is Unknown: more than an hour
-PACK_READERS, PACK_QUEUE = 4, 16  # callers that wait for large results at once; results that are packed, or wait for that
+UNREADABLE_LIMIT = 20  # unreadable files that an archive may leave out; if there are more, the disk is at fault
+PACK_PATIENCE_S = 20.0  # how long a caller waits for a result to be packed
+PACK_GLANCE_S = 0.5  # how long a joborch server waits for it: it fetches other results and asks again
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing goes on until a caller asks again: a result; a folder in use
+PACK_ASKED_MOST = 1000  # requests for a result that is still being packed before its job becomes Unknown: over an hour
+PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
 PACKERS = 2  # large results that are packed at once
-QUICK_MEASURE_FILES = 2000  # a work folder of so many files is measured at once, a larger one in a thread of its own
-PACKED_KEPT_S = 600.0  # so long a packed result is kept for who comes again
-LEFT_OUT_LINES = 1000  # of .joborch/left-out.txt
-WALK_DESCRIPTORS = 64  # folders that a walk keeps open on its way down
-PACKING_HEADER = "X_Joborch_Packing"  # of a client's 503: the result is being packed, nothing is wrong
-DIRECTORY_LIMIT_BYTES = 32 * MIB  # of a ZIP's directory, that is looked through for an output stream
-RESERVE_BYTES = 4 * MIB  # of the data folder's disk, for the database when the disk is full
-INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # results that travel with the news of their end
-LOG_PART_BYTES = 1 * MIB  # the most of an output stream that one answer holds
-EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # payloads, and bytes of JSON, that one answer of /events holds at most
-EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that wait at once
+QUICK_MEASURE_FILES = 2000  # work folders with up to this many files are measured directly, larger ones in a thread
+PACKED_KEPT_S = 600.0  # how long a packed result is kept for repeated requests
+LEFT_OUT_LINES = 1000  # at most, in .joborch/left-out.txt
+WALK_DESCRIPTORS = 64  # folders that a walk keeps open at once
+PACKING_HEADER = "X_Joborch_Packing"  # in a client's 503: the result is being packed, nothing is wrong
+DIRECTORY_LIMIT_BYTES = 32 * MIB  # limit for a ZIP's directory that is searched for an output stream
+RESERVE_BYTES = 4 * MIB  # kept free for the database on the data folder's disk
+INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # limits for results that are sent along with the report of their end
+LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
+EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # limits for one answer of /events: payloads, and bytes of JSON
+EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that may wait at once
 WORKER_THREADS = 4
 SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
 DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
 OUTPUT_STREAMS = ("stdout", "stderr")
-OURS_HEADER = "X-Joborch"  # in each of our answers: a gateway between server and client has none
+OURS_HEADER = "X-Joborch"  # in every answer of joborch; a gateway's own answers lack it
 NONCE_HEADER, MAC_HEADER = "X-Joborch-Nonce", "X-Joborch-Mac"  # a client's new nonce; the proof of an answer
-DIGESTS_FIELD = ".joborch-digests"  # our server's last field of a submit: the SHA-256 of each file before it
+DIGESTS_FIELD = ".joborch-digests"  # the last field of a joborch server's submit: the SHA-256 of each file before it
 
 log = logging.getLogger("joborch")
 T = TypeVar("T")
@@ -176,47 +176,47 @@ class JoborchError(Exception):
 
 
 class ConfigError(JoborchError):
-    """A setting that cannot be used; the program stops with exit status 2."""
+    """A setting is invalid; the program stops with exit status 2."""
 
 
 class StorageError(JoborchError):
-    """The database or the disk cannot be written now; callers get 503 and try again."""
+    """The database or the disk cannot be written now; callers get a 503 and should try again."""
 
 
 class IllegalMove(JoborchError):
-    """A status change that the table of legal moves does not list: a fault of the program."""
+    """A status change is not in the table of legal moves: a bug in joborch."""
 
 
 class NothingSent(JoborchError):
-    """The client surely has nothing of the job: it may be sent again, to anybody."""
+    """The client certainly received nothing of the job, so it may be sent again, to any client."""
 
 
 class Refused(NothingSent):
-    """The client answers, and takes no job now: it is full, or wants another token."""
+    """The client answers, but accepts no job now: it is full, or expects another token."""
 
 
 class NoAnswer(JoborchError):
-    """Bytes went out and no answer came: nobody knows whether the client has the job."""
+    """Bytes were sent and no answer came: it is unknown whether the client has the job."""
 
 
 class NotPacked(NoAnswer):
-    """The client is still packing the result: nothing is wrong, it is asked again."""
+    """The client is still packing the result. Nothing is wrong; the server asks again."""
 
 
 class BadAnswer(NoAnswer):
-    """An answer came, but not one to what was asked: it says nothing of the other jobs there."""
+    """An answer came that does not fit the question. It says nothing about the other jobs at that client."""
 
 
 class ResultTooLarge(JoborchError):
-    """A result is over a limit, and will be at every further try; the text says which."""
+    """A result exceeds a limit, so trying again will not help; the text names the limit."""
 
 
 class GivenUp(JoborchError):
-    """Nobody waits any more for what is being packed."""
+    """Packing was stopped because nobody waits for the result any more."""
 
 
 class InputsChanged(JoborchError):
-    """The files of a job are not those that were uploaded; what went out of them is no complete request."""
+    """A job's files differ from those that were uploaded; the request that was sending them is left incomplete."""
 
 
 class Rejected(JoborchError):
@@ -224,35 +224,35 @@ class Rejected(JoborchError):
 
 
 class Gone(JoborchError):
-    """The client answers, and does not know the payload."""
+    """The client answers, but does not know the payload."""
 
 
 class UnknownJob(JoborchError):
-    """A job to follow that is not there, or not this user's."""
+    """The job to wait for does not exist, or belongs to another user."""
 
 
 class QueueFull(JoborchError):
-    """A user has as many jobs queued as one may have."""
+    """The user already has the largest number of queued jobs that is allowed."""
 
 
 class StillRunning(JoborchError):
-    """Something of a payload runs on although it was told to end."""
+    """Some process of a payload still runs after the kill."""
 
 
 class BackendUnavailable(JoborchError):
-    """What runs payloads does not answer. Nothing has failed: it is asked again, and first whether a start got through."""
+    """The batch system does not answer. No job has failed: before a start is repeated, joborch asks whether it got through."""
 
 
 class SubmitRefused(BackendUnavailable):
-    """What runs payloads answers, and takes none of this service now; the text says why."""
+    """The batch system answers, but accepts no payload of this service now; the text says why."""
 
 
 class CannotRun(JoborchError):
-    """What runs payloads will never take this one; the text says why."""
+    """The executor will never accept this payload; the text says why."""
 
 
 class HttpError(JoborchError):
-    """An answer that is an error: status code, message, and the field it is about."""
+    """An error answer: status code, message, and the field that it is about."""
 
     def __init__(self, status: int, message: str, field: str = "", **headers: str) -> None:
         super().__init__(message)
@@ -261,14 +261,14 @@ class HttpError(JoborchError):
 
 
 class Finding(NamedTuple):
-    """What `joborch doctor` found: all is well (True), it works for now (None), or it does not (False), with the remedy."""
+    """One finding of `joborch doctor`: fine (True), works for now (None) or broken (False), and a text with the remedy."""
 
     good: bool | None
     text: str
 
 
 class Clock:
-    """Wall time (seconds since 1970) to show, monotonic time (seconds) to measure; tests pass another."""
+    """Wall time (seconds since 1970) for display, monotonic time (seconds) for durations. Tests pass their own clock."""
 
     def wall(self) -> float:
         return time.time()
@@ -277,13 +277,13 @@ class Clock:
         return time.monotonic()
 
     def boot(self) -> tuple[str, float]:
-        """Return which boot of the machine this is (random(4)), and the seconds since it began, sleep included."""
+        """Return the id of this boot (random(4)), and the seconds since it began, including sleep."""
         return kernel_boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @functools.lru_cache(maxsize=1)
 def kernel_boot_id() -> str:
-    """Return what tells this boot of the machine from every other (random(4))."""
+    """Return the unique id of this boot of the machine (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
@@ -292,7 +292,7 @@ crash_passes: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
-    """Mark a point between two writes, where a test lets the process die as by SIGKILL; nothing happens otherwise."""
+    """Mark a point between two writes where a test can kill the process with SIGKILL. Does nothing outside tests."""
     if CRASH_AT:
         crash_passes[name] += 1
         wanted, _, number = CRASH_AT.partition(":")
@@ -308,7 +308,7 @@ def backoff_s(failures: int) -> float:
 
 @dataclass
 class Backoff:
-    """Something that failed and is left alone for a while, longer with each failure in a row: why, since when, and until when."""
+    """A pause after failures, longer after each failure in a row. It knows why it waits, since when, and until when."""
 
     clock: Clock
     reason: str = ""
@@ -317,7 +317,7 @@ class Backoff:
     until: float = float("-inf")  # monotonic
 
     def failed(self, reason: object, pause_s: float | None = None) -> bool:
-        """Count a failure, and wait `pause_s`, or as backoff_s says; return whether the reason is news."""
+        """Count a failure and start a pause of `pause_s`, or of backoff_s() by default. Return whether the reason is new."""
         before, self.reason = self.reason, str(reason)
         self.since = self.since if self.failures else self.clock.wall()
         self.failures += 1
@@ -325,11 +325,11 @@ class Backoff:
         return self.reason != before
 
     def worked(self) -> None:
-        """Forget the failures: it works again."""
+        """Forget the failures, because it works again."""
         self.reason, self.failures, self.until = "", 0, float("-inf")
 
     def waits(self) -> bool:
-        """Tell whether it is to be left alone now."""
+        """Tell whether the pause still lasts."""
         return self.clock.monotonic() < self.until
 
 
@@ -370,7 +370,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return what a JSON text of somebody else says; ValueError if it is none, names NaN or Infinity, or is nested to confuse."""
+    """Parse JSON from an untrusted source. Raises ValueError if it is invalid, has NaN or Infinity, or is nested too deeply."""
     try:
         return json.loads(text, parse_constant=refuse_constant, parse_int=read_integer)
     except RecursionError as error:
@@ -378,19 +378,19 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """Refuse what Python takes for a number and JSON does not: NaN, Infinity, -Infinity."""
+    """Refuse NaN, Infinity and -Infinity, which Python's parser accepts although JSON has no such numbers."""
     raise ValueError(f"{name} is no number")
 
 
 def read_integer(text: str) -> int:
-    """Return a whole number of a JSON text. Python before 3.10.7 takes hours for one of a million digits."""
+    """Parse an integer of a JSON text, of at most 40 digits: Python before 3.10.7 takes hours for a million digits."""
     if len(text) > 40:
         raise ValueError("a number has too many digits")
     return int(text)
 
 
 def host_of(url: str) -> tuple[str, str]:
-    """Return (host with port, host name) of a URL; empty texts where it is none."""
+    """Return (host with port, host name) of a URL; both are empty if it is not a URL."""
     try:
         parts = urlsplit(url)
         return parts.netloc, parts.hostname or ""
@@ -406,7 +406,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-PLUGINS = {  # an executor of somebody else is named the same way: JOBORCH_EXECUTOR=package.module:Class
+PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTOR=package.module:Class
     "slurm": "joborch_plugins.slurm:SlurmExecutor",
     "dirac": "joborch_plugins.dirac:DiracExecutor",
     "documents": "joborch_plugins.documents",
@@ -437,13 +437,13 @@ def new_uuid() -> str:
 
 
 def own_file(name: str) -> bytes:
-    """Return a file from beside this module: in joborch.pyz, its copy in the cache, or a folder. Raises OSError if there is none."""
+    """Return the content of a file next to this module, also inside joborch.pyz. Raises OSError if it does not exist."""
     loader: Any = __loader__  # type: ignore[name-defined]
     return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), name)))
 
 
 def load_plugin(reference: str) -> Any:
-    """Import what `package.module` or `package.module:Name` names, or what PLUGINS names by a short word; ImportError, AttributeError."""
+    """Import `package.module` or `package.module:Name`, or a short name in PLUGINS. Raises ImportError or AttributeError."""
     module, _, name = PLUGINS.get(reference, reference).partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
@@ -6446,21 +6446,21 @@ DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients on behalf of callers that are under way at once
 
 
-# == 22. Links ==  How the server reaches a client: every call has time-outs, and says what the client can have got.
+# == 22. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
 
 
 def token_place(config: Config) -> Path | None:
-    """Return where a client keeps the token that it made: as JOBORCH_TOKEN_FILE says, else in its user's home; None without either."""
+    """Return the file of the token that a client made: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
     return Path(config.token_file) if config.token_file else client_token_file()
 
 
 def token_remedy(config: Config) -> str:
-    """Return what to do where a client's token cannot be kept in the usual place."""
+    """Return what to do if a client's token cannot be kept in the usual place."""
     return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
 
 
 def said_status(text: bytes) -> str | None:
-    """Return the status in a client's answer about a payload, or None where it says none."""
+    """Return the status in a client's answer about a payload, or None if there is none."""
     try:
         said = parse_json(text)
     except ValueError:
@@ -6469,57 +6469,57 @@ def said_status(text: bytes) -> str | None:
 
 
 class Link:
-    """One client, as the server sees it: how to call it, whether it answers, and what it has to be fetched."""
+    """One client as the server sees it: how to call it, whether it answers, and which results wait there."""
 
     def __init__(self, address: Address, data: DataFolder, clock: Clock, ca_file: str = "") -> None:
         self.address, self.data, self.clock, self.ca_file, self.name = address, data, clock, ca_file, address.name
         self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
-        self.sessions: dict[str, Session | None] = {}  # by token; None: it is called without proof
-        self.opening, self.outdated = threading.Lock(), False  # outdated: it runs joborch 0.1.0, which cannot prove who it is
+        self.sessions: dict[str, Session | None] = {}  # by token; None: calls carry no proof
+        self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
         self.connections, self.lock, self.one_at_a_time = Connections(), threading.Lock(), threading.Lock()
-        self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as it says of itself; memory in MiB, load in percent
-        self.job_slots = False  # a slot there takes a job, however many cores that needs
-        self.notes: dict[int, str] = {}  # by job id: what a payload there waits for, as the client says
-        self.ours = False  # it has answered as ours do
+        self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as the client reports; MiB, percent
+        self.job_slots = False  # a job takes one slot there, whatever its number of cores
+        self.notes: dict[int, str] = {}  # by job id: what a payload waits for, as the client reports
+        self.ours = False  # an answer had the joborch header
         self.legacy = not address.base_url  # a 2.2 client, which has no /events
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
-        self.drained = False  # somebody asked that it gets no more jobs
-        self.probing = False  # after a failure it gets one job at a time, until it has taken one
-        self.outage = Backoff(clock)  # of calls that failed
-        self.answers = True  # it has answered since it failed last
-        self.problem = ""  # why it takes no payload now, as it says itself
-        self.try_at = float("inf")  # monotonic: it is tried then, though it is held back, since a job of its is to be ended
+        self.drained = False  # an operator stopped new jobs for it
+        self.probing = False  # after a failure it gets one job at a time until it accepts one
+        self.outage = Backoff(clock)  # after failed calls
+        self.answers = True  # it has answered since its last failure
+        self.problem = ""  # why it accepts no payload now, as the client reports
+        self.try_at = float("inf")  # monotonic: when to call it despite the back-off, because a kill was requested
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
-        self.refusal = Backoff(clock)  # of submits that it answered, and did not take
+        self.refusal = Backoff(clock)  # after submits that it refused
         self.instance, self.since = "", 0
-        self.start, self.copy_of = "", ""  # this start of its process; the name of another client, whose data folder it has a copy of
-        self.instance_at = self.start_at = float("-inf")  # monotonic: since when these two are known
-        self.met = False  # whether its instance has been compared with those of the others
-        self.relist, self.undecided = False, False  # all it has is to be asked again: now, or when another client has told what it has
+        self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
+        self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
+        self.met = False  # its instance has been compared with those of the other clients
+        self.relist, self.undecided = False, False  # ask for its whole list again: now, or after another client has sent its list
         self.ended: dict[int, EndReport] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
-        self.confirmed_ids: list[str] = []  # payload ids whose results are safe here, to be confirmed: see confirm
-        self.listed: set[int] | None = None  # job ids that a first contact has named so far; None if none is under way
-        self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: it is not complained of before
-        self.callers = WaiterLimit(CALLS_A_CLIENT)  # places for calls on behalf of callers
+        self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
+        self.listed: set[int] | None = None  # job ids that a first contact has listed so far; None if none is under way
+        self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: no warning about its answers before then
+        self.callers = WaiterLimit(CALLS_A_CLIENT)  # limits calls on behalf of HTTP callers
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
-        self.outbox: deque[Job] = deque()  # claimed for it, until a sender takes them
-        self.sending: set[int] = set()  # job ids that a sender holds, from before the claim until it is written down what came of it
-        self.accepted: dict[str, str] = {}  # payload ids by mark, until they are written down
-        self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that were given up, and run here all the same
-        self.may_have_pinned = True  # jobs that a lost answer, or a crash while they were sent, ties to this client
-        self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that are pinned here by a lost answer
+        self.outbox: deque[Job] = deque()  # claimed for it, and not yet taken by a sender
+        self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
+        self.accepted: dict[str, str] = {}  # payload ids by mark, until they are stored
+        self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server gave up, but that still run here
+        self.may_have_pinned = True  # some jobs may be tied to this client by a lost answer, or by a crash during their submit
+        self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
 
     def turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Return what a 2.2 client's calls take turns by: it may number from 1 again, so none may overtake a submit."""
+        """Return the lock for calls to a 2.2 client, which may restart its ids from 1: no call may overtake a submit."""
         return self.one_at_a_time if self.legacy else contextlib.nullcontext()
 
     def token(self, service: str | None = None) -> str:
-        """Return the token that this client must have: a service's own, else the one that a client of this user made here.
+        """Return the token that this client must have: the service's own, or else the one that this user's client made.
 
-        Without the name of one of its services it is that of any of them. The file is for this machine alone.
+        Without a service name, any service's token will do. The token file is only used for a client on this machine.
         """
         token = self.set_token(service)
         path = client_token_file() if self.on_loopback and not token else None
@@ -6529,34 +6529,34 @@ class Link:
             return ""
 
     def set_token(self, service: str | None) -> str:
-        """Return the token that is set for a service; without the name of one of its services, for any of them."""
+        """Return the token that is set for a service, or for any of its services if the name is not one of them."""
         set_ones = self.set_tokens()
         return set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
 
     def set_tokens(self) -> dict[str | None, str]:
-        """Return the tokens that are set, by service; empty texts where there is none."""
+        """Return the token of each service; empty if none is set."""
         return {service.name: service.token for service in self.services}
 
     def may_be_22(self) -> bool:
-        """Tell whether all its services say that this may be a 2.2 client, which cannot prove who it is."""
+        """Tell whether all its services allow a 2.2 client, which cannot prove who it is."""
         return bool(self.services) and all(service.peer == "2.2" for service in self.services)
 
     def remedy(self, setting: str, lacking: Callable[[Service], bool]) -> str:
-        """Return the full name of a setting for a service that lacks it."""
+        """Return the full name of a setting for the first service that lacks it."""
         name = next((service.name.upper() for service in self.services if lacking(service)), "<NAME>")
         return f"SERVICE_{name}_{setting}"
 
     @property
     def client(self) -> str:
-        """What tells the client here from every other, however many URLs it has: its instance; its name as long as that is all we know."""
+        """What identifies the client, however many URLs it has: its instance, or its name until the instance is known."""
         return self.name if self.legacy or self.copy_of or not self.instance else f"instance {self.instance}"
 
     def is_heard(self) -> bool:
-        """Tell whether it was heard, and has not failed since."""
+        """Tell whether it has answered, and has not failed since."""
         return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
-        """Tell whether nothing more can be learnt by waiting for the list of what it has."""
+        """Tell whether its list of payloads is complete, or waiting would not complete it."""
         if self.legacy or not self.is_heard():
             return self.legacy or self.silent_s() > SILENT_AFTER_S
         return self.since > 0 and self.listed is None
@@ -6564,14 +6564,14 @@ class Link:
     # -- health --
 
     def held(self) -> bool:
-        """Tell whether the client is held back after a failure, or was never heard."""
+        """Tell whether the client has never answered, or is held back after a failure."""
         return self.heard_at is None or self.outage.waits()
 
     def heard(self) -> None:
-        """Note that the client answered: what waits for it is due again at once."""
+        """Note that the client answered: whatever waits for it is due at once."""
         if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
-            with self.lock:  # what is due again is tried at once when its peer is heard of
+            with self.lock:  # no retry waits longer now that the client is back
                 self.resend_due.clear()
                 self.kill_due.clear()
                 for found in self.ended.values():
@@ -6581,7 +6581,7 @@ class Link:
         self.answers, self.try_at = True, float("inf")
 
     def failed(self, error: object) -> None:
-        """Hold the client back, longer with each failure in a row; calls that fail while it is held back are the same failure."""
+        """Hold the client back, longer after each failure in a row. Calls that fail in the meantime count as the same failure."""
         text = one_line(str(error))
         if text != self.outage.reason:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
@@ -6594,7 +6594,7 @@ class Link:
             self.outage.failed(text)
 
     def probe(self) -> bool:
-        """Ask a client that failed whether it answers again, by a question that no job hangs on; return whether it does."""
+        """Ask a client that failed whether it answers again, with a call that affects no job. Return whether it does."""
         try:
             if self.legacy:
                 self.ping()
@@ -6602,36 +6602,36 @@ class Link:
                 self.events(0, ())
             self.answers = True
         except Gone as error:
-            log.debug("client %s: %s", self.name, error)  # get_tick learns by this that it is a 2.2 client
+            log.debug("client %s: %s", self.name, error)  # it is a 2.2 client: get_tick finds that out, too
         except (NothingSent, NoAnswer) as error:
             self.failed(error)
         return self.answers
 
     def refused(self, error: object) -> None:
-        """Send it nothing for a while, longer with each refusal in a row: it answers, and takes no jobs."""
+        """Send it nothing for a while, longer after each refusal in a row: it answers, but accepts no jobs."""
         self.refusal.failed(one_line(str(error)))
         self.probing = True
 
     def took_one(self) -> None:
-        """Note that it accepted a job: it is as good as any other again."""
+        """Note that it accepted a job: earlier failures no longer count."""
         self.heard()
         self.refusal.worked()
         self.probing = False
 
     def takes_jobs(self) -> bool:
-        """Tell whether a new job may be sent now: only to a client that has answered since its last failure."""
+        """Tell whether it may get a new job now. It must have answered since its last failure."""
         return not self.drained and not self.copy_of and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
-        """Tell whether anything may be sent now: it is not held back, and has not refused a moment ago."""
+        """Tell whether anything may be sent now: it is not held back after a failure or a refusal."""
         return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
-        """Tell whether a job that is claimed for it now would be sent at once."""
+        """Tell whether a job claimed for it now would be sent at once."""
         return len(self.sending) < (1 if self.probing else SENDERS_PER_CLIENT)
 
     def why_not(self) -> str:
-        """Return why it gets no jobs now, as the end of a sentence; an empty text where it does."""
+        """Return why it gets no jobs now, as the end of a sentence; empty if it gets jobs."""
         if self.drained:
             return "is drained: somebody asked that it gets no more jobs"
         if self.copy_of:
@@ -6646,14 +6646,14 @@ class Link:
         return self.clock.monotonic() - self.silent_since
 
     def reports(self) -> list[EndReport]:
-        """Return the payloads that have ended here, and wait to be settled."""
+        """Return the payloads that are over here, and whose results are still to be collected."""
         with self.lock:
             return list(self.ended.values())
 
     def capacity(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> ClientCapacity:
-        """Return it as the scheduler sees it, given what its jobs ask for together; what waits to be fetched runs no more.
+        """Return its capacity for the scheduler, given the sums of cores, memory (MiB) and jobs that it has.
 
-        `others` are other URLs of the same client, whose jobs are counted in.
+        Payloads that are over, and wait to be fetched, take none. `others` are further URLs of the same client: their jobs count, too.
         """
         ended = [found for link in (self, *others) for found in link.reports()]
         free = self.slots - (jobs if self.job_slots else cpus)
@@ -6667,12 +6667,12 @@ class Link:
     # -- what its words may fill --
 
     def confirm(self, payload_id: str | None) -> None:
-        """Have the next polls tell the client that it need not keep a result. What does not fit comes again at a first contact."""
+        """Let the next poll tell the client that it need not keep a result. What does not fit comes up again at a first contact."""
         if payload_id and len(self.confirmed_ids) < SETTLED_LIMIT:
             self.confirmed_ids.append(payload_id)
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
-        """Log what is odd about its words, a line a minute: a client that always lies must not fill the log."""
+        """Log what is odd about its answers, at most once a minute: a faulty client must not fill the log."""
         if time.monotonic() >= self.quiet_until:
             self.quiet_until = time.monotonic() + 60
             log.log(level, "client %s %s", self.name, text)
@@ -6680,9 +6680,9 @@ class Link:
     # -- proof --
 
     def look(self, made: socket.socket) -> None:
-        """Refuse a connection that has reached another user of this machine, before its first byte.
+        """Raise NothingSent if a connection has reached another user of this machine, before the first byte is sent.
 
-        With tokens that are set for all its services he may hold them too: then he has to prove it. A 2.2 client cannot.
+        If all its services have a token, the other user may know them, and has to prove it. A 2.2 client cannot.
         """
         try:
             port = made.getpeername()[1]
@@ -6703,9 +6703,9 @@ class Link:
         )
 
     def session(self, service: str | None, patience_s: float = HELLO_TIMEOUT_S) -> Session | None:
-        """Return what proves calls for a service to this client, None where it is called without; NothingSent where neither is possible.
+        """Return the session that proves calls for a service to this client; None if calls need no proof.
 
-        Without the name of one of its services, any of their tokens will do.
+        Without a service name, any service's token will do. Raises NothingSent if the client can be called neither way.
         """
         if self.legacy and not self.may_be_22():
             raise NothingSent(self.no_joborch("it has no common base URL"))
@@ -6713,7 +6713,7 @@ class Link:
         trouble: NothingSent | None = None
         with self.opening:
             tokens = list(dict.fromkeys(map(self.token, names)))
-            known = dict(self.sessions)  # a call that fails meanwhile clears the table
+            known = dict(self.sessions)  # a copy, because a failed call clears the table
             for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in known):
                 try:
                     if token not in known:
@@ -6721,14 +6721,14 @@ class Link:
                     return known[token]
                 except NothingSent as error:
                     trouble = trouble or error
-                except NoAnswer as error:  # to a call that matters to nobody
+                except NoAnswer as error:  # /hello changes nothing, so a lost answer is harmless
                     trouble = trouble or NothingSent(str(error))
         if trouble is not None:
             raise trouble
         return None
 
     def open_session(self, service: str | None, token: str, patience_s: float) -> Session | None:
-        """Ask who answers, and let it prove itself, by calls that matter to nobody."""
+        """Ask who answers and let it prove itself, by calls that change nothing. Return None if it need not prove itself."""
         said = self.greet(patience_s)
         if said is None:
             return None
@@ -6737,7 +6737,7 @@ class Link:
             setting = self.remedy("TOKEN", lambda each: each.name == service or (service is None and not each.token))
             raise NothingSent(f"is not called, since nothing proves who it is: set {setting} to its token")
         if not token or not (said["proof"] or is_set):
-            return None  # without a token, on loopback, `look` has seen that it is this user's
+            return None  # without a token, on loopback, `look` has checked the user
         session, url = Session(token, said["nonce"]), f"{self.address.base_url}/hello"
         answer, proven = self.prove("GET", url, patience_s, session)
         text = read_some(answer, 4 * KIB)
@@ -6748,14 +6748,14 @@ class Link:
         return session
 
     def greet(self, patience_s: float) -> dict[str, Any] | None:
-        """Say hello, which reveals nothing; return the answer of a joborch client, None for a 2.2 client. NothingSent for all others."""
+        """Call /hello, which reveals nothing. Return a joborch client's answer, or None for a 2.2 client; else raise NothingSent."""
         answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
         version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
         self.outdated = version.startswith("0.1.") and answer.status == 404
         if version and answer.status == 404 and not self.outdated:
             raise NothingSent("is joborch, and no client: is it a server? Look at SERVICE_<NAME>_CLIENTS")
         if self.outdated:
-            self.silent_since = self.clock.monotonic()  # it answers: what it runs is not lost
+            self.silent_since = self.clock.monotonic()  # it answers, so its jobs are not lost
             raise NothingSent(
                 f"runs joborch {version}, which cannot prove who it is: replace its joborch.pyz by version {__version__}; its jobs wait"
             )
@@ -6772,12 +6772,12 @@ class Link:
         return None
 
     def no_joborch(self, why: str) -> str:
-        """Return what is to be said of a client that cannot prove itself, and need not be called without."""
+        """Return the message about a client that cannot prove itself, but has to."""
         setting = self.remedy("PEER", lambda service: service.peer != "2.2")
         return f"cannot prove who it is, since {why}: set {setting}=2.2 if it is a 2.2 client"
 
     def unproven(self, answer: Reply) -> str:
-        """Return what is to be said of an answer that is not proven."""
+        """Return the message about an answer that is not proven."""
         if OURS_HEADER in answer.headers and MAC_HEADER not in answer.headers:
             why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
         else:
@@ -6786,12 +6786,12 @@ class Link:
         return f"did not answer: {what}; {why}"
 
     def target_of(self, url: str) -> str:
-        """Return what the client sees of a URL: path and query, without what a gateway before it takes off."""
+        """Return path and query of a URL as the client sees them, without the prefix that a gateway removes."""
         base = self.address.base_url
         return url[len(base) :] if url.startswith(base) else "/" + url.partition("://")[2].partition("/")[2]
 
     def prove(self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any) -> tuple[Reply, bool]:
-        """Make one call with its proof; return the answer, and whether it is proven too. One that is not ends the session."""
+        """Make one call with its proof. Return the answer, and whether it is proven; an unproven answer ends the session."""
         headers = options.pop("headers", {})
         proof = session.proof(method, self.target_of(url))
         proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
@@ -6804,9 +6804,10 @@ class Link:
     # -- calls --
 
     def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any) -> Reply:
-        """Make one call for a service; the body is read by the caller. NothingSent where nothing of it can have gone out, else NoAnswer.
+        """Make one call for a service and return its answer; the caller reads the body.
 
-        It is given up when `unwanted`, one of the options, says that nobody waits for it any more.
+        The call stops when the option `unwanted` returns True: nobody waits for the answer any more.
+        Raises NothingSent if no byte of the request can have been sent, else NoAnswer.
         """
         was_22 = self.legacy
         session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
@@ -6819,7 +6820,7 @@ class Link:
             answer.close()
             answer, proven = self.call_again(method, url, read_timeout_s, service, **options)
         if not proven and answer.status == 413 and OURS_HEADER not in answer.headers:
-            return answer  # of a gateway: it says for certain that the client got nothing
+            return answer  # from a gateway: the client certainly received nothing
         if not proven:
             answer.close()
             raise NoAnswer(self.unproven(answer))
@@ -6827,7 +6828,7 @@ class Link:
         return answer
 
     def call_again(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> tuple[Reply, bool]:
-        """Make a call once more, to a client that says it was started anew. Who says so has not proven it: the call may have been done."""
+        """Repeat a call to a client that says it has restarted. It may have carried out the first one: each failure is NoAnswer."""
         if "body" in options:
             options["body"].rewind()
         try:
@@ -6839,10 +6840,10 @@ class Link:
             raise NoAnswer(str(error)) from error
 
     def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> Reply:
-        """Make one call to a client that cannot prove who it is. Only a token that is set is shown, and only to a 2.2 client."""
+        """Make one call to a client that cannot prove who it is. Only a 2.2 client gets a token, and only one that is set."""
         headers = dict(options.pop("headers", {}))
         if self.legacy:
-            headers["Connection"] = "close"  # on a connection that it closed meanwhile, a submit would be lost
+            headers["Connection"] = "close"  # a submit would be lost if the client had closed a kept connection
             shown = self.set_token(service)
             headers.update({"Authorization": f"Bearer {shown}"} if shown and self.may_be_22() else {})
         return self.exchange(method, url, read_timeout_s, headers=headers, **options)
@@ -6856,7 +6857,7 @@ class Link:
         body: FilesBody | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> Reply:
-        """Send one request and return the head of its answer. NothingSent where no byte can have gone out, else NoAnswer."""
+        """Send one request and return the head of its answer. Raises NothingSent if no byte can have been sent, else NoAnswer."""
         connection, begun = self.connections.take(url), False
         connection.bounds = Bounds(read_timeout_s, unwanted)
         try:
@@ -6867,7 +6868,7 @@ class Link:
             return refuse_encoded(cast("Reply", connection.getresponse()))
         except CONNECTION_ERRORS as error:
             connection.close()
-            self.sessions.clear()  # whoever answers next, has to prove himself
+            self.sessions.clear()  # whoever answers next has to prove its identity
             if begun:
                 raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -6878,13 +6879,13 @@ class Link:
             raise
 
     def its_own(self, answer: Reply) -> Reply:
-        """Return an answer of the client; NoAnswer where a gateway between us answered in its place: that is no word of the client.
+        """Return `answer` if it is the client's. Raises NoAnswer if a gateway on the way answered in its place.
 
-        But a gateway to which a request is too large says for certain that the client got nothing of it.
+        A gateway's 413 is returned: it means that the client certainly received nothing.
         """
         if OURS_HEADER in answer.headers:
             self.ours = True
-            if self.legacy and self.address.base_url and answer.status in (401, 403):  # a joborch client has taken a 2.2 client's place
+            if self.legacy and self.address.base_url and answer.status in (401, 403):  # joborch has replaced 2.2
                 self.legacy = False
                 self.sessions.clear()
         elif answer.status == 413:
@@ -6895,9 +6896,9 @@ class Link:
         return answer
 
     def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
-        """Send the files of one attempt; return the payload's id at the client.
+        """Send the files of one attempt and return the payload's id at the client.
 
-        Raises NothingSent (it surely has nothing), NoAnswer (nobody knows) or Rejected (it never will).
+        Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, and Rejected if it refuses for good.
         """
         body = FilesBody(folder, paths, not self.legacy, job.inputs_sha256)
         headers = {
@@ -6923,9 +6924,9 @@ class Link:
         return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
 
     def events(self, wait_s: float, done: Sequence[str]) -> EventsReply:
-        """Wait for changes at the client: one long poll for all its payloads. Gone: it is a 2.2 client, which has no /events.
+        """Wait for changes at the client: one long poll for all its payloads.
 
-        `done` are payloads whose results are safe here: the client need not keep them for us any longer.
+        The client need not keep the results of `done` any longer. Raises Gone if it is a 2.2 client, which has no /events.
         """
         self.session(None)
         if self.legacy:
@@ -6946,7 +6947,7 @@ class Link:
             raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
 
     def status(self, job: Job) -> dict[str, Any]:
-        """Return the payload of one job as the client shows it: `{"status": ...}`; Gone where it does not know it."""
+        """Return a job's payload as the client shows it: `{"status": ...}`. Raises Gone if the client does not know it."""
         answer = self.call("GET", f"{self.address.download_url}/{job.dest_id}", service=job.service, headers=named(job))
         if answer.status == 200 and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
             answer.close()
@@ -6965,10 +6966,10 @@ class Link:
         return said
 
     def fetch(self, job: Job, into: Transfer, partial: bool = False, unwanted: Callable[[], bool] | None = None) -> None:
-        """Bring the ZIP of a payload; length and SHA-256 are verified where the client told them.
+        """Fetch the ZIP of a payload; verify length and SHA-256 if the client sent them.
 
-        A transfer that breaks goes on where it broke, as long as each call brings something. Raises Gone where the client
-        does not know the payload, NoAnswer where it broke for now: what came stays in `into`, for the next time.
+        A broken transfer resumes where it stopped, provided that each call makes progress. Raises Gone if the client does not
+        know the payload, and NoAnswer if the transfer broke: what arrived stays in `into` for the next try.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
         small = 0
@@ -6984,7 +6985,7 @@ class Link:
                 log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
 
     def fetch_rest(self, job: Job, url: str, into: Transfer, unwanted: Callable[[], bool] | None) -> None:
-        """Ask once for what is missing of a ZIP, and take in what comes."""
+        """Ask once for the missing rest of a ZIP, and add what arrives to `into`."""
         headers = {**named(job), **into.wanted()}
         answer = self.call("GET", url, service=job.service, headers=headers, unwanted=unwanted)
         if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
@@ -6994,16 +6995,16 @@ class Link:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         if answer.status == 200 and said_status(text) == Status.CLEANED.value:
             raise Gone(f"the result is missing at {self.name}: somebody removed its files there")
-        if answer.status == 416:  # it has become shorter than what is here
+        if answer.status == 416:  # the result is now shorter than the part that is stored here
             into.begin()
         if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
             raise NotPacked("still packs the result")
         raise NoAnswer(refused_text(answer.status, text))
 
     def logs(self, job: Job, stream: str, offset: int, unwanted: Callable[[], bool] | None = None) -> tuple[bytes, int]:
-        """Return a part of an output stream, and the offset after it.
+        """Return a part of an output stream, and the offset after it (in bytes).
 
-        Raises Gone where the client does not know the payload, or shows no output (2.2).
+        Raises Gone if the client does not know the payload, or is a 2.2 client, which shows no output.
         """
         url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
         if self.legacy:
@@ -7020,7 +7021,7 @@ class Link:
         return text, int(following)
 
     def kill(self, job: Job) -> bool:
-        """Ask the client to end a payload; True where nothing of it runs any more, False where it is under way."""
+        """Ask the client to kill a payload. Return True if none of its processes runs any more, False if the kill is under way."""
         read_timeout_s = READ_TIMEOUT_S if self.legacy else KILL_TIMEOUT_S
         answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", read_timeout_s, service=job.service, headers=named(job))
         text = read_some(answer, KIB)
@@ -7031,13 +7032,13 @@ class Link:
         return answer.status == 200
 
     def ping(self) -> None:
-        """Make sure that a legacy client answers at all: any answer of its web server will do."""
+        """Check that a legacy client answers at all; any HTTP answer will do."""
         parts = urlsplit(self.address.upload_url)
         read_some(self.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10), KIB)
 
 
 def named(job: Job) -> dict[str, str]:
-    """Return the header that says which attempt a payload id is meant to be: a client that began anew gives ids again."""
+    """Return the header that names the attempt behind a payload id: a client with an empty data folder reuses ids."""
     return {"X-Joborch-Mark": job.mark}
 
 
