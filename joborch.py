@@ -9855,7 +9855,7 @@ CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own header
 
 
 class Parameter(NamedTuple):
-    """One thing that a route takes: where it stands, its JSON type, and what it means."""
+    """One thing that a route takes: its declaration is the OpenAPI entry and the check."""
 
     name: str
     place: str  # path, query, header or form
@@ -9863,10 +9863,62 @@ class Parameter(NamedTuple):
     help: str
     example: Any = None
     required: bool = False
-    least: int | None = None
-    most: int | None = None
+    least: float | None = None
+    most: float | None = None
     choices: tuple[str, ...] = ()
-    pattern: str = ""  # of a string
+    pattern: str = ""  # of a string; shown in OpenAPI, and checked by `read`
+    default: Any = None  # the value if it is absent
+    longest: int | None = None  # characters of a string, all of them printable
+    missing: str = ""  # what to do if it is required and absent
+    read: Callable[[str], Any] | None = None  # makes the value of a text; ValueError says what would be right
+
+    def value(self, text: str | None) -> Any:
+        """Return the value of what a request gives as `text` (None: nothing); HttpError 400 says what would be right.
+
+        White space around fields of a form and headers does not count, and an empty one counts as absent.
+        """
+        shown = text
+        if text is not None and self.place in ("form", "header"):
+            text = text.strip()
+            shown = text if text or self.missing else None
+        if shown is None:
+            if self.missing:
+                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
+            return self.default
+        try:
+            return self.checked((self.read or self.plain)(shown))
+        except ValueError as error:
+            raise HttpError(400, f"{self.name} is {one_line(shown, 40)!r}: {error}", self.name) from error
+
+    def plain(self, text: str) -> Any:
+        """Return what a text of this kind stands for; ValueError says what would be right."""
+        if self.kind != "integer":
+            return text
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
+            raise ValueError(self.whole_number)
+        return int(text)
+
+    def checked(self, value: Any) -> Any:
+        """Return a value that is within the bounds; ValueError says what they are."""
+        if self.choices and value not in self.choices:
+            raise ValueError(f"give {' or '.join(self.choices)}" if len(self.choices) == 2 else f"give one of {', '.join(self.choices)}")
+        if self.longest is not None and (len(value) > self.longest or not value.isprintable()):
+            raise ValueError(f"give at most {self.longest} printable characters")
+        below_least = self.least is not None and value < self.least
+        if self.kind in ("integer", "number") and (below_least or (self.most is not None and value > self.most)):
+            raise ValueError(self.whole_number)
+        return value
+
+    @property
+    def whole_number(self) -> str:
+        """What to give where a whole number is wanted."""
+        bounds = (("from", self.least), ("to", self.most))
+        return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
+
+
+def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the value of each parameter by its name; HttpError names the first that cannot be used."""
+    return {parameter.name: parameter.value(texts.get(parameter.name)) for parameter in parameters}
 
 
 class Gives(NamedTuple):
@@ -9924,22 +9976,6 @@ class Request:
         gone = self.environ.get("waitress.client_disconnected")
         return bool(gone and gone())
 
-    def whole(self, name: str, default: int, least: int, most: int) -> int:
-        """Return a whole number of the query; HttpError 400 names the parameter and its bounds."""
-        text = self.query.get(name)
-        if text is None:
-            return default
-        if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
-            raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
-        return int(text)
-
-    def seconds(self, name: str) -> float:
-        """Return seconds of the query, 0 where absent, WAIT_LIMIT_S at most; HttpError 400."""
-        text = self.query.get(name, "0")
-        if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
-            raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give seconds, as in {name}=30", name)
-        return min(float(text), WAIT_LIMIT_S)
-
 
 @dataclass
 class Answer:
@@ -9973,9 +10009,13 @@ class Route:
     quick: bool  # it only looks at the database: few at once, behind the gate
     slow: bool  # how long it takes hangs on others: on what a script wrote, on a client's answer, on the size of an upload
 
+    def taken(self, place: str) -> list[Parameter]:
+        """Return the parameters of one place."""
+        return [parameter for parameter in self.takes if parameter.place == place]
+
     @property
     def takes_form(self) -> bool:
-        return any(parameter.place == "form" for parameter in self.takes)
+        return bool(self.taken("form"))
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -10040,18 +10080,25 @@ def nearest_path(mode: str, path: str) -> str:
     return ""
 
 
-def check_query(node: Node, request: Request, declared: Route) -> None:
+def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a handler takes beside the request: the values of the declared path and query; HttpError 400 or 404."""
+    refuse_unknown(node, request, declared)
+    texts = {"path": path, "query": request.query}
+    return {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
+
+
+def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
     """Refuse a parameter that the route does not declare, or that stands in the address twice; HttpError 400 names the nearest.
 
-    A caller whose filter was silently left out would take the answer for what it asked. A server is exempt at its client:
-    it may be newer, and ask for more than this version knows.
+    If a filter were silently ignored, the caller would take the answer for what it asked. A server may send its client any
+    parameter: it may be newer, and ask for more than this version knows.
     """
     if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
         return
-    known = [parameter.name for parameter in declared.takes if parameter.place == "query"]
+    known = [parameter.name for parameter in declared.taken("query")]
     for name, times in Counter(name for name, _ in request.query_pairs).items():
         shown = one_line(name, 80)
-        if name not in known and any(parameter.name == name and parameter.place == "form" for parameter in declared.takes):
+        if name not in known and any(parameter.name == name for parameter in declared.taken("form")):
             raise HttpError(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
@@ -10130,9 +10177,9 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
 
     request = Request(bottle.request.environ)
     try:
-        check_query(node, request, declared)
+        values = validate(node, request, declared, arguments)
         with node.gate if declared.quick else contextlib.nullcontext():
-            answer = declared.handler(node, request, **arguments)
+            answer = declared.handler(node, request, **values)
     except HttpError as refusal:
         answer = Answer.of(refusal)
     except StorageError as error:
@@ -10323,7 +10370,8 @@ class Judge:
 
 
 # What several routes answer.
-EXAMPLE_ERROR = {"message": "user_id is missing: give the whole number of a user, as in -F user_id=1", "field": "user_id"}
+MISSING_USER = "give the whole number of a user, as in -F user_id=1"
+EXAMPLE_ERROR = {"message": f"user_id is missing: {MISSING_USER}", "field": "user_id"}
 BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
 NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
 NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
@@ -10827,19 +10875,11 @@ EXAMPLE_HEALTH = {
 }  # fmt: skip
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
-
-ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1)
-IDEMPOTENCY_KEY = Parameter(
-    "Idempotency-Key",
-    "header",
-    "string",
-    "of your choice; a repeat with the same key answers the first answer and starts nothing",
-    "run-2026-11-24-a",
-)
+SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
 
 
-def job_id_of(text: str) -> int:
-    """Return a job id from a path; HttpError 400 where it is no number, 404 where no job can have it."""
+def read_job_id(text: str) -> int:
+    """Return a job id from a path; HttpError 400 if it is no number, 404 if no job can have it."""
     if not re.fullmatch(r"-?[0-9]{1,30}", text):
         raise HttpError(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
     if not 1 <= int(text) < 2**63:
@@ -10847,14 +10887,26 @@ def job_id_of(text: str) -> int:
     return int(text)
 
 
-def known_job(node: Node, request: Request, text: str) -> Job:
-    """Return a job by the id of a path, as the caller of `request` may know of it; HttpError 400 or 404.
+ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1, read=read_job_id)
+IDEMPOTENCY_KEY = Parameter(
+    "Idempotency-Key",
+    "header",
+    "string",
+    "of your choice; a repeat with the same key answers the first answer and starts nothing",
+    "run-2026-11-24-a",
+    default="",
+    longest=255,
+)
+
+
+def known_job(node: Node, request: Request, job_id: int) -> Job:
+    """Return a job by its id, as the caller of `request` may know of it; HttpError 404.
 
     Every route about one job finds it here, so that who owns it can be judged in one place.
     """
-    job = node.store.get(job_id_of(text))
+    job = node.store.get(job_id)
     if job is None:
-        raise HttpError(404, f"no job has the id {text}")
+        raise HttpError(404, f"no job has the id {job_id}")
     return job
 
 
@@ -10889,64 +10941,45 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
 
 # -- upload --
 
-FORM_FIELDS = (
-    Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True),
-    Parameter("user_id", "form", "integer", "whose job it is", 1, required=True, least=-(2**63), most=2**63 - 1),
-    Parameter("service", "form", "string", "which service runs it", "example", required=True),
-    Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob"),
-    Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100),
-    Parameter("after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41"),
-    Parameter("timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=r"^[0-9]+(\.[0-9]+)?[smhd]?$"),
-    Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
-    Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000),
-    Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=r"^[0-9]+([KMGkmg]i?[Bb]?)?$"),
-)
-FIELD_NAMES = tuple(parameter.name for parameter in FORM_FIELDS)
 
-
-def whole_field(fields: Mapping[str, str], name: str) -> int | None:
-    """Return a whole number of the form, or None where it is absent; HttpError 400 names field and bounds."""
-    parameter = next(known for known in FORM_FIELDS if known.name == name)
-    text = fields.get(name, "").strip()
-    if not text and not parameter.required:
-        return None
-    if name not in fields:
-        raise HttpError(400, f"{name} is missing: give {parameter.help} as a whole number, as in -F {name}={parameter.example}", name)
-    if name == "user_id" and not re.fullmatch(r"[+-]?[0-9]+", text):
-        shown = one_line(text, 40)
-        raise HttpError(400, f"user_id is {shown!r}: give the number that the user has in your system, as in -F user_id=1", name)
-    least, most = parameter.least or 0, parameter.most or 0
-    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
+def read_user(text: str) -> int:
+    """Return the number of a user."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,1000}", text):
+        raise ValueError("give the number that the user has in your system, as in -F user_id=1")
     return int(text)
 
 
-def read_field(fields: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
-    """Return what `read` makes of a field of the form, or None where it is absent; HttpError 400 says what would be right."""
-    text = fields.get(name, "").strip()
-    try:
-        return read(text) if text else None
-    except ValueError as error:
-        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: {error}", name) from error
+def read_after(text: str) -> str:
+    """Return the ids of the jobs that a new one is to follow, each once, with commas between."""
+    ids = [each.strip() for each in text.split(",") if each.strip()]
+    if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", each) for each in ids):
+        raise ValueError(f"give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42")
+    return ",".join(map(str, sorted(set(map(int, ids)))))
 
 
-def timeout_field(fields: Mapping[str, str], service: Service) -> float | None:
-    """Return the run time limit of a job: its own, but never above its service's."""
-    limit_s = read_field(fields, "timeout", read_run_time)
-    if limit_s is not None and service.timeout_s is not None and limit_s > service.timeout_s:
-        raise HttpError(
-            400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {service.timeout_s:.12g} seconds", "timeout"
-        )
-    return service.timeout_s if limit_s is None else limit_s
-
-
-def after_field(fields: Mapping[str, str]) -> str:
-    """Return the ids of the jobs that a new one is to follow, each once, with commas between; HttpError 400."""
-    ids = [text.strip() for text in fields.get("after", "").split(",") if text.strip()]
-    if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", text) for text in ids):
-        shown = one_line(fields["after"], 40)
-        raise HttpError(400, f"after is {shown!r}: give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42", "after")
-    return ",".join(map(str, sorted({int(text) for text in ids})))
+RUN_TIME, MEMORY = r"^[0-9]+(\.[0-9]+)?[smhd]?$", r"^[0-9]+([KMGkmg]i?[Bb]?)?$"
+FORM_FILE = Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True)
+FORM_FIELDS = {
+    field.name: field
+    for field in (
+        Parameter(
+            "user_id", "form", "integer", "whose job it is", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
+        ),
+        Parameter("service", "form", "string", "which service runs it", "example", True, default=""),
+        Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob", longest=200),
+        Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100, default=0),
+        Parameter(
+            "after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41",
+            default="", read=read_after,
+        ),
+        Parameter(
+            "timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
+        ),
+        Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
+        Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000, default=1),
+        Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
+    )
+}  # fmt: skip
 
 
 def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
@@ -10959,63 +10992,48 @@ def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | 
             raise HttpError(400, too_large, field)
 
 
-def service_field(server: Server, fields: Mapping[str, str]) -> Service:
-    """Return the service that a form names; HttpError 400 lists the known ones."""
-    name = fields.get("service", "").strip().lower()
-    known = ", ".join(sorted(server.services))
-    if not name:
-        raise HttpError(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
-    if name not in server.services:
-        raise HttpError(400, f"service {one_line(name, 80)!r} is not known: give one of {known}", "service")
-    return server.services[name]
+def named_service(server: Server, text: str) -> Service:
+    """Return the service that a caller names; HttpError 400 lists the known ones."""
+    service = server.services.get(text.lower())
+    if service is None:
+        known = ", ".join(sorted(server.services))
+        raise HttpError(400, f"service {one_line(text, 80)!r} is not known: give one of {known}", "service")
+    return service
 
 
 def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     """Return the row for a received form; HttpError 400 names the first field that cannot be used."""
-    fields = form.fields
-    user_id = whole_field(fields, "user_id")
-    service = service_field(server, fields)
+    given = read_all(FORM_FIELDS.values(), form.fields)
+    if not given["service"]:
+        known = ", ".join(sorted(server.services))
+        raise HttpError(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
+    service = named_service(server, given["service"])
     if not form.files:
         raise HttpError(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
     if not any(file.path == "run.sh" for file in form.files):
         raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
-    name = fields.get("name", "").strip() or None
-    if name and (len(name) > 200 or not name.isprintable()):
-        raise HttpError(400, "name is too long or holds control characters: give at most 200 printable ones", "name")
-    retries = whole_field(fields, "retries")
-    cpus, memory = whole_field(fields, "cpus") or 1, read_field(fields, "memory", read_mib)
-    refuse_too_large(server, service, cpus, memory)
+    refuse_too_large(server, service, given["cpus"], given["memory"])
+    limit_s, most_s = given["timeout"], service.timeout_s
+    if limit_s is not None and most_s is not None and limit_s > most_s:
+        raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
+    files = sorted((file.path, file.size, file.sha256) for file in form.files)
+    said = json.dumps([sorted(form.fields.items()), files]).encode()  # whatever the boundary and order of the form
     return NewJob(
         uuid=job_uuid,
-        user_id=user_id,
+        user_id=given["user_id"],
         service=service.name,
-        name=name,
-        priority=whole_field(fields, "priority") or 0,
-        after_ids=after_field(fields),
-        cpus=cpus,
-        memory=memory,
-        timeout=timeout_field(fields, service),
-        retries=service.retries if retries is None else retries,
+        name=given["name"],
+        priority=given["priority"],
+        after_ids=given["after"],
+        cpus=given["cpus"],
+        memory=given["memory"],
+        timeout=most_s if limit_s is None else limit_s,
+        retries=service.retries if given["retries"] is None else given["retries"],
         return_inputs=int(service.return_inputs),
         idempotency_key=key or None,
-        request_digest=form_digest(form) if key else None,
+        request_digest=hashlib.sha256(said).hexdigest() if key else None,
         inputs_sha256=inputs_digest({file.path: file.sha256 for file in form.files}),
     )
-
-
-def form_digest(form: Form) -> str:
-    """Return a digest of what a form says, whatever its boundary and order."""
-    files = sorted((file.path, file.size, file.sha256) for file in form.files)
-    return hashlib.sha256(json.dumps([sorted(form.fields.items()), files]).encode()).hexdigest()
-
-
-def field_warnings(fields: Mapping[str, str]) -> list[str]:
-    """Return a sentence on each field of a form that is not known."""
-    return [
-        f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, FIELD_NAMES)}"
-        for name in fields
-        if name not in FIELD_NAMES
-    ]
 
 
 BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
@@ -11059,12 +11077,10 @@ UPLOAD_GIVES = {
 }
 
 
-@route("POST", "/upload", "server", who="caller", slow=True, takes=(*FORM_FIELDS, IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
+@route("POST", "/upload", "server", who="caller", slow=True, takes=(FORM_FILE, *FORM_FIELDS.values(), IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
 def upload(server: Server, request: Request) -> Answer:
     """Queue a job: send its files and say whose it is and which service runs it."""
-    key = request.header("Idempotency-Key").strip()
-    if len(key) > 255 or not key.isprintable():
-        raise HttpError(400, "Idempotency-Key: give at most 255 printable characters", "Idempotency-Key")
+    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
     job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
@@ -11086,7 +11102,10 @@ def upload(server: Server, request: Request) -> Answer:
     if earlier is not None:
         discard(folder)
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    warnings = [*field_warnings(form.fields), *hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
+    known = [FORM_FILE.name, *FORM_FIELDS]
+    unknown = [name for name in form.fields if name not in known]
+    warnings = [f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, known)}" for name in unknown]
+    warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
     said = {**job_json(server, job), "warnings": warnings}
     server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
@@ -11137,7 +11156,7 @@ DOWNLOAD_GIVES = {
 
 
 @route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
-def download(server: Server, request: Request, job_id: str) -> Answer:
+def download(server: Server, request: Request, job_id: int) -> Answer:
     """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
     job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
@@ -11168,7 +11187,7 @@ AS_IT_STANDS = "the job as it stands: from its client while it runs, from the st
     takes=(ID,),
     gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
 )
-def download_partial(server: Server, request: Request, job_id: str) -> Answer:
+def download_partial(server: Server, request: Request, job_id: int) -> Answer:
     """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
     job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
@@ -11245,7 +11264,38 @@ def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bo
 
 
 STATUS_NAMES = tuple(status.value for status in Status)
-WAIT = Parameter("wait", "query", "number", "wait until the job has ended, for this many seconds at most; more than 45 count as 45", 30)
+
+
+def read_wait(text: str) -> float:
+    """Return how many seconds a caller wants to wait, WAIT_LIMIT_S at most."""
+    if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
+        raise ValueError("give seconds, as in wait=30")
+    return min(float(text), WAIT_LIMIT_S)
+
+
+def read_since(text: str) -> frozenset[str]:
+    """Return the statuses that a caller knows."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STATUS_NAMES:
+            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
+            close = nearest(name.capitalize(), STATUS_NAMES)
+            raise HttpError(
+                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
+            )
+    return frozenset(names)
+
+
+WAIT = Parameter(
+    "wait",
+    "query",
+    "number",
+    "wait until the job has ended, for this many seconds at most; more than 45 count as 45",
+    30,
+    least=0,
+    default=0.0,
+    read=read_wait,
+)
 SINCE = Parameter(
     "since",
     "query",
@@ -11253,6 +11303,8 @@ SINCE = Parameter(
     "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
     "Queued,Processing",
     pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
+    default=frozenset(status.value for status in Status if status not in OVER),
+    read=read_since,
 )
 
 
@@ -11265,33 +11317,17 @@ SINCE = Parameter(
     gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
     quick=True,
 )
-def show_job(server: Server, request: Request, job_id: str) -> Answer:
+def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
-    wait_s, known = request.seconds("wait"), known_statuses(request)
     job = known_job(server, request, job_id)
-    if wait_s and job.status.value in known:
+    if wait and job.status.value in since:
         with server.waiters.place() as parked:
             if not parked:  # without the parts that cost a further look: those who come again must not starve the others
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, known), wait_s, request.left, job.id)
+            server.wait_until(lambda: status_other_than(server, job.id, since), wait, request.left, job.id)
         job = known_job(server, request, job_id)
     return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
-
-
-def known_statuses(request: Request) -> frozenset[str]:
-    """Return the statuses that `since` names; without it all that a job has before its end. HttpError 400."""
-    if "since" not in request.query:
-        return frozenset(status.value for status in Status if status not in OVER)
-    names = [name.strip() for name in request.query["since"].split(",")]
-    for name in names:
-        if name not in STATUS_NAMES:
-            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
-            close = nearest(name.capitalize(), STATUS_NAMES)
-            raise HttpError(
-                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
-            )
-    return frozenset(names)
 
 
 def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
@@ -11303,26 +11339,22 @@ def status_other_than(server: Server, job_id: int, known: Collection[str]) -> st
 
 
 LIST_FILTERS = (
-    Parameter("user_id", "query", "integer", "jobs of this user alone", 1),
+    Parameter("user_id", "query", "integer", "jobs of this user alone", 1, least=SMALLEST, most=BIGGEST),
     Parameter("service", "query", "string", "jobs of this service alone", "example"),
     Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
-    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000),
-    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1),
+    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000, default=100),
+    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1, most=BIGGEST, default=BIGGEST),
 )
 PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
 
 
 @route("GET", "/jobs", "server", who="caller", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
-def list_jobs(server: Server, request: Request) -> Answer:
+def list_jobs(
+    server: Server, request: Request, user_id: int | None, service: str | None, status: str | None, limit: int, before: int
+) -> Answer:
     """List jobs, newest first, a page at a time."""
-    limit, before = request.whole("limit", 100, 1, 1000), request.whole("before", 2**63 - 1, 1, 2**63 - 1)
-    user_id = request.whole("user_id", 0, -(2**63), 2**63 - 1) if "user_id" in request.query else None
-    status, service = request.query.get("status"), request.query.get("service")
-    if status is not None and status not in Status._value2member_map_:
-        raise HttpError(400, f"status is {one_line(status, 40)!r}: give one of {', '.join(known.value for known in Status)}", "status")
-    if service is not None and service.lower() not in server.services:
-        raise HttpError(400, f"service {one_line(service, 40)!r} is not known: give one of {', '.join(server.services)}", "service")
-    jobs = server.store.page(before, limit + 1, user_id, service.lower() if service else None, status)
+    name = None if service is None else named_service(server, service).name
+    jobs = server.store.page(before, limit + 1, user_id, name, status)
     following = jobs[limit - 1].id if len(jobs) > limit else None
     return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
 
@@ -11339,7 +11371,7 @@ TERMINATE_GIVES = {
 
 
 @route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
-def terminate(server: Server, request: Request, job_id: str) -> Answer:
+def terminate(server: Server, request: Request, job_id: int) -> Answer:
     """End a job, in whatever state it is; repeating it is harmless."""
     job = known_job(server, request, job_id)
     if job.status not in OVER:
@@ -11422,8 +11454,19 @@ ONE_CLIENT = Gives("the client as it stands now", JSON_TYPE, EXAMPLE_CLIENT)
 NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
 ONE_USER = Gives("a user's weight, and what it is set against", JSON_TYPE, EXAMPLE_USER)
 CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
-USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=-(2**63), most=2**63 - 1)
-WEIGHT = Parameter("weight", "query", "number", "how large this user's share is, 1 being the usual", 2, required=True)
+USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=SMALLEST, most=BIGGEST)
+WEIGHT = Parameter(
+    "weight",
+    "query",
+    "number",
+    "how large this user's share is, 1 being the usual",
+    2,
+    required=True,
+    least=0.001,
+    most=1_000_000,
+    missing="give it in the address, as in PUT /users/7?weight=2",
+    read=read_weight,
+)
 
 
 def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
@@ -11489,13 +11532,6 @@ def resume(server: Server, request: Request, name: str) -> Answer:
     return drain_client(server, name, False)
 
 
-def user_of(text: str) -> int:
-    """Return a user's id from a path; HttpError 400."""
-    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
-        raise HttpError(400, f"{one_line(text, 40)!r} is not a user: give a whole number", "user_id")
-    return int(text)
-
-
 def user_answer(server: Server, user_id: int) -> Answer:
     """Return what a user's turns depend on."""
     services = []
@@ -11515,24 +11551,17 @@ def user_answer(server: Server, user_id: int) -> Answer:
 
 
 @route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
-def show_user(server: Server, request: Request, user_id: str) -> Answer:
+def show_user(server: Server, request: Request, user_id: int) -> Answer:
     """Show a user's weight, what is queued, and what was used of each service as it counts now."""
-    return user_answer(server, user_of(user_id))
+    return user_answer(server, user_id)
 
 
 @route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
-def set_user(server: Server, request: Request, user_id: str) -> Answer:
+def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
     """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
-    user, text = user_of(user_id), request.query.get("weight")
-    if text is None:
-        raise HttpError(400, f"weight is missing: give it in the address, as in PUT /users/{user}?weight=2", "weight")
-    try:
-        weight = read_weight(text)
-    except ValueError as error:
-        raise HttpError(400, f"weight is {one_line(text, 40)!r}: {error}", "weight") from error
-    server.store.set_weight(user, weight)
+    server.store.set_weight(user_id, weight)
     server.wake("dispatch")
-    return user_answer(server, user)
+    return user_answer(server, user_id)
 
 
 # == 37. Client routes ==  The HTTP contract of the client, and what both modes answer.
@@ -11559,16 +11588,16 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
     return said
 
 
-def known_payload(client: Client, request: Request, text: str) -> Job:
+def known_payload(client: Client, request: Request, job_id: int) -> Job:
     """Return a payload; HttpError 404 also where the caller means another attempt by this id."""
-    job = known_job(client, request, text)
+    job = known_job(client, request, job_id)
     meant = request.header("X-Joborch-Mark")
     if meant and meant != job.mark:
         raise HttpError(404, f"payload {job.id} is another job's: this client began anew")
     return job
 
 
-PAYLOAD_ID = Parameter("job_id", "path", "integer", "the id of a payload", 1, required=True, least=1)
+PAYLOAD_ID = ID._replace(help="the id of a payload", example=1)
 MARK = Parameter(
     "X-Joborch-Mark",
     "header",
@@ -11576,55 +11605,58 @@ MARK = Parameter(
     "uuid and attempt that the id is meant to be; 404 where it is another",
     "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1",
 )
+
+
+def read_uuid(text: str) -> str:
+    """Return a UUID in lower case."""
+    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.lower()):
+        raise ValueError("give a UUID")
+    return text.lower()
+
+
+def read_limit(text: str) -> float:
+    """Return the run time limit that a server sends, in seconds."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
+        raise ValueError("give seconds")
+    return float(text)
+
+
+def header(name: str, kind: str, meaning: str, example: Any, **more: Any) -> Parameter:
+    """Declare a header of /submit."""
+    return Parameter(f"X-Joborch-{name}", "header", kind, meaning, example, **more)
+
+
 SUBMIT_HEADERS = (
-    Parameter("X-Joborch-Job", "header", "string", "the job's id at its server", "42"),
-    Parameter(
-        "X-Joborch-Uuid",
-        "header",
-        "string",
-        "with the attempt, the key: a repeat answers the first payload",
-        "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
+    header("Job", "string", "the job's id at its server", "42", read=lambda text: one_line(text, 40)),
+    header("Uuid", "string", "with the attempt, the key: a repeat answers the first payload", MARK.example[:36], read=read_uuid),
+    header("Attempt", "integer", "number of the attempt", 1, least=1, most=1_000_000, default=1),
+    header(
+        "Service", "string", "the service, percent-encoded", "example",
+        read=lambda text: one_line(unquote_to_bytes(text).decode("utf-8", "replace"), 200) or None,
     ),
-    Parameter("X-Joborch-Attempt", "header", "integer", "number of the attempt", 1, least=1, most=1_000_000),
-    Parameter("X-Joborch-Service", "header", "string", "the service, percent-encoded", "example"),
-    Parameter("X-Joborch-User", "header", "integer", "the user", 1, least=-(2**63), most=2**63 - 1),
-    Parameter("X-Joborch-Cpus", "header", "integer", "cores it needs", 1, least=1, most=1_000_000),
-    Parameter("X-Joborch-Memory", "header", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
-    Parameter("X-Joborch-Timeout", "header", "number", "run time limit in seconds", 3600),
-    Parameter("X-Joborch-Inputs", "header", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
-    Parameter("X-Joborch-Digests", "header", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
-    Parameter("X-Joborch-Return-Inputs", "header", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
-)
-
-
-def whole_header(request: Request, name: str) -> int | None:
-    """Return a whole number of a header, or None where it is absent; HttpError 400."""
-    text, parameter = request.header(name).strip(), next(known for known in SUBMIT_HEADERS if known.name == name)
-    if not text:
-        return None
-    least, most = parameter.least or 0, parameter.most or 0
-    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise HttpError(400, f"{name} is {one_line(text, 40)!r}: give a whole number from {least} to {most}", name)
-    return int(text)
+    header("User", "integer", "the user", 1, least=SMALLEST, most=BIGGEST),
+    header("Cpus", "integer", "cores it needs", 1, least=1, most=1_000_000, default=1),
+    header("Memory", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
+    header("Timeout", "number", "run time limit in seconds", 3600, least=0, read=read_limit),
+    header("Inputs", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
+    header("Digests", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
+    header("Return-Inputs", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
+)  # fmt: skip
 
 
 def new_payload(request: Request) -> NewJob:
     """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
-    job_uuid, timeout = request.header("X-Joborch-Uuid").lower(), request.header("X-Joborch-Timeout")
-    if job_uuid and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", job_uuid):
-        raise HttpError(400, "X-Joborch-Uuid is not a UUID", "X-Joborch-Uuid")
-    if timeout and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", timeout):
-        raise HttpError(400, "X-Joborch-Timeout: give seconds", "X-Joborch-Timeout")
+    said = read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
     return NewJob(
-        uuid=job_uuid or new_uuid(),
-        user_id=whole_header(request, "X-Joborch-User"),
-        service=one_line(unquote_to_bytes(request.header("X-Joborch-Service")).decode("utf-8", "replace"), 200) or None,
-        cpus=whole_header(request, "X-Joborch-Cpus") or 1,
-        memory=whole_header(request, "X-Joborch-Memory"),
-        timeout=float(timeout) if timeout else None,
-        return_inputs=0 if request.header("X-Joborch-Return-Inputs") == "0" else 1,
-        attempt=whole_header(request, "X-Joborch-Attempt") or 1,
-        remote_id=one_line(request.header("X-Joborch-Job"), 40) or None,
+        uuid=said["X-Joborch-Uuid"] or new_uuid(),
+        user_id=said["X-Joborch-User"],
+        service=said["X-Joborch-Service"],
+        cpus=said["X-Joborch-Cpus"],
+        memory=said["X-Joborch-Memory"],
+        timeout=said["X-Joborch-Timeout"],
+        return_inputs=0 if said["X-Joborch-Return-Inputs"] == "0" else 1,
+        attempt=said["X-Joborch-Attempt"],
+        remote_id=said["X-Joborch-Job"],
     )
 
 
@@ -11737,7 +11769,7 @@ RETRIEVED = Gives("completed: the result as application/zip; else the payload wi
     takes=(PAYLOAD_ID, MARK),
     gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
 )
-def retrieve(client: Client, request: Request, job_id: str) -> Answer:
+def retrieve(client: Client, request: Request, job_id: int) -> Answer:
     """Fetch the result of a payload, or its state."""
     job = known_payload(client, request, job_id)
     if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
@@ -11764,7 +11796,7 @@ WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
     takes=(PAYLOAD_ID, MARK),
     gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
 )
-def retrieve_partial(client: Client, request: Request, job_id: str) -> Answer:
+def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
     """Fetch the work folder of a payload as it stands."""
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
@@ -11784,7 +11816,7 @@ KILL_GIVES = {
 
 
 @route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
-def kill(client: Client, request: Request, job_id: str) -> Answer:
+def kill(client: Client, request: Request, job_id: int) -> Answer:
     """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
@@ -11815,12 +11847,27 @@ def over(node: Node, job_id: int) -> Job | None:
 
 EVENTS_TAKES = (
     Parameter(
-        "since", "query", "integer", "the `next` of your last answer; 0 asks for all that was not fetched", 0, least=0, most=2**63 - 1
+        "since",
+        "query",
+        "integer",
+        "the `next` of your last answer; 0 asks for all that was not fetched",
+        0,
+        least=0,
+        most=BIGGEST,
+        default=0,
     ),
-    Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3"),
-    Parameter("wait", "query", "number", "wait for a change, at most so many seconds", 10),
-    Parameter("more", "query", "string", "1: go on with the list that since=0 began, whose last page said `more`", "1", choices=("0", "1")),
-    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2"),
+    Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3", default=""),
+    WAIT._replace(help="wait for a change, at most so many seconds", example=10),
+    Parameter(
+        "more",
+        "query",
+        "string",
+        "1: go on with the list that since=0 began, whose last page said `more`",
+        "1",
+        choices=("0", "1"),
+        default="0",
+    ),
+    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2", default=""),
 )
 EXAMPLE_EVENT = {
     "id": 1,
@@ -11859,30 +11906,29 @@ OLD_SERVER = Gives(
     takes=EVENTS_TAKES,
     gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
 )
-def events(client: Client, request: Request) -> Answer:
+def events(client: Client, request: Request, since: int, instance: str, wait: float, more: str, done: str) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
-    since, wait_s, lists = request.whole("since", 0, 0, 2**63 - 1), request.seconds("wait"), request.query.get("more") == "1"
-    if request.query.get("instance", "") == client.instance:
-        confirm(client, request.query.get("done", ""))
-    if request.query.get("instance", client.instance) not in ("", client.instance):
-        since, wait_s = 0, 0.0
+    if instance == client.instance:
+        confirm(client, done)
+    elif instance:  # the server knew another one: it gets all of this one's, at once
+        since, wait = 0, 0.0
     changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
-    if since == 0 or lists:
+    if since == 0 or more == "1":
         last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
         found = client.store.jobs(CHANGED_ALL, since=since)
         inline = 0
     else:
         with client.places.place() as parked:
-            if not parked and wait_s:
+            if not parked and wait:
                 raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
-            found = client.wait_until(lambda: changed() or None, wait_s, request.left) or []
-            if found and wait_s:
+            found = client.wait_until(lambda: changed() or None, wait, request.left) or []
+            if found and wait:
                 client.wait_until(lambda: any_ended(changed()), EVENTS_SETTLE_S, request.left)
                 found = changed()
         last, inline = since, INLINE_PAYLOADS
     jobs, payloads = events_page(client, found, inline)
-    more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
-    said = {"instance": client.instance, "start": client.start_id, "next": told if more else max(told, last), "more": more}
+    is_more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
+    said = {"instance": client.instance, "start": client.start_id, "next": told if is_more else max(told, last), "more": is_more}
     problem = problem_of(client, for_all=True)[:1000] or None
     return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
 
@@ -11998,9 +12044,20 @@ def prefers_html(accept: str) -> bool:
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
-STREAM = Parameter("stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS)
-OFFSET = Parameter("offset", "query", "integer", "bytes of the script's output that you have: X-Next-Offset of the last answer", 0, least=0)
-FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"))
+STREAM = Parameter(
+    "stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS, default=OUTPUT_STREAMS[0]
+)
+OFFSET = Parameter(
+    "offset",
+    "query",
+    "integer",
+    "bytes of the script's output that you have: X-Next-Offset of the last answer",
+    0,
+    least=0,
+    most=10**18,
+    default=0,
+)
+FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"), default="0")
 LOG_PART = Gives(
     "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
     "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
@@ -12016,14 +12073,6 @@ class LogPart(NamedTuple):
     following: int
 
 
-def chosen_stream(request: Request) -> tuple[str, int]:
-    """Return the stream and the offset that a request names; HttpError 400."""
-    stream, offset = request.query.get("stream", OUTPUT_STREAMS[0]), request.whole("offset", 0, 0, 10**18)
-    if stream not in OUTPUT_STREAMS:
-        raise HttpError(400, f"stream is {one_line(stream, 40)!r}: give {' or '.join(OUTPUT_STREAMS)}", "stream")
-    return stream, offset
-
-
 @route(
     "GET",
     "/logs/<job_id>",
@@ -12033,9 +12082,9 @@ def chosen_stream(request: Request) -> tuple[str, int]:
     takes=(PAYLOAD_ID, MARK, STREAM, OFFSET),
     gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND},
 )
-def payload_logs(client: Client, request: Request, job_id: str) -> Answer:
+def payload_logs(client: Client, request: Request, job_id: int, stream: str, offset: int) -> Answer:
     """Read a payload's output, also while it runs."""
-    job, (stream, offset) = known_payload(client, request, job_id), chosen_stream(request)
+    job = known_payload(client, request, job_id)
     part = LogPart(b"", offset)
     # The script has not come that far, or has put something else in its place.
     with contextlib.suppress(OSError), open_regular(client.folder(job), stream) as source:
@@ -12113,12 +12162,9 @@ def job_log(server: Server, request: Request, job: Job, stream: str, offset: int
     takes=(ID, STREAM, OFFSET, FOLLOW),
     gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
 )
-def job_logs(server: Server, request: Request, job_id: str) -> Answer:
+def job_logs(server: Server, request: Request, job_id: int, stream: str, offset: int, follow: str) -> Answer:
     """Read a job's output, live while it runs; with follow=1 until it has ended."""
-    (stream, offset), job = chosen_stream(request), known_job(server, request, job_id)
-    follow = request.query.get("follow", "0")
-    if follow not in ("0", "1"):
-        raise HttpError(400, f"follow is {one_line(follow, 40)!r}: give 1 or 0", "follow")
+    job = known_job(server, request, job_id)
     headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
     if follow == "1" and request.method == "GET":
         place = contextlib.ExitStack()

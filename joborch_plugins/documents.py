@@ -117,6 +117,7 @@ def openapi_schema(parameter: Parameter) -> dict[str, Any]:
     allowed = {
         **({"enum": list(parameter.choices)} if parameter.choices else {}),
         **({"pattern": parameter.pattern} if parameter.pattern else {}),
+        **({"maxLength": parameter.longest} if parameter.longest is not None else {}),
     }
     return {"type": parameter.kind, **bounds, **allowed}
 

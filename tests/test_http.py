@@ -148,9 +148,8 @@ def test_only_get_has_ranges() -> None:
 @BOUNDED
 @given(st.text(max_size=25) | st.integers(-(2**70), 2**70).map(str), st.integers(-5, 5), st.integers(6, 2**63))
 def test_a_whole_number_of_a_query_lies_between_its_bounds(text: str, least: int, most: int) -> None:
-    request = Request({"REQUEST_METHOD": "GET"})
-    request.__dict__["query"] = {"n": text}
-    got = tried(lambda: request.whole("n", 7, least, most), HttpError)
+    parameter = joborch.Parameter("n", "query", "integer", "a number", least=least, most=most, default=7)
+    got = tried(lambda: parameter.value(text), HttpError)
     if isinstance(got, HttpError):
         assert (got.status, got.field) == (400, "n")
         assert got.message.isprintable()
@@ -160,7 +159,7 @@ def test_a_whole_number_of_a_query_lies_between_its_bounds(text: str, least: int
     else:
         assert least <= got <= most
         assert int(text) == got
-    assert request.whole("absent", 7, least, most) == 7
+    assert parameter.value(None) == 7
 
 
 @BOUNDED
@@ -170,11 +169,9 @@ def test_a_whole_number_of_a_query_lies_between_its_bounds(text: str, least: int
 @example("1e9")
 @example("-1")
 def test_a_wait_is_bounded(text: str) -> None:
-    request = Request({"REQUEST_METHOD": "GET"})
-    request.__dict__["query"] = {"wait": text}
-    got = tried(lambda: request.seconds("wait"), HttpError)
+    got = tried(lambda: joborch.WAIT.value(text), HttpError)
     assert isinstance(got, HttpError) or got == min(float(text), joborch.WAIT_LIMIT_S)
-    assert requested().seconds("wait") == 0
+    assert joborch.WAIT.value(None) == 0
 
 
 def test_a_query_is_read_with_its_blanks_and_escapes() -> None:

@@ -298,7 +298,7 @@ def test_a_relative_cache_folder_does_not_count(user: User) -> None:
 @pytest.fixture(name="disk")
 def disk_fixture(root: None, tmp_path: Path) -> Iterator[Disk]:
     """A small disk."""
-    disk = Disk(tmp_path / "disk", "size=8m")
+    disk = Disk(tmp_path / "disk", "size=16m")
     yield disk
     disk.close()
 
@@ -308,8 +308,10 @@ def test_a_full_disk(user: User, disk: Disk) -> None:
     user.environment["XDG_CACHE_HOME"] = str(disk.path)
     user.cache = disk.path / "joborch"
     user.copy = user.cache / user.copy.name
+    with zipfile.ZipFile(user.pyz) as archive:
+        source = sum(entry.file_size // 4096 + 1 for entry in archive.infolist())
     seen = set()
-    for pages in (0, 1, 3, 100, 600, 1100):
+    for pages in (0, 1, 3, 100, source // 2, source):
         disk.free()
         shutil.rmtree(user.cache, ignore_errors=True)
         disk.fill(pages)

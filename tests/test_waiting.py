@@ -370,11 +370,7 @@ def test_when_a_job_may_start_is_told_from_past_runs_and_not_invented(desk: Desk
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_whatever_is_written_as_a_field_is_answered(priority: str, after: str) -> None:
     """A refusal that names it, or a value."""
-    readers: list[tuple[str, str, Any]] = [
-        ("priority", priority, functools.partial(joborch.whole_field, name="priority")),
-        ("after", after, joborch.after_field),
-    ]
-    for name, text, read in readers:
-        found = tried(functools.partial(read, {name: text}), joborch.HttpError)
+    for name, text in (("priority", priority), ("after", after)):
+        found = tried(functools.partial(joborch.FORM_FIELDS[name].value, text), joborch.HttpError)
         if isinstance(found, joborch.HttpError):
             assert (found.status, found.field) == (400, name) and found.message.isprintable()
