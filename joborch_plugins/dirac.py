@@ -82,7 +82,7 @@ from joborch import (
     write_atomic,
 )
 
-# == Grid files ==  What goes to a grid and comes back: a job's description, and archives that stay in their folder.
+# == Grid files ==  The job descriptions sent to a grid, and archives that are unpacked only inside their folder.
 
 SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
 OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
@@ -92,11 +92,11 @@ LOGIN_LOCK_S = 20.0  # the official client holds the lock of the credentials whi
 LOGIN_ROOM_BYTES = 64 * KIB  # taken on the disk before a refresh: the new token must find its place
 TROUBLES_OF_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SEARCH_LIMIT = 5_000  # jobs in one question; DiracX pages beyond 10,000
-SUBMIT_SETTLE_S = 90.0  # a submission whose answer was lost may still be worked on so long,
-RESTART_SETTLE_S = 10.0  # and one that a crash of the client cut off so long after its start
+SUBMIT_SETTLE_S = 90.0  # how long a submission may still be in progress after its answer was lost,
+RESTART_SETTLE_S = 10.0  # and, if a crash of the client interrupted it, after the client's start
 JUDGES = 3  # outputs that are fetched at once
-FETCH_PATIENCE_S = 3600.0  # so long outputs that are damaged, or have no room here, are fetched again
-FORGET_S = 60.0  # a job that nobody asks for is kept in mind so long
+FETCH_PATIENCE_S = 3600.0  # how long outputs are fetched again if they are damaged, or do not fit on the disk
+FORGET_S = 60.0  # a job is forgotten if nobody asks for it for this long
 LAUNCHER, OUTPUT_ARCHIVE = "joborch.sh", "joborch-output.tar.gz"
 NOT_BEGUN = frozenset(("Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Rescheduled"))
 WITH_PILOT = frozenset(("Matched", "Running", "Stalled", "Completing"))
@@ -147,7 +147,7 @@ class BadSandbox(JoborchError):
 
 
 class AnswerLost(BackendUnavailable):
-    """DIRAC may have heard what was asked, and done it."""
+    """The request may have reached DIRAC and been carried out."""
 
 
 class DiracRefusal(JoborchError):
@@ -166,7 +166,7 @@ def jdl_text(text: str, what: str) -> str:
 
 
 def check_jdl(lines: str) -> list[str]:
-    """Return the statements of the free lines of JDL; ConfigError for what is none, and for what joborch sets itself."""
+    """Return the statements of the site's JDL lines. Raises ConfigError for invalid ones, and for those that joborch sets itself."""
     statements = []
     for text in filter(str.strip, lines.split(";")):
         match = JDL_STATEMENT.fullmatch(text)
@@ -227,7 +227,7 @@ def launcher(job: Job, kill_grace_s: float, prelude: str = "") -> bytes:
 
 
 class Bounded:
-    """A file that takes SANDBOX_LIMIT_BYTES and no more (CannotRun), and keeps the SHA-256 of what it took."""
+    """A file that computes its SHA-256 while written. Raises CannotRun above SANDBOX_LIMIT_BYTES."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self.target, self.size, self.digest = target, 0, hashlib.sha256()
@@ -242,7 +242,7 @@ class Bounded:
 
 
 def pack_inputs(folder: Path, scripts: Mapping[str, bytes], target: IO[bytes]) -> Bounded:
-    """Write the input sandbox of an attempt: scripts by name, and payload/work. CannotRun where it becomes too large."""
+    """Write the input sandbox of an attempt: scripts by name, and payload/work. Raises CannotRun if it becomes too large."""
     import tarfile
 
     bounded, work = Bounded(target), folder / "work"
@@ -289,7 +289,7 @@ UNPACKED = re.compile(r"work|stdout|stderr|exit\.json|started\.[0-9]+")
 
 
 def safe_parts(name: str) -> list[str]:
-    """Return the parts of a member's path; empty where it is none of ours. BadSandbox where it leaves the folder."""
+    """Return the parts of a member's path; empty if it is not part of the payload. Raises BadSandbox if it leaves the folder."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name:
         raise BadSandbox(f"it holds {one_line(name, 80)!r}, which leads out of its folder")
@@ -301,7 +301,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
 
     Links are made last, and those that lead out of `target` are left out, as are devices and fifos: so no file is written
     through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left,
-    SandboxTooLarge where it holds more than the limits let: what fits is there.
+    Raises SandboxTooLarge if it exceeds the limits: the part that fits is unpacked.
     """
     links: list[tuple[str, Any]] = []
     places: list[bytes] = []  # the paths that the folder had where it was packed
@@ -367,7 +367,7 @@ def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[byt
 
 
 def make_link(root: str, path: str, member: Any) -> bool:
-    """Make one link; False for a hard link to what is no file of the archive, and where something is in its place."""
+    """Make one link. Return False if a hard link's target is not a file of the archive, or if the path is taken."""
     try:
         if member.issym():
             os.symlink(member.linkname, path)
@@ -381,14 +381,14 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == DiracX ==  The login that people make, and the calls of the service: a token is on the disk before it is used.
+# == DiracX ==  A person's login, and the calls to the service. A new token is written to the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
 
 
 def claims(token: str) -> dict[str, Any]:
-    """Return what a JSON web token says (RFC 7519), unverified: that is its issuer's affair. Empty where it is none."""
+    """Return the claims of a JSON web token (RFC 7519) without verifying them; empty if it is not one."""
     try:
         middle = token.split(".")[1]
         said = parse_json(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
@@ -421,13 +421,13 @@ class DiracLogin:
     """
 
     def __init__(self, path: str, refresh: Callable[[str], tuple[int, Any]], clock: Clock) -> None:
-        """`refresh` shows a refresh token and returns DiracX's status and answer; BackendUnavailable where there is none."""
+        """`refresh` sends a refresh token and returns DiracX's status and answer; it raises BackendUnavailable if none comes."""
         self.path, self.refresh, self.clock = Path(os.path.realpath(os.path.expanduser(path))), refresh, clock
         self.lock = threading.Lock()
         self.refused, self.refused_at = "", 0.0  # the refresh token that DiracX refused: the login has ended for good
 
     def read(self) -> dict[str, Any]:
-        """Return what the file holds; BackendUnavailable where there is no login."""
+        """Return the content of the file. Raises BackendUnavailable if there is no login."""
         try:
             return self.parse(self.path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -452,7 +452,7 @@ class DiracLogin:
         return cast("dict[str, Any]", said)
 
     def valid_until(self) -> float | None:
-        """Return when the refresh token ends (seconds since 1970), after which only a person's new login helps; None where unknown."""
+        """Return when the refresh token expires (seconds since 1970; then a person must log in again), or None if unknown."""
         try:
             said = self.read()
         except BackendUnavailable:
@@ -461,7 +461,7 @@ class DiracLogin:
         return float(until) if isinstance(until, (int, float)) else None
 
     def ended(self) -> str:
-        """Return why the login has ended for good and what to do, or an empty text."""
+        """Return why the login has expired for good and what to do, or an empty text."""
         try:
             said = self.read()
         except BackendUnavailable as error:
@@ -484,7 +484,7 @@ class DiracLogin:
         return str(name)
 
     def token(self, refused: str = "") -> str:
-        """Return an access token that is valid for a while, and is not the `refused` one; BackendUnavailable where there is none."""
+        """Return an access token that stays valid for a while and is not `refused`. Raises BackendUnavailable if there is none."""
         with self.lock:
             said = self.read()
             if self.lasts(said, refused):
@@ -492,7 +492,7 @@ class DiracLogin:
             return str(self.renewed(refused)["access_token"])
 
     def lasts(self, said: Mapping[str, Any], refused: str) -> bool:
-        """Tell whether an access token can still be used; to its very end where it cannot be refreshed any more."""
+        """Tell whether an access token can still be used. If it cannot be refreshed any more, it is used until it expires."""
         ahead_s = 0.0 if said["refresh_token"] == self.refused else REFRESH_AHEAD_S
         return bool(said["access_token"] != refused and said["expires_on"] > self.clock.wall() + ahead_s)
 
@@ -546,7 +546,7 @@ class DiracLogin:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[IO[str]]:
-        """Hold the lock of the file that is at the path now; BackendUnavailable where somebody else holds it for too long."""
+        """Hold the lock of the file that is at the path now. Raises BackendUnavailable if another process holds it too long."""
         deadline, file = self.clock.monotonic() + LOGIN_LOCK_S, self.lock_once()
         while file is None:
             if self.clock.monotonic() > deadline:
@@ -557,7 +557,7 @@ class DiracLogin:
             yield file
 
     def lock_once(self) -> IO[str] | None:
-        """Return the locked file, or None where another has the lock, or had it and put another file in its place."""
+        """Return the locked file, or None if another process has the lock, or has replaced the file."""
         try:
             file = open(self.path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by who gets it
             try:
@@ -605,7 +605,7 @@ class DiracService:
             raise kind(f"DIRAC: {host_of(url)[0]} does not answer: {one_line(text, 150)}") from error
 
     def refresh(self, token: str) -> tuple[int, Any]:
-        """Show a refresh token; return the status and what came with it. BackendUnavailable for all but a yes or a no."""
+        """Send a refresh token; return the status and the answer. Raises BackendUnavailable unless the answer is a clear yes or no."""
         form = urlencode({"grant_type": "refresh_token", "client_id": DIRAC_CLIENT_ID, "refresh_token": token})
         answer = self.send("POST", f"{self.url}/api/auth/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
         return answer.status_code, {} if answer.status_code in (400, 401) else self.meant(answer)
@@ -637,7 +637,7 @@ class DiracService:
         raise BackendUnavailable(text) if status in (401, 429, 503) else AnswerLost(text)
 
     def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of an owner's jobs that have one of these values; others' jobs are visible, too, and are left out."""
+        """Return the rows of an owner's jobs that have one of these values; visible jobs of other owners are left out."""
         rows: list[Row] = []
         for first in range(0, len(values), SEARCH_LIMIT):
             wanted = {"parameter": parameter, "operator": "in", "values": list(values[first : first + SEARCH_LIMIT])}
@@ -670,9 +670,9 @@ class DiracService:
         return str(said["pfn"])
 
     def download(self, pfn: str, target: IO[bytes]) -> None:
-        """Bring a sandbox, verified by the SHA-256 in its name; BackendUnavailable where it is damaged or does not come."""
+        """Fetch a sandbox and verify the SHA-256 in its name. Raises BackendUnavailable if it is damaged or does not arrive."""
         url = self.call("GET", f"/api/jobs/sandbox?pfn={quote(pfn, safe='')}")["url"]
-        answer = self.send("GET", url, stream=True)  # without our token: the store is another's, and refuses it
+        answer = self.send("GET", url, stream=True)  # without the token: the store is another service, and refuses it
         digest, size, pieces = hashlib.sha256(), 0, answer.iter_content(CHUNK_BYTES)
         try:
             while chunk := next_piece(pieces, pfn):
@@ -701,7 +701,7 @@ class SizedBody:
 
 
 def next_piece(pieces: Iterator[bytes], pfn: str) -> bytes:
-    """Return the next piece of a sandbox, an empty one at its end; BackendUnavailable where it does not come."""
+    """Return the next piece of a sandbox, empty at its end. Raises BackendUnavailable if it does not arrive."""
     try:
         return next(pieces, b"")
     except (OSError, ValueError) as error:
@@ -718,7 +718,7 @@ def waits_text(row: Mapping[str, Any]) -> str:
 
 
 def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
-    """Return how a job ended that left an exit file: as that says, but who ended it may be known by DIRAC alone."""
+    """Return the outcome of a job with an exit file. The file decides, but only DIRAC may know who killed the job."""
     minor = one_line(str(row["MinorStatus"]), 100)
     if left.exit_status == 0 or left.cause is Cause.LIMIT:
         return left
@@ -732,7 +732,7 @@ def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
 
 
 def without_exit(row: Mapping[str, Any]) -> Outcome:
-    """Return how a job ended that left no exit file, by DIRAC's word."""
+    """Return the outcome of a job without an exit file, as DIRAC reports it."""
     text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file came back"
     if row["Status"] == "Killed":
         return Outcome(False, cause=Cause.CANCELLED, reason=f"somebody ended it. {text}")
@@ -741,12 +741,12 @@ def without_exit(row: Mapping[str, Any]) -> Outcome:
 
 
 def removed(number: int) -> Outcome:
-    """Return how a job ended that DIRAC does not know any more."""
+    """Return the outcome of a job that DIRAC no longer knows."""
     return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC no longer knows job {number}: somebody removed it")
 
 
 def run_again(row: Mapping[str, Any]) -> Outcome:
-    """Return how a job ended that DIRAC started a second time: an attempt runs once."""
+    """Return the outcome of a job that DIRAC started a second time: an attempt runs only once."""
     text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
     return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
 
@@ -757,7 +757,7 @@ class DiracExecutor:
     is_batch = True
 
     def __init__(self, data: DataFolder, config: Config, clock: Clock | None = None) -> None:
-        """ConfigError where a setting is missing, or holds what JDL cannot."""
+        """Raises ConfigError if a setting is missing, or has characters that JDL cannot express."""
         if not config.dirac_url:
             raise ConfigError("JOBORCH_DIRAC_URL is not set: give DiracX's address, as in https://dirac.example.org")
         for service, options in config.batch.items():
@@ -793,7 +793,7 @@ class DiracExecutor:
         return self.service.login.ended() or (f"{self.outage.reason} (since {at_clock(self.outage.since)})" if self.outage.reason else "")
 
     def login_valid_until(self) -> float | None:
-        """Return when only a person's new login helps (seconds since 1970), None where unknown."""
+        """Return when a person must log in again (seconds since 1970), or None if unknown."""
         return self.service.login.valid_until()
 
     @contextlib.contextmanager
@@ -810,7 +810,7 @@ class DiracExecutor:
         self.outage.worked()
 
     def note(self, trouble: str) -> None:
-        """Keep what is wrong, and since when something is."""
+        """Note what is wrong, and since when."""
         if self.outage.failed(trouble):
             log.warning("%s", trouble)
 
@@ -839,7 +839,7 @@ class DiracExecutor:
         return str(number)
 
     def ask(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Call the service for one payload; CannotRun where it refuses what was said, and not who said it."""
+        """Call the service for one payload. Raises CannotRun if it refuses the request itself, not the login."""
         try:
             return call(*arguments)
         except DiracRefusal as error:
@@ -925,7 +925,7 @@ class DiracExecutor:
         return {job.id: self.outcome(job) for job in jobs}
 
     def keep_in_mind(self, jobs: Sequence[Job]) -> None:
-        """Watch these jobs, and let go of those that nobody has asked for in a while: they have ended."""
+        """Watch these jobs, and forget those that nobody has asked for in a while: they are over."""
         now = self.clock.monotonic()
         with self.lock:
             polled = {**self.polled, **{job.mark: (int(job.handle), now) for job in jobs if job.handle}}
@@ -967,7 +967,7 @@ class DiracExecutor:
         threading.Thread(target=self.judge, args=(job, row), name=f"dirac {row['JobID']}", daemon=True).start()
 
     def judge(self, job: Job, row: Row) -> None:
-        """Keep how a job ended for the next poll; nothing where that is not known yet."""
+        """Keep a job's outcome for the next poll, if it is known."""
         try:
             with contextlib.suppress(BackendUnavailable, StillRunning):
                 verdict = self.verdict(job, row)
@@ -1002,7 +1002,7 @@ class DiracExecutor:
     # -- ending --
 
     def kill(self, row: Row) -> None:
-        """Have DIRAC note that a job is to end; StillRunning where it did not."""
+        """Ask DIRAC to kill a job. Raises StillRunning if it did not accept the request."""
         # DIRAC goes by this time, and takes none before what a pilot with a fast clock said.
         times = [dirac_time(row[name]) for name in ("LastUpdateTime", "HeartBeatTime", "StartExecTime")]
         stamp = datetime.fromtimestamp(max(self.clock.wall(), *times) + 0.001, timezone.utc).isoformat(timespec="microseconds")
