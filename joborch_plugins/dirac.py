@@ -1,4 +1,4 @@
-"""Executor `dirac`: payloads run as jobs of a grid; one question a tick, and the exit file that came back outranks DIRAC's word."""
+"""Executor `dirac`: payloads run as jobs of a grid. One query a tick covers all, and the exit file outranks DIRAC's report."""
 
 from __future__ import annotations
 
@@ -708,7 +708,7 @@ def next_piece(pieces: Iterator[bytes], pfn: str) -> bytes:
         raise BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
 
 
-# == DIRAC ==  Payloads run as jobs of a grid: one question a tick, and the exit file that came back outranks DIRAC's word.
+# == DIRAC ==  Payloads run as jobs of a grid. One query a tick covers all, and the exit file outranks DIRAC's report.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
@@ -869,7 +869,7 @@ class DiracExecutor:
                 self.kill(row)
 
     def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of our jobs with these values. Raises BackendUnavailable also if somebody else is logged in now."""
+        """Return the rows of joborch's jobs with these values. Raises BackendUnavailable also if another user is logged in now."""
         now, note = self.service.login.owner(), self.data.path / "dirac-owner"
         known = note.read_text(encoding="utf-8") if note.exists() else ""
         if known and known != now:
@@ -1063,7 +1063,7 @@ class DiracExecutor:
                 self.fetched.add(job.mark)
 
     def bring(self, job: Job, pfn: str) -> bool:
-        """Bring one output sandbox into a payload's folder; False where it is of no use. BackendUnavailable where it is worth another try.
+        """Fetch one output sandbox into a payload's folder; False if it is useless. Raises BackendUnavailable if a retry may help.
 
         What fails for FETCH_PATIENCE_S is of no use: it would hold a slot and its user's quota for ever.
         """

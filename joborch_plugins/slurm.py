@@ -1,4 +1,4 @@
-"""Executor `slurm`: one question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids."""
+"""Executor `slurm`: payloads run as Slurm jobs. One query covers all of them, and the exit file outranks Slurm's report."""
 
 from __future__ import annotations
 
@@ -303,11 +303,11 @@ def without_exit_file(job: SlurmJob | None, traces: SlurmTraces, grace_s: float)
     return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=reason + said)
 
 
-# == Slurm ==  One question for all jobs, asked now and then; the exit file outranks Slurm's word, and a name of ours its ids.
+# == Slurm ==  One query covers all jobs. The exit file outranks Slurm's report, and jobs are found by name, never by id alone.
 
 
 class SlurmExecutor:
-    """Hands payloads to Slurm by sbatch, squeue, sacct and scancel. A handle is Slurm's id; what it is found by is its name.
+    """Hands payloads to Slurm by sbatch, squeue, sacct and scancel. A handle is Slurm's id; jobs are found by their name.
 
     slurmctld may forget jobs that it took, and give their ids out again: no id alone is ever read, cancelled or believed.
     """
@@ -519,10 +519,10 @@ class SlurmExecutor:
         return slurm_outcome(known, traces, self.config.vanish_grace_s)
 
     def traced(self, job: Job, traces: SlurmTraces) -> SlurmTraces:
-        """Return the traces, with the log and exit file of an attempt that is over; a live attempt needs no such look."""
+        """Add the traces that only matter once an attempt is over, such as the last line of its log."""
         now, folder = time.monotonic(), traces.folder
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # has a network file system look anew (nfs(5): attribute caching)
+            os.listdir(folder)  # makes a network file system refresh its cache (nfs(5): attribute caching)
         again, words = (folder / f"again.{job.attempt}").exists(), last_line(folder / f"slurm.{job.attempt}")
         missed_s = now - self.missed.setdefault(job.mark, now)
         return dataclasses.replace(traces, again=again, words=words, missed_s=missed_s, removed=not folder.is_dir())
