@@ -309,6 +309,7 @@ def main() -> int:
         return 0
     path = os.path.abspath(os.path.dirname(__file__))
     archive = choose_copy(path) if os.path.isfile(path) else None  # else it was unpacked by hand
+    sys.dont_write_bytecode = True  # on a full disk Python would leave half a file, and fail at it at every later start
     gc.disable()  # hardly anything of what an import makes is garbage: looking for it would take a tenth of the time
     import joborch
 

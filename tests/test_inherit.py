@@ -151,7 +151,8 @@ def test_the_archive_hides_before_it_imports_joborch(pyz: Path, tmp_path: Path) 
     """The import takes a third of a second, in which a script could read the environment."""
     with zipfile.ZipFile(pyz) as archive:
         (tmp_path / "__main__.py").write_bytes(archive.read("__main__.py"))
-    stub = "import ctypes\ndumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\nclass Program:\n    pass\ndef main():\n    print(dumpable)\n    return 0\n"
+    stub = "import ctypes\ndumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\nclass Program:\n    pass\n"
+    stub += "def main():\n    print(dumpable)\n    return 0\n"
     (tmp_path / "joborch.py").write_text(stub)
     done = subprocess.run([sys.executable, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
