@@ -11224,9 +11224,9 @@ def running_archive(server: Server, request: Request, link: Link, job: Job) -> A
     into = result_transfer(server.config, spool)
     try:
         while True:
-            with calling(server, request, link) as unwanted:
-                if fetch_packed(link, job, into, unwanted):
-                    break
+            with calling(server, request, link) as unwanted, contextlib.suppress(NotPacked):
+                link.fetch(job, into, partial=True, unwanted=unwanted)
+                break
             if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
                 raise NotPacked("still packs what is there: come again")
     except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
@@ -11252,15 +11252,6 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
         if not (here and anywhere):
             raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
         yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
-
-
-def fetch_packed(link: Link, job: Job, into: Transfer, unwanted: Callable[[], bool]) -> bool:
-    """Fetch a running job as it stands; False where its client still packs that."""
-    try:
-        link.fetch(job, into, partial=True, unwanted=unwanted)
-    except NotPacked:
-        return False
-    return True
 
 
 STATUS_NAMES = tuple(status.value for status in Status)
@@ -11394,11 +11385,6 @@ def terminate(server: Server, request: Request, job_id: int) -> Answer:
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
-def is_silent(link: Link | None) -> bool:
-    """Tell whether a client does not answer now: nothing is gained by waiting for it."""
-    return link is not None and bool(link.outage.failures)
-
-
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
     with server.places.place() as parked:
@@ -11412,7 +11398,7 @@ def wait_for_end(server: Server, request: Request, job: Job) -> None:
 
         def hopeless() -> bool:
             is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
-            return request.left() or is_silent(link) or (is_noted and time.monotonic() > noted_until)
+            return request.left() or bool(link and link.outage.failures) or (is_noted and time.monotonic() > noted_until)
 
         server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
 
@@ -11576,8 +11562,7 @@ def payload_json(client: Client, job: Job) -> dict[str, Any]:
 
 def event_json(client: Client, job: Job) -> dict[str, Any]:
     """Return what our server wants to know of a payload."""
-    names = ("id", "uuid", "attempt", "status", "reason", "cause", "exit_code", "signal", "started_at", "ended_at")
-    said = {name: getattr(job, name) for name in names}
+    said = {name: getattr(job, name) for name in EXAMPLE_EVENT}
     said["status"] = shown_status(job).value
     if job.status is Status.RUNNING:
         said["reason"] = client.notes.get(job.id, "")
@@ -11695,7 +11680,9 @@ def received_form(request: Request, work: Path) -> Form:
     try:
         form = request.read_form(work, by_name=True)
         check_digests(form, ours)
-        check_inputs(form, request.header("X-Joborch-Inputs"))
+        meant = request.header("X-Joborch-Inputs").lower()  # it is proven if the server is
+        if meant and meant != inputs_digest({file.path: file.sha256 for file in form.files}):
+            raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
         if not form.files:
             raise HttpError(400, "there is no file: send at least run.sh", "file")
     except HttpError as refusal:
@@ -11716,12 +11703,6 @@ def check_digests(form: Form, wanted: bool) -> None:
         raise HttpError(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
         raise HttpError(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
-
-
-def check_inputs(form: Form, meant: str) -> None:
-    """Compare what came with the digest in the request's head, which is proven where the server is; HttpError 503 makes it send again."""
-    if meant and meant.lower() != inputs_digest({file.path: file.sha256 for file in form.files}):
-        raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
 
 
 def remember_inputs(folder: Path, form: Form) -> None:
@@ -11870,17 +11851,9 @@ EVENTS_TAKES = (
     Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2", default=""),
 )
 EXAMPLE_EVENT = {
-    "id": 1,
-    "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0",
-    "attempt": 1,
-    "status": "Completed",
-    "reason": "run.sh ended with exit status 0",
-    "cause": None,
-    "exit_code": 0,
-    "signal": None,
-    "started_at": 1795510800.0,
-    "ended_at": 1795510803.5,
-}
+    "id": 1, "uuid": MARK.example[:36], "attempt": 1, "status": "Completed", "reason": "run.sh ended with exit status 0", "cause": None,
+    "exit_code": 0, "signal": None, "started_at": 1795510800.0, "ended_at": 1795510803.5,
+}  # fmt: skip
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
 EXAMPLE_EVENTS = {
     "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
@@ -11923,7 +11896,11 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
                 raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
             found = client.wait_until(lambda: changed() or None, wait, request.left) or []
             if found and wait:
-                client.wait_until(lambda: any_ended(changed()), EVENTS_SETTLE_S, request.left)
+                client.wait_until(
+                    lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed()) or None,
+                    EVENTS_SETTLE_S,
+                    request.left,
+                )
                 found = changed()
         last, inline = since, INLINE_PAYLOADS
     jobs, payloads = events_page(client, found, inline)
@@ -11964,11 +11941,6 @@ def confirm(client: Client, done: str) -> None:
         client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
         crash_point("events.confirmed")
         drop_packings(client, ids)
-
-
-def any_ended(changed: Iterable[Job]) -> bool | None:
-    """Return True if one of these payloads has ended, else None."""
-    return any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed) or None
 
 
 EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
