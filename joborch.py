@@ -19,22 +19,23 @@ Files are written before rows, rows before answers. What a crash leaves between 
 or done again harmlessly. Threads meet only in the Store and in wake-up calls; a tick reads what the Store says and moves
 it on, may run at any time, twice, or after a crash.
 
-The module is read from top to bottom; every section uses only what stands above it:
+The sections go from the outside in: the server with a job's way through it, the client, what runs payloads, and then what all of
+them stand on (the link, the store, files, HTTP, cleaning, settings, commands). Callers stand before what they call:
 
-     1. Vocabulary            15. Restore               29. Client
-     2. Settings              16. Inheritance           30. Results
-     3. Configuration         17. Executors             31. Access
-     4. States                18. Local executor        32. HTTP
-     5. Reasons               19. Identity              33. Connections
-     6. Scheduling            20. Transfers             34. Server routes
-     7. Files                 21. Answers               35. Jobs
-     8. Folders               22. Links                 36. Site routes
-     9. Trust                 23. Loops                 37. Client routes
-    10. Data folder           24. Cleaning              38. Logs
-    11. Archives              25. Server                39. Weak set-ups
-    12. Statements            26. News                  40. Commands
-    13. Database              27. Ends
-    14. Store                 28. Waiting
+     1. Vocabulary            15. Ends                  29. Restore
+     2. Values                16. Waiting               30. Files
+     3. States                17. Client routes         31. Folders
+     4. Reasons               18. Client                32. Trust
+     5. Loops                 19. Logs                  33. Data folder
+     6. Routes                20. Results               34. Archives
+     7. Server routes         21. Executors             35. Access
+     8. Jobs                  22. Local executor        36. HTTP
+     9. Site routes           23. Inheritance           37. Connections
+    10. Server                24. Transfers             38. Cleaning
+    11. Scheduling            25. Identity              39. Settings
+    12. Links                 26. Statements            40. Configuration
+    13. Answers               27. Database              41. Weak set-ups
+    14. News                  28. Store                 42. Commands
 """
 
 from __future__ import annotations
@@ -449,7 +450,7 @@ def load_plugin(reference: str) -> Any:
     return getattr(found, name) if name else found
 
 
-# == 2. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
+# == 2. Values ==  What people write in settings and requests is read here: a reader returns the value, or ValueError with the remedy.
 
 
 def read_text(text: str) -> str:
@@ -628,539 +629,7 @@ def read_by_plugin(reference: str) -> Callable[[str], Any]:
     return read
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
-
-    name: str
-    field: str
-    read: Callable[[str], Any]
-    default: str  # as a person would write it; "" means none
-    help: str
-    modes: str  # who uses it: "server", "client" or both
-    plugin: str = ""  # the plug-in that uses it; "" means the program itself
-    secret: bool = False
-
-    @property
-    def flag(self) -> str:
-        """The command-line flag: JOBORCH_SEND_INTERVAL is --send-interval, PORT is --port."""
-        return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
-
-
-BOTH = "server client"
-
-
-def setting(
-    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
-) -> T:
-    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
-    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
-    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
-
-
-def settings_of(owner: type) -> tuple[Setting, ...]:
-    """Return the settings that are declared as fields of a dataclass."""
-    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
-    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
-
-
-@dataclass(frozen=True)
-class Address:
-    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
-
-    upload_url: str
-    download_url: str
-    terminate_url: str
-    base_url: str
-
-    @property
-    def name(self) -> str:
-        """What people call it: host and port, and the path of its base if there is one."""
-        parts = urlsplit(self.base_url or self.upload_url)
-        return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
-
-
-# fmt: off
-@dataclass(frozen=True)
-class Config:
-    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
-
-    mode: str
-    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
-    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
-    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
-    db_path: str = setting("DB_PATH", BOTH, read_text, "",
-        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
-    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
-        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
-    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
-        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
-    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
-    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
-    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
-        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
-    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
-    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
-        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
-    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
-    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
-        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
-    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
-        "memory that payloads may ask for together (default: the machine's)", unset=0)
-    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
-        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
-    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
-        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
-    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
-        "seconds between two questions to a batch system: one for all jobs")
-    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
-        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
-    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
-        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
-    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
-        "the file that `dirac login` writes", plugin="dirac")
-    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
-        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
-    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
-    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
-        "how much of each output stream is kept: its head and its tail")
-    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
-        "seconds that the runner sleeps at most when nothing wakes it")
-    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
-        "seconds that the sender sleeps at most when nothing wakes it")
-    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
-        "seconds that the getter sleeps at most when nothing wakes it")
-    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
-        "policy share: after so long, half of what a user has used is forgotten")
-    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
-    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
-        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
-    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
-        "jobs of one user that may be queued at once")
-    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
-    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
-        "how long a client keeps files after a server has confirmed that it holds the result")
-    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
-    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
-    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
-        "largest result: bytes of the files that a script leaves, holes included")
-    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
-        "most files and links in a result, with half as many folders")
-    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
-    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
-        "certificates (PEM) that https clients are checked by, instead of the system's")
-    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
-        "2.2: GET /download/ID answers as the reference's 2.2 does")
-    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
-        "log level: debug, info, warning or error")
-    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
-    services: Mapping[str, Service] = field(default_factory=dict)
-    batch: Mapping[str, BatchOptions] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    env_file: str = ""
-
-    def batch_options(self, service: str | None) -> BatchOptions:
-        """Return what a batch system is asked for the jobs of a service."""
-        return self.batch.get((service or "").lower(), BatchOptions())
-
-
-@dataclass(frozen=True)
-class Service:
-    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
-
-    name: str
-    addresses: tuple[Address, ...]  # its clients, from the first four settings
-    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
-    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
-    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
-    clients: str = setting("CLIENTS", "server", read_text, "",
-        "base URLs separated by commas: the short form of the three, and the way to name several")
-    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
-    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
-    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
-        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
-    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
-    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
-    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
-        "who is next: least use, first come, or highest priority with ageing")
-    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
-    retries: int = setting("RETRIES", "server", read_whole, "2",
-        "further attempts after an infrastructure failure; never after the script's own")
-    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
-        "0: inputs that the script left unchanged stay out of the result")
-    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
-        "how long jobs wait while no client of the service answers at all")
-    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
-        "seconds that a client may be silent before its jobs get a new attempt")
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
-
-    prelude: str = setting("PRELUDE", "client", read_line, "",
-        "a line of bash that runs before each script, in a login shell, as in module load gcc")
-    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
-    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
-    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
-    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
-    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
-    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
-        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
-    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
-        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
-    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
-    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
-    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
-        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
-    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
-    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
-        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
-# fmt: on
-
-
-SETTINGS = settings_of(Config)
-SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
-
-
-# == 3. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
-
-QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
-
-
-def env_value(text: str) -> str:
-    """Return the value in what follows `NAME=`, as systemd and shells read it; ValueError if a quote is not closed.
-
-    Quotes at its beginning are taken off, with the backslashes that double ones need; what follows ` #` is a comment.
-    Other quotes and backslashes stand for themselves.
-    """
-    pieces, rest = "", text
-    while quoted := QUOTED.match(rest):
-        pieces += quoted[2] if quoted[1] is None else re.sub(r'\\(["\\$`])', r"\1", quoted[1])
-        rest = rest[quoted.end() :]
-    bare = re.split(r"\s#", rest, maxsplit=1)[0].strip()
-    if bare[:1] in ("'", '"'):
-        raise ValueError("a quote is not closed")
-    return pieces + bare
-
-
-def read_env_file(path: str) -> dict[str, str]:
-    """Return the NAME=VALUE lines of `path`, as systemd and shells read them: comments, quotes and `export` are understood."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
-    pairs = {}
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith(("#", ";")):
-            continue
-        found = re.fullmatch(r"(?:export\s+)?(\w+)\s*=(.*)", text)
-        if not found:
-            raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
-        try:
-            pairs[found[1]] = env_value(found[2])
-        except ValueError as error:
-            raise ConfigError(f"--env-file {path}, line {number}: {found[1]}: {error}") from error
-    return pairs
-
-
-def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
-    """Return the value of one setting; ConfigError names the setting, the value and what is allowed."""
-    try:
-        return setting.read(text)
-    except ValueError as error:
-        shown = "(hidden)" if setting.secret else repr(one_line(text, 80))
-        raise ConfigError(f"{shown_name} is {shown}: {error}") from error
-
-
-def split_service_name(name: str) -> tuple[str, Setting] | None:
-    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`; the longest known suffix is the setting."""
-    for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
-        suffix = "_" + setting.name
-        if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
-            return name[len("SERVICE_") : -len(suffix)].lower(), setting
-    return None
-
-
-def client_address(base_url: str) -> Address:
-    """Return the client that has its routes below one base URL, as clients of joborch do."""
-    base = base_url.rstrip("/")
-    return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
-
-
-def reference_address(service: Service) -> Address | None:
-    """Return the client named by the reference's three URLs, or None if none is set."""
-    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
-    if not first:
-        if any(others):
-            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
-        return None
-    base, _, last = first.rpartition("/")
-    base = base if last == "submit" else ""
-    if not base and not all(others):
-        raise ConfigError(
-            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
-        )
-    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
-
-
-def check_url(url: str, shown_name: str) -> None:
-    """Refuse what is not an http or https URL with a host."""
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
-    except ValueError:
-        fits = False
-    if fits and "@" in parts.netloc:
-        raise ConfigError(f"{shown_name} holds a user or password: leave them out, and give the client's token as SERVICE_<NAME>_TOKEN")
-    if not fits:
-        raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
-
-
-def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token that a file holds; ConfigError if it cannot be read."""
-    try:
-        return read_token(Path(path).read_text(encoding="utf-8").strip())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
-
-
-EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
-
-
-def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
-    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
-    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
-    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
-
-
-def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
-    prefix = f"SERVICE_{name.upper()}_"
-    service = Service(name, (), **read_settings(texts, prefix))
-    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
-    first = reference_address(service)
-    for base in bases:
-        check_url(base, prefix + "CLIENTS")
-    for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
-        check_url(url, prefix + setting)
-    if not first and not bases and name == "example":
-        bases = [EXAMPLE_CLIENT_URL]
-    if not first and not bases:
-        raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token = service.token
-    if not token and service.token_file:
-        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
-    return dataclasses.replace(
-        service,
-        addresses=(*([first] if first else []), *map(client_address, bases)),
-        token=token,
-        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
-    )
-
-
-def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
-    """Return what `SERVICE_*` says for one mode: texts by service and suffix."""
-    texts: dict[str, dict[str, str]] = {}
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        if found and found[1].modes == mode:
-            texts.setdefault(found[0], {})[found[1].name] = text
-    return texts
-
-
-def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
-    """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
-    found = texts_of_services(environment, "client").items()
-    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
-
-
-def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
-    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
-    texts = texts_of_services(environment, "server") or {"example": {}}
-    return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
-
-
-def nearest_suffix(name: str) -> str:
-    """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
-    suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
-    tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
-    import difflib
-
-    scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
-    best = max(scores, key=lambda suffix: scores[suffix])
-    return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
-
-
-def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
-    known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
-    for name in sorted(environment):
-        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
-            plain = name.replace("JOBORCH_", "", 1)
-            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
-        elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
-
-
-LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
-
-
-def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
-    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        given += [(found[1], text, name)] if found else []
-    for setting, text, name in given:
-        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
-        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
-            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
-
-
-def machine_memory_bytes() -> int:
-    """Return the memory of this machine, or of this process's control group if that has less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return memory
-
-
-def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
-    import platformdirs
-
-    folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
-    if folder.startswith("~") or not os.path.isabs(folder):
-        raise ConfigError("this user has no home folder: set DATA_PATH to a folder that may be written")
-    return folder
-
-
-def token_of_file(config: Config) -> str:
-    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
-    path = config.token_file
-    waits = config.mode == "client" and not os.path.lexists(path)
-    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
-
-
-def with_defaults(config: Config) -> Config:
-    """Fill in the values that depend on the machine, the mode or each other."""
-    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
-    db_path = config.db_path or os.path.join(data_path, "joborch.db")
-    return dataclasses.replace(
-        config,
-        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
-        data_path=data_path,
-        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
-        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
-        memory_bytes=config.memory_bytes or machine_memory_bytes(),
-        token=config.token or token_of_file(config),
-    )
-
-
-def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
-    """Return the effective configuration of `mode`; order: flag, environment, --env-file, default.
-
-    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
-    """
-    env_file = arguments.get("env_file") or ""
-    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
-    given = {name: text for name, text in environment.items() if text}
-    merged = {**from_file, **given}
-    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
-    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
-    values: dict[str, Any] = {}
-    for setting in SETTINGS:
-        flag = arguments.get(setting.field)
-        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
-        if flag or setting.name in merged:
-            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
-    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
-    services = read_services(merged) if mode == "server" else {}
-    batch = read_batch_options(merged) if mode == "client" else {}
-    config = dataclasses.replace(config, services=services, batch=batch)
-    check_config(config)
-    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
-    return dataclasses.replace(config, warnings=warnings)
-
-
-def check_certificates(path: str) -> None:
-    """Refuse a JOBORCH_CA_FILE that holds no certificates; an empty text is none."""
-    import ssl
-
-    try:
-        if path:
-            ssl.create_default_context(cafile=path)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
-        raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
-
-
-def check_config(config: Config) -> None:
-    """Refuse combinations that cannot be meant."""
-    if config.mode == "server" and config.db_path == ":memory:":
-        raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
-    beyond = beyond_loopback(config.host)
-    if (
-        beyond
-        and not config.token
-        and (config.allow_anonymous or config.mode == "server")
-        and not (config.allow_anonymous and config.allow_from)
-    ):
-        raise ConfigError(
-            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
-            "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
-        )
-
-
-def batch_warnings(config: Config) -> Iterator[str]:
-    """Yield a warning if services have settings of a plug-in that this client does not use."""
-    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
-    if config.executor == "local" and any(setting.plugin for setting in given):
-        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
-
-
-def access_warnings(config: Config) -> Iterator[str]:
-    """Yield what a reader of the log should know about who is served without a token."""
-    if config.token and (config.allow_anonymous or config.allow_from):
-        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
-    elif config.allow_anonymous:
-        places = ", ".join(map(str, config.allow_from))
-        here = "this user's processes on this machine are served without a token"
-        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"everybody at {places} is served without a token, and {here}" if places else here)
-    elif config.allow_from:
-        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
-    if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
-        yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
-
-
-def beyond_loopback(hosts: str) -> list[str]:
-    """Return the addresses to listen on that other machines can reach."""
-    return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
-
-
-def url_host(host: str) -> str:
-    """Return a host as it stands in a URL: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address means this machine alone."""
-    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
-
-
-def settings_table() -> str:
-    """Return the README's table of settings, in Markdown."""
-    rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
-    rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
-    return "\n".join(rows)
-
-
-# == 4. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 3. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
@@ -1362,7 +831,7 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 5. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
+# == 4. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
 
 
 class Reason:
@@ -1498,7 +967,1797 @@ def shell_hint(folder: Path) -> str:
     return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
 
 
-# == 6. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+# == 5. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+
+
+class Loop:
+    """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
+
+    A tick returns whether there may be more to do. If it raises, the error is logged, and the next tick comes a period later.
+    Further threads start when the loop is woken while all others are busy; only the first thread ticks without being woken.
+    """
+
+    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
+        self.name, self.tick, self.period_s, self.most_threads = name, tick, period_s, most_threads
+        self.condition, self.calls, self.asleep, self.stopped, self.trouble = threading.Condition(), 0, 0, False, ""
+        self.threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        with self.condition:
+            self.add_thread(self.period_s)
+
+    def add_thread(self, patience_s: float | None) -> None:
+        thread = threading.Thread(target=self.run, args=(patience_s,), name=f"{self.name}-{len(self.threads)}", daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def wake(self) -> None:
+        """Wake one thread to tick now; a thread that finds work wakes the next."""
+        with self.condition:
+            self.calls = min(self.calls + 1, self.most_threads)
+            if self.asleep < self.calls and 0 < len(self.threads) < self.most_threads and not self.stopped:
+                self.add_thread(None)
+            self.condition.notify()
+
+    def stop(self) -> None:
+        with self.condition:
+            self.stopped = True
+            self.condition.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def run(self, patience_s: float | None) -> None:
+        """Tick until stopped; `patience_s` is the longest sleep, None for ever."""
+        while not self.stopped:
+            more = False
+            try:
+                more = self.tick()
+                self.trouble = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged, and the loop goes on
+                self.complain(error)
+            if not more:
+                self.sleep(patience_s)
+
+    def complain(self, error: Exception) -> None:
+        """Log an error of a tick, once while it stays the same; a bug gets its traceback."""
+        text = one_line(f"{type(error).__name__}: {error}")
+        if text == self.trouble or self.stopped:  # at the stop, the store may close before the last tick is done
+            return
+        self.trouble = text
+        known = isinstance(error, (StorageError, OSError))
+        said = str(error) if known else text
+        log.error("%s: %s; it is tried again, every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
+
+    def sleep(self, patience_s: float | None) -> None:
+        """Sleep until a call comes, or for `patience_s` seconds."""
+        with self.condition:
+            if not self.calls and not self.stopped:
+                self.asleep += 1
+                self.condition.wait(patience_s)
+                self.asleep -= 1
+            self.calls = max(0, self.calls - 1)
+
+
+def each(items: Iterable[T], work: Callable[[T], object]) -> None:
+    """Do `work` for every item, even if it fails for some; raise the first failure at the end."""
+    failure: Exception | None = None
+    for item in items:
+        try:
+            work(item)
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+class WorkerLimit:
+    """Limits how many threads work at once, because more would only contend for the GIL. A thread that waits leaves its place."""
+
+    def __init__(self, places: int) -> None:
+        self.free, self.mine = threading.Semaphore(places), threading.local()
+
+    def __enter__(self) -> None:
+        self.free.acquire()
+        self.mine.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.mine.inside = False
+        self.free.release()
+
+    @contextlib.contextmanager
+    def stepped_out(self) -> Iterator[None]:
+        """Give up this thread's place during the block, if it has one."""
+        inside = getattr(self.mine, "inside", False)
+        if inside:
+            self.__exit__()
+        try:
+            yield
+        finally:
+            if inside:
+                self.__enter__()
+
+
+class Pool:
+    """A bounded pool of threads that start when they are needed, and end after they were idle for a while.
+
+    The one that was idle last works next, so that few of them are awake. A thread of each class of requests cannot be
+    taken by those of another.
+    """
+
+    IDLE_S = 30.0
+
+    def __init__(self, name: str, threads: int, waiting: int) -> None:
+        """At most `waiting` tasks wait for a thread."""
+        self.name, self.most, self.most_waiting = name, threads, waiting
+        self.lock, self.tasks = threading.Lock(), deque[Any]()
+        self.threads, self.number, self.stopping = 0, 0, False
+        self.idle: list[threading.Lock] = []  # bells of threads that sleep
+
+    def add(self, task: Any) -> bool:
+        """Queue a task; return False if too many wait already."""
+        with self.lock:
+            if len(self.tasks) >= self.most_waiting:
+                return False
+            self.tasks.append(task)
+            if self.idle:
+                self.idle.pop().release()
+            elif self.threads < self.most:
+                self.threads, self.number = self.threads + 1, self.number + 1
+                threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
+        return True
+
+    def work(self) -> None:
+        """Work on tasks until none has come for a while."""
+        bell = threading.Lock()
+        bell.acquire()  # it is released to wake this thread, and never otherwise
+        while True:
+            with self.lock:
+                task = self.tasks.popleft() if self.tasks else None
+                if task is None:
+                    if self.stopping:
+                        self.threads -= 1
+                        return
+                    self.idle.append(bell)
+            if task is not None:
+                self.do(task)
+            elif not bell.acquire(timeout=self.IDLE_S) and self.gave_up(bell):
+                return
+
+    def do(self, task: Any) -> None:
+        try:
+            task.service()
+        except Exception:
+            log.exception("a request ended in an error")
+
+    def gave_up(self, bell: threading.Lock) -> bool:
+        """End the thread of this bell, unless it was rung at the last moment."""
+        with self.lock:
+            if bell not in self.idle:
+                bell.acquire()
+                return False
+            self.idle.remove(bell)
+            self.threads -= 1
+            return True
+
+    def stop(self) -> None:
+        """Let the threads end after the tasks that wait."""
+        with self.lock:
+            self.stopping = True
+            while self.idle:
+                self.idle.pop().release()
+
+
+FRESH_S = 1.0  # a connection this new is spared: its request may be here already, unread
+UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
+
+
+class House:
+    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
+
+    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
+    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
+    others do. A request under way is never cut off.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places, self.lock = places, threading.RLock()
+        self.peers: dict[Any, str] = {}  # by connection
+        self.counts: Counter[str] = Counter()
+        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
+        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
+        self.held_bytes = 0
+        self.evicted = self.turned_away = 0
+        self.told_at = float("-inf")
+
+    def enter(self, connection: Any, address: Any) -> None:
+        """Give a place to a new connection."""
+        with self.lock:
+            self.peers[connection] = peer = peer_of(address)
+            self.counts[peer] += 1
+            self.idle[0][connection] = None
+
+    def leave(self, connection: Any) -> None:
+        """Take back the place of a connection that was closed."""
+        with self.lock:
+            self.hold(connection, 0)
+            for rank in self.idle:
+                rank.pop(connection, None)
+            peer = self.peers.pop(connection, None)
+            if peer is not None:
+                self.counts[peer] -= 1
+                if not self.counts[peer]:
+                    del self.counts[peer]
+
+    def busy(self, connection: Any) -> None:
+        """Note that a connection has a request under way."""
+        with self.lock:
+            for rank in self.idle:
+                rank.pop(connection, None)
+
+    def rest(self, connection: Any) -> None:
+        """Note that a connection is idle since now, after a request."""
+        with self.lock:
+            if connection in self.peers:
+                self.busy(connection)
+                self.idle[2 if connection.proven else 1][connection] = None
+
+    def hold(self, connection: Any, size: int) -> None:
+        """Note how much is kept in memory for a connection that has shown nothing yet."""
+        with self.lock:
+            self.held_bytes += size - self.held.pop(connection, 0)
+            if size:
+                self.held[connection] = size
+
+    def shrink(self) -> None:
+        """Close those that hold the memory, if all who have shown nothing take too much of it together."""
+        with self.lock:
+            holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
+        for connection in holders:
+            if self.held_bytes > UNPROVEN_BYTES and not connection.requests:
+                self.evicted += 1
+                connection.handle_close()
+
+    def is_full(self) -> bool:
+        return len(self.peers) >= self.places
+
+    def victim(self) -> Any:
+        """Return the connection that makes room next, or None if all have a request under way."""
+        with self.lock:
+            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
+            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
+            before = time.monotonic() - FRESH_S
+            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
+                for chosen in (*owners, self.counts.keys()):
+                    for rank in ranks:
+                        for connection in rank:
+                            if connection.since > until:
+                                break
+                            if self.peers[connection] in chosen and not connection.is_under_way():
+                                return connection
+        return None
+
+    def make_room(self) -> bool:
+        """Close a connection for a new one; False if none can be closed."""
+        victim = self.victim()
+        if victim is None:
+            self.turned_away += 1
+            return False
+        self.evicted += 1
+        victim.handle_close()
+        return True
+
+    def tell(self, now: float) -> None:
+        """Log a full house, once a minute at most."""
+        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
+            log.warning(
+                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
+                self.places,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                self.evicted,
+                self.turned_away,
+            )
+            self.evicted, self.turned_away, self.told_at = 0, 0, now
+
+
+def peer_of(address: Any) -> str:
+    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
+    host = str(address[0])
+    try:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
+    except OSError:
+        return host
+
+
+class Watch:
+    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
+
+    Asked are those to which something happened, those that a worker serves, and once a second all of them.
+    """
+
+    def __init__(self) -> None:
+        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
+        self.touched = deque[Any]()  # by other threads
+        self.again: set[Any] = set()
+        self.next_sweep = 0.0  # monotonic
+
+    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
+        """Serve all sockets of `map` until it is empty."""
+        while map:
+            try:
+                self.turn(map, timeout)
+            except Exception:
+                log.exception("an error in the loop of connections")
+                time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
+
+    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
+        """Wait for events once, and have them handled."""
+        from waitress import wasyncore
+
+        due, now = self.again, time.monotonic()
+        while self.touched:
+            due.add(self.touched.popleft())
+        if now >= self.next_sweep:
+            self.next_sweep = now + 1
+            due.update(list(sockets.values()))
+            self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
+        for each in due:
+            self.register(each)
+        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
+        for descriptor, flags in self.epoll.poll(timeout_s):
+            found = sockets.get(descriptor)
+            if found is not None:  # else it was closed by what another event brought
+                wasyncore.readwrite(found, flags)
+                self.again.add(found)
+
+    def register(self, each: Any) -> None:
+        """Have the kernel tell what a connection or listener wants to know now."""
+        descriptor = each._fileno
+        if descriptor is None:
+            return
+        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
+        if each._fileno is None or self.known.get(descriptor) == (each, flags):
+            return
+        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
+            if descriptor in self.known:
+                self.epoll.unregister(descriptor)
+        self.known.pop(descriptor, None)
+        if flags:
+            self.epoll.register(descriptor, flags)
+            self.known[descriptor] = (each, flags)
+
+
+DAY_S = 24 * 3600.0
+
+
+class Program:
+    """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
+
+    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
+    archive: ClassVar[tuple[str, bytes, str] | None] = None
+
+    def __init__(self) -> None:
+        own = os.path.abspath(__file__)
+        self.path, self.digest, _ = self.archive or (own, hashlib.sha256(Path(own).read_bytes()).digest(), "")
+        self.copy = os.path.dirname(own) if self.archive and os.path.isfile(own) else None
+        self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
+
+    def keep_copy(self) -> None:
+        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
+        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
+            if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
+                os.utime(self.copy)
+
+    def restart_needed(self) -> str:
+        """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
+        name = os.path.basename(self.path)
+        with self.lock:
+            try:
+                state = os.stat(self.path)
+                seen: tuple[int, ...] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+                if seen == self.seen:
+                    return self.trouble
+                same = hashlib.sha256(Path(self.path).read_bytes()).digest() == self.digest
+                trouble = "" if same else f"{name} was replaced after this process started: restart it to run the new file"
+            except FileNotFoundError:
+                seen, trouble = (), f"{name} was removed after this process started: put it back, or the next start will fail"
+            except OSError:
+                return self.trouble  # it cannot be read now
+            if trouble and trouble != self.trouble:
+                log.warning("%s", trouble)
+            self.seen, self.trouble = seen, trouble
+            return trouble
+
+
+class Node:
+    """One process, server or client: its settings, its store, its folders, its loops."""
+
+    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
+        self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
+        # A client's archives may use what is kept free: results that are fetched are what empties its disk.
+        data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
+        self.loops: dict[str, Loop] = {}
+        self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
+        self.refused = RefusedTokens(self.clock)
+        self.pack_places = WaiterLimit(PACK_READERS)
+        self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
+        self.proofs = ProofReader(self.tokens)
+        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
+        self.started, self.program = self.clock.monotonic(), Program()
+        self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
+        self.stopping = threading.Event()
+        self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
+        self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
+
+    def folder(self, job: Job) -> Path:
+        """Return where a job's files are: one folder a job on the server, one an attempt on a client."""
+        return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
+
+    def wake(self, name: str) -> None:
+        """Wake the loops called `name`, or `name:...`."""
+        for key, loop in self.loops.items():
+            if key == name or key.startswith(name + ":"):
+                loop.wake()
+
+    def start(self) -> None:
+        for loop in self.loops.values():
+            loop.start()
+
+    def stop(self) -> None:
+        """End the loops and wake everybody who waits; payloads are left alone."""
+        self.stopping.set()
+        for loop in self.loops.values():
+            loop.stop()
+        self.store.changes.close()
+        deadline = time.monotonic() + 1
+        for loop in self.loops.values():
+            loop.join(max(0.0, deadline - time.monotonic()))
+
+    def cpu_load(self) -> float:
+        """Return the CPU use of this machine in percent over the last second or so, by /proc/stat."""
+        now = self.clock.monotonic()
+        if now - self.cpu_read_at < 1:
+            return self.load
+        self.cpu_read_at = now
+        fields = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        total, idle = sum(fields), fields[3] + fields[4]
+        last_total, last_idle = self.last_cpu
+        if total - last_total >= 10:  # clock ticks; closer together says nothing
+            self.last_cpu, self.load = (total, idle), round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
+        return self.load
+
+    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
+        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`.
+
+        It looks again when the job moves; when any does, where `job_id` is None.
+        """
+        deadline = self.clock.monotonic() + timeout_s
+        with self.store.changes.of(job_id) as news:
+            while True:
+                news.clear()
+                found = look()
+                remaining = deadline - self.clock.monotonic()
+                if found is not None or remaining <= 0 or self.stopping.is_set() or left():
+                    return found
+                with self.gate.stepped_out():
+                    news.wait(min(remaining, 2.0))
+
+
+# == 6. Routes ==  A route is declared once: who may call it, what it takes, and what it answers.
+
+
+class Parameter(NamedTuple):
+    """One thing that a route takes: its declaration is the OpenAPI entry and the check."""
+
+    name: str
+    place: str  # path, query, header or form
+    kind: str  # string, integer, number, boolean or file
+    help: str
+    example: Any = None
+    required: bool = False
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    pattern: str = ""  # of a string; shown in OpenAPI, and checked by `read`
+    default: Any = None  # the value if it is absent
+    longest: int | None = None  # characters of a string, all of them printable
+    missing: str = ""  # what to do if it is required and absent
+    read: Callable[[str], Any] | None = None  # makes the value of a text; ValueError says what would be right
+
+    def value(self, text: str | None) -> Any:
+        """Return the value of what a request gives as `text` (None: nothing); HttpError 400 says what would be right.
+
+        White space around fields of a form and headers does not count, and an empty one counts as absent.
+        """
+        shown = text
+        if text is not None and self.place in ("form", "header"):
+            text = text.strip()
+            shown = text if text or self.missing else None
+        if shown is None:
+            if self.missing:
+                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
+            return self.default
+        try:
+            return self.checked((self.read or self.plain)(shown))
+        except ValueError as error:
+            raise HttpError(400, f"{self.name} is {one_line(shown, 40)!r}: {error}", self.name) from error
+
+    def plain(self, text: str) -> Any:
+        """Return what a text of this kind stands for; ValueError says what would be right."""
+        if self.kind != "integer":
+            return text
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
+            raise ValueError(self.whole_number)
+        return int(text)
+
+    def checked(self, value: Any) -> Any:
+        """Return a value that is within the bounds; ValueError says what they are."""
+        if self.choices and value not in self.choices:
+            raise ValueError(f"give {' or '.join(self.choices)}" if len(self.choices) == 2 else f"give one of {', '.join(self.choices)}")
+        if self.longest is not None and (len(value) > self.longest or not value.isprintable()):
+            raise ValueError(f"give at most {self.longest} printable characters")
+        below_least = self.least is not None and value < self.least
+        if self.kind in ("integer", "number") and (below_least or (self.most is not None and value > self.most)):
+            raise ValueError(self.whole_number)
+        return value
+
+    @property
+    def whole_number(self) -> str:
+        """What to give where a whole number is wanted."""
+        bounds = (("from", self.least), ("to", self.most))
+        return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
+
+
+def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the value of each parameter by its name; HttpError names the first that cannot be used."""
+    return {parameter.name: parameter.value(texts.get(parameter.name)) for parameter in parameters}
+
+
+class Gives(NamedTuple):
+    """One answer of a route: what it means, its content type ("" for none) and a real example."""
+
+    meaning: str
+    content: str = ""
+    example: Any = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a handler sees of a request."""
+
+    environ: Mapping[str, Any]
+
+    @property
+    def caller(self) -> Caller | None:
+        """Who calls; None on a route for anyone, if nothing was proven."""
+        return cast("Caller | None", self.environ.get(CALLER_KEY))
+
+    @functools.cached_property
+    def query_pairs(self) -> list[tuple[str, str]]:
+        """The parameters of the address, in its order."""
+        return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
+
+    @functools.cached_property
+    def query(self) -> dict[str, str]:
+        return dict(self.query_pairs)
+
+    @property
+    def method(self) -> str:
+        return str(self.environ["REQUEST_METHOD"])
+
+    @property
+    def stream(self) -> IO[bytes]:
+        return cast("IO[bytes]", self.environ["wsgi.input"])
+
+    @property
+    def length(self) -> int:
+        return int(self.environ.get("CONTENT_LENGTH") or 0)
+
+    def read_form(self, folder: Path, by_name: bool = False) -> Form:
+        """Read the form of this request, its files to `folder`; what it writes is taken from the promise that it got at its head."""
+        promise: Promise | None = self.environ.get("joborch.promise")
+        account = (promise.more_for_file, promise.wrote) if promise is not None else ()
+        return FormReader(folder, by_name, *account).read(self.stream, self.header("Content-Type"), self.length)
+
+    def header(self, name: str) -> str:
+        key = name.upper().replace("-", "_")
+        return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
+
+    def left(self) -> bool:
+        """Tell whether the caller has closed the connection."""
+        gone = self.environ.get("waitress.client_disconnected")
+        return bool(gone and gone())
+
+
+@dataclass
+class Answer:
+    """What a handler gives: a JSON value, bytes, an open file, or nothing; a status; further headers."""
+
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, refusal: HttpError) -> Answer:
+        said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
+        return cls(said, refusal.status, dict(refusal.headers))
+
+
+Handler = Callable[..., Answer]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One declaration: it makes the Bottle route, the OpenAPI entry, the access rule and the test's check."""
+
+    method: str
+    path: str  # with <name> for its parts that vary
+    mode: str  # server, client, or both in one text
+    who: str  # anyone, caller, or server: one that proved itself by the link's MAC, and who may call where no token is set
+    summary: str
+    takes: tuple[Parameter, ...]
+    gives: Mapping[int, Gives]
+    handler: Handler
+    quick: bool  # it only looks at the database: few at once, behind the gate
+    slow: bool  # how long it takes hangs on others: on what a script wrote, on a client's answer, on the size of an upload
+
+    def taken(self, place: str) -> list[Parameter]:
+        """Return the parameters of one place."""
+        return [parameter for parameter in self.takes if parameter.place == place]
+
+    @property
+    def takes_form(self) -> bool:
+        return bool(self.taken("form"))
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        part = re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path)
+        return re.compile("^" + re.sub(r"<(\w+):path>", r"(?P<\1>.+)", part) + "$")
+
+
+ROUTES: list[Route] = []
+
+
+def route(
+    method: str,
+    path: str,
+    mode: str,
+    *,
+    who: str,
+    takes: Sequence[Parameter] = (),
+    gives: Mapping[int, Gives],
+    quick: bool = False,
+    slow: bool = False,
+) -> Callable[[Handler], Handler]:
+    """Declare a route. The first sentence of the handler's docstring is its summary."""
+
+    def declare(handler: Handler) -> Handler:
+        summary = (handler.__doc__ or "").strip().split("\n")[0]
+        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow))
+        return handler
+
+    return declare
+
+
+@functools.lru_cache(maxsize=2)
+def routes_of(mode: str) -> tuple[Route, ...]:
+    """Return the routes of one mode."""
+    load_plugin("documents")  # it declares routes
+    return tuple(found for found in ROUTES if mode in found.mode.split())
+
+
+def find_route(mode: str, method: str, path: str) -> Route:
+    """Return the route of a request; HttpError 404 or 405."""
+    wanted = "GET" if method == "HEAD" else method
+    here = [found for found in routes_of(mode) if found.pattern.match(path)]
+    for found in here:
+        if found.method == wanted:
+            return found
+    if here:
+        allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
+        raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
+    raise HttpError(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
+
+
+def nearest_path(mode: str, path: str) -> str:
+    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
+    first, *rest = path.strip("/").split("/")
+    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    import difflib
+
+    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
+        meant = "/" + "/".join([close, *rest])
+        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
+            return f" (did you mean {one_line(meant)}?)"
+    return ""
+
+
+def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a handler takes beside the request: the values of the declared path and query; HttpError 400 or 404."""
+    refuse_unknown(node, request, declared)
+    texts = {"path": path, "query": request.query}
+    return {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
+
+
+def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
+    """Refuse a parameter that the route does not declare, or that stands in the address twice; HttpError 400 names the nearest.
+
+    If a filter were silently ignored, the caller would take the answer for what it asked. A server may send its client any
+    parameter: it may be newer, and ask for more than this version knows.
+    """
+    if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
+        return
+    known = [parameter.name for parameter in declared.taken("query")]
+    for name, times in Counter(name for name, _ in request.query_pairs).items():
+        shown = one_line(name, 80)
+        if name not in known and any(parameter.name == name for parameter in declared.taken("form")):
+            raise HttpError(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
+            raise HttpError(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
+        if times > 1:
+            raise HttpError(400, f"{shown} stands in the address {times} times: give it once", shown)
+
+
+MISSING_USER = "give the whole number of a user, as in -F user_id=1"
+EXAMPLE_ERROR = {"message": f"user_id is missing: {MISSING_USER}", "field": "user_id"}
+BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
+NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
+NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
+TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
+NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
+KEY_USED = Gives(
+    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
+)
+NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
+DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
+CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
+RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
+PARTS = {
+    206: Gives("the part that Range asked for", ZIP_TYPE),
+    304: Gives("you have it already (If-None-Match)"),
+    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
+}
+
+
+# == 7. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+
+EXAMPLE_JOB: dict[str, Any] = {
+    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
+    "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
+    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
+    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free place at a client for example",
+    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
+    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
+    "waiting_for": "it is next for a free place at a client for example",
+    "result": None, "attempts": [],
+    "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
+}  # fmt: skip
+EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
+EXAMPLE_HEALTH = {
+    "status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None,
+    "unremovable": None,
+}  # fmt: skip
+QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
+AFTER_LIMIT = 1000  # jobs that one may follow
+SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
+
+
+def read_job_id(text: str) -> int:
+    """Return a job id from a path; HttpError 400 if it is no number, 404 if no job can have it."""
+    if not re.fullmatch(r"-?[0-9]{1,30}", text):
+        raise HttpError(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
+    if not 1 <= int(text) < 2**63:
+        raise HttpError(404, f"no job has the id {text}")
+    return int(text)
+
+
+ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1, read=read_job_id)
+IDEMPOTENCY_KEY = Parameter(
+    "Idempotency-Key",
+    "header",
+    "string",
+    "of your choice; a repeat with the same key answers the first answer and starts nothing",
+    "run-2026-11-24-a",
+    default="",
+    longest=255,
+)
+
+
+def known_job(node: Node, request: Request, job_id: int) -> Job:
+    """Return a job by its id, as the caller of `request` may know of it; HttpError 404.
+
+    Every route about one job finds it here, so that who owns it can be judged in one place.
+    """
+    job = node.store.get(job_id)
+    if job is None:
+        raise HttpError(404, f"no job has the id {job_id}")
+    return job
+
+
+def job_summary(server: Server, job: Job) -> dict[str, Any]:
+    """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
+    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
+    said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
+    said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
+    if job.result_sha256 is not None:
+        said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
+    return said
+
+
+def job_json(server: Server, job: Job) -> dict[str, Any]:
+    """Return the whole job in JSON."""
+    said = job_summary(server, job)
+    outlook = queue_info_of(server, job)
+    said["waiting_for"], said["queue_position"] = outlook.waiting_for, outlook.position
+    said["message"] = outlook.waiting_for or job.reason
+    if outlook.wait_s is not None:
+        said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
+    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
+    if job.client is not None:
+        rows.append({name: getattr(job, name) for name in ATTEMPT})
+    said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
+    said["history"] = [
+        {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
+        for row in server.store.read(HISTORY_GET, id=job.id)
+    ]
+    return said
+
+
+# -- upload --
+
+
+def read_user(text: str) -> int:
+    """Return the number of a user."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,1000}", text):
+        raise ValueError("give the number that the user has in your system, as in -F user_id=1")
+    return int(text)
+
+
+def read_after(text: str) -> str:
+    """Return the ids of the jobs that a new one is to follow, each once, with commas between."""
+    ids = [each.strip() for each in text.split(",") if each.strip()]
+    if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", each) for each in ids):
+        raise ValueError(f"give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42")
+    return ",".join(map(str, sorted(set(map(int, ids)))))
+
+
+RUN_TIME, MEMORY = r"^[0-9]+(\.[0-9]+)?[smhd]?$", r"^[0-9]+([KMGkmg]i?[Bb]?)?$"
+FORM_FILE = Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True)
+FORM_FIELDS = {
+    field.name: field
+    for field in (
+        Parameter(
+            "user_id", "form", "integer", "whose job it is", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
+        ),
+        Parameter("service", "form", "string", "which service runs it", "example", True, default=""),
+        Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob", longest=200),
+        Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100, default=0),
+        Parameter(
+            "after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41",
+            default="", read=read_after,
+        ),
+        Parameter(
+            "timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
+        ),
+        Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
+        Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000, default=1),
+        Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
+    )
+}  # fmt: skip
+
+
+def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
+    """Refuse what no client of a service could ever run, where all of them have said how large they are; HttpError 400."""
+    links = server.links_of(service)
+    if all(link.heard_at is not None for link in links):
+        too_large = too_large_text(service.name, cpus, memory, server.capacities_of(links))
+        if too_large:
+            field = "cpus" if all(cpus > link.slots for link in links) else "memory"
+            raise HttpError(400, too_large, field)
+
+
+def named_service(server: Server, text: str) -> Service:
+    """Return the service that a caller names; HttpError 400 lists the known ones."""
+    service = server.services.get(text.lower())
+    if service is None:
+        known = ", ".join(sorted(server.services))
+        raise HttpError(400, f"service {one_line(text, 80)!r} is not known: give one of {known}", "service")
+    return service
+
+
+def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
+    """Return the row for a received form; HttpError 400 names the first field that cannot be used."""
+    given = read_all(FORM_FIELDS.values(), form.fields)
+    if not given["service"]:
+        known = ", ".join(sorted(server.services))
+        raise HttpError(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
+    service = named_service(server, given["service"])
+    if not form.files:
+        raise HttpError(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
+    if not any(file.path == "run.sh" for file in form.files):
+        raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
+    refuse_too_large(server, service, given["cpus"], given["memory"])
+    limit_s, most_s = given["timeout"], service.timeout_s
+    if limit_s is not None and most_s is not None and limit_s > most_s:
+        raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
+    files = sorted((file.path, file.size, file.sha256) for file in form.files)
+    said = json.dumps([sorted(form.fields.items()), files]).encode()  # whatever the boundary and order of the form
+    return NewJob(
+        uuid=job_uuid,
+        user_id=given["user_id"],
+        service=service.name,
+        name=given["name"],
+        priority=given["priority"],
+        after_ids=given["after"],
+        cpus=given["cpus"],
+        memory=given["memory"],
+        timeout=most_s if limit_s is None else limit_s,
+        retries=service.retries if given["retries"] is None else given["retries"],
+        return_inputs=int(service.return_inputs),
+        idempotency_key=key or None,
+        request_digest=hashlib.sha256(said).hexdigest() if key else None,
+        inputs_sha256=inputs_digest({file.path: file.sha256 for file in form.files}),
+    )
+
+
+BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
+
+
+def batch_line_warnings(script: Path) -> list[str]:
+    """Return a sentence on lines of a run.sh that a batch system would read, and nobody reads here."""
+    try:
+        with open_regular(script) as file:
+            words = BATCH_LINE.findall(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none
+    if not words:
+        return []
+    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
+    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which nobody reads here"
+    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
+    return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
+
+
+@contextlib.contextmanager
+def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
+    """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
+    node.data.receiving.add(key)
+    try:
+        folder.mkdir()
+        yield
+    except BaseException:
+        discard(folder)
+        raise
+    finally:
+        node.data.receiving.discard(key)
+
+
+UPLOAD_GIVES = {
+    201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB),
+    400: BAD,
+    422: KEY_USED,
+    429: Gives("this user has too many jobs queued; Retry-After says when to try again", JSON_TYPE, QUEUE_FULL),
+    **RECEIVING,
+}
+
+
+@route("POST", "/upload", "server", who="caller", slow=True, takes=(FORM_FILE, *FORM_FIELDS.values(), IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
+def upload(server: Server, request: Request) -> Answer:
+    """Queue a job: send its files and say whose it is and which service runs it."""
+    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
+    job_uuid = new_uuid()
+    folder = server.data.job(job_uuid)
+    with receiving(server, folder, job_uuid):
+        form = request.read_form(folder)
+        new = new_job(server, form, job_uuid, key)
+        crash_point("upload.received")
+        earlier = earlier_job(server, new)
+        if earlier is None:
+            fsync_tree(folder, [file.path for file in form.files])
+            crash_point("upload.synced")
+            server.store.check_identity()
+            try:
+                job = stored(server, new)
+                crash_point("upload.stored")
+            except sqlite3.IntegrityError:
+                earlier = earlier_job(server, new)
+                if earlier is None:
+                    raise
+    if earlier is not None:
+        discard(folder)
+        return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
+    known = [FORM_FILE.name, *FORM_FIELDS]
+    unknown = [name for name in form.fields if name not in known]
+    warnings = [f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, known)}" for name in unknown]
+    warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
+    said = {**job_json(server, job), "warnings": warnings}
+    server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
+    return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
+
+
+def stored(server: Server, new: NewJob) -> Job:
+    """Store an uploaded job; HttpError 400 where it cannot follow what it names, 429 where its user has too many queued."""
+    try:
+        return server.store.add(new, "uploaded", server.config.max_queued_per_user)
+    except UnknownJob as error:
+        raise HttpError(400, f"after: {error}", "after") from error
+    except QueueFull as error:
+        message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have begun"
+        raise HttpError(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
+
+
+def earlier_job(server: Server, new: NewJob) -> Job | None:
+    """Return the job that an Idempotency-Key already stands for; HttpError 422 where it was another request."""
+    if not new.idempotency_key:
+        return None
+    job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
+    if job and job.request_digest != new.request_digest:
+        raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
+    return job
+
+
+# == 8. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+
+
+def stored_archive(server: Server, job: Job) -> Archive:
+    """Open the result of an ended job; HttpError 500 where the disk has lost it."""
+    try:
+        file = open(server.data.result(job.mark), "rb")  # noqa: SIM115 - the web server closes it
+    except FileNotFoundError as error:
+        log.error("job %d: its result is missing on disk", job.id)
+        raise HttpError(500, "the result of this job is missing on the server's disk") from error
+    return Archive(file, os.fstat(file.fileno()).st_size, job.result_sha256 or "0" * 64)
+
+
+DOWNLOAD_GIVES = {
+    200: Gives("completed: the result (with JOBORCH_COMPAT=2.2 also a short JSON in every other state)", ZIP_TYPE),
+    202: Gives("queued or running; Retry-After says when to ask again", JSON_TYPE, EXAMPLE_JOB),
+    204: Gives("failed, invalid, killed or cleaned; X-Job-Status says which"),
+    400: BAD,
+    404: NOT_FOUND,
+    **PARTS,
+}
+
+
+@route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
+def download(server: Server, request: Request, job_id: int) -> Answer:
+    """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
+    job = known_job(server, request, job_id)
+    headers = {"X-Job-Status": job.status.value}
+    if job.status is Status.COMPLETED:
+        return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
+    if server.config.compat == "2.2" and request.method == "GET":
+        said = {
+            "id": job.id,
+            "status": job.status.value,
+            "message": queue_info_of(server, job).waiting_for or job.reason or str(job.status),
+        }
+        return Answer(said, 200, headers)
+    if job.status in OVER:
+        return Answer(None, 204, headers)
+    headers["Retry-After"] = "1"
+    return Answer(job_json(server, job) if request.method == "GET" else {}, 202, headers)
+
+
+AS_IT_STANDS = "the job as it stands: from its client while it runs, from the store once it ended, its inputs while it is queued"
+
+
+@route(
+    "GET",
+    "/download_partial/<job_id>",
+    "server",
+    who="caller",
+    slow=True,
+    takes=(ID,),
+    gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
+)
+def download_partial(server: Server, request: Request, job_id: int) -> Answer:
+    """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
+    job = known_job(server, request, job_id)
+    headers = {"X-Job-Status": job.status.value}
+    if job.status is Status.CLEANED:
+        raise HttpError(404, f"the files of job {job.id} were cleaned")
+    name = f"job-{job.id}-partial.zip"
+    if job.result_sha256 is not None:
+        return file_answer(request, stored_archive(server, job), name, headers)
+    link = server.links.get(job.client or "")
+    if job.status in BUSY and job.dest_id and link:
+        return file_answer(request, running_archive(server, request, link, job), name, headers)
+    return file_answer(request, inputs_archive(server, request, job), name, headers)
+
+
+def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
+    """Pack the inputs of a job that has not come to a client; HttpError 503 where others do so, or the caller has left."""
+
+    def fill(packer: ZipPacker) -> None:
+        packer.wanted = lambda: not request.left()
+        packer.add_folder(server.folder(job))
+
+    with server.pack_places.place() as free:
+        if not free:
+            raise HttpError(503, "many archives are packed just now: come again", Retry_After="5")
+        try:
+            return packed(server.data.spool, job.created_at, fill)
+        except GivenUp as error:
+            raise HttpError(503, str(error), Retry_After="5") from error
+
+
+def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
+    """Fetch a running job as it stands from its client; HttpError 503 where that is not possible now."""
+    spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
+    into = result_transfer(server.config, spool)
+    try:
+        while True:
+            with calling(server, request, link) as unwanted, contextlib.suppress(NotPacked):
+                link.fetch(job, into, partial=True, unwanted=unwanted)
+                break
+            if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
+                raise NotPacked("still packs what is there: come again")
+    except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
+        spool.close()
+        said = f"{link.name}: {error}" if isinstance(error, ResultTooLarge) else f"{link.name} {error}"
+        raise HttpError(503, said, Retry_After=str(COME_AGAIN_S)) from error
+    except BaseException:
+        spool.close()
+        raise
+    spool.seek(0)
+    return Archive(spool, into.size, into.digest.hexdigest())
+
+
+@contextlib.contextmanager
+def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[], bool]]:
+    """Hold one of the few places for a call to a client on behalf of a caller; yield how to tell that it is of no use any more.
+
+    HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
+    """
+    if link.outage.failures:
+        raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
+    with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
+        if not (here and anywhere):
+            raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
+        yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
+
+
+STATUS_NAMES = tuple(status.value for status in Status)
+
+
+def read_wait(text: str) -> float:
+    """Return how many seconds a caller wants to wait, WAIT_LIMIT_S at most."""
+    if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
+        raise ValueError("give seconds, as in wait=30")
+    return min(float(text), WAIT_LIMIT_S)
+
+
+def read_since(text: str) -> frozenset[str]:
+    """Return the statuses that a caller knows."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STATUS_NAMES:
+            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
+            close = nearest(name.capitalize(), STATUS_NAMES)
+            raise HttpError(
+                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
+            )
+    return frozenset(names)
+
+
+WAIT = Parameter(
+    "wait",
+    "query",
+    "number",
+    "wait until the job has ended, for this many seconds at most; more than 45 count as 45",
+    30,
+    least=0,
+    default=0.0,
+    read=read_wait,
+)
+SINCE = Parameter(
+    "since",
+    "query",
+    "string",
+    "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
+    "Queued,Processing",
+    pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
+    default=frozenset(status.value for status in Status if status not in OVER),
+    read=read_since,
+)
+
+
+@route(
+    "GET",
+    "/jobs/<job_id>",
+    "server",
+    who="caller",
+    takes=(ID, WAIT, SINCE),
+    gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
+    quick=True,
+)
+def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
+    """Show a job: state, reason, attempts, history, and what it waits for."""
+    job = known_job(server, request, job_id)
+    if wait and job.status.value in since:
+        with server.waiters.place() as parked:
+            if not parked:  # without the parts that cost a further look: those who come again must not starve the others
+                headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
+                return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
+            server.wait_until(lambda: status_other_than(server, job.id, since), wait, request.left, job.id)
+        job = known_job(server, request, job_id)
+    return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
+
+
+def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
+    """Return a job's status if it is none of `known`; an empty text if the row is gone."""
+    rows = server.store.read(JOB_STATUS, id=job_id)
+    if not rows:
+        return ""
+    return None if rows[0]["status"] in known else str(rows[0]["status"])
+
+
+LIST_FILTERS = (
+    Parameter("user_id", "query", "integer", "jobs of this user alone", 1, least=SMALLEST, most=BIGGEST),
+    Parameter("service", "query", "string", "jobs of this service alone", "example"),
+    Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
+    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000, default=100),
+    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1, most=BIGGEST, default=BIGGEST),
+)
+PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
+
+
+@route("GET", "/jobs", "server", who="caller", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
+def list_jobs(
+    server: Server, request: Request, user_id: int | None, service: str | None, status: str | None, limit: int, before: int
+) -> Answer:
+    """List jobs, newest first, a page at a time."""
+    name = None if service is None else named_service(server, service).name
+    jobs = server.store.page(before, limit + 1, user_id, name, status)
+    following = jobs[limit - 1].id if len(jobs) > limit else None
+    return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
+
+
+TERMINATE_GIVES = {
+    200: Gives("nothing of it runs any more", JSON_TYPE, {"id": 42, "status": "Killed", "message": "terminated on request"}),
+    202: Gives(
+        "its client is away", JSON_TYPE, {"id": 42, "status": "Unknown", "message": "it will be ended as soon as gpu1:9000 answers"}
+    ),
+    400: BAD,
+    404: NOT_FOUND,
+    409: Gives("it had ended another way", JSON_TYPE, EXAMPLE_JOB),
+}
+
+
+@route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
+def terminate(server: Server, request: Request, job_id: int) -> Answer:
+    """End a job, in whatever state it is; repeating it is harmless."""
+    job = known_job(server, request, job_id)
+    if job.status not in OVER:
+        server.store.request_kill(job.id, Cause.CANCELLED)
+        crash_point("kill.wished")
+        kill_queued(server, job.id)
+        job = known_job(server, request, job_id)
+    if job.status not in OVER:
+        wait_for_end(server, request, job)
+        kill_queued(server, job.id)
+        job = known_job(server, request, job_id)
+    if job.status is Status.KILLED:
+        return Answer({"id": job.id, "status": job.status.value, "message": job.reason}, 200, {"X-Job-Status": job.status.value})
+    if job.status in OVER:
+        return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
+    link = server.links.get(job.client or "")
+    message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
+    if link is not None and not link.outage.reason:
+        message = link.notes.get(job.id) or f"{job.client} is ending it"
+    return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
+
+
+def wait_for_end(server: Server, request: Request, job: Job) -> None:
+    """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
+    with server.places.place() as parked:
+        link = server.links.get(job.client or "")
+        if link is not None and link.outage.failures and parked:
+            try_now(server, request, link)
+        server.wake(f"kill:{job.client}")
+        patience_s = WAIT_LIMIT_S if parked and link and not link.outage.failures else 0.0
+
+        noted_until = time.monotonic() + NOTED_PATIENCE_S
+
+        def hopeless() -> bool:
+            is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
+            return request.left() or bool(link and link.outage.failures) or (is_noted and time.monotonic() > noted_until)
+
+        server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
+
+
+def try_now(server: Server, request: Request, link: Link) -> None:
+    """Try a client now that is held back after a failure, and wait a moment for what comes of it."""
+    failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
+    link.try_at = server.clock.monotonic()
+    server.wake(f"get:{link.name}")
+    while link.outage.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
+        if server.stopping.wait(0.02):
+            return
+
+
+def over_or_queued(server: Server, job_id: int) -> Job | None:
+    """Return a job that is with no client any more, else None."""
+    job = server.store.get(job_id)
+    return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
+
+
+# == 9. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+
+EXAMPLE_CLIENT = {
+    "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
+    "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
+    "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
+}  # fmt: skip
+EXAMPLE_SERVICE = {
+    "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
+    "mean_run_s": 12.5, "clients": [EXAMPLE_CLIENT],
+}  # fmt: skip
+EXAMPLE_USER = {
+    "user_id": 7, "weight": 2.0, "queued": 3,
+    "services": [{"name": "example", "used_slot_s": 42.5, "runs": 17, "mean_run_s": 2.5, "running": 1, "turns_before": 0}],
+}  # fmt: skip
+SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
+CLIENTS = Gives("clients, and why one is held back", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
+ONE_CLIENT = Gives("the client as it stands now", JSON_TYPE, EXAMPLE_CLIENT)
+NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
+ONE_USER = Gives("a user's weight, and what it is set against", JSON_TYPE, EXAMPLE_USER)
+CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
+USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=SMALLEST, most=BIGGEST)
+WEIGHT = Parameter(
+    "weight",
+    "query",
+    "number",
+    "how large this user's share is, 1 being the usual",
+    2,
+    required=True,
+    least=0.001,
+    most=1_000_000,
+    missing="give it in the address, as in PUT /users/7?weight=2",
+    read=read_weight,
+)
+
+
+def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
+    """Return clients in JSON, with why each gets no jobs now."""
+    busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
+    said = []
+    for link, place in zip(links, server.capacities_of(links)):
+        silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
+        held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
+        known = not link.legacy and link.heard_at is not None
+        said.append({
+            "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
+            "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
+            "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
+            "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
+            "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
+            "held_for_s": round(held_for_s, 1),
+        })  # fmt: skip
+    return said
+
+
+@route("GET", "/services", "server", who="caller", gives={200: SERVICES}, quick=True)
+def show_services(server: Server, request: Request) -> Answer:
+    """Show the services: policy, limits, how much of them is in use, how much is queued (to 10,000), and their clients."""
+    said = []
+    for service in server.services.values():
+        mean_s, name = mean_run_s(server, service), service.name
+        said.append({
+            "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
+            "running": server.store.number(BUSY_OF_SERVICE, service=name), "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
+            "users_queued": server.store.number(RUNNABLE_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
+            "clients": clients_json(server, server.links_of(service)),
+        })  # fmt: skip
+    return Answer({"services": said})
+
+
+@route("GET", "/clients", "server", who="caller", gives={200: CLIENTS}, quick=True)
+def show_clients(server: Server, request: Request) -> Answer:
+    """Show the clients: slots, memory, load, what they run, and why one is held back."""
+    return Answer({"clients": clients_json(server, [*server.links.values()])})
+
+
+def drain_client(server: Server, name: str, drained: bool) -> Answer:
+    """Have a client get no more jobs, or some again; HttpError 404 lists the known ones."""
+    link = server.links.get(name)
+    if link is None:
+        raise HttpError(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
+    server.drain(link, drained)
+    log.info("client %s is %s", link.name, "drained" if drained else "resumed")
+    server.wake("dispatch")
+    return Answer(clients_json(server, [link])[0])
+
+
+@route("POST", "/clients/<name:path>/drain", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+def drain(server: Server, request: Request, name: str) -> Answer:
+    """Send a client no more jobs, until it is resumed; those that it has go on. A restart of the server does not change it."""
+    return drain_client(server, name, True)
+
+
+@route("POST", "/clients/<name:path>/resume", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+def resume(server: Server, request: Request, name: str) -> Answer:
+    """Send a drained client jobs again."""
+    return drain_client(server, name, False)
+
+
+def user_answer(server: Server, user_id: int) -> Answer:
+    """Return what a user's turns depend on."""
+    services = []
+    for row in server.store.read(USAGE_OF_USER, user_id=user_id):
+        pair = {"service": row["service"], "user_id": user_id}
+        turn = server.store.read(RUNNABLE_GET, **pair)
+        before = server.store.number(RUNNABLE_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
+        services.append({
+            "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
+            "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
+            "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
+        })  # fmt: skip
+    weights = server.store.read(WEIGHT_GET, user_id=user_id)
+    weight = weights[0]["weight"] if weights else server.config.weights.get(user_id, 1.0)
+    queued = server.store.number(QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
+    return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
+
+
+@route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
+def show_user(server: Server, request: Request, user_id: int) -> Answer:
+    """Show a user's weight, what is queued, and what was used of each service as it counts now."""
+    return user_answer(server, user_id)
+
+
+@route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
+def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
+    """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
+    server.store.set_weight(user_id, weight)
+    server.wake("dispatch")
+    return user_answer(server, user_id)
+
+
+# == 10. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+
+
+class Server(Node):
+    """A server: its services, and a link to each client."""
+
+    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
+        super().__init__(config, store, data, clock)
+        self.services = config.services
+        self.links: dict[str, Link] = {}
+        self.callers = WaiterLimit(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
+        self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
+        store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
+        for service in self.services.values():
+            for address in service.addresses:
+                link = self.links.get(address.name)
+                if link is None:
+                    link = Link(address, data, self.clock, config.ca_file)
+                    self.links[address.name] = link
+                link.services.append(service)
+        for row in store.read(DRAINED_ALL):
+            if row["client"] in self.links:
+                self.links[row["client"]].drained = True
+
+    def service(self, job: Job) -> Service:
+        """Return the service of a job; one that is not configured any more has the default limits."""
+        name = job.service or ""
+        return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
+
+    def links_of(self, service: Service) -> list[Link]:
+        return [self.links[address.name] for address in service.addresses]
+
+    def troubles(self, service: Service) -> dict[str, str]:
+        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
+        return {link.name: link.why_not() for link in self.links_of(service)}
+
+    def names_of(self, link: Link) -> list[Link]:
+        """Return the links that lead to the same client, this one first."""
+        return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
+
+    def capacities_of(self, links: Iterable[Link]) -> list[ClientCapacity]:
+        """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
+        # Read before what has ended: see count_no_more.
+        busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
+        by_client: dict[str, list[Link]] = {}
+        for link in self.links.values():
+            by_client.setdefault(link.client, []).append(link)
+        places = []
+        for link in links:
+            others = [other for other in by_client.get(link.client, ()) if other is not link]
+            cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
+            places.append(link.capacity(cpus, memory, jobs, others))
+        return places
+
+    def drain(self, link: Link, drained: bool) -> None:
+        """Note durably that a client, under all its names, gets no more jobs, or gets some again."""
+        links = self.names_of(link)
+        sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
+        self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
+        for each in links:
+            each.drained = drained
+
+
+def dispatch_tick(server: Server) -> bool:
+    """Claim the next job for the client that the scheduler chose; True if there was one.
+
+    One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
+    a job only while one of them is free: one that hangs holds nobody up.
+    """
+    chosen = next_placement(server)
+    if chosen is None:
+        return False
+    head, place = chosen
+    link = link_to(server, head, place)
+    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
+    claimed = None
+    try:
+        claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
+    finally:
+        if claimed is None:
+            link.sending.discard(head.job_id)
+    if claimed is None:
+        return False
+    crash_point("claim.stored")
+    link.outbox.append(claimed)
+    server.wake(f"send:{link.name}")
+    return True
+
+
+def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
+    """Return the next job and the client that gets it; None if nothing can be sent now."""
+    free = [link for link in server.links.values() if can_be_sent_to(link)]
+    clients = one_each(free)
+    names = {link.name: clients[link.client].name for link in free}
+    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
+    if not lines:
+        return None
+    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
+
+
+def can_be_sent_to(link: Link) -> bool:
+    """Tell whether a job that is claimed for a client now would be sent at once."""
+    return link.takes_jobs() and link.has_free_sender()
+
+
+def one_each(links: Iterable[Link]) -> dict[str, Link]:
+    """Return the first link to each client, by client."""
+    found: dict[str, Link] = {}
+    for link in links:
+        found.setdefault(link.client, link)
+    return found
+
+
+def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
+    """Return the URL by which a service reaches the client that is to get its job."""
+    chosen = server.links[place.name]
+    links = server.links_of(server.services[head.service])
+    return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
+
+
+def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
+    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
+
+    `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
+    """
+    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1)
+    if not first:
+        return None
+    busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
+    if busy >= service.max_runs:
+        return None
+    clients = {names[address.name] for address in service.addresses if address.name in names}
+    return ServiceQueue(
+        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0])
+    )
+
+
+def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
+    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
+    yield candidate_of(service, first)
+    for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
+        yield candidate_of(service, row)
+
+
+def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
+    """Return a row of RUNNABLE_NEXT as the scheduler sees it."""
+    return Candidate(service, row["head"], row["cpus"], row["memory"], row["timeout"])
+
+
+def mean_run_s(server: Server, service: Service) -> float | None:
+    """Return how long the last runs of a service took on average; None if there were none."""
+    rows = server.store.read(PACE_GET, service=service.name)
+    return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
+
+
+def runs_at(server: Server, client: str) -> list[Run]:
+    """Return what runs at a client; a time limit begins when the run does."""
+    runs = []
+    for link in server.names_of(server.links[client]):
+        for job in server.store.jobs(AT_CLIENT, client=link.name):
+            if job.id not in link.ended:
+                begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
+                runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
+    return runs
+
+
+def send_tick(server: Server, link: Link) -> bool:
+    """Send one job to one client; True if there was one."""
+    job = next_to_send(server, link)
+    if job is None:
+        probe_tick(server, link)
+        return False
+    was_probing = link.probing
+    try:
+        with link.turn():
+            send_job(server, link, job)
+    finally:
+        was_full = was_probing or not link.has_free_sender()
+        link.sending.discard(job.id)
+        if was_full:
+            server.wake("dispatch")
+    return True
+
+
+def probe_tick(server: Server, link: Link) -> None:
+    """Ask a client that failed whether it answers: what waits stays Queued until it does, and needs no job to find that out.
+
+    Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
+    """
+    if link.heard_at is None or link.answers or link.outage.waits():
+        return
+    if link.probe():
+        server.wake("dispatch")
+
+
+def next_to_send(server: Server, link: Link) -> Job | None:
+    """Return a job to send: one that was claimed for this client, else one that a lost answer ties to it."""
+    with contextlib.suppress(IndexError):
+        return link.outbox.popleft()
+    if not link.ready():
+        return None
+    pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
+    link.may_have_pinned = bool(pinned)
+    for job in pinned:
+        if link.legacy:
+            new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
+            continue
+        with link.lock:
+            due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
+            if due:
+                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
+                link.sending.add(job.id)  # it takes a sender like every other
+        if due:
+            return job
+    return None
+
+
+def send_job(server: Server, link: Link, job: Job) -> None:
+    """Send a claimed job, and store the outcome."""
+    folder = server.data.job(job.uuid)
+    try:
+        paths = files_below(folder)
+        if not paths:
+            reason = Reason.FILES_REMOVED.format(where="server")
+            end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
+            return
+        if link.legacy:
+            check_base_names(paths)
+        returned = server.service(job).return_inputs
+        dest_id = link.submit(job, folder, paths, returned)
+        crash_point("send.answered")
+        link.accepted[job.mark] = dest_id
+    except NothingSent as error:
+        send_again(server, link, job, error)
+        return
+    except InputsChanged as error:
+        end_busy(server, job, Status.FAILED, str(error), cause=Cause.INFRASTRUCTURE.value)
+        return
+    except Rejected as error:
+        link.heard()
+        server.store.move(job, Status.INVALID, Reason.REFUSED.format(client=link.name, error=error), cause=Cause.USER.value)
+        return
+    except (NoAnswer, OSError) as error:
+        link.failed(error)
+        mark_outcome_unknown(server, link, job, error)
+        return
+    link.took_one()
+    link.resend_due.pop(job.id, None)
+    if link.legacy:
+        give_up_older_ids(server, link, int(dest_id))
+    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
+    link.accepted.pop(job.mark, None)
+    crash_point("send.stored")
+    if server.store.number(KILLS_COUNT, client=link.name):
+        server.wake(f"kill:{link.name}")
+
+
+def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
+    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
+    if isinstance(error, Refused):
+        link.refused(error)
+    else:
+        link.failed(error)
+    if job.status is Status.PROCESSING:
+        server.store.move(job, Status.QUEUED, Reason.NOT_SENT.format(client=link.name, error=error), client=None)
+        crash_point("send.refused")
+        kill_queued(server, job.id)
+    else:
+        with link.lock:
+            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
+
+
+def kill_queued(server: Server, job_id: int) -> None:
+    """Kill a queued job for which terminate was requested."""
+    job = server.store.get(job_id)
+    if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
+        server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
+        crash_point("kill.queued")
+
+
+def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
+    """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
+    for job in server.store.jobs(AT_CLIENT, client=link.name):
+        if job.dest_id and int(job.dest_id) >= newest:
+            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
+
+
+def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
+    """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
+
+    A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
+    """
+    if job.status is Status.PROCESSING:
+        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
+        crash_point("send.lost")
+    link.may_have_pinned = True
+    with link.lock:
+        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
+    current = server.store.get(job.id)
+    if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
+        new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
+
+
+def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
+    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
+    current: Job | None = job
+    while current is not None and current.status in BUSY and current.attempt == job.attempt:
+        if server.store.move(current, to, reason, **changes):
+            return
+        current = server.store.get(job.id)
+
+
+def become_unknown(server: Server, job: Job, reason: str) -> None:
+    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
+    if job.status in (Status.SUBMITTED, Status.RUNNING):
+        server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
+
+
+def payload_gone(server: Server, job: Job, reason: str) -> None:
+    """The client answers and does not know the payload: nothing of it runs any more."""
+    if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
+        server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
+    else:
+        new_attempt(server, job, reason)
+
+
+def new_attempt(server: Server, job: Job, reason: str) -> None:
+    """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
+    if attempts_left(job):
+        changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
+        due = server.store.steady() + backoff_s(job.attempt)
+        server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
+        crash_point("attempt.stored")
+    else:
+        text = Reason.NO_ATTEMPT_KILLED if job.kill_requested_at else Reason.NO_ATTEMPT_LEFT
+        server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
+
+
+# == 11. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
 
 NO_USE = float("-inf")  # log2(0)
 CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
@@ -1858,4595 +3117,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 7. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
-
-
-class StoredFile(NamedTuple):
-    """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass
-class Form:
-    """A received form: its files, already on disk, and its text fields."""
-
-    files: list[StoredFile] = field(default_factory=list)
-    fields: dict[str, str] = field(default_factory=dict)
-
-
-def shown(name: str) -> str:
-    """Return a file name for a message: quoted, printable and short."""
-    return repr(one_line(name, 80))
-
-
-def check_path(path: str) -> str:
-    """Return `path` without a leading `./`. Raises HttpError 400 unless it is a relative POSIX path that stays in its folder."""
-    name = re.sub(r"^(\./)+", "", path)
-    parts = name.split("/")
-    if not name:
-        raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
-    if any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise HttpError(400, f"file name {shown(name)} contains a control character: use printable ones", "file")
-    if name.startswith("/"):
-        raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
-    if ".." in parts:
-        raise HttpError(400, f"file name {shown(name)} contains '..': give a path that stays in its folder", "file")
-    if "" in parts or "." in parts:
-        raise HttpError(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
-    if len(parts) > DEPTH_LIMIT + 1:
-        raise HttpError(400, f"file name {shown(name)} is {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
-    sizes = [len(os.fsencode(part)) for part in parts]
-    if max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES:
-        limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
-        raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
-    return name
-
-
-def inputs_digest(digests: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) for a set of files; `digests` has the SHA-256 of each, by path."""
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
-
-
-def parents_of(path: str) -> set[str]:
-    """Return all folders above a relative path: `a` and `a/b` for `a/b/c`."""
-    parts = path.split("/")
-    return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
-
-
-class Tree:
-    """The file names of one form so far: each is unique, and none is both a file and a folder."""
-
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.folders: set[str] = set()
-
-    def add(self, path: str) -> None:
-        """Add `path`. Raises HttpError 400 if it clashes with an earlier one."""
-        parents = parents_of(path)
-        if path in self.files:
-            raise HttpError(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
-        if path in self.folders or parents & self.files:
-            raise HttpError(400, f"file name {path!r} is both a file and a folder", "file")
-        self.files.add(path)
-        self.folders |= parents
-
-
-def part_path(segment: Any, by_name: bool) -> str | None:
-    """Return the path of a part's file, or None if the part is a text field.
-
-    Callers of the server send the path as filename. Between machines (`by_name`) the part's name is the path and its filename
-    the base name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
-    """
-    exact = segment.header("X-Joborch-Path")
-    if by_name and exact:
-        return os.fsdecode(unquote_to_bytes(exact))
-    name: str = segment.name or extended_parameter(segment.header("Content-Disposition", ""), "name")
-    filename: str | None = segment.filename
-    if filename is None:
-        filename = extended_parameter(segment.header("Content-Disposition", ""), "filename") or None
-    if not by_name or (filename is None and name == DIGESTS_FIELD):
-        return filename
-    return filename if name in ("", "file") and filename else name or None
-
-
-def extended_parameter(header: str, name: str) -> str:
-    """Return the value of `name*=utf-8''...` in a header (RFC 5987), or an empty string."""
-    match = re.search(rf";\s*{name}\*=(?:utf-8|UTF-8)''([^;\s]+)", header)
-    return unquote_to_bytes(match[1]).decode("utf-8", "replace") if match else ""
-
-
-def multipart_boundary(content_type: str) -> str:
-    """Return the boundary of a form. Raises HttpError 415 for another content type, 400 if the boundary is missing."""
-    kind, _, rest = content_type.partition(";")
-    if kind.strip().lower() != "multipart/form-data":
-        raise HttpError(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
-    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', rest)
-    if not match:
-        raise HttpError(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
-    return match[1] or match[2]
-
-
-class FormReader:
-    """Streams a multipart form: files to disk below `folder`, text fields to memory.
-
-    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both keep the account of the disk.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        by_name: bool = False,
-        before_file: Callable[[], None] = lambda: None,
-        after_write: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.folder, self.root, self.by_name = folder, str(folder), by_name
-        self.before_file, self.after_write = before_file, after_write
-        self.form, self.tree, self.folders = Form(), Tree(), {""}
-
-    def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
-        """Read the whole form. Raises HttpError; the caller must then remove the folder."""
-        import multipart
-
-        parser = multipart.PushMultipartParser(
-            multipart_boundary(content_type),
-            content_length=length,
-            max_header_size=PART_HEADER_LIMIT_BYTES,
-            max_segment_count=PARTS_LIMIT,
-        )
-        try:
-            events = parser.parse_blocking(stream.read, chunk_size=CHUNK_BYTES)
-            for event in events:
-                self.part(event, events)
-        except multipart.ParserLimitReached as error:
-            if "segment count" in str(error).lower():
-                raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
-            raise HttpError(413, f"a part has too long headers: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
-        except multipart.MultipartError as error:
-            raise HttpError(400, f"the form cannot be read: {error}") from error
-        return self.form
-
-    def part(self, segment: Any, events: Iterator[Any]) -> None:
-        """Read one part from the event stream, up to the None that ends it."""
-        path = part_path(segment, self.by_name)
-        if path is None:
-            self.text(segment, events)
-        else:
-            self.file(check_path(path), events)
-
-    def text(self, segment: Any, events: Iterator[Any]) -> None:
-        limit = 32 * MIB if self.by_name and segment.name == DIGESTS_FIELD else FIELD_LIMIT_BYTES
-        name, value = one_line(segment.name, 80), bytearray()
-        for chunk in iter(lambda: next(events), None):
-            value += chunk
-            if len(value) > limit:
-                raise HttpError(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
-        if name in self.form.fields:
-            raise HttpError(400, f"field {name} comes twice: give it once", name)
-        try:
-            self.form.fields[name] = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise HttpError(400, f"field {name} is not UTF-8", name) from error
-
-    def file(self, path: str, events: Iterator[Any]) -> None:
-        self.tree.add(path)
-        self.before_file()
-        self.make_folders(path)
-        digest, size, head = hashlib.sha256(), 0, b""
-        descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "wb", buffering=0) as target:
-            for chunk in iter(lambda: next(events), None):
-                write_all(target, chunk)
-                self.after_write(len(chunk))
-                digest.update(chunk)
-                size += len(chunk)
-                head += chunk[: 4 - len(head)]
-            if head.startswith((b"#!", b"\x7fELF")):  # forms carry no file modes, but a script may call ./tool
-                os.fchmod(descriptor, 0o700)
-        self.form.files.append(StoredFile(path, size, digest.hexdigest()))
-
-    def make_folders(self, path: str) -> None:
-        parent = path.rpartition("/")[0]
-        if parent not in self.folders:
-            (self.folder / parent).mkdir(parents=True, exist_ok=True)
-            self.folders |= parents_of(path)
-
-
-def write_all(target: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to an unbuffered file, which may take less than it is given."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
-
-
-# == 8. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
-
-
-def fsync_path(path: str | Path) -> None:
-    """Make a file's content or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def files_below(folder: Path) -> list[str]:
-    """Return the relative paths of all files below a folder, sorted."""
-    root = os.fsencode(folder)
-    return sorted(os.fsdecode(os.path.join(here, name)[len(root) + 1 :]) for here, _, names in walk(root) for name in names)
-
-
-def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
-    """Make `folder`, the files `paths` in it, and its entry in its parent durable."""
-    if len(paths) > 32:  # one syncfs is cheaper than many fsyncs
-        sync_file_system(folder)
-        return
-    root = str(folder)
-    inner = set().union(*(parents_of(path) for path in paths))
-    for path in [*paths, *sorted(inner, key=lambda inner_path: -inner_path.count("/"))]:
-        fsync_path(f"{root}/{path}")
-    fsync_path(root)
-    fsync_path(folder.parent)
-
-
-def sync_file_system(path: Path) -> None:
-    """Write the whole file system of `path` to disk (syncfs(2))."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if libc().syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), "syncfs failed", str(path))
-    finally:
-        os.close(descriptor)
-
-
-@functools.lru_cache(maxsize=1)
-def libc() -> ctypes.CDLL:
-    """Return the C library, for system calls that Python does not wrap."""
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
-    """Return a descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
-
-    `path` may be a descriptor. `flags` apply to the last folder: O_PATH is enough to open what is in it.
-    """
-    names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
-    descriptor = owned = path if isinstance(path, int) else -1
-    for number, name in enumerate(names, 1):
-        how = (flags if number == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW
-        try:
-            further = os.open(name, how, dir_fd=None if descriptor < 0 else descriptor)
-        finally:
-            if descriptor != owned:
-                os.close(descriptor)
-        descriptor = further
-    return descriptor
-
-
-@contextlib.contextmanager
-def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
-    """Open a folder as `open_folder` does, and close it at the end."""
-    descriptor = open_folder(path, *inner, flags=flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
-    """Open a file that a script could have replaced: follow no link, wait for no fifo. Raises OSError if it is not a regular file.
-
-    With `inner`, `path` is a folder (or a descriptor of one) and `inner` leads to the file; no folder on the way may be a link.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    if isinstance(path, int) and len(inner) == 1:
-        descriptor = os.open(inner[0], flags, dir_fd=path)
-    elif inner:
-        with opened_folder(path, *inner[:-1]) as folder:
-            descriptor = os.open(inner[-1], flags, dir_fd=folder)
-    else:
-        descriptor = os.open(cast("str | Path", path), flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return open(descriptor, "rb")
-
-
-def state_below(folder: Path, name: str) -> os.stat_result:
-    """Return the status of `name` in a folder that a script can change, following no link. Raises OSError."""
-    with opened_folder(folder) as descriptor:
-        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-
-
-def has_work(folder: Path) -> bool:
-    """Tell whether a payload has its work folder; True if that cannot be checked."""
-    try:
-        return stat.S_ISDIR(state_below(folder, "work").st_mode)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, safe to show; empty if the file cannot be read."""
-    try:
-        with open_regular(path.parent, path.name) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError:
-        return ""
-    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
-
-
-def give_rights(folder: Path | int, *inner: str | bytes) -> None:
-    """Give this user full rights to a folder whose script took them away. Raises OSError if it is not a folder."""
-    with opened_folder(folder, *inner) as descriptor:
-        path = f"/proc/self/fd/{descriptor}"
-        if not os.access(path, os.R_OK | os.X_OK):
-            os.chmod(path, 0o700)
-
-
-def open_unreadable(name: bytes | str, folder: int | None) -> int:
-    """Open a file whose mode denies reading even to its owner, and restore its mode. Raises PermissionError if another user owns it."""
-    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
-    try:
-        state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
-        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        os.chmod(path, stat.S_IMODE(state.st_mode) | stat.S_IRUSR)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        finally:
-            os.chmod(path, stat.S_IMODE(state.st_mode))
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file atomically and durably: after a crash it has its old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(temporary, path)
-    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
-
-
-def is_full(folder: str | Path) -> bool:
-    """Tell whether the file system of `folder` is full: no block or no inode left (some file systems have no inode limit)."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Return how many bytes an ordinary user can still write to the file system of `folder`."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize
-
-
-def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
-    """Yield each folder below `root` with its subfolders and its other entries, all sorted. Links are not followed.
-
-    This is os.walk() for any depth: before Python 3.12 that fails at a thousand levels.
-    """
-    waiting = [root]
-    while waiting:
-        here = waiting.pop()
-        try:
-            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(here))
-        except OSError as error:
-            if on_error is not None:
-                on_error(error)
-            continue
-        folders = [name for name, is_folder in entries if is_folder]
-        yield here, folders, [name for name, is_folder in entries if not is_folder]
-        waiting += [os.path.join(here, name) for name in reversed(folders)]
-
-
-class Level:
-    """One folder on the path of a walk: its path, its descriptor (-1 when closed), and the subfolders still to visit."""
-
-    def __init__(self, path: bytes, descriptor: int) -> None:
-        self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
-
-
-def walk_open(
-    root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
-) -> Iterator[tuple[int, bytes, list[bytes], int]]:
-    """Yield each folder below the open folder `root`, itself first: descriptor, path, names of its non-folders (sorted), entry count.
-
-    Links are never followed, even if something is swapped for one during the walk. The walk ends after `room` entries; `note`
-    gets the path of each entry that is left out, and why. With `mend`, this user's own folders are made readable first. Deep
-    trees need few descriptors: the upper folders are closed, and reopened on the way back.
-    """
-    levels: list[Level] = []
-    entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
-    try:
-        while entered is not None or levels:
-            if entered is not None:
-                levels.append(entered)
-                files, entered.folders, count = read_folder(entered, room, note)
-                room -= count
-                yield entered.descriptor, entered.path, files, count
-                if room < 0:
-                    return
-                if len(levels) > WALK_DESCRIPTORS:
-                    levels[-WALK_DESCRIPTORS - 1].close()
-            while levels and not levels[-1].folders:
-                levels.pop().close()
-            entered = enter(root, levels[-1], note, mend) if levels else None
-    finally:
-        for level in [*levels, *([entered] if entered else [])]:
-            level.close()
-
-
-def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
-    """Open the next subfolder of `above`; None, with a note, if that is impossible."""
-    name = above.folders.pop()
-    path = above.path + b"/" + name if above.path else name
-    try:
-        if len(path) > 4095:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        if above.descriptor < 0:
-            above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
-        if mend:
-            with contextlib.suppress(PermissionError):  # another user's folder: read what its mode allows
-                give_rights(above.descriptor, name)
-        return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
-    except OSError as error:
-        note(path, os.strerror(error.errno or 0))
-        return None
-
-
-def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
-    """Return the names of non-folders (sorted), of folders (in reverse), and the number of entries, which may exceed `room`."""
-    names: list[list[bytes]] = [[], []]
-    count, prefix = 0, level.path + b"/" if level.path else b""
-    try:
-        with os.scandir(level.descriptor) as entries:
-            for entry in entries:
-                count += 1
-                if count > room + LEFT_OUT_LINES:
-                    break
-                names[entry.is_dir(follow_symlinks=False)].append(os.fsencode(entry.name))
-    except OSError as error:
-        note(level.path, os.strerror(error.errno or 0))
-    files, folders = sorted(names[0]), sorted(names[1])
-    if count > room:
-        for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
-            note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        note(level.path, "the rest was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        files, folders = files[:room], folders[: max(0, room - len(files))]
-    return files, folders[::-1], count
-
-
-def helper_environment() -> dict[str, str]:
-    """Return the environment for rm, chmod and zstd: payloads could read it, so it has no secrets."""
-    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-
-
-LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors are the file system's
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-def lock_trouble(error: OSError) -> str:
-    """Return why a file system refused a lock that nobody holds, and the remedy."""
-    reason = os.strerror(error.errno or 0)
-    if error.errno not in NO_LOCKS:
-        return f"{reason}; is the file system healthy?"
-    return (
-        f"this file system has no locks ({reason}); use a folder on another one, such as a local disk, "
-        "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
-    )
-
-
-def bytes_below(path: Path) -> int:
-    """Return the total size of the files below a folder that this user can see."""
-    total = 0
-    for here, _, names in walk(os.fsencode(path)):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(here, name)).st_size
-    return total
-
-
-def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file for the life of the process and write the process id to it. Raises ConfigError if that fails."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in LOCK_HELD:
-            raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        raise ConfigError(f"{name} is in use by process {owner}: stop it, or use another {kind}") from error
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-
-
-# -- run.sh --
-
-SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # bash can run their scripts, too
-SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
-
-
-def interpreter_of(first_line: bytes) -> str:
-    """Return the name of the program that a `#!` line calls, directly or by env; empty for any other line."""
-    words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
-    if words and os.path.basename(words[0]) == "env":
-        words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-    return os.path.basename(words[0]) if words else ""
-
-
-def script_hints(head: bytes) -> list[str]:
-    """Return one sentence for each mistake in the first bytes of a run.sh that would make bash fail."""
-    hints = []
-    first_line = head[:500].partition(b"\n")[0]
-    name = interpreter_of(first_line)
-    if name and not SHELLS.fullmatch(name):
-        said, name = one_line(first_line.decode("utf-8", "replace"), 80), one_line(name, 40)
-        other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
-        hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
-    if head.startswith(b"\x7fELF"):
-        hints.append("run.sh is a program, not a script: send it as your-program, and put `./your-program` into run.sh")
-    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
-    if b"\r\n" in head:
-        hints.append("run.sh has Windows line endings (CRLF), which bash does not understand: convert it, for example with dos2unix")
-    return hints
-
-
-def hints_for(folder: Path, *inner: str) -> list[str]:
-    """Return the hints for a run.sh on disk; the arguments are those of `open_regular`."""
-    try:
-        with open_regular(folder, *inner) as file:
-            return script_hints(file.read(64 * KIB))
-    except OSError:
-        return []  # a missing run.sh is reported elsewhere
-
-
-def no_script_text(paths: Sequence[str]) -> str:
-    """Return what to do about an upload without run.sh; the text names the files that it has."""
-    below = [path for path in paths if path.endswith("/run.sh")]
-    top = paths[0].partition("/")[0]
-    if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
-        inner, found = below[0].rpartition("/")[0], one_line(below[0], 80)
-        return f"there is no run.sh, but {found}: leave the folder {one_line(inner, 80)} out of the file names{example_part(below[0])}"
-    among = ", ".join(one_line(path, 80) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    text = f"there is no run.sh among {among}"
-    scripts = below or [path for path in paths if re.fullmatch(r"run\.sh\S*|.*\.(sh|bash)", path.lower())] or list(paths)
-    if len(scripts) != 1:
-        return f"{text}: send a bash script of that name, as in -F file=@run.sh"
-    if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
-        return f"{text}: an archive is not unpacked; send the files in it, as in -F file=@run.sh"
-    which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
-    return f"{text}: rename {which}{example_part(scripts[0])}"
-
-
-def example_part(path: str) -> str:
-    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name that the shell would need quoted."""
-    return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
-
-
-# == 9. Trust ==  Folders, links and token files are not trusted if other users could replace them.
-
-
-def owner_name(uid: int) -> str:
-    """Return a user's name for a message."""
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"
-
-
-def made_as(folder: Path) -> int | None:
-    """Return the owner of a file that this process creates in `folder` (NFS may map root to nobody), or None if it cannot create one."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(probe.fileno()).st_uid
-    except OSError:
-        return None
-
-
-def is_strangers(uid: int, folder: Path) -> bool:
-    """Tell whether the owner of something in `folder` is neither root nor this user, as that file system maps it."""
-    return uid not in (0, os.geteuid()) and uid != made_as(folder)
-
-
-class UserNumbers(NamedTuple):
-    """What the user ids that this process sees mean."""
-
-    unmapped: int | None  # the id that stands for all users outside our user namespace; None if there is no namespace
-    root: bool  # id 0 is the root of the machine
-
-
-@functools.lru_cache(maxsize=1)
-def user_numbers() -> UserNumbers:
-    """Read the meaning of user ids (user_namespaces(7)): in a user namespace, all unknown users share the overflow id."""
-    try:
-        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return UserNumbers(None, True)  # a kernel without user namespaces
-    if lines == [(0, 0, 2**32 - 1)]:
-        return UserNumbers(None, True)
-    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
-    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
-
-
-def is_unmapped(uid: int) -> bool:
-    """Tell whether a user namespace shows all unknown users, including the machine's root, as this id."""
-    return uid == user_numbers().unmapped
-
-
-def is_private_group(gid: int) -> bool:
-    """Tell whether a group has no members except this user and root: with one group per user, umask 002 makes folders group-writable."""
-    if gid == 0 or gid != os.getegid():
-        return gid == 0
-    try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
-    except KeyError:
-        return gid == os.geteuid()
-    return user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
-
-
-def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
-    """Yield who else can replace the content of a folder, or (with `itself` False) only the folder itself, by one of its parents.
-
-    A finding is False (refused) if it is about the folder; None (a warning) if it is about a parent, as is usual on clusters,
-    or about a group.
-    """
-    real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
-    for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
-        try:
-            state = folder.stat()
-        except OSError:
-            continue
-        place, mode = f"{what}: {str(folder)!r}", stat.S_IMODE(state.st_mode)
-        if is_strangers(state.st_uid, folder) and not is_unmapped(state.st_uid):
-            good = False if folder == real else None
-            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace what is in it: use a folder of your own")
-        elif mode & 0o002 and not mode & stat.S_ISVTX:
-            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace what is in it"
-            yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
-        elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
-            who = f"writable by a group (mode {mode:04o}), which can replace what is in it"
-            yield Finding(None, f"{place} is {who}: chmod g-w, or chmod +t")
-    for link in (given, *given.parents):
-        if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
-            text = f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere"
-            yield Finding(False, f"{text}: name the folder itself")
-
-
-def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
-    """Yield who else can read or change a file that holds a token; nothing if the file does not exist."""
-    real = os.path.realpath(os.path.expanduser(path))
-    try:
-        state = os.stat(real)
-    except OSError:
-        return
-    if real.startswith(("/run/secrets/", "/var/run/secrets/")):
-        return  # a container's own: only root can put a file there
-    mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
-    if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
-        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use a file of your own")
-    elif mode & 0o002:
-        fix = f"chmod 600 {shlex.quote(path)}, and put a new token in it"
-        yield Finding(False, f"{name} is writable by every user (mode {mode:04o}): {fix}")
-    elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
-        fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
-        yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
-
-
-# == 10. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
-
-
-class DiskFull(OSError):
-    """`needed` more bytes do not fit, given what was promised to others and what must stay free. errno is ENOSPC."""
-
-    def __init__(self, needed: int) -> None:
-        super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
-        self.needed = needed
-
-
-class DiskAccount:
-    """Keeps account of the disk below a data folder: nobody gets space that was promised to another transfer.
-
-    At least `keep_bytes` stay free. Each process has its own account, and sees what others write by statvfs(2).
-    """
-
-    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs will do if it leaves more than this margin
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
-        self.promised = 0  # to all transfers together, not written yet
-        self.free, self.looked_at = 0, float("-inf")  # the last statvfs less what was written since; its time (monotonic)
-
-    def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
-        """Promise `size` bytes, or else count them as written. Raises DiskFull if they do not fit."""
-        with self.lock:
-            needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
-            now = time.monotonic()
-            if now - self.looked_at > self.LOOK_AGAIN_S or self.free - needed < self.MARGIN_BYTES:
-                self.free, self.looked_at = free_bytes(self.folder), now
-            if self.free < needed:
-                raise DiskFull(size)
-            if promise:
-                self.promised += size
-            else:
-                self.free -= size
-
-    def check(self, size: int) -> None:
-        """Raise DiskFull if `size` bytes do not fit now."""
-        if size:
-            self.take(size, promise=True)
-            self.give_back(size)
-
-    def give_back(self, size: int, written: int = 0) -> None:
-        """Cancel a promise of `size` bytes of which `written` are now on the disk."""
-        with self.lock:
-            self.promised -= size
-            self.free -= written
-
-
-class Promise:
-    """Disk space promised to one transfer: writes use it up, and closing returns the rest."""
-
-    def __init__(self, account: DiskAccount) -> None:
-        self.account, self.left, self.lock = account, 0, threading.Lock()
-
-    def more(self, size: int) -> None:
-        """Get `size` more bytes promised. Raises DiskFull if they do not fit."""
-        self.account.take(size, promise=True)
-        with self.lock:
-            self.left += size
-
-    def more_for_file(self) -> None:
-        """Get a promise for a file's own blocks: thousands of one-byte files fill a disk, too."""
-        self.more(4 * KIB)
-        self.wrote(4 * KIB)
-
-    def wrote(self, size: int) -> None:
-        """Record that `size` bytes were written."""
-        with self.lock:
-            used = min(size, self.left)
-            self.left -= used
-            self.account.give_back(used, size)
-
-    def close(self) -> None:
-        """Return what was not written. The promise can be used again."""
-        with self.lock:
-            left, self.left = self.left, 0
-            self.account.give_back(left)
-
-
-class Spool:
-    """A nameless temporary file that stays in memory while small, so that it works on a full disk.
-
-    tempfile.SpooledTemporaryFile turns a full disk into an AttributeError before Python 3.12.
-    """
-
-    def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
-        """`claim` is called with the number of bytes before they go to the disk, and may raise DiskFull."""
-        self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
-
-    def write(self, data: bytes) -> int:
-        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
-            self.claim(self.file.tell())
-            self.move_to_disk()
-        if not isinstance(self.file, io.BytesIO):
-            self.claim(len(data))
-        return self.file.write(data)
-
-    def move_to_disk(self) -> None:
-        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the spool
-        try:
-            larger.write(cast(io.BytesIO, self.file).getvalue())
-        except BaseException:
-            larger.close()
-            raise
-        self.file = cast("IO[bytes]", larger)
-
-    def again(self) -> IO[bytes]:
-        """Return a second reader of the same bytes, with its own position."""
-        if isinstance(self.file, io.BytesIO):
-            return io.BytesIO(self.file.getvalue())
-        return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-STOP_NOTE = "stopped"  # an empty file in a client's data folder; its time is that of the client's last stop
-
-
-class DataFolder:
-    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, the lock.
-
-    A second process on the same folder is refused with the pid of the first. Files that belong to no job are removed, so a
-    folder with other things of these names is refused, too.
-    """
-
-    LOCK = "joborch.lock"
-    NAMES = frozenset(("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", STOP_NOTE, LOCK))
-    NAMES |= {"joborch.db", "joborch.db-wal", "joborch.db-shm"}
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
-        self.receiving: set[str] = set()  # uuids of uploads in progress, which have no row yet
-        self.account, self.packs_below_minimum = DiskAccount(self.path), False
-
-    def open(self) -> None:
-        """Make the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
-        self.umask = os.umask(0o077)  # uploads are private; scripts get the original umask back
-        try:
-            self.close_to_others()
-            self.refuse_foreign()
-            for folder in (self.jobs, self.results, self.tmp):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.close_to_others()  # again: another user may have created it first
-            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that joborch may write to") from error
-        take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
-        for leftover in self.tmp.iterdir():
-            discard(leftover)
-        # waitress spools bodies here: same file system, swept at each start.
-        tempfile.tempdir = str(self.tmp)
-
-    def weak_spots(self) -> Iterator[Finding]:
-        """Yield who else can replace what is in the folder. The start refuses a False finding, and fixes the modes of our own folders."""
-        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give a folder of your own"
-        yield from examine_place(self.path, "DATA_PATH", itself=False)
-        if not os.path.isdir(real):
-            return
-        state = os.stat(real)
-        mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
-        if is_strangers(state.st_uid, Path(real)):
-            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace what is in it: {remedy}")
-            return
-        foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
-        who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
-        if foreign:
-            yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
-        elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
-            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
-            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
-        elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
-            yield Finding(None, f"{name} belongs to you, is {who}: joborch removes that permission when it starts")
-
-    def foreign_entry(self, real: Path, everything: bool) -> str:
-        """Return an entry of another user and its owner: only entries with our names count, or all if `everything` (as in /tmp)."""
-        for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
-                    return f"{entry.name!r} of {owner_name(owner)}"
-        return ""
-
-    def close_to_others(self) -> None:
-        """Remove others' write permission from our own folders. Raises ConfigError if others can replace what is in them."""
-        for finding in self.weak_spots():
-            if finding.good is False:
-                raise ConfigError(finding.text)
-        for folder in (self.path, self.jobs, self.results, self.tmp):
-            with contextlib.suppress(FileNotFoundError):
-                mode = stat.S_IMODE(folder.stat().st_mode)
-                if mode & 0o022 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.geteuid():
-                    folder.chmod(mode & ~0o022)
-
-    def refuse_foreign(self) -> None:
-        """Refuse a folder whose `tmp`, `jobs` or `results` joborch did not make: DATA_PATH=/var would empty /var/tmp."""
-        for folder in (self.jobs, self.results, self.tmp):
-            if folder.exists() and not (self.path / self.LOCK).exists():
-                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} of something else: give an empty folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / self.LOCK).touch()
-
-    def keep_reserve(self) -> None:
-        """Reserve some disk space, if there is plenty, for the database to use once scripts have filled the disk."""
-        path = self.path / "reserve"
-        if not path.exists() and free_bytes(self.path) > 4 * RESERVE_BYTES:
-            with contextlib.suppress(OSError), open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-
-    def drop_reserve(self) -> bool:
-        """Free the reserve; False if there is none."""
-        try:
-            os.unlink(self.path / "reserve")
-        except OSError:
-            return False
-        log.warning("the disk is full: the database gets the last %d MiB, which were kept in reserve", RESERVE_BYTES // MIB)
-        return True
-
-    def lock_database(self, path: str) -> None:
-        """Lock a database outside this folder. Raises ConfigError if another process uses it."""
-        if path != ":memory:" and os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
-            self.database_lock = open(f"{path}.lock", "a+")  # noqa: SIM115 - held as long as the process lives
-            take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
-
-    def set_aside(self, known: Callable[[str], bool]) -> Path | None:
-        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder beside them; return it, or None."""
-        aside, moved = self.path / f"unclaimed-{time_stamp()}", False
-        for folder in (self.jobs, self.results):
-            for path in [path for path in folder.iterdir() if not known(path.name)]:
-                (aside / folder.name).mkdir(parents=True, exist_ok=True)
-                os.rename(path, aside / folder.name / path.name)
-                moved = True
-        return aside if moved else None
-
-    def job(self, name: str) -> Path:
-        return self.jobs / name
-
-    def result(self, mark: str) -> Path:
-        """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""
-        return self.results / f"{mark}.zip"
-
-    def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
-        """Set how many bytes of the disk stay free; with `packs_below_minimum`, archives may still use them."""
-        self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum
-
-    def spool(self) -> IO[bytes]:
-        """Return a nameless temporary file (see Spool) that disappears when closed."""
-        keep_bytes = 0 if self.packs_below_minimum else None
-        return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
-
-
-# == 11. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
-
-
-STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
-# The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
-ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
-ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
-ZEROS = bytes(MIB)
-
-
-class DigestWriter:
-    """Passes on what is written, keeping its size and SHA-256. Raises BrokenArchive if it cannot be written."""
-
-    def __init__(self, target: IO[bytes]) -> None:
-        self.target, self.digest, self.size = target, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.target.write(data)
-        except OSError as error:
-            raise BrokenArchive(error.errno or 0) from error
-        self.digest.update(data)
-        self.size += len(data)
-
-
-@dataclass
-class Archive:
-    """A finished ZIP: an open file at its start, its size in bytes and SHA-256 (hex). Not `whole` if a file could not be read."""
-
-    file: IO[bytes]
-    size: int
-    sha256: str
-    whole: bool = True
-    cut: bool = False  # something was left out because of a limit
-
-
-class Unreadable(JoborchError):
-    """A file could not be read to its end, so the archive with its first part is useless."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"{shown(name)} cannot be read: {why}")
-        self.name, self.why = name, why
-
-
-class BrokenArchive(JoborchError):
-    """An archive could not be written completely."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(os.strerror(number))
-        self.number = number
-
-
-class ResultLimits(NamedTuple):
-    """The most that a result may hold: bytes (holes count), files and links (run.sh does not count), and half as many folders."""
-
-    size_bytes: int = 2**62
-    files: int = 2**62
-
-    @property
-    def folders(self) -> int:
-        return self.files // 2 + 16
-
-    @property
-    def entries(self) -> int:
-        """Return how many directory entries to look at: more than this break one of the limits."""
-        return self.files + self.folders + 1
-
-    def broken_by(self, size_bytes: int, files: int) -> str:
-        """Return what exceeds a limit, as the end of a sentence; empty if nothing does."""
-        if size_bytes > self.size_bytes:
-            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
-            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
-            return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
-        if files > self.files:
-            return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
-        return ""
-
-
-class Losses:
-    """Counts what cannot be packed of an ended payload's work folder; `places` are the paths of that folder."""
-
-    def __init__(self, places: Sequence[bytes] = ()) -> None:
-        self.places, self.count = places, 0
-
-    def note(self, path: bytes, why: str) -> None:
-        """Count a folder that cannot be opened."""
-        self.count += 1
-
-    def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
-        """Count an entry if it cannot be packed. Raises OSError if it cannot be examined."""
-        if stat.S_ISLNK(state.st_mode):
-            self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
-        elif not stat.S_ISREG(state.st_mode):
-            self.count += 1
-        elif state.st_uid != os.geteuid():
-            self.count += not os.access(name, os.R_OK, dir_fd=folder)
-
-
-def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
-    """Return the bytes and the number of files and links below an open folder, not counting the unchanged inputs (`skipped`).
-
-    It stops once a limit is broken; too many folders count as one file too many. `losses`, for a payload that has ended,
-    counts what cannot be packed.
-    """
-    size = count = folders = 0
-    for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
-        folders += entries - len(names)
-        for name in names:
-            with contextlib.suppress(OSError):  # removed meanwhile
-                state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
-                    continue
-                size += state.st_size * stat.S_ISREG(state.st_mode)
-                count += bool(path) or name != b"run.sh"
-                if losses:
-                    losses.look(root, folder, path, name, state)
-            if size > limits.size_bytes or count > limits.files:
-                return size, count
-        if folders > limits.folders:
-            return size, limits.files + 1
-    return size, count
-
-
-def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
-    """Return the size and mtime (ns) of each input as it arrived; empty if the script damaged the list."""
-    noted: dict[str, Sequence[int]] = {}
-    try:
-        with open_regular(folder, "inputs.json") as file:
-            for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
-                path, size, mtime_ns = parse_json(line)  # one list per line: a single damaged document could fill the memory
-                noted[path] = (int(size), int(mtime_ns))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return noted
-
-
-def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
-    """Tell whether a file is an input with its original size and time."""
-    return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
-
-
-def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Yield the chunks of a file that is being packed. Raises Unreadable if its disk fails."""
-    try:
-        yield from chunks
-    except OSError as error:
-        raise Unreadable(name, os.strerror(error.errno or 0)) from error
-
-
-def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
-    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is left out."""
-    begin, size, descriptor = 0, state.st_size, source.fileno()
-    while state.st_blocks * 512 < size and begin < size:
-        try:
-            data = os.lseek(descriptor, begin, os.SEEK_DATA)
-            end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                break  # this file system does not report holes
-            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no more data; the file may have been truncated
-            size = end
-        if data > begin:
-            yield min(data, size) - begin
-        if end > data:
-            os.lseek(descriptor, data, os.SEEK_SET)
-            yield from readable(file_chunks(source, end - data), name)
-        begin = end
-    if begin < size:
-        os.lseek(descriptor, begin, os.SEEK_SET)
-        yield from readable(file_chunks(source, size - begin), name)
-
-
-@functools.lru_cache(maxsize=1)
-def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
-    """Return 1 MiB of zeros as a piece of a deflate stream, its CRC-32, and how each bit of a preceding CRC-32 changes that.
-
-    The piece is byte-aligned and refers to nothing before it (Z_FULL_FLUSH), so any stream may contain it any number of times.
-    """
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
-    return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
-
-
-class Deflater:
-    """Compresses (or copies) what is written, counting it and keeping its CRC-32. Long runs of zeros cost next to nothing."""
-
-    def __init__(self, target: DigestWriter, method: int) -> None:
-        self.target, self.size, self.crc = target, 0, 0
-        self.packer = zlib.compressobj(1, zlib.DEFLATED, -15) if method == zipfile.ZIP_DEFLATED else None
-
-    def write(self, data: bytes) -> None:
-        self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
-        self.target.write(self.packer.compress(data) if self.packer else data)
-
-    def zeros(self, count: int) -> None:
-        if self.packer and count >= 2 * MIB:
-            piece, nothing, changes = deflated_mebibyte()
-            self.target.write(self.packer.flush(zlib.Z_FULL_FLUSH))
-            for _ in range(count // MIB):
-                self.target.write(piece)
-                self.crc = functools.reduce(lambda crc, bit: crc ^ changes[bit] * (self.crc >> bit & 1), range(32), nothing)
-            self.size, count = self.size + count // MIB * MIB, count % MIB
-        while count:
-            self.write(ZEROS[:count])
-            count -= min(count, MIB)
-
-    def finish(self) -> None:
-        if self.packer:
-            self.target.write(self.packer.flush())
-
-
-class ZipWriter:
-    """Writes a ZIP (APPNOTE 6.3.10) sequentially; the directory is collected in a second file, so memory use stays constant."""
-
-    def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
-        self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
-
-    def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
-        """Add a member from memory. Deflating must make it smaller by a tenth, or else it is stored."""
-        packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
-        if len(packed) >= 0.9 * len(data):  # also for an empty file, as empty data is not a valid deflate stream
-            packed, method = data, zipfile.ZIP_STORED
-        raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
-        head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
-        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0) + raw + packed)
-        self.note(raw, head, mode, begin, comment)
-
-    def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
-        """Add a member from a stream of bytes and of numbers of zeros."""
-        raw, begin = name.encode(), self.target.size
-        head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
-        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
-        body, before = Deflater(self.target, method), self.target.size
-        for chunk in chunks:
-            body.zeros(chunk) if isinstance(chunk, int) else body.write(chunk)
-        body.finish()
-        packed = self.target.size - before
-        self.target.write(struct.pack("<4sL2Q", b"PK\7\10", body.crc, packed, body.size))
-        self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
-
-    def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
-        """Write a member's directory record; `head` has the fields that it shares with the local header."""
-        version, flags, method, moment, day, crc, *sizes, length = head
-        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # those that do not fit, in this order (4.5.3)
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        version = 45 if wide else version
-        values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
-        rest = (length, len(extra), len(comment), 0, 0, mode << 16, min(begin, 2**32 - 1))
-        self.directory.write(ZIP_CENTRAL.pack(b"PK\1\2", *values, *rest) + raw + extra + comment)
-        self.members += 1
-
-    def finish(self) -> None:
-        """Write the directory."""
-        begin, size, count = self.target.size, self.directory.size, self.members
-        self.directory.target.seek(0)
-        for chunk in file_chunks(self.directory.target, size):
-            self.target.write(chunk)
-        if count >= 2**16 - 1 or begin >= 2**32 - 1 or size >= 2**32 - 1:
-            end = ZIP64_END.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
-            self.target.write(end + ZIP64_LOCATOR.pack(b"PK\6\7", 0, begin + size, 1))
-        counts = [min(count, 2**16 - 1)] * 2
-        self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
-
-
-class ZipPacker:
-    """Packs a folder as it is into a ZIP, following no link out of it, in constant memory.
-
-    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, fifos, sockets, unreadable
-    files, links that lead out, and whatever exceeds the limits are listed in `.joborch/left-out.txt`. A file that changes
-    meanwhile is packed as it was read.
-    """
-
-    def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
-        """`at` is the time of members that have none: with a fixed one, equal files make equal bytes. `directory` is a second spool."""
-        self.spool, self.at = spool, time.time() if at is None else at
-        self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
-        self.zip = ZipWriter(spool, self.directory)
-        self.names: set[bytes] = set()
-        self.left_out: list[str] = []
-        self.unreadable: Mapping[str, str] = {}  # paths that could not be read before, and why
-        self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
-        self.wanted: Callable[[], bool] = lambda: True
-        self.own, self.cut = ".joborch", False
-        self.places: Sequence[bytes] = ()  # other paths of the folder, which absolute links may use
-        self.mends = False  # the script has ended: read this user's files even if their mode forbids it
-
-    def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Pack everything below `folder` except the inputs that still have the size and mtime in `unchanged`."""
-        with opened_folder(folder, flags=os.O_RDONLY) as root:
-            self.choose_own(root)
-            self.add_open_folder(root, unchanged or {})
-
-    def choose_own(self, root: int) -> None:
-        """Choose the name of the folder for our own files: a script may have a .joborch of its own."""
-        with contextlib.suppress(FileNotFoundError):
-            while os.stat(self.own, dir_fd=root, follow_symlinks=False):
-                self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-
-    def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
-        """Pack everything below an open folder."""
-        room, self.places = self.limits.entries, (*self.places, path_of(root))
-        for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
-            room -= entries
-            self.cut = self.cut or room < 0
-            inside = os.fsdecode(path) + "/" if path else ""
-            for name in names:
-                self.check_wanted()
-                self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
-            if path and not entries:
-                self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
-
-    def check_wanted(self) -> None:
-        if not self.wanted():
-            raise GivenUp("nobody waits for the archive any more")
-
-    def note(self, path: bytes, why: str) -> None:
-        self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
-
-    def leave_out(self, line: str) -> None:
-        """List something that is not packed, and why."""
-        if len(self.left_out) < LEFT_OUT_LINES:
-            self.left_out.append(line)
-        else:
-            self.further += 1
-
-    def add_path(self, root: int, folder: int, name: bytes, path: str, unchanged: Mapping[str, Sequence[int]]) -> None:
-        try:
-            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISLNK(state.st_mode):
-                self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
-            elif not stat.S_ISREG(state.st_mode):
-                self.leave_out(f"{path}: not a file, folder or link")
-            elif not unchanged or not is_unchanged(state, path, unchanged):
-                self.add_file(name, path, folder)
-        except FileNotFoundError:
-            return  # removed meanwhile
-        except OSError as error:
-            self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
-
-    def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
-        # O_NONBLOCK: a fifo that replaced the file since the stat must not block us.
-        try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-        except PermissionError:
-            if not self.mends:
-                raise
-            descriptor = open_unreadable(name, folder)
-        with open(descriptor, "rb", buffering=0) as source:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode):
-                raise OSError(errno.EINVAL, "not a file")
-            too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
-            if too_much:
-                self.cut = True
-                self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
-            elif path in self.unreadable:
-                self.leave_out(f"{path}: {self.unreadable[path]}")
-            else:
-                self.add_open_file(source, state, path)
-
-    def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
-        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half way: the archive is useless then."""
-        mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
-        self.count += path != "run.sh"
-        sparse = state.st_blocks * 512 < state.st_size > MIB
-        probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
-        if len(probe) < 256 * KIB and not sparse:
-            self.zip.add(name, state.st_mtime, mode, probe, zipfile.ZIP_DEFLATED)
-            self.size += len(probe)
-            return
-        method = zipfile.ZIP_DEFLATED if sparse else worthwhile_compression(probe)
-        further = content_of(source, state, path) if sparse else readable(file_chunks(source, state.st_size - len(probe)), path)
-        self.zip.stream(name, state.st_mtime, mode, self.while_wanted(itertools.chain([probe], further)), method)
-        self.size += state.st_size
-
-    def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
-        """Pass chunks on. Raises GivenUp as soon as nobody waits for them."""
-        for chunk in chunks:
-            self.check_wanted()
-            yield chunk
-
-    def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
-        too_much = self.limits.broken_by(0, self.count + 1)
-        stored = packed_target(root, os.path.dirname(os.fsencode(name)), target, self.places)
-        if too_much or stored is None:
-            self.cut = self.cut or bool(too_much)
-            why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
-            self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
-            return
-        self.count += 1
-        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
-
-    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
-        """Pack one of our own files, below `.joborch/`; `size` is its size, if known."""
-        method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
-        if size is not None and size < 256 * KIB:
-            self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
-        else:
-            self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
-
-    def member_name(self, name: str) -> str:
-        """Return a file's name in the archive: unique, and percent-encoded if it is not UTF-8."""
-        safe = name
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
-        if "%" in safe or safe.startswith(self.own):  # all other names are unique already
-            while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
-                safe += "~"
-            self.names.add(known)
-        return safe
-
-    def abandon(self) -> None:
-        """Close an archive that will not be finished."""
-        self.directory.close()
-        self.spool.close()
-
-    def finish(self) -> Archive:
-        """Write the list of what was left out, and the directory; return the archive, ready to be read."""
-        if self.left_out:
-            lines = [one_line(line, 5000) + "\n" for line in self.left_out]
-            lines += [f"... and {self.further:,} more\n"] if self.further else []
-            self.add_chunks("left-out.txt", (line.encode("utf-8", "replace") for line in lines))
-        self.zip.finish()
-        self.directory.close()
-        self.spool.flush()
-        self.spool.seek(0)
-        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
-
-
-def path_of(folder: int) -> bytes:
-    """Return the real path of an open folder."""
-    return os.readlink(f"/proc/self/fd/{folder}".encode())
-
-
-def below(places: Sequence[bytes], path: bytes) -> bytes | None:
-    """Return an absolute path relative to the first of `places` that contains it, or None."""
-    plain = re.sub(rb"/+", b"/", path)
-    for place in places:
-        if (plain + b"/").startswith(place + b"/"):
-            return plain[len(place) + 1 :] or b"."
-    return None
-
-
-def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
-    """Return the target to store for a link in `folder` (relative to the open folder `root`), or None if it leads out of `root`.
-
-    An absolute target below one of `places`, the paths of `root`, is made relative: it would lead nowhere on another machine.
-    """
-    if not target.startswith(b"/"):
-        return None if leads_out(root, folder, target, places) else target
-    inner = below(places, target)
-    if inner is None or leads_out(root, b"", inner, places):
-        return None
-    return b"../" * len([part for part in folder.split(b"/") if part]) + inner
-
-
-def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
-    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`.
-
-    It may do so literally, or through other links. Those may be absolute, if they lead below one of `places`.
-    """
-    lexical = os.path.normpath(os.path.join(folder, target))
-    if lexical == b".." or lexical.startswith(b"../"):
-        return True
-    here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
-    while ahead and links < 40:  # the kernel's limit, too: beyond it a link leads nowhere
-        part = ahead.pop()
-        if part == b"..":
-            if not here:
-                return True
-            here.pop()
-        elif part not in (b"", b"."):
-            try:
-                further = os.readlink(b"/".join([*here, part]), dir_fd=root)
-            except OSError:  # not a link, or missing
-                here.append(part)
-                continue
-            if further.startswith(b"/"):
-                inner = below(places, further)
-                if inner is None:
-                    return True
-                here, further = [], inner
-            links, ahead = links + 1, ahead + further.split(b"/")[::-1]
-    return False
-
-
-def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if nobody waits for it any more.
-
-    A file that cannot be read at the third attempt is left out and listed.
-    """
-    unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
-    while True:
-        packer = ZipPacker(spool(), at, spool())
-        packer.unreadable = unreadable
-        try:
-            fill(packer)
-            return packer.finish()
-        except Unreadable as error:
-            packer.abandon()
-            if len(unreadable) >= UNREADABLE_LIMIT:
-                raise OSError(errno.EIO, str(error)) from error
-            tries[error.name] += 1
-            if tries[error.name] == 3:
-                unreadable[error.name] = error.why
-        except BrokenArchive as error:
-            packer.abandon()
-            raise OSError(error.number, "the archive cannot be written") from error
-        except BaseException:
-            packer.abandon()
-            raise
-
-
-def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
-    """Return a file's time as a ZIP can express it: local time, 1980 to 2107."""
-    try:
-        year, month, day, hour, minute, second = time.localtime(mtime)[:6]
-    except (OverflowError, OSError, ValueError):
-        return EPOCH_ZIP
-    return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
-
-
-def zip_moment(mtime: float) -> tuple[int, int]:
-    """Return a file's time as the two MS-DOS numbers of a ZIP header: time and date."""
-    year, month, day, hour, minute, second = zip_time(mtime)
-    return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
-
-
-def worthwhile_compression(probe: bytes) -> int:
-    """Return STORED if the start of a file shrinks by less than a tenth, else DEFLATED."""
-    return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
-
-
-def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file, or fewer if it ends before."""
-    while count > 0:
-        chunk = source.read(min(count, CHUNK_BYTES))
-        if not chunk:
-            return
-        count -= len(chunk)
-        yield chunk
-
-
-# == 12. Statements ==  All SQL of the program, as named constants; every query goes by an index.
-
-SCHEMA_VERSION = 4
-
-SCHEMA = """
-BEGIN;
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
-    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
-    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
-    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
-    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
-    result_size INTEGER, result_sha256 TEXT,
-    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
-    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
-);
-CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
-CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE INDEX jobs_user ON jobs(user_id, id);
-CREATE INDEX jobs_service ON jobs(service, id);
-CREATE INDEX jobs_status ON jobs(status, id);
-CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
-CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
-CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
- WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
-CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
-CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
-CREATE INDEX jobs_unsynced ON jobs(id)
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-CREATE TABLE history (
-    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
-    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (job_id, number)
-) WITHOUT ROWID;
-CREATE TABLE attempts (
-    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
-    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
-    PRIMARY KEY (job_id, attempt)
-) WITHOUT ROWID;
-CREATE TABLE runnable_users (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
-    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-CREATE TABLE usage (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX usage_user ON usage(user_id);
-CREATE TABLE pace (
-    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL, mean_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
-CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
-CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
-INSERT INTO turns_made VALUES ('', 0);
-CREATE TABLE heartbeat (
-    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
-);
-INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 4;
-COMMIT;
-"""
-
-# From each version of the schema that was released to the next. 0.1.0 made version 3.
-MIGRATIONS = {
-    3: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN ended_as TEXT;
-DROP TABLE contenders;
-CREATE TABLE runnable_users (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
-    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-UPDATE turns_made SET rules = '';
-UPDATE jobs
-   SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
-       reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
-                           ORDER BY number DESC LIMIT 1), reason)
- WHERE status = 'Cleaned';
-CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-PRAGMA user_version = 4;
-COMMIT;
-""",
-}
-
-JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
-JOB_MOVE = (
-    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
-    + ", ".join(name + " = :" + name for name in MOVABLE)
-    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
-)
-JOB_GET = "SELECT * FROM jobs WHERE id = :id"
-JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
-JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
-JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
-JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
-JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
-JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
-PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
-PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
-JOB_FETCHED = """
-UPDATE jobs SET fetched_at = :now
- WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
-"""
-JOB_CONFIRMED = """
-UPDATE jobs SET fetched_at = :now, synced = 2
- WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
-"""
-JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
-JOB_CLIENT = """
-UPDATE jobs SET client = :to
- WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
-"""
-KILL_WISH = """
-UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
- WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
-"""
-HISTORY_ADD = """
-INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
-SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
-"""
-HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
-ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
-ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
-BUSY_OF_USER = """
-SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
-   AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_OF_SERVICE = """
-SELECT count(*) FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_OF_CLIENT = """
-SELECT coalesce(sum(cpus), 0) FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_BY_CLIENT = """
-SELECT client, count(*) AS jobs, sum(cpus) AS cpus, coalesce(sum(memory), 0) AS memory FROM jobs INDEXED BY jobs_client
- WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') GROUP BY client
-"""
-AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
-"""
-ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
-PINNED_AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
- ORDER BY id
-"""
-KILLS_AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-   AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
-"""
-KILLS_COUNT = """
-SELECT count(*) FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
-"""
-CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
-WAITING_FIRST = """
-SELECT id, priority, arrived_at, cpus, memory, timeout FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
- ORDER BY priority DESC, id LIMIT 1
-"""
-WAITING_BY_PRIORITY = """
-WITH RECURSIVE level(priority, id) AS (
-    SELECT * FROM (SELECT priority, id FROM jobs INDEXED BY jobs_queued
-                    WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-                    ORDER BY priority DESC, id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1),
-           (SELECT j.id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1)
-      FROM level WHERE level.priority IS NOT NULL
-) SELECT jobs.id, jobs.priority, arrived_at, cpus, memory, timeout FROM level JOIN jobs ON jobs.id = level.id
-"""
-QUEUED_BEFORE = """
-SELECT (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
-         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-           AND priority > :priority LIMIT 10000))
-     + (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
-         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-           AND priority = :priority AND id < :id LIMIT 10000))
-"""
-QUEUED_IN_SERVICE = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 LIMIT 10000)
-"""
-QUEUED_PRIORITIES = """
-WITH RECURSIVE level(priority) AS (
-    SELECT * FROM (SELECT priority FROM jobs INDEXED BY jobs_line
-                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-                    ORDER BY priority LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_line
-             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority > level.priority ORDER BY j.priority LIMIT 1)
-      FROM level WHERE level.priority IS NOT NULL
-) SELECT priority FROM level WHERE priority IS NOT NULL
-"""
-QUEUED_EARLIER = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-   AND priority = :priority AND arrived_at < :before LIMIT 10000)
-"""
-QUEUED_OF_USER = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_waiting WHERE user_id = :user_id AND status = 'Queued' LIMIT :limit)
-"""
-QUEUED_USERS = """
-WITH RECURSIVE waiting(user_id) AS (
-    SELECT * FROM (SELECT user_id FROM jobs INDEXED BY jobs_queued
-                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY user_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.user_id > waiting.user_id ORDER BY j.user_id LIMIT 1)
-      FROM waiting WHERE waiting.user_id IS NOT NULL
-) SELECT user_id FROM waiting WHERE user_id IS NOT NULL
-"""
-QUEUED_OF_SERVICE = """
-SELECT * FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND moved_at < :before
- ORDER BY user_id, priority DESC, id LIMIT 1000
-"""
-DELAYED_DUE = """
-SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
- WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
-"""
-RUNNABLE_SET = """
-INSERT OR REPLACE INTO runnable_users (service, user_id, at_quota, rank, head, cpus, memory, timeout)
-VALUES (:service, :user_id, :at_quota, :rank, :head, :cpus, :memory, :timeout)
-"""
-RUNNABLE_GET = "SELECT at_quota, rank, head FROM runnable_users WHERE service = :service AND user_id = :user_id"
-RUNNABLE_CLEAR = "DELETE FROM runnable_users WHERE service = :service AND user_id = :user_id"
-RUNNABLE_EMPTY = "DELETE FROM runnable_users"
-RUNNABLE_NEXT = """
-SELECT head, user_id, rank, cpus, memory, timeout FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 ORDER BY rank, head LIMIT :limit
-"""
-RUNNABLE_BEFORE = """
-SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
-"""
-RUNNABLE_COUNT = "SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank WHERE service = :service LIMIT 10000)"
-OPEN_RUNS = """
-SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-OPEN_RUNS_OF_OTHERS = """
-SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s
-  FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
-"""
-LEAST_RANK_OF_OTHERS = """
-SELECT rank FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
-"""
-USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
-USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
-USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
-USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
-PACE_GET = "SELECT runs, mean_s FROM pace WHERE service = :service"
-PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
-JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
-JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
-JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
-WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
-WEIGHT_SET = "INSERT OR REPLACE INTO users (user_id, weight) VALUES (:user_id, :weight)"
-DRAINED_ALL = "SELECT client, at FROM drained"
-DRAINED_SET = "INSERT OR IGNORE INTO drained (client, at) VALUES (:client, :at)"
-DRAINED_CLEAR = "DELETE FROM drained WHERE client = :client"
-DEPENDENCY_ADD = "INSERT OR IGNORE INTO dependencies (on_id, job_id) VALUES (:on_id, :job_id)"
-DEPENDENTS = """
-SELECT jobs.* FROM dependencies JOIN jobs ON jobs.id = dependencies.job_id
- WHERE dependencies.on_id = :on_id AND jobs.status = 'Queued' ORDER BY dependencies.job_id
-"""
-DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
-DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
-JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
-WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Completed' LIMIT 1"
-TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
-TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
-PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
-COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
-CHANGED_SINCE = """
-SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
- ORDER BY changed LIMIT 1001
-"""  # a page of /events, and one more that tells whether there is another page
-CHANGED_ALL = """
-SELECT * FROM jobs INDEXED BY jobs_unfetched
- WHERE changed IS NOT NULL AND changed > :since AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed LIMIT 1001
-"""
-CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
-ENDED_BEFORE = """
-SELECT * FROM jobs INDEXED BY jobs_ended
- WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
-   AND (
-    moved_at < :unfetched_before
-    OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
-   ) ORDER BY moved_at LIMIT :limit
-"""  # moved_at is steady time, fetched_at that of the wall clock
-CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
-FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
-FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
-FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
-JOBS_PAGE_OF_USER = """
-SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
-   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
- ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_IN_STATUS = """
-SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_CLEANED = """
-SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
-UNSYNCED = """
-SELECT * FROM jobs INDEXED BY jobs_unsynced
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
-   AND moved_at <= :before ORDER BY id
-"""
-JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id AND synced = 0"
-HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
-LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
-INSTANCE = "SELECT instance FROM heartbeat"
-NEW_INSTANCE = "UPDATE heartbeat SET instance = lower(hex(randomblob(8)))"
-LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-SKIP_IDS = "INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq) VALUES (1, 'jobs', :last)"
-ALL_UUIDS = "SELECT uuid FROM jobs"
-DAMAGE = "PRAGMA quick_check(1)"
-
-
-# == 13. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
-
-
-class Changes:
-    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.waiting: list[tuple[int | None, threading.Event]] = []
-
-    def announce(self, job_ids: Collection[int]) -> None:
-        """Wake the threads that wait for one of these jobs, or for any."""
-        with self.lock:
-            for job_id, news in self.waiting:
-                if job_id is None or job_id in job_ids:
-                    news.set()
-
-    def close(self) -> None:
-        """Wake all of them: the process ends."""
-        with self.lock:
-            for _, news in self.waiting:
-                news.set()
-
-    @contextlib.contextmanager
-    def of(self, job_id: int | None) -> Iterator[threading.Event]:
-        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
-        entry = (job_id, threading.Event())
-        with self.lock:
-            self.waiting.append(entry)
-        try:
-            yield entry[1]
-        finally:
-            with self.lock:
-                self.waiting.remove(entry)
-
-
-class Ticket:
-    """One piece of work that waits for a transaction, and its result."""
-
-    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
-        self.work, self.durable = work, durable
-        self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
-
-
-class Database:
-    """The database of one process.
-
-    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
-    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
-    shared memory for WAL, has one connection for everything.
-    """
-
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
-        self.alone = path == ":memory:" or on_network(path)
-        self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.synchronous, self.damage = "", ""
-        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
-        try:
-            self.db = self.connect()
-            found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # whether the check came to its end in the time that a start may take
-            self.refuse_damaged(found)
-            self.migrate()
-            self.set_steady()
-            self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
-            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
-                self.refuse_damaged(str(error))
-            or_restore = ", or put a backup in its place: joborch restore BACKUP" if mode == "server" else ""
-            way = "give a file that joborch made, or a new one"
-            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
-
-    def refuse_damaged(self, damage: str | None) -> None:
-        """Refuse a damaged database; ConfigError says the way out."""
-        if damage:
-            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
-
-    def way_out(self) -> str:
-        """Return what to do about a damaged database."""
-        if self.mode == "server":
-            return "put a backup in its place with: joborch restore BACKUP"
-        return "move it away: its server has new attempts made of what ran here"
-
-    def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
-        if self.checked:
-            return
-        self.damage = damage_of(self.reader()) or ""
-        if self.damage:
-            log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
-
-    def connect(self, mode: str = "rwc") -> sqlite3.Connection:
-        address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
-        db = sqlite3.connect(address, uri=self.path != ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        if self.alone:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
-        return db
-
-    def migrate(self) -> None:
-        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
-        version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
-        self.is_new = version == 0
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
-                "run that version, or give another file"
-            )
-        if 0 < version < min(MIGRATIONS):
-            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
-        if self.is_new:
-            self.db.executescript(SCHEMA)
-        for older in range(version, SCHEMA_VERSION) if version else ():
-            self.db.executescript(MIGRATIONS[older])
-
-    def set_steady(self) -> None:
-        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
-        at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
-        now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
-        if boot != now_boot:
-            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
-            boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
-        self.steady_offset = float(steady - boot_s)
-        self.beat(self.db)
-
-    def steady(self) -> float:
-        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
-        return self.clock.boot()[1] + self.steady_offset
-
-    def beat(self, db: sqlite3.Connection) -> None:
-        """Store where steady time is to continue after a reboot."""
-        boot, boot_s = self.clock.boot()
-        self.beaten_at = boot_s + self.steady_offset
-        db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
-
-    def close(self) -> None:
-        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
-        with self.lock:
-            self.db.close()
-
-    def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of one query; StorageError if the database cannot be read."""
-        try:
-            if self.alone:
-                with self.lock:
-                    return self.db.execute(sql, values).fetchall()
-            return self.reader().execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise StorageError(f"the database cannot be read: {error}") from error
-
-    def reader(self) -> sqlite3.Connection:
-        db = getattr(self.local, "db", None)
-        if db is None:
-            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
-            db.execute("PRAGMA query_only = 1")
-            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
-            self.local.db = db
-        return cast(sqlite3.Connection, db)
-
-    def number(self, sql: str, **values: Any) -> int:
-        """Return the one number that a query gives; None counts as 0."""
-        return int(self.read(sql, **values)[0][0] or 0)
-
-    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
-        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
-
-        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
-        """
-        try:
-            return self.write_once(work, durable)
-        except StorageError as error:
-            if "full" not in str(error) or not self.make_room():
-                raise
-            return self.write_once(work, durable)
-
-    def write_once(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
-        ticket = Ticket(work, durable)
-        self.waiting.append(ticket)
-        with self.lock:
-            if not ticket.done:
-                self.commit_waiting()
-        if ticket.error is not None:
-            raise ticket.error
-        return cast(T, ticket.value)
-
-    def commit_waiting(self) -> None:
-        """Run and commit all waiting work in one transaction."""
-        batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        try:
-            self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
-            self.db.execute("BEGIN IMMEDIATE")
-            if len(batch) == 1:
-                batch[0].value = batch[0].work(self.db)
-            else:
-                for ticket in batch:
-                    self.run_ticket(ticket)
-            if self.steady() - self.beaten_at > HEARTBEAT_S:
-                self.beat(self.db)
-            crash_point("commit.begun")
-            self.db.execute("COMMIT")
-            crash_point("commit.done")
-        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-            with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
-                    self.beat(self.db)
-            for ticket in batch:
-                ticket.error = self.why_not(error, alone=len(batch) == 1)
-        for ticket in batch:
-            ticket.done = True
-        if self.moved:
-            self.changes.announce(self.moved)
-            self.moved.clear()
-
-    @staticmethod
-    def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
-        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
-        return error if own else StorageError(f"the database cannot be written: {error}")
-
-    def run_ticket(self, ticket: Ticket) -> None:
-        self.db.execute("SAVEPOINT ticket")
-        try:
-            ticket.value = ticket.work(self.db)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: the whole transaction fails
-            ticket.error = error
-            self.db.execute("ROLLBACK TO ticket")
-        self.db.execute("RELEASE ticket")
-
-    def set_synchronous(self, level: str) -> None:
-        if level != self.synchronous:
-            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
-            self.synchronous = level
-
-    def check(self) -> None:
-        """Raise StorageError if the database cannot be read and written, or its file was removed."""
-        self.write(self.beat, durable=False)
-        self.check_identity()
-
-    def check_identity(self) -> None:
-        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
-        if self.damage:
-            raise StorageError(f"the database is damaged: {self.damage}")
-        if self.identity is not None:
-            try:
-                gone = os.stat(self.path)[stat.ST_INO] != self.identity
-            except OSError:
-                gone = True
-            if gone:
-                raise StorageError("the database file was removed or replaced under the running program: restart it")
-
-
-def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
-    deadline = None if patience_s is None else time.monotonic() + patience_s
-    db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
-    try:
-        said = db.execute(DAMAGE).fetchone()[0]
-    except sqlite3.OperationalError as error:
-        if "interrupted" in str(error):
-            return None
-        raise
-    except sqlite3.DatabaseError as error:  # too damaged to be checked
-        return str(error)
-    finally:
-        db.set_progress_handler(None, 0)
-    return "" if said == "ok" else str(said)
-
-
-def on_network(path: str) -> bool:
-    """Tell whether a path lies on a network file system, by the longest mount point in /proc/mounts."""
-    kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
-    real, best, kind = os.path.realpath(path), "", ""
-    try:
-        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in mounts:
-        _, point, found = line.split(" ")[:3]
-        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-            best, kind = point, found
-    return kind.startswith(kinds)
-
-
-# == 14. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
-
-
-class Store(Database):
-    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
-
-    One class serves both modes: a payload of a client is a job that may have no user and no service.
-    """
-
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        super().__init__(path, mode, clock)
-        self.noun = "job" if mode == "server" else "payload"
-        self.limits: Mapping[str, Service] = {}
-        self.sharing, self.last_seq = Sharing(), 0
-
-    # -- reading --
-
-    def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """Return the rows of a query over jobs, as jobs."""
-        return [as_job(row) for row in self.read(sql, **values)]
-
-    def job(self, sql: str, **values: Any) -> Job | None:
-        rows = self.jobs(sql, **values)
-        return rows[0] if rows else None
-
-    def get(self, job_id: int) -> Job | None:
-        """Return a job, or None."""
-        return self.job(JOB_GET, id=job_id)
-
-    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given.
-
-        A job that was cleaned is found by the status with which it ended, too.
-        """
-        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
-        if user_id is not None:
-            return self.jobs(JOBS_PAGE_OF_USER, **values)
-        if status is not None:
-            found = {job.id: job for sql in (JOBS_PAGE_IN_STATUS, JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)}
-            return sorted(found.values(), key=lambda job: -job.id)[:limit]
-        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
-
-    @staticmethod
-    def row(db: sqlite3.Connection, job_id: int) -> Job:
-        """Return a job that is there, inside a transaction."""
-        return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
-
-    # -- writing --
-
-    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
-        """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
-
-        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
-        not have, and QueueFull if its user has `most_queued` jobs queued.
-        """
-        job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
-        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
-        return job
-
-    def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
-        """Store a new job inside a transaction: see `add`."""
-        if most_queued and db.execute(QUEUED_OF_USER, {"user_id": new.user_id, "limit": most_queued}).fetchone()[0] >= most_queued:
-            raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
-        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
-        open_ids, broken = self.still_open(db, new)
-        now, steady = self.clock.wall(), self.steady()
-        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
-        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
-        job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
-        for on_id in open_ids:
-            db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, now, None, status, reason)
-        job = self.row(db, job_id)
-        if broken:
-            self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
-            return self.row(db, job_id)
-        if self.mode == "server":  # a client's payload that is only Prepared is no news
-            self.moved.add(job_id)
-        self.update_rank(db, job.service, job.user_id)
-        return job
-
-    def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
-        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
-        open_ids, broken = [], ""
-        for on_id in new.after:
-            row = db.execute(JOB_GET, {"id": on_id}).fetchone()
-            if row is None or row["user_id"] != new.user_id:
-                raise UnknownJob(f"user {new.user_id} has no job {on_id}")
-            earlier = as_job(row)
-            if earlier.status not in OVER:
-                open_ids.append(on_id)
-            elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
-                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
-        return ([], broken) if broken else (open_ids, "")
-
-    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
-        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
-
-        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
-        Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
-        row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
-        """
-        durable = durable or (self.mode == "server" and to in ENDED)
-        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
-        if moved:
-            because = ": " + one_line(reason) if reason else ""
-            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
-        return moved
-
-    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        """Make one move inside a transaction, and what follows from it for jobs that wait for this one: see `move`."""
-        moved = self.move_row(db, job, to, reason, **changes)
-        if moved and self.mode == "server" and to in ENDED:
-            self.tell_dependents(db, job.id, to)
-        return moved
-
-    def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        if (job.status, to) not in MOVES[self.mode]:
-            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
-        now = self.clock.wall()
-        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
-        if to in ENDED and job.status not in ENDED:
-            changes.setdefault("ended_at", now)
-        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
-        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
-        values.update(changed=self.next_change(), moved_at=self.steady())
-        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
-        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
-        if db.execute(JOB_MOVE, values).rowcount != 1:
-            return False
-        self.moved.add(job.id)
-        if values["attempt"] != job.attempt:
-            cause = Cause.INFRASTRUCTURE.value
-            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
-        self.add_history(db, job.id, now, job.status, to, reason)
-        if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
-            self.account(db, job, to, run_s)
-        if not (job.status in BUSY and to in BUSY):
-            self.update_rank(db, job.service, job.user_id)
-        return True
-
-    def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
-        ended = [(job_id, to)]
-        while ended:
-            on_id, how = ended.pop()
-            for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
-                job = as_job(row)
-                if how is not Status.COMPLETED:
-                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
-                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
-                    ended.append((job.id, Status.INVALID))
-                elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.update_rank(db, job.service, job.user_id)
-            db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
-
-    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
-        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
-        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
-        db.execute(HISTORY_ADD, values)
-
-    def next_change(self) -> int | None:
-        """Return the next number for a client's /events; called inside a transaction. The server has none."""
-        if self.mode == "server":
-            return None
-        self.last_change += 1
-        return self.last_change
-
-    def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Store durably that a job is to be stopped; return whether that was new."""
-        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
-        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
-
-    def take_along(self, job: Job, client: str) -> bool:
-        """Store that a job's client has another name; False if the job has moved meanwhile."""
-        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
-        return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
-
-    def note(self, sql: str, **values: Any) -> None:
-        """Write a column that is not a status, without waiting for the disk."""
-        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
-
-    def tell(self, job_id: int, **begun: float) -> None:
-        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
-        sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
-        self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
-
-    def forget(self, job_ids: Sequence[int]) -> None:
-        """Delete rows and history of cleaned jobs."""
-
-        def delete(db: sqlite3.Connection) -> None:
-            for job_id in job_ids:
-                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, DEPENDENCIES_FORGET, FORGET_JOB):
-                    db.execute(sql, {"id": job_id})
-
-        self.write(delete, durable=False)
-
-    def renew(self) -> None:
-        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
-
-        def skip(db: sqlite3.Connection) -> None:
-            last = db.execute(LAST_ID).fetchone()
-            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
-            db.execute(NEW_INSTANCE)
-
-        self.write(skip)
-
-    # -- turns --
-
-    def usage_of(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> Usage:
-        row = db.execute(USAGE_GET, {"service": service, "user_id": user_id}).fetchone()
-        return Usage(*row) if row else Usage()
-
-    def pace_of(self, db: sqlite3.Connection, service: str | None) -> Pace:
-        row = db.execute(PACE_GET, {"service": service}).fetchone()
-        return Pace(*row) if row else Pace()
-
-    def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
-        """Return a user's weight: the stored one, else that of the settings, else 1."""
-        row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
-        return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
-
-    def set_usage(self, db: sqlite3.Connection, service: str | None, user_id: int | None, usage: Usage) -> None:
-        pair = {"service": service, "user_id": user_id}
-        db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
-
-    def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
-        db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
-
-    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that begins, or for its real length when it is over."""
-        usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
-        if to in BUSY:
-            charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
-        else:
-            charged = float(
-                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
-            )  # charge_longer may have raised it since the row was read
-            now = self.steady()
-            if run_s is None:
-                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
-            elif to in (Status.COMPLETED, Status.FAILED):
-                with_run(usage, run_s)
-                with_run(pace, run_s)
-                self.set_pace(db, job.service, pace)
-            if run_s > TURN_S:
-                usage.use = self.without_old_credit(db, job, usage.use)
-            charged = job.cpus * max(run_s, TURN_S)
-            usage.use = used(usage.use, job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s), now, self.sharing.half_life_s)
-        db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
-        self.set_usage(db, job.service, job.user_id, usage)
-
-    def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
-        """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
-
-        See `cap_idle_credit`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
-        charged in advance does not count: nobody is measured by what they may not come to use.
-        """
-        service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
-        now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
-        waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
-        level = float("inf") if waiting is None else float(waiting["rank"])
-        if service is None or service.policy != "share" or cap_idle_credit(use, weight, level) == use:
-            return use
-        if db.execute(RUNNABLE_GET, others).fetchone() is None:
-            return use
-        open_runs: dict[int, list[OpenRun]] = {}
-        for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
-            open_runs.setdefault(row["user_id"], []).append(OpenRun(row["cpus"], row["charged"], row["run_s"]))
-        for user_id, runs in open_runs.items():
-            theirs = self.usage_of(db, job.service, user_id).use
-            had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
-            level = min(level, had - math.log2(self.weight_of(db, user_id)))
-        return use if level == float("inf") else cap_idle_credit(use, weight, level)
-
-    def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
-        now, half_life_s = self.steady(), self.sharing.half_life_s
-        rows = self.read(USAGE_GET, service=service, user_id=user_id)
-        runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
-        use = with_open_runs(rows[0]["used"] if rows else NO_USE, runs, now, half_life_s, in_advance=False)
-        return use_now(use, now, half_life_s)
-
-    def charge_longer(self, job: Job) -> None:
-        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
-        more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
-
-        def charge(db: sqlite3.Connection) -> None:
-            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
-            if db.execute(JOB_CHARGE, values).rowcount:
-                self.update_rank(db, job.service, job.user_id)
-
-        self.write(charge, durable=False)
-
-    def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
-        service = self.limits.get(name or "")
-        if self.mode != "server" or service is None:
-            return
-        pair = {"service": name, "user_id": user_id}
-        sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
-        waiting = [Waiting(*row) for row in db.execute(sql, pair)]
-        if not waiting:
-            db.execute(RUNNABLE_CLEAR, pair)
-            return
-        now = self.steady()
-        runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
-        use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
-        rank, head = rank_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
-        at_quota = len(runs) >= service.runs_per_user
-        values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
-        db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
-
-    def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
-        self.limits, self.sharing = services, sharing or self.sharing
-        made = json.dumps([
-            TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
-            self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
-        ])  # fmt: skip
-        rules, half_life_s = self.read(TURNS_MADE)[0]
-        if rules != made:
-            self.write(lambda db: self.make_turns(db, made, half_life_s))
-
-    def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
-        now = self.steady()
-        shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
-        for row in db.execute(USAGE_ALL).fetchall() if shift else ():
-            db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
-        db.execute(RUNNABLE_EMPTY)
-        for service in self.limits:
-            for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
-                self.update_rank(db, service, user_id)
-        db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
-
-    def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably; it changes the user's rank at once."""
-
-        def store(db: sqlite3.Connection) -> None:
-            db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
-            for service in self.limits:
-                self.update_rank(db, service, user_id)
-
-        self.write(store)
-
-    # -- claims --
-
-    def claim(self, job_id: int, client: str, room: int) -> Job | None:
-        """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
-
-        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
-        """
-
-        def take(db: sqlite3.Connection) -> Job | None:
-            job = self.row(db, job_id)
-            service = self.limits[job.service or ""]
-            pair = {"service": job.service, "user_id": job.user_id}
-            if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
-                return None
-            full = (
-                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
-                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
-                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
-            )
-            if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
-                return None
-            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
-            return self.row(db, job_id)
-
-        job = self.write(take)
-        if job:
-            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
-        return job
-
-    def admit_due(self) -> int:
-        """Make new attempts claimable whose back-off is over; return how many."""
-        due = self.read(DELAYED_DUE, now=self.steady())
-
-        def admit(db: sqlite3.Connection) -> None:
-            for row in due:
-                db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.update_rank(db, row["service"], row["user_id"])
-
-        if due:
-            self.write(admit, durable=False)
-        return len(due)
-
-
-# == 15. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
-
-
-def folder_of(path: str) -> str:
-    """Return the real path of the folder that a file is in."""
-    return os.path.realpath(os.path.dirname(path))
-
-
-def decided_restore(db_path: str) -> Path | None:
-    """Return a restored database that is complete but not yet in place, or None."""
-    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
-    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
-
-
-def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
-    """Put a restored database in place, and remove incomplete ones; return the replaced database and the files without a job.
-
-    Both are None if there was nothing to do. Each step may be repeated after a crash.
-    """
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        discard(Path(f"{db_path}.restoring{suffix}"))
-    ready = decided_restore(db_path)
-    if ready is None:
-        return None, None
-    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
-        known = {row[0] for row in db.execute(ALL_UUIDS)}
-    unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
-    crash_point("restore.files")
-    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
-    if os.path.exists(db_path) and not kept.exists():
-        os.link(db_path, kept)
-    crash_point("restore.kept")
-    for suffix in ("-wal", "-shm"):  # of the old database
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(db_path + suffix, f"{kept}{suffix}")
-    fsync_path(folder_of(db_path))
-    crash_point("restore.moved")
-    os.replace(ready, db_path)
-    fsync_path(folder_of(db_path))
-    return kept if kept.exists() else None, unclaimed
-
-
-# == 16. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
-
-# Passed on to every script. JOBORCH_PASS_ENV adds names; joborch's own settings are never passed on.
-PASSED_ON = (
-    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LOCPATH", "LOCALE_ARCHIVE"),
-    *("XDG_*_HOME", "XDG_*_DIRS", "XDG_RUNTIME_DIR", "SCRATCH", "WORK", "PROJECT"),
-    # Environment Modules and Lmod, and what loaded modules have set
-    *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
-    *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
-    *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
-    *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
-    # libraries, and packages of programming languages
-    *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
-    *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
-    *("R_LIBS*", "R_HOME", "JULIA_*", "CLASSPATH", "GEM_HOME", "GEM_PATH", "RUBYLIB", "LUA_PATH", "LUA_CPATH", "TCLLIBPATH"),
-    # accelerators, threads, MPI
-    *("CUDA_*", "NVIDIA_*", "NCCL_*", "ROCR_*", "ROCM_*", "HIP_*", "HSA_*", "ZE_*", "ONEAPI_*", "SYCL_*", "GPU_DEVICE_ORDINAL"),
-    *("OMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "KMP_*", "GOMP_*", "NUMEXPR_*", "I_MPI_*", "OMPI_*", "PRTE_*", "MPICH_*", "UCX_*", "FI_*"),
-    # batch systems and containers
-    *("SLURM_*", "SBATCH_*", "PBS_*", "LSB_*", "APPTAINER_*", "SINGULARITY_*"),
-    # the network
-    *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
-)
-PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # modules name programs like this: passed on if it is a path
-# A family such as CONDA_* may include secrets, and the URL of a proxy a password: these are passed on only by JOBORCH_PASS_ENV.
-SECRET_NAMES = re.compile(
-    r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
-    re.IGNORECASE,
-)
-LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
-
-
-def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a name fits one of these patterns, in which `*` stands for any text."""
-    rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
-    return lambda name: bool(rule.match(name))
-
-
-def is_own_setting(name: str) -> bool:
-    """Tell whether a variable is a setting of joborch: the client's PORT and tokens are not for scripts."""
-    return name.startswith(("JOBORCH_", "SERVICE_")) or any(name == setting.name for setting in SETTINGS)
-
-
-def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
-    """Return the part of the client's environment that scripts get: what PASSED_ON and `more` (JOBORCH_PASS_ENV) list."""
-    listed, wanted, plain = fits_one(PASSED_ON), fits_one(more), {name for name in PASSED_ON if "*" not in name}
-
-    def is_passed(name: str, value: str) -> bool:
-        if is_own_setting(name) or wanted(name):
-            return not is_own_setting(name)
-        if name in plain or name.startswith("BASH_FUNC_"):
-            return not ("proxy" in name.lower() and LOGIN_IN_URL.search(value))
-        known = listed(name) or (PLACES.fullmatch(name) and value.startswith("/"))
-        return bool(known) and not SECRET_NAMES.search(name) and not LOGIN_IN_URL.search(value)
-
-    return {name: value for name, value in environment.items() if is_passed(name, value)}
-
-
-def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """Return the sorted names of the variables that scripts do not get, without joborch's own."""
-    kept = passed_on(environment, more)
-    return sorted(name for name in environment if name not in kept and not is_own_setting(name))
-
-
-def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
-    """Return the wrapper's environment: what scripts inherit, the job's own variables, and the commands to run before the script."""
-    ours = {
-        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
-        "JOBORCH_ATTEMPT": str(job.attempt),
-        "JOBORCH_SERVICE": job.service or "",
-        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
-        "JOBORCH_CPUS": str(job.cpus),
-        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
-        "JOBORCH_MARK": job.mark,
-        "TMPDIR": str(folder / "tmp"),
-    }
-    return {**inherited, **ours, **({"JOBORCH_PRELUDE": prelude} if prelude else {})}
-
-
-def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
-    """Return the wrapper's environment on another machine, which sets TMPDIR by itself."""
-    words = payload_environment(job, Path(), {}, prelude)
-    del words["TMPDIR"]
-    return {**inherited, **words}
-
-
-@functools.lru_cache(maxsize=1)
-def first_file_limit() -> tuple[int, int]:
-    """Return the soft and hard limit of open files at the start of this process; payloads get the same."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files, usually 1,024, to the hard one: each connection needs a file."""
-    most = 65_536  # even without a hard limit: some programs loop over all numbers up to theirs
-    soft, hard = first_file_limit()
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:
-            log.warning("the limit of open files stays at %d: it cannot be raised to %d (%s)", soft, wanted, error)
-
-
-def first_file_limit_text() -> str:
-    """Return the first soft limit of open files for `ulimit -Sn`; empty if it was not raised."""
-    soft = first_file_limit()[0]
-    return "" if soft == resource.getrlimit(resource.RLIMIT_NOFILE)[0] else str(soft)
-
-
-def with_first_file_limit(command: Sequence[str]) -> list[str]:
-    """Return a command that runs with the first limit of open files: sbatch(1) passes its own on to jobs."""
-    limit = first_file_limit_text()
-    return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
-
-
-# == 17. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
-
-# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
-# the time limit, $3 is that limit in seconds, and $4 the seconds from TERM to KILL.
-# It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
-# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder, with
-# whether it got a signal to end; run.sh may have got that, too.
-# Everything that a full disk could break is done before `ready` is written to the claim: without `ready` the script never began.
-WRAPPER = r"""#!/bin/bash
-# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
-@FIRST@umask @UMASK@@FILES@
-cd "$1" || exit 1
-here=$PWD                                          # $1 may be relative
-set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
-echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
-set +C
-set -m
-told=0 over=0
-trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
-trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
-[ -z "$3" ] || trap over=1 ALRM
-@SCRATCH@printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
-exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
-cd work || exit 1
-prelude=$JOBORCH_PRELUDE login=
-unset JOBORCH_PRELUDE
-IFS= read -r -n 250 first 2>/dev/null <run.sh
-case $first in '#!'*bash*[[:space:]]-*)
-    pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
-    [[ $first =~ $pattern ]] && login=--login
-esac
-echo ready >>"../started.$2" || exit 1
-if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
-    then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
-    { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
-else
-    { @BEFORE@exec bash $login ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
-fi
-pid=$!
-if [ -n "$3" ]; then
-    { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
-    timer=$!
-fi
-set +m                                             # else wait returns when run.sh is stopped, too
-while :; do
-    wait $pid; status=$?
-    kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
-done
-wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
-[ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
-[ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
-runs() {                                           # whether anything of run.sh's group runs; a zombie does not
-    local file line
-    for file in /proc/[0-9]*/stat; do
-        { read -r line <"$file"; } 2>/dev/null || continue
-        set -- ${line##*) }
-        [ "$3" != $pid ] || [ "$1" = Z ] || [ "$1" = X ] || return 0
-    done
-    return 1
-}
-rest() {                                           # gives what still runs these seconds to end by itself
-    for pause; do
-        runs && [ $told$over = 00 ] || return 0
-        sleep $pause 7>&- 8>&- 9>&-
-    done
-}
-left=0
-if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(tee log)`, and what was started by &
-    rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
-    runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
-    kill -KILL -- -$pid
-fi 2>/dev/null
-[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
-gone=                                              # somebody removed the work folder, or put another in its place
-there() { [ "$here/work" -ef /proc/$$/cwd ]; }
-there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
-printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
-shopt -s nullglob dotglob
-set -- "$TMPDIR"/*                                 # the client removes an empty one, which needs no process
-case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
-exit $status
-"""
-# On another machine, the wrapper makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
-NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
-name=jo-${name:0:12}.$2
-for base in "${TMPDIR%/}" /tmp; do
-    [ "${base:0:1}" = / ] && [ ${#base} -le @LONGEST@ ] && mkdir -m 700 "$base/$name" 2>/dev/null && scratch=$base/$name && break
-done
-if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
-export TMPDIR=$scratch
-"""
-SCRATCH_BASE_BYTES = 40  # a socket's path has 107 bytes at most (unix(7)); Python's multiprocessing adds 32, and others more
-
-CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The state of a started payload: `alive`, perhaps with `waits`, or how it ended."""
-
-    alive: bool
-    exit_status: int | None = None  # as in the shell: 128 plus the signal's number if a signal killed it
-    children_left: bool = False
-    cause: Cause | None = None  # set if there is no exit status, or if the script did not cause the end
-    reason: str = ""
-    told: bool = False  # the wrapper got a signal to end, and perhaps run.sh, too
-    waits: str = ""  # why it has not begun, in the batch system's words; constant while nothing changes
-
-
-class Executor(Protocol):
-    """The interface of everything that runs payloads. Several threads call it. A handle is a text that survives a client restart."""
-
-    is_batch: bool
-    """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""
-
-    def start(self, job: Job) -> str:
-        """Start the attempt and return its handle. The row says Running before this is called.
-
-        Raises OSError if it cannot be started now, CannotRun if it never can, and BackendUnavailable if that is unknown: then
-        the client calls `find` before it starts the attempt again.
-        """
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return the handles, by mark, of attempts whose start was interrupted. Attempts that are missing never ran.
-
-        An empty handle means that this is not known yet. Raises BackendUnavailable if nothing is known of any attempt.
-        """
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcome of these payloads, by id. It asks a batch system once for all; if that is away, all count as alive."""
-
-    def cancel(self, job: Job) -> None:
-        """Kill the payload, and return when none of its processes runs, or raise StillRunning. Cancelling twice is fine."""
-
-    def collect(self, job: Job) -> None:
-        """Fetch the outputs into the payload's folder, unless that is shared. After BackendUnavailable the caller tries again."""
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        """Kill attempts that are no longer in any database."""
-
-    def problem(self) -> str:
-        """Return why it cannot work now, and since when; an empty text if all is well."""
-
-    def examine(self) -> Iterator[Finding]:
-        """Yield the findings for `joborch doctor`; no job is started."""
-
-
-def read_exit(folder: Path) -> Outcome | None:
-    """Return the outcome in the wrapper's exit file, or None if the file is missing or incomplete."""
-    try:
-        with open_regular(folder, "exit.json") as file:
-            said = parse_json(file.read(400))
-        status, cause = said["status"], Cause.LIMIT if said.get("limit") else None
-        fits = type(status) is int and 0 <= status < 256
-        reason = one_line(str(said.get("reason", "")), 200)
-        if said.get("gone") and cause is None and fits:
-            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
-        return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
-    except PermissionError:
-        with contextlib.suppress(OSError):
-            give_rights(folder)  # the script took it from its parent folder; the next look finds it
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, not finished, or something that the script put in its place
-
-
-def boot_id() -> str:
-    """Return a unique id of this boot, and of this container (by the start of its process 1)."""
-    return f"{kernel_boot_id()}.{process_start(1) or 0}"
-
-
-def process_start(pid: int) -> str | None:
-    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None for none or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process, as /proc shows it."""
-
-    pid: int
-    parent: int
-    group: int
-    session: int
-    start: str
-    terminal: int = 0  # 0: none
-
-
-def all_processes() -> list[Process]:
-    """Return every process that is not a zombie."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        fields = text.rpartition(")")[2].split()
-        if fields[0] not in ("Z", "X"):
-            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19], int(fields[4])))
-    return found
-
-
-def bears_mark(pid: int, mark: str) -> bool:
-    """Tell whether a process has an attempt's mark in its environment."""
-    try:
-        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False  # it ended, or is another user's
-
-
-def marks_of(process: Process, jobs: Path) -> list[bytes]:
-    """Return the marks of the payloads below `jobs` that a process belongs to, judged by this process alone; mostly none.
-
-    The mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
-    editor. It counts only if there is no other explanation: an orphan without a terminal, whose environment was emptied.
-    """
-    try:
-        environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
-        marks = re.findall(rb"\0JOBORCH_MARK=([^\0]+)(?=\0)", environment)
-        # People's processes have a HOME, systemd's services an INVOCATION_ID.
-        others = re.search(rb"\0(HOME|INVOCATION_ID)=", environment) and b"\0JOBORCH_ATTEMPT=" not in environment
-        if marks or others or process.terminal:
-            return marks
-        where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
-        return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
-    except OSError:
-        return []  # it ended, or is another user's
-
-
-def is_orphan(process: Process) -> bool:
-    """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
-    if process.parent in (1, os.getpid()):
-        return True
-    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
-
-
-def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
-    """Return all running processes of an attempt, also those `known` from an earlier call: their parents may be gone by now."""
-    return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
-
-
-def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
-    """Return all processes of these attempts: by mark (see `marks_of`) or session, and then by parent and group."""
-    # Process 1 and kernel threads may have session and group 0, which belong to no payload.
-    everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
-    before = {(process.pid, process.start) for process in known}
-    found = {
-        process.pid
-        for process in everything
-        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(marks_of(process, jobs))
-    }
-    grown = -1
-    while grown != len(found):
-        grown = len(found)
-        groups = {process.group for process in everything if process.pid in found}
-        found |= {process.pid for process in everything if process.parent in found or process.group in groups}
-    return [process for process in everything if process.pid in found and process.pid != os.getpid()]
-
-
-def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` that have a running process: one look at /proc."""
-    return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
-
-
-def become_subreaper() -> bool:
-    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
-    pr_set_child_subreaper = 36
-    return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
-
-
-def signal_all(processes: Iterable[Process], number: int) -> None:
-    """Send a signal to each of these processes; one that has ended is fine."""
-    for process in processes:
-        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process.pid, number)
-
-
-OOM_HANDICAP = 500  # in thousandths of all memory: if that runs out, the kernel kills a script before the client or server
-
-
-def handicap() -> str:
-    """Return a shell line that makes the kernel kill the script first if memory runs out (proc(5)). It needs no privilege."""
-    own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
-    return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
-
-
-def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
-    """Return the wrapper with this process's original umask and, if `file_limit` is given, a soft limit of open files.
-
-    It runs `first` at its start and `before_script` just before the script. Unless it runs `here`, it makes TMPDIR itself.
-    """
-    scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
-    files = f"; ulimit -Sn {file_limit}" if file_limit else ""
-    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
-    return text.replace("@BEFORE@", before_script).replace("@SCRATCH@", scratch).encode()
-
-
-# -- scratch: what a script's TMPDIR is --
-
-
-def scratch_bases(environment: Mapping[str, str]) -> list[str]:
-    """Return the folders in which TMPDIR may be created: the site's TMPDIR, and /tmp."""
-    bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
-    return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
-
-
-def scratch_name(mark: str) -> str:
-    """Return the unique name of an attempt's TMPDIR, by which it is found again."""
-    job_uuid, _, attempt = mark.partition(".")
-    return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
-
-
-def make_scratch(folder: Path, bases: Sequence[str]) -> str:
-    """Make an attempt's TMPDIR in one of `bases`, and link `tmp` in the payload's folder to it; if none works, use `tmp` itself."""
-    note = folder / "tmp"
-    for base in bases:
-        place = f"{base}/{scratch_name(folder.name)}"
-        try:
-            if not is_own_scratch(place):
-                os.mkdir(place, 0o700)
-            if note.is_symlink():
-                note.unlink()  # joborch crashed here, and the site has changed its TMPDIR since
-            os.symlink(place, note)
-            return place
-        except OSError as error:
-            log.debug("no TMPDIR in %s: %s", base, error)
-    if note.is_symlink():
-        note.unlink()
-    note.mkdir(exist_ok=True)
-    return str(note)
-
-
-def is_own_scratch(place: str) -> bool:
-    """Tell whether this is a folder that belongs to this user, not a link."""
-    try:
-        state = os.lstat(place)
-    except OSError:
-        return False
-    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
-
-
-def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
-    try:
-        with open_regular(folder, f"started.{attempt}") as file:
-            return file.read(40).decode("ascii", "replace")
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return ""  # the script put something else in its place
-
-
-# == 18. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
-
-
-class Engines:
-    """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
-
-    NAMES = ("docker", "podman")
-    CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
-    AWAY_S = 60.0  # how long an engine that did not answer is left alone
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment, path = environment, environment.get("PATH")
-        self.engines = [found for found in (shutil.which(name, path=path) for name in self.NAMES) if found]
-        self.away_until: dict[str, float] = {}  # monotonic, by engine
-
-    def stop_mounting(self, folder: Path) -> None:
-        """Stop the containers that mount a payload's folder, or something in it."""
-        for engine in self.engines:
-            if self.away_until.get(engine, 0.0) > time.monotonic():
-                continue
-            try:
-                self.stop_in(engine, folder)
-            except (OSError, subprocess.SubprocessError) as error:
-                self.away_until[engine] = time.monotonic() + self.AWAY_S
-                words = getattr(error, "stderr", None) or str(error).encode()
-                log.info("%s cannot be asked for containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
-
-    def stop_in(self, engine: str, folder: Path) -> None:
-        """Do it with one engine. OSError, SubprocessError."""
-        running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
-        if not running:
-            return
-        places = {str(folder), os.path.realpath(folder)}
-        chosen = []
-        for line in self.call(engine, "inspect", "--format", "{{.Id}}{{range .Mounts}}|{{.Source}}{{end}}", *running).splitlines():
-            name, *sources = line.split("|")
-            if any(source == place or source.startswith(f"{place}/") for source in sources for place in places):
-                chosen.append(name)
-        if chosen:
-            log.info("containers that mount %s are stopped by %s: %s", folder.name, engine, ", ".join(chosen))
-            self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
-
-    def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
-        """Return what an engine prints."""
-        done = subprocess.run(
-            [engine, *words],
-            env=dict(self.environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=self.CALL_S + more_s,
-            check=True,
-        )
-        return done.stdout.decode("utf-8", "replace")
-
-
-REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
-STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
-STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
-
-
-class LocalExecutor:
-    """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
-
-    is_batch = False
-
-    def __init__(
-        self,
-        data: DataFolder,
-        kill_grace_s: float,
-        pass_env: Sequence[str] = (),
-        options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
-    ) -> None:
-        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
-        self.scratch_bases = scratch_bases(os.environ)
-        self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
-        self.children: dict[int, subprocess.Popen[bytes]] = {}
-        self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
-        self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
-        self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
-        self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
-        self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
-        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
-        self.cancelled: set[str] = set()  # marks of attempts that are being ended now
-
-    def start(self, job: Job) -> str:
-        folder = self.data.job(job.mark)
-        environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
-        environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
-        crash_point("run.prepared")
-        # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
-        # The wrapper's text, not its path: so the file cannot be replaced.
-        child = subprocess.Popen(
-            ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            close_fds=False,
-            start_new_session=True,
-        )
-        self.children[child.pid] = child
-        self.seen.add(job.mark)
-        self.own.add(job.mark)
-        return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        handles = {}
-        for job in jobs:
-            pid = self.claimed_pid(job)
-            if pid is not None:
-                ours = pid and bears_mark(pid, job.mark)
-                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
-        return handles
-
-    def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
-        said = read_claim(self.data.job(job.mark), job.attempt)
-        first = (said or "").split("\n")[0]
-        return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcomes; what an ended payload left running is ended first, and until then the payload counts as alive."""
-        orphans = self.reap()
-        outcomes = {job.id: self.outcome(job) for job in jobs}
-        ended = [job for job in jobs if not outcomes[job.id].alive]
-        for job in self.left_running(ended, orphans):
-            outcomes[job.id] = Outcome(True)
-        for job in ended:
-            if not outcomes[job.id].alive:
-                outcomes[job.id] = dataclasses.replace(
-                    outcomes[job.id], children_left=outcomes[job.id].children_left or job.mark in self.untidy
-                )
-                self.forget(job)
-                if outcomes[job.id].children_left and self.engines.engines:
-                    place = self.data.job(job.mark)
-                    threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
-        return outcomes
-
-    def forget(self, job: Job) -> None:
-        """Drop what is known of an attempt that has ended."""
-        for marks in (self.seen, self.own, self.untidy):
-            marks.discard(job.mark)
-        self.resting.pop(job.mark, None)
-
-    def reap(self) -> bool:
-        """Take in the ends of our children and of orphans; tell whether there are orphans that live.
-
-        The main thread starts nothing but payloads: whatever else is its child was orphaned by one.
-        """
-        for child in list(self.children.values()):
-            if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
-                self.children.pop(child.pid, None)  # another thread may have been quicker
-        if not self.reaps_orphans:
-            return True  # there may be some
-        alive = 0
-        for pid in map(int, Path(CHILDREN_FILE).read_text(encoding="ascii").split()):
-            if pid not in self.children:
-                with contextlib.suppress(ChildProcessError):  # another thread was quicker
-                    alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
-        return alive > 0
-
-    def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
-        """Kill what these payloads left running; return those that did.
-
-        What stayed in the script's session has a moment to end by itself, then TERM: it may still write down the output.
-        """
-        suspects = [job for job in ended if orphans or job.mark not in self.own]
-        marked = marked_below(self.data.jobs) if suspects else set()
-        left = []
-        for job in suspects:
-            wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
-            processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
-            processes = [process for process in processes if process.pid != wrapper]
-            if not processes:
-                continue
-            left.append(job)
-            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
-            if rested_s < REST_S and any(process.session == wrapper for process in processes):
-                continue
-            self.untidy.add(job.mark)
-            if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
-                signal_all(processes, signal.SIGTERM)
-                continue
-            signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
-            signal_all(processes, signal.SIGKILL)
-        return left
-
-    def outcome(self, job: Job) -> Outcome:
-        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
-        if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
-            self.seen.add(job.mark)
-            return Outcome(True)  # whatever the exit file says: the script may have written one
-        return self.outcome_without_wrapper(job, self.data.job(job.mark))
-
-    def outcome_without_wrapper(self, job: Job, folder: Path) -> Outcome:
-        """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
-        claimed = self.claimed_pid(job)
-        # The handle may name a second wrapper, which lost the claim to the first.
-        if claimed and bears_mark(claimed, job.mark):
-            return Outcome(True)
-        ended = read_exit(folder)
-        if ended:
-            return self.stopped_by_others(job, folder, ended) or ended
-        if not folder.is_dir() or folder.is_symlink():
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
-        if "ready" not in (read_claim(folder, job.attempt) or ""):
-            if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
-        if job.mark not in self.seen:
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
-        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
-
-    def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
-        """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
-
-        Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
-        """
-        alone = not ended.told
-        if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # it was not stopped, or the client stopped it
-        if alone and not self.ended_with_client(folder):
-            return None  # the script sent the signal to itself
-        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
-        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
-
-    def ended_with_client(self, folder: Path) -> bool:
-        """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
-        try:
-            stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
-            return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
-        except OSError:
-            return False  # no client was ever stopped here
-
-    def own_wrapper(self, job: Job) -> int:
-        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
-        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:
-            return 0
-        if pid == "0":
-            claimed = self.claimed_pid(job) or 0
-            return claimed if claimed and bears_mark(claimed, job.mark) else 0
-        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
-        return int(pid) if process_start(int(pid)) in (None, start) else 0
-
-    def cancel(self, job: Job) -> None:
-        with self.cancelling(job.mark):
-            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
-
-    @contextlib.contextmanager
-    def cancelling(self, mark: str) -> Iterator[None]:
-        """Note that a payload is being ended: the more there are, the less often each is looked at, as each look reads all of /proc."""
-        self.cancelled.add(mark)
-        try:
-            yield
-        finally:
-            self.cancelled.discard(mark)
-
-    def end_tree(self, job: Job, folder: Path, pid: int) -> None:
-        """Send TERM to all processes of a payload, and KILL when the grace time is over; return when none is left."""
-        known = tree_of(job, folder, pid)
-        signal_all(known, signal.SIGTERM)
-        deadline = time.monotonic() + self.kill_grace_s
-        while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
-            known = found
-            time.sleep(0.02 * len(self.cancelled))
-        for _ in range(200):
-            if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
-                self.forget(job)
-                self.engines.stop_mounting(folder)
-                return
-            # Stopped first: what forks faster than we look cannot fork any more.
-            known = tree_of(job, folder, pid, known)
-            signal_all(known, signal.SIGSTOP)
-            known = tree_of(job, folder, pid, known)
-            signal_all(known, signal.SIGKILL)
-            time.sleep(0.01)
-        raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
-
-    def still_there(self, job: Job, folder: Path, pid: int, known: Collection[Process]) -> list[Process]:
-        self.reap()
-        return tree_of(job, folder, pid, known)
-
-    def collect(self, job: Job) -> None:
-        """The folder is this machine's own: the outputs are there."""
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
-
-    def problem(self) -> str:
-        return ""
-
-    def examine(self) -> Iterator[Finding]:
-        bash = shutil.which("bash")
-        yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
-
-
-def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
-    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
-
-
-def make_executor(data: DataFolder, config: Config) -> Executor:
-    """Return what runs the payloads of a client; ConfigError if JOBORCH_EXECUTOR names nothing that can be used."""
-    if config.executor == "local":
-        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
-    try:
-        made: Executor = load_plugin(config.executor)(data, config)
-    except (ImportError, AttributeError) as error:
-        if config.executor in PLUGINS:
-            raise
-        remedy = "give local, slurm, dirac, or package.module:Class of a class that Python finds (see PYTHONPATH)"
-        raise ConfigError(f"JOBORCH_EXECUTOR is {config.executor!r}: {error}: {remedy}") from error
-    return made
-
-
-# == 19. Identity ==  The peer of a connection is proven by the kernel or by a token, never guessed from a port.
-
-ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
-HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
-SOCKET_PATH_LIMIT_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them for the end
-
-
-class SeenSocket(NamedTuple):
-    """A TCP socket of this machine, as the kernel describes it."""
-
-    state: int
-    uid: int
-    inode: int  # 0: no process holds it any more, and the uid means nothing
-
-    @property
-    def proves(self) -> bool:
-        """Whether its uid is that of a caller: a process holds it, and it has been connected.
-
-        A socket that only asks for a connection (SYN_SENT) may share its ends with one that is gone.
-        """
-        return self.inode != 0 and self.state in (ESTABLISHED, *HALF_CLOSED)
-
-
-def peer_uid(connection: socket.socket) -> int | None:
-    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
-
-    TCP: the peer's socket is looked at, and then our own. If ours is still connected after the look, no other socket can
-    have had the same two ends meanwhile. Unix sockets: SO_PEERCRED.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        if connection.family == socket.AF_UNIX:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
-            return int(struct.unpack("=iII", credentials)[1])
-        peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
-        for _ in range(2):  # a peer that half-closes its end between the two looks is looked at again
-            seen = find_socket(peer, here)
-            if seen is None or not seen.proves:
-                return None
-            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-            if state == ESTABLISHED or (state == CLOSE_WAIT and seen.state in HALF_CLOSED):
-                return seen.uid
-    return None
-
-
-def is_half_closed(connection: socket.socket) -> bool:
-    """Tell whether a local process has finished sending, and keeps its end open to read the answer."""
-    with contextlib.suppress(OSError):
-        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
-    return False
-
-
-def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id of the process that holds the socket with these ends. It is no proof of the caller: see `peer_uid`."""
-    seen = find_socket(peer, here)
-    return seen.uid if seen is not None and seen.proves else None
-
-
-def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
-    """Return the socket of this machine that has `peer` as its own end and `here` as the other, or None.
-
-    By sock_diag(7), which looks at one socket. If that is denied, by /proc/net/tcp (proc(5)), which lists all.
-    """
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, struct.error):
-            return diagnosed_socket(family, peer, here)
-    return None if sock_diag_works() else listed_socket(peer, here)
-
-
-def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket:
-    """Ask the kernel for the socket with these two ends; OSError if there is none."""
-    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
-    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
-    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
-    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
-        kernel.settimeout(1)
-        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
-        answer = kernel.recv(8192)
-    if struct.unpack_from("=IHHII", answer)[1] == error:
-        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
-    # A header of 16 bytes; family, state and two more; both ends (48); expires, rqueue, wqueue, uid and inode.
-    uid, inode = struct.unpack_from("=II", answer, 16 + 4 + 48 + 12)
-    return SeenSocket(answer[17], uid, inode)
-
-
-@functools.lru_cache(maxsize=1)
-def sock_diag_works() -> bool:
-    """Tell whether sock_diag works here. If it does, "no such socket" is an answer, and /proc/net need not be read."""
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
-            return diagnosed_socket(socket.AF_INET, near.getsockname(), near.getpeername()).inode != 0
-    except (OSError, struct.error):
-        return False
-
-
-def packed_address(family: int, host: str) -> bytes:
-    """Return an IP address in network order; an IPv4 address is mapped to IPv6 if the family is IPv6."""
-    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
-
-
-def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
-    """Yield the TCP sockets of /proc/net with their own and their other end, as they are written there."""
-    table = "tcp" if family == socket.AF_INET else "tcp6"
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
-            fields = line.split()
-            yield fields[1], fields[2], SeenSocket(int(fields[3], 16), int(fields[7]), int(fields[9]))
-
-
-def listed_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
-    """Look for a socket in the lists of /proc/net."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):  # no address of this family
-            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
-            for near, far, seen in listed_sockets(family):
-                if (near, far) == wanted:
-                    return seen
-    return None
-
-
-def tcp_hex(family: int, host: str, port: int) -> str:
-    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
-    packed = packed_address(family, host)
-    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
-    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
-
-
-def is_own_user(uid: int | None) -> bool:
-    """Tell whether a user id is certainly that of this process, or root's."""
-    numbers = user_numbers()
-    return uid is not None and uid != numbers.unmapped and (uid == os.getuid() or (uid == 0 and numbers.root))
-
-
-@functools.lru_cache(maxsize=1)
-def machine_names() -> frozenset[str]:
-    """Return this machine's names in lower case: host name, its first part, and names in /etc/hosts. It does not ask DNS."""
-    name = socket.gethostname().lower()
-    names = {name, name.partition(".")[0]}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in Path("/etc/hosts").read_text(encoding="utf-8").lower().splitlines():
-            words = line.partition("#")[0].split()[1:]
-            names.update(words if name in words else ())
-    return frozenset(names - {""})
-
-
-@functools.lru_cache(maxsize=256)
-def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address, and turn IPv4-mapped IPv6 into IPv4. Return None for anything else."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def is_here(text: str) -> bool:
-    """Tell whether an IP address belongs to this machine: loopback, or an address that a socket can bind to."""
-    address = plain_address(text)
-    if address is None or address.is_loopback:
-        return address is not None
-    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address is one of an interface
-    try:
-        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
-            probe.bind((str(address) + "".join(zone), 0))
-    except OSError as error:
-        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only the same user gets in
-    return True
-
-
-class RefusedTokens:
-    """Counts wrong tokens, and logs at most once a period how many there were and where the last came from."""
-
-    def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
-        self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
-        self.count, self.last, self.quiet_until = 0, "", float("-inf")
-
-    def note(self, address: str) -> None:
-        """Count one, from `address`."""
-        with self.lock:
-            self.count, self.last = self.count + 1, address or "the Unix socket"
-        self.report()
-
-    def report(self) -> None:
-        """Log the count, unless it was logged a moment ago."""
-        with self.lock:
-            now = self.clock.monotonic()
-            if not self.count or now < self.quiet_until:
-                return
-            count, self.count, self.quiet_until = self.count, 0, now + self.period_s
-        log.warning("refused %s with a wrong token; the last came from %s", plural(count, "request", "requests"), self.last)
-
-
-# -- listeners --
-
-
-def listener_uid(host: str, port: int) -> int | None:
-    """Return the user id that listens on an address of this machine, or on all addresses; None if there is none."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):  # no address of this family
-            wanted = tcp_hex(family, host, port)
-            every = "0" * len(wanted.partition(":")[0]) + f":{port:04X}"
-            for near, _, seen in listed_sockets(family):
-                if seen.state == LISTEN and near in (wanted, every):
-                    return seen.uid
-    return None
-
-
-def open_listeners(hosts: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on each of `hosts` (separated by commas), all on one port. Port 0 picks one that is free on all.
-
-    ConfigError names the address that cannot be used. By default, a machine without ::1 does without it.
-    """
-    for last in (*[False] * 20, True):
-        listeners: list[socket.socket] = []
-        try:
-            for host in filter(None, dict.fromkeys(each.strip().strip("[]") for each in hosts.split(","))):
-                taken = port or (listeners[0].getsockname()[1] if listeners else 0)
-                try:
-                    listeners += open_host(host, taken)
-                except (OSError, ValueError) as error:
-                    if hosts == DEFAULT_HOSTS and host == "::1" and getattr(error, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        log.debug("this machine has no address ::1: listening on 127.0.0.1 alone")
-                        continue
-                    raise ConfigError(cannot_listen(host, taken, error)) from error
-            if not listeners:
-                raise ConfigError(f"JOBORCH_HOST is {hosts!r}: give an address to listen on, as in 127.0.0.1")
-            return listeners
-        except ConfigError:
-            for listener in listeners:
-                listener.close()
-            if port or last or not listeners:
-                raise
-    raise AssertionError("the last try returns or raises")
-
-
-def open_host(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on all addresses of one host. None stays open if it raises OSError or ValueError."""
-    listeners: list[socket.socket] = []
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
-        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)  # at once: a port that is only bound can still be taken
-    except OSError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-def cannot_listen(host: str, port: int, error: Exception) -> str:
-    """Return why an address cannot be listened on, who has it, and what to do."""
-    why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
-    uid = listener_uid(host, port) if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else None
-    holder = "" if uid is None else f"; a process of user {uid} listens there"
-    shown = f"[{host}]" if ":" in host else host
-    return f"PORT is {port}: cannot listen on {shown}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
-
-
-def socket_path(setting: str, port: int) -> Path | None:
-    """Return the path of the Unix socket of a server on `port`, as JOBORCH_SOCKET says; None if it has none."""
-    if setting in ("0", "none"):
-        return None
-    if setting:
-        return Path(os.path.abspath(setting))
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
-    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # sudo may leave another user's here
-    return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
-
-
-def folder_problem(folder: Path, by_default: bool) -> str:
-    """Return why another user could own a socket in this folder, or an empty string. A link does not count as a folder."""
-    try:
-        found = os.lstat(folder)
-    except OSError as error:
-        return f"{folder}: {os.strerror(error.errno or 0).lower()}"
-    if not stat.S_ISDIR(found.st_mode):
-        return f"{folder} is no folder"
-    if found.st_uid not in ((os.getuid(),) if by_default else (os.getuid(), 0)):
-        return f"{folder} belongs to user {found.st_uid}"
-    sticky = not by_default and found.st_mode & stat.S_ISVTX
-    return f"other users may write to {folder}" if found.st_mode & 0o022 and not sticky else ""
-
-
-def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
-    """Return a Unix socket that listens at its path with this mode. Raises ConfigError if that is impossible."""
-    path, remedy = socket_path(setting, port), "set JOBORCH_SOCKET to another path, or to 0 for none"
-    if path is None or len(os.fsencode(path)) > SOCKET_PATH_LIMIT_BYTES:
-        raise ConfigError(f"{path} is too long for a Unix socket (at most {SOCKET_PATH_LIMIT_BYTES} bytes): {remedy}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if not setting:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path.parent, 0o700)
-        problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
-        if problem:
-            raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
-        umask = os.umask(0o077)  # bind(2) creates the file: no other user may use it before its mode is set
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(umask)
-        os.chmod(path, mode)
-        listener.listen(BACKLOG)
-    except (OSError, ConfigError) as error:
-        listener.close()
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"no Unix socket at {path}: {os.strerror(error.errno or 0).lower()}; {remedy}") from error
-    return listener
-
-
-def remove_stale_socket(path: Path) -> str:
-    """Remove the socket of a server that no longer runs. Return what else is at the path, or an empty string."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return ""
-    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
-        return "something else is there"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-            return "another server listens there"
-    os.unlink(path)
-    return ""
-
-
-# -- the link between server and client: both prove that they have the same token, and never send it --
-
-LINK_VERSION = 1
-OLD_SERVER_LOG_S = 3600.0  # how often a client logs that a server of version 0.1.0 calls it
-SESSIONS_LIMIT = 1000  # for one client: each start and each token of a server makes one
-WINDOW = 4096  # requests of one session that may overtake each other
-SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
-PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
-
-
-@functools.lru_cache(maxsize=64)
-def link_key(token: str) -> bytes:
-    """Derive the key of server and client from their token. It is slow, so that nobody can guess a token from its MACs."""
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
-
-
-class Proof(NamedTuple):
-    """The data that proves one request of a server and the answer to it."""
-
-    key: bytes
-    server: str  # nonces: random, one for each start of a process, not secret
-    client: str
-    number: int  # each is used once
-    method: str
-    target: str
-
-    def mac(self, kind: str, *said: Any) -> str:
-        """Return the MAC (HMAC-SHA-256, hex) of these values, encoded as JSON so that no two lists look alike."""
-        text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
-        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
-
-    def of_request(self, headers: Mapping[str, str], length: int) -> str:
-        """Return the MAC of this request. It covers the headers named X-Joborch-... and the body's type."""
-        said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
-        ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
-        return self.mac("request", length, said.get("content-type", ""), ours)
-
-    def of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> str:
-        """Return the MAC of the answer to this request. It covers the body by the length and digest in the answer's headers."""
-        return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
-
-    def authorization(self, headers: Mapping[str, str], length: int) -> str:
-        """Return the header Authorization that proves this request."""
-        mac = self.of_request(headers, length)
-        return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
-
-
-class Session:
-    """A server's side of the link to one start of a client: it numbers the requests."""
-
-    def __init__(self, token: str, client: str) -> None:
-        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
-        self.numbers = itertools.count(1)  # next() is atomic
-
-    def proof(self, method: str, target: str) -> Proof:
-        """Return what proves the next request."""
-        return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
-
-
-class ProofReader:
-    """A client's side of the link: it recognises a server by the token, and accepts each request once."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self.tokens, self.lock = tokens, threading.Lock()
-        self.nonce = secrets.token_hex(16)
-        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
-
-    def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
-        """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
-        shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
-        if shown is None:
-            raise unproven("the proof cannot be read")
-        server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
-        if client != self.nonce:
-            raise unproven("this client was started anew: ask GET /hello again", self.nonce)
-        for token in self.tokens:
-            proof = Proof(link_key(token), server, client, number, method, target)
-            if hmac.compare_digest(proof.of_request(headers, length), mac):
-                self.take(proof)
-                return proof
-        raise unproven("the token is wrong, or the request was changed on its way")
-
-    def take(self, proof: Proof) -> None:
-        """Note a request's number in a sliding window (RFC 4303, 3.4.3). Raises HttpError 401 if the number was used before."""
-        session = (proof.server, proof.key)
-        with self.lock:
-            if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
-                self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
-                self.nonce = secrets.token_hex(16)
-                raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
-            highest, bits = self.seen.get(session, (0, 0))
-            if proof.number > highest:
-                bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
-            bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
-            if not bit or bits & bit:
-                raise unproven("this request came before, or far too late")
-            self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
-
-
-def unproven(message: str, nonce: str = "") -> HttpError:
-    """Return the answer to a server that has not proven its identity; it may use `nonce` to do so."""
-    return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
-
-
-def far_uid(connection: socket.socket) -> int | None:
-    """Return the user id that an outgoing connection has reached on this machine, or None if it is unknown.
-
-    Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
-    """
-    peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
-    wild = "::" if ":" in peer[0] else "0.0.0.0"
-    uid = tcp_uid(peer, here)
-    for listener in (peer, (wild, peer[1]), ("::", peer[1])) if uid is None else ():
-        seen = find_socket(listener, ("::" if ":" in listener[0] else wild, 0))
-        if seen is not None and seen.state == LISTEN and seen.inode:
-            uid = seen.uid
-            break
-    # Only if the connection is still open: otherwise a later socket with the same ends may have been found.
-    return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
-
-
-def client_token_file() -> Path | None:
-    """Return the file in which this user's client on this machine keeps its token, or None if the user has no home."""
-    try:
-        return Path(default_folder("config")) / "client-token"
-    except ConfigError:
-        return None
-
-
-# == 20. Transfers ==  Files are streamed and verified by digests; after a break, only the rest is sent again.
-
-
-class FilesBody:
-    """A multipart body that is read while it is sent. Its length is known beforehand, and its files are not kept in memory."""
-
-    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
-        """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
-        self.inputs_sha256 = inputs_sha256
-        self.boundary = secrets.token_hex(16)
-        self.folder, self.with_digests = folder, with_digests
-        self.digests: dict[str, str] = {}
-        self.parts = [(path, self.part_head(path), os.path.getsize(folder / path)) for path in paths]
-        digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
-        self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
-        self.digest_room = digest_bytes if with_digests else 0
-        ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
-        self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Start from the beginning, to send the body again."""
-        self.chunks, self.rest = self.generate(), b""
-
-    def part_head(self, path: str) -> bytes:
-        """Return the header of one part: the NAME is the path (HTML 5 escapes), ours reads it exactly from X-Joborch-Path."""
-        escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
-        base = escaped.rpartition(b"/")[2]
-        exact = quote(os.fsencode(path)).encode()
-        disposition = b'Content-Disposition: form-data; name="' + escaped + b'"; filename="' + base + b'"'
-        lines = (b"--" + self.boundary.encode(), disposition, b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact)
-        return b"\r\n".join(lines) + b"\r\n\r\n"
-
-    def generate(self) -> Iterator[bytes]:
-        for path, head, size in self.parts:
-            yield head
-            digest, missing = hashlib.sha256(), size
-            with open(self.folder / path, "rb", buffering=0) as source:
-                for chunk in file_chunks(source, size):
-                    digest.update(chunk)
-                    missing -= len(chunk)
-                    yield chunk
-            if missing:  # the length was sent already: whatever follows would be taken for the rest
-                raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
-            self.digests[path] = digest.hexdigest()
-            yield b"\r\n"
-        if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
-            raise InputsChanged("its files on the server's disk are not those that were uploaded: somebody changed or removed some")
-        if self.with_digests:
-            yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
-        yield f"--{self.boundary}--\r\n".encode()
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __bool__(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next part of the body, at most `size` bytes; small bodies in one piece."""
-        size = size if size > 0 else CHUNK_BYTES
-        pieces, have = [self.rest], len(self.rest)
-        while have < size:
-            chunk = next(self.chunks, b"")
-            if not chunk:
-                break
-            pieces.append(chunk)
-            have += len(chunk)
-        data = b"".join(pieces)
-        self.rest = data[size:]
-        return data[:size] if self.rest else data
-
-
-class Transfer:
-    """A file that arrives over the network, in several pieces if a transfer breaks: the part that is here, and the file's ETag."""
-
-    def __init__(
-        self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
-    ) -> None:
-        """With a `promise` of disk space, writing raises DiskFull if the data does not fit.
-
-        It raises ResultTooLarge above `limit_bytes`; the message names `limits`.
-        """
-        self.target, self.promise, self.limit_bytes, self.limits = target, promise, limit_bytes, limits or ResultLimits(limit_bytes)
-        self.size, self.tag, self.digest = 0, "", hashlib.sha256()
-
-    def expect(self, size: int) -> None:
-        """Reserve space for `size` more bytes. Raises ResultTooLarge or DiskFull if they are too many."""
-        self.check_limit(size)
-        if self.promise is not None:
-            self.promise.more(size)
-
-    def check_limit(self, size: int) -> None:
-        """Raise ResultTooLarge if `size` more bytes are too many."""
-        if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
-
-    def write(self, data: bytes) -> None:
-        """Append a chunk."""
-        self.check_limit(len(data))
-        if self.promise is not None:
-            if len(data) > self.promise.left:
-                self.promise.more(len(data) - self.promise.left)
-            self.promise.wrote(len(data))
-        write_all(self.target, data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def begin(self, tag: str = "") -> None:
-        """Drop the part that is here: a whole file with the ETag `tag` follows."""
-        self.target.seek(0)
-        self.target.truncate()
-        self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
-
-    def wanted(self) -> dict[str, str]:
-        """Return the headers that ask for the missing rest of exactly this file (RFC 9110, If-Range)."""
-        return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
-
-
-class Stream(NamedTuple):
-    """An output stream as it is kept: whole up to `limit` bytes, else the first and last `limit / 2` bytes."""
-
-    size: int
-    limit: int
-
-    @property
-    def gap(self) -> tuple[int, int]:
-        """The first byte that was left out, and the first one kept after it; equal if everything is kept."""
-        half = self.limit // 2
-        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
-
-    def line(self, begin: int) -> bytes:
-        """Return the line that replaces the bytes left out, from `begin` on."""
-        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
-
-    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
-        """Return about `room` bytes at most from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
-        first, second = self.gap
-        said = read_at(offset, min(room, first - offset)) if offset < first else b""
-        offset += len(said)
-        if first <= offset < second and len(said) < room:
-            said, offset = said + self.line(offset), second
-        if offset >= second and len(said) < room:
-            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
-            said, offset = said + more, offset + len(more)
-        return said, offset
-
-
-def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: whole, or head, one line and tail. Raises OSError if it is unreadable."""
-    source = open_regular(folder, name)
-    stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
-
-    def chunks() -> Iterator[bytes]:
-        first, second = stream.gap
-        with source:
-            yield from file_chunks(source, first)
-            if second > first:
-                yield stream.line(first)
-                source.seek(second)
-                yield from file_chunks(source, stream.size - second)
-
-    return stream, chunks()
-
-
-def punch_middle(path: Path, limit_bytes: int) -> None:
-    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
-
-    Raises OSError if the file system does not support holes.
-    """
-    keep_size, punch_hole, block = 1, 2, 4096
-    state = state_below(path.parent, path.name)
-    size = state.st_size
-    begin = -(-(limit_bytes // 2) // block) * block
-    end = (size - limit_bytes // 2) // block * block
-    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
-        return
-    with opened_folder(path.parent) as folder:
-        descriptor = os.open(path.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return
-        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
-        if libc().fallocate64(descriptor, *arguments) != 0:
-            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
-    finally:
-        os.close(descriptor)
-
-
-class ZipRecord(NamedTuple):
-    """What the directory of a ZIP says of a member. Whoever made the ZIP may have written anything there."""
-
-    name: bytes
-    comment: bytes
-    method: int
-    packed_bytes: int
-    size: int
-    begin: int  # of its local header
-
-
-def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
-    """Return the offset, size and number of members of a ZIP's directory. Raises ValueError if there is none."""
-    length = file.seek(0, os.SEEK_END)
-    for room in (ZIP_END.size, 66 * KIB):  # most have no comment at their end
-        file.seek(max(0, length - room - ZIP64_LOCATOR.size))
-        tail = file.read()
-        at = tail.rfind(b"PK\5\6", 0, len(tail) - ZIP_END.size + 4)
-        if at >= 0:
-            break
-    else:
-        raise ValueError("no ZIP")
-    if at + ZIP_END.size > len(tail):
-        raise ValueError("no ZIP")
-    count, size, begin = ZIP_END.unpack_from(tail, at)[4:7]
-    if at >= ZIP64_LOCATOR.size and tail[at - ZIP64_LOCATOR.size :].startswith(b"PK\6\7"):
-        file.seek(min(ZIP64_LOCATOR.unpack_from(tail, at - ZIP64_LOCATOR.size)[2], length))
-        wide = file.read(ZIP64_END.size)
-        if len(wide) < ZIP64_END.size or not wide.startswith(b"PK\6\6"):
-            raise ValueError("no ZIP")
-        count, size, begin = ZIP64_END.unpack(wide)[7:10]
-    if begin + size > length:
-        raise ValueError("no ZIP")
-    return begin, size, count
-
-
-def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
-    """Yield the entries of a ZIP's directory while reading it, with little memory, up to DIRECTORY_LIMIT_BYTES.
-
-    With `commented`, only members with a comment. Raises ValueError if there is no directory.
-    """
-    begin, left, _ = zip_directory(file)
-    left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
-    file.seek(begin)
-    while left:
-        chunk = file.read(min(left, step))
-        if not chunk:
-            return
-        left, step, rest, at = left - len(chunk), 256 * KIB, rest + chunk, 0
-        while len(rest) - at >= ZIP_CENTRAL.size:
-            fields = ZIP_CENTRAL.unpack_from(rest, at)
-            name, extra, comment = fields[12:15]
-            end = at + ZIP_CENTRAL.size + name + extra + comment
-            if fields[0] != b"PK\1\2":
-                return
-            if end > len(rest):
-                break
-            if comment or not commented:
-                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end])
-            at = end
-        rest = rest[at:]
-
-
-def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
-    """Return a record of a ZIP's directory by its fixed fields, and the name, extra fields and comment after them."""
-    method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
-    more, at = words[name : name + extra], 0
-    while at + 4 <= len(more):
-        kind, length = struct.unpack_from("<2H", more, at)
-        if kind == 1:  # ZIP64: what does not fit above, in this order
-            known = more[at + 4 : at + 4 + min(length, 24)]
-            wide = [value for (value,) in struct.iter_unpack("<Q", known[: len(known) // 8 * 8])]
-            size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
-        at += 4 + length
-    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin)
-
-
-def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
-    """Return `count` bytes of a ZIP's member from `begin` on, or what there is of them, for the work of `begin + count` bytes at most.
-
-    Raises ValueError if the member does not match its directory entry.
-    """
-    length = file.seek(0, os.SEEK_END)
-    file.seek(min(record.begin, length))
-    head = file.read(ZIP_LOCAL.size)
-    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("no member")
-    place = record.begin + len(head) + sum(ZIP_LOCAL.unpack(head)[-2:])
-    if record.method == zipfile.ZIP_STORED:
-        file.seek(min(place + begin, length))
-        return file.read(max(0, min(count, record.packed_bytes - begin)))
-    file.seek(min(place, length))
-    unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
-    # Real programs never deflate data to much more than its size; other streams could be endless, and contain nothing.
-    for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
-        ahead = chunk
-        while ahead and len(said) < count:
-            try:
-                piece = unpacker.decompress(ahead, 256 * KIB)
-            except zlib.error as error:
-                raise ValueError(str(error)) from error
-            said += piece[max(0, begin - passed) :]
-            passed, ahead = passed + len(piece), unpacker.unconsumed_tail
-        if len(said) >= count or unpacker.eof:
-            break
-    return bytes(said[:count])
-
-
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse files that a 2.2 client would lose silently: it flattens folders, so files with the same base name overwrite each other."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
-
-
-# == 21. Answers ==  A client's answers are limited in size and time, and checked before they are used.
-
-
-@dataclass
-class EventsReply:
-    """A client's answer to /events: its state, and the payloads that changed."""
-
-    instance: str
-    next: int
-    slots: int
-    payloads: list[dict[str, Any]]
-    memory: int | None = None  # MiB
-    load: float = 0.0  # percent
-    job_slots: bool = False  # a slot takes a job, however many cores that needs
-    more: bool = False  # the list goes on: it comes in pages
-    size: int = field(default=0, compare=False)  # bytes of the answer
-    problem: str = ""  # why it takes no payload now
-    start: str = ""  # tells this start of the client's process from every other
-
-
-@dataclass
-class EndReport:
-    """A client's report that a payload is over. It waits until its result is collected."""
-
-    job_id: int
-    payload: dict[str, Any]
-    due: float  # monotonic
-    failures: int = 0
-    taken: bool = False  # a sender collects it now
-    newer: EndReport | None = None  # a later report of the client on the same job
-    needs: int = 0  # bytes that did not fit on the disk: it is fetched again when there is room for them
-    part: Transfer | None = None  # the part of its result that has arrived
-    asked: int = 0  # how often the client answered that it still packs the result
-    pause_s: float = 0.0  # the pause before asking again
-    cpus: int = 0  # slots and memory (MiB) that are free again
-    memory: int = 0
-
-
-PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
-ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, those of "100 Continue" before them, chunk framing
-ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
-EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
-INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
-SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is given up
-WANTED_LOOK_S = 1.0  # between two checks that somebody still waits for an answer
-BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
-IDLE_CONNECTIONS = 16  # to one client
-CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is not a number
-
-
-def whole_in(said: Any, least: int, most: int) -> int | None:
-    """Return an integer from a client; None if it is anything else (also true) or out of range."""
-    return said if type(said) is int and least <= said <= most else None
-
-
-def number_in(said: Any, least: float, most: float) -> float | None:
-    """Return a number from a client; None if it is anything else or out of range, as NaN and 1e400 always are."""
-    return said if type(said) in (int, float) and least <= said <= most else None
-
-
-def text_in(said: Any, pattern: str) -> str | None:
-    """Return a text from a client; None if it is anything else, or does not match."""
-    return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
-
-
-def clean_payload(said: Any) -> dict[str, Any] | None:
-    """Return a client's description of a payload with each field of the right type and size, or None if it is invalid.
-
-    What is not credible is left out. `uuid`, `attempt` and `id` may be None; `reason` is a text, perhaps an empty one.
-    """
-    if not isinstance(said, dict) or not isinstance(said.get("status"), str):
-        return None
-    if said["status"] not in {state.value for state in PAYLOAD_STATES}:
-        return None
-    clean = {
-        "started_at": number_in(said.get("started_at"), 0, 1e11),
-        "ended_at": number_in(said.get("ended_at"), 0, 1e11),
-        "exit_code": whole_in(said.get("exit_code"), -(2**31), 2**32),
-        "signal": whole_in(said.get("signal"), 0, 255),
-        "archive": text_in(said.get("archive"), f"[A-Za-z0-9+/=]{{0,{INLINE_BASE64_LIMIT}}}"),
-        "sha256": text_in(said.get("sha256"), "[0-9a-f]{64}"),
-    }
-    clean = {name: value for name, value in clean.items() if value is not None}
-    if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
-        clean["cause"] = said["cause"]
-    if isinstance(said.get("ended_as"), str) and said["ended_as"] in {state.value for state in ENDED}:
-        clean["ended_as"] = said["ended_as"]
-    for name in ("reason", "ended_reason"):
-        clean[name] = one_line(said[name][:2000], 1000) if isinstance(said.get(name), str) else ""
-    number = said.get("id")
-    clean["id"] = text_in(str(number) if type(number) is int else number, "[0-9]{1,18}")
-    clean.update(status=said["status"], uuid=text_in(said.get("uuid"), r"[\w-]{1,64}"), attempt=whole_in(said.get("attempt"), 1, 2**31))
-    return clean
-
-
-def read_answer(text: bytes) -> Any:
-    """Parse a client's JSON. Raises ValueError if it is invalid, or would take far more memory than its text."""
-    if has_many_values(text):
-        raise ValueError("more values than an answer has")
-    return parse_json(text)
-
-
-def has_many_values(text: bytes) -> bool:
-    """Tell whether a JSON text has more than ANSWER_VALUES values; the content of strings does not count."""
-    separators = (b",", b"[", b"{")
-    count = sum(map(text.count, separators))
-    if count <= ANSWER_VALUES:
-        return False
-    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
-    if bare.count(b'"') > 4 * ANSWER_VALUES:
-        return True
-    inside = sum(sum(map(found[0].count, separators)) for found in re.finditer(rb'"[^"]*"', bare))
-    return count - inside > ANSWER_VALUES
-
-
-def read_events(text: bytes) -> EventsReply:
-    """Parse a client's answer to /events. Raises ValueError, KeyError or TypeError if it is invalid."""
-    if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
-        raise ValueError("longer than a page, or not as we write JSON")
-    said = read_answer(text)
-    payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
-    slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
-    memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
-    if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
-        raise ValueError("numbers that are none")
-    if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
-        raise ValueError("payloads that are none")
-    cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
-    heard = EventsReply(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
-    heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
-    problem = said.get("problem")
-    heard.problem = one_line(problem) if isinstance(problem, str) else ""
-    heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
-    return heard
-
-
-def plain_cause(error: Exception) -> str:
-    """Return why a connection failed, in plain words."""
-    if isinstance(error, http.client.IncompleteRead):
-        return "it ended too early"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "it hung up without an answer"
-    if isinstance(error, http.client.HTTPException):
-        return f"what came is not HTTP ({type(error).__name__})"
-    if isinstance(error, socket.gaierror):
-        return "its name is not known"
-    if isinstance(error, ssl.SSLError):  # has numbers of its own
-        return f"TLS failed: {(getattr(error, 'reason', None) or 'no reason given').replace('_', ' ').lower()}"
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno).lower()
-    text = one_line(str(error) or type(error).__name__, 120)
-    return text[:1].lower() + text[1:]
-
-
-def refused_text(status: int, body: bytes) -> str:
-    """Return one sentence about an error answer."""
-    message: Any = None
-    with contextlib.suppress(ValueError, AttributeError):
-        message = read_answer(body).get("message")
-    if status in (401, 403):
-        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
-    return f"answered {status}" + (f": {one_line(message)}" if message and isinstance(message, str) else "")
-
-
-def repr_digest(sha256_hex: str) -> str:
-    """Return a Repr-Digest header (RFC 9530)."""
-    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
-
-
-def read_hello(status: int, text: bytes) -> dict[str, Any]:
-    """Return a joborch client's answer to /hello: its `nonce`, and whether it has a token to prove (`proof`).
-
-    Raises NothingSent for anything else.
-    """
-    if status != 200:
-        raise NothingSent(refused_text(status, text))
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        said = parse_json(text)
-        if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
-            return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
-    raise NothingSent("answers rubbish to /hello: is it a joborch client?")
-
-
-def read_submit_answer(status: int, text: bytes) -> str:
-    """Return the payload id in an answer to /submit, or raise the exception that the answer stands for."""
-    if status in (200, 201):
-        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # the end must follow: half an id would be the id of another payload
-        if not match:
-            raise NoAnswer("answered rubbish to /submit")
-        return match[1].decode()
-    if status in (400, 409, 413, 415, 422):
-        raise Rejected(refused_text(status, text))
-    if status in (401, 403, 404, 405, 429, 503, 507):
-        raise Refused(refused_text(status, text))
-    raise NoAnswer(refused_text(status, text))
-
-
-class Bounds(NamedTuple):
-    """Limits for one answer: seconds of silence, and a function that tells whether nobody waits for it any more."""
-
-    silent_s: float
-    unwanted: Callable[[], bool] | None = None
-
-
-class Incoming(io.RawIOBase):
-    """Reads an answer within limits: on the size of its head, on the pace of its body, and only while somebody waits for it.
-
-    A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
-    """
-
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
-        self.raw, self.connection, self.bounds = raw, connection, bounds
-        self.begun, self.looked_at = time.monotonic(), time.monotonic()
-        self.count, self.body_count = 0, 0  # bytes that came, and those of the body among them
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
-        if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
-            raise OSError("its answer is headers and frames without end")
-        silent_until = time.monotonic() + self.bounds.silent_s
-        try:
-            while True:
-                self.connection.settimeout(self.patience_s(silent_until))
-                with contextlib.suppress(socket.timeout):
-                    count = self.connection.recv_into(buffer)
-                    self.count += count
-                    return count
-        finally:
-            self.connection.settimeout(self.bounds.silent_s)  # the next request may go out over it
-
-    def patience_s(self, silent_until: float) -> float:
-        """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
-        now = time.monotonic()
-        slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
-        if now >= silent_until:
-            raise socket.timeout("timed out")
-        if now >= slow_at:
-            raise socket.timeout("its answer takes too long")
-        left_s = min(silent_until, slow_at) - now
-        if self.bounds.unwanted is None:
-            return left_s
-        if now >= self.looked_at + WANTED_LOOK_S:
-            self.looked_at = now
-            if self.bounds.unwanted():
-                raise OSError("nobody waits for its answer any more")
-        return min(left_s, WANTED_LOOK_S)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-class Reply(http.client.HTTPResponse):
-    """A client's answer, read within limits and never decompressed. Once its body is read, its connection serves the next call."""
-
-    def __init__(self, sock: socket.socket, method: str | None, connection: Connection) -> None:
-        self.connection: Connection | None = connection
-        super().__init__(sock, method=method)
-        self.incoming = Incoming(self.fp.detach(), sock, connection.bounds)
-        self.fp = io.BufferedReader(self.incoming)
-
-    def piece(self, limit_bytes: int) -> bytes:
-        """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
-
-        Unlike read(), it drops nothing of a body whose rest does not come.
-        """
-        try:
-            data = self.read1(limit_bytes)
-            if not data and self.length:
-                raise http.client.IncompleteRead(b"", self.length)
-        except CONNECTION_ERRORS as error:
-            self.close()
-            raise NoAnswer(f"the transfer broke after {self.incoming.body_count} bytes: {plain_cause(error)}") from error
-        self.incoming.body_count += len(data)
-        if not data and self.connection is not None:
-            connection, self.connection = self.connection, None
-            self.close()
-            connection.rest()
-        return data
-
-    def close(self) -> None:
-        """Close the answer. Its connection is closed, too, if the body was not read to the end."""
-        connection, self.connection = self.connection, None
-        super().close()
-        if connection is not None:
-            connection.close()
-
-
-class Connection(http.client.HTTPConnection):
-    """A connection to a client, which waits in `idle` for the next call once an answer was read to its end."""
-
-    response_class: Any  # see __init__
-
-    def __init__(self, url: str, idle: list[Connection]) -> None:
-        self.secure, self.idle, self.bounds = url.startswith("https:"), idle, Bounds(READ_TIMEOUT_S)
-        self.default_port = 443 if self.secure else 80
-        parts = urlsplit(url)
-        super().__init__(parts.hostname or "", parts.port or self.default_port, blocksize=CHUNK_BYTES)
-        self.response_class = functools.partial(Reply, connection=self)
-
-    def open(self, look: Callable[[socket.socket], None], ca_file: str) -> socket.socket:
-        """Connect. `look` sees the connection before its first byte, and raises if it must not be used.
-
-        `ca_file` holds the certificates to trust, in PEM; without it those that this machine trusts.
-        """
-        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        look(self.sock)
-        if self.secure:
-            context = ssl.create_default_context(cafile=ca_file or None)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 takes older ones
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
-        return self.sock
-
-    def rest(self) -> None:
-        """Wait for the next call."""
-        if self.sock is not None and len(self.idle) < IDLE_CONNECTIONS:
-            self.idle.append(self)
-        else:
-            self.close()
-
-
-class Connections:
-    """The connections to one client, kept open between two calls."""
-
-    def __init__(self) -> None:
-        self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
-
-    def take(self, url: str) -> Connection:
-        """Return the connection that was used last if it is still open and idle, else a new one that is not open yet."""
-        idle = self.idle.setdefault(urlsplit(url)[:2], [])
-        with contextlib.suppress(IndexError):
-            while True:
-                known, ready = idle.pop(), select.poll()
-                ready.register(cast("socket.socket", known.sock), select.POLLIN)
-                if not ready.poll(0):
-                    return known
-                known.close()
-        return Connection(url, idle)
-
-
-def refuse_encoded(answer: Reply) -> Reply:
-    """Return `answer`. Raises BadAnswer if its body is compressed: 65 KB could become gigabytes."""
-    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        answer.close()
-        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: let no proxy between server and client compress")
-    return answer
-
-
-def read_some(answer: Reply, limit_bytes: int) -> bytes:
-    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
-    target = io.BytesIO()
-    copy_some(answer, limit_bytes, target)
-    return target.getvalue()
-
-
-def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
-    """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
-    digest, left, piece = hashlib.sha256(), limit_bytes, b"-"
-    while piece and left:
-        piece = answer.piece(min(64 * KIB, left))
-        target.write(piece)
-        digest.update(piece)
-        left -= len(piece)
-    if piece and answer.piece(1):
-        answer.close()  # more than we want
-    elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
-        raise NoAnswer("the answer broke: its digest is not the one that was sent")
-
-
-def receive(answer: Reply, into: Transfer) -> None:
-    """Copy a response's body to a file; DiskFull before the first byte if its length is known and does not fit."""
-    length = answer.headers.get("Content-Length", "")
-    try:
-        if re.fullmatch("[0-9]{1,18}", length):
-            into.expect(int(length))
-        for chunk in iter(lambda: answer.piece(CHUNK_BYTES), b""):
-            into.write(chunk)
-    finally:
-        answer.close()  # if anything is still to come of it, that is of no use
-        if into.promise is not None:
-            into.promise.close()
-
-
-def take_rest(answer: Reply, into: Transfer) -> None:
-    """Copy a response's body to its place in a file. Raises NoAnswer if length or digest differ from its headers."""
-    begin = f"bytes {into.size}-"
-    if answer.status == 200:
-        into.begin(answer.headers.get("ETag", ""))
-    elif not answer.headers.get("Content-Range", "").startswith(begin):
-        answer.close()
-        into.begin()
-        raise NoAnswer("answered with another part of the result than was asked for")
-    before = into.size
-    receive(answer, into)
-    promised = answer.headers.get("Content-Length")
-    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-    if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-        into.begin()
-        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
-    if promised is not None and promised != str(into.size - before):
-        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
-    if said and said[1] != base64.b64encode(into.digest.digest()).decode():
-        into.begin()
-        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
-
-
-class WaiterLimit:
-    """Limits how many callers may wait at once, so that uploads never starve."""
-
-    def __init__(self, places: int) -> None:
-        self.free = threading.BoundedSemaphore(places)
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[bool]:
-        """Hold a place during the block; yield False if all are taken."""
-        taken = self.free.acquire(blocking=False)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.free.release()
-
-
-class Allowance:
-    """Allows polls as often as a busy client needs them, and slows down a client that always answers at once."""
-
-    burst, per_s = 200.0, 50.0
-
-    def __init__(self) -> None:
-        self.left, self.at = self.burst, time.monotonic()
-
-    def take(self, amount: float) -> float:
-        """Use a part of the allowance. Return how many seconds to pause if it is overdrawn."""
-        now = time.monotonic()
-        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
-        return max(0.0, -self.left / self.per_s)
-
-
-SETTLED_LIMIT = 20_000  # payloads of one client whose results are still to be confirmed
-SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are still to be killed
-INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
-RESTLESS_MOVES = 100  # of one job
-SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
-DONE_AT_ONCE = 500  # payloads that one poll confirms
-CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
-
-
-# == 22. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
+# == 12. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
 
 
 def token_place(config: Config) -> Path | None:
@@ -7042,1010 +3713,459 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 23. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
-
-
-class Loop:
-    """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
-
-    A tick returns whether there may be more to do. If it raises, the error is logged, and the next tick comes a period later.
-    Further threads start when the loop is woken while all others are busy; only the first thread ticks without being woken.
-    """
-
-    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
-        self.name, self.tick, self.period_s, self.most_threads = name, tick, period_s, most_threads
-        self.condition, self.calls, self.asleep, self.stopped, self.trouble = threading.Condition(), 0, 0, False, ""
-        self.threads: list[threading.Thread] = []
-
-    def start(self) -> None:
-        with self.condition:
-            self.add_thread(self.period_s)
-
-    def add_thread(self, patience_s: float | None) -> None:
-        thread = threading.Thread(target=self.run, args=(patience_s,), name=f"{self.name}-{len(self.threads)}", daemon=True)
-        self.threads.append(thread)
-        thread.start()
-
-    def wake(self) -> None:
-        """Wake one thread to tick now; a thread that finds work wakes the next."""
-        with self.condition:
-            self.calls = min(self.calls + 1, self.most_threads)
-            if self.asleep < self.calls and 0 < len(self.threads) < self.most_threads and not self.stopped:
-                self.add_thread(None)
-            self.condition.notify()
-
-    def stop(self) -> None:
-        with self.condition:
-            self.stopped = True
-            self.condition.notify_all()
-
-    def join(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def run(self, patience_s: float | None) -> None:
-        """Tick until stopped; `patience_s` is the longest sleep, None for ever."""
-        while not self.stopped:
-            more = False
-            try:
-                more = self.tick()
-                self.trouble = ""
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged, and the loop goes on
-                self.complain(error)
-            if not more:
-                self.sleep(patience_s)
-
-    def complain(self, error: Exception) -> None:
-        """Log an error of a tick, once while it stays the same; a bug gets its traceback."""
-        text = one_line(f"{type(error).__name__}: {error}")
-        if text == self.trouble or self.stopped:  # at the stop, the store may close before the last tick is done
-            return
-        self.trouble = text
-        known = isinstance(error, (StorageError, OSError))
-        said = str(error) if known else text
-        log.error("%s: %s; it is tried again, every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
-
-    def sleep(self, patience_s: float | None) -> None:
-        """Sleep until a call comes, or for `patience_s` seconds."""
-        with self.condition:
-            if not self.calls and not self.stopped:
-                self.asleep += 1
-                self.condition.wait(patience_s)
-                self.asleep -= 1
-            self.calls = max(0, self.calls - 1)
-
-
-def each(items: Iterable[T], work: Callable[[T], object]) -> None:
-    """Do `work` for every item, even if it fails for some; raise the first failure at the end."""
-    failure: Exception | None = None
-    for item in items:
-        try:
-            work(item)
-        except Exception as error:  # noqa: BLE001 - raised below
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-class WorkerLimit:
-    """Limits how many threads work at once, because more would only contend for the GIL. A thread that waits leaves its place."""
-
-    def __init__(self, places: int) -> None:
-        self.free, self.mine = threading.Semaphore(places), threading.local()
-
-    def __enter__(self) -> None:
-        self.free.acquire()
-        self.mine.inside = True
-
-    def __exit__(self, *_: object) -> None:
-        self.mine.inside = False
-        self.free.release()
-
-    @contextlib.contextmanager
-    def stepped_out(self) -> Iterator[None]:
-        """Give up this thread's place during the block, if it has one."""
-        inside = getattr(self.mine, "inside", False)
-        if inside:
-            self.__exit__()
-        try:
-            yield
-        finally:
-            if inside:
-                self.__enter__()
-
-
-class Pool:
-    """A bounded pool of threads that start when they are needed, and end after they were idle for a while.
-
-    The one that was idle last works next, so that few of them are awake. A thread of each class of requests cannot be
-    taken by those of another.
-    """
-
-    IDLE_S = 30.0
-
-    def __init__(self, name: str, threads: int, waiting: int) -> None:
-        """At most `waiting` tasks wait for a thread."""
-        self.name, self.most, self.most_waiting = name, threads, waiting
-        self.lock, self.tasks = threading.Lock(), deque[Any]()
-        self.threads, self.number, self.stopping = 0, 0, False
-        self.idle: list[threading.Lock] = []  # bells of threads that sleep
-
-    def add(self, task: Any) -> bool:
-        """Queue a task; return False if too many wait already."""
-        with self.lock:
-            if len(self.tasks) >= self.most_waiting:
-                return False
-            self.tasks.append(task)
-            if self.idle:
-                self.idle.pop().release()
-            elif self.threads < self.most:
-                self.threads, self.number = self.threads + 1, self.number + 1
-                threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
-        return True
-
-    def work(self) -> None:
-        """Work on tasks until none has come for a while."""
-        bell = threading.Lock()
-        bell.acquire()  # it is released to wake this thread, and never otherwise
-        while True:
-            with self.lock:
-                task = self.tasks.popleft() if self.tasks else None
-                if task is None:
-                    if self.stopping:
-                        self.threads -= 1
-                        return
-                    self.idle.append(bell)
-            if task is not None:
-                self.do(task)
-            elif not bell.acquire(timeout=self.IDLE_S) and self.gave_up(bell):
-                return
-
-    def do(self, task: Any) -> None:
-        try:
-            task.service()
-        except Exception:
-            log.exception("a request ended in an error")
-
-    def gave_up(self, bell: threading.Lock) -> bool:
-        """End the thread of this bell, unless it was rung at the last moment."""
-        with self.lock:
-            if bell not in self.idle:
-                bell.acquire()
-                return False
-            self.idle.remove(bell)
-            self.threads -= 1
-            return True
-
-    def stop(self) -> None:
-        """Let the threads end after the tasks that wait."""
-        with self.lock:
-            self.stopping = True
-            while self.idle:
-                self.idle.pop().release()
-
-
-FRESH_S = 1.0  # a connection this new is spared: its request may be here already, unread
-UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
-
-
-class House:
-    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
-
-    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
-    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
-    others do. A request under way is never cut off.
-    """
-
-    def __init__(self, places: int) -> None:
-        self.places, self.lock = places, threading.RLock()
-        self.peers: dict[Any, str] = {}  # by connection
-        self.counts: Counter[str] = Counter()
-        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
-        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
-        self.held_bytes = 0
-        self.evicted = self.turned_away = 0
-        self.told_at = float("-inf")
-
-    def enter(self, connection: Any, address: Any) -> None:
-        """Give a place to a new connection."""
-        with self.lock:
-            self.peers[connection] = peer = peer_of(address)
-            self.counts[peer] += 1
-            self.idle[0][connection] = None
-
-    def leave(self, connection: Any) -> None:
-        """Take back the place of a connection that was closed."""
-        with self.lock:
-            self.hold(connection, 0)
-            for rank in self.idle:
-                rank.pop(connection, None)
-            peer = self.peers.pop(connection, None)
-            if peer is not None:
-                self.counts[peer] -= 1
-                if not self.counts[peer]:
-                    del self.counts[peer]
-
-    def busy(self, connection: Any) -> None:
-        """Note that a connection has a request under way."""
-        with self.lock:
-            for rank in self.idle:
-                rank.pop(connection, None)
-
-    def rest(self, connection: Any) -> None:
-        """Note that a connection is idle since now, after a request."""
-        with self.lock:
-            if connection in self.peers:
-                self.busy(connection)
-                self.idle[2 if connection.proven else 1][connection] = None
-
-    def hold(self, connection: Any, size: int) -> None:
-        """Note how much is kept in memory for a connection that has shown nothing yet."""
-        with self.lock:
-            self.held_bytes += size - self.held.pop(connection, 0)
-            if size:
-                self.held[connection] = size
-
-    def shrink(self) -> None:
-        """Close those that hold the memory, if all who have shown nothing take too much of it together."""
-        with self.lock:
-            holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
-        for connection in holders:
-            if self.held_bytes > UNPROVEN_BYTES and not connection.requests:
-                self.evicted += 1
-                connection.handle_close()
-
-    def is_full(self) -> bool:
-        return len(self.peers) >= self.places
-
-    def victim(self) -> Any:
-        """Return the connection that makes room next, or None if all have a request under way."""
-        with self.lock:
-            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
-            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
-            before = time.monotonic() - FRESH_S
-            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
-                for chosen in (*owners, self.counts.keys()):
-                    for rank in ranks:
-                        for connection in rank:
-                            if connection.since > until:
-                                break
-                            if self.peers[connection] in chosen and not connection.is_under_way():
-                                return connection
-        return None
-
-    def make_room(self) -> bool:
-        """Close a connection for a new one; False if none can be closed."""
-        victim = self.victim()
-        if victim is None:
-            self.turned_away += 1
-            return False
-        self.evicted += 1
-        victim.handle_close()
-        return True
-
-    def tell(self, now: float) -> None:
-        """Log a full house, once a minute at most."""
-        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
-            log.warning(
-                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
-                self.places,
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-                self.evicted,
-                self.turned_away,
-            )
-            self.evicted, self.turned_away, self.told_at = 0, 0, now
-
-
-def peer_of(address: Any) -> str:
-    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
-    host = str(address[0])
-    try:
-        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
-    except OSError:
-        return host
-
-
-class Watch:
-    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
-
-    Asked are those to which something happened, those that a worker serves, and once a second all of them.
-    """
-
-    def __init__(self) -> None:
-        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
-        self.touched = deque[Any]()  # by other threads
-        self.again: set[Any] = set()
-        self.next_sweep = 0.0  # monotonic
-
-    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
-        """Serve all sockets of `map` until it is empty."""
-        while map:
-            try:
-                self.turn(map, timeout)
-            except Exception:
-                log.exception("an error in the loop of connections")
-                time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
-
-    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
-        """Wait for events once, and have them handled."""
-        from waitress import wasyncore
-
-        due, now = self.again, time.monotonic()
-        while self.touched:
-            due.add(self.touched.popleft())
-        if now >= self.next_sweep:
-            self.next_sweep = now + 1
-            due.update(list(sockets.values()))
-            self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
-        for each in due:
-            self.register(each)
-        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
-        for descriptor, flags in self.epoll.poll(timeout_s):
-            found = sockets.get(descriptor)
-            if found is not None:  # else it was closed by what another event brought
-                wasyncore.readwrite(found, flags)
-                self.again.add(found)
-
-    def register(self, each: Any) -> None:
-        """Have the kernel tell what a connection or listener wants to know now."""
-        descriptor = each._fileno
-        if descriptor is None:
-            return
-        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
-        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
-        if each._fileno is None or self.known.get(descriptor) == (each, flags):
-            return
-        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
-            if descriptor in self.known:
-                self.epoll.unregister(descriptor)
-        self.known.pop(descriptor, None)
-        if flags:
-            self.epoll.register(descriptor, flags)
-            self.known[descriptor] = (each, flags)
-
-
-DAY_S = 24 * 3600.0
-
-
-class Program:
-    """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
-
-    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
-    archive: ClassVar[tuple[str, bytes, str] | None] = None
-
-    def __init__(self) -> None:
-        own = os.path.abspath(__file__)
-        self.path, self.digest, _ = self.archive or (own, hashlib.sha256(Path(own).read_bytes()).digest(), "")
-        self.copy = os.path.dirname(own) if self.archive and os.path.isfile(own) else None
-        self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
-
-    def keep_copy(self) -> None:
-        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
-        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
-            if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
-                os.utime(self.copy)
-
-    def restart_needed(self) -> str:
-        """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
-        name = os.path.basename(self.path)
-        with self.lock:
-            try:
-                state = os.stat(self.path)
-                seen: tuple[int, ...] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-                if seen == self.seen:
-                    return self.trouble
-                same = hashlib.sha256(Path(self.path).read_bytes()).digest() == self.digest
-                trouble = "" if same else f"{name} was replaced after this process started: restart it to run the new file"
-            except FileNotFoundError:
-                seen, trouble = (), f"{name} was removed after this process started: put it back, or the next start will fail"
-            except OSError:
-                return self.trouble  # it cannot be read now
-            if trouble and trouble != self.trouble:
-                log.warning("%s", trouble)
-            self.seen, self.trouble = seen, trouble
-            return trouble
-
-
-class Node:
-    """One process, server or client: its settings, its store, its folders, its loops."""
-
-    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
-        self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
-        # A client's archives may use what is kept free: results that are fetched are what empties its disk.
-        data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
-        self.loops: dict[str, Loop] = {}
-        self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
-        self.refused = RefusedTokens(self.clock)
-        self.pack_places = WaiterLimit(PACK_READERS)
-        self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
-        self.proofs = ProofReader(self.tokens)
-        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
-        self.started, self.program = self.clock.monotonic(), Program()
-        self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
-        self.stopping = threading.Event()
-        self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
-        self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
-
-    def folder(self, job: Job) -> Path:
-        """Return where a job's files are: one folder a job on the server, one an attempt on a client."""
-        return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
-
-    def wake(self, name: str) -> None:
-        """Wake the loops called `name`, or `name:...`."""
-        for key, loop in self.loops.items():
-            if key == name or key.startswith(name + ":"):
-                loop.wake()
-
-    def start(self) -> None:
-        for loop in self.loops.values():
-            loop.start()
-
-    def stop(self) -> None:
-        """End the loops and wake everybody who waits; payloads are left alone."""
-        self.stopping.set()
-        for loop in self.loops.values():
-            loop.stop()
-        self.store.changes.close()
-        deadline = time.monotonic() + 1
-        for loop in self.loops.values():
-            loop.join(max(0.0, deadline - time.monotonic()))
-
-    def cpu_load(self) -> float:
-        """Return the CPU use of this machine in percent over the last second or so, by /proc/stat."""
-        now = self.clock.monotonic()
-        if now - self.cpu_read_at < 1:
-            return self.load
-        self.cpu_read_at = now
-        fields = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-        total, idle = sum(fields), fields[3] + fields[4]
-        last_total, last_idle = self.last_cpu
-        if total - last_total >= 10:  # clock ticks; closer together says nothing
-            self.last_cpu, self.load = (total, idle), round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
-        return self.load
-
-    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
-        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`.
-
-        It looks again when the job moves; when any does, where `job_id` is None.
-        """
-        deadline = self.clock.monotonic() + timeout_s
-        with self.store.changes.of(job_id) as news:
-            while True:
-                news.clear()
-                found = look()
-                remaining = deadline - self.clock.monotonic()
-                if found is not None or remaining <= 0 or self.stopping.is_set() or left():
-                    return found
-                with self.gate.stepped_out():
-                    news.wait(min(remaining, 2.0))
-
-
-# == 24. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
-
-
-def due_for_cleaning(node: Node, now: float) -> list[Job]:
-    """Return ended jobs whose files are to go at `now` (steady): some, without those that could not be removed a while ago."""
-    age, is_client = node.config.max_age_s, node.config.mode == "client"
-    kept_s = min(age, node.config.keep_fetched_s) if is_client else age
-    moments = {
-        "before": now - kept_s,
-        "fetched_before": now - age,
-        "unfetched_before": now - (4 * age if is_client else age),
-        "confirmed_before": node.clock.wall() - kept_s,
-    }
-    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
-    return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
-
-
-def clean_tick(node: Node) -> bool:
-    """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
-    node.store.write(node.store.beat, durable=False)
-    node.refused.report()
-    node.program.restart_needed()  # it is logged
-    node.program.keep_copy()
-    node.data.keep_reserve()
-    now, more = node.store.steady(), False
-    for job in due_for_cleaning(node, now):
-        try:
-            if node.config.mode == "client":
-                remove_scratch(node.folder(job))
-            remove_tree(node.folder(job))
-            crash_point("clean.folder")
-            remove_tree(node.data.result(job.mark))
-            crash_point("clean.files")
-        except OSError as error:
-            put_off(node, job, error)
-            continue
-        node.unremovable.pop(job.id, None)
-        reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
-        more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
-        crash_point("clean.stored")
-    old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
-    if old:
-        node.store.forget(old)
-        crash_point("clean.forgotten")
-    return more or bool(old)
-
-
-def sweep(node: Node) -> None:
-    """Check the database; remove folders and results that no row speaks of: a crash came between files and row. In the background."""
-    node.store.look_for_damage()
-    for folder in (node.data.jobs, node.data.results):
-        for path in folder.iterdir():
-            if node.stopping.is_set():
-                return
-            if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
-                continue
-            job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
-            given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
-            if job is None or job.status is Status.CLEANED or given_up:
-                try:
-                    remove_tree(path)
-                    log.info("%s belongs to no %s: removed", path.name, node.store.noun)
-                except OSError as error:  # a container's files; what comes after them goes all the same
-                    log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
-            elif node.config.mode == "client" and job.status in ENDED:
-                remove_scratch(path)
-
-
-def row_of(node: Node, path: Path) -> Job | None:
-    """Return the job whose files are at `path`: `UUID`, `UUID.ATTEMPT.zip` on a server, `UUID.ATTEMPT` on a client."""
-    job_uuid, _, rest = path.name.partition(".")
-    if node.config.mode == "client" and rest.isdigit():
-        return node.store.job(JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
-    return node.store.job(JOB_BY_UUID, uuid=job_uuid)
+# == 13. Answers ==  A client's answers are limited in size and time, and checked before they are used.
 
 
 @dataclass
-class Unremovable(Backoff):
-    """Files of an ended job that could not be removed: where they are, and how much of them."""
+class EventsReply:
+    """A client's answer to /events: its state, and the payloads that changed."""
 
-    folder: Path = Path()
-    size_bytes: int = 0
-
-
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
-
-
-def put_off(node: Node, job: Job, error: OSError) -> None:
-    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
-    folder = node.folder(job)
-    known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
-    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
-    known.size_bytes = bytes_below(folder)
-    known.failed(error, pause_s)
-    if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
-        log.warning(
-            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
-            node.store.noun, job.id, error, folder,
-        )  # fmt: skip
+    instance: str
+    next: int
+    slots: int
+    payloads: list[dict[str, Any]]
+    memory: int | None = None  # MiB
+    load: float = 0.0  # percent
+    job_slots: bool = False  # a slot takes a job, however many cores that needs
+    more: bool = False  # the list goes on: it comes in pages
+    size: int = field(default=0, compare=False)  # bytes of the answer
+    problem: str = ""  # why it takes no payload now
+    start: str = ""  # tells this start of the client's process from every other
 
 
-def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
-    found = list(node.unremovable.values())
-    if not found:
-        return None
-    size = sum(each.size_bytes for each in found)
-    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
-    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
-    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
-    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+@dataclass
+class EndReport:
+    """A client's report that a payload is over. It waits until its result is collected."""
+
+    job_id: int
+    payload: dict[str, Any]
+    due: float  # monotonic
+    failures: int = 0
+    taken: bool = False  # a sender collects it now
+    newer: EndReport | None = None  # a later report of the client on the same job
+    needs: int = 0  # bytes that did not fit on the disk: it is fetched again when there is room for them
+    part: Transfer | None = None  # the part of its result that has arrived
+    asked: int = 0  # how often the client answered that it still packs the result
+    pause_s: float = 0.0  # the pause before asking again
+    cpus: int = 0  # slots and memory (MiB) that are free again
+    memory: int = 0
 
 
-# -- removal --
+PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, those of "100 Continue" before them, chunk framing
+ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
+EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
+INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
+SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is given up
+WANTED_LOOK_S = 1.0  # between two checks that somebody still waits for an answer
+BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
+IDLE_CONNECTIONS = 16  # to one client
+CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is not a number
 
 
-def discard(path: Path) -> None:
-    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
-    remove_tree(path)
+def whole_in(said: Any, least: int, most: int) -> int | None:
+    """Return an integer from a client; None if it is anything else (also true) or out of range."""
+    return said if type(said) is int and least <= said <= most else None
 
 
-def discard_payloads(data: DataFolder) -> None:
-    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
-    for folder in data.jobs.iterdir():
-        try:
-            remove_scratch(folder)
-            remove_tree(folder)
-        except OSError as error:
-            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+def number_in(said: Any, least: float, most: float) -> float | None:
+    """Return a number from a client; None if it is anything else or out of range, as NaN and 1e400 always are."""
+    return said if type(said) in (int, float) and least <= said <= most else None
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
-        done = subprocess.run(
-            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
-        )
-        if done.returncode != 0 and path.exists():
-            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
+def text_in(said: Any, pattern: str) -> str | None:
+    """Return a text from a client; None if it is anything else, or does not match."""
+    return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
 
 
-def scratch_of(folder: Path) -> list[str]:
-    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
-    name = scratch_name(folder.name)
-    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
-    with contextlib.suppress(OSError):  # it is a folder, or gone
-        place = os.readlink(folder / "tmp")
-        if place.startswith("/") and place.rpartition("/")[2] == name:
-            places.insert(0, place)
-    return list(dict.fromkeys(places))
+def clean_payload(said: Any) -> dict[str, Any] | None:
+    """Return a client's description of a payload with each field of the right type and size, or None if it is invalid.
 
-
-def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
-    for place in scratch_of(folder):
-        try:
-            os.rmdir(place)
-            continue
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
-                return False
-        try:
-            if os.lstat(place).st_uid == os.geteuid():
-                remove_tree(Path(place))
-        except OSError as error:
-            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
-    return True
-
-
-def drop_scratch(client: Client, job: Job) -> None:
-    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
-    folder = client.data.job(job.mark)
-    if not remove_scratch(folder, at_once=False):
-        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
-
-
-# == 25. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
-
-
-class Server(Node):
-    """A server: its services, and a link to each client."""
-
-    def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
-        super().__init__(config, store, data, clock)
-        self.services = config.services
-        self.links: dict[str, Link] = {}
-        self.callers = WaiterLimit(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
-        self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
-        store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
-        for service in self.services.values():
-            for address in service.addresses:
-                link = self.links.get(address.name)
-                if link is None:
-                    link = Link(address, data, self.clock, config.ca_file)
-                    self.links[address.name] = link
-                link.services.append(service)
-        for row in store.read(DRAINED_ALL):
-            if row["client"] in self.links:
-                self.links[row["client"]].drained = True
-
-    def service(self, job: Job) -> Service:
-        """Return the service of a job; one that is not configured any more has the default limits."""
-        name = job.service or ""
-        return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
-
-    def links_of(self, service: Service) -> list[Link]:
-        return [self.links[address.name] for address in service.addresses]
-
-    def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
-        return {link.name: link.why_not() for link in self.links_of(service)}
-
-    def names_of(self, link: Link) -> list[Link]:
-        """Return the links that lead to the same client, this one first."""
-        return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
-
-    def capacities_of(self, links: Iterable[Link]) -> list[ClientCapacity]:
-        """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
-        # Read before what has ended: see count_no_more.
-        busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
-        by_client: dict[str, list[Link]] = {}
-        for link in self.links.values():
-            by_client.setdefault(link.client, []).append(link)
-        places = []
-        for link in links:
-            others = [other for other in by_client.get(link.client, ()) if other is not link]
-            cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
-            places.append(link.capacity(cpus, memory, jobs, others))
-        return places
-
-    def drain(self, link: Link, drained: bool) -> None:
-        """Note durably that a client, under all its names, gets no more jobs, or gets some again."""
-        links = self.names_of(link)
-        sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
-        self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
-        for each in links:
-            each.drained = drained
-
-
-def dispatch_tick(server: Server) -> bool:
-    """Claim the next job for the client that the scheduler chose; True if there was one.
-
-    One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
-    a job only while one of them is free: one that hangs holds nobody up.
+    What is not credible is left out. `uuid`, `attempt` and `id` may be None; `reason` is a text, perhaps an empty one.
     """
-    chosen = next_placement(server)
-    if chosen is None:
+    if not isinstance(said, dict) or not isinstance(said.get("status"), str):
+        return None
+    if said["status"] not in {state.value for state in PAYLOAD_STATES}:
+        return None
+    clean = {
+        "started_at": number_in(said.get("started_at"), 0, 1e11),
+        "ended_at": number_in(said.get("ended_at"), 0, 1e11),
+        "exit_code": whole_in(said.get("exit_code"), -(2**31), 2**32),
+        "signal": whole_in(said.get("signal"), 0, 255),
+        "archive": text_in(said.get("archive"), f"[A-Za-z0-9+/=]{{0,{INLINE_BASE64_LIMIT}}}"),
+        "sha256": text_in(said.get("sha256"), "[0-9a-f]{64}"),
+    }
+    clean = {name: value for name, value in clean.items() if value is not None}
+    if isinstance(said.get("cause"), str) and said["cause"] in {cause.value for cause in Cause}:
+        clean["cause"] = said["cause"]
+    if isinstance(said.get("ended_as"), str) and said["ended_as"] in {state.value for state in ENDED}:
+        clean["ended_as"] = said["ended_as"]
+    for name in ("reason", "ended_reason"):
+        clean[name] = one_line(said[name][:2000], 1000) if isinstance(said.get(name), str) else ""
+    number = said.get("id")
+    clean["id"] = text_in(str(number) if type(number) is int else number, "[0-9]{1,18}")
+    clean.update(status=said["status"], uuid=text_in(said.get("uuid"), r"[\w-]{1,64}"), attempt=whole_in(said.get("attempt"), 1, 2**31))
+    return clean
+
+
+def read_answer(text: bytes) -> Any:
+    """Parse a client's JSON. Raises ValueError if it is invalid, or would take far more memory than its text."""
+    if has_many_values(text):
+        raise ValueError("more values than an answer has")
+    return parse_json(text)
+
+
+def has_many_values(text: bytes) -> bool:
+    """Tell whether a JSON text has more than ANSWER_VALUES values; the content of strings does not count."""
+    separators = (b",", b"[", b"{")
+    count = sum(map(text.count, separators))
+    if count <= ANSWER_VALUES:
         return False
-    head, place = chosen
-    link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
-    claimed = None
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if bare.count(b'"') > 4 * ANSWER_VALUES:
+        return True
+    inside = sum(sum(map(found[0].count, separators)) for found in re.finditer(rb'"[^"]*"', bare))
+    return count - inside > ANSWER_VALUES
+
+
+def read_events(text: bytes) -> EventsReply:
+    """Parse a client's answer to /events. Raises ValueError, KeyError or TypeError if it is invalid."""
+    if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
+        raise ValueError("longer than a page, or not as we write JSON")
+    said = read_answer(text)
+    payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
+    slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
+    memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
+    if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
+        raise ValueError("numbers that are none")
+    if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
+        raise ValueError("payloads that are none")
+    cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
+    heard = EventsReply(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
+    heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
+    problem = said.get("problem")
+    heard.problem = one_line(problem) if isinstance(problem, str) else ""
+    heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
+    return heard
+
+
+def plain_cause(error: Exception) -> str:
+    """Return why a connection failed, in plain words."""
+    if isinstance(error, http.client.IncompleteRead):
+        return "it ended too early"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it hung up without an answer"
+    if isinstance(error, http.client.HTTPException):
+        return f"what came is not HTTP ({type(error).__name__})"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known"
+    if isinstance(error, ssl.SSLError):  # has numbers of its own
+        return f"TLS failed: {(getattr(error, 'reason', None) or 'no reason given').replace('_', ' ').lower()}"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    text = one_line(str(error) or type(error).__name__, 120)
+    return text[:1].lower() + text[1:]
+
+
+def refused_text(status: int, body: bytes) -> str:
+    """Return one sentence about an error answer."""
+    message: Any = None
+    with contextlib.suppress(ValueError, AttributeError):
+        message = read_answer(body).get("message")
+    if status in (401, 403):
+        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
+    return f"answered {status}" + (f": {one_line(message)}" if message and isinstance(message, str) else "")
+
+
+def repr_digest(sha256_hex: str) -> str:
+    """Return a Repr-Digest header (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
+def read_hello(status: int, text: bytes) -> dict[str, Any]:
+    """Return a joborch client's answer to /hello: its `nonce`, and whether it has a token to prove (`proof`).
+
+    Raises NothingSent for anything else.
+    """
+    if status != 200:
+        raise NothingSent(refused_text(status, text))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = parse_json(text)
+        if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
+            return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
+    raise NothingSent("answers rubbish to /hello: is it a joborch client?")
+
+
+def read_submit_answer(status: int, text: bytes) -> str:
+    """Return the payload id in an answer to /submit, or raise the exception that the answer stands for."""
+    if status in (200, 201):
+        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # the end must follow: half an id would be the id of another payload
+        if not match:
+            raise NoAnswer("answered rubbish to /submit")
+        return match[1].decode()
+    if status in (400, 409, 413, 415, 422):
+        raise Rejected(refused_text(status, text))
+    if status in (401, 403, 404, 405, 429, 503, 507):
+        raise Refused(refused_text(status, text))
+    raise NoAnswer(refused_text(status, text))
+
+
+class Bounds(NamedTuple):
+    """Limits for one answer: seconds of silence, and a function that tells whether nobody waits for it any more."""
+
+    silent_s: float
+    unwanted: Callable[[], bool] | None = None
+
+
+class Incoming(io.RawIOBase):
+    """Reads an answer within limits: on the size of its head, on the pace of its body, and only while somebody waits for it.
+
+    A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
+    """
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
+        self.raw, self.connection, self.bounds = raw, connection, bounds
+        self.begun, self.looked_at = time.monotonic(), time.monotonic()
+        self.count, self.body_count = 0, 0  # bytes that came, and those of the body among them
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
+        if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
+            raise OSError("its answer is headers and frames without end")
+        silent_until = time.monotonic() + self.bounds.silent_s
+        try:
+            while True:
+                self.connection.settimeout(self.patience_s(silent_until))
+                with contextlib.suppress(socket.timeout):
+                    count = self.connection.recv_into(buffer)
+                    self.count += count
+                    return count
+        finally:
+            self.connection.settimeout(self.bounds.silent_s)  # the next request may go out over it
+
+    def patience_s(self, silent_until: float) -> float:
+        """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
+        now = time.monotonic()
+        slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
+        if now >= silent_until:
+            raise socket.timeout("timed out")
+        if now >= slow_at:
+            raise socket.timeout("its answer takes too long")
+        left_s = min(silent_until, slow_at) - now
+        if self.bounds.unwanted is None:
+            return left_s
+        if now >= self.looked_at + WANTED_LOOK_S:
+            self.looked_at = now
+            if self.bounds.unwanted():
+                raise OSError("nobody waits for its answer any more")
+        return min(left_s, WANTED_LOOK_S)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class Reply(http.client.HTTPResponse):
+    """A client's answer, read within limits and never decompressed. Once its body is read, its connection serves the next call."""
+
+    def __init__(self, sock: socket.socket, method: str | None, connection: Connection) -> None:
+        self.connection: Connection | None = connection
+        super().__init__(sock, method=method)
+        self.incoming = Incoming(self.fp.detach(), sock, connection.bounds)
+        self.fp = io.BufferedReader(self.incoming)
+
+    def piece(self, limit_bytes: int) -> bytes:
+        """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
+
+        Unlike read(), it drops nothing of a body whose rest does not come.
+        """
+        try:
+            data = self.read1(limit_bytes)
+            if not data and self.length:
+                raise http.client.IncompleteRead(b"", self.length)
+        except CONNECTION_ERRORS as error:
+            self.close()
+            raise NoAnswer(f"the transfer broke after {self.incoming.body_count} bytes: {plain_cause(error)}") from error
+        self.incoming.body_count += len(data)
+        if not data and self.connection is not None:
+            connection, self.connection = self.connection, None
+            self.close()
+            connection.rest()
+        return data
+
+    def close(self) -> None:
+        """Close the answer. Its connection is closed, too, if the body was not read to the end."""
+        connection, self.connection = self.connection, None
+        super().close()
+        if connection is not None:
+            connection.close()
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to a client, which waits in `idle` for the next call once an answer was read to its end."""
+
+    response_class: Any  # see __init__
+
+    def __init__(self, url: str, idle: list[Connection]) -> None:
+        self.secure, self.idle, self.bounds = url.startswith("https:"), idle, Bounds(READ_TIMEOUT_S)
+        self.default_port = 443 if self.secure else 80
+        parts = urlsplit(url)
+        super().__init__(parts.hostname or "", parts.port or self.default_port, blocksize=CHUNK_BYTES)
+        self.response_class = functools.partial(Reply, connection=self)
+
+    def open(self, look: Callable[[socket.socket], None], ca_file: str) -> socket.socket:
+        """Connect. `look` sees the connection before its first byte, and raises if it must not be used.
+
+        `ca_file` holds the certificates to trust, in PEM; without it those that this machine trusts.
+        """
+        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        look(self.sock)
+        if self.secure:
+            context = ssl.create_default_context(cafile=ca_file or None)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 takes older ones
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        return self.sock
+
+    def rest(self) -> None:
+        """Wait for the next call."""
+        if self.sock is not None and len(self.idle) < IDLE_CONNECTIONS:
+            self.idle.append(self)
+        else:
+            self.close()
+
+
+class Connections:
+    """The connections to one client, kept open between two calls."""
+
+    def __init__(self) -> None:
+        self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
+
+    def take(self, url: str) -> Connection:
+        """Return the connection that was used last if it is still open and idle, else a new one that is not open yet."""
+        idle = self.idle.setdefault(urlsplit(url)[:2], [])
+        with contextlib.suppress(IndexError):
+            while True:
+                known, ready = idle.pop(), select.poll()
+                ready.register(cast("socket.socket", known.sock), select.POLLIN)
+                if not ready.poll(0):
+                    return known
+                known.close()
+        return Connection(url, idle)
+
+
+def refuse_encoded(answer: Reply) -> Reply:
+    """Return `answer`. Raises BadAnswer if its body is compressed: 65 KB could become gigabytes."""
+    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        answer.close()
+        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: let no proxy between server and client compress")
+    return answer
+
+
+def read_some(answer: Reply, limit_bytes: int) -> bytes:
+    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    target = io.BytesIO()
+    copy_some(answer, limit_bytes, target)
+    return target.getvalue()
+
+
+def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
+    """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
+    digest, left, piece = hashlib.sha256(), limit_bytes, b"-"
+    while piece and left:
+        piece = answer.piece(min(64 * KIB, left))
+        target.write(piece)
+        digest.update(piece)
+        left -= len(piece)
+    if piece and answer.piece(1):
+        answer.close()  # more than we want
+    elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
+        raise NoAnswer("the answer broke: its digest is not the one that was sent")
+
+
+def receive(answer: Reply, into: Transfer) -> None:
+    """Copy a response's body to a file; DiskFull before the first byte if its length is known and does not fit."""
+    length = answer.headers.get("Content-Length", "")
     try:
-        claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
+        if re.fullmatch("[0-9]{1,18}", length):
+            into.expect(int(length))
+        for chunk in iter(lambda: answer.piece(CHUNK_BYTES), b""):
+            into.write(chunk)
     finally:
-        if claimed is None:
-            link.sending.discard(head.job_id)
-    if claimed is None:
-        return False
-    crash_point("claim.stored")
-    link.outbox.append(claimed)
-    server.wake(f"send:{link.name}")
-    return True
+        answer.close()  # if anything is still to come of it, that is of no use
+        if into.promise is not None:
+            into.promise.close()
 
 
-def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the next job and the client that gets it; None if nothing can be sent now."""
-    free = [link for link in server.links.values() if can_be_sent_to(link)]
-    clients = one_each(free)
-    names = {link.name: clients[link.client].name for link in free}
-    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
-    if not lines:
-        return None
-    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
+def take_rest(answer: Reply, into: Transfer) -> None:
+    """Copy a response's body to its place in a file. Raises NoAnswer if length or digest differ from its headers."""
+    begin = f"bytes {into.size}-"
+    if answer.status == 200:
+        into.begin(answer.headers.get("ETag", ""))
+    elif not answer.headers.get("Content-Range", "").startswith(begin):
+        answer.close()
+        into.begin()
+        raise NoAnswer("answered with another part of the result than was asked for")
+    before = into.size
+    receive(answer, into)
+    promised = answer.headers.get("Content-Length")
+    said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+    if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
+        into.begin()
+        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
+    if promised is not None and promised != str(into.size - before):
+        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
+    if said and said[1] != base64.b64encode(into.digest.digest()).decode():
+        into.begin()
+        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
 
 
-def can_be_sent_to(link: Link) -> bool:
-    """Tell whether a job that is claimed for a client now would be sent at once."""
-    return link.takes_jobs() and link.has_free_sender()
+class WaiterLimit:
+    """Limits how many callers may wait at once, so that uploads never starve."""
+
+    def __init__(self, places: int) -> None:
+        self.free = threading.BoundedSemaphore(places)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[bool]:
+        """Hold a place during the block; yield False if all are taken."""
+        taken = self.free.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.free.release()
 
 
-def one_each(links: Iterable[Link]) -> dict[str, Link]:
-    """Return the first link to each client, by client."""
-    found: dict[str, Link] = {}
-    for link in links:
-        found.setdefault(link.client, link)
-    return found
+class Allowance:
+    """Allows polls as often as a busy client needs them, and slows down a client that always answers at once."""
+
+    burst, per_s = 200.0, 50.0
+
+    def __init__(self) -> None:
+        self.left, self.at = self.burst, time.monotonic()
+
+    def take(self, amount: float) -> float:
+        """Use a part of the allowance. Return how many seconds to pause if it is overdrawn."""
+        now = time.monotonic()
+        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
+        return max(0.0, -self.left / self.per_s)
 
 
-def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
-    """Return the URL by which a service reaches the client that is to get its job."""
-    chosen = server.links[place.name]
-    links = server.links_of(server.services[head.service])
-    return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
+SETTLED_LIMIT = 20_000  # payloads of one client whose results are still to be confirmed
+SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are still to be killed
+INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
+RESTLESS_MOVES = 100  # of one job
+SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
+DONE_AT_ONCE = 500  # payloads that one poll confirms
+CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
 
 
-def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
-
-    `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
-    """
-    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1)
-    if not first:
-        return None
-    busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
-    if busy >= service.max_runs:
-        return None
-    clients = {names[address.name] for address in service.addresses if address.name in names}
-    return ServiceQueue(
-        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0])
-    )
-
-
-def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
-    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
-    yield candidate_of(service, first)
-    for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
-        yield candidate_of(service, row)
-
-
-def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
-    """Return a row of RUNNABLE_NEXT as the scheduler sees it."""
-    return Candidate(service, row["head"], row["cpus"], row["memory"], row["timeout"])
-
-
-def mean_run_s(server: Server, service: Service) -> float | None:
-    """Return how long the last runs of a service took on average; None if there were none."""
-    rows = server.store.read(PACE_GET, service=service.name)
-    return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
-
-
-def runs_at(server: Server, client: str) -> list[Run]:
-    """Return what runs at a client; a time limit begins when the run does."""
-    runs = []
-    for link in server.names_of(server.links[client]):
-        for job in server.store.jobs(AT_CLIENT, client=link.name):
-            if job.id not in link.ended:
-                begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
-                runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
-    return runs
-
-
-def send_tick(server: Server, link: Link) -> bool:
-    """Send one job to one client; True if there was one."""
-    job = next_to_send(server, link)
-    if job is None:
-        probe_tick(server, link)
-        return False
-    was_probing = link.probing
-    try:
-        with link.turn():
-            send_job(server, link, job)
-    finally:
-        was_full = was_probing or not link.has_free_sender()
-        link.sending.discard(job.id)
-        if was_full:
-            server.wake("dispatch")
-    return True
-
-
-def probe_tick(server: Server, link: Link) -> None:
-    """Ask a client that failed whether it answers: what waits stays Queued until it does, and needs no job to find that out.
-
-    Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
-    """
-    if link.heard_at is None or link.answers or link.outage.waits():
-        return
-    if link.probe():
-        server.wake("dispatch")
-
-
-def next_to_send(server: Server, link: Link) -> Job | None:
-    """Return a job to send: one that was claimed for this client, else one that a lost answer ties to it."""
-    with contextlib.suppress(IndexError):
-        return link.outbox.popleft()
-    if not link.ready():
-        return None
-    pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
-    link.may_have_pinned = bool(pinned)
-    for job in pinned:
-        if link.legacy:
-            new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
-            continue
-        with link.lock:
-            due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
-            if due:
-                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
-                link.sending.add(job.id)  # it takes a sender like every other
-        if due:
-            return job
-    return None
-
-
-def send_job(server: Server, link: Link, job: Job) -> None:
-    """Send a claimed job, and store the outcome."""
-    folder = server.data.job(job.uuid)
-    try:
-        paths = files_below(folder)
-        if not paths:
-            reason = Reason.FILES_REMOVED.format(where="server")
-            end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
-            return
-        if link.legacy:
-            check_base_names(paths)
-        returned = server.service(job).return_inputs
-        dest_id = link.submit(job, folder, paths, returned)
-        crash_point("send.answered")
-        link.accepted[job.mark] = dest_id
-    except NothingSent as error:
-        send_again(server, link, job, error)
-        return
-    except InputsChanged as error:
-        end_busy(server, job, Status.FAILED, str(error), cause=Cause.INFRASTRUCTURE.value)
-        return
-    except Rejected as error:
-        link.heard()
-        server.store.move(job, Status.INVALID, Reason.REFUSED.format(client=link.name, error=error), cause=Cause.USER.value)
-        return
-    except (NoAnswer, OSError) as error:
-        link.failed(error)
-        mark_outcome_unknown(server, link, job, error)
-        return
-    link.took_one()
-    link.resend_due.pop(job.id, None)
-    if link.legacy:
-        give_up_older_ids(server, link, int(dest_id))
-    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
-    link.accepted.pop(job.mark, None)
-    crash_point("send.stored")
-    if server.store.number(KILLS_COUNT, client=link.name):
-        server.wake(f"kill:{link.name}")
-
-
-def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
-    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
-    if isinstance(error, Refused):
-        link.refused(error)
-    else:
-        link.failed(error)
-    if job.status is Status.PROCESSING:
-        server.store.move(job, Status.QUEUED, Reason.NOT_SENT.format(client=link.name, error=error), client=None)
-        crash_point("send.refused")
-        kill_queued(server, job.id)
-    else:
-        with link.lock:
-            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
-
-
-def kill_queued(server: Server, job_id: int) -> None:
-    """Kill a queued job for which terminate was requested."""
-    job = server.store.get(job_id)
-    if job and job.status is Status.QUEUED and job.kill_requested_at is not None:
-        server.store.move(job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
-        crash_point("kill.queued")
-
-
-def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
-    """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
-    for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and int(job.dest_id) >= newest:
-            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
-
-
-def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
-    """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
-
-    A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
-    """
-    if job.status is Status.PROCESSING:
-        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
-        crash_point("send.lost")
-    link.may_have_pinned = True
-    with link.lock:
-        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
-    current = server.store.get(job.id)
-    if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
-        new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
-
-
-def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
-    current: Job | None = job
-    while current is not None and current.status in BUSY and current.attempt == job.attempt:
-        if server.store.move(current, to, reason, **changes):
-            return
-        current = server.store.get(job.id)
-
-
-def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
-    if job.status in (Status.SUBMITTED, Status.RUNNING):
-        server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
-
-
-def payload_gone(server: Server, job: Job, reason: str) -> None:
-    """The client answers and does not know the payload: nothing of it runs any more."""
-    if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
-        server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
-    else:
-        new_attempt(server, job, reason)
-
-
-def new_attempt(server: Server, job: Job, reason: str) -> None:
-    """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
-    if attempts_left(job):
-        changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
-        due = server.store.steady() + backoff_s(job.attempt)
-        server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
-        crash_point("attempt.stored")
-    else:
-        text = Reason.NO_ATTEMPT_KILLED if job.kill_requested_at else Reason.NO_ATTEMPT_LEFT
-        server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
-
-
-# == 26. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
+# == 14. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
@@ -8366,7 +4486,7 @@ def poll_job(server: Server, link: Link, job: Job) -> None:
     report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
 
 
-# == 27. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
+# == 15. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -8750,7 +4870,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 28. Waiting ==  Why a job waits, its place in the queue, and when it may start.
+# == 16. Waiting ==  Why a job waits, its place in the queue, and when it may start.
 
 
 class QueueInfo(NamedTuple):
@@ -8944,7 +5064,469 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 29. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
+# == 17. Client routes ==  The HTTP contract of the client, and what both modes answer.
+
+
+def payload_json(client: Client, job: Job) -> dict[str, Any]:
+    """Return a payload as the reference's client shows it: six fields, always."""
+    pid = int((job.handle or "0").split(" ")[0]) if job.status is Status.RUNNING else 0
+    killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
+    return {"id": job.id, "input": {}, "status": shown_status(job).value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
+
+
+def event_json(client: Client, job: Job) -> dict[str, Any]:
+    """Return what our server wants to know of a payload."""
+    said = {name: getattr(job, name) for name in EXAMPLE_EVENT}
+    said["status"] = shown_status(job).value
+    if job.status is Status.RUNNING:
+        said["reason"] = client.notes.get(job.id, "")
+    if job.status is Status.CLEANED:  # why it was cleaned is its reason by now
+        for row in client.store.read(HISTORY_GET, id=job.id):
+            if row["target"] in ENDED:
+                said.update(ended_as=row["target"], ended_reason=row["reason"])
+    return said
+
+
+def known_payload(client: Client, request: Request, job_id: int) -> Job:
+    """Return a payload; HttpError 404 also where the caller means another attempt by this id."""
+    job = known_job(client, request, job_id)
+    meant = request.header("X-Joborch-Mark")
+    if meant and meant != job.mark:
+        raise HttpError(404, f"payload {job.id} is another job's: this client began anew")
+    return job
+
+
+PAYLOAD_ID = ID._replace(help="the id of a payload", example=1)
+MARK = Parameter(
+    "X-Joborch-Mark",
+    "header",
+    "string",
+    "uuid and attempt that the id is meant to be; 404 where it is another",
+    "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1",
+)
+
+
+def read_uuid(text: str) -> str:
+    """Return a UUID in lower case."""
+    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.lower()):
+        raise ValueError("give a UUID")
+    return text.lower()
+
+
+def read_limit(text: str) -> float:
+    """Return the run time limit that a server sends, in seconds."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
+        raise ValueError("give seconds")
+    return float(text)
+
+
+def header(name: str, kind: str, meaning: str, example: Any, **more: Any) -> Parameter:
+    """Declare a header of /submit."""
+    return Parameter(f"X-Joborch-{name}", "header", kind, meaning, example, **more)
+
+
+SUBMIT_HEADERS = (
+    header("Job", "string", "the job's id at its server", "42", read=lambda text: one_line(text, 40)),
+    header("Uuid", "string", "with the attempt, the key: a repeat answers the first payload", MARK.example[:36], read=read_uuid),
+    header("Attempt", "integer", "number of the attempt", 1, least=1, most=1_000_000, default=1),
+    header(
+        "Service", "string", "the service, percent-encoded", "example",
+        read=lambda text: one_line(unquote_to_bytes(text).decode("utf-8", "replace"), 200) or None,
+    ),
+    header("User", "integer", "the user", 1, least=SMALLEST, most=BIGGEST),
+    header("Cpus", "integer", "cores it needs", 1, least=1, most=1_000_000, default=1),
+    header("Memory", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
+    header("Timeout", "number", "run time limit in seconds", 3600, least=0, read=read_limit),
+    header("Inputs", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
+    header("Digests", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
+    header("Return-Inputs", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
+)  # fmt: skip
+
+
+def new_payload(request: Request) -> NewJob:
+    """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
+    said = read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
+    return NewJob(
+        uuid=said["X-Joborch-Uuid"] or new_uuid(),
+        user_id=said["X-Joborch-User"],
+        service=said["X-Joborch-Service"],
+        cpus=said["X-Joborch-Cpus"],
+        memory=said["X-Joborch-Memory"],
+        timeout=said["X-Joborch-Timeout"],
+        return_inputs=0 if said["X-Joborch-Return-Inputs"] == "0" else 1,
+        attempt=said["X-Joborch-Attempt"],
+        remote_id=said["X-Joborch-Job"],
+    )
+
+
+PAYLOAD_FILE = Parameter("file", "form", "file", "the part's NAME is the relative path, its filename the base name", required=True)
+SUBMIT_GIVES = {200: Gives("the payload is taken", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
+
+
+@route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
+def submit(client: Client, request: Request) -> Answer:
+    """Take the files of one payload; it runs as soon as a slot is free."""
+    new = new_payload(request)
+    mark = f"{new.uuid}.{new.attempt}"
+    job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+    if job is not None:
+        return Answer(payload_json(client, job))
+    problem = problem_of(client, for_all=True)
+    if problem:  # where others can run it, it need not wait here
+        raise HttpError(503, problem, Retry_After="10")
+    folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
+    with receiving(client, folder, mark):
+        (folder / "work").mkdir()
+        form = received_form(request, folder / "work")
+        if not new.return_inputs:
+            remember_inputs(folder, form)
+        crash_point("submit.received")
+        client.store.check_identity()
+        job = place_payload(client, folder, new)
+    crash_point("submit.stored")
+    client.wake("run")
+    return Answer(payload_json(client, job))
+
+
+def received_form(request: Request, work: Path) -> Form:
+    """Receive a payload's files. HttpError 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
+    ours = bool(request.header("X-Joborch-Digests"))
+    try:
+        form = request.read_form(work, by_name=True)
+        check_digests(form, ours)
+        meant = request.header("X-Joborch-Inputs").lower()  # it is proven if the server is
+        if meant and meant != inputs_digest({file.path: file.sha256 for file in form.files}):
+            raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
+        if not form.files:
+            raise HttpError(400, "there is no file: send at least run.sh", "file")
+    except HttpError as refusal:
+        if ours and refusal.status == 400:
+            raise HttpError(503, f"the transfer broke: {refusal.message}", Retry_After="1") from refusal
+        raise
+    return form
+
+
+def check_digests(form: Form, wanted: bool) -> None:
+    """Compare what came with the digests that our server sent after the files; HttpError 503 makes it send again."""
+    sent = form.fields.pop(DIGESTS_FIELD, None)
+    if sent is None and wanted:
+        raise HttpError(503, "the transfer broke: the digests did not come", Retry_After="1")
+    try:
+        digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
+    except ValueError as error:
+        raise HttpError(400, "the digests cannot be read") from error
+    if digests != {file.path: file.sha256 for file in form.files}:
+        raise HttpError(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+
+
+def remember_inputs(folder: Path, form: Form) -> None:
+    """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
+    states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
+    lines = [json.dumps([path, state.st_size, state.st_mtime_ns]) + "\n" for path, state in states.items()]
+    (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
+
+
+def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
+    """Put received files in their place, then the row; of two deliveries of one attempt, one wins and both get its payload."""
+    place = client.data.job(f"{new.uuid}.{new.attempt}")
+    with client.placing:  # between the files and the row nobody else may come
+        job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+        if job is not None:
+            discard(folder)
+            return job
+        discard(place)  # a crash left it without a row: it never ran
+        os.rename(folder, place)
+        crash_point("submit.renamed")
+        try:
+            return client.store.add(new, "submitted")
+        except BaseException:
+            discard(place)
+            raise
+
+
+def asked_archive(client: Client, request: Request, job: Job) -> Archive:
+    """Return a payload's archive. Our server does not wait long: it goes on with other results, and asks again."""
+    return packed_result(client, job, PACK_GLANCE_S if request.header("X-Joborch-Mark") else PACK_PATIENCE_S, request.left)
+
+
+PACKING = Gives(
+    "the archive is not packed yet; Retry-After says when to ask again", JSON_TYPE, {"message": "the result is being packed: come again"}
+)
+RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
+
+
+@route(
+    "GET",
+    "/retrieve/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK),
+    gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
+)
+def retrieve(client: Client, request: Request, job_id: int) -> Answer:
+    """Fetch the result of a payload, or its state."""
+    job = known_payload(client, request, job_id)
+    if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
+        client.store.move(job, Status.CLEANED, Reason.WORK_REMOVED)
+        job = known_payload(client, request, job_id)
+    if job.status is not Status.COMPLETED:
+        ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
+        return Answer({**payload_json(client, job), **ours})
+    archive = asked_archive(client, request, job)
+    if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
+        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+    return file_answer(request, archive, f"payload-{job.id}.zip", {})
+
+
+WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
+
+
+@route(
+    "GET",
+    "/retrieve_partial/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK),
+    gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
+)
+def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
+    """Fetch the work folder of a payload as it stands."""
+    job = known_payload(client, request, job_id)
+    if job.status is Status.CLEANED:
+        raise HttpError(404, f"the files of payload {job.id} were cleaned")
+    archive = asked_archive(client, request, job)
+    if job.status in ENDED and not request.header("X-Joborch-Mark"):
+        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+    return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
+
+
+KILL_GIVES = {
+    200: Gives("nothing of it runs any more", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Killed", "killed": True}),
+    202: Gives("it is being ended", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Running", "killed": True}),
+    400: BAD,
+    404: NOT_FOUND,
+}
+
+
+@route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
+def kill(client: Client, request: Request, job_id: int) -> Answer:
+    """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
+    job = known_payload(client, request, job_id)
+    if job.status not in OVER:
+        client.store.request_kill(job.id, Cause.CANCELLED)
+        crash_point("kill.wished")
+        client.wake("end")
+        if not request.header("X-Joborch-Mark"):
+            wait_until_over(client, request, job)
+        job = known_payload(client, request, job_id)
+    return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
+
+
+def wait_until_over(client: Client, request: Request, job: Job) -> None:
+    """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
+
+    def noted() -> bool:
+        return request.left() or (client.executor.is_batch and job.id in client.stubborn)
+
+    with client.places.place() as parked:
+        client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
+
+
+def over(node: Node, job_id: int) -> Job | None:
+    """Return a job that is over, else None."""
+    job = node.store.get(job_id)
+    return job if job is None or job.status in OVER else None
+
+
+EVENTS_TAKES = (
+    Parameter(
+        "since",
+        "query",
+        "integer",
+        "the `next` of your last answer; 0 asks for all that was not fetched",
+        0,
+        least=0,
+        most=BIGGEST,
+        default=0,
+    ),
+    Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3", default=""),
+    WAIT._replace(help="wait for a change, at most so many seconds", example=10),
+    Parameter(
+        "more",
+        "query",
+        "string",
+        "1: go on with the list that since=0 began, whose last page said `more`",
+        "1",
+        choices=("0", "1"),
+        default="0",
+    ),
+    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2", default=""),
+)
+EXAMPLE_EVENT = {
+    "id": 1, "uuid": MARK.example[:36], "attempt": 1, "status": "Completed", "reason": "run.sh ended with exit status 0", "cause": None,
+    "exit_code": 0, "signal": None, "started_at": 1795510800.0, "ended_at": 1795510803.5,
+}  # fmt: skip
+EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
+EXAMPLE_EVENTS = {
+    "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
+    "payloads": [EXAMPLE_EVENT],
+}  # fmt: skip
+CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
+TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
+
+
+UNPROVEN = Gives("no server that proves itself", JSON_TYPE, {"message": "the token is wrong, or the request was changed on its way"})
+OLD_SERVER = Gives(
+    "a server that shows its token and cannot prove it: joborch 0.1.0",
+    JSON_TYPE,
+    {"message": "this server cannot prove who it is: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
+)
+
+
+@route(
+    "GET",
+    "/events",
+    "client",
+    who="server",
+    takes=EVENTS_TAKES,
+    gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
+)
+def events(client: Client, request: Request, since: int, instance: str, wait: float, more: str, done: str) -> Answer:
+    """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
+    if instance == client.instance:
+        confirm(client, done)
+    elif instance:  # the server knew another one: it gets all of this one's, at once
+        since, wait = 0, 0.0
+    changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
+    if since == 0 or more == "1":
+        last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
+        found = client.store.jobs(CHANGED_ALL, since=since)
+        inline = 0
+    else:
+        with client.places.place() as parked:
+            if not parked and wait:
+                raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
+            found = client.wait_until(lambda: changed() or None, wait, request.left) or []
+            if found and wait:
+                client.wait_until(
+                    lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed()) or None,
+                    EVENTS_SETTLE_S,
+                    request.left,
+                )
+                found = changed()
+        last, inline = since, INLINE_PAYLOADS
+    jobs, payloads = events_page(client, found, inline)
+    is_more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
+    said = {"instance": client.instance, "start": client.start_id, "next": told if is_more else max(told, last), "more": is_more}
+    problem = problem_of(client, for_all=True)[:1000] or None
+    return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
+
+
+def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
+    """Return as many of these payloads as a page holds, and what is said of them; small results come along for the first `inline`."""
+    told, payloads, room = list[Job](), list[dict[str, Any]](), EVENTS_PAGE_BYTES
+    for job in jobs[:EVENTS_PAGE]:
+        said = event_json(client, job)
+        if inline and job.status in ENDED and job.fetched_at is None:
+            said.update(inline_archive(client, job))
+            inline -= 1
+        room -= 1000 + 12 * len(said["reason"] or "") + len(said.get("archive", ""))  # a character takes 12 bytes at most
+        if room < 0 and told:
+            break
+        told.append(job)
+        payloads.append(said)
+    return told, payloads
+
+
+def room_json(client: Client) -> dict[str, Any]:
+    """Return what a client has room for: slots of cores and memory (MiB), or slots of jobs that a batch system takes."""
+    if client.executor.is_batch:
+        return {"slots": client.config.slots, "job_slots": True, "memory": None}
+    return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
+
+
+def confirm(client: Client, done: str) -> None:
+    """Note that a server has the results of these payloads, by ids with commas between."""
+    ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
+    if ids:
+        now = client.clock.wall()
+        client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
+        crash_point("events.confirmed")
+        drop_packings(client, ids)
+
+
+EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
+
+
+@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves itself here", JSON_TYPE, EXAMPLE_HELLO)})
+def hello(client: Client, request: Request) -> Answer:
+    """Tell a server the nonce of this start, by which it and the client prove that they hold the same token."""
+    return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
+
+
+@route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
+def load(client: Client, request: Request) -> Answer:
+    """Tell how busy this machine is."""
+    return Answer(client.cpu_load())
+
+
+# -- both --
+
+
+HEALTHY = Gives("all is well", JSON_TYPE, EXAMPLE_HEALTH)
+UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status": "error", "database": "error"})
+
+
+def counts_json(client: Client) -> dict[str, int]:
+    """Return how many payloads run, are queued here, and wait in the line of a batch system."""
+    handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
+    waiting = 0
+    if client.executor.is_batch:
+        waiting = sum(job.started_at is None for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000))
+    return {"running": handed - waiting, "queued": queued, "waiting": waiting}
+
+
+@route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
+def health(node: Node, request: Request) -> Answer:
+    """Tell whether the process works: the database is read and written. Whoever proves himself gets more fields."""
+    said: dict[str, Any] = {"status": "ok", "database": "ok"}
+    known = request.caller is not None  # paths, counts and versions are nobody else's business
+    try:
+        node.store.check()
+        if known:
+            said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
+            said["restart_needed"] = node.program.restart_needed() or None
+            said.update(unremovable=unremovable_json(node))
+        if known and isinstance(node, Client):
+            problem = problem_of(node)
+            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
+            said["problem_since"] = rfc3339(problem_since(node, problem))
+    except StorageError as error:
+        log.error("health: %s", error)
+        said.update(status="error", database="error", **({"message": str(error)} if known else {}))
+        return Answer(said, 503, {"Retry-After": "5"})
+    return Answer(said)
+
+
+PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
+
+
+@route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to the documentation")})
+def ping(node: Node, request: Request) -> Answer:
+    """Answer."""
+    if prefers_html(request.header("Accept")):
+        return Answer(None, 302, {"Location": "/swagger-ui/"})
+    return Answer({"message": "pong"})
+
+
+def prefers_html(accept: str) -> bool:
+    """Tell whether an Accept header names text/html before anything else."""
+    return accept.split(",")[0].split(";")[0].strip() == "text/html"
+
+
+# == 18. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 
 BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
@@ -9476,7 +6058,223 @@ def end_orphans(client: Client) -> None:
     discard_payloads(client.data)
 
 
-# == 30. Results ==  A payload's files are packed once, for all callers that ask for them.
+# == 19. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+
+TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
+COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
+STREAM = Parameter(
+    "stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS, default=OUTPUT_STREAMS[0]
+)
+OFFSET = Parameter(
+    "offset",
+    "query",
+    "integer",
+    "bytes of the script's output that you have: X-Next-Offset of the last answer",
+    0,
+    least=0,
+    most=10**18,
+    default=0,
+)
+FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"), default="0")
+LOG_PART = Gives(
+    "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
+    "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
+    TEXT_TYPE,
+)
+NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
+
+
+class LogPart(NamedTuple):
+    """A part of an output stream: its bytes, and the offset after them."""
+
+    text: bytes
+    following: int
+
+
+@route(
+    "GET",
+    "/logs/<job_id>",
+    "client",
+    who="caller",
+    slow=True,
+    takes=(PAYLOAD_ID, MARK, STREAM, OFFSET),
+    gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND},
+)
+def payload_logs(client: Client, request: Request, job_id: int, stream: str, offset: int) -> Answer:
+    """Read a payload's output, also while it runs."""
+    job = known_payload(client, request, job_id)
+    part = LogPart(b"", offset)
+    # The script has not come that far, or has put something else in its place.
+    with contextlib.suppress(OSError), open_regular(client.folder(job), stream) as source:
+
+        def read_at(begin: int, count: int) -> bytes:
+            source.seek(begin)
+            return source.read(count)
+
+        kept = Stream(os.fstat(source.fileno()).st_size, client.config.log_limit_bytes)
+        part = LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
+    return Answer(part.text, 200, {"Content-Type": TEXT_TYPE, "X-Next-Offset": str(part.following)})
+
+
+def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
+    """Read a part of an ended job's output from its stored result; none where it never ran. HttpError 404 where the ZIP is damaged."""
+    if job.result_sha256 is None:
+        return LogPart(b"", offset)
+    with contextlib.closing(stored_archive(server, job).file) as file:
+        try:
+            return part_of_archive(file, stream, server.config.log_limit_bytes, offset)
+        except ValueError as error:
+            raise HttpError(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
+
+
+def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int) -> LogPart:
+    """Read a part of an output stream from a ZIP; none where it has no such member. ValueError where it is no sound ZIP.
+
+    What the ZIP says costs at most the work for `limit_bytes` of output: a client may have made it up.
+    """
+    for record in zip_records(file, commented=True):  # our clients put the streams first
+        said = re.fullmatch(STREAM_COMMENT.format("([0-9]{1,18})", "([0-9]{1,18})").encode(), record.comment)
+        if said and record.name.endswith(f"/{stream}".encode()):
+            return part_of_member(file, record, Stream(int(said[1]), int(said[2])), limit_bytes, offset)
+    return LogPart(b"", offset)  # a 2.2 client keeps no output
+
+
+def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes: int, offset: int) -> LogPart:
+    """Read a part of an output stream from the member that holds what was kept of it."""
+    first, second = kept.gap
+    shorter = second - first - len(kept.line(first)) if second > first else 0  # by so much the member is, for what follows the gap
+    if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not what was packed, or more than is shown here
+        size = min(record.size, limit_bytes)
+        kept, second, shorter = Stream(size, size), size, 0
+
+    def read_at(begin: int, count: int) -> bytes:
+        return read_member(file, record, begin if begin < second else begin - shorter, count)
+
+    return LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
+
+
+def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
+    """Read a part of a job's output from wherever it is now; HttpError 404 or 503 where it is not to be had."""
+    if job.status is Status.CLEANED:
+        raise HttpError(404, f"the files of job {job.id} were cleaned")
+    link = server.links.get(job.client or "")
+    if job.status in ENDED:
+        return stored_log(server, job, stream, offset)
+    if job.dest_id is None or link is None:
+        return LogPart(b"", offset)  # it has not come to a client yet
+    try:
+        with calling(server, request, link) as unwanted:
+            return LogPart(*link.logs(job, stream, offset, unwanted))
+    except Gone as error:
+        raise HttpError(404, str(error)) from error
+    except (NothingSent, NoAnswer) as error:
+        raise HttpError(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
+
+
+@route(
+    "GET",
+    "/jobs/<job_id>/logs",
+    "server",
+    who="caller",
+    slow=True,
+    takes=(ID, STREAM, OFFSET, FOLLOW),
+    gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
+)
+def job_logs(server: Server, request: Request, job_id: int, stream: str, offset: int, follow: str) -> Answer:
+    """Read a job's output, live while it runs; with follow=1 until it has ended."""
+    job = known_job(server, request, job_id)
+    headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
+    if follow == "1" and request.method == "GET":
+        place = contextlib.ExitStack()
+        if not place.enter_context(server.waiters.place()):
+            raise HttpError(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
+        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
+        if EVENT_TYPE not in request.header("Accept"):
+            parts = followed_log(server, request, job, stream, offset, place)
+            return Answer((part.text for part in parts), 200, headers)
+        known = request.header("Last-Event-ID")  # a browser that comes again says how far it was
+        offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
+        parts = followed_log(server, request, job, stream, offset, place)
+        return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
+    part = job_log(server, request, job, stream, offset)
+    return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
+
+
+def followed_log(
+    server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
+) -> Iterator[LogPart]:
+    """Yield a job's output until it has ended, holding `place`, and now and then nothing; a new attempt begins with a line that says so."""
+    pause_s, attempt = 0.1, job.attempt
+    with place:
+        while not server.stopping.wait(pause_s) and not request.left():
+            current = server.store.get(job.id)
+            if current is None:
+                return
+            if current.attempt != attempt:
+                attempt, offset = current.attempt, 0
+                yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
+            part = LogPart(b"", offset)
+            with contextlib.suppress(HttpError):  # it cannot be had now, or will never be; the job's end is waited for
+                part = job_log(server, request, current, stream, offset)
+            pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
+            offset = part.following
+            yield part
+            if current.status in OVER and not part.text:
+                return
+
+
+def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
+    """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
+
+    A plain text has no room for what keeps a gateway from giving up, since it would be taken for output. Carriage returns
+    become line feeds here, and bytes that are no UTF-8 a question mark in a box: the plain text has them as they are.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
+    said_at = server.clock.monotonic()
+    for part in parts:
+        text = decoder.decode(part.text)
+        if text:
+            lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", text))
+            yield f"id: {part.following - len(decoder.getstate()[0])}\n{lines}\n".encode()
+        elif server.clock.monotonic() - said_at >= COMMENT_EVERY_S:
+            yield b": quiet\n\n"
+        else:
+            yield b""
+            continue
+        said_at = server.clock.monotonic()
+    ended = server.store.get(job.id)
+    if ended is not None and ended.status in OVER:
+        yield f"event: end\ndata: {ended.status}\n\n".encode()
+
+
+# == 20. Results ==  A payload's files are packed once, for all callers that ask for them.
+
+
+class ResultLimits(NamedTuple):
+    """The most that a result may hold: bytes (holes count), files and links (run.sh does not count), and half as many folders."""
+
+    size_bytes: int = 2**62
+    files: int = 2**62
+
+    @property
+    def folders(self) -> int:
+        return self.files // 2 + 16
+
+    @property
+    def entries(self) -> int:
+        """Return how many directory entries to look at: more than this break one of the limits."""
+        return self.files + self.folders + 1
+
+    def broken_by(self, size_bytes: int, files: int) -> str:
+        """Return what exceeds a limit, as the end of a sentence; empty if nothing does."""
+        if size_bytes > self.size_bytes:
+            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
+            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
+            return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
+        if files > self.files:
+            return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
+        return ""
 
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # results up to this size do not wait behind larger ones
@@ -9706,7 +6504,4117 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 31. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
+# == 21. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
+
+# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
+# the time limit, $3 is that limit in seconds, and $4 the seconds from TERM to KILL.
+# It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
+# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder, with
+# whether it got a signal to end; run.sh may have got that, too.
+# Everything that a full disk could break is done before `ready` is written to the claim: without `ready` the script never began.
+WRAPPER = r"""#!/bin/bash
+# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
+@FIRST@umask @UMASK@@FILES@
+cd "$1" || exit 1
+here=$PWD                                          # $1 may be relative
+set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
+echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
+set +C
+set -m
+told=0 over=0
+trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
+trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
+[ -z "$3" ] || trap over=1 ALRM
+@SCRATCH@printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
+exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
+cd work || exit 1
+prelude=$JOBORCH_PRELUDE login=
+unset JOBORCH_PRELUDE
+IFS= read -r -n 250 first 2>/dev/null <run.sh
+case $first in '#!'*bash*[[:space:]]-*)
+    pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
+    [[ $first =~ $pattern ]] && login=--login
+esac
+echo ready >>"../started.$2" || exit 1
+if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
+    then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
+    { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+else
+    { @BEFORE@exec bash $login ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
+fi
+pid=$!
+if [ -n "$3" ]; then
+    { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
+    timer=$!
+fi
+set +m                                             # else wait returns when run.sh is stopped, too
+while :; do
+    wait $pid; status=$?
+    kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
+done
+wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
+[ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
+[ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
+runs() {                                           # whether anything of run.sh's group runs; a zombie does not
+    local file line
+    for file in /proc/[0-9]*/stat; do
+        { read -r line <"$file"; } 2>/dev/null || continue
+        set -- ${line##*) }
+        [ "$3" != $pid ] || [ "$1" = Z ] || [ "$1" = X ] || return 0
+    done
+    return 1
+}
+rest() {                                           # gives what still runs these seconds to end by itself
+    for pause; do
+        runs && [ $told$over = 00 ] || return 0
+        sleep $pause 7>&- 8>&- 9>&-
+    done
+}
+left=0
+if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(tee log)`, and what was started by &
+    rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
+    runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
+    kill -KILL -- -$pid
+fi 2>/dev/null
+[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
+gone=                                              # somebody removed the work folder, or put another in its place
+there() { [ "$here/work" -ef /proc/$$/cwd ]; }
+there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
+printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
+shopt -s nullglob dotglob
+set -- "$TMPDIR"/*                                 # the client removes an empty one, which needs no process
+case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
+exit $status
+"""
+# On another machine, the wrapper makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
+NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
+name=jo-${name:0:12}.$2
+for base in "${TMPDIR%/}" /tmp; do
+    [ "${base:0:1}" = / ] && [ ${#base} -le @LONGEST@ ] && mkdir -m 700 "$base/$name" 2>/dev/null && scratch=$base/$name && break
+done
+if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
+export TMPDIR=$scratch
+"""
+SCRATCH_BASE_BYTES = 40  # a socket's path has 107 bytes at most (unix(7)); Python's multiprocessing adds 32, and others more
+
+CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The state of a started payload: `alive`, perhaps with `waits`, or how it ended."""
+
+    alive: bool
+    exit_status: int | None = None  # as in the shell: 128 plus the signal's number if a signal killed it
+    children_left: bool = False
+    cause: Cause | None = None  # set if there is no exit status, or if the script did not cause the end
+    reason: str = ""
+    told: bool = False  # the wrapper got a signal to end, and perhaps run.sh, too
+    waits: str = ""  # why it has not begun, in the batch system's words; constant while nothing changes
+
+
+class Executor(Protocol):
+    """The interface of everything that runs payloads. Several threads call it. A handle is a text that survives a client restart."""
+
+    is_batch: bool
+    """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""
+
+    def start(self, job: Job) -> str:
+        """Start the attempt and return its handle. The row says Running before this is called.
+
+        Raises OSError if it cannot be started now, CannotRun if it never can, and BackendUnavailable if that is unknown: then
+        the client calls `find` before it starts the attempt again.
+        """
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Return the handles, by mark, of attempts whose start was interrupted. Attempts that are missing never ran.
+
+        An empty handle means that this is not known yet. Raises BackendUnavailable if nothing is known of any attempt.
+        """
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        """Return the outcome of these payloads, by id. It asks a batch system once for all; if that is away, all count as alive."""
+
+    def cancel(self, job: Job) -> None:
+        """Kill the payload, and return when none of its processes runs, or raise StillRunning. Cancelling twice is fine."""
+
+    def collect(self, job: Job) -> None:
+        """Fetch the outputs into the payload's folder, unless that is shared. After BackendUnavailable the caller tries again."""
+
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        """Kill attempts that are no longer in any database."""
+
+    def problem(self) -> str:
+        """Return why it cannot work now, and since when; an empty text if all is well."""
+
+    def examine(self) -> Iterator[Finding]:
+        """Yield the findings for `joborch doctor`; no job is started."""
+
+
+def read_exit(folder: Path) -> Outcome | None:
+    """Return the outcome in the wrapper's exit file, or None if the file is missing or incomplete."""
+    try:
+        with open_regular(folder, "exit.json") as file:
+            said = parse_json(file.read(400))
+        status, cause = said["status"], Cause.LIMIT if said.get("limit") else None
+        fits = type(status) is int and 0 <= status < 256
+        reason = one_line(str(said.get("reason", "")), 200)
+        if said.get("gone") and cause is None and fits:
+            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
+        return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
+    except PermissionError:
+        with contextlib.suppress(OSError):
+            give_rights(folder)  # the script took it from its parent folder; the next look finds it
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, not finished, or something that the script put in its place
+
+
+def boot_id() -> str:
+    """Return a unique id of this boot, and of this container (by the start of its process 1)."""
+    return f"{kernel_boot_id()}.{process_start(1) or 0}"
+
+
+def process_start(pid: int) -> str | None:
+    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None for none or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, as /proc shows it."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    start: str
+    terminal: int = 0  # 0: none
+
+
+def all_processes() -> list[Process]:
+    """Return every process that is not a zombie."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        fields = text.rpartition(")")[2].split()
+        if fields[0] not in ("Z", "X"):
+            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19], int(fields[4])))
+    return found
+
+
+def bears_mark(pid: int, mark: str) -> bool:
+    """Tell whether a process has an attempt's mark in its environment."""
+    try:
+        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False  # it ended, or is another user's
+
+
+def marks_of(process: Process, jobs: Path) -> list[bytes]:
+    """Return the marks of the payloads below `jobs` that a process belongs to, judged by this process alone; mostly none.
+
+    The mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
+    editor. It counts only if there is no other explanation: an orphan without a terminal, whose environment was emptied.
+    """
+    try:
+        environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
+        marks = re.findall(rb"\0JOBORCH_MARK=([^\0]+)(?=\0)", environment)
+        # People's processes have a HOME, systemd's services an INVOCATION_ID.
+        others = re.search(rb"\0(HOME|INVOCATION_ID)=", environment) and b"\0JOBORCH_ATTEMPT=" not in environment
+        if marks or others or process.terminal:
+            return marks
+        where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
+        return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
+    except OSError:
+        return []  # it ended, or is another user's
+
+
+def is_orphan(process: Process) -> bool:
+    """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
+    if process.parent in (1, os.getpid()):
+        return True
+    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
+
+
+def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
+    """Return all running processes of an attempt, also those `known` from an earlier call: their parents may be gone by now."""
+    return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
+
+
+def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
+    """Return all processes of these attempts: by mark (see `marks_of`) or session, and then by parent and group."""
+    # Process 1 and kernel threads may have session and group 0, which belong to no payload.
+    everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
+    before = {(process.pid, process.start) for process in known}
+    found = {
+        process.pid
+        for process in everything
+        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(marks_of(process, jobs))
+    }
+    grown = -1
+    while grown != len(found):
+        grown = len(found)
+        groups = {process.group for process in everything if process.pid in found}
+        found |= {process.pid for process in everything if process.parent in found or process.group in groups}
+    return [process for process in everything if process.pid in found and process.pid != os.getpid()]
+
+
+def marked_below(jobs: Path) -> set[str]:
+    """Return the marks of all payloads below `jobs` that have a running process: one look at /proc."""
+    return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
+
+
+def become_subreaper() -> bool:
+    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
+    pr_set_child_subreaper = 36
+    return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
+
+
+def signal_all(processes: Iterable[Process], number: int) -> None:
+    """Send a signal to each of these processes; one that has ended is fine."""
+    for process in processes:
+        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, number)
+
+
+OOM_HANDICAP = 500  # in thousandths of all memory: if that runs out, the kernel kills a script before the client or server
+
+
+def handicap() -> str:
+    """Return a shell line that makes the kernel kill the script first if memory runs out (proc(5)). It needs no privilege."""
+    own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+    return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
+
+
+def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
+    """Return the wrapper with this process's original umask and, if `file_limit` is given, a soft limit of open files.
+
+    It runs `first` at its start and `before_script` just before the script. Unless it runs `here`, it makes TMPDIR itself.
+    """
+    scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
+    files = f"; ulimit -Sn {file_limit}" if file_limit else ""
+    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
+    return text.replace("@BEFORE@", before_script).replace("@SCRATCH@", scratch).encode()
+
+
+# -- scratch: what a script's TMPDIR is --
+
+
+def scratch_bases(environment: Mapping[str, str]) -> list[str]:
+    """Return the folders in which TMPDIR may be created: the site's TMPDIR, and /tmp."""
+    bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
+    return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
+
+
+def scratch_name(mark: str) -> str:
+    """Return the unique name of an attempt's TMPDIR, by which it is found again."""
+    job_uuid, _, attempt = mark.partition(".")
+    return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
+
+
+def make_scratch(folder: Path, bases: Sequence[str]) -> str:
+    """Make an attempt's TMPDIR in one of `bases`, and link `tmp` in the payload's folder to it; if none works, use `tmp` itself."""
+    note = folder / "tmp"
+    for base in bases:
+        place = f"{base}/{scratch_name(folder.name)}"
+        try:
+            if not is_own_scratch(place):
+                os.mkdir(place, 0o700)
+            if note.is_symlink():
+                note.unlink()  # joborch crashed here, and the site has changed its TMPDIR since
+            os.symlink(place, note)
+            return place
+        except OSError as error:
+            log.debug("no TMPDIR in %s: %s", base, error)
+    if note.is_symlink():
+        note.unlink()
+    note.mkdir(exist_ok=True)
+    return str(note)
+
+
+def is_own_scratch(place: str) -> bool:
+    """Tell whether this is a folder that belongs to this user, not a link."""
+    try:
+        state = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+
+
+def read_claim(folder: Path, attempt: int) -> str | None:
+    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
+    try:
+        with open_regular(folder, f"started.{attempt}") as file:
+            return file.read(40).decode("ascii", "replace")
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return ""  # the script put something else in its place
+
+
+# == 22. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
+
+
+class Engines:
+    """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
+
+    NAMES = ("docker", "podman")
+    CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
+    AWAY_S = 60.0  # how long an engine that did not answer is left alone
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment, path = environment, environment.get("PATH")
+        self.engines = [found for found in (shutil.which(name, path=path) for name in self.NAMES) if found]
+        self.away_until: dict[str, float] = {}  # monotonic, by engine
+
+    def stop_mounting(self, folder: Path) -> None:
+        """Stop the containers that mount a payload's folder, or something in it."""
+        for engine in self.engines:
+            if self.away_until.get(engine, 0.0) > time.monotonic():
+                continue
+            try:
+                self.stop_in(engine, folder)
+            except (OSError, subprocess.SubprocessError) as error:
+                self.away_until[engine] = time.monotonic() + self.AWAY_S
+                words = getattr(error, "stderr", None) or str(error).encode()
+                log.info("%s cannot be asked for containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
+
+    def stop_in(self, engine: str, folder: Path) -> None:
+        """Do it with one engine. OSError, SubprocessError."""
+        running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
+        if not running:
+            return
+        places = {str(folder), os.path.realpath(folder)}
+        chosen = []
+        for line in self.call(engine, "inspect", "--format", "{{.Id}}{{range .Mounts}}|{{.Source}}{{end}}", *running).splitlines():
+            name, *sources = line.split("|")
+            if any(source == place or source.startswith(f"{place}/") for source in sources for place in places):
+                chosen.append(name)
+        if chosen:
+            log.info("containers that mount %s are stopped by %s: %s", folder.name, engine, ", ".join(chosen))
+            self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
+
+    def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
+        """Return what an engine prints."""
+        done = subprocess.run(
+            [engine, *words],
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=self.CALL_S + more_s,
+            check=True,
+        )
+        return done.stdout.decode("utf-8", "replace")
+
+
+REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
+STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
+
+
+class LocalExecutor:
+    """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
+
+    is_batch = False
+
+    def __init__(
+        self,
+        data: DataFolder,
+        kill_grace_s: float,
+        pass_env: Sequence[str] = (),
+        options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
+    ) -> None:
+        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
+        self.scratch_bases = scratch_bases(os.environ)
+        self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
+        self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
+        self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
+        self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
+        self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
+        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
+        self.cancelled: set[str] = set()  # marks of attempts that are being ended now
+
+    def start(self, job: Job) -> str:
+        folder = self.data.job(job.mark)
+        environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
+        environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
+        crash_point("run.prepared")
+        # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
+        # The wrapper's text, not its path: so the file cannot be replaced.
+        child = subprocess.Popen(
+            ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=False,
+            start_new_session=True,
+        )
+        self.children[child.pid] = child
+        self.seen.add(job.mark)
+        self.own.add(job.mark)
+        return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        handles = {}
+        for job in jobs:
+            pid = self.claimed_pid(job)
+            if pid is not None:
+                ours = pid and bears_mark(pid, job.mark)
+                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
+        return handles
+
+    def claimed_pid(self, job: Job) -> int | None:
+        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
+        said = read_claim(self.data.job(job.mark), job.attempt)
+        first = (said or "").split("\n")[0]
+        return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
+
+    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
+        """Return the outcomes; what an ended payload left running is ended first, and until then the payload counts as alive."""
+        orphans = self.reap()
+        outcomes = {job.id: self.outcome(job) for job in jobs}
+        ended = [job for job in jobs if not outcomes[job.id].alive]
+        for job in self.left_running(ended, orphans):
+            outcomes[job.id] = Outcome(True)
+        for job in ended:
+            if not outcomes[job.id].alive:
+                outcomes[job.id] = dataclasses.replace(
+                    outcomes[job.id], children_left=outcomes[job.id].children_left or job.mark in self.untidy
+                )
+                self.forget(job)
+                if outcomes[job.id].children_left and self.engines.engines:
+                    place = self.data.job(job.mark)
+                    threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
+        return outcomes
+
+    def forget(self, job: Job) -> None:
+        """Drop what is known of an attempt that has ended."""
+        for marks in (self.seen, self.own, self.untidy):
+            marks.discard(job.mark)
+        self.resting.pop(job.mark, None)
+
+    def reap(self) -> bool:
+        """Take in the ends of our children and of orphans; tell whether there are orphans that live.
+
+        The main thread starts nothing but payloads: whatever else is its child was orphaned by one.
+        """
+        for child in list(self.children.values()):
+            if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
+                self.children.pop(child.pid, None)  # another thread may have been quicker
+        if not self.reaps_orphans:
+            return True  # there may be some
+        alive = 0
+        for pid in map(int, Path(CHILDREN_FILE).read_text(encoding="ascii").split()):
+            if pid not in self.children:
+                with contextlib.suppress(ChildProcessError):  # another thread was quicker
+                    alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
+        return alive > 0
+
+    def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
+        """Kill what these payloads left running; return those that did.
+
+        What stayed in the script's session has a moment to end by itself, then TERM: it may still write down the output.
+        """
+        suspects = [job for job in ended if orphans or job.mark not in self.own]
+        marked = marked_below(self.data.jobs) if suspects else set()
+        left = []
+        for job in suspects:
+            wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
+            processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
+            processes = [process for process in processes if process.pid != wrapper]
+            if not processes:
+                continue
+            left.append(job)
+            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
+            if rested_s < REST_S and any(process.session == wrapper for process in processes):
+                continue
+            self.untidy.add(job.mark)
+            if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
+                signal_all(processes, signal.SIGTERM)
+                continue
+            signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
+            signal_all(processes, signal.SIGKILL)
+        return left
+
+    def outcome(self, job: Job) -> Outcome:
+        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
+        if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
+        if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
+            self.seen.add(job.mark)
+            return Outcome(True)  # whatever the exit file says: the script may have written one
+        return self.outcome_without_wrapper(job, self.data.job(job.mark))
+
+    def outcome_without_wrapper(self, job: Job, folder: Path) -> Outcome:
+        """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
+        claimed = self.claimed_pid(job)
+        # The handle may name a second wrapper, which lost the claim to the first.
+        if claimed and bears_mark(claimed, job.mark):
+            return Outcome(True)
+        ended = read_exit(folder)
+        if ended:
+            return self.stopped_by_others(job, folder, ended) or ended
+        if not folder.is_dir() or folder.is_symlink():
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
+        if "ready" not in (read_claim(folder, job.attempt) or ""):
+            if job.mark in marked_below(self.data.jobs):
+                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
+        if job.mark not in self.seen:
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
+        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
+
+    def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
+        """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
+
+        Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
+        """
+        alone = not ended.told
+        if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
+            return None  # it was not stopped, or the client stopped it
+        if alone and not self.ended_with_client(folder):
+            return None  # the script sent the signal to itself
+        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
+        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
+
+    def ended_with_client(self, folder: Path) -> bool:
+        """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
+        try:
+            stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
+            return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
+        except OSError:
+            return False  # no client was ever stopped here
+
+    def own_wrapper(self, job: Job) -> int:
+        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
+        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
+        if boot != self.boot:
+            return 0
+        if pid == "0":
+            claimed = self.claimed_pid(job) or 0
+            return claimed if claimed and bears_mark(claimed, job.mark) else 0
+        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
+        return int(pid) if process_start(int(pid)) in (None, start) else 0
+
+    def cancel(self, job: Job) -> None:
+        with self.cancelling(job.mark):
+            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
+
+    @contextlib.contextmanager
+    def cancelling(self, mark: str) -> Iterator[None]:
+        """Note that a payload is being ended: the more there are, the less often each is looked at, as each look reads all of /proc."""
+        self.cancelled.add(mark)
+        try:
+            yield
+        finally:
+            self.cancelled.discard(mark)
+
+    def end_tree(self, job: Job, folder: Path, pid: int) -> None:
+        """Send TERM to all processes of a payload, and KILL when the grace time is over; return when none is left."""
+        known = tree_of(job, folder, pid)
+        signal_all(known, signal.SIGTERM)
+        deadline = time.monotonic() + self.kill_grace_s
+        while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
+            known = found
+            time.sleep(0.02 * len(self.cancelled))
+        for _ in range(200):
+            if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
+                self.forget(job)
+                self.engines.stop_mounting(folder)
+                return
+            # Stopped first: what forks faster than we look cannot fork any more.
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGSTOP)
+            known = tree_of(job, folder, pid, known)
+            signal_all(known, signal.SIGKILL)
+            time.sleep(0.01)
+        raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
+
+    def still_there(self, job: Job, folder: Path, pid: int, known: Collection[Process]) -> list[Process]:
+        self.reap()
+        return tree_of(job, folder, pid, known)
+
+    def collect(self, job: Job) -> None:
+        """The folder is this machine's own: the outputs are there."""
+
+    def end_orphans(self, marks: Sequence[str]) -> None:
+        signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
+
+    def problem(self) -> str:
+        return ""
+
+    def examine(self) -> Iterator[Finding]:
+        bash = shutil.which("bash")
+        yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
+
+
+def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
+    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
+    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
+
+
+def make_executor(data: DataFolder, config: Config) -> Executor:
+    """Return what runs the payloads of a client; ConfigError if JOBORCH_EXECUTOR names nothing that can be used."""
+    if config.executor == "local":
+        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
+    try:
+        made: Executor = load_plugin(config.executor)(data, config)
+    except (ImportError, AttributeError) as error:
+        if config.executor in PLUGINS:
+            raise
+        remedy = "give local, slurm, dirac, or package.module:Class of a class that Python finds (see PYTHONPATH)"
+        raise ConfigError(f"JOBORCH_EXECUTOR is {config.executor!r}: {error}: {remedy}") from error
+    return made
+
+
+# == 23. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
+
+# Passed on to every script. JOBORCH_PASS_ENV adds names; joborch's own settings are never passed on.
+PASSED_ON = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LOCPATH", "LOCALE_ARCHIVE"),
+    *("XDG_*_HOME", "XDG_*_DIRS", "XDG_RUNTIME_DIR", "SCRATCH", "WORK", "PROJECT"),
+    # Environment Modules and Lmod, and what loaded modules have set
+    *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
+    *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
+    *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
+    *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
+    # libraries, and packages of programming languages
+    *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
+    *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
+    *("R_LIBS*", "R_HOME", "JULIA_*", "CLASSPATH", "GEM_HOME", "GEM_PATH", "RUBYLIB", "LUA_PATH", "LUA_CPATH", "TCLLIBPATH"),
+    # accelerators, threads, MPI
+    *("CUDA_*", "NVIDIA_*", "NCCL_*", "ROCR_*", "ROCM_*", "HIP_*", "HSA_*", "ZE_*", "ONEAPI_*", "SYCL_*", "GPU_DEVICE_ORDINAL"),
+    *("OMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "KMP_*", "GOMP_*", "NUMEXPR_*", "I_MPI_*", "OMPI_*", "PRTE_*", "MPICH_*", "UCX_*", "FI_*"),
+    # batch systems and containers
+    *("SLURM_*", "SBATCH_*", "PBS_*", "LSB_*", "APPTAINER_*", "SINGULARITY_*"),
+    # the network
+    *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
+)
+PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # modules name programs like this: passed on if it is a path
+# A family such as CONDA_* may include secrets, and the URL of a proxy a password: these are passed on only by JOBORCH_PASS_ENV.
+SECRET_NAMES = re.compile(
+    r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
+    re.IGNORECASE,
+)
+LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
+
+
+def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a name fits one of these patterns, in which `*` stands for any text."""
+    rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
+    return lambda name: bool(rule.match(name))
+
+
+def is_own_setting(name: str) -> bool:
+    """Tell whether a variable is a setting of joborch: the client's PORT and tokens are not for scripts."""
+    return name.startswith(("JOBORCH_", "SERVICE_")) or any(name == setting.name for setting in SETTINGS)
+
+
+def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
+    """Return the part of the client's environment that scripts get: what PASSED_ON and `more` (JOBORCH_PASS_ENV) list."""
+    listed, wanted, plain = fits_one(PASSED_ON), fits_one(more), {name for name in PASSED_ON if "*" not in name}
+
+    def is_passed(name: str, value: str) -> bool:
+        if is_own_setting(name) or wanted(name):
+            return not is_own_setting(name)
+        if name in plain or name.startswith("BASH_FUNC_"):
+            return not ("proxy" in name.lower() and LOGIN_IN_URL.search(value))
+        known = listed(name) or (PLACES.fullmatch(name) and value.startswith("/"))
+        return bool(known) and not SECRET_NAMES.search(name) and not LOGIN_IN_URL.search(value)
+
+    return {name: value for name, value in environment.items() if is_passed(name, value)}
+
+
+def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """Return the sorted names of the variables that scripts do not get, without joborch's own."""
+    kept = passed_on(environment, more)
+    return sorted(name for name in environment if name not in kept and not is_own_setting(name))
+
+
+def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
+    """Return the wrapper's environment: what scripts inherit, the job's own variables, and the commands to run before the script."""
+    ours = {
+        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
+        "JOBORCH_ATTEMPT": str(job.attempt),
+        "JOBORCH_SERVICE": job.service or "",
+        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
+        "JOBORCH_CPUS": str(job.cpus),
+        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
+        "JOBORCH_MARK": job.mark,
+        "TMPDIR": str(folder / "tmp"),
+    }
+    return {**inherited, **ours, **({"JOBORCH_PRELUDE": prelude} if prelude else {})}
+
+
+def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
+    """Return the wrapper's environment on another machine, which sets TMPDIR by itself."""
+    words = payload_environment(job, Path(), {}, prelude)
+    del words["TMPDIR"]
+    return {**inherited, **words}
+
+
+@functools.lru_cache(maxsize=1)
+def first_file_limit() -> tuple[int, int]:
+    """Return the soft and hard limit of open files at the start of this process; payloads get the same."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files, usually 1,024, to the hard one: each connection needs a file."""
+    most = 65_536  # even without a hard limit: some programs loop over all numbers up to theirs
+    soft, hard = first_file_limit()
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            log.warning("the limit of open files stays at %d: it cannot be raised to %d (%s)", soft, wanted, error)
+
+
+def first_file_limit_text() -> str:
+    """Return the first soft limit of open files for `ulimit -Sn`; empty if it was not raised."""
+    soft = first_file_limit()[0]
+    return "" if soft == resource.getrlimit(resource.RLIMIT_NOFILE)[0] else str(soft)
+
+
+def with_first_file_limit(command: Sequence[str]) -> list[str]:
+    """Return a command that runs with the first limit of open files: sbatch(1) passes its own on to jobs."""
+    limit = first_file_limit_text()
+    return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
+
+
+# == 24. Transfers ==  Files are streamed and verified by digests; after a break, only the rest is sent again.
+
+
+class FilesBody:
+    """A multipart body that is read while it is sent. Its length is known beforehand, and its files are not kept in memory."""
+
+    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
+        """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
+        self.inputs_sha256 = inputs_sha256
+        self.boundary = secrets.token_hex(16)
+        self.folder, self.with_digests = folder, with_digests
+        self.digests: dict[str, str] = {}
+        self.parts = [(path, self.part_head(path), os.path.getsize(folder / path)) for path in paths]
+        digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
+        self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
+        self.digest_room = digest_bytes if with_digests else 0
+        ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
+        self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start from the beginning, to send the body again."""
+        self.chunks, self.rest = self.generate(), b""
+
+    def part_head(self, path: str) -> bytes:
+        """Return the header of one part: the NAME is the path (HTML 5 escapes), ours reads it exactly from X-Joborch-Path."""
+        escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
+        base = escaped.rpartition(b"/")[2]
+        exact = quote(os.fsencode(path)).encode()
+        disposition = b'Content-Disposition: form-data; name="' + escaped + b'"; filename="' + base + b'"'
+        lines = (b"--" + self.boundary.encode(), disposition, b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def generate(self) -> Iterator[bytes]:
+        for path, head, size in self.parts:
+            yield head
+            digest, missing = hashlib.sha256(), size
+            with open(self.folder / path, "rb", buffering=0) as source:
+                for chunk in file_chunks(source, size):
+                    digest.update(chunk)
+                    missing -= len(chunk)
+                    yield chunk
+            if missing:  # the length was sent already: whatever follows would be taken for the rest
+                raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
+            self.digests[path] = digest.hexdigest()
+            yield b"\r\n"
+        if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
+            raise InputsChanged("its files on the server's disk are not those that were uploaded: somebody changed or removed some")
+        if self.with_digests:
+            yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
+        yield f"--{self.boundary}--\r\n".encode()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next part of the body, at most `size` bytes; small bodies in one piece."""
+        size = size if size > 0 else CHUNK_BYTES
+        pieces, have = [self.rest], len(self.rest)
+        while have < size:
+            chunk = next(self.chunks, b"")
+            if not chunk:
+                break
+            pieces.append(chunk)
+            have += len(chunk)
+        data = b"".join(pieces)
+        self.rest = data[size:]
+        return data[:size] if self.rest else data
+
+
+class Transfer:
+    """A file that arrives over the network, in several pieces if a transfer breaks: the part that is here, and the file's ETag."""
+
+    def __init__(
+        self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
+    ) -> None:
+        """With a `promise` of disk space, writing raises DiskFull if the data does not fit.
+
+        It raises ResultTooLarge above `limit_bytes`; the message names `limits`.
+        """
+        self.target, self.promise, self.limit_bytes, self.limits = target, promise, limit_bytes, limits or ResultLimits(limit_bytes)
+        self.size, self.tag, self.digest = 0, "", hashlib.sha256()
+
+    def expect(self, size: int) -> None:
+        """Reserve space for `size` more bytes. Raises ResultTooLarge or DiskFull if they are too many."""
+        self.check_limit(size)
+        if self.promise is not None:
+            self.promise.more(size)
+
+    def check_limit(self, size: int) -> None:
+        """Raise ResultTooLarge if `size` more bytes are too many."""
+        if self.size + size > self.limit_bytes:
+            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
+
+    def write(self, data: bytes) -> None:
+        """Append a chunk."""
+        self.check_limit(len(data))
+        if self.promise is not None:
+            if len(data) > self.promise.left:
+                self.promise.more(len(data) - self.promise.left)
+            self.promise.wrote(len(data))
+        write_all(self.target, data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def begin(self, tag: str = "") -> None:
+        """Drop the part that is here: a whole file with the ETag `tag` follows."""
+        self.target.seek(0)
+        self.target.truncate()
+        self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
+
+    def wanted(self) -> dict[str, str]:
+        """Return the headers that ask for the missing rest of exactly this file (RFC 9110, If-Range)."""
+        return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
+
+
+class Stream(NamedTuple):
+    """An output stream as it is kept: whole up to `limit` bytes, else the first and last `limit / 2` bytes."""
+
+    size: int
+    limit: int
+
+    @property
+    def gap(self) -> tuple[int, int]:
+        """The first byte that was left out, and the first one kept after it; equal if everything is kept."""
+        half = self.limit // 2
+        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
+
+    def line(self, begin: int) -> bytes:
+        """Return the line that replaces the bytes left out, from `begin` on."""
+        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
+
+    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
+        """Return about `room` bytes at most from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
+        first, second = self.gap
+        said = read_at(offset, min(room, first - offset)) if offset < first else b""
+        offset += len(said)
+        if first <= offset < second and len(said) < room:
+            said, offset = said + self.line(offset), second
+        if offset >= second and len(said) < room:
+            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
+            said, offset = said + more, offset + len(more)
+        return said, offset
+
+
+def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
+    """Return how an output stream is kept, and its chunks: whole, or head, one line and tail. Raises OSError if it is unreadable."""
+    source = open_regular(folder, name)
+    stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
+
+    def chunks() -> Iterator[bytes]:
+        first, second = stream.gap
+        with source:
+            yield from file_chunks(source, first)
+            if second > first:
+                yield stream.line(first)
+                source.seek(second)
+                yield from file_chunks(source, stream.size - second)
+
+    return stream, chunks()
+
+
+def punch_middle(path: Path, limit_bytes: int) -> None:
+    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
+
+    Raises OSError if the file system does not support holes.
+    """
+    keep_size, punch_hole, block = 1, 2, 4096
+    state = state_below(path.parent, path.name)
+    size = state.st_size
+    begin = -(-(limit_bytes // 2) // block) * block
+    end = (size - limit_bytes // 2) // block * block
+    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
+        return
+    with opened_folder(path.parent) as folder:
+        descriptor = os.open(path.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
+        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
+        if libc().fallocate64(descriptor, *arguments) != 0:
+            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
+    finally:
+        os.close(descriptor)
+
+
+class ZipRecord(NamedTuple):
+    """What the directory of a ZIP says of a member. Whoever made the ZIP may have written anything there."""
+
+    name: bytes
+    comment: bytes
+    method: int
+    packed_bytes: int
+    size: int
+    begin: int  # of its local header
+
+
+def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
+    """Return the offset, size and number of members of a ZIP's directory. Raises ValueError if there is none."""
+    length = file.seek(0, os.SEEK_END)
+    for room in (ZIP_END.size, 66 * KIB):  # most have no comment at their end
+        file.seek(max(0, length - room - ZIP64_LOCATOR.size))
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6", 0, len(tail) - ZIP_END.size + 4)
+        if at >= 0:
+            break
+    else:
+        raise ValueError("no ZIP")
+    if at + ZIP_END.size > len(tail):
+        raise ValueError("no ZIP")
+    count, size, begin = ZIP_END.unpack_from(tail, at)[4:7]
+    if at >= ZIP64_LOCATOR.size and tail[at - ZIP64_LOCATOR.size :].startswith(b"PK\6\7"):
+        file.seek(min(ZIP64_LOCATOR.unpack_from(tail, at - ZIP64_LOCATOR.size)[2], length))
+        wide = file.read(ZIP64_END.size)
+        if len(wide) < ZIP64_END.size or not wide.startswith(b"PK\6\6"):
+            raise ValueError("no ZIP")
+        count, size, begin = ZIP64_END.unpack(wide)[7:10]
+    if begin + size > length:
+        raise ValueError("no ZIP")
+    return begin, size, count
+
+
+def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
+    """Yield the entries of a ZIP's directory while reading it, with little memory, up to DIRECTORY_LIMIT_BYTES.
+
+    With `commented`, only members with a comment. Raises ValueError if there is no directory.
+    """
+    begin, left, _ = zip_directory(file)
+    left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
+    file.seek(begin)
+    while left:
+        chunk = file.read(min(left, step))
+        if not chunk:
+            return
+        left, step, rest, at = left - len(chunk), 256 * KIB, rest + chunk, 0
+        while len(rest) - at >= ZIP_CENTRAL.size:
+            fields = ZIP_CENTRAL.unpack_from(rest, at)
+            name, extra, comment = fields[12:15]
+            end = at + ZIP_CENTRAL.size + name + extra + comment
+            if fields[0] != b"PK\1\2":
+                return
+            if end > len(rest):
+                break
+            if comment or not commented:
+                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end])
+            at = end
+        rest = rest[at:]
+
+
+def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
+    """Return a record of a ZIP's directory by its fixed fields, and the name, extra fields and comment after them."""
+    method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
+    more, at = words[name : name + extra], 0
+    while at + 4 <= len(more):
+        kind, length = struct.unpack_from("<2H", more, at)
+        if kind == 1:  # ZIP64: what does not fit above, in this order
+            known = more[at + 4 : at + 4 + min(length, 24)]
+            wide = [value for (value,) in struct.iter_unpack("<Q", known[: len(known) // 8 * 8])]
+            size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
+        at += 4 + length
+    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin)
+
+
+def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
+    """Return `count` bytes of a ZIP's member from `begin` on, or what there is of them, for the work of `begin + count` bytes at most.
+
+    Raises ValueError if the member does not match its directory entry.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(min(record.begin, length))
+    head = file.read(ZIP_LOCAL.size)
+    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("no member")
+    place = record.begin + len(head) + sum(ZIP_LOCAL.unpack(head)[-2:])
+    if record.method == zipfile.ZIP_STORED:
+        file.seek(min(place + begin, length))
+        return file.read(max(0, min(count, record.packed_bytes - begin)))
+    file.seek(min(place, length))
+    unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
+    # Real programs never deflate data to much more than its size; other streams could be endless, and contain nothing.
+    for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
+        ahead = chunk
+        while ahead and len(said) < count:
+            try:
+                piece = unpacker.decompress(ahead, 256 * KIB)
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            said += piece[max(0, begin - passed) :]
+            passed, ahead = passed + len(piece), unpacker.unconsumed_tail
+        if len(said) >= count or unpacker.eof:
+            break
+    return bytes(said[:count])
+
+
+def check_base_names(paths: Sequence[str]) -> None:
+    """Refuse files that a 2.2 client would lose silently: it flattens folders, so files with the same base name overwrite each other."""
+    names = [path.rpartition("/")[2] for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+
+
+# == 25. Identity ==  The peer of a connection is proven by the kernel or by a token, never guessed from a port.
+
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
+HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
+SOCKET_PATH_LIMIT_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them for the end
+
+
+class SeenSocket(NamedTuple):
+    """A TCP socket of this machine, as the kernel describes it."""
+
+    state: int
+    uid: int
+    inode: int  # 0: no process holds it any more, and the uid means nothing
+
+    @property
+    def proves(self) -> bool:
+        """Whether its uid is that of a caller: a process holds it, and it has been connected.
+
+        A socket that only asks for a connection (SYN_SENT) may share its ends with one that is gone.
+        """
+        return self.inode != 0 and self.state in (ESTABLISHED, *HALF_CLOSED)
+
+
+def peer_uid(connection: socket.socket) -> int | None:
+    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
+
+    TCP: the peer's socket is looked at, and then our own. If ours is still connected after the look, no other socket can
+    have had the same two ends meanwhile. Unix sockets: SO_PEERCRED.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if connection.family == socket.AF_UNIX:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
+            return int(struct.unpack("=iII", credentials)[1])
+        peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
+        for _ in range(2):  # a peer that half-closes its end between the two looks is looked at again
+            seen = find_socket(peer, here)
+            if seen is None or not seen.proves:
+                return None
+            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            if state == ESTABLISHED or (state == CLOSE_WAIT and seen.state in HALF_CLOSED):
+                return seen.uid
+    return None
+
+
+def is_half_closed(connection: socket.socket) -> bool:
+    """Tell whether a local process has finished sending, and keeps its end open to read the answer."""
+    with contextlib.suppress(OSError):
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
+    return False
+
+
+def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """Return the user id of the process that holds the socket with these ends. It is no proof of the caller: see `peer_uid`."""
+    seen = find_socket(peer, here)
+    return seen.uid if seen is not None and seen.proves else None
+
+
+def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
+    """Return the socket of this machine that has `peer` as its own end and `here` as the other, or None.
+
+    By sock_diag(7), which looks at one socket. If that is denied, by /proc/net/tcp (proc(5)), which lists all.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, struct.error):
+            return diagnosed_socket(family, peer, here)
+    return None if sock_diag_works() else listed_socket(peer, here)
+
+
+def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket:
+    """Ask the kernel for the socket with these two ends; OSError if there is none."""
+    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
+    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
+    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
+    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
+        kernel.settimeout(1)
+        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
+        answer = kernel.recv(8192)
+    if struct.unpack_from("=IHHII", answer)[1] == error:
+        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
+    # A header of 16 bytes; family, state and two more; both ends (48); expires, rqueue, wqueue, uid and inode.
+    uid, inode = struct.unpack_from("=II", answer, 16 + 4 + 48 + 12)
+    return SeenSocket(answer[17], uid, inode)
+
+
+@functools.lru_cache(maxsize=1)
+def sock_diag_works() -> bool:
+    """Tell whether sock_diag works here. If it does, "no such socket" is an answer, and /proc/net need not be read."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+            return diagnosed_socket(socket.AF_INET, near.getsockname(), near.getpeername()).inode != 0
+    except (OSError, struct.error):
+        return False
+
+
+def packed_address(family: int, host: str) -> bytes:
+    """Return an IP address in network order; an IPv4 address is mapped to IPv6 if the family is IPv6."""
+    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
+
+
+def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
+    """Yield the TCP sockets of /proc/net with their own and their other end, as they are written there."""
+    table = "tcp" if family == socket.AF_INET else "tcp6"
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+            fields = line.split()
+            yield fields[1], fields[2], SeenSocket(int(fields[3], 16), int(fields[7]), int(fields[9]))
+
+
+def listed_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
+    """Look for a socket in the lists of /proc/net."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):  # no address of this family
+            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
+            for near, far, seen in listed_sockets(family):
+                if (near, far) == wanted:
+                    return seen
+    return None
+
+
+def tcp_hex(family: int, host: str, port: int) -> str:
+    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
+    packed = packed_address(family, host)
+    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
+    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
+
+
+def is_own_user(uid: int | None) -> bool:
+    """Tell whether a user id is certainly that of this process, or root's."""
+    numbers = user_numbers()
+    return uid is not None and uid != numbers.unmapped and (uid == os.getuid() or (uid == 0 and numbers.root))
+
+
+@functools.lru_cache(maxsize=1)
+def machine_names() -> frozenset[str]:
+    """Return this machine's names in lower case: host name, its first part, and names in /etc/hosts. It does not ask DNS."""
+    name = socket.gethostname().lower()
+    names = {name, name.partition(".")[0]}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in Path("/etc/hosts").read_text(encoding="utf-8").lower().splitlines():
+            words = line.partition("#")[0].split()[1:]
+            names.update(words if name in words else ())
+    return frozenset(names - {""})
+
+
+@functools.lru_cache(maxsize=256)
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Parse an IP address, and turn IPv4-mapped IPv6 into IPv4. Return None for anything else."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_here(text: str) -> bool:
+    """Tell whether an IP address belongs to this machine: loopback, or an address that a socket can bind to."""
+    address = plain_address(text)
+    if address is None or address.is_loopback:
+        return address is not None
+    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address is one of an interface
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
+            probe.bind((str(address) + "".join(zone), 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only the same user gets in
+    return True
+
+
+class RefusedTokens:
+    """Counts wrong tokens, and logs at most once a period how many there were and where the last came from."""
+
+    def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
+        self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
+        self.count, self.last, self.quiet_until = 0, "", float("-inf")
+
+    def note(self, address: str) -> None:
+        """Count one, from `address`."""
+        with self.lock:
+            self.count, self.last = self.count + 1, address or "the Unix socket"
+        self.report()
+
+    def report(self) -> None:
+        """Log the count, unless it was logged a moment ago."""
+        with self.lock:
+            now = self.clock.monotonic()
+            if not self.count or now < self.quiet_until:
+                return
+            count, self.count, self.quiet_until = self.count, 0, now + self.period_s
+        log.warning("refused %s with a wrong token; the last came from %s", plural(count, "request", "requests"), self.last)
+
+
+# -- listeners --
+
+
+def listener_uid(host: str, port: int) -> int | None:
+    """Return the user id that listens on an address of this machine, or on all addresses; None if there is none."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):  # no address of this family
+            wanted = tcp_hex(family, host, port)
+            every = "0" * len(wanted.partition(":")[0]) + f":{port:04X}"
+            for near, _, seen in listed_sockets(family):
+                if seen.state == LISTEN and near in (wanted, every):
+                    return seen.uid
+    return None
+
+
+def open_listeners(hosts: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on each of `hosts` (separated by commas), all on one port. Port 0 picks one that is free on all.
+
+    ConfigError names the address that cannot be used. By default, a machine without ::1 does without it.
+    """
+    for last in (*[False] * 20, True):
+        listeners: list[socket.socket] = []
+        try:
+            for host in filter(None, dict.fromkeys(each.strip().strip("[]") for each in hosts.split(","))):
+                taken = port or (listeners[0].getsockname()[1] if listeners else 0)
+                try:
+                    listeners += open_host(host, taken)
+                except (OSError, ValueError) as error:
+                    if hosts == DEFAULT_HOSTS and host == "::1" and getattr(error, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        log.debug("this machine has no address ::1: listening on 127.0.0.1 alone")
+                        continue
+                    raise ConfigError(cannot_listen(host, taken, error)) from error
+            if not listeners:
+                raise ConfigError(f"JOBORCH_HOST is {hosts!r}: give an address to listen on, as in 127.0.0.1")
+            return listeners
+        except ConfigError:
+            for listener in listeners:
+                listener.close()
+            if port or last or not listeners:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def open_host(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on all addresses of one host. None stays open if it raises OSError or ValueError."""
+    listeners: list[socket.socket] = []
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)  # at once: a port that is only bound can still be taken
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> str:
+    """Return why an address cannot be listened on, who has it, and what to do."""
+    why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
+    uid = listener_uid(host, port) if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else None
+    holder = "" if uid is None else f"; a process of user {uid} listens there"
+    shown = f"[{host}]" if ":" in host else host
+    return f"PORT is {port}: cannot listen on {shown}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
+
+
+def socket_path(setting: str, port: int) -> Path | None:
+    """Return the path of the Unix socket of a server on `port`, as JOBORCH_SOCKET says; None if it has none."""
+    if setting in ("0", "none"):
+        return None
+    if setting:
+        return Path(os.path.abspath(setting))
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
+    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # sudo may leave another user's here
+    return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
+
+
+def folder_problem(folder: Path, by_default: bool) -> str:
+    """Return why another user could own a socket in this folder, or an empty string. A link does not count as a folder."""
+    try:
+        found = os.lstat(folder)
+    except OSError as error:
+        return f"{folder}: {os.strerror(error.errno or 0).lower()}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder} is no folder"
+    if found.st_uid not in ((os.getuid(),) if by_default else (os.getuid(), 0)):
+        return f"{folder} belongs to user {found.st_uid}"
+    sticky = not by_default and found.st_mode & stat.S_ISVTX
+    return f"other users may write to {folder}" if found.st_mode & 0o022 and not sticky else ""
+
+
+def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
+    """Return a Unix socket that listens at its path with this mode. Raises ConfigError if that is impossible."""
+    path, remedy = socket_path(setting, port), "set JOBORCH_SOCKET to another path, or to 0 for none"
+    if path is None or len(os.fsencode(path)) > SOCKET_PATH_LIMIT_BYTES:
+        raise ConfigError(f"{path} is too long for a Unix socket (at most {SOCKET_PATH_LIMIT_BYTES} bytes): {remedy}")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not setting:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path.parent, 0o700)
+        problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
+        if problem:
+            raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
+        umask = os.umask(0o077)  # bind(2) creates the file: no other user may use it before its mode is set
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(umask)
+        os.chmod(path, mode)
+        listener.listen(BACKLOG)
+    except (OSError, ConfigError) as error:
+        listener.close()
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"no Unix socket at {path}: {os.strerror(error.errno or 0).lower()}; {remedy}") from error
+    return listener
+
+
+def remove_stale_socket(path: Path) -> str:
+    """Remove the socket of a server that no longer runs. Return what else is at the path, or an empty string."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return ""
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
+        return "something else is there"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            return "another server listens there"
+    os.unlink(path)
+    return ""
+
+
+# -- the link between server and client: both prove that they have the same token, and never send it --
+
+LINK_VERSION = 1
+OLD_SERVER_LOG_S = 3600.0  # how often a client logs that a server of version 0.1.0 calls it
+SESSIONS_LIMIT = 1000  # for one client: each start and each token of a server makes one
+WINDOW = 4096  # requests of one session that may overtake each other
+SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
+PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=64)
+def link_key(token: str) -> bytes:
+    """Derive the key of server and client from their token. It is slow, so that nobody can guess a token from its MACs."""
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
+
+
+class Proof(NamedTuple):
+    """The data that proves one request of a server and the answer to it."""
+
+    key: bytes
+    server: str  # nonces: random, one for each start of a process, not secret
+    client: str
+    number: int  # each is used once
+    method: str
+    target: str
+
+    def mac(self, kind: str, *said: Any) -> str:
+        """Return the MAC (HMAC-SHA-256, hex) of these values, encoded as JSON so that no two lists look alike."""
+        text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
+        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
+
+    def of_request(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the MAC of this request. It covers the headers named X-Joborch-... and the body's type."""
+        said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
+        ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
+        return self.mac("request", length, said.get("content-type", ""), ours)
+
+    def of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> str:
+        """Return the MAC of the answer to this request. It covers the body by the length and digest in the answer's headers."""
+        return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
+
+    def authorization(self, headers: Mapping[str, str], length: int) -> str:
+        """Return the header Authorization that proves this request."""
+        mac = self.of_request(headers, length)
+        return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
+
+
+class Session:
+    """A server's side of the link to one start of a client: it numbers the requests."""
+
+    def __init__(self, token: str, client: str) -> None:
+        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
+        self.numbers = itertools.count(1)  # next() is atomic
+
+    def proof(self, method: str, target: str) -> Proof:
+        """Return what proves the next request."""
+        return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
+
+
+class ProofReader:
+    """A client's side of the link: it recognises a server by the token, and accepts each request once."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens, self.lock = tokens, threading.Lock()
+        self.nonce = secrets.token_hex(16)
+        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
+
+    def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
+        """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
+        shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
+        if shown is None:
+            raise unproven("the proof cannot be read")
+        server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
+        if client != self.nonce:
+            raise unproven("this client was started anew: ask GET /hello again", self.nonce)
+        for token in self.tokens:
+            proof = Proof(link_key(token), server, client, number, method, target)
+            if hmac.compare_digest(proof.of_request(headers, length), mac):
+                self.take(proof)
+                return proof
+        raise unproven("the token is wrong, or the request was changed on its way")
+
+    def take(self, proof: Proof) -> None:
+        """Note a request's number in a sliding window (RFC 4303, 3.4.3). Raises HttpError 401 if the number was used before."""
+        session = (proof.server, proof.key)
+        with self.lock:
+            if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
+                self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
+                self.nonce = secrets.token_hex(16)
+                raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
+            highest, bits = self.seen.get(session, (0, 0))
+            if proof.number > highest:
+                bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
+            bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
+            if not bit or bits & bit:
+                raise unproven("this request came before, or far too late")
+            self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
+
+
+def unproven(message: str, nonce: str = "") -> HttpError:
+    """Return the answer to a server that has not proven its identity; it may use `nonce` to do so."""
+    return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
+
+
+def far_uid(connection: socket.socket) -> int | None:
+    """Return the user id that an outgoing connection has reached on this machine, or None if it is unknown.
+
+    Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
+    """
+    peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
+    wild = "::" if ":" in peer[0] else "0.0.0.0"
+    uid = tcp_uid(peer, here)
+    for listener in (peer, (wild, peer[1]), ("::", peer[1])) if uid is None else ():
+        seen = find_socket(listener, ("::" if ":" in listener[0] else wild, 0))
+        if seen is not None and seen.state == LISTEN and seen.inode:
+            uid = seen.uid
+            break
+    # Only if the connection is still open: otherwise a later socket with the same ends may have been found.
+    return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
+
+
+def client_token_file() -> Path | None:
+    """Return the file in which this user's client on this machine keeps its token, or None if the user has no home."""
+    try:
+        return Path(default_folder("config")) / "client-token"
+    except ConfigError:
+        return None
+
+
+# == 26. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+
+SCHEMA_VERSION = 4
+
+SCHEMA = """
+BEGIN;
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
+    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
+    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
+    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
+    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
+    result_size INTEGER, result_sha256 TEXT,
+    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
+    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
+    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
+);
+CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
+CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_user ON jobs(user_id, id);
+CREATE INDEX jobs_service ON jobs(service, id);
+CREATE INDEX jobs_status ON jobs(status, id);
+CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
+CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
+CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
+ WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
+CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
+CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
+CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
+CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
+CREATE INDEX jobs_unsynced ON jobs(id)
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+CREATE TABLE history (
+    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
+    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (job_id, number)
+) WITHOUT ROWID;
+CREATE TABLE attempts (
+    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
+    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
+    PRIMARY KEY (job_id, attempt)
+) WITHOUT ROWID;
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+CREATE TABLE usage (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX usage_user ON usage(user_id);
+CREATE TABLE pace (
+    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
+    runs INTEGER NOT NULL, mean_s REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
+CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
+CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+INSERT INTO turns_made VALUES ('', 0);
+CREATE TABLE heartbeat (
+    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
+);
+INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
+PRAGMA user_version = 4;
+COMMIT;
+"""
+
+# From each version of the schema that was released to the next. 0.1.0 made version 3.
+MIGRATIONS = {
+    3: """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+DROP TABLE contenders;
+CREATE TABLE runnable_users (
+    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
+    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
+    PRIMARY KEY (service, user_id)
+) WITHOUT ROWID;
+CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
+UPDATE turns_made SET rules = '';
+UPDATE jobs
+   SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
+       reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
+                           ORDER BY number DESC LIMIT 1), reason)
+ WHERE status = 'Cleaned';
+CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+PRAGMA user_version = 4;
+COMMIT;
+""",
+}
+
+JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
+JOB_MOVE = (
+    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
+    + ", ".join(name + " = :" + name for name in MOVABLE)
+    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
+)
+JOB_GET = "SELECT * FROM jobs WHERE id = :id"
+JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
+JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
+JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
+JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
+JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
+JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
+PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
+PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
+JOB_FETCHED = """
+UPDATE jobs SET fetched_at = :now
+ WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
+"""
+JOB_CONFIRMED = """
+UPDATE jobs SET fetched_at = :now, synced = 2
+ WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
+"""
+JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
+JOB_CLIENT = """
+UPDATE jobs SET client = :to
+ WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
+"""
+KILL_WISH = """
+UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
+ WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
+"""
+HISTORY_ADD = """
+INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
+SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
+"""
+HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
+ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
+ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
+BUSY_OF_USER = """
+SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
+   AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_OF_SERVICE = """
+SELECT count(*) FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_OF_CLIENT = """
+SELECT coalesce(sum(cpus), 0) FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+BUSY_BY_CLIENT = """
+SELECT client, count(*) AS jobs, sum(cpus) AS cpus, coalesce(sum(memory), 0) AS memory FROM jobs INDEXED BY jobs_client
+ WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') GROUP BY client
+"""
+AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
+"""
+ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
+PINNED_AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
+ ORDER BY id
+"""
+KILLS_AT_CLIENT = """
+SELECT * FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+   AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
+"""
+KILLS_COUNT = """
+SELECT count(*) FROM jobs INDEXED BY jobs_client
+ WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
+"""
+CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
+WAITING_FIRST = """
+SELECT id, priority, arrived_at, cpus, memory, timeout FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+ ORDER BY priority DESC, id LIMIT 1
+"""
+WAITING_BY_PRIORITY = """
+WITH RECURSIVE level(priority, id) AS (
+    SELECT * FROM (SELECT priority, id FROM jobs INDEXED BY jobs_queued
+                    WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+                    ORDER BY priority DESC, id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1),
+           (SELECT j.id FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1)
+      FROM level WHERE level.priority IS NOT NULL
+) SELECT jobs.id, jobs.priority, arrived_at, cpus, memory, timeout FROM level JOIN jobs ON jobs.id = level.id
+"""
+QUEUED_BEFORE = """
+SELECT (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
+         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+           AND priority > :priority LIMIT 10000))
+     + (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
+         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+           AND priority = :priority AND id < :id LIMIT 10000))
+"""
+QUEUED_IN_SERVICE = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 LIMIT 10000)
+"""
+QUEUED_PRIORITIES = """
+WITH RECURSIVE level(priority) AS (
+    SELECT * FROM (SELECT priority FROM jobs INDEXED BY jobs_line
+                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+                    ORDER BY priority LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_line
+             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.priority > level.priority ORDER BY j.priority LIMIT 1)
+      FROM level WHERE level.priority IS NOT NULL
+) SELECT priority FROM level WHERE priority IS NOT NULL
+"""
+QUEUED_EARLIER = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
+   AND priority = :priority AND arrived_at < :before LIMIT 10000)
+"""
+QUEUED_OF_USER = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_waiting WHERE user_id = :user_id AND status = 'Queued' LIMIT :limit)
+"""
+QUEUED_USERS = """
+WITH RECURSIVE waiting(user_id) AS (
+    SELECT * FROM (SELECT user_id FROM jobs INDEXED BY jobs_queued
+                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY user_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
+             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
+               AND j.user_id > waiting.user_id ORDER BY j.user_id LIMIT 1)
+      FROM waiting WHERE waiting.user_id IS NOT NULL
+) SELECT user_id FROM waiting WHERE user_id IS NOT NULL
+"""
+QUEUED_OF_SERVICE = """
+SELECT * FROM jobs INDEXED BY jobs_queued
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND moved_at < :before
+ ORDER BY user_id, priority DESC, id LIMIT 1000
+"""
+DELAYED_DUE = """
+SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
+ WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
+"""
+RUNNABLE_SET = """
+INSERT OR REPLACE INTO runnable_users (service, user_id, at_quota, rank, head, cpus, memory, timeout)
+VALUES (:service, :user_id, :at_quota, :rank, :head, :cpus, :memory, :timeout)
+"""
+RUNNABLE_GET = "SELECT at_quota, rank, head FROM runnable_users WHERE service = :service AND user_id = :user_id"
+RUNNABLE_CLEAR = "DELETE FROM runnable_users WHERE service = :service AND user_id = :user_id"
+RUNNABLE_EMPTY = "DELETE FROM runnable_users"
+RUNNABLE_NEXT = """
+SELECT head, user_id, rank, cpus, memory, timeout FROM runnable_users INDEXED BY runnable_users_rank
+ WHERE service = :service AND at_quota = 0 ORDER BY rank, head LIMIT :limit
+"""
+RUNNABLE_BEFORE = """
+SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank
+ WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
+"""
+RUNNABLE_COUNT = "SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank WHERE service = :service LIMIT 10000)"
+OPEN_RUNS = """
+SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
+"""
+OPEN_RUNS_OF_OTHERS = """
+SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s
+  FROM jobs INDEXED BY jobs_busy
+ WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
+"""
+LEAST_RANK_OF_OTHERS = """
+SELECT rank FROM runnable_users INDEXED BY runnable_users_rank
+ WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
+"""
+USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
+USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
+USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
+USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
+PACE_GET = "SELECT runs, mean_s FROM pace WHERE service = :service"
+PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
+JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
+JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
+JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
+WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
+WEIGHT_SET = "INSERT OR REPLACE INTO users (user_id, weight) VALUES (:user_id, :weight)"
+DRAINED_ALL = "SELECT client, at FROM drained"
+DRAINED_SET = "INSERT OR IGNORE INTO drained (client, at) VALUES (:client, :at)"
+DRAINED_CLEAR = "DELETE FROM drained WHERE client = :client"
+DEPENDENCY_ADD = "INSERT OR IGNORE INTO dependencies (on_id, job_id) VALUES (:on_id, :job_id)"
+DEPENDENTS = """
+SELECT jobs.* FROM dependencies JOIN jobs ON jobs.id = dependencies.job_id
+ WHERE dependencies.on_id = :on_id AND jobs.status = 'Queued' ORDER BY dependencies.job_id
+"""
+DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
+DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
+JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
+WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Completed' LIMIT 1"
+TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
+TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
+PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
+COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
+CHANGED_SINCE = """
+SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
+ ORDER BY changed LIMIT 1001
+"""  # a page of /events, and one more that tells whether there is another page
+CHANGED_ALL = """
+SELECT * FROM jobs INDEXED BY jobs_unfetched
+ WHERE changed IS NOT NULL AND changed > :since AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed LIMIT 1001
+"""
+CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
+ENDED_BEFORE = """
+SELECT * FROM jobs INDEXED BY jobs_ended
+ WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
+   AND (
+    moved_at < :unfetched_before
+    OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
+   ) ORDER BY moved_at LIMIT :limit
+"""  # moved_at is steady time, fetched_at that of the wall clock
+CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
+FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
+FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
+FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
+JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
+JOBS_PAGE_OF_USER = """
+SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
+   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
+ ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_IN_STATUS = """
+SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
+   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_CLEANED = """
+SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
+   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+"""
+JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
+UNSYNCED = """
+SELECT * FROM jobs INDEXED BY jobs_unsynced
+ WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
+   AND moved_at <= :before ORDER BY id
+"""
+JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id AND synced = 0"
+HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
+LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
+INSTANCE = "SELECT instance FROM heartbeat"
+NEW_INSTANCE = "UPDATE heartbeat SET instance = lower(hex(randomblob(8)))"
+LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+SKIP_IDS = "INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq) VALUES (1, 'jobs', :last)"
+ALL_UUIDS = "SELECT uuid FROM jobs"
+DAMAGE = "PRAGMA quick_check(1)"
+
+
+# == 27. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
+
+
+class Changes:
+    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.waiting: list[tuple[int | None, threading.Event]] = []
+
+    def announce(self, job_ids: Collection[int]) -> None:
+        """Wake the threads that wait for one of these jobs, or for any."""
+        with self.lock:
+            for job_id, news in self.waiting:
+                if job_id is None or job_id in job_ids:
+                    news.set()
+
+    def close(self) -> None:
+        """Wake all of them: the process ends."""
+        with self.lock:
+            for _, news in self.waiting:
+                news.set()
+
+    @contextlib.contextmanager
+    def of(self, job_id: int | None) -> Iterator[threading.Event]:
+        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
+        entry = (job_id, threading.Event())
+        with self.lock:
+            self.waiting.append(entry)
+        try:
+            yield entry[1]
+        finally:
+            with self.lock:
+                self.waiting.remove(entry)
+
+
+class Ticket:
+    """One piece of work that waits for a transaction, and its result."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
+        self.work, self.durable = work, durable
+        self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
+
+
+class Database:
+    """The database of one process.
+
+    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
+    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
+    shared memory for WAL, has one connection for everything.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        self.path, self.mode, self.clock = path, mode, clock or Clock()
+        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
+        self.alone = path == ":memory:" or on_network(path)
+        self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
+        self.synchronous, self.damage = "", ""
+        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
+        try:
+            self.db = self.connect()
+            found = damage_of(self.db, CHECK_PATIENCE_S)
+            self.checked = found is not None  # whether the check came to its end in the time that a start may take
+            self.refuse_damaged(found)
+            self.migrate()
+            self.set_steady()
+            self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
+            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
+                self.refuse_damaged(str(error))
+            or_restore = ", or put a backup in its place: joborch restore BACKUP" if mode == "server" else ""
+            way = "give a file that joborch made, or a new one"
+            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
+
+    def refuse_damaged(self, damage: str | None) -> None:
+        """Refuse a damaged database; ConfigError says the way out."""
+        if damage:
+            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
+
+    def way_out(self) -> str:
+        """Return what to do about a damaged database."""
+        if self.mode == "server":
+            return "put a backup in its place with: joborch restore BACKUP"
+        return "move it away: its server has new attempts made of what ran here"
+
+    def look_for_damage(self) -> None:
+        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
+        if self.checked:
+            return
+        self.damage = damage_of(self.reader()) or ""
+        if self.damage:
+            log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
+
+    def connect(self, mode: str = "rwc") -> sqlite3.Connection:
+        address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
+        db = sqlite3.connect(address, uri=self.path != ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        if self.alone:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        return db
+
+    def migrate(self) -> None:
+        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
+        version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        self.is_new = version == 0
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
+                "run that version, or give another file"
+            )
+        if 0 < version < min(MIGRATIONS):
+            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
+        if self.is_new:
+            self.db.executescript(SCHEMA)
+        for older in range(version, SCHEMA_VERSION) if version else ():
+            self.db.executescript(MIGRATIONS[older])
+
+    def set_steady(self) -> None:
+        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
+        at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
+        now_boot, now_s = self.clock.boot()
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
+        if boot != now_boot:
+            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
+            boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
+        self.steady_offset = float(steady - boot_s)
+        self.beat(self.db)
+
+    def steady(self) -> float:
+        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
+        return self.clock.boot()[1] + self.steady_offset
+
+    def beat(self, db: sqlite3.Connection) -> None:
+        """Store where steady time is to continue after a reboot."""
+        boot, boot_s = self.clock.boot()
+        self.beaten_at = boot_s + self.steady_offset
+        db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
+
+    def close(self) -> None:
+        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
+        with self.lock:
+            self.db.close()
+
+    def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        """Return all rows of one query; StorageError if the database cannot be read."""
+        try:
+            if self.alone:
+                with self.lock:
+                    return self.db.execute(sql, values).fetchall()
+            return self.reader().execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"the database cannot be read: {error}") from error
+
+    def reader(self) -> sqlite3.Connection:
+        db = getattr(self.local, "db", None)
+        if db is None:
+            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
+            db.execute("PRAGMA query_only = 1")
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
+            self.local.db = db
+        return cast(sqlite3.Connection, db)
+
+    def number(self, sql: str, **values: Any) -> int:
+        """Return the one number that a query gives; None counts as 0."""
+        return int(self.read(sql, **values)[0][0] or 0)
+
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
+        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
+
+        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
+        """
+        try:
+            return self.write_once(work, durable)
+        except StorageError as error:
+            if "full" not in str(error) or not self.make_room():
+                raise
+            return self.write_once(work, durable)
+
+    def write_once(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
+        ticket = Ticket(work, durable)
+        self.waiting.append(ticket)
+        with self.lock:
+            if not ticket.done:
+                self.commit_waiting()
+        if ticket.error is not None:
+            raise ticket.error
+        return cast(T, ticket.value)
+
+    def commit_waiting(self) -> None:
+        """Run and commit all waiting work in one transaction."""
+        batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        try:
+            self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
+            self.db.execute("BEGIN IMMEDIATE")
+            if len(batch) == 1:
+                batch[0].value = batch[0].work(self.db)
+            else:
+                for ticket in batch:
+                    self.run_ticket(ticket)
+            if self.steady() - self.beaten_at > HEARTBEAT_S:
+                self.beat(self.db)
+            crash_point("commit.begun")
+            self.db.execute("COMMIT")
+            crash_point("commit.done")
+        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
+            with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
+                    self.beat(self.db)
+            for ticket in batch:
+                ticket.error = self.why_not(error, alone=len(batch) == 1)
+        for ticket in batch:
+            ticket.done = True
+        if self.moved:
+            self.changes.announce(self.moved)
+            self.moved.clear()
+
+    @staticmethod
+    def why_not(error: BaseException, alone: bool) -> BaseException:
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
+        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
+        return error if own else StorageError(f"the database cannot be written: {error}")
+
+    def run_ticket(self, ticket: Ticket) -> None:
+        self.db.execute("SAVEPOINT ticket")
+        try:
+            ticket.value = ticket.work(self.db)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise  # the disk or a lock: the whole transaction fails
+            ticket.error = error
+            self.db.execute("ROLLBACK TO ticket")
+        self.db.execute("RELEASE ticket")
+
+    def set_synchronous(self, level: str) -> None:
+        if level != self.synchronous:
+            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
+            self.synchronous = level
+
+    def check(self) -> None:
+        """Raise StorageError if the database cannot be read and written, or its file was removed."""
+        self.write(self.beat, durable=False)
+        self.check_identity()
+
+    def check_identity(self) -> None:
+        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
+        if self.damage:
+            raise StorageError(f"the database is damaged: {self.damage}")
+        if self.identity is not None:
+            try:
+                gone = os.stat(self.path)[stat.ST_INO] != self.identity
+            except OSError:
+                gone = True
+            if gone:
+                raise StorageError("the database file was removed or replaced under the running program: restart it")
+
+
+def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
+    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
+    deadline = None if patience_s is None else time.monotonic() + patience_s
+    db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
+    try:
+        said = db.execute(DAMAGE).fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if "interrupted" in str(error):
+            return None
+        raise
+    except sqlite3.DatabaseError as error:  # too damaged to be checked
+        return str(error)
+    finally:
+        db.set_progress_handler(None, 0)
+    return "" if said == "ok" else str(said)
+
+
+def on_network(path: str) -> bool:
+    """Tell whether a path lies on a network file system, by the longest mount point in /proc/mounts."""
+    kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
+    real, best, kind = os.path.realpath(path), "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        _, point, found = line.split(" ")[:3]
+        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+            best, kind = point, found
+    return kind.startswith(kinds)
+
+
+# == 28. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
+
+
+class Store(Database):
+    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
+
+    One class serves both modes: a payload of a client is a job that may have no user and no service.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        super().__init__(path, mode, clock)
+        self.noun = "job" if mode == "server" else "payload"
+        self.limits: Mapping[str, Service] = {}
+        self.sharing, self.last_seq = Sharing(), 0
+
+    # -- reading --
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        """Return the rows of a query over jobs, as jobs."""
+        return [as_job(row) for row in self.read(sql, **values)]
+
+    def job(self, sql: str, **values: Any) -> Job | None:
+        rows = self.jobs(sql, **values)
+        return rows[0] if rows else None
+
+    def get(self, job_id: int) -> Job | None:
+        """Return a job, or None."""
+        return self.job(JOB_GET, id=job_id)
+
+    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
+        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given.
+
+        A job that was cleaned is found by the status with which it ended, too.
+        """
+        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
+        if user_id is not None:
+            return self.jobs(JOBS_PAGE_OF_USER, **values)
+        if status is not None:
+            found = {job.id: job for sql in (JOBS_PAGE_IN_STATUS, JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)}
+            return sorted(found.values(), key=lambda job: -job.id)[:limit]
+        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
+
+    @staticmethod
+    def row(db: sqlite3.Connection, job_id: int) -> Job:
+        """Return a job that is there, inside a transaction."""
+        return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
+
+    # -- writing --
+
+    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
+        """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
+
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
+        not have, and QueueFull if its user has `most_queued` jobs queued.
+        """
+        job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
+        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
+        return job
+
+    def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
+        """Store a new job inside a transaction: see `add`."""
+        if most_queued and db.execute(QUEUED_OF_USER, {"user_id": new.user_id, "limit": most_queued}).fetchone()[0] >= most_queued:
+            raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
+        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
+        open_ids, broken = self.still_open(db, new)
+        now, steady = self.clock.wall(), self.steady()
+        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
+        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
+        job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
+        for on_id in open_ids:
+            db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
+        self.add_history(db, job_id, now, None, status, reason)
+        job = self.row(db, job_id)
+        if broken:
+            self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
+            return self.row(db, job_id)
+        if self.mode == "server":  # a client's payload that is only Prepared is no news
+            self.moved.add(job_id)
+        self.update_rank(db, job.service, job.user_id)
+        return job
+
+    def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
+        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
+        open_ids, broken = [], ""
+        for on_id in new.after:
+            row = db.execute(JOB_GET, {"id": on_id}).fetchone()
+            if row is None or row["user_id"] != new.user_id:
+                raise UnknownJob(f"user {new.user_id} has no job {on_id}")
+            earlier = as_job(row)
+            if earlier.status not in OVER:
+                open_ids.append(on_id)
+            elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
+                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
+        return ([], broken) if broken else (open_ids, "")
+
+    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
+        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
+
+        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
+        Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
+        row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
+        """
+        durable = durable or (self.mode == "server" and to in ENDED)
+        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
+        if moved:
+            because = ": " + one_line(reason) if reason else ""
+            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
+        return moved
+
+    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        """Make one move inside a transaction, and what follows from it for jobs that wait for this one: see `move`."""
+        moved = self.move_row(db, job, to, reason, **changes)
+        if moved and self.mode == "server" and to in ENDED:
+            self.tell_dependents(db, job.id, to)
+        return moved
+
+    def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        if (job.status, to) not in MOVES[self.mode]:
+            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
+        now = self.clock.wall()
+        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
+        if to in ENDED and job.status not in ENDED:
+            changes.setdefault("ended_at", now)
+        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
+        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
+        values.update(changed=self.next_change(), moved_at=self.steady())
+        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
+        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
+        if db.execute(JOB_MOVE, values).rowcount != 1:
+            return False
+        self.moved.add(job.id)
+        if values["attempt"] != job.attempt:
+            cause = Cause.INFRASTRUCTURE.value
+            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
+        self.add_history(db, job.id, now, job.status, to, reason)
+        if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
+            self.account(db, job, to, run_s)
+        if not (job.status in BUSY and to in BUSY):
+            self.update_rank(db, job.service, job.user_id)
+        return True
+
+    def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
+        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
+        ended = [(job_id, to)]
+        while ended:
+            on_id, how = ended.pop()
+            for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
+                job = as_job(row)
+                if how is not Status.COMPLETED:
+                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
+                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
+                    ended.append((job.id, Status.INVALID))
+                elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
+                    self.update_rank(db, job.service, job.user_id)
+            db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
+
+    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
+        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
+        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
+        db.execute(HISTORY_ADD, values)
+
+    def next_change(self) -> int | None:
+        """Return the next number for a client's /events; called inside a transaction. The server has none."""
+        if self.mode == "server":
+            return None
+        self.last_change += 1
+        return self.last_change
+
+    def request_kill(self, job_id: int, cause: Cause) -> bool:
+        """Store durably that a job is to be stopped; return whether that was new."""
+        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
+        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
+
+    def take_along(self, job: Job, client: str) -> bool:
+        """Store that a job's client has another name; False if the job has moved meanwhile."""
+        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
+        return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
+
+    def note(self, sql: str, **values: Any) -> None:
+        """Write a column that is not a status, without waiting for the disk."""
+        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
+
+    def tell(self, job_id: int, **begun: float) -> None:
+        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
+        sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
+        self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
+
+    def forget(self, job_ids: Sequence[int]) -> None:
+        """Delete rows and history of cleaned jobs."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, DEPENDENCIES_FORGET, FORGET_JOB):
+                    db.execute(sql, {"id": job_id})
+
+        self.write(delete, durable=False)
+
+    def renew(self) -> None:
+        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
+
+        def skip(db: sqlite3.Connection) -> None:
+            last = db.execute(LAST_ID).fetchone()
+            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
+            db.execute(NEW_INSTANCE)
+
+        self.write(skip)
+
+    # -- turns --
+
+    def usage_of(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> Usage:
+        row = db.execute(USAGE_GET, {"service": service, "user_id": user_id}).fetchone()
+        return Usage(*row) if row else Usage()
+
+    def pace_of(self, db: sqlite3.Connection, service: str | None) -> Pace:
+        row = db.execute(PACE_GET, {"service": service}).fetchone()
+        return Pace(*row) if row else Pace()
+
+    def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
+        """Return a user's weight: the stored one, else that of the settings, else 1."""
+        row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
+        return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
+
+    def set_usage(self, db: sqlite3.Connection, service: str | None, user_id: int | None, usage: Usage) -> None:
+        pair = {"service": service, "user_id": user_id}
+        db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
+
+    def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
+        db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
+
+    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
+        """Charge a user in advance for a run that begins, or for its real length when it is over."""
+        usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
+        if to in BUSY:
+            charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
+        else:
+            charged = float(
+                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
+            )  # charge_longer may have raised it since the row was read
+            now = self.steady()
+            if run_s is None:
+                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
+            elif to in (Status.COMPLETED, Status.FAILED):
+                with_run(usage, run_s)
+                with_run(pace, run_s)
+                self.set_pace(db, job.service, pace)
+            if run_s > TURN_S:
+                usage.use = self.without_old_credit(db, job, usage.use)
+            charged = job.cpus * max(run_s, TURN_S)
+            usage.use = used(usage.use, job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s), now, self.sharing.half_life_s)
+        db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
+        self.set_usage(db, job.service, job.user_id, usage)
+
+    def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
+        """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
+
+        See `cap_idle_credit`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
+        charged in advance does not count: nobody is measured by what they may not come to use.
+        """
+        service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
+        now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
+        waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
+        level = float("inf") if waiting is None else float(waiting["rank"])
+        if service is None or service.policy != "share" or cap_idle_credit(use, weight, level) == use:
+            return use
+        if db.execute(RUNNABLE_GET, others).fetchone() is None:
+            return use
+        open_runs: dict[int, list[OpenRun]] = {}
+        for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
+            open_runs.setdefault(row["user_id"], []).append(OpenRun(row["cpus"], row["charged"], row["run_s"]))
+        for user_id, runs in open_runs.items():
+            theirs = self.usage_of(db, job.service, user_id).use
+            had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
+            level = min(level, had - math.log2(self.weight_of(db, user_id)))
+        return use if level == float("inf") else cap_idle_credit(use, weight, level)
+
+    def used_slot_s(self, service: str, user_id: int) -> float:
+        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
+        now, half_life_s = self.steady(), self.sharing.half_life_s
+        rows = self.read(USAGE_GET, service=service, user_id=user_id)
+        runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
+        use = with_open_runs(rows[0]["used"] if rows else NO_USE, runs, now, half_life_s, in_advance=False)
+        return use_now(use, now, half_life_s)
+
+    def charge_longer(self, job: Job) -> None:
+        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
+        more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
+
+        def charge(db: sqlite3.Connection) -> None:
+            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
+            if db.execute(JOB_CHARGE, values).rowcount:
+                self.update_rank(db, job.service, job.user_id)
+
+        self.write(charge, durable=False)
+
+    def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
+        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
+        service = self.limits.get(name or "")
+        if self.mode != "server" or service is None:
+            return
+        pair = {"service": name, "user_id": user_id}
+        sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
+        waiting = [Waiting(*row) for row in db.execute(sql, pair)]
+        if not waiting:
+            db.execute(RUNNABLE_CLEAR, pair)
+            return
+        now = self.steady()
+        runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
+        use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
+        rank, head = rank_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
+        at_quota = len(runs) >= service.runs_per_user
+        values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
+        db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
+
+    def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
+        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
+        self.limits, self.sharing = services, sharing or self.sharing
+        made = json.dumps([
+            TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
+            self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
+        ])  # fmt: skip
+        rules, half_life_s = self.read(TURNS_MADE)[0]
+        if rules != made:
+            self.write(lambda db: self.make_turns(db, made, half_life_s))
+
+    def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
+        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
+        now = self.steady()
+        shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
+        for row in db.execute(USAGE_ALL).fetchall() if shift else ():
+            db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
+        db.execute(RUNNABLE_EMPTY)
+        for service in self.limits:
+            for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
+                self.update_rank(db, service, user_id)
+        db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
+
+    def set_weight(self, user_id: int, weight: float) -> None:
+        """Store a user's weight durably; it changes the user's rank at once."""
+
+        def store(db: sqlite3.Connection) -> None:
+            db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
+            for service in self.limits:
+                self.update_rank(db, service, user_id)
+
+        self.write(store)
+
+    # -- claims --
+
+    def claim(self, job_id: int, client: str, room: int) -> Job | None:
+        """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
+
+        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
+        """
+
+        def take(db: sqlite3.Connection) -> Job | None:
+            job = self.row(db, job_id)
+            service = self.limits[job.service or ""]
+            pair = {"service": job.service, "user_id": job.user_id}
+            if job.status is Status.QUEUED and job.kill_requested_at is not None:
+                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
+                return None
+            full = (
+                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
+                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
+                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+            )
+            if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
+                return None
+            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
+            return self.row(db, job_id)
+
+        job = self.write(take)
+        if job:
+            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
+        return job
+
+    def admit_due(self) -> int:
+        """Make new attempts claimable whose back-off is over; return how many."""
+        due = self.read(DELAYED_DUE, now=self.steady())
+
+        def admit(db: sqlite3.Connection) -> None:
+            for row in due:
+                db.execute(JOB_ADMIT, {"id": row["id"]})
+                self.update_rank(db, row["service"], row["user_id"])
+
+        if due:
+            self.write(admit, durable=False)
+        return len(due)
+
+
+# == 29. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
+
+
+def folder_of(path: str) -> str:
+    """Return the real path of the folder that a file is in."""
+    return os.path.realpath(os.path.dirname(path))
+
+
+def decided_restore(db_path: str) -> Path | None:
+    """Return a restored database that is complete but not yet in place, or None."""
+    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
+    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
+
+
+def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
+    """Put a restored database in place, and remove incomplete ones; return the replaced database and the files without a job.
+
+    Both are None if there was nothing to do. Each step may be repeated after a crash.
+    """
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        discard(Path(f"{db_path}.restoring{suffix}"))
+    ready = decided_restore(db_path)
+    if ready is None:
+        return None, None
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
+        known = {row[0] for row in db.execute(ALL_UUIDS)}
+    unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
+    crash_point("restore.files")
+    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
+    if os.path.exists(db_path) and not kept.exists():
+        os.link(db_path, kept)
+    crash_point("restore.kept")
+    for suffix in ("-wal", "-shm"):  # of the old database
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(db_path + suffix, f"{kept}{suffix}")
+    fsync_path(folder_of(db_path))
+    crash_point("restore.moved")
+    os.replace(ready, db_path)
+    fsync_path(folder_of(db_path))
+    return kept if kept.exists() else None, unclaimed
+
+
+# == 30. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
+
+
+class StoredFile(NamedTuple):
+    """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass
+class Form:
+    """A received form: its files, already on disk, and its text fields."""
+
+    files: list[StoredFile] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def shown(name: str) -> str:
+    """Return a file name for a message: quoted, printable and short."""
+    return repr(one_line(name, 80))
+
+
+def check_path(path: str) -> str:
+    """Return `path` without a leading `./`. Raises HttpError 400 unless it is a relative POSIX path that stays in its folder."""
+    name = re.sub(r"^(\./)+", "", path)
+    parts = name.split("/")
+    if not name:
+        raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
+    if any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise HttpError(400, f"file name {shown(name)} contains a control character: use printable ones", "file")
+    if name.startswith("/"):
+        raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
+    if ".." in parts:
+        raise HttpError(400, f"file name {shown(name)} contains '..': give a path that stays in its folder", "file")
+    if "" in parts or "." in parts:
+        raise HttpError(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
+    if len(parts) > DEPTH_LIMIT + 1:
+        raise HttpError(400, f"file name {shown(name)} is {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
+    sizes = [len(os.fsencode(part)) for part in parts]
+    if max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES:
+        limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
+        raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
+    return name
+
+
+def inputs_digest(digests: Mapping[str, str]) -> str:
+    """Return one SHA-256 (hex) for a set of files; `digests` has the SHA-256 of each, by path."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def parents_of(path: str) -> set[str]:
+    """Return all folders above a relative path: `a` and `a/b` for `a/b/c`."""
+    parts = path.split("/")
+    return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+
+
+class Tree:
+    """The file names of one form so far: each is unique, and none is both a file and a folder."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.folders: set[str] = set()
+
+    def add(self, path: str) -> None:
+        """Add `path`. Raises HttpError 400 if it clashes with an earlier one."""
+        parents = parents_of(path)
+        if path in self.files:
+            raise HttpError(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
+        if path in self.folders or parents & self.files:
+            raise HttpError(400, f"file name {path!r} is both a file and a folder", "file")
+        self.files.add(path)
+        self.folders |= parents
+
+
+def part_path(segment: Any, by_name: bool) -> str | None:
+    """Return the path of a part's file, or None if the part is a text field.
+
+    Callers of the server send the path as filename. Between machines (`by_name`) the part's name is the path and its filename
+    the base name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
+    """
+    exact = segment.header("X-Joborch-Path")
+    if by_name and exact:
+        return os.fsdecode(unquote_to_bytes(exact))
+    name: str = segment.name or extended_parameter(segment.header("Content-Disposition", ""), "name")
+    filename: str | None = segment.filename
+    if filename is None:
+        filename = extended_parameter(segment.header("Content-Disposition", ""), "filename") or None
+    if not by_name or (filename is None and name == DIGESTS_FIELD):
+        return filename
+    return filename if name in ("", "file") and filename else name or None
+
+
+def extended_parameter(header: str, name: str) -> str:
+    """Return the value of `name*=utf-8''...` in a header (RFC 5987), or an empty string."""
+    match = re.search(rf";\s*{name}\*=(?:utf-8|UTF-8)''([^;\s]+)", header)
+    return unquote_to_bytes(match[1]).decode("utf-8", "replace") if match else ""
+
+
+def multipart_boundary(content_type: str) -> str:
+    """Return the boundary of a form. Raises HttpError 415 for another content type, 400 if the boundary is missing."""
+    kind, _, rest = content_type.partition(";")
+    if kind.strip().lower() != "multipart/form-data":
+        raise HttpError(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
+    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', rest)
+    if not match:
+        raise HttpError(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
+    return match[1] or match[2]
+
+
+class FormReader:
+    """Streams a multipart form: files to disk below `folder`, text fields to memory.
+
+    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both keep the account of the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        by_name: bool = False,
+        before_file: Callable[[], None] = lambda: None,
+        after_write: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.folder, self.root, self.by_name = folder, str(folder), by_name
+        self.before_file, self.after_write = before_file, after_write
+        self.form, self.tree, self.folders = Form(), Tree(), {""}
+
+    def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
+        """Read the whole form. Raises HttpError; the caller must then remove the folder."""
+        import multipart
+
+        parser = multipart.PushMultipartParser(
+            multipart_boundary(content_type),
+            content_length=length,
+            max_header_size=PART_HEADER_LIMIT_BYTES,
+            max_segment_count=PARTS_LIMIT,
+        )
+        try:
+            events = parser.parse_blocking(stream.read, chunk_size=CHUNK_BYTES)
+            for event in events:
+                self.part(event, events)
+        except multipart.ParserLimitReached as error:
+            if "segment count" in str(error).lower():
+                raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
+            raise HttpError(413, f"a part has too long headers: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
+        except multipart.MultipartError as error:
+            raise HttpError(400, f"the form cannot be read: {error}") from error
+        return self.form
+
+    def part(self, segment: Any, events: Iterator[Any]) -> None:
+        """Read one part from the event stream, up to the None that ends it."""
+        path = part_path(segment, self.by_name)
+        if path is None:
+            self.text(segment, events)
+        else:
+            self.file(check_path(path), events)
+
+    def text(self, segment: Any, events: Iterator[Any]) -> None:
+        limit = 32 * MIB if self.by_name and segment.name == DIGESTS_FIELD else FIELD_LIMIT_BYTES
+        name, value = one_line(segment.name, 80), bytearray()
+        for chunk in iter(lambda: next(events), None):
+            value += chunk
+            if len(value) > limit:
+                raise HttpError(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
+        if name in self.form.fields:
+            raise HttpError(400, f"field {name} comes twice: give it once", name)
+        try:
+            self.form.fields[name] = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise HttpError(400, f"field {name} is not UTF-8", name) from error
+
+    def file(self, path: str, events: Iterator[Any]) -> None:
+        self.tree.add(path)
+        self.before_file()
+        self.make_folders(path)
+        digest, size, head = hashlib.sha256(), 0, b""
+        descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with open(descriptor, "wb", buffering=0) as target:
+            for chunk in iter(lambda: next(events), None):
+                write_all(target, chunk)
+                self.after_write(len(chunk))
+                digest.update(chunk)
+                size += len(chunk)
+                head += chunk[: 4 - len(head)]
+            if head.startswith((b"#!", b"\x7fELF")):  # forms carry no file modes, but a script may call ./tool
+                os.fchmod(descriptor, 0o700)
+        self.form.files.append(StoredFile(path, size, digest.hexdigest()))
+
+    def make_folders(self, path: str) -> None:
+        parent = path.rpartition("/")[0]
+        if parent not in self.folders:
+            (self.folder / parent).mkdir(parents=True, exist_ok=True)
+            self.folders |= parents_of(path)
+
+
+def write_all(target: IO[bytes], data: bytes) -> None:
+    """Write all of `data` to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
+
+
+# == 31. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
+
+
+def fsync_path(path: str | Path) -> None:
+    """Make a file's content or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the relative paths of all files below a folder, sorted."""
+    root = os.fsencode(folder)
+    return sorted(os.fsdecode(os.path.join(here, name)[len(root) + 1 :]) for here, _, names in walk(root) for name in names)
+
+
+def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
+    """Make `folder`, the files `paths` in it, and its entry in its parent durable."""
+    if len(paths) > 32:  # one syncfs is cheaper than many fsyncs
+        sync_file_system(folder)
+        return
+    root = str(folder)
+    inner = set().union(*(parents_of(path) for path in paths))
+    for path in [*paths, *sorted(inner, key=lambda inner_path: -inner_path.count("/"))]:
+        fsync_path(f"{root}/{path}")
+    fsync_path(root)
+    fsync_path(folder.parent)
+
+
+def sync_file_system(path: Path) -> None:
+    """Write the whole file system of `path` to disk (syncfs(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if libc().syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs failed", str(path))
+    finally:
+        os.close(descriptor)
+
+
+@functools.lru_cache(maxsize=1)
+def libc() -> ctypes.CDLL:
+    """Return the C library, for system calls that Python does not wrap."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
+    """Return a descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
+
+    `path` may be a descriptor. `flags` apply to the last folder: O_PATH is enough to open what is in it.
+    """
+    names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
+    descriptor = owned = path if isinstance(path, int) else -1
+    for number, name in enumerate(names, 1):
+        how = (flags if number == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            further = os.open(name, how, dir_fd=None if descriptor < 0 else descriptor)
+        finally:
+            if descriptor != owned:
+                os.close(descriptor)
+        descriptor = further
+    return descriptor
+
+
+@contextlib.contextmanager
+def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
+    """Open a folder as `open_folder` does, and close it at the end."""
+    descriptor = open_folder(path, *inner, flags=flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
+    """Open a file that a script could have replaced: follow no link, wait for no fifo. Raises OSError if it is not a regular file.
+
+    With `inner`, `path` is a folder (or a descriptor of one) and `inner` leads to the file; no folder on the way may be a link.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    if isinstance(path, int) and len(inner) == 1:
+        descriptor = os.open(inner[0], flags, dir_fd=path)
+    elif inner:
+        with opened_folder(path, *inner[:-1]) as folder:
+            descriptor = os.open(inner[-1], flags, dir_fd=folder)
+    else:
+        descriptor = os.open(cast("str | Path", path), flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return open(descriptor, "rb")
+
+
+def state_below(folder: Path, name: str) -> os.stat_result:
+    """Return the status of `name` in a folder that a script can change, following no link. Raises OSError."""
+    with opened_folder(folder) as descriptor:
+        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+
+
+def has_work(folder: Path) -> bool:
+    """Tell whether a payload has its work folder; True if that cannot be checked."""
+    try:
+        return stat.S_ISDIR(state_below(folder, "work").st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text file that is not blank, safe to show; empty if the file cannot be read."""
+    try:
+        with open_regular(path.parent, path.name) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
+
+
+def give_rights(folder: Path | int, *inner: str | bytes) -> None:
+    """Give this user full rights to a folder whose script took them away. Raises OSError if it is not a folder."""
+    with opened_folder(folder, *inner) as descriptor:
+        path = f"/proc/self/fd/{descriptor}"
+        if not os.access(path, os.R_OK | os.X_OK):
+            os.chmod(path, 0o700)
+
+
+def open_unreadable(name: bytes | str, folder: int | None) -> int:
+    """Open a file whose mode denies reading even to its owner, and restore its mode. Raises PermissionError if another user owns it."""
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        os.chmod(path, stat.S_IMODE(state.st_mode) | stat.S_IRUSR)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        finally:
+            os.chmod(path, stat.S_IMODE(state.st_mode))
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file atomically and durably: after a crash it has its old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as target:
+        target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
+    os.rename(temporary, path)
+    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
+
+
+def is_full(folder: str | Path) -> bool:
+    """Tell whether the file system of `folder` is full: no block or no inode left (some file systems have no inode limit)."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Return how many bytes an ordinary user can still write to the file system of `folder`."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
+
+
+def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
+    """Yield each folder below `root` with its subfolders and its other entries, all sorted. Links are not followed.
+
+    This is os.walk() for any depth: before Python 3.12 that fails at a thousand levels.
+    """
+    waiting = [root]
+    while waiting:
+        here = waiting.pop()
+        try:
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(here))
+        except OSError as error:
+            if on_error is not None:
+                on_error(error)
+            continue
+        folders = [name for name, is_folder in entries if is_folder]
+        yield here, folders, [name for name, is_folder in entries if not is_folder]
+        waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+
+class Level:
+    """One folder on the path of a walk: its path, its descriptor (-1 when closed), and the subfolders still to visit."""
+
+    def __init__(self, path: bytes, descriptor: int) -> None:
+        self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def walk_open(
+    root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
+) -> Iterator[tuple[int, bytes, list[bytes], int]]:
+    """Yield each folder below the open folder `root`, itself first: descriptor, path, names of its non-folders (sorted), entry count.
+
+    Links are never followed, even if something is swapped for one during the walk. The walk ends after `room` entries; `note`
+    gets the path of each entry that is left out, and why. With `mend`, this user's own folders are made readable first. Deep
+    trees need few descriptors: the upper folders are closed, and reopened on the way back.
+    """
+    levels: list[Level] = []
+    entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
+    try:
+        while entered is not None or levels:
+            if entered is not None:
+                levels.append(entered)
+                files, entered.folders, count = read_folder(entered, room, note)
+                room -= count
+                yield entered.descriptor, entered.path, files, count
+                if room < 0:
+                    return
+                if len(levels) > WALK_DESCRIPTORS:
+                    levels[-WALK_DESCRIPTORS - 1].close()
+            while levels and not levels[-1].folders:
+                levels.pop().close()
+            entered = enter(root, levels[-1], note, mend) if levels else None
+    finally:
+        for level in [*levels, *([entered] if entered else [])]:
+            level.close()
+
+
+def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
+    """Open the next subfolder of `above`; None, with a note, if that is impossible."""
+    name = above.folders.pop()
+    path = above.path + b"/" + name if above.path else name
+    try:
+        if len(path) > 4095:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if above.descriptor < 0:
+            above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
+        if mend:
+            with contextlib.suppress(PermissionError):  # another user's folder: read what its mode allows
+                give_rights(above.descriptor, name)
+        return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
+    except OSError as error:
+        note(path, os.strerror(error.errno or 0))
+        return None
+
+
+def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
+    """Return the names of non-folders (sorted), of folders (in reverse), and the number of entries, which may exceed `room`."""
+    names: list[list[bytes]] = [[], []]
+    count, prefix = 0, level.path + b"/" if level.path else b""
+    try:
+        with os.scandir(level.descriptor) as entries:
+            for entry in entries:
+                count += 1
+                if count > room + LEFT_OUT_LINES:
+                    break
+                names[entry.is_dir(follow_symlinks=False)].append(os.fsencode(entry.name))
+    except OSError as error:
+        note(level.path, os.strerror(error.errno or 0))
+    files, folders = sorted(names[0]), sorted(names[1])
+    if count > room:
+        for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
+            note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        note(level.path, "the rest was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        files, folders = files[:room], folders[: max(0, room - len(files))]
+    return files, folders[::-1], count
+
+
+def helper_environment() -> dict[str, str]:
+    """Return the environment for rm, chmod and zstd: payloads could read it, so it has no secrets."""
+    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+
+
+LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors are the file system's
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_trouble(error: OSError) -> str:
+    """Return why a file system refused a lock that nobody holds, and the remedy."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno not in NO_LOCKS:
+        return f"{reason}; is the file system healthy?"
+    return (
+        f"this file system has no locks ({reason}); use a folder on another one, such as a local disk, "
+        "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
+    )
+
+
+def bytes_below(path: Path) -> int:
+    """Return the total size of the files below a folder that this user can see."""
+    total = 0
+    for here, _, names in walk(os.fsencode(path)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(here, name)).st_size
+    return total
+
+
+def take_lock(file: IO[str], name: str, kind: str) -> None:
+    """Lock an open file for the life of the process and write the process id to it. Raises ConfigError if that fails."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in LOCK_HELD:
+            raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        raise ConfigError(f"{name} is in use by process {owner}: stop it, or use another {kind}") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+
+
+# -- run.sh --
+
+SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # bash can run their scripts, too
+SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
+
+
+def interpreter_of(first_line: bytes) -> str:
+    """Return the name of the program that a `#!` line calls, directly or by env; empty for any other line."""
+    words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
+    if words and os.path.basename(words[0]) == "env":
+        words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+    return os.path.basename(words[0]) if words else ""
+
+
+def script_hints(head: bytes) -> list[str]:
+    """Return one sentence for each mistake in the first bytes of a run.sh that would make bash fail."""
+    hints = []
+    first_line = head[:500].partition(b"\n")[0]
+    name = interpreter_of(first_line)
+    if name and not SHELLS.fullmatch(name):
+        said, name = one_line(first_line.decode("utf-8", "replace"), 80), one_line(name, 40)
+        other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
+        hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
+    if head.startswith(b"\x7fELF"):
+        hints.append("run.sh is a program, not a script: send it as your-program, and put `./your-program` into run.sh")
+    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
+    if b"\r\n" in head:
+        hints.append("run.sh has Windows line endings (CRLF), which bash does not understand: convert it, for example with dos2unix")
+    return hints
+
+
+def hints_for(folder: Path, *inner: str) -> list[str]:
+    """Return the hints for a run.sh on disk; the arguments are those of `open_regular`."""
+    try:
+        with open_regular(folder, *inner) as file:
+            return script_hints(file.read(64 * KIB))
+    except OSError:
+        return []  # a missing run.sh is reported elsewhere
+
+
+def no_script_text(paths: Sequence[str]) -> str:
+    """Return what to do about an upload without run.sh; the text names the files that it has."""
+    below = [path for path in paths if path.endswith("/run.sh")]
+    top = paths[0].partition("/")[0]
+    if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
+        inner, found = below[0].rpartition("/")[0], one_line(below[0], 80)
+        return f"there is no run.sh, but {found}: leave the folder {one_line(inner, 80)} out of the file names{example_part(below[0])}"
+    among = ", ".join(one_line(path, 80) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    text = f"there is no run.sh among {among}"
+    scripts = below or [path for path in paths if re.fullmatch(r"run\.sh\S*|.*\.(sh|bash)", path.lower())] or list(paths)
+    if len(scripts) != 1:
+        return f"{text}: send a bash script of that name, as in -F file=@run.sh"
+    if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
+        return f"{text}: an archive is not unpacked; send the files in it, as in -F file=@run.sh"
+    which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
+    return f"{text}: rename {which}{example_part(scripts[0])}"
+
+
+def example_part(path: str) -> str:
+    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name that the shell would need quoted."""
+    return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
+
+
+# == 32. Trust ==  Folders, links and token files are not trusted if other users could replace them.
+
+
+def owner_name(uid: int) -> str:
+    """Return a user's name for a message."""
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def made_as(folder: Path) -> int | None:
+    """Return the owner of a file that this process creates in `folder` (NFS may map root to nobody), or None if it cannot create one."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def is_strangers(uid: int, folder: Path) -> bool:
+    """Tell whether the owner of something in `folder` is neither root nor this user, as that file system maps it."""
+    return uid not in (0, os.geteuid()) and uid != made_as(folder)
+
+
+class UserNumbers(NamedTuple):
+    """What the user ids that this process sees mean."""
+
+    unmapped: int | None  # the id that stands for all users outside our user namespace; None if there is no namespace
+    root: bool  # id 0 is the root of the machine
+
+
+@functools.lru_cache(maxsize=1)
+def user_numbers() -> UserNumbers:
+    """Read the meaning of user ids (user_namespaces(7)): in a user namespace, all unknown users share the overflow id."""
+    try:
+        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return UserNumbers(None, True)  # a kernel without user namespaces
+    if lines == [(0, 0, 2**32 - 1)]:
+        return UserNumbers(None, True)
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
+
+
+def is_unmapped(uid: int) -> bool:
+    """Tell whether a user namespace shows all unknown users, including the machine's root, as this id."""
+    return uid == user_numbers().unmapped
+
+
+def is_private_group(gid: int) -> bool:
+    """Tell whether a group has no members except this user and root: with one group per user, umask 002 makes folders group-writable."""
+    if gid == 0 or gid != os.getegid():
+        return gid == 0
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return gid == os.geteuid()
+    return user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
+    """Yield who else can replace the content of a folder, or (with `itself` False) only the folder itself, by one of its parents.
+
+    A finding is False (refused) if it is about the folder; None (a warning) if it is about a parent, as is usual on clusters,
+    or about a group.
+    """
+    real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
+    for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
+        try:
+            state = folder.stat()
+        except OSError:
+            continue
+        place, mode = f"{what}: {str(folder)!r}", stat.S_IMODE(state.st_mode)
+        if is_strangers(state.st_uid, folder) and not is_unmapped(state.st_uid):
+            good = False if folder == real else None
+            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace what is in it: use a folder of your own")
+        elif mode & 0o002 and not mode & stat.S_ISVTX:
+            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace what is in it"
+            yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
+        elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
+            who = f"writable by a group (mode {mode:04o}), which can replace what is in it"
+            yield Finding(None, f"{place} is {who}: chmod g-w, or chmod +t")
+    for link in (given, *given.parents):
+        if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
+            text = f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere"
+            yield Finding(False, f"{text}: name the folder itself")
+
+
+def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
+    """Yield who else can read or change a file that holds a token; nothing if the file does not exist."""
+    real = os.path.realpath(os.path.expanduser(path))
+    try:
+        state = os.stat(real)
+    except OSError:
+        return
+    if real.startswith(("/run/secrets/", "/var/run/secrets/")):
+        return  # a container's own: only root can put a file there
+    mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
+    if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
+        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use a file of your own")
+    elif mode & 0o002:
+        fix = f"chmod 600 {shlex.quote(path)}, and put a new token in it"
+        yield Finding(False, f"{name} is writable by every user (mode {mode:04o}): {fix}")
+    elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
+        fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
+        yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
+
+
+# == 33. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
+
+
+class DiskFull(OSError):
+    """`needed` more bytes do not fit, given what was promised to others and what must stay free. errno is ENOSPC."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
+        self.needed = needed
+
+
+class DiskAccount:
+    """Keeps account of the disk below a data folder: nobody gets space that was promised to another transfer.
+
+    At least `keep_bytes` stay free. Each process has its own account, and sees what others write by statvfs(2).
+    """
+
+    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs will do if it leaves more than this margin
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
+        self.promised = 0  # to all transfers together, not written yet
+        self.free, self.looked_at = 0, float("-inf")  # the last statvfs less what was written since; its time (monotonic)
+
+    def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
+        """Promise `size` bytes, or else count them as written. Raises DiskFull if they do not fit."""
+        with self.lock:
+            needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
+            now = time.monotonic()
+            if now - self.looked_at > self.LOOK_AGAIN_S or self.free - needed < self.MARGIN_BYTES:
+                self.free, self.looked_at = free_bytes(self.folder), now
+            if self.free < needed:
+                raise DiskFull(size)
+            if promise:
+                self.promised += size
+            else:
+                self.free -= size
+
+    def check(self, size: int) -> None:
+        """Raise DiskFull if `size` bytes do not fit now."""
+        if size:
+            self.take(size, promise=True)
+            self.give_back(size)
+
+    def give_back(self, size: int, written: int = 0) -> None:
+        """Cancel a promise of `size` bytes of which `written` are now on the disk."""
+        with self.lock:
+            self.promised -= size
+            self.free -= written
+
+
+class Promise:
+    """Disk space promised to one transfer: writes use it up, and closing returns the rest."""
+
+    def __init__(self, account: DiskAccount) -> None:
+        self.account, self.left, self.lock = account, 0, threading.Lock()
+
+    def more(self, size: int) -> None:
+        """Get `size` more bytes promised. Raises DiskFull if they do not fit."""
+        self.account.take(size, promise=True)
+        with self.lock:
+            self.left += size
+
+    def more_for_file(self) -> None:
+        """Get a promise for a file's own blocks: thousands of one-byte files fill a disk, too."""
+        self.more(4 * KIB)
+        self.wrote(4 * KIB)
+
+    def wrote(self, size: int) -> None:
+        """Record that `size` bytes were written."""
+        with self.lock:
+            used = min(size, self.left)
+            self.left -= used
+            self.account.give_back(used, size)
+
+    def close(self) -> None:
+        """Return what was not written. The promise can be used again."""
+        with self.lock:
+            left, self.left = self.left, 0
+            self.account.give_back(left)
+
+
+class Spool:
+    """A nameless temporary file that stays in memory while small, so that it works on a full disk.
+
+    tempfile.SpooledTemporaryFile turns a full disk into an AttributeError before Python 3.12.
+    """
+
+    def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
+        """`claim` is called with the number of bytes before they go to the disk, and may raise DiskFull."""
+        self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
+
+    def write(self, data: bytes) -> int:
+        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
+            self.claim(self.file.tell())
+            self.move_to_disk()
+        if not isinstance(self.file, io.BytesIO):
+            self.claim(len(data))
+        return self.file.write(data)
+
+    def move_to_disk(self) -> None:
+        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the spool
+        try:
+            larger.write(cast(io.BytesIO, self.file).getvalue())
+        except BaseException:
+            larger.close()
+            raise
+        self.file = cast("IO[bytes]", larger)
+
+    def again(self) -> IO[bytes]:
+        """Return a second reader of the same bytes, with its own position."""
+        if isinstance(self.file, io.BytesIO):
+            return io.BytesIO(self.file.getvalue())
+        return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+STOP_NOTE = "stopped"  # an empty file in a client's data folder; its time is that of the client's last stop
+
+
+class DataFolder:
+    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, the lock.
+
+    A second process on the same folder is refused with the pid of the first. Files that belong to no job are removed, so a
+    folder with other things of these names is refused, too.
+    """
+
+    LOCK = "joborch.lock"
+    NAMES = frozenset(("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", STOP_NOTE, LOCK))
+    NAMES |= {"joborch.db", "joborch.db-wal", "joborch.db-shm"}
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
+        self.receiving: set[str] = set()  # uuids of uploads in progress, which have no row yet
+        self.account, self.packs_below_minimum = DiskAccount(self.path), False
+
+    def open(self) -> None:
+        """Make the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
+        self.umask = os.umask(0o077)  # uploads are private; scripts get the original umask back
+        try:
+            self.close_to_others()
+            self.refuse_foreign()
+            for folder in (self.jobs, self.results, self.tmp):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.close_to_others()  # again: another user may have created it first
+            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that joborch may write to") from error
+        take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
+        for leftover in self.tmp.iterdir():
+            discard(leftover)
+        # waitress spools bodies here: same file system, swept at each start.
+        tempfile.tempdir = str(self.tmp)
+
+    def weak_spots(self) -> Iterator[Finding]:
+        """Yield who else can replace what is in the folder. The start refuses a False finding, and fixes the modes of our own folders."""
+        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give a folder of your own"
+        yield from examine_place(self.path, "DATA_PATH", itself=False)
+        if not os.path.isdir(real):
+            return
+        state = os.stat(real)
+        mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
+        if is_strangers(state.st_uid, Path(real)):
+            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace what is in it: {remedy}")
+            return
+        foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
+        who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
+        if foreign:
+            yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
+        elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
+            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
+            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
+        elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
+            yield Finding(None, f"{name} belongs to you, is {who}: joborch removes that permission when it starts")
+
+    def foreign_entry(self, real: Path, everything: bool) -> str:
+        """Return an entry of another user and its owner: only entries with our names count, or all if `everything` (as in /tmp)."""
+        for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
+                    return f"{entry.name!r} of {owner_name(owner)}"
+        return ""
+
+    def close_to_others(self) -> None:
+        """Remove others' write permission from our own folders. Raises ConfigError if others can replace what is in them."""
+        for finding in self.weak_spots():
+            if finding.good is False:
+                raise ConfigError(finding.text)
+        for folder in (self.path, self.jobs, self.results, self.tmp):
+            with contextlib.suppress(FileNotFoundError):
+                mode = stat.S_IMODE(folder.stat().st_mode)
+                if mode & 0o022 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.geteuid():
+                    folder.chmod(mode & ~0o022)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a folder whose `tmp`, `jobs` or `results` joborch did not make: DATA_PATH=/var would empty /var/tmp."""
+        for folder in (self.jobs, self.results, self.tmp):
+            if folder.exists() and not (self.path / self.LOCK).exists():
+                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} of something else: give an empty folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / self.LOCK).touch()
+
+    def keep_reserve(self) -> None:
+        """Reserve some disk space, if there is plenty, for the database to use once scripts have filled the disk."""
+        path = self.path / "reserve"
+        if not path.exists() and free_bytes(self.path) > 4 * RESERVE_BYTES:
+            with contextlib.suppress(OSError), open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def drop_reserve(self) -> bool:
+        """Free the reserve; False if there is none."""
+        try:
+            os.unlink(self.path / "reserve")
+        except OSError:
+            return False
+        log.warning("the disk is full: the database gets the last %d MiB, which were kept in reserve", RESERVE_BYTES // MIB)
+        return True
+
+    def lock_database(self, path: str) -> None:
+        """Lock a database outside this folder. Raises ConfigError if another process uses it."""
+        if path != ":memory:" and os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
+            self.database_lock = open(f"{path}.lock", "a+")  # noqa: SIM115 - held as long as the process lives
+            take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
+
+    def set_aside(self, known: Callable[[str], bool]) -> Path | None:
+        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder beside them; return it, or None."""
+        aside, moved = self.path / f"unclaimed-{time_stamp()}", False
+        for folder in (self.jobs, self.results):
+            for path in [path for path in folder.iterdir() if not known(path.name)]:
+                (aside / folder.name).mkdir(parents=True, exist_ok=True)
+                os.rename(path, aside / folder.name / path.name)
+                moved = True
+        return aside if moved else None
+
+    def job(self, name: str) -> Path:
+        return self.jobs / name
+
+    def result(self, mark: str) -> Path:
+        """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""
+        return self.results / f"{mark}.zip"
+
+    def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
+        """Set how many bytes of the disk stay free; with `packs_below_minimum`, archives may still use them."""
+        self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum
+
+    def spool(self) -> IO[bytes]:
+        """Return a nameless temporary file (see Spool) that disappears when closed."""
+        keep_bytes = 0 if self.packs_below_minimum else None
+        return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
+
+
+# == 34. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
+
+
+STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
+# The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
+ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
+ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
+ZEROS = bytes(MIB)
+
+
+class DigestWriter:
+    """Passes on what is written, keeping its size and SHA-256. Raises BrokenArchive if it cannot be written."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self.target, self.digest, self.size = target, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.target.write(data)
+        except OSError as error:
+            raise BrokenArchive(error.errno or 0) from error
+        self.digest.update(data)
+        self.size += len(data)
+
+
+@dataclass
+class Archive:
+    """A finished ZIP: an open file at its start, its size in bytes and SHA-256 (hex). Not `whole` if a file could not be read."""
+
+    file: IO[bytes]
+    size: int
+    sha256: str
+    whole: bool = True
+    cut: bool = False  # something was left out because of a limit
+
+
+class Unreadable(JoborchError):
+    """A file could not be read to its end, so the archive with its first part is useless."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{shown(name)} cannot be read: {why}")
+        self.name, self.why = name, why
+
+
+class BrokenArchive(JoborchError):
+    """An archive could not be written completely."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.number = number
+
+
+class Losses:
+    """Counts what cannot be packed of an ended payload's work folder; `places` are the paths of that folder."""
+
+    def __init__(self, places: Sequence[bytes] = ()) -> None:
+        self.places, self.count = places, 0
+
+    def note(self, path: bytes, why: str) -> None:
+        """Count a folder that cannot be opened."""
+        self.count += 1
+
+    def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
+        """Count an entry if it cannot be packed. Raises OSError if it cannot be examined."""
+        if stat.S_ISLNK(state.st_mode):
+            self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
+        elif not stat.S_ISREG(state.st_mode):
+            self.count += 1
+        elif state.st_uid != os.geteuid():
+            self.count += not os.access(name, os.R_OK, dir_fd=folder)
+
+
+def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
+    """Return the bytes and the number of files and links below an open folder, not counting the unchanged inputs (`skipped`).
+
+    It stops once a limit is broken; too many folders count as one file too many. `losses`, for a payload that has ended,
+    counts what cannot be packed.
+    """
+    size = count = folders = 0
+    for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
+        folders += entries - len(names)
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
+                    continue
+                size += state.st_size * stat.S_ISREG(state.st_mode)
+                count += bool(path) or name != b"run.sh"
+                if losses:
+                    losses.look(root, folder, path, name, state)
+            if size > limits.size_bytes or count > limits.files:
+                return size, count
+        if folders > limits.folders:
+            return size, limits.files + 1
+    return size, count
+
+
+def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
+    """Return the size and mtime (ns) of each input as it arrived; empty if the script damaged the list."""
+    noted: dict[str, Sequence[int]] = {}
+    try:
+        with open_regular(folder, "inputs.json") as file:
+            for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
+                path, size, mtime_ns = parse_json(line)  # one list per line: a single damaged document could fill the memory
+                noted[path] = (int(size), int(mtime_ns))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return noted
+
+
+def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
+    """Tell whether a file is an input with its original size and time."""
+    return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
+
+
+def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """Yield the chunks of a file that is being packed. Raises Unreadable if its disk fails."""
+    try:
+        yield from chunks
+    except OSError as error:
+        raise Unreadable(name, os.strerror(error.errno or 0)) from error
+
+
+def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
+    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is left out."""
+    begin, size, descriptor = 0, state.st_size, source.fileno()
+    while state.st_blocks * 512 < size and begin < size:
+        try:
+            data = os.lseek(descriptor, begin, os.SEEK_DATA)
+            end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                break  # this file system does not report holes
+            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no more data; the file may have been truncated
+            size = end
+        if data > begin:
+            yield min(data, size) - begin
+        if end > data:
+            os.lseek(descriptor, data, os.SEEK_SET)
+            yield from readable(file_chunks(source, end - data), name)
+        begin = end
+    if begin < size:
+        os.lseek(descriptor, begin, os.SEEK_SET)
+        yield from readable(file_chunks(source, size - begin), name)
+
+
+@functools.lru_cache(maxsize=1)
+def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
+    """Return 1 MiB of zeros as a piece of a deflate stream, its CRC-32, and how each bit of a preceding CRC-32 changes that.
+
+    The piece is byte-aligned and refers to nothing before it (Z_FULL_FLUSH), so any stream may contain it any number of times.
+    """
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
+    return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
+
+
+class Deflater:
+    """Compresses (or copies) what is written, counting it and keeping its CRC-32. Long runs of zeros cost next to nothing."""
+
+    def __init__(self, target: DigestWriter, method: int) -> None:
+        self.target, self.size, self.crc = target, 0, 0
+        self.packer = zlib.compressobj(1, zlib.DEFLATED, -15) if method == zipfile.ZIP_DEFLATED else None
+
+    def write(self, data: bytes) -> None:
+        self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
+        self.target.write(self.packer.compress(data) if self.packer else data)
+
+    def zeros(self, count: int) -> None:
+        if self.packer and count >= 2 * MIB:
+            piece, nothing, changes = deflated_mebibyte()
+            self.target.write(self.packer.flush(zlib.Z_FULL_FLUSH))
+            for _ in range(count // MIB):
+                self.target.write(piece)
+                self.crc = functools.reduce(lambda crc, bit: crc ^ changes[bit] * (self.crc >> bit & 1), range(32), nothing)
+            self.size, count = self.size + count // MIB * MIB, count % MIB
+        while count:
+            self.write(ZEROS[:count])
+            count -= min(count, MIB)
+
+    def finish(self) -> None:
+        if self.packer:
+            self.target.write(self.packer.flush())
+
+
+class ZipWriter:
+    """Writes a ZIP (APPNOTE 6.3.10) sequentially; the directory is collected in a second file, so memory use stays constant."""
+
+    def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
+        self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
+
+    def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
+        """Add a member from memory. Deflating must make it smaller by a tenth, or else it is stored."""
+        packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
+        if len(packed) >= 0.9 * len(data):  # also for an empty file, as empty data is not a valid deflate stream
+            packed, method = data, zipfile.ZIP_STORED
+        raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
+        head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0) + raw + packed)
+        self.note(raw, head, mode, begin, comment)
+
+    def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
+        """Add a member from a stream of bytes and of numbers of zeros."""
+        raw, begin = name.encode(), self.target.size
+        head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
+        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
+        body, before = Deflater(self.target, method), self.target.size
+        for chunk in chunks:
+            body.zeros(chunk) if isinstance(chunk, int) else body.write(chunk)
+        body.finish()
+        packed = self.target.size - before
+        self.target.write(struct.pack("<4sL2Q", b"PK\7\10", body.crc, packed, body.size))
+        self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
+
+    def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
+        """Write a member's directory record; `head` has the fields that it shares with the local header."""
+        version, flags, method, moment, day, crc, *sizes, length = head
+        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # those that do not fit, in this order (4.5.3)
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        version = 45 if wide else version
+        values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
+        rest = (length, len(extra), len(comment), 0, 0, mode << 16, min(begin, 2**32 - 1))
+        self.directory.write(ZIP_CENTRAL.pack(b"PK\1\2", *values, *rest) + raw + extra + comment)
+        self.members += 1
+
+    def finish(self) -> None:
+        """Write the directory."""
+        begin, size, count = self.target.size, self.directory.size, self.members
+        self.directory.target.seek(0)
+        for chunk in file_chunks(self.directory.target, size):
+            self.target.write(chunk)
+        if count >= 2**16 - 1 or begin >= 2**32 - 1 or size >= 2**32 - 1:
+            end = ZIP64_END.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
+            self.target.write(end + ZIP64_LOCATOR.pack(b"PK\6\7", 0, begin + size, 1))
+        counts = [min(count, 2**16 - 1)] * 2
+        self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
+
+
+class ZipPacker:
+    """Packs a folder as it is into a ZIP, following no link out of it, in constant memory.
+
+    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, fifos, sockets, unreadable
+    files, links that lead out, and whatever exceeds the limits are listed in `.joborch/left-out.txt`. A file that changes
+    meanwhile is packed as it was read.
+    """
+
+    def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
+        """`at` is the time of members that have none: with a fixed one, equal files make equal bytes. `directory` is a second spool."""
+        self.spool, self.at = spool, time.time() if at is None else at
+        self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
+        self.zip = ZipWriter(spool, self.directory)
+        self.names: set[bytes] = set()
+        self.left_out: list[str] = []
+        self.unreadable: Mapping[str, str] = {}  # paths that could not be read before, and why
+        self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
+        self.wanted: Callable[[], bool] = lambda: True
+        self.own, self.cut = ".joborch", False
+        self.places: Sequence[bytes] = ()  # other paths of the folder, which absolute links may use
+        self.mends = False  # the script has ended: read this user's files even if their mode forbids it
+
+    def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Pack everything below `folder` except the inputs that still have the size and mtime in `unchanged`."""
+        with opened_folder(folder, flags=os.O_RDONLY) as root:
+            self.choose_own(root)
+            self.add_open_folder(root, unchanged or {})
+
+    def choose_own(self, root: int) -> None:
+        """Choose the name of the folder for our own files: a script may have a .joborch of its own."""
+        with contextlib.suppress(FileNotFoundError):
+            while os.stat(self.own, dir_fd=root, follow_symlinks=False):
+                self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
+
+    def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
+        """Pack everything below an open folder."""
+        room, self.places = self.limits.entries, (*self.places, path_of(root))
+        for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
+            room -= entries
+            self.cut = self.cut or room < 0
+            inside = os.fsdecode(path) + "/" if path else ""
+            for name in names:
+                self.check_wanted()
+                self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
+            if path and not entries:
+                self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
+
+    def check_wanted(self) -> None:
+        if not self.wanted():
+            raise GivenUp("nobody waits for the archive any more")
+
+    def note(self, path: bytes, why: str) -> None:
+        self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
+
+    def leave_out(self, line: str) -> None:
+        """List something that is not packed, and why."""
+        if len(self.left_out) < LEFT_OUT_LINES:
+            self.left_out.append(line)
+        else:
+            self.further += 1
+
+    def add_path(self, root: int, folder: int, name: bytes, path: str, unchanged: Mapping[str, Sequence[int]]) -> None:
+        try:
+            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISLNK(state.st_mode):
+                self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
+            elif not stat.S_ISREG(state.st_mode):
+                self.leave_out(f"{path}: not a file, folder or link")
+            elif not unchanged or not is_unchanged(state, path, unchanged):
+                self.add_file(name, path, folder)
+        except FileNotFoundError:
+            return  # removed meanwhile
+        except OSError as error:
+            self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
+
+    def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
+        # O_NONBLOCK: a fifo that replaced the file since the stat must not block us.
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except PermissionError:
+            if not self.mends:
+                raise
+            descriptor = open_unreadable(name, folder)
+        with open(descriptor, "rb", buffering=0) as source:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
+                raise OSError(errno.EINVAL, "not a file")
+            too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
+            if too_much:
+                self.cut = True
+                self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
+            elif path in self.unreadable:
+                self.leave_out(f"{path}: {self.unreadable[path]}")
+            else:
+                self.add_open_file(source, state, path)
+
+    def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
+        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half way: the archive is useless then."""
+        mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
+        self.count += path != "run.sh"
+        sparse = state.st_blocks * 512 < state.st_size > MIB
+        probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
+        if len(probe) < 256 * KIB and not sparse:
+            self.zip.add(name, state.st_mtime, mode, probe, zipfile.ZIP_DEFLATED)
+            self.size += len(probe)
+            return
+        method = zipfile.ZIP_DEFLATED if sparse else worthwhile_compression(probe)
+        further = content_of(source, state, path) if sparse else readable(file_chunks(source, state.st_size - len(probe)), path)
+        self.zip.stream(name, state.st_mtime, mode, self.while_wanted(itertools.chain([probe], further)), method)
+        self.size += state.st_size
+
+    def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
+        """Pass chunks on. Raises GivenUp as soon as nobody waits for them."""
+        for chunk in chunks:
+            self.check_wanted()
+            yield chunk
+
+    def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
+        too_much = self.limits.broken_by(0, self.count + 1)
+        stored = packed_target(root, os.path.dirname(os.fsencode(name)), target, self.places)
+        if too_much or stored is None:
+            self.cut = self.cut or bool(too_much)
+            why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
+            self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
+            return
+        self.count += 1
+        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
+
+    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
+        """Pack one of our own files, below `.joborch/`; `size` is its size, if known."""
+        method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
+        if size is not None and size < 256 * KIB:
+            self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
+        else:
+            self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
+
+    def member_name(self, name: str) -> str:
+        """Return a file's name in the archive: unique, and percent-encoded if it is not UTF-8."""
+        safe = name
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
+        if "%" in safe or safe.startswith(self.own):  # all other names are unique already
+            while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
+                safe += "~"
+            self.names.add(known)
+        return safe
+
+    def abandon(self) -> None:
+        """Close an archive that will not be finished."""
+        self.directory.close()
+        self.spool.close()
+
+    def finish(self) -> Archive:
+        """Write the list of what was left out, and the directory; return the archive, ready to be read."""
+        if self.left_out:
+            lines = [one_line(line, 5000) + "\n" for line in self.left_out]
+            lines += [f"... and {self.further:,} more\n"] if self.further else []
+            self.add_chunks("left-out.txt", (line.encode("utf-8", "replace") for line in lines))
+        self.zip.finish()
+        self.directory.close()
+        self.spool.flush()
+        self.spool.seek(0)
+        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
+
+
+def path_of(folder: int) -> bytes:
+    """Return the real path of an open folder."""
+    return os.readlink(f"/proc/self/fd/{folder}".encode())
+
+
+def below(places: Sequence[bytes], path: bytes) -> bytes | None:
+    """Return an absolute path relative to the first of `places` that contains it, or None."""
+    plain = re.sub(rb"/+", b"/", path)
+    for place in places:
+        if (plain + b"/").startswith(place + b"/"):
+            return plain[len(place) + 1 :] or b"."
+    return None
+
+
+def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
+    """Return the target to store for a link in `folder` (relative to the open folder `root`), or None if it leads out of `root`.
+
+    An absolute target below one of `places`, the paths of `root`, is made relative: it would lead nowhere on another machine.
+    """
+    if not target.startswith(b"/"):
+        return None if leads_out(root, folder, target, places) else target
+    inner = below(places, target)
+    if inner is None or leads_out(root, b"", inner, places):
+        return None
+    return b"../" * len([part for part in folder.split(b"/") if part]) + inner
+
+
+def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
+    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`.
+
+    It may do so literally, or through other links. Those may be absolute, if they lead below one of `places`.
+    """
+    lexical = os.path.normpath(os.path.join(folder, target))
+    if lexical == b".." or lexical.startswith(b"../"):
+        return True
+    here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
+    while ahead and links < 40:  # the kernel's limit, too: beyond it a link leads nowhere
+        part = ahead.pop()
+        if part == b"..":
+            if not here:
+                return True
+            here.pop()
+        elif part not in (b"", b"."):
+            try:
+                further = os.readlink(b"/".join([*here, part]), dir_fd=root)
+            except OSError:  # not a link, or missing
+                here.append(part)
+                continue
+            if further.startswith(b"/"):
+                inner = below(places, further)
+                if inner is None:
+                    return True
+                here, further = [], inner
+            links, ahead = links + 1, ahead + further.split(b"/")[::-1]
+    return False
+
+
+def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
+    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if nobody waits for it any more.
+
+    A file that cannot be read at the third attempt is left out and listed.
+    """
+    unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
+    while True:
+        packer = ZipPacker(spool(), at, spool())
+        packer.unreadable = unreadable
+        try:
+            fill(packer)
+            return packer.finish()
+        except Unreadable as error:
+            packer.abandon()
+            if len(unreadable) >= UNREADABLE_LIMIT:
+                raise OSError(errno.EIO, str(error)) from error
+            tries[error.name] += 1
+            if tries[error.name] == 3:
+                unreadable[error.name] = error.why
+        except BrokenArchive as error:
+            packer.abandon()
+            raise OSError(error.number, "the archive cannot be written") from error
+        except BaseException:
+            packer.abandon()
+            raise
+
+
+def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
+    """Return a file's time as a ZIP can express it: local time, 1980 to 2107."""
+    try:
+        year, month, day, hour, minute, second = time.localtime(mtime)[:6]
+    except (OverflowError, OSError, ValueError):
+        return EPOCH_ZIP
+    return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
+
+
+def zip_moment(mtime: float) -> tuple[int, int]:
+    """Return a file's time as the two MS-DOS numbers of a ZIP header: time and date."""
+    year, month, day, hour, minute, second = zip_time(mtime)
+    return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
+
+
+def worthwhile_compression(probe: bytes) -> int:
+    """Return STORED if the start of a file shrinks by less than a tenth, else DEFLATED."""
+    return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
+
+
+def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
+    """Yield the next `count` bytes of a file, or fewer if it ends before."""
+    while count > 0:
+        chunk = source.read(min(count, CHUNK_BYTES))
+        if not chunk:
+            return
+        count -= len(chunk)
+        yield chunk
+
+
+# == 35. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added when a request is passed on
 
@@ -9849,264 +10757,9 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
         raise
 
 
-# == 32. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 36. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
 
 CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
-
-
-class Parameter(NamedTuple):
-    """One thing that a route takes: its declaration is the OpenAPI entry and the check."""
-
-    name: str
-    place: str  # path, query, header or form
-    kind: str  # string, integer, number, boolean or file
-    help: str
-    example: Any = None
-    required: bool = False
-    least: float | None = None
-    most: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str = ""  # of a string; shown in OpenAPI, and checked by `read`
-    default: Any = None  # the value if it is absent
-    longest: int | None = None  # characters of a string, all of them printable
-    missing: str = ""  # what to do if it is required and absent
-    read: Callable[[str], Any] | None = None  # makes the value of a text; ValueError says what would be right
-
-    def value(self, text: str | None) -> Any:
-        """Return the value of what a request gives as `text` (None: nothing); HttpError 400 says what would be right.
-
-        White space around fields of a form and headers does not count, and an empty one counts as absent.
-        """
-        shown = text
-        if text is not None and self.place in ("form", "header"):
-            text = text.strip()
-            shown = text if text or self.missing else None
-        if shown is None:
-            if self.missing:
-                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
-            return self.default
-        try:
-            return self.checked((self.read or self.plain)(shown))
-        except ValueError as error:
-            raise HttpError(400, f"{self.name} is {one_line(shown, 40)!r}: {error}", self.name) from error
-
-    def plain(self, text: str) -> Any:
-        """Return what a text of this kind stands for; ValueError says what would be right."""
-        if self.kind != "integer":
-            return text
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
-            raise ValueError(self.whole_number)
-        return int(text)
-
-    def checked(self, value: Any) -> Any:
-        """Return a value that is within the bounds; ValueError says what they are."""
-        if self.choices and value not in self.choices:
-            raise ValueError(f"give {' or '.join(self.choices)}" if len(self.choices) == 2 else f"give one of {', '.join(self.choices)}")
-        if self.longest is not None and (len(value) > self.longest or not value.isprintable()):
-            raise ValueError(f"give at most {self.longest} printable characters")
-        below_least = self.least is not None and value < self.least
-        if self.kind in ("integer", "number") and (below_least or (self.most is not None and value > self.most)):
-            raise ValueError(self.whole_number)
-        return value
-
-    @property
-    def whole_number(self) -> str:
-        """What to give where a whole number is wanted."""
-        bounds = (("from", self.least), ("to", self.most))
-        return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
-
-
-def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the value of each parameter by its name; HttpError names the first that cannot be used."""
-    return {parameter.name: parameter.value(texts.get(parameter.name)) for parameter in parameters}
-
-
-class Gives(NamedTuple):
-    """One answer of a route: what it means, its content type ("" for none) and a real example."""
-
-    meaning: str
-    content: str = ""
-    example: Any = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a handler sees of a request."""
-
-    environ: Mapping[str, Any]
-
-    @property
-    def caller(self) -> Caller | None:
-        """Who calls; None on a route for anyone, if nothing was proven."""
-        return cast("Caller | None", self.environ.get(CALLER_KEY))
-
-    @functools.cached_property
-    def query_pairs(self) -> list[tuple[str, str]]:
-        """The parameters of the address, in its order."""
-        return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
-
-    @functools.cached_property
-    def query(self) -> dict[str, str]:
-        return dict(self.query_pairs)
-
-    @property
-    def method(self) -> str:
-        return str(self.environ["REQUEST_METHOD"])
-
-    @property
-    def stream(self) -> IO[bytes]:
-        return cast("IO[bytes]", self.environ["wsgi.input"])
-
-    @property
-    def length(self) -> int:
-        return int(self.environ.get("CONTENT_LENGTH") or 0)
-
-    def read_form(self, folder: Path, by_name: bool = False) -> Form:
-        """Read the form of this request, its files to `folder`; what it writes is taken from the promise that it got at its head."""
-        promise: Promise | None = self.environ.get("joborch.promise")
-        account = (promise.more_for_file, promise.wrote) if promise is not None else ()
-        return FormReader(folder, by_name, *account).read(self.stream, self.header("Content-Type"), self.length)
-
-    def header(self, name: str) -> str:
-        key = name.upper().replace("-", "_")
-        return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
-
-    def left(self) -> bool:
-        """Tell whether the caller has closed the connection."""
-        gone = self.environ.get("waitress.client_disconnected")
-        return bool(gone and gone())
-
-
-@dataclass
-class Answer:
-    """What a handler gives: a JSON value, bytes, an open file, or nothing; a status; further headers."""
-
-    body: Any = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, refusal: HttpError) -> Answer:
-        said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
-        return cls(said, refusal.status, dict(refusal.headers))
-
-
-Handler = Callable[..., Answer]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One declaration: it makes the Bottle route, the OpenAPI entry, the access rule and the test's check."""
-
-    method: str
-    path: str  # with <name> for its parts that vary
-    mode: str  # server, client, or both in one text
-    who: str  # anyone, caller, or server: one that proved itself by the link's MAC, and who may call where no token is set
-    summary: str
-    takes: tuple[Parameter, ...]
-    gives: Mapping[int, Gives]
-    handler: Handler
-    quick: bool  # it only looks at the database: few at once, behind the gate
-    slow: bool  # how long it takes hangs on others: on what a script wrote, on a client's answer, on the size of an upload
-
-    def taken(self, place: str) -> list[Parameter]:
-        """Return the parameters of one place."""
-        return [parameter for parameter in self.takes if parameter.place == place]
-
-    @property
-    def takes_form(self) -> bool:
-        return bool(self.taken("form"))
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        part = re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path)
-        return re.compile("^" + re.sub(r"<(\w+):path>", r"(?P<\1>.+)", part) + "$")
-
-
-ROUTES: list[Route] = []
-
-
-def route(
-    method: str,
-    path: str,
-    mode: str,
-    *,
-    who: str,
-    takes: Sequence[Parameter] = (),
-    gives: Mapping[int, Gives],
-    quick: bool = False,
-    slow: bool = False,
-) -> Callable[[Handler], Handler]:
-    """Declare a route. The first sentence of the handler's docstring is its summary."""
-
-    def declare(handler: Handler) -> Handler:
-        summary = (handler.__doc__ or "").strip().split("\n")[0]
-        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow))
-        return handler
-
-    return declare
-
-
-@functools.lru_cache(maxsize=2)
-def routes_of(mode: str) -> tuple[Route, ...]:
-    """Return the routes of one mode."""
-    load_plugin("documents")  # it declares routes
-    return tuple(found for found in ROUTES if mode in found.mode.split())
-
-
-def find_route(mode: str, method: str, path: str) -> Route:
-    """Return the route of a request; HttpError 404 or 405."""
-    wanted = "GET" if method == "HEAD" else method
-    here = [found for found in routes_of(mode) if found.pattern.match(path)]
-    for found in here:
-        if found.method == wanted:
-            return found
-    if here:
-        allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
-        raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
-    raise HttpError(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
-
-
-def nearest_path(mode: str, path: str) -> str:
-    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
-    first, *rest = path.strip("/").split("/")
-    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
-    import difflib
-
-    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
-        meant = "/" + "/".join([close, *rest])
-        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
-            return f" (did you mean {one_line(meant)}?)"
-    return ""
-
-
-def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a handler takes beside the request: the values of the declared path and query; HttpError 400 or 404."""
-    refuse_unknown(node, request, declared)
-    texts = {"path": path, "query": request.query}
-    return {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
-
-
-def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
-    """Refuse a parameter that the route does not declare, or that stands in the address twice; HttpError 400 names the nearest.
-
-    If a filter were silently ignored, the caller would take the answer for what it asked. A server may send its client any
-    parameter: it may be newer, and ask for more than this version knows.
-    """
-    if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
-        return
-    known = [parameter.name for parameter in declared.taken("query")]
-    for name, times in Counter(name for name, _ in request.query_pairs).items():
-        shown = one_line(name, 80)
-        if name not in known and any(parameter.name == name for parameter in declared.taken("form")):
-            raise HttpError(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
-        if name not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
-            raise HttpError(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
-        if times > 1:
-            raise HttpError(400, f"{shown} stands in the address {times} times: give it once", shown)
-
 
 FULL_SAID_EVERY_S = 60.0
 
@@ -10370,28 +11023,9 @@ class Judge:
 
 
 # What several routes answer.
-MISSING_USER = "give the whole number of a user, as in -F user_id=1"
-EXAMPLE_ERROR = {"message": f"user_id is missing: {MISSING_USER}", "field": "user_id"}
-BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
-NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
-NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
-TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
-NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
-KEY_USED = Gives(
-    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
-)
-NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
-DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
-CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
-RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
-PARTS = {
-    206: Gives("the part that Range asked for", ZIP_TYPE),
-    304: Gives("you have it already (If-None-Match)"),
-    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
-}
 
 
-# == 33. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
+# == 37. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
 
 
 REQUEST_LIMIT_S = 15.0  # for all headers of a request, however slowly they come
@@ -10855,1354 +11489,728 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 34. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
-
-EXAMPLE_JOB: dict[str, Any] = {
-    "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
-    "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
-    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
-    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free place at a client for example",
-    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
-    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
-    "waiting_for": "it is next for a free place at a client for example",
-    "result": None, "attempts": [],
-    "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
-}  # fmt: skip
-EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
-EXAMPLE_HEALTH = {
-    "status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None,
-    "unremovable": None,
-}  # fmt: skip
-QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
-AFTER_LIMIT = 1000  # jobs that one may follow
-SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
+# == 38. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
 
 
-def read_job_id(text: str) -> int:
-    """Return a job id from a path; HttpError 400 if it is no number, 404 if no job can have it."""
-    if not re.fullmatch(r"-?[0-9]{1,30}", text):
-        raise HttpError(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
-    if not 1 <= int(text) < 2**63:
-        raise HttpError(404, f"no job has the id {text}")
-    return int(text)
+def due_for_cleaning(node: Node, now: float) -> list[Job]:
+    """Return ended jobs whose files are to go at `now` (steady): some, without those that could not be removed a while ago."""
+    age, is_client = node.config.max_age_s, node.config.mode == "client"
+    kept_s = min(age, node.config.keep_fetched_s) if is_client else age
+    moments = {
+        "before": now - kept_s,
+        "fetched_before": now - age,
+        "unfetched_before": now - (4 * age if is_client else age),
+        "confirmed_before": node.clock.wall() - kept_s,
+    }
+    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
+    return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
-ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1, read=read_job_id)
-IDEMPOTENCY_KEY = Parameter(
-    "Idempotency-Key",
-    "header",
-    "string",
-    "of your choice; a repeat with the same key answers the first answer and starts nothing",
-    "run-2026-11-24-a",
-    default="",
-    longest=255,
-)
-
-
-def known_job(node: Node, request: Request, job_id: int) -> Job:
-    """Return a job by its id, as the caller of `request` may know of it; HttpError 404.
-
-    Every route about one job finds it here, so that who owns it can be judged in one place.
-    """
-    job = node.store.get(job_id)
-    if job is None:
-        raise HttpError(404, f"no job has the id {job_id}")
-    return job
-
-
-def job_summary(server: Server, job: Job) -> dict[str, Any]:
-    """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
-    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
-    said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
-    said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
-    if job.result_sha256 is not None:
-        said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
-    return said
-
-
-def job_json(server: Server, job: Job) -> dict[str, Any]:
-    """Return the whole job in JSON."""
-    said = job_summary(server, job)
-    outlook = queue_info_of(server, job)
-    said["waiting_for"], said["queue_position"] = outlook.waiting_for, outlook.position
-    said["message"] = outlook.waiting_for or job.reason
-    if outlook.wait_s is not None:
-        said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
-    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
-    if job.client is not None:
-        rows.append({name: getattr(job, name) for name in ATTEMPT})
-    said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
-    said["history"] = [
-        {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
-        for row in server.store.read(HISTORY_GET, id=job.id)
-    ]
-    return said
-
-
-# -- upload --
-
-
-def read_user(text: str) -> int:
-    """Return the number of a user."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,1000}", text):
-        raise ValueError("give the number that the user has in your system, as in -F user_id=1")
-    return int(text)
-
-
-def read_after(text: str) -> str:
-    """Return the ids of the jobs that a new one is to follow, each once, with commas between."""
-    ids = [each.strip() for each in text.split(",") if each.strip()]
-    if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", each) for each in ids):
-        raise ValueError(f"give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42")
-    return ",".join(map(str, sorted(set(map(int, ids)))))
-
-
-RUN_TIME, MEMORY = r"^[0-9]+(\.[0-9]+)?[smhd]?$", r"^[0-9]+([KMGkmg]i?[Bb]?)?$"
-FORM_FILE = Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True)
-FORM_FIELDS = {
-    field.name: field
-    for field in (
-        Parameter(
-            "user_id", "form", "integer", "whose job it is", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
-        ),
-        Parameter("service", "form", "string", "which service runs it", "example", True, default=""),
-        Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob", longest=200),
-        Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100, default=0),
-        Parameter(
-            "after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41",
-            default="", read=read_after,
-        ),
-        Parameter(
-            "timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
-        ),
-        Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
-        Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000, default=1),
-        Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
-    )
-}  # fmt: skip
-
-
-def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
-    """Refuse what no client of a service could ever run, where all of them have said how large they are; HttpError 400."""
-    links = server.links_of(service)
-    if all(link.heard_at is not None for link in links):
-        too_large = too_large_text(service.name, cpus, memory, server.capacities_of(links))
-        if too_large:
-            field = "cpus" if all(cpus > link.slots for link in links) else "memory"
-            raise HttpError(400, too_large, field)
-
-
-def named_service(server: Server, text: str) -> Service:
-    """Return the service that a caller names; HttpError 400 lists the known ones."""
-    service = server.services.get(text.lower())
-    if service is None:
-        known = ", ".join(sorted(server.services))
-        raise HttpError(400, f"service {one_line(text, 80)!r} is not known: give one of {known}", "service")
-    return service
-
-
-def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
-    """Return the row for a received form; HttpError 400 names the first field that cannot be used."""
-    given = read_all(FORM_FIELDS.values(), form.fields)
-    if not given["service"]:
-        known = ", ".join(sorted(server.services))
-        raise HttpError(400, f"service is missing: give one of {known}, as in -F service={next(iter(server.services))}", "service")
-    service = named_service(server, given["service"])
-    if not form.files:
-        raise HttpError(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
-    if not any(file.path == "run.sh" for file in form.files):
-        raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
-    refuse_too_large(server, service, given["cpus"], given["memory"])
-    limit_s, most_s = given["timeout"], service.timeout_s
-    if limit_s is not None and most_s is not None and limit_s > most_s:
-        raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
-    files = sorted((file.path, file.size, file.sha256) for file in form.files)
-    said = json.dumps([sorted(form.fields.items()), files]).encode()  # whatever the boundary and order of the form
-    return NewJob(
-        uuid=job_uuid,
-        user_id=given["user_id"],
-        service=service.name,
-        name=given["name"],
-        priority=given["priority"],
-        after_ids=given["after"],
-        cpus=given["cpus"],
-        memory=given["memory"],
-        timeout=most_s if limit_s is None else limit_s,
-        retries=service.retries if given["retries"] is None else given["retries"],
-        return_inputs=int(service.return_inputs),
-        idempotency_key=key or None,
-        request_digest=hashlib.sha256(said).hexdigest() if key else None,
-        inputs_sha256=inputs_digest({file.path: file.sha256 for file in form.files}),
-    )
-
-
-BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
-
-
-def batch_line_warnings(script: Path) -> list[str]:
-    """Return a sentence on lines of a run.sh that a batch system would read, and nobody reads here."""
-    try:
-        with open_regular(script) as file:
-            words = BATCH_LINE.findall(file.read(64 * KIB))
-    except OSError:
-        return []  # there is none
-    if not words:
-        return []
-    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
-    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which nobody reads here"
-    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
-    return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
-
-
-@contextlib.contextmanager
-def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
-    """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
-    node.data.receiving.add(key)
-    try:
-        folder.mkdir()
-        yield
-    except BaseException:
-        discard(folder)
-        raise
-    finally:
-        node.data.receiving.discard(key)
-
-
-UPLOAD_GIVES = {
-    201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB),
-    400: BAD,
-    422: KEY_USED,
-    429: Gives("this user has too many jobs queued; Retry-After says when to try again", JSON_TYPE, QUEUE_FULL),
-    **RECEIVING,
-}
-
-
-@route("POST", "/upload", "server", who="caller", slow=True, takes=(FORM_FILE, *FORM_FIELDS.values(), IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
-def upload(server: Server, request: Request) -> Answer:
-    """Queue a job: send its files and say whose it is and which service runs it."""
-    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
-    job_uuid = new_uuid()
-    folder = server.data.job(job_uuid)
-    with receiving(server, folder, job_uuid):
-        form = request.read_form(folder)
-        new = new_job(server, form, job_uuid, key)
-        crash_point("upload.received")
-        earlier = earlier_job(server, new)
-        if earlier is None:
-            fsync_tree(folder, [file.path for file in form.files])
-            crash_point("upload.synced")
-            server.store.check_identity()
-            try:
-                job = stored(server, new)
-                crash_point("upload.stored")
-            except sqlite3.IntegrityError:
-                earlier = earlier_job(server, new)
-                if earlier is None:
-                    raise
-    if earlier is not None:
-        discard(folder)
-        return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
-    known = [FORM_FILE.name, *FORM_FIELDS]
-    unknown = [name for name in form.fields if name not in known]
-    warnings = [f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, known)}" for name in unknown]
-    warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
-    said = {**job_json(server, job), "warnings": warnings}
-    server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
-    return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
-
-
-def stored(server: Server, new: NewJob) -> Job:
-    """Store an uploaded job; HttpError 400 where it cannot follow what it names, 429 where its user has too many queued."""
-    try:
-        return server.store.add(new, "uploaded", server.config.max_queued_per_user)
-    except UnknownJob as error:
-        raise HttpError(400, f"after: {error}", "after") from error
-    except QueueFull as error:
-        message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have begun"
-        raise HttpError(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
-
-
-def earlier_job(server: Server, new: NewJob) -> Job | None:
-    """Return the job that an Idempotency-Key already stands for; HttpError 422 where it was another request."""
-    if not new.idempotency_key:
-        return None
-    job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
-    if job and job.request_digest != new.request_digest:
-        raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
-    return job
-
-
-# == 35. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
-
-
-def stored_archive(server: Server, job: Job) -> Archive:
-    """Open the result of an ended job; HttpError 500 where the disk has lost it."""
-    try:
-        file = open(server.data.result(job.mark), "rb")  # noqa: SIM115 - the web server closes it
-    except FileNotFoundError as error:
-        log.error("job %d: its result is missing on disk", job.id)
-        raise HttpError(500, "the result of this job is missing on the server's disk") from error
-    return Archive(file, os.fstat(file.fileno()).st_size, job.result_sha256 or "0" * 64)
-
-
-DOWNLOAD_GIVES = {
-    200: Gives("completed: the result (with JOBORCH_COMPAT=2.2 also a short JSON in every other state)", ZIP_TYPE),
-    202: Gives("queued or running; Retry-After says when to ask again", JSON_TYPE, EXAMPLE_JOB),
-    204: Gives("failed, invalid, killed or cleaned; X-Job-Status says which"),
-    400: BAD,
-    404: NOT_FOUND,
-    **PARTS,
-}
-
-
-@route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
-def download(server: Server, request: Request, job_id: int) -> Answer:
-    """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
-    job = known_job(server, request, job_id)
-    headers = {"X-Job-Status": job.status.value}
-    if job.status is Status.COMPLETED:
-        return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
-    if server.config.compat == "2.2" and request.method == "GET":
-        said = {
-            "id": job.id,
-            "status": job.status.value,
-            "message": queue_info_of(server, job).waiting_for or job.reason or str(job.status),
-        }
-        return Answer(said, 200, headers)
-    if job.status in OVER:
-        return Answer(None, 204, headers)
-    headers["Retry-After"] = "1"
-    return Answer(job_json(server, job) if request.method == "GET" else {}, 202, headers)
-
-
-AS_IT_STANDS = "the job as it stands: from its client while it runs, from the store once it ended, its inputs while it is queued"
-
-
-@route(
-    "GET",
-    "/download_partial/<job_id>",
-    "server",
-    who="caller",
-    slow=True,
-    takes=(ID,),
-    gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
-)
-def download_partial(server: Server, request: Request, job_id: int) -> Answer:
-    """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
-    job = known_job(server, request, job_id)
-    headers = {"X-Job-Status": job.status.value}
-    if job.status is Status.CLEANED:
-        raise HttpError(404, f"the files of job {job.id} were cleaned")
-    name = f"job-{job.id}-partial.zip"
-    if job.result_sha256 is not None:
-        return file_answer(request, stored_archive(server, job), name, headers)
-    link = server.links.get(job.client or "")
-    if job.status in BUSY and job.dest_id and link:
-        return file_answer(request, running_archive(server, request, link, job), name, headers)
-    return file_answer(request, inputs_archive(server, request, job), name, headers)
-
-
-def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
-    """Pack the inputs of a job that has not come to a client; HttpError 503 where others do so, or the caller has left."""
-
-    def fill(packer: ZipPacker) -> None:
-        packer.wanted = lambda: not request.left()
-        packer.add_folder(server.folder(job))
-
-    with server.pack_places.place() as free:
-        if not free:
-            raise HttpError(503, "many archives are packed just now: come again", Retry_After="5")
+def clean_tick(node: Node) -> bool:
+    """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
+    node.store.write(node.store.beat, durable=False)
+    node.refused.report()
+    node.program.restart_needed()  # it is logged
+    node.program.keep_copy()
+    node.data.keep_reserve()
+    now, more = node.store.steady(), False
+    for job in due_for_cleaning(node, now):
         try:
-            return packed(server.data.spool, job.created_at, fill)
-        except GivenUp as error:
-            raise HttpError(503, str(error), Retry_After="5") from error
-
-
-def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
-    """Fetch a running job as it stands from its client; HttpError 503 where that is not possible now."""
-    spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
-    into = result_transfer(server.config, spool)
-    try:
-        while True:
-            with calling(server, request, link) as unwanted, contextlib.suppress(NotPacked):
-                link.fetch(job, into, partial=True, unwanted=unwanted)
-                break
-            if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
-                raise NotPacked("still packs what is there: come again")
-    except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
-        spool.close()
-        said = f"{link.name}: {error}" if isinstance(error, ResultTooLarge) else f"{link.name} {error}"
-        raise HttpError(503, said, Retry_After=str(COME_AGAIN_S)) from error
-    except BaseException:
-        spool.close()
-        raise
-    spool.seek(0)
-    return Archive(spool, into.size, into.digest.hexdigest())
-
-
-@contextlib.contextmanager
-def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[], bool]]:
-    """Hold one of the few places for a call to a client on behalf of a caller; yield how to tell that it is of no use any more.
-
-    HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
-    """
-    if link.outage.failures:
-        raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
-    with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
-        if not (here and anywhere):
-            raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
-        yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
-
-
-STATUS_NAMES = tuple(status.value for status in Status)
-
-
-def read_wait(text: str) -> float:
-    """Return how many seconds a caller wants to wait, WAIT_LIMIT_S at most."""
-    if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
-        raise ValueError("give seconds, as in wait=30")
-    return min(float(text), WAIT_LIMIT_S)
-
-
-def read_since(text: str) -> frozenset[str]:
-    """Return the statuses that a caller knows."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in STATUS_NAMES:
-            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
-            close = nearest(name.capitalize(), STATUS_NAMES)
-            raise HttpError(
-                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
-            )
-    return frozenset(names)
-
-
-WAIT = Parameter(
-    "wait",
-    "query",
-    "number",
-    "wait until the job has ended, for this many seconds at most; more than 45 count as 45",
-    30,
-    least=0,
-    default=0.0,
-    read=read_wait,
-)
-SINCE = Parameter(
-    "since",
-    "query",
-    "string",
-    "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
-    "Queued,Processing",
-    pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
-    default=frozenset(status.value for status in Status if status not in OVER),
-    read=read_since,
-)
-
-
-@route(
-    "GET",
-    "/jobs/<job_id>",
-    "server",
-    who="caller",
-    takes=(ID, WAIT, SINCE),
-    gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
-    quick=True,
-)
-def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
-    """Show a job: state, reason, attempts, history, and what it waits for."""
-    job = known_job(server, request, job_id)
-    if wait and job.status.value in since:
-        with server.waiters.place() as parked:
-            if not parked:  # without the parts that cost a further look: those who come again must not starve the others
-                headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
-                return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, since), wait, request.left, job.id)
-        job = known_job(server, request, job_id)
-    return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
-
-
-def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
-    """Return a job's status if it is none of `known`; an empty text if the row is gone."""
-    rows = server.store.read(JOB_STATUS, id=job_id)
-    if not rows:
-        return ""
-    return None if rows[0]["status"] in known else str(rows[0]["status"])
-
-
-LIST_FILTERS = (
-    Parameter("user_id", "query", "integer", "jobs of this user alone", 1, least=SMALLEST, most=BIGGEST),
-    Parameter("service", "query", "string", "jobs of this service alone", "example"),
-    Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
-    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000, default=100),
-    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1, most=BIGGEST, default=BIGGEST),
-)
-PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
-
-
-@route("GET", "/jobs", "server", who="caller", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
-def list_jobs(
-    server: Server, request: Request, user_id: int | None, service: str | None, status: str | None, limit: int, before: int
-) -> Answer:
-    """List jobs, newest first, a page at a time."""
-    name = None if service is None else named_service(server, service).name
-    jobs = server.store.page(before, limit + 1, user_id, name, status)
-    following = jobs[limit - 1].id if len(jobs) > limit else None
-    return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
-
-
-TERMINATE_GIVES = {
-    200: Gives("nothing of it runs any more", JSON_TYPE, {"id": 42, "status": "Killed", "message": "terminated on request"}),
-    202: Gives(
-        "its client is away", JSON_TYPE, {"id": 42, "status": "Unknown", "message": "it will be ended as soon as gpu1:9000 answers"}
-    ),
-    400: BAD,
-    404: NOT_FOUND,
-    409: Gives("it had ended another way", JSON_TYPE, EXAMPLE_JOB),
-}
-
-
-@route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
-def terminate(server: Server, request: Request, job_id: int) -> Answer:
-    """End a job, in whatever state it is; repeating it is harmless."""
-    job = known_job(server, request, job_id)
-    if job.status not in OVER:
-        server.store.request_kill(job.id, Cause.CANCELLED)
-        crash_point("kill.wished")
-        kill_queued(server, job.id)
-        job = known_job(server, request, job_id)
-    if job.status not in OVER:
-        wait_for_end(server, request, job)
-        kill_queued(server, job.id)
-        job = known_job(server, request, job_id)
-    if job.status is Status.KILLED:
-        return Answer({"id": job.id, "status": job.status.value, "message": job.reason}, 200, {"X-Job-Status": job.status.value})
-    if job.status in OVER:
-        return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
-    link = server.links.get(job.client or "")
-    message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
-    if link is not None and not link.outage.reason:
-        message = link.notes.get(job.id) or f"{job.client} is ending it"
-    return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
-
-
-def wait_for_end(server: Server, request: Request, job: Job) -> None:
-    """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
-    with server.places.place() as parked:
-        link = server.links.get(job.client or "")
-        if link is not None and link.outage.failures and parked:
-            try_now(server, request, link)
-        server.wake(f"kill:{job.client}")
-        patience_s = WAIT_LIMIT_S if parked and link and not link.outage.failures else 0.0
-
-        noted_until = time.monotonic() + NOTED_PATIENCE_S
-
-        def hopeless() -> bool:
-            is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
-            return request.left() or bool(link and link.outage.failures) or (is_noted and time.monotonic() > noted_until)
-
-        server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
-
-
-def try_now(server: Server, request: Request, link: Link) -> None:
-    """Try a client now that is held back after a failure, and wait a moment for what comes of it."""
-    failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
-    link.try_at = server.clock.monotonic()
-    server.wake(f"get:{link.name}")
-    while link.outage.failures and link.failed_at == failed_at and time.monotonic() < deadline and not request.left():
-        if server.stopping.wait(0.02):
-            return
-
-
-def over_or_queued(server: Server, job_id: int) -> Job | None:
-    """Return a job that is with no client any more, else None."""
-    job = server.store.get(job_id)
-    return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
-
-
-# == 36. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
-
-EXAMPLE_CLIENT = {
-    "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
-    "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
-    "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
-}  # fmt: skip
-EXAMPLE_SERVICE = {
-    "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
-    "mean_run_s": 12.5, "clients": [EXAMPLE_CLIENT],
-}  # fmt: skip
-EXAMPLE_USER = {
-    "user_id": 7, "weight": 2.0, "queued": 3,
-    "services": [{"name": "example", "used_slot_s": 42.5, "runs": 17, "mean_run_s": 2.5, "running": 1, "turns_before": 0}],
-}  # fmt: skip
-SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
-CLIENTS = Gives("clients, and why one is held back", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
-ONE_CLIENT = Gives("the client as it stands now", JSON_TYPE, EXAMPLE_CLIENT)
-NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
-ONE_USER = Gives("a user's weight, and what it is set against", JSON_TYPE, EXAMPLE_USER)
-CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
-USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=SMALLEST, most=BIGGEST)
-WEIGHT = Parameter(
-    "weight",
-    "query",
-    "number",
-    "how large this user's share is, 1 being the usual",
-    2,
-    required=True,
-    least=0.001,
-    most=1_000_000,
-    missing="give it in the address, as in PUT /users/7?weight=2",
-    read=read_weight,
-)
-
-
-def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
-    """Return clients in JSON, with why each gets no jobs now."""
-    busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
-    said = []
-    for link, place in zip(links, server.capacities_of(links)):
-        silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
-        held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
-        known = not link.legacy and link.heard_at is not None
-        said.append({
-            "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
-            "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
-            "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
-            "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
-            "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
-            "held_for_s": round(held_for_s, 1),
-        })  # fmt: skip
-    return said
-
-
-@route("GET", "/services", "server", who="caller", gives={200: SERVICES}, quick=True)
-def show_services(server: Server, request: Request) -> Answer:
-    """Show the services: policy, limits, how much of them is in use, how much is queued (to 10,000), and their clients."""
-    said = []
-    for service in server.services.values():
-        mean_s, name = mean_run_s(server, service), service.name
-        said.append({
-            "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
-            "running": server.store.number(BUSY_OF_SERVICE, service=name), "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
-            "users_queued": server.store.number(RUNNABLE_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
-            "clients": clients_json(server, server.links_of(service)),
-        })  # fmt: skip
-    return Answer({"services": said})
-
-
-@route("GET", "/clients", "server", who="caller", gives={200: CLIENTS}, quick=True)
-def show_clients(server: Server, request: Request) -> Answer:
-    """Show the clients: slots, memory, load, what they run, and why one is held back."""
-    return Answer({"clients": clients_json(server, [*server.links.values()])})
-
-
-def drain_client(server: Server, name: str, drained: bool) -> Answer:
-    """Have a client get no more jobs, or some again; HttpError 404 lists the known ones."""
-    link = server.links.get(name)
-    if link is None:
-        raise HttpError(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
-    server.drain(link, drained)
-    log.info("client %s is %s", link.name, "drained" if drained else "resumed")
-    server.wake("dispatch")
-    return Answer(clients_json(server, [link])[0])
-
-
-@route("POST", "/clients/<name:path>/drain", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
-def drain(server: Server, request: Request, name: str) -> Answer:
-    """Send a client no more jobs, until it is resumed; those that it has go on. A restart of the server does not change it."""
-    return drain_client(server, name, True)
-
-
-@route("POST", "/clients/<name:path>/resume", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
-def resume(server: Server, request: Request, name: str) -> Answer:
-    """Send a drained client jobs again."""
-    return drain_client(server, name, False)
-
-
-def user_answer(server: Server, user_id: int) -> Answer:
-    """Return what a user's turns depend on."""
-    services = []
-    for row in server.store.read(USAGE_OF_USER, user_id=user_id):
-        pair = {"service": row["service"], "user_id": user_id}
-        turn = server.store.read(RUNNABLE_GET, **pair)
-        before = server.store.number(RUNNABLE_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
-        services.append({
-            "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
-            "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
-            "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
-        })  # fmt: skip
-    weights = server.store.read(WEIGHT_GET, user_id=user_id)
-    weight = weights[0]["weight"] if weights else server.config.weights.get(user_id, 1.0)
-    queued = server.store.number(QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
-    return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
-
-
-@route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
-def show_user(server: Server, request: Request, user_id: int) -> Answer:
-    """Show a user's weight, what is queued, and what was used of each service as it counts now."""
-    return user_answer(server, user_id)
-
-
-@route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
-def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
-    """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
-    server.store.set_weight(user_id, weight)
-    server.wake("dispatch")
-    return user_answer(server, user_id)
-
-
-# == 37. Client routes ==  The HTTP contract of the client, and what both modes answer.
-
-
-def payload_json(client: Client, job: Job) -> dict[str, Any]:
-    """Return a payload as the reference's client shows it: six fields, always."""
-    pid = int((job.handle or "0").split(" ")[0]) if job.status is Status.RUNNING else 0
-    killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
-    return {"id": job.id, "input": {}, "status": shown_status(job).value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
-
-
-def event_json(client: Client, job: Job) -> dict[str, Any]:
-    """Return what our server wants to know of a payload."""
-    said = {name: getattr(job, name) for name in EXAMPLE_EVENT}
-    said["status"] = shown_status(job).value
-    if job.status is Status.RUNNING:
-        said["reason"] = client.notes.get(job.id, "")
-    if job.status is Status.CLEANED:  # why it was cleaned is its reason by now
-        for row in client.store.read(HISTORY_GET, id=job.id):
-            if row["target"] in ENDED:
-                said.update(ended_as=row["target"], ended_reason=row["reason"])
-    return said
-
-
-def known_payload(client: Client, request: Request, job_id: int) -> Job:
-    """Return a payload; HttpError 404 also where the caller means another attempt by this id."""
-    job = known_job(client, request, job_id)
-    meant = request.header("X-Joborch-Mark")
-    if meant and meant != job.mark:
-        raise HttpError(404, f"payload {job.id} is another job's: this client began anew")
-    return job
-
-
-PAYLOAD_ID = ID._replace(help="the id of a payload", example=1)
-MARK = Parameter(
-    "X-Joborch-Mark",
-    "header",
-    "string",
-    "uuid and attempt that the id is meant to be; 404 where it is another",
-    "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1",
-)
-
-
-def read_uuid(text: str) -> str:
-    """Return a UUID in lower case."""
-    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.lower()):
-        raise ValueError("give a UUID")
-    return text.lower()
-
-
-def read_limit(text: str) -> float:
-    """Return the run time limit that a server sends, in seconds."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
-        raise ValueError("give seconds")
-    return float(text)
-
-
-def header(name: str, kind: str, meaning: str, example: Any, **more: Any) -> Parameter:
-    """Declare a header of /submit."""
-    return Parameter(f"X-Joborch-{name}", "header", kind, meaning, example, **more)
-
-
-SUBMIT_HEADERS = (
-    header("Job", "string", "the job's id at its server", "42", read=lambda text: one_line(text, 40)),
-    header("Uuid", "string", "with the attempt, the key: a repeat answers the first payload", MARK.example[:36], read=read_uuid),
-    header("Attempt", "integer", "number of the attempt", 1, least=1, most=1_000_000, default=1),
-    header(
-        "Service", "string", "the service, percent-encoded", "example",
-        read=lambda text: one_line(unquote_to_bytes(text).decode("utf-8", "replace"), 200) or None,
-    ),
-    header("User", "integer", "the user", 1, least=SMALLEST, most=BIGGEST),
-    header("Cpus", "integer", "cores it needs", 1, least=1, most=1_000_000, default=1),
-    header("Memory", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
-    header("Timeout", "number", "run time limit in seconds", 3600, least=0, read=read_limit),
-    header("Inputs", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
-    header("Digests", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
-    header("Return-Inputs", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
-)  # fmt: skip
-
-
-def new_payload(request: Request) -> NewJob:
-    """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
-    said = read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
-    return NewJob(
-        uuid=said["X-Joborch-Uuid"] or new_uuid(),
-        user_id=said["X-Joborch-User"],
-        service=said["X-Joborch-Service"],
-        cpus=said["X-Joborch-Cpus"],
-        memory=said["X-Joborch-Memory"],
-        timeout=said["X-Joborch-Timeout"],
-        return_inputs=0 if said["X-Joborch-Return-Inputs"] == "0" else 1,
-        attempt=said["X-Joborch-Attempt"],
-        remote_id=said["X-Joborch-Job"],
-    )
-
-
-PAYLOAD_FILE = Parameter("file", "form", "file", "the part's NAME is the relative path, its filename the base name", required=True)
-SUBMIT_GIVES = {200: Gives("the payload is taken", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
-
-
-@route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
-def submit(client: Client, request: Request) -> Answer:
-    """Take the files of one payload; it runs as soon as a slot is free."""
-    new = new_payload(request)
-    mark = f"{new.uuid}.{new.attempt}"
-    job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
-    if job is not None:
-        return Answer(payload_json(client, job))
-    problem = problem_of(client, for_all=True)
-    if problem:  # where others can run it, it need not wait here
-        raise HttpError(503, problem, Retry_After="10")
-    folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
-    with receiving(client, folder, mark):
-        (folder / "work").mkdir()
-        form = received_form(request, folder / "work")
-        if not new.return_inputs:
-            remember_inputs(folder, form)
-        crash_point("submit.received")
-        client.store.check_identity()
-        job = place_payload(client, folder, new)
-    crash_point("submit.stored")
-    client.wake("run")
-    return Answer(payload_json(client, job))
-
-
-def received_form(request: Request, work: Path) -> Form:
-    """Receive a payload's files. HttpError 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
-    ours = bool(request.header("X-Joborch-Digests"))
-    try:
-        form = request.read_form(work, by_name=True)
-        check_digests(form, ours)
-        meant = request.header("X-Joborch-Inputs").lower()  # it is proven if the server is
-        if meant and meant != inputs_digest({file.path: file.sha256 for file in form.files}):
-            raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
-        if not form.files:
-            raise HttpError(400, "there is no file: send at least run.sh", "file")
-    except HttpError as refusal:
-        if ours and refusal.status == 400:
-            raise HttpError(503, f"the transfer broke: {refusal.message}", Retry_After="1") from refusal
-        raise
-    return form
-
-
-def check_digests(form: Form, wanted: bool) -> None:
-    """Compare what came with the digests that our server sent after the files; HttpError 503 makes it send again."""
-    sent = form.fields.pop(DIGESTS_FIELD, None)
-    if sent is None and wanted:
-        raise HttpError(503, "the transfer broke: the digests did not come", Retry_After="1")
-    try:
-        digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
-    except ValueError as error:
-        raise HttpError(400, "the digests cannot be read") from error
-    if digests != {file.path: file.sha256 for file in form.files}:
-        raise HttpError(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
-
-
-def remember_inputs(folder: Path, form: Form) -> None:
-    """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
-    states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
-    lines = [json.dumps([path, state.st_size, state.st_mtime_ns]) + "\n" for path, state in states.items()]
-    (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
-
-
-def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
-    """Put received files in their place, then the row; of two deliveries of one attempt, one wins and both get its payload."""
-    place = client.data.job(f"{new.uuid}.{new.attempt}")
-    with client.placing:  # between the files and the row nobody else may come
-        job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
-        if job is not None:
-            discard(folder)
-            return job
-        discard(place)  # a crash left it without a row: it never ran
-        os.rename(folder, place)
-        crash_point("submit.renamed")
-        try:
-            return client.store.add(new, "submitted")
-        except BaseException:
-            discard(place)
-            raise
-
-
-def asked_archive(client: Client, request: Request, job: Job) -> Archive:
-    """Return a payload's archive. Our server does not wait long: it goes on with other results, and asks again."""
-    return packed_result(client, job, PACK_GLANCE_S if request.header("X-Joborch-Mark") else PACK_PATIENCE_S, request.left)
-
-
-PACKING = Gives(
-    "the archive is not packed yet; Retry-After says when to ask again", JSON_TYPE, {"message": "the result is being packed: come again"}
-)
-RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
-
-
-@route(
-    "GET",
-    "/retrieve/<job_id>",
-    "client",
-    who="caller",
-    slow=True,
-    takes=(PAYLOAD_ID, MARK),
-    gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
-)
-def retrieve(client: Client, request: Request, job_id: int) -> Answer:
-    """Fetch the result of a payload, or its state."""
-    job = known_payload(client, request, job_id)
-    if job.status is Status.COMPLETED and (job.id, True) not in client.packings and not has_work(client.folder(job)):
-        client.store.move(job, Status.CLEANED, Reason.WORK_REMOVED)
-        job = known_payload(client, request, job_id)
-    if job.status is not Status.COMPLETED:
-        ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
-        return Answer({**payload_json(client, job), **ours})
-    archive = asked_archive(client, request, job)
-    if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
-        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
-    return file_answer(request, archive, f"payload-{job.id}.zip", {})
-
-
-WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
-
-
-@route(
-    "GET",
-    "/retrieve_partial/<job_id>",
-    "client",
-    who="caller",
-    slow=True,
-    takes=(PAYLOAD_ID, MARK),
-    gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
-)
-def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
-    """Fetch the work folder of a payload as it stands."""
-    job = known_payload(client, request, job_id)
-    if job.status is Status.CLEANED:
-        raise HttpError(404, f"the files of payload {job.id} were cleaned")
-    archive = asked_archive(client, request, job)
-    if job.status in ENDED and not request.header("X-Joborch-Mark"):
-        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
-    return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
-
-
-KILL_GIVES = {
-    200: Gives("nothing of it runs any more", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Killed", "killed": True}),
-    202: Gives("it is being ended", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Running", "killed": True}),
-    400: BAD,
-    404: NOT_FOUND,
-}
-
-
-@route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
-def kill(client: Client, request: Request, job_id: int) -> Answer:
-    """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
-    job = known_payload(client, request, job_id)
-    if job.status not in OVER:
-        client.store.request_kill(job.id, Cause.CANCELLED)
-        crash_point("kill.wished")
-        client.wake("end")
-        if not request.header("X-Joborch-Mark"):
-            wait_until_over(client, request, job)
-        job = known_payload(client, request, job_id)
-    return Answer(payload_json(client, job), 200 if job.status in OVER else 202)
-
-
-def wait_until_over(client: Client, request: Request, job: Job) -> None:
-    """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
-
-    def noted() -> bool:
-        return request.left() or (client.executor.is_batch and job.id in client.stubborn)
-
-    with client.places.place() as parked:
-        client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
-
-
-def over(node: Node, job_id: int) -> Job | None:
-    """Return a job that is over, else None."""
-    job = node.store.get(job_id)
-    return job if job is None or job.status in OVER else None
-
-
-EVENTS_TAKES = (
-    Parameter(
-        "since",
-        "query",
-        "integer",
-        "the `next` of your last answer; 0 asks for all that was not fetched",
-        0,
-        least=0,
-        most=BIGGEST,
-        default=0,
-    ),
-    Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3", default=""),
-    WAIT._replace(help="wait for a change, at most so many seconds", example=10),
-    Parameter(
-        "more",
-        "query",
-        "string",
-        "1: go on with the list that since=0 began, whose last page said `more`",
-        "1",
-        choices=("0", "1"),
-        default="0",
-    ),
-    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2", default=""),
-)
-EXAMPLE_EVENT = {
-    "id": 1, "uuid": MARK.example[:36], "attempt": 1, "status": "Completed", "reason": "run.sh ended with exit status 0", "cause": None,
-    "exit_code": 0, "signal": None, "started_at": 1795510800.0, "ended_at": 1795510803.5,
-}  # fmt: skip
-EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
-EXAMPLE_EVENTS = {
-    "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
-    "payloads": [EXAMPLE_EVENT],
-}  # fmt: skip
-CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
-TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
-
-
-UNPROVEN = Gives("no server that proves itself", JSON_TYPE, {"message": "the token is wrong, or the request was changed on its way"})
-OLD_SERVER = Gives(
-    "a server that shows its token and cannot prove it: joborch 0.1.0",
-    JSON_TYPE,
-    {"message": "this server cannot prove who it is: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
-)
-
-
-@route(
-    "GET",
-    "/events",
-    "client",
-    who="server",
-    takes=EVENTS_TAKES,
-    gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
-)
-def events(client: Client, request: Request, since: int, instance: str, wait: float, more: str, done: str) -> Answer:
-    """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
-    if instance == client.instance:
-        confirm(client, done)
-    elif instance:  # the server knew another one: it gets all of this one's, at once
-        since, wait = 0, 0.0
-    changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
-    if since == 0 or more == "1":
-        last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
-        found = client.store.jobs(CHANGED_ALL, since=since)
-        inline = 0
-    else:
-        with client.places.place() as parked:
-            if not parked and wait:
-                raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
-            found = client.wait_until(lambda: changed() or None, wait, request.left) or []
-            if found and wait:
-                client.wait_until(
-                    lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed()) or None,
-                    EVENTS_SETTLE_S,
-                    request.left,
-                )
-                found = changed()
-        last, inline = since, INLINE_PAYLOADS
-    jobs, payloads = events_page(client, found, inline)
-    is_more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
-    said = {"instance": client.instance, "start": client.start_id, "next": told if is_more else max(told, last), "more": is_more}
-    problem = problem_of(client, for_all=True)[:1000] or None
-    return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
-
-
-def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
-    """Return as many of these payloads as a page holds, and what is said of them; small results come along for the first `inline`."""
-    told, payloads, room = list[Job](), list[dict[str, Any]](), EVENTS_PAGE_BYTES
-    for job in jobs[:EVENTS_PAGE]:
-        said = event_json(client, job)
-        if inline and job.status in ENDED and job.fetched_at is None:
-            said.update(inline_archive(client, job))
-            inline -= 1
-        room -= 1000 + 12 * len(said["reason"] or "") + len(said.get("archive", ""))  # a character takes 12 bytes at most
-        if room < 0 and told:
-            break
-        told.append(job)
-        payloads.append(said)
-    return told, payloads
-
-
-def room_json(client: Client) -> dict[str, Any]:
-    """Return what a client has room for: slots of cores and memory (MiB), or slots of jobs that a batch system takes."""
-    if client.executor.is_batch:
-        return {"slots": client.config.slots, "job_slots": True, "memory": None}
-    return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
-
-
-def confirm(client: Client, done: str) -> None:
-    """Note that a server has the results of these payloads, by ids with commas between."""
-    ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
-    if ids:
-        now = client.clock.wall()
-        client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
-        crash_point("events.confirmed")
-        drop_packings(client, ids)
-
-
-EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
-
-
-@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves itself here", JSON_TYPE, EXAMPLE_HELLO)})
-def hello(client: Client, request: Request) -> Answer:
-    """Tell a server the nonce of this start, by which it and the client prove that they hold the same token."""
-    return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
-
-
-@route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
-def load(client: Client, request: Request) -> Answer:
-    """Tell how busy this machine is."""
-    return Answer(client.cpu_load())
-
-
-# -- both --
-
-
-HEALTHY = Gives("all is well", JSON_TYPE, EXAMPLE_HEALTH)
-UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status": "error", "database": "error"})
-
-
-def counts_json(client: Client) -> dict[str, int]:
-    """Return how many payloads run, are queued here, and wait in the line of a batch system."""
-    handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
-    waiting = 0
-    if client.executor.is_batch:
-        waiting = sum(job.started_at is None for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000))
-    return {"running": handed - waiting, "queued": queued, "waiting": waiting}
-
-
-@route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
-def health(node: Node, request: Request) -> Answer:
-    """Tell whether the process works: the database is read and written. Whoever proves himself gets more fields."""
-    said: dict[str, Any] = {"status": "ok", "database": "ok"}
-    known = request.caller is not None  # paths, counts and versions are nobody else's business
-    try:
-        node.store.check()
-        if known:
-            said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
-            said["restart_needed"] = node.program.restart_needed() or None
-            said.update(unremovable=unremovable_json(node))
-        if known and isinstance(node, Client):
-            problem = problem_of(node)
-            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
-            said["problem_since"] = rfc3339(problem_since(node, problem))
-    except StorageError as error:
-        log.error("health: %s", error)
-        said.update(status="error", database="error", **({"message": str(error)} if known else {}))
-        return Answer(said, 503, {"Retry-After": "5"})
-    return Answer(said)
-
-
-PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
-
-
-@route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to the documentation")})
-def ping(node: Node, request: Request) -> Answer:
-    """Answer."""
-    if prefers_html(request.header("Accept")):
-        return Answer(None, 302, {"Location": "/swagger-ui/"})
-    return Answer({"message": "pong"})
-
-
-def prefers_html(accept: str) -> bool:
-    """Tell whether an Accept header names text/html before anything else."""
-    return accept.split(",")[0].split(";")[0].strip() == "text/html"
-
-
-# == 38. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
-
-TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
-COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
-STREAM = Parameter(
-    "stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS, default=OUTPUT_STREAMS[0]
-)
-OFFSET = Parameter(
-    "offset",
-    "query",
-    "integer",
-    "bytes of the script's output that you have: X-Next-Offset of the last answer",
-    0,
-    least=0,
-    most=10**18,
-    default=0,
-)
-FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"), default="0")
-LOG_PART = Gives(
-    "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
-    "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
-    TEXT_TYPE,
-)
-NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
-
-
-class LogPart(NamedTuple):
-    """A part of an output stream: its bytes, and the offset after them."""
-
-    text: bytes
-    following: int
-
-
-@route(
-    "GET",
-    "/logs/<job_id>",
-    "client",
-    who="caller",
-    slow=True,
-    takes=(PAYLOAD_ID, MARK, STREAM, OFFSET),
-    gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND},
-)
-def payload_logs(client: Client, request: Request, job_id: int, stream: str, offset: int) -> Answer:
-    """Read a payload's output, also while it runs."""
-    job = known_payload(client, request, job_id)
-    part = LogPart(b"", offset)
-    # The script has not come that far, or has put something else in its place.
-    with contextlib.suppress(OSError), open_regular(client.folder(job), stream) as source:
-
-        def read_at(begin: int, count: int) -> bytes:
-            source.seek(begin)
-            return source.read(count)
-
-        kept = Stream(os.fstat(source.fileno()).st_size, client.config.log_limit_bytes)
-        part = LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
-    return Answer(part.text, 200, {"Content-Type": TEXT_TYPE, "X-Next-Offset": str(part.following)})
-
-
-def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of an ended job's output from its stored result; none where it never ran. HttpError 404 where the ZIP is damaged."""
-    if job.result_sha256 is None:
-        return LogPart(b"", offset)
-    with contextlib.closing(stored_archive(server, job).file) as file:
-        try:
-            return part_of_archive(file, stream, server.config.log_limit_bytes, offset)
-        except ValueError as error:
-            raise HttpError(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
-
-
-def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int) -> LogPart:
-    """Read a part of an output stream from a ZIP; none where it has no such member. ValueError where it is no sound ZIP.
-
-    What the ZIP says costs at most the work for `limit_bytes` of output: a client may have made it up.
-    """
-    for record in zip_records(file, commented=True):  # our clients put the streams first
-        said = re.fullmatch(STREAM_COMMENT.format("([0-9]{1,18})", "([0-9]{1,18})").encode(), record.comment)
-        if said and record.name.endswith(f"/{stream}".encode()):
-            return part_of_member(file, record, Stream(int(said[1]), int(said[2])), limit_bytes, offset)
-    return LogPart(b"", offset)  # a 2.2 client keeps no output
-
-
-def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes: int, offset: int) -> LogPart:
-    """Read a part of an output stream from the member that holds what was kept of it."""
-    first, second = kept.gap
-    shorter = second - first - len(kept.line(first)) if second > first else 0  # by so much the member is, for what follows the gap
-    if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not what was packed, or more than is shown here
-        size = min(record.size, limit_bytes)
-        kept, second, shorter = Stream(size, size), size, 0
-
-    def read_at(begin: int, count: int) -> bytes:
-        return read_member(file, record, begin if begin < second else begin - shorter, count)
-
-    return LogPart(*kept.part(read_at, offset, LOG_PART_BYTES))
-
-
-def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of a job's output from wherever it is now; HttpError 404 or 503 where it is not to be had."""
-    if job.status is Status.CLEANED:
-        raise HttpError(404, f"the files of job {job.id} were cleaned")
-    link = server.links.get(job.client or "")
-    if job.status in ENDED:
-        return stored_log(server, job, stream, offset)
-    if job.dest_id is None or link is None:
-        return LogPart(b"", offset)  # it has not come to a client yet
-    try:
-        with calling(server, request, link) as unwanted:
-            return LogPart(*link.logs(job, stream, offset, unwanted))
-    except Gone as error:
-        raise HttpError(404, str(error)) from error
-    except (NothingSent, NoAnswer) as error:
-        raise HttpError(503, f"{link.name} {error}", Retry_After=str(COME_AGAIN_S)) from error
-
-
-@route(
-    "GET",
-    "/jobs/<job_id>/logs",
-    "server",
-    who="caller",
-    slow=True,
-    takes=(ID, STREAM, OFFSET, FOLLOW),
-    gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
-)
-def job_logs(server: Server, request: Request, job_id: int, stream: str, offset: int, follow: str) -> Answer:
-    """Read a job's output, live while it runs; with follow=1 until it has ended."""
-    job = known_job(server, request, job_id)
-    headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
-    if follow == "1" and request.method == "GET":
-        place = contextlib.ExitStack()
-        if not place.enter_context(server.waiters.place()):
-            raise HttpError(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
-        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
-        if EVENT_TYPE not in request.header("Accept"):
-            parts = followed_log(server, request, job, stream, offset, place)
-            return Answer((part.text for part in parts), 200, headers)
-        known = request.header("Last-Event-ID")  # a browser that comes again says how far it was
-        offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
-        parts = followed_log(server, request, job, stream, offset, place)
-        return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
-    part = job_log(server, request, job, stream, offset)
-    return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
-
-
-def followed_log(
-    server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
-) -> Iterator[LogPart]:
-    """Yield a job's output until it has ended, holding `place`, and now and then nothing; a new attempt begins with a line that says so."""
-    pause_s, attempt = 0.1, job.attempt
-    with place:
-        while not server.stopping.wait(pause_s) and not request.left():
-            current = server.store.get(job.id)
-            if current is None:
-                return
-            if current.attempt != attempt:
-                attempt, offset = current.attempt, 0
-                yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
-            part = LogPart(b"", offset)
-            with contextlib.suppress(HttpError):  # it cannot be had now, or will never be; the job's end is waited for
-                part = job_log(server, request, current, stream, offset)
-            pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
-            offset = part.following
-            yield part
-            if current.status in OVER and not part.text:
-                return
-
-
-def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
-    """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
-
-    A plain text has no room for what keeps a gateway from giving up, since it would be taken for output. Carriage returns
-    become line feeds here, and bytes that are no UTF-8 a question mark in a box: the plain text has them as they are.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
-    said_at = server.clock.monotonic()
-    for part in parts:
-        text = decoder.decode(part.text)
-        if text:
-            lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", text))
-            yield f"id: {part.following - len(decoder.getstate()[0])}\n{lines}\n".encode()
-        elif server.clock.monotonic() - said_at >= COMMENT_EVERY_S:
-            yield b": quiet\n\n"
-        else:
-            yield b""
+            if node.config.mode == "client":
+                remove_scratch(node.folder(job))
+            remove_tree(node.folder(job))
+            crash_point("clean.folder")
+            remove_tree(node.data.result(job.mark))
+            crash_point("clean.files")
+        except OSError as error:
+            put_off(node, job, error)
             continue
-        said_at = server.clock.monotonic()
-    ended = server.store.get(job.id)
-    if ended is not None and ended.status in OVER:
-        yield f"event: end\ndata: {ended.status}\n\n".encode()
+        node.unremovable.pop(job.id, None)
+        reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
+        more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
+        crash_point("clean.stored")
+    old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
+    if old:
+        node.store.forget(old)
+        crash_point("clean.forgotten")
+    return more or bool(old)
 
 
-# == 39. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
+def sweep(node: Node) -> None:
+    """Check the database; remove folders and results that no row speaks of: a crash came between files and row. In the background."""
+    node.store.look_for_damage()
+    for folder in (node.data.jobs, node.data.results):
+        for path in folder.iterdir():
+            if node.stopping.is_set():
+                return
+            if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
+                continue
+            job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
+            given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
+            if job is None or job.status is Status.CLEANED or given_up:
+                try:
+                    remove_tree(path)
+                    log.info("%s belongs to no %s: removed", path.name, node.store.noun)
+                except OSError as error:  # a container's files; what comes after them goes all the same
+                    log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
+            elif node.config.mode == "client" and job.status in ENDED:
+                remove_scratch(path)
+
+
+def row_of(node: Node, path: Path) -> Job | None:
+    """Return the job whose files are at `path`: `UUID`, `UUID.ATTEMPT.zip` on a server, `UUID.ATTEMPT` on a client."""
+    job_uuid, _, rest = path.name.partition(".")
+    if node.config.mode == "client" and rest.isdigit():
+        return node.store.job(JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
+    return node.store.job(JOB_BY_UUID, uuid=job_uuid)
+
+
+@dataclass
+class Unremovable(Backoff):
+    """Files of an ended job that could not be removed: where they are, and how much of them."""
+
+    folder: Path = Path()
+    size_bytes: int = 0
+
+
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+
+
+def put_off(node: Node, job: Job, error: OSError) -> None:
+    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    folder = node.folder(job)
+    known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
+    pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
+    known.size_bytes = bytes_below(folder)
+    known.failed(error, pause_s)
+    if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
+        log.warning(
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            node.store.noun, job.id, error, folder,
+        )  # fmt: skip
+
+
+def unremovable_json(node: Node) -> dict[str, Any] | None:
+    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
+    found = list(node.unremovable.values())
+    if not found:
+        return None
+    size = sum(each.size_bytes for each in found)
+    what = f"{node.store.noun}s" if len(found) > 1 else node.store.noun
+    text = f"files of {len(found):,} ended {what} ({size_text(size)}) cannot be removed, as in {found[0].folder}"
+    remedy = "they belong to another user, perhaps of a container: remove them as that user or as root"
+    return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
+
+
+# -- removal --
+
+
+def discard(path: Path) -> None:
+    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
+    remove_tree(path)
+
+
+def discard_payloads(data: DataFolder) -> None:
+    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
+    for folder in data.jobs.iterdir():
+        try:
+            remove_scratch(folder)
+            remove_tree(folder)
+        except OSError as error:
+            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        done = subprocess.run(
+            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
+        )
+        if done.returncode != 0 and path.exists():
+            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
+
+
+def scratch_of(folder: Path) -> list[str]:
+    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
+    name = scratch_name(folder.name)
+    places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
+    with contextlib.suppress(OSError):  # it is a folder, or gone
+        place = os.readlink(folder / "tmp")
+        if place.startswith("/") and place.rpartition("/")[2] == name:
+            places.insert(0, place)
+    return list(dict.fromkeys(places))
+
+
+def remove_scratch(folder: Path, at_once: bool = True) -> bool:
+    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
+    for place in scratch_of(folder):
+        try:
+            os.rmdir(place)
+            continue
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
+                return False
+        try:
+            if os.lstat(place).st_uid == os.geteuid():
+                remove_tree(Path(place))
+        except OSError as error:
+            log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
+    return True
+
+
+def drop_scratch(client: Client, job: Job) -> None:
+    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
+    folder = client.data.job(job.mark)
+    if not remove_scratch(folder, at_once=False):
+        threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
+
+
+# == 39. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
+
+    name: str
+    field: str
+    read: Callable[[str], Any]
+    default: str  # as a person would write it; "" means none
+    help: str
+    modes: str  # who uses it: "server", "client" or both
+    plugin: str = ""  # the plug-in that uses it; "" means the program itself
+    secret: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The command-line flag: JOBORCH_SEND_INTERVAL is --send-interval, PORT is --port."""
+        return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
+
+
+BOTH = "server client"
+
+
+def setting(
+    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
+) -> T:
+    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
+    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
+    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
+
+
+def settings_of(owner: type) -> tuple[Setting, ...]:
+    """Return the settings that are declared as fields of a dataclass."""
+    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
+    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
+
+
+@dataclass(frozen=True)
+class Address:
+    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
+
+    upload_url: str
+    download_url: str
+    terminate_url: str
+    base_url: str
+
+    @property
+    def name(self) -> str:
+        """What people call it: host and port, and the path of its base if there is one."""
+        parts = urlsplit(self.base_url or self.upload_url)
+        return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Config:
+    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
+
+    mode: str
+    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
+    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
+    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
+    db_path: str = setting("DB_PATH", BOTH, read_text, "",
+        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
+    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
+        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
+    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
+        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
+    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
+    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
+        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
+    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
+        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
+    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
+    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
+        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
+    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
+    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
+        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
+    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
+        "memory that payloads may ask for together (default: the machine's)", unset=0)
+    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
+        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
+    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
+        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
+    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
+        "seconds between two questions to a batch system: one for all jobs")
+    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
+        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
+    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
+        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
+    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
+        "the file that `dirac login` writes", plugin="dirac")
+    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
+        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
+    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
+    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
+        "how much of each output stream is kept: its head and its tail")
+    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
+        "seconds that the runner sleeps at most when nothing wakes it")
+    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
+        "seconds that the sender sleeps at most when nothing wakes it")
+    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
+        "seconds that the getter sleeps at most when nothing wakes it")
+    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
+        "policy share: after so long, half of what a user has used is forgotten")
+    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
+    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
+        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
+    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
+        "jobs of one user that may be queued at once")
+    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
+    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
+        "how long a client keeps files after a server has confirmed that it holds the result")
+    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
+    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
+    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
+        "largest result: bytes of the files that a script leaves, holes included")
+    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
+        "most files and links in a result, with half as many folders")
+    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
+    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
+        "certificates (PEM) that https clients are checked by, instead of the system's")
+    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
+        "2.2: GET /download/ID answers as the reference's 2.2 does")
+    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
+        "log level: debug, info, warning or error")
+    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
+    services: Mapping[str, Service] = field(default_factory=dict)
+    batch: Mapping[str, BatchOptions] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    env_file: str = ""
+
+    def batch_options(self, service: str | None) -> BatchOptions:
+        """Return what a batch system is asked for the jobs of a service."""
+        return self.batch.get((service or "").lower(), BatchOptions())
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
+
+    name: str
+    addresses: tuple[Address, ...]  # its clients, from the first four settings
+    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
+    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
+    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
+    clients: str = setting("CLIENTS", "server", read_text, "",
+        "base URLs separated by commas: the short form of the three, and the way to name several")
+    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
+    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
+    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
+        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
+    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
+    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
+    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
+        "who is next: least use, first come, or highest priority with ageing")
+    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
+    retries: int = setting("RETRIES", "server", read_whole, "2",
+        "further attempts after an infrastructure failure; never after the script's own")
+    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
+        "0: inputs that the script left unchanged stay out of the result")
+    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
+        "how long jobs wait while no client of the service answers at all")
+    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
+        "seconds that a client may be silent before its jobs get a new attempt")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
+
+    prelude: str = setting("PRELUDE", "client", read_line, "",
+        "a line of bash that runs before each script, in a login shell, as in module load gcc")
+    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
+    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
+    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
+    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
+    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
+    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
+        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
+    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
+        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
+    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
+    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
+    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
+        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
+    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
+    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
+        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
+# fmt: on
+
+
+SETTINGS = settings_of(Config)
+SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
+
+
+# == 40. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
+
+QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
+
+
+def env_value(text: str) -> str:
+    """Return the value in what follows `NAME=`, as systemd and shells read it; ValueError if a quote is not closed.
+
+    Quotes at its beginning are taken off, with the backslashes that double ones need; what follows ` #` is a comment.
+    Other quotes and backslashes stand for themselves.
+    """
+    pieces, rest = "", text
+    while quoted := QUOTED.match(rest):
+        pieces += quoted[2] if quoted[1] is None else re.sub(r'\\(["\\$`])', r"\1", quoted[1])
+        rest = rest[quoted.end() :]
+    bare = re.split(r"\s#", rest, maxsplit=1)[0].strip()
+    if bare[:1] in ("'", '"'):
+        raise ValueError("a quote is not closed")
+    return pieces + bare
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """Return the NAME=VALUE lines of `path`, as systemd and shells read them: comments, quotes and `export` are understood."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
+    pairs = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith(("#", ";")):
+            continue
+        found = re.fullmatch(r"(?:export\s+)?(\w+)\s*=(.*)", text)
+        if not found:
+            raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
+        try:
+            pairs[found[1]] = env_value(found[2])
+        except ValueError as error:
+            raise ConfigError(f"--env-file {path}, line {number}: {found[1]}: {error}") from error
+    return pairs
+
+
+def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
+    """Return the value of one setting; ConfigError names the setting, the value and what is allowed."""
+    try:
+        return setting.read(text)
+    except ValueError as error:
+        shown = "(hidden)" if setting.secret else repr(one_line(text, 80))
+        raise ConfigError(f"{shown_name} is {shown}: {error}") from error
+
+
+def split_service_name(name: str) -> tuple[str, Setting] | None:
+    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`; the longest known suffix is the setting."""
+    for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
+        suffix = "_" + setting.name
+        if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
+            return name[len("SERVICE_") : -len(suffix)].lower(), setting
+    return None
+
+
+def client_address(base_url: str) -> Address:
+    """Return the client that has its routes below one base URL, as clients of joborch do."""
+    base = base_url.rstrip("/")
+    return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
+
+
+def reference_address(service: Service) -> Address | None:
+    """Return the client named by the reference's three URLs, or None if none is set."""
+    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
+    if not first:
+        if any(others):
+            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
+        return None
+    base, _, last = first.rpartition("/")
+    base = base if last == "submit" else ""
+    if not base and not all(others):
+        raise ConfigError(
+            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+        )
+    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
+
+
+def check_url(url: str, shown_name: str) -> None:
+    """Refuse what is not an http or https URL with a host."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
+    except ValueError:
+        fits = False
+    if fits and "@" in parts.netloc:
+        raise ConfigError(f"{shown_name} holds a user or password: leave them out, and give the client's token as SERVICE_<NAME>_TOKEN")
+    if not fits:
+        raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
+
+
+def read_token_file(path: str, shown_name: str) -> str:
+    """Return the token that a file holds; ConfigError if it cannot be read."""
+    try:
+        return read_token(Path(path).read_text(encoding="utf-8").strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
+
+
+EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
+
+
+def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
+    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
+
+
+def make_service(name: str, texts: Mapping[str, str]) -> Service:
+    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
+    prefix = f"SERVICE_{name.upper()}_"
+    service = Service(name, (), **read_settings(texts, prefix))
+    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
+    first = reference_address(service)
+    for base in bases:
+        check_url(base, prefix + "CLIENTS")
+    for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
+        check_url(url, prefix + setting)
+    if not first and not bases and name == "example":
+        bases = [EXAMPLE_CLIENT_URL]
+    if not first and not bases:
+        raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
+    token = service.token
+    if not token and service.token_file:
+        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
+    return dataclasses.replace(
+        service,
+        addresses=(*([first] if first else []), *map(client_address, bases)),
+        token=token,
+        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
+    )
+
+
+def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
+    """Return what `SERVICE_*` says for one mode: texts by service and suffix."""
+    texts: dict[str, dict[str, str]] = {}
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        if found and found[1].modes == mode:
+            texts.setdefault(found[0], {})[found[1].name] = text
+    return texts
+
+
+def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
+    """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
+    found = texts_of_services(environment, "client").items()
+    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
+
+
+def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
+    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
+    texts = texts_of_services(environment, "server") or {"example": {}}
+    return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
+
+
+def nearest_suffix(name: str) -> str:
+    """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
+    suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
+    tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
+    import difflib
+
+    scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
+    best = max(scores, key=lambda suffix: scores[suffix])
+    return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
+
+
+def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
+    known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
+    for name in sorted(environment):
+        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
+            plain = name.replace("JOBORCH_", "", 1)
+            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
+        elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
+            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
+
+
+LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
+
+
+def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
+    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
+    for name, text in environment.items():
+        found = split_service_name(name.upper())
+        given += [(found[1], text, name)] if found else []
+    for setting, text, name in given:
+        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
+        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
+            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
+
+
+def machine_memory_bytes() -> int:
+    """Return the memory of this machine, or of this process's control group if that has less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return memory
+
+
+def default_folder(kind: str) -> str:
+    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
+    import platformdirs
+
+    folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
+    if folder.startswith("~") or not os.path.isabs(folder):
+        raise ConfigError("this user has no home folder: set DATA_PATH to a folder that may be written")
+    return folder
+
+
+def token_of_file(config: Config) -> str:
+    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
+    path = config.token_file
+    waits = config.mode == "client" and not os.path.lexists(path)
+    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
+
+
+def with_defaults(config: Config) -> Config:
+    """Fill in the values that depend on the machine, the mode or each other."""
+    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
+    db_path = config.db_path or os.path.join(data_path, "joborch.db")
+    return dataclasses.replace(
+        config,
+        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
+        data_path=data_path,
+        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
+        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
+        memory_bytes=config.memory_bytes or machine_memory_bytes(),
+        token=config.token or token_of_file(config),
+    )
+
+
+def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
+    """Return the effective configuration of `mode`; order: flag, environment, --env-file, default.
+
+    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
+    """
+    env_file = arguments.get("env_file") or ""
+    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
+    given = {name: text for name, text in environment.items() if text}
+    merged = {**from_file, **given}
+    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
+    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        flag = arguments.get(setting.field)
+        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
+        if flag or setting.name in merged:
+            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
+    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
+    services = read_services(merged) if mode == "server" else {}
+    batch = read_batch_options(merged) if mode == "client" else {}
+    config = dataclasses.replace(config, services=services, batch=batch)
+    check_config(config)
+    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    return dataclasses.replace(config, warnings=warnings)
+
+
+def check_certificates(path: str) -> None:
+    """Refuse a JOBORCH_CA_FILE that holds no certificates; an empty text is none."""
+    import ssl
+
+    try:
+        if path:
+            ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
+        raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that cannot be meant."""
+    if config.mode == "server" and config.db_path == ":memory:":
+        raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
+    beyond = beyond_loopback(config.host)
+    if (
+        beyond
+        and not config.token
+        and (config.allow_anonymous or config.mode == "server")
+        and not (config.allow_anonymous and config.allow_from)
+    ):
+        raise ConfigError(
+            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
+            "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
+        )
+
+
+def batch_warnings(config: Config) -> Iterator[str]:
+    """Yield a warning if services have settings of a plug-in that this client does not use."""
+    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
+    if config.executor == "local" and any(setting.plugin for setting in given):
+        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
+
+
+def access_warnings(config: Config) -> Iterator[str]:
+    """Yield what a reader of the log should know about who is served without a token."""
+    if config.token and (config.allow_anonymous or config.allow_from):
+        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
+    elif config.allow_anonymous:
+        places = ", ".join(map(str, config.allow_from))
+        here = "this user's processes on this machine are served without a token"
+        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"everybody at {places} is served without a token, and {here}" if places else here)
+    elif config.allow_from:
+        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
+    if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
+        yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
+
+
+def beyond_loopback(hosts: str) -> list[str]:
+    """Return the addresses to listen on that other machines can reach."""
+    return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
+
+
+def url_host(host: str) -> str:
+    """Return a host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address means this machine alone."""
+    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
+
+
+def settings_table() -> str:
+    """Return the README's table of settings, in Markdown."""
+    rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
+    rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
+    return "\n".join(rows)
+
+
+# == 41. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
 
 
 TOKEN_LEAST = 16  # characters; shorter tokens can be guessed
@@ -12279,7 +12287,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm? (set it to local if not)"]
 
 
-# == 40. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
+# == 42. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 EXAMPLES = {
