@@ -5069,7 +5069,8 @@ class Holds:
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
     """Return a payload as the reference's client shows it: six fields, always."""
-    pid = int((job.handle or "0").split(" ")[0]) if job.status is Status.RUNNING else 0
+    first = (job.handle or "").partition(" ")[0]
+    pid = int(first) if job.status is Status.RUNNING and re.fullmatch(r"[0-9]{1,18}", first) else 0  # PBS says 4711.host
     killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
     return {"id": job.id, "input": {}, "status": shown_status(job).value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
 

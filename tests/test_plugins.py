@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import MakePair
 from harness import PLUGINS, ROOT, SOURCE, clean_environment, free_port, from_source, run_to_end, submit, wait_status
+from world import Yard
 
 import joborch
 
@@ -118,7 +119,7 @@ comma=
 for job in "$PBS_FOLDER"/*/; do
     [ -f "$job/pid" ] || continue
     state=F
-    kill -0 "$(cat "$job/pid")" 2>/dev/null && state=R
+    grep -q '^State:[[:space:]]*[^ZX]' "/proc/$(cat "$job/pid")/status" 2>/dev/null && state=R  # a zombie is over
     printf '%s"%s": {"Job_Name": "%s", "job_state": "%s"}' "$comma" "$(basename "$job")" "$(cat "$job/name")" "$state"
     comma=', '
 done
@@ -167,6 +168,13 @@ def test_an_executor_of_somebody_else(site: dict[str, str], make_pair: MakePair)
     wait_status(server, stopped, "Killed")
     ended = wait_status(server, running, "Completed")
     assert ended["attempt"] == 1, "its job was found again"
+
+
+def test_a_handle_need_not_be_a_number(yard: Yard) -> None:
+    """PBS says 4711.host: `pid` of the 2.2 answer is then 0, like that of every payload without a process here."""
+    job = yard.submit()._replace(status=joborch.Status.RUNNING)
+    for handle, pid in (("4711.host", 0), ("", 0), (None, 0), ("12 34 boot", 12), ("9" * 30, 0)):
+        assert joborch.payload_json(yard.client, job._replace(handle=handle))["pid"] == pid
 
 
 def test_an_executor_that_is_not_there(tmp_path: Path) -> None:
