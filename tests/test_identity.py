@@ -415,7 +415,7 @@ def test_the_overflow_user_is_nobody_in_a_user_namespace(make_process: MakeProce
     server = make_process("server", {"XDG_RUNTIME_DIR": str(run)}, folder=open_folder / "server", user=NOBODY_UID, program=program).start()
     for user in (0, STRANGER_UID, NOBODY_UID):
         assert curl_as(user, f"{server.url}/jobs") == 403, user
-    assert "JOBORCH_TOKEN" in assert_error(server.get("/jobs"), 403, "cannot be told")["message"]
+    assert "JOBORCH_TOKEN" in assert_error(server.get("/jobs"), 403, "cannot tell which user")["message"]
     path = run / f"joborch-{server.port}.sock"
     assert curl_as(NOBODY_UID, "http://localhost/jobs", "--unix-socket", str(path)) == 200
 
