@@ -6,7 +6,7 @@ jobs, holds a quota for each user and service, sends the files to a client, fetc
 as a ZIP. The *client* runs `run.sh` in a folder of its own. The way of the data:
 
     curl ── POST /upload ──▶ files, row (Queued)                                  ┌──────── client ────────┐
-                                   │ send: claim (Processing)                     │                        │
+                                   │ dispatch: claim (Processing), send           │                        │
                                    └──────────── POST /submit ───────────────────▶│ files, row (Prepared)  │
                                                                                   │   │ run: wrapper, mark │
                              row (Submitted, Running) ◀─── GET /events ───────────│ row (Running)          │
@@ -16,11 +16,11 @@ as a ZIP. The *client* runs `run.sh` in a folder of its own. The way of the data
     curl ◀─ GET /download ── row (Completed), result.zip ──▶ clean, 48 h after the end (Cleaned)
 
 Files are written before rows, rows before answers. What a crash leaves between two of these is swept at the next start,
-or done again harmlessly. Threads meet only in the Store and in wake-up calls; a tick reads what the Store says and moves
-it on, may run at any time, twice, or after a crash.
+or done again harmlessly. Threads meet in the Store, in what is known of each client (`Link`), and in wake-up calls; a tick
+reads what the Store says and moves it on, may run at any time, twice, or after a crash.
 
 The sections go from the outside in: the server with a job's way through it, the client, what runs payloads, and then what all of
-them stand on (the link, the store, files, HTTP, cleaning, settings, commands). Callers stand before what they call:
+them stand on: the link, the store, files, HTTP, cleaning. Words, values, states and routes come first, settings and commands last:
 
      1. Vocabulary            15. Ends                  29. Restore
      2. Values                16. Waiting               30. Files
@@ -677,7 +677,7 @@ SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
     (Status.PROCESSING, Status.UNKNOWN, "bytes went out and no answer came"),
     (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
     (Status.PROCESSING, Status.KILLED, "terminated"),
-    (Status.PROCESSING, Status.FAILED, "no client of the service answered for too long"),
+    (Status.PROCESSING, Status.FAILED, "its input files are missing or were changed on the server"),
     (Status.SUBMITTED, Status.RUNNING, "the client says so"),
     *((source, to, why) for source in (Status.SUBMITTED, Status.RUNNING) for to, why in (
         (Status.COMPLETED, "result fetched, verified, on disk"),
@@ -715,7 +715,7 @@ MOVES: Mapping[str, frozenset[tuple[Status, Status]]] = {
 
 
 def diagram(moves: Sequence[tuple[Status, Status, str]] = SERVER_MOVES) -> str:
-    """Return a table of moves as a Mermaid state diagram, for the README."""
+    """Return a table of moves as a Mermaid state diagram, for docs/reference.md."""
     lines = [f"    {source} --> {to}" for source, to, _ in moves]
     return "\n".join(["stateDiagram-v2", "    [*] --> " + str(moves[0][0]), *lines])
 
@@ -831,7 +831,7 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 4. Reasons ==  Every reason with which a job fails, is invalid, is killed or becomes Unknown is worded here, and nowhere else.
+# == 4. Reasons ==  Every reason with which a job fails, is killed or becomes Unknown is worded here; errors and plug-ins add their facts.
 
 
 class Reason:
@@ -860,8 +860,8 @@ class Reason:
     TRIED_AGAIN = "{reason}; it is tried again"
     ANSWERS_AGAIN = "{client} answers again"
     NOT_CONFIGURED = "{client} is not configured any more"
-    SILENT = "{trouble}, and so for {duration}"
-    SILENT_AND_KILLED = "{trouble}, and so for {duration}; should it come back, the job is ended there"
+    SILENT = "{trouble}; no answer for {duration}"
+    SILENT_AND_KILLED = "{trouble}; no answer for {duration}; if it comes back, the job is stopped there"
     UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
     CLIENT_FAILED = "{client} failed"
 
@@ -2413,7 +2413,7 @@ def show_user(server: Server, request: Request, user_id: int) -> Answer:
 
 @route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
-    """Set a user's weight: with twice the weight, twice the share. It goes before the settings."""
+    """Set a user's weight: with twice the weight, twice the share. It overrides JOBORCH_WEIGHTS."""
     server.store.set_weight(user_id, weight)
     server.wake("dispatch")
     return user_answer(server, user_id)
@@ -3050,8 +3050,8 @@ def join_clauses(text: str, more: str) -> str:
 
 
 def plural(count: int, one: str, many: str) -> str:
-    """Return `1 job` or `5 jobs`, an empty text for 0, and `more than 10,000 jobs` from there on (counting stops)."""
-    return "" if not count else f"1 {one}" if count == 1 else f"{'more than ' if count >= 10_000 else ''}{count:,} {many}"
+    """Return `1 job` or `5 jobs`, an empty text for 0, and `10,000 or more jobs` where counting stops."""
+    return "" if not count else f"1 {one}" if count == 1 else f"{count:,}{' or more' if count == 10_000 else ''} {many}"
 
 
 def attempts_left(job: Job) -> bool:
@@ -4356,7 +4356,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
 
 
 def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
-    """Have the client that a job's row names asked whether it has the current attempt, which another one has: see `sort_claim`."""
+    """Two clients seem to have this attempt: have the one that the job's row names asked. `sort_claim` then decides."""
     asked = home.ended.get(job.id)
     if len(server.claims) < SUPERSEDED_LIMIT and (asked is None or asked.payload["status"] == "?"):
         server.claims[job.mark] = (link.name, payload_id)
@@ -4857,7 +4857,7 @@ def fail_unreachable(server: Server, service: Service) -> None:
 
 
 def make_server_loops(server: Server) -> dict[str, Loop]:
-    """Return the loops of a server, by name: four a client, each sender of its own, and three for all."""
+    """Return the loops of a server, by name: four for each client (get, send, fetch, kill), and dispatch, watch and clean."""
     config, loops = server.config, cast("dict[str, Loop]", {})
     for name, link in server.links.items():
         loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, server, link), config.get_interval_s)
@@ -4941,10 +4941,10 @@ def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
 
 
 def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -> int | None:
-    """Return a job's place in its service's line, itself included; None beyond 10,000.
+    """Return a job's place in its service's queue, itself included; None beyond 10,000.
 
-    By arrival or priority it is counted. With shares it is what it will be if every user with jobs here has enough of them to
-    take each turn, and never more than all that is queued.
+    With fifo and priority the place is counted. With share it is an estimate: it assumes that every waiting user has a job for
+    each turn. It is never above the number of queued jobs.
     """
     if service.policy == "share":
         before = facts.users_before
@@ -4989,7 +4989,7 @@ class Holds:
         return self.of("")
 
     def reasons(self, for_all: bool) -> list[str]:
-        """Return why payloads wait here, those of all services or of one, too."""
+        """Return why payloads wait: with `for_all` only what holds up every service, else that of each service and payload, too."""
         held = [hold.reason for key, hold in list(self.by_service.items()) if self.of(key) and not (for_all and key)]
         return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
 
@@ -5044,9 +5044,9 @@ class Holds:
             self.start_in_turn([job for job in due if job.service == service], start)
 
     def start_in_turn(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        """Start payloads of one service in their order; after one that is refused that which was tried longest ago, if ever.
+        """Start one service's payloads in order. If one is refused, try the one whose last try is longest ago, or that never had one.
 
-        Where this is taken, the first had a trouble of its own. Where it is refused too, none of the service is started for a while.
+        If that one is accepted, the first payload itself was the problem. If not, the service is paused.
         """
         waiting, refused = list(due), cast("list[Held]", [])
         while waiting and len(refused) < 2 and not self.of_all():
@@ -5632,7 +5632,7 @@ def problem_of(client: Client, for_all: bool = False) -> str:
 
 
 def problem_since(client: Client, problem: str) -> float | None:
-    """Return since when (wall) there is a problem without a break, None if there is none now; called with what is known each tick."""
+    """Return when (wall time) the present problem began, or None if there is none. Each tick calls it with the current problem."""
     if not problem and not client.holds.by_service:  # while a retry is under way, the problem is not over
         client.troubled_at = None
     elif client.troubled_at is None:
@@ -5793,9 +5793,9 @@ class Measuring:
 
 
 def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
-    """Return what an ended payload left too much of, or an empty text, and how many entries no archive of it can hold.
+    """Return what a finished payload left too much of, or an empty text, and how many entries no archive of it can hold.
 
-    None instead of a text if it is within the client's limits, and not within these.
+    The text is None if the payload exceeds `limits`, but not the client's own limits.
     """
     try:
         with opened_folder(client.data.job(job.mark)) as folder:
@@ -6227,8 +6227,8 @@ def followed_log(
 def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
     """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
 
-    A plain text has no room for what keeps a gateway from giving up, since it would be taken for output. Carriage returns
-    become line feeds here, and bytes that are no UTF-8 a question mark in a box: the plain text has them as they are.
+    Plain text cannot carry what keeps a gateway from giving up: it would look like output. Here carriage returns become line
+    feeds, and bytes that are not UTF-8 become U+FFFD; the plain text has them as they are.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
@@ -6456,7 +6456,7 @@ def not_packed(why: str) -> HttpError:
 
 
 def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
-    """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has.
+    """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has gone away.
 
     Raises HttpError 503 if it is not packed within `patience_s`.
     """
@@ -8813,7 +8813,7 @@ class Store(Database):
         return ([], broken) if broken else (open_ids, "")
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
-        """Move `job` from the status it was read with to `to`, and write its history; the only writer of a status.
+        """Move `job` from the status it was read with to `to`, and write its history. Every change of a status goes through `move_row`.
 
         Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
         Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
@@ -11676,7 +11676,7 @@ def drop_scratch(client: Client, job: Job) -> None:
         threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
 
 
-# == 39. Settings ==  A setting is declared once, as a row of one of three tables; flags, environment, help and messages come from it.
+# == 39. Settings ==  A setting is declared once, as a field of one of three classes; flags, environment, help and messages come from it.
 
 
 @dataclass(frozen=True)
@@ -12204,7 +12204,7 @@ def is_loopback(host: str) -> bool:
 
 
 def settings_table() -> str:
-    """Return the README's table of settings, in Markdown."""
+    """Return the table of settings of docs/reference.md, in Markdown."""
     rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
     rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
     rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]

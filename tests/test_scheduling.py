@@ -442,7 +442,7 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
         (QueueFacts(5, 5, 5, 10, 3), FREE, EMPTY, "5 of your 5 runs for s are in use and 3 of your jobs are ahead of it"),
         (QueueFacts(6, 5, 6, 10, 0), FREE, EMPTY, "6 of your 5 runs for s are in use"),
         (QueueFacts(5, 5, 5, 10, 10_000), FREE, EMPTY,
-         "5 of your 5 runs for s are in use and more than 10,000 of your jobs are ahead of it"),
+         "5 of your 5 runs for s are in use and 10,000 or more of your jobs are ahead of it"),
         (QueueFacts(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
         (QueueFacts(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
         (QueueFacts(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
