@@ -331,7 +331,7 @@ case $(cat {self.bin}/{name}.lie 2>/dev/null) in
     hang) exec sleep 600;;
     limit) echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
            echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1;;
-    slow) sleep 8;;
+    slow) sleep 13;;
 esac
 exec {shutil.which(name)} "$@"
 """
