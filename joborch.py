@@ -3168,7 +3168,8 @@ class Link:
         self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
         self.met = False  # its instance has been compared with those of the other clients
-        self.relist, self.undecided = False, False  # ask for its whole list again: now, or after another client has sent its list
+        self.relist = False  # ask for its whole list again
+        self.undecided: set[int] = set()  # job ids that it reports as its own, to be decided when the client of the row has sent its list
         self.ended: dict[int, EndReport] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
@@ -4177,6 +4178,7 @@ def get_tick(server: Server, link: Link) -> bool:
             return poll_tick(server, link)
         if link.relist:
             link.relist, link.since = False, 0
+            link.undecided.clear()
         fresh, asked_at = link.since == 0, server.clock.monotonic()
         done = link.confirmed_ids[:DONE_AT_ONCE]
         heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
@@ -4265,7 +4267,7 @@ def decide_again(server: Server) -> None:
     """Ask clients again whose payloads may belong to another client, now that this one has told all it has, or is silent."""
     for link in server.links.values():
         if link.undecided:
-            link.undecided, link.relist = False, True
+            link.relist = True
 
 
 def forget_others(server: Server, link: Link) -> None:
@@ -4347,7 +4349,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
     if home.instance == link.instance:
         return None  # one client with two names, or a copy of it
     if not home.is_heard() or not home.instance or not home.has_told_all():
-        link.undecided = True
+        link.undecided.add(job.id)
     elif job.dest_id is None:
         return take_along(server, link, job)  # it is not known whether the other client got it
     else:
@@ -4574,7 +4576,8 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
     try:
         settle_as_told(server, link, job, found)
     except Gone as error:
-        if not all(other.has_told_all() for other in server.links.values() if other is not link):
+        others = [other for other in server.links.values() if other is not link]
+        if not all(other.has_told_all() and not (job.id in other.undecided and other.is_heard()) for other in others):
             return False  # another one may have it: a client that goes on at a new URL
         count_no_more(found)
         if not sort_claim(server, job, is_here=False):
