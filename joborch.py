@@ -3167,9 +3167,8 @@ class Link:
         self.instance, self.since = "", 0
         self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
-        self.met = False  # its instance has been compared with those of the other clients
-        self.relist = False  # ask for its whole list again
-        self.undecided: set[int] = set()  # job ids that it reports as its own, to be decided when the client of the row has sent its list
+        self.met = self.relist = False  # its instance was compared with those of the others; its whole list is to be asked for again
+        self.undecided: set[int] = set()  # ids of jobs that it reports as its own, and that are decided after another client's list
         self.ended: dict[int, EndReport] = {}  # by job id
         self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
