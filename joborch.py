@@ -4579,8 +4579,9 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         if not all(other.has_told_all() and not (job.id in other.undecided and other.is_heard()) for other in others):
             return False  # another one may have it: a client that goes on at a new URL
         count_no_more(found)
-        if not sort_claim(server, job, is_here=False):
-            payload_gone(server, job, str(error))
+        sorted_out, current = sort_claim(server, job, is_here=False), server.store.get(job.id)
+        if not sorted_out and current is not None and current.client == link.name:
+            payload_gone(server, current, str(error))  # else it was taken along meanwhile
     except ResultTooLarge as error:  # for good: at the next try it would be as large
         drop_part(found)
         count_no_more(found)
