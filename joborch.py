@@ -5277,10 +5277,15 @@ def retrieve(client: Client, request: Request, job_id: int) -> Answer:
     if job.status is not Status.COMPLETED:
         ours = event_json(client, job) if request.header("X-Joborch-Mark") else {}
         return Answer({**payload_json(client, job), **ours})
+    return send_archive(client, request, job, f"payload-{job.id}.zip")
+
+
+def send_archive(client: Client, request: Request, job: Job, filename: str) -> Answer:
+    """Answer with what a payload left, and note that it was fetched if the caller cannot confirm it."""
     archive = asked_archive(client, request, job)
-    if not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
+    if job.status in ENDED and not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
-    return file_answer(request, archive, f"payload-{job.id}.zip", {})
+    return file_answer(request, archive, filename, {})
 
 
 WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
@@ -5300,10 +5305,7 @@ def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
         raise HttpError(404, f"the files of payload {job.id} were cleaned")
-    archive = asked_archive(client, request, job)
-    if job.status in ENDED and not request.header("X-Joborch-Mark"):
-        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
-    return file_answer(request, archive, f"payload-{job.id}-partial.zip", {})
+    return send_archive(client, request, job, f"payload-{job.id}-partial.zip")
 
 
 KILL_GIVES = {
@@ -11775,7 +11777,7 @@ class Config:
     dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
         "the file that `dirac login` writes", plugin="dirac")
     dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
-        "so long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
+        "how long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
     kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
     log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
         "how much of each output stream is kept: its head and its tail")
@@ -11786,7 +11788,7 @@ class Config:
     get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
         "seconds that the getter sleeps at most when nothing wakes it")
     share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
-        "policy share: after so long, half of what a user has used is forgotten")
+        "policy share: the time in which half of what a user has used is forgotten")
     ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
     weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
         "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
@@ -12293,7 +12295,7 @@ def forgotten_executor(config: Config) -> list[str]:
 
 # == 42. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = {
     "server": "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
     "client": "  joborch client --slots 4\n  joborch client --executor slurm\n"
@@ -12460,8 +12462,7 @@ def listening_at(http_server: Any) -> list[str]:
     for listener in list(http_server._map.values()):
         if hasattr(listener, "effective_port"):
             host, port = listener.effective_host, listener.effective_port
-            shown = f"[{host}]" if ":" in host else host
-            places.append(str(port) if listener.family == socket.AF_UNIX else f"http://{shown}:{port}")
+            places.append(str(port) if listener.family == socket.AF_UNIX else f"http://{url_host(host)}:{port}")
     return places
 
 

@@ -348,14 +348,6 @@ def test_a_script_that_says_it_has_ended_and_goes_on(way: str, shared: Pair, mar
     assert marks.read_text() == "ran\n"
 
 
-@pytest.fixture(name="yard")
-def yard_fixture(data: DataFolder) -> Iterator[Yard]:
-    """A client in this process, with two slots."""
-    made = Yard(data)
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def bounded_memory() -> Iterator[None]:
     """A GiB more than it has is all that this process may take: what reads without end gets a MemoryError, and not the machine."""
