@@ -119,7 +119,7 @@ comma=
 for job in "$PBS_FOLDER"/*/; do
     [ -f "$job/pid" ] || continue
     state=F
-    grep -q '^State:[[:space:]]*[^ZX]' "/proc/$(cat "$job/pid")/status" 2>/dev/null && state=R  # a zombie is over
+    grep -q '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$(cat "$job/pid")/status" 2>/dev/null && state=R  # a zombie is over
     printf '%s"%s": {"Job_Name": "%s", "job_state": "%s"}' "$comma" "$(basename "$job")" "$(cat "$job/name")" "$state"
     comma=', '
 done

@@ -331,7 +331,7 @@ case $(cat {self.bin}/{name}.lie 2>/dev/null) in
     hang) exec sleep 600;;
     limit) echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
            echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1;;
-    slow) sleep 13;;
+    slow) while [ $(cat {self.bin}/{name}.lie) = slow ]; do sleep 0.2; done;;
 esac
 exec {shutil.which(name)} "$@"
 """
@@ -347,7 +347,7 @@ exec {shutil.which(name)} "$@"
         end_all_below(self.folder)
 
     def lie(self, command: str, how: str) -> None:
-        """Have a command answer garbage, hang, or be slow; "" for the truth."""
+        """Have a command answer garbage, hang, or be slow (until it is told otherwise); "" for the truth."""
         (self.bin / f"{command}.lie").write_text(how)
 
     def pid(self, daemon: str) -> int:
@@ -585,7 +585,8 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
-    wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 20, "the reason")
+    wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 90, "the reason")
+    cluster.lie("sbatch", "")
     assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
     assert len(cluster.jobs(mark_of(pair, number))) == 1
 
