@@ -1411,7 +1411,7 @@ class Node:
         self.stopping.set()
         for loop in self.loops.values():
             loop.stop()
-        self.store.changes.close()
+        self.store.core.wake_all()
         deadline = time.monotonic() + 1
         for loop in self.loops.values():
             loop.join(max(0.0, deadline - time.monotonic()))
@@ -1432,18 +1432,19 @@ class Node:
     def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
         """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`.
 
-        It looks again when the job moves; when any does, where `job_id` is None.
+        The core looks when the job moves; when any does, where `job_id` is None.
         """
         deadline = self.clock.monotonic() + timeout_s
-        with self.store.changes.of(job_id) as news:
-            while True:
-                news.clear()
-                found = look()
+        with self.store.core.watching(look, job_id) as waiter:
+            found = look()
+            while found is None:
                 remaining = deadline - self.clock.monotonic()
-                if found is not None or remaining <= 0 or self.stopping.is_set() or left():
-                    return found
+                if remaining <= 0 or self.stopping.is_set() or left():
+                    break
                 with self.gate.stepped_out():
-                    news.wait(min(remaining, 2.0))
+                    waiter.bell.wait(min(remaining, 2.0))
+                found = waiter.take()
+        return found
 
 
 # == 6. Routes ==  A route is declared once: who may call it, what it takes, and what it answers.
@@ -8430,62 +8431,180 @@ DAMAGE = "PRAGMA quick_check(1)"
 
 # == 27. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
-
-class Changes:
-    """Wakes threads that wait for one job or any job to move: each commit says which jobs it moved."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.waiting: list[tuple[int | None, threading.Event]] = []
-
-    def announce(self, job_ids: Collection[int]) -> None:
-        """Wake the threads that wait for one of these jobs, or for any."""
-        with self.lock:
-            for job_id, news in self.waiting:
-                if job_id is None or job_id in job_ids:
-                    news.set()
-
-    def close(self) -> None:
-        """Wake all of them: the process ends."""
-        with self.lock:
-            for _, news in self.waiting:
-                news.set()
-
-    @contextlib.contextmanager
-    def of(self, job_id: int | None) -> Iterator[threading.Event]:
-        """Yield an event that is set when this job moves, or when any job does if `job_id` is None."""
-        entry = (job_id, threading.Event())
-        with self.lock:
-            self.waiting.append(entry)
-        try:
-            yield entry[1]
-        finally:
-            with self.lock:
-                self.waiting.remove(entry)
+READERS_KEPT = 8  # connections that wait for the next reader; more are closed after use
 
 
-class Ticket:
-    """One piece of work that waits for a transaction, and its result."""
+class Message:
+    """A piece of work for the core, and what came of it."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.work, self.durable = work, durable
         self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
 
 
+class Waiter:
+    """A caller who waits until `look` finds something in the rows of one job, or of any if `job_id` is None."""
+
+    def __init__(self, look: Callable[[], Any], job_id: int | None) -> None:
+        self.look, self.job_id, self.bell = look, job_id, threading.Event()
+        self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
+
+    def look_again(self) -> None:
+        """Look, and wake the caller if there is something, or if looking failed."""
+        try:
+            self.found = self.look()
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            self.error = error
+        if self.found is not None or self.error is not None:
+            self.bell.set()
+
+    def take(self) -> Any:
+        """Return what was found, or what there is now. Raises what looking raised."""
+        self.bell.clear()
+        if self.error is not None:
+            raise self.error
+        return self.look() if self.found is None else self.found
+
+
+class Core:
+    """Whoever changes rows does it here: work runs in transactions, one after the other, and then callers who wait are looked after.
+
+    A transaction is run by the thread that calls, if none runs just then; work that comes meanwhile shares the next one, and so
+    an fsync. A thread of the core's own would cost a hand-over for each call: see docs/benchmarks.md, "The hot path".
+    Inside there are SQLite and memory alone: no file, no socket, no process, no sleep. Reads of the thread inside see what the
+    transaction has written.
+    """
+
+    def __init__(self, db: sqlite3.Connection, beat: Callable[[sqlite3.Connection], None], is_time: Callable[[], bool]) -> None:
+        """`beat` stores the time, at the latest in the transaction for which `is_time` says so."""
+        self.db, self.beat, self.is_time = db, beat, is_time
+        self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
+        self.inbox, self.waiters = deque[Message](), set[Waiter]()
+        self.moved: set[int] = set()  # the jobs that the current transaction moves
+        self.synchronous = ""
+
+    def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
+        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns. Inside, it runs at once.
+
+        Raises what `work` raises, which is then rolled back alone, and StorageError if the database cannot be written.
+        """
+        if self.is_inside():
+            return work(self.db)
+        message = Message(work, durable)
+        self.inbox.append(message)
+        with self.inside():
+            if not message.done:
+                self.commit_waiting()
+        if message.error is not None:
+            raise message.error
+        return cast(T, message.value)
+
+    def is_inside(self) -> bool:
+        """Tell whether this thread is the one that reads and writes here just now."""
+        return self.owner == threading.get_ident()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Keep all others out."""
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.owner = 0
+
+    @contextlib.contextmanager
+    def watching(self, look: Callable[[], Any], job_id: int | None) -> Iterator[Waiter]:
+        """Look for a caller, in the block, after each commit that moved the job; or any job if `job_id` is None."""
+        waiter = Waiter(look, job_id)
+        self.waiters.add(waiter)
+        try:
+            yield waiter
+        finally:
+            self.waiters.discard(waiter)
+
+    def wake_all(self) -> None:
+        """Wake all callers who wait: the process ends."""
+        for waiter in list(self.waiters):
+            waiter.bell.set()
+
+    def commit_waiting(self) -> None:
+        """Run and commit all waiting work in one transaction; then answer, and look for those who wait."""
+        batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
+        try:
+            self.transact(batch)
+        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
+            self.roll_back(is_storage=isinstance(error, sqlite3.Error))
+            for message in batch:
+                message.error = self.why_not(error, alone=len(batch) == 1)
+        for message in batch:
+            message.done = True
+        moved, self.moved = self.moved, set()
+        for waiter in list(self.waiters) if moved else ():
+            if waiter.job_id is None or waiter.job_id in moved:
+                waiter.look_again()
+
+    def transact(self, batch: Sequence[Message]) -> None:
+        """Run all of this work in one transaction."""
+        self.set_synchronous("FULL" if any(message.durable for message in batch) else "NORMAL")
+        self.db.execute("BEGIN IMMEDIATE")
+        if len(batch) == 1:
+            batch[0].value = batch[0].work(self.db)
+        else:
+            for message in batch:
+                self.run(message)
+        if self.is_time():
+            self.beat(self.db)
+        crash_point("commit.begun")
+        self.db.execute("COMMIT")
+        crash_point("commit.done")
+
+    def roll_back(self, is_storage: bool) -> None:
+        """Undo a transaction that failed."""
+        self.moved.clear()
+        with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            if is_storage:
+                # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
+                self.beat(self.db)
+
+    @staticmethod
+    def why_not(error: BaseException, alone: bool) -> BaseException:
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
+        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
+        return error if own else StorageError(f"the database cannot be written: {error}")
+
+    def run(self, message: Message) -> None:
+        """Run one of several pieces of work: if it raises, only its own part is rolled back."""
+        self.db.execute("SAVEPOINT message")
+        try:
+            message.value = message.work(self.db)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise  # the disk or a lock: the whole transaction fails
+            message.error = error
+            self.db.execute("ROLLBACK TO message")
+        self.db.execute("RELEASE message")
+
+    def set_synchronous(self, level: str) -> None:
+        if level != self.synchronous:
+            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
+            self.synchronous = level
+
+
 class Database:
     """The database of one process.
 
-    Writes go through one connection. Those that queue up meanwhile share a transaction: one fsync serves them all.
-    Each thread reads through a connection of its own. A database in memory or on a network file system, which has no
-    shared memory for WAL, has one connection for everything.
+    The core owns the connection that writes. Others read through a few more, the one that was used last first: it knows the
+    statements. A database in memory or on a network file system, which has no shared memory for WAL, has one connection for all.
     """
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.changes, self.moved = Changes(), cast("set[int]", set())  # the jobs that the current transaction moves
         self.alone = path == ":memory:" or on_network(path)
-        self.lock, self.waiting, self.local = threading.RLock(), cast("deque[Ticket]", deque()), threading.local()
-        self.synchronous, self.damage = "", ""
+        self.readers: list[sqlite3.Connection] = []  # those that nobody reads with just now
+        self.damage = ""
         self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
@@ -8494,6 +8613,7 @@ class Database:
             self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
+            self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
             self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
             self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
         except sqlite3.Error as error:
@@ -8518,7 +8638,8 @@ class Database:
         """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
         if self.checked:
             return
-        self.damage = damage_of(self.reader()) or ""
+        with contextlib.closing(self.reader()) as db:
+            self.damage = damage_of(db) or ""
         if self.damage:
             log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
 
@@ -8570,28 +8691,38 @@ class Database:
         db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
-        """Close the writing connection. Reading threads keep theirs: closing one during a query crashes the process."""
-        with self.lock:
+        """Close the writing connection. Threads that read keep theirs: closing one during a query crashes the process."""
+        with self.core.inside():
             self.db.close()
 
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         """Return all rows of one query; StorageError if the database cannot be read."""
         try:
+            if self.core.is_inside():
+                return self.db.execute(sql, values).fetchall()
             if self.alone:
-                with self.lock:
+                with self.core.inside():
                     return self.db.execute(sql, values).fetchall()
-            return self.reader().execute(sql, values).fetchall()
+            try:
+                db = self.readers.pop()
+            except IndexError:
+                db = self.reader()
+            try:
+                return db.execute(sql, values).fetchall()
+            finally:
+                if len(self.readers) < READERS_KEPT:
+                    self.readers.append(db)
+                else:
+                    db.close()
         except sqlite3.Error as error:
             raise StorageError(f"the database cannot be read: {error}") from error
 
     def reader(self) -> sqlite3.Connection:
-        db = getattr(self.local, "db", None)
-        if db is None:
-            db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
-            db.execute("PRAGMA query_only = 1")
-            db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
-            self.local.db = db
-        return cast(sqlite3.Connection, db)
+        """Open a connection that reads."""
+        db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
+        db.execute("PRAGMA query_only = 1")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
+        return db
 
     def number(self, sql: str, **values: Any) -> int:
         """Return the one number that a query gives; None counts as 0."""
@@ -8603,74 +8734,11 @@ class Database:
         Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
         """
         try:
-            return self.write_once(work, durable)
+            return self.core.call(work, durable)
         except StorageError as error:
             if "full" not in str(error) or not self.make_room():
                 raise
-            return self.write_once(work, durable)
-
-    def write_once(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
-        ticket = Ticket(work, durable)
-        self.waiting.append(ticket)
-        with self.lock:
-            if not ticket.done:
-                self.commit_waiting()
-        if ticket.error is not None:
-            raise ticket.error
-        return cast(T, ticket.value)
-
-    def commit_waiting(self) -> None:
-        """Run and commit all waiting work in one transaction."""
-        batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        try:
-            self.set_synchronous("FULL" if any(ticket.durable for ticket in batch) else "NORMAL")
-            self.db.execute("BEGIN IMMEDIATE")
-            if len(batch) == 1:
-                batch[0].value = batch[0].work(self.db)
-            else:
-                for ticket in batch:
-                    self.run_ticket(ticket)
-            if self.steady() - self.beaten_at > HEARTBEAT_S:
-                self.beat(self.db)
-            crash_point("commit.begun")
-            self.db.execute("COMMIT")
-            crash_point("commit.done")
-        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-            with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
-                    self.beat(self.db)
-            for ticket in batch:
-                ticket.error = self.why_not(error, alone=len(batch) == 1)
-        for ticket in batch:
-            ticket.done = True
-        if self.moved:
-            self.changes.announce(self.moved)
-            self.moved.clear()
-
-    @staticmethod
-    def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
-        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
-        return error if own else StorageError(f"the database cannot be written: {error}")
-
-    def run_ticket(self, ticket: Ticket) -> None:
-        self.db.execute("SAVEPOINT ticket")
-        try:
-            ticket.value = ticket.work(self.db)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: the whole transaction fails
-            ticket.error = error
-            self.db.execute("ROLLBACK TO ticket")
-        self.db.execute("RELEASE ticket")
-
-    def set_synchronous(self, level: str) -> None:
-        if level != self.synchronous:
-            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
-            self.synchronous = level
+            return self.core.call(work, durable)
 
     def check(self) -> None:
         """Raise StorageError if the database cannot be read and written, or its file was removed."""
@@ -8799,7 +8867,7 @@ class Store(Database):
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
         if self.mode == "server":  # a client's payload that is only Prepared is no news
-            self.moved.add(job_id)
+            self.core.moved.add(job_id)
         self.update_rank(db, job.service, job.user_id)
         return job
 
@@ -8853,7 +8921,7 @@ class Store(Database):
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
-        self.moved.add(job.id)
+        self.core.moved.add(job.id)
         if values["attempt"] != job.attempt:
             cause = Cause.INFRASTRUCTURE.value
             db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})

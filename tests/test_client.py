@@ -619,7 +619,7 @@ def test_a_caller_waits_for_a_change(yard: Yard) -> None:
     since = yard.events()["next"]
     waiter = threading.Thread(target=lambda: got.append(yard.events(f"since={since}&wait=30")))
     waiter.start()
-    wait_for(lambda: yard.store.changes.waiting, what="the caller to wait")
+    wait_for(lambda: yard.store.core.waiters, what="the caller to wait")
     yard.run(job)
     waiter.join(20)
     assert statuses(got[0]) == [(job.id, "Completed")], "that it started is not worth an answer of its own"

@@ -526,7 +526,7 @@ def test_a_result_that_takes_longer_to_pack_than_a_server_waits(data: DataFolder
         with serving(yard.client) as url:
             desk = Desk(other, url, SERVICE_EXAMPLE_TOKEN="t")
             job = desk.with_client(Status.RUNNING)
-            with desk.store.lock:
+            with desk.store.core.inside():
                 desk.store.db.execute("UPDATE jobs SET dest_id = :id WHERE id = :job", {"id": str(payload.id), "job": job.id})
             monkeypatch.setattr(joborch, "named", lambda _: {})
             joborch.report(desk.server, desk.link, event(job, id=payload.id))

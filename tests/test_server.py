@@ -209,7 +209,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     while desk.send():
         pass
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
-    with desk.store.lock:
+    with desk.store.core.inside():
         desk.store.db.execute(joborch.PACE_SET, {"service": "example", "runs": 5, "mean_s": 0.01})
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
@@ -1300,7 +1300,7 @@ def test_waiting_ends_with_what_is_found_with_time_with_the_caller_and_with_us(d
     waiter.join(20)
     assert found == ["there"]
     desk.server.stopping.set()
-    desk.store.changes.close()
+    desk.store.core.wake_all()
     assert desk.server.wait_until(lambda: None, 60, never) is None
 
 

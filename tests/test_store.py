@@ -573,10 +573,10 @@ def queued_up(store: Store, works: list[Callable[[sqlite3.Connection], Any]]) ->
             got[number] = error
 
     threads = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(len(works))]
-    with store.lock:
+    with store.core.inside():
         for thread in threads:
             thread.start()
-        wait_for(lambda: len(store.waiting) == len(works), what="all writers to wait")
+        wait_for(lambda: len(store.core.inbox) == len(works), what="all writers to wait")
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
@@ -788,25 +788,43 @@ def test_a_schema_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
     store.close()
 
 
-def test_changes_wake_who_waits() -> None:
-    changes, woken = joborch.Changes(), list[int | None]()
+def test_a_commit_wakes_those_whose_job_moved(store: Store) -> None:
+    jobs, woken, looks = [store.add(new_job(), "uploaded") for _ in range(3)], list[object](), list[tuple[int | None, bool]]()
 
     def wait(job_id: int | None) -> None:
-        with changes.of(job_id) as news:
-            assert news.wait(60)
-            woken.append(job_id)
+        def look() -> str | None:
+            looks.append((job_id, store.core.is_inside()))
+            rows = [store.get(job_id)] if job_id else store.jobs(EVERYTHING)
+            return job_id or "any" if any(job and job.status is Status.PROCESSING for job in rows) else None  # type: ignore[return-value]
 
-    threads = [threading.Thread(target=wait, args=(job_id,), daemon=True) for job_id in (1, 2, None)]
+        with store.core.watching(look, job_id) as waiter:
+            assert waiter.bell.wait(60)
+            if waiter.found:
+                woken.append(waiter.found)
+
+    threads = [threading.Thread(target=wait, args=(job_id,), daemon=True) for job_id in (jobs[0].id, jobs[1].id, None)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(changes.waiting) == 3, what="three who wait")
-    changes.announce({3, 1})
+    wait_for(lambda: len(store.core.waiters) == 3, what="three who wait")
+    store.set_limits({"example": a_service("example")})
+    assert store.claim(jobs[0].id, "x", 9)
     for thread in (threads[0], threads[2]):
         thread.join(20)
-    assert set(woken) == {1, None}, "who waits for another job sleeps on"
-    changes.close()
+    assert {*woken} == {jobs[0].id, "any"}, "who waits for another job sleeps on"
+    assert {*looks} == {(jobs[0].id, True), (None, True)}, "it is not even looked for"
+    store.core.wake_all()
     threads[1].join(20)
-    assert len(woken) == 3 and not changes.waiting
+    assert len(woken) == 2 and not store.core.waiters
+
+
+def test_what_looking_raises_comes_to_the_one_who_waits(store: Store) -> None:
+    """Neither the writer nor the others who wait get it."""
+    job = store.add(new_job(), "uploaded")
+    with store.core.watching(lambda: 1 / 0, job.id) as broken, store.core.watching(lambda: "found", None) as other:
+        assert store.move(job, Status.KILLED, "")
+        assert other.take() == "found"
+        with pytest.raises(ZeroDivisionError):
+            broken.take()
 
 
 @pytest.mark.parametrize(

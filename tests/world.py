@@ -539,7 +539,7 @@ def serving(node: joborch.Node) -> Iterator[str]:
         yield f"http://127.0.0.1:{http.effective_port}"
     finally:
         node.stopping.set()
-        node.store.changes.close()
+        node.store.core.wake_all()
         http.trigger.pull_trigger(lambda: wasyncore.close_all(http._map))
         thread.join(20)
         http.task_dispatcher.shutdown(timeout=20)
