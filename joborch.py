@@ -412,6 +412,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "dirac": "joborch_plugins.dirac:DiracExecutor",
     "documents": "joborch_plugins.documents",
     "admin": "joborch_plugins.admin",
+    "caller": "joborch_plugins.caller",
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
@@ -448,6 +449,13 @@ def load_plugin(reference: str) -> Any:
     module, _, name = PLUGINS.get(reference, reference).partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
+
+
+def __getattr__(name: str) -> Any:
+    """Return `Jobs`, the library for scripts: `from joborch import Jobs` imports its plug-in (PEP 562)."""
+    if name == "Jobs":
+        return load_plugin("caller").Jobs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # == 2. Values ==  What people write in settings and requests is read here: a reader returns the value, or ValueError with the remedy.

@@ -227,6 +227,8 @@ MAY_REMOVE = {  # no files of jobs
     "write_member": "while an output sandbox is unpacked",
     "make_links": "while an output sandbox is unpacked",
     "unpack_outputs": "while an output sandbox is unpacked",
+    "unpack": "what a caller fetched, once it is unpacked",
+    "unpack_as": "a caller's own folder, if unpacking fails",
 }
 
 

@@ -1,0 +1,924 @@
+"""The library for scripts: `Jobs` submits jobs to a joborch server, waits for them and fetches their results.
+
+    from joborch import Jobs
+
+    job = Jobs().submit(["run.sh", "2oob.pdb"])
+    print(job.read("summary.txt").decode())
+
+It needs nothing but the standard library, and nothing of the rest of joborch. Calls that were cut off are repeated for
+`patience_s` seconds; an upload carries an Idempotency-Key, so a repeated one starts no second job. An object of `Jobs` may be
+used by several threads. The commands of `joborch` for people with jobs are made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import io
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Callable, Union
+from urllib.parse import quote, urlencode, urlsplit
+
+if TYPE_CHECKING:  # imported where they are used: a command that needs none of them must not pay for them
+    import zipfile
+
+Content = Union[bytes, str, "os.PathLike[str]"]  # bytes, a text, or the path of a file
+Files = Union[str, "os.PathLike[str]", Sequence[Union[str, "os.PathLike[str]"]], Mapping[str, Content]]
+Progress = Callable[[str, int, int], None]  # what is sent or fetched, the bytes so far, all bytes
+
+ENDED = ("Completed", "Failed", "Invalid", "Killed", "Cleaned")
+DEFAULT_SERVER = "http://127.0.0.1:5000"
+CHUNK_BYTES = 1 << 20
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 75.0
+WAIT_S = 45.0  # of a long poll: the longest that a server allows
+GLANCE_S = 2.0  # of a long poll on one of several jobs, to see the end of another soon
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two attempts to reach a server
+ATTEMPT_LINE = "\n[joborch: attempt "  # what a server writes before the output of a further attempt
+AT_ONCE = 8  # uploads of `map` that are under way at the same time
+
+
+# == 1. Errors ==  Everything that goes wrong with a server or a job is a `JobsError`.
+
+
+class JobsError(Exception):
+    """The base of all errors of this library."""
+
+
+class ServerUnreachable(JobsError):
+    """The server gave no usable answer within the patience of the caller."""
+
+
+class Refused(JobsError):
+    """The server answered that it does not do what was asked: `status` is the code of HTTP, `field` what to change, or None."""
+
+    def __init__(self, message: str, status: int, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.field = status, field
+
+
+class Damaged(JobsError):
+    """What arrived is not what the server sent, or a file changed while it was sent."""
+
+
+class JobFailed(JobsError):
+    """A job ended without a result: `job` is the job, `reason` and `cause` say why, `exit_code` is that of its script."""
+
+    def __init__(self, job: Job) -> None:
+        said = job.facts
+        super().__init__(f"job {job.id} is {said['status']}: {said.get('reason') or 'no reason is known'}")
+        self.job, self.reason, self.cause, self.exit_code = job, said.get("reason"), said.get("cause"), said.get("exit_code")
+
+    def logs(self) -> str:
+        """Return what the job wrote to standard error, or to standard output if that is empty."""
+        return self.job.logs("stderr") or self.job.logs()
+
+
+# == 2. Server ==  One server is reached over TCP or its Unix socket; what is lost on the way is asked again.
+
+
+class Closing(http.client.HTTPConnection):
+    """A connection that is closed with the object that keeps it, without a warning."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class TlsConnection(Closing, http.client.HTTPSConnection):
+    """A connection by HTTPS."""
+
+
+class UnixConnection(Closing):
+    """A connection to the Unix socket of a server on this machine."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=CONNECT_TIMEOUT_S)
+        self.path = path
+
+    def connect(self) -> None:
+        """Connect to the socket. Raises OSError."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def own_socket(port: int) -> str | None:
+    """Return the path of the Unix socket that a server of this user on `port` makes by default, or None if there is none.
+
+    Nobody else can listen there, but any user of the machine may on a port: files would go to whoever does.
+    """
+    for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/tmp/joborch-{os.getuid()}"):
+        path = os.path.join(folder, f"joborch-{port}.sock")
+        try:
+            owner, kind = os.lstat(folder), os.lstat(path)
+        except OSError:
+            continue
+        if os.path.isabs(folder) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022 and stat.S_ISSOCK(kind.st_mode):
+            return path
+    return None
+
+
+def token_of_environment() -> str:
+    """Return the caller's token: JOBORCH_TOKEN, or what is in the file JOBORCH_TOKEN_FILE. Raises JobsError if that is unreadable."""
+    path, token = os.environ.get("JOBORCH_TOKEN_FILE", ""), os.environ.get("JOBORCH_TOKEN", "")
+    if not token and path:
+        try:
+            with open(os.path.expanduser(path), encoding="utf-8") as file:
+                token = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise JobsError(f"JOBORCH_TOKEN_FILE {path} cannot be read ({error}): give a file with the token") from error
+    return token.split(",")[0].strip()
+
+
+class Server:
+    """One server, and how it is reached. `on_trouble` hears why a call is repeated, `on_progress` of long transfers."""
+
+    def __init__(self, url: str, token: str, patience_s: float) -> None:
+        self.url, self.patience_s = url, patience_s
+        self.on_trouble: Callable[[str], None] = lambda _: None
+        self.on_progress: Progress = lambda *_: None
+        self.headers = {"User-Agent": "joborch", **({"Authorization": f"Bearer {token}"} if token else {})}
+        self.kept = threading.local()  # a connection for each thread
+        self.path, self.prefix, self.secure = "", "", False
+        if url.startswith(("unix:", "/")):
+            self.path = os.path.abspath(url.removeprefix("unix:"))
+            return
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username is not None:
+            raise JobsError(f"the server is {url!r}: give its address, as in http://127.0.0.1:5000 or unix:/run/joborch.sock")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise JobsError(f"the server is {url!r}: a port is a number up to 65535") from error
+        self.host, self.secure = parts.hostname, parts.scheme == "https"
+        self.port = port or (443 if self.secure else 80)
+        self.prefix = parts.path.rstrip("/")
+        if not token and not self.secure and self.host in ("127.0.0.1", "::1", "localhost"):
+            self.path = own_socket(self.port) or ""
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a new connection. Raises OSError."""
+        made: http.client.HTTPConnection
+        if self.path:
+            made = UnixConnection(self.path)
+            try:
+                made.connect()
+            except OSError:
+                if not hasattr(self, "host"):
+                    raise
+                self.path = ""  # a server that was killed left it
+                return self.connect()
+        elif self.secure:
+            import ssl
+
+            trusted = ssl.create_default_context(cafile=os.environ.get("JOBORCH_CA_FILE") or None)
+            made = TlsConnection(self.host, self.port, timeout=CONNECT_TIMEOUT_S, context=trusted)
+            made.connect()
+        else:
+            made = Closing(self.host, self.port, timeout=CONNECT_TIMEOUT_S)
+            made.connect()
+        made.sock.settimeout(READ_TIMEOUT_S)
+        return made
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        connection = getattr(self.kept, "connection", None)
+        if connection is not None:
+            self.kept.connection = None
+            connection.close()
+
+    def once(self, method: str, target: str, headers: Mapping[str, str], body: Upload | None) -> http.client.HTTPResponse:
+        """Send one request and return its answer; the connection is kept if that is read to its end. Raises OSError, HTTPException."""
+        used = getattr(self.kept, "connection", None)
+        if used is not None and self.kept.response is not None and not self.kept.response.isclosed():
+            self.close()  # the last answer was not read to its end
+            used = None
+        connection = self.kept.connection = used or self.connect()
+        self.kept.response = None
+        try:
+            try:
+                send(connection, method, self.prefix + target, {**self.headers, **headers}, body, self.on_progress)
+            except (BrokenPipeError, ConnectionResetError):
+                if body is None:
+                    raise
+                # It answered before it had read everything: the answer is still there.
+            self.kept.response = connection.getresponse()
+        except BaseException as error:
+            self.close()
+            if used is not None and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+                return self.once(method, target, headers, body)  # it had closed the connection meanwhile
+            raise
+        response: http.client.HTTPResponse = self.kept.response
+        return response
+
+    def open(
+        self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None
+    ) -> http.client.HTTPResponse:
+        """Send a request until it is answered; raise Refused for an error, ServerUnreachable when the patience is over."""
+        deadline, pause_s = time.monotonic() + self.patience_s, FIRST_PAUSE_S
+        while True:
+            try:
+                response = self.once(method, target, headers or {}, body)
+                if response.status < 300:
+                    return response
+                error: JobsError = refusal(response)
+                repeated = response.status in (429, 502, 503, 504)
+            except (OSError, http.client.HTTPException) as cut:
+                error, repeated = ServerUnreachable(unreachable_text(self.url, cut)), True
+                error.__cause__ = cut
+            if not repeated or time.monotonic() + pause_s > deadline:
+                raise error
+            self.on_trouble(str(error))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def read(self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None) -> Answer:
+        """Send a request and return its whole answer; a cut answer is asked again."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            response = self.open(method, target, headers, body)
+            try:
+                return Answer(response.status, response.headers, response.read())
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if time.monotonic() > deadline:
+                    raise ServerUnreachable(unreachable_text(self.url, error)) from error
+            except BaseException:
+                self.close()
+                raise
+
+    def ask(self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None) -> dict[str, Any]:
+        """Send a request and return the JSON object of its answer. Raises ServerUnreachable if it is none."""
+        answer = self.read(method, target, headers, body)
+        try:
+            said = json.loads(answer.body)
+        except ValueError as error:
+            raise ServerUnreachable(f"{self.url} does not answer as a joborch server does: look at the address") from error
+        if not isinstance(said, dict):
+            raise ServerUnreachable(f"{self.url} does not answer as a joborch server does: look at the address")
+        return said
+
+
+class Answer:
+    """A whole answer: its status, headers and body."""
+
+    def __init__(self, status: int, headers: http.client.HTTPMessage, body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+
+def unreachable_text(url: str, error: Exception) -> str:
+    """Return a sentence that says why a server gave no answer, and what to do."""
+    if isinstance(error, ConnectionRefusedError) or (isinstance(error, FileNotFoundError) and url.startswith(("unix:", "/"))):
+        return f"no server answers at {url}: start one with `joborch server`, or give its address with --server or JOBORCH_SERVER"
+    if isinstance(error, socket.gaierror):
+        return f"the name in {url} is not known here ({error.strerror}): look at the address"
+    if isinstance(error, TimeoutError):
+        return f"{url} does not answer in time: look at the address, or try again later"
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{url} cannot be reached ({why[:200]}): look at the address, or try again later"
+
+
+def refusal(response: http.client.HTTPResponse) -> Refused:
+    """Return the error that an answer says; a gateway before the server may have written a page instead of JSON."""
+    try:
+        said = json.loads(response.read(CHUNK_BYTES) or b"{}")
+        message, field = str(said["message"]), said.get("field")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, http.client.HTTPException):
+        place = f" to {response.headers['Location']}" if response.headers.get("Location") else ""
+        message, field = f"the server, or a gateway before it, answered {response.status} {response.reason}{place}", None
+    return Refused(message, response.status, field)
+
+
+def send(
+    connection: http.client.HTTPConnection, method: str, target: str, headers: Mapping[str, str], body: Upload | None, progress: Progress
+) -> None:
+    """Write one request to a connection. Raises OSError if it is cut."""
+    connection.putrequest(method, target, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    if body is None:
+        if method not in ("GET", "HEAD"):
+            connection.putheader("Content-Length", "0")
+        connection.endheaders()
+        return
+    connection.putheader("Content-Type", body.content_type)
+    connection.putheader("Content-Length", str(body.size))
+    connection.endheaders(body.small)
+    sent = 0
+    for chunk in () if body.small is not None else body.chunks():
+        connection.send(chunk)
+        sent += len(chunk)
+        progress("sent", sent, body.size)
+
+
+# == 3. Uploads ==  A form is read from its files while it is sent, and may be sent again.
+
+
+class Upload:
+    """The body of an upload: a form with files and fields."""
+
+    def __init__(self, files: Mapping[str, Content], fields: Mapping[str, object]) -> None:
+        boundary = "joborch-" + os.urandom(16).hex()
+        self.content_type = f"multipart/form-data; boundary={boundary}"
+        self.pieces: list[tuple[bytes | str, int]] = []  # bytes, or the path of a file; their size
+        for name, value in fields.items():
+            head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+            self.add(head.encode() + str(value).encode("utf-8", "surrogateescape") + b"\r\n")
+        for name, content in files.items():
+            exact = quote(os.fsencode(name), safe="/")
+            self.add(f"--{boundary}\r\nContent-Disposition: form-data; name=\"file\"; filename*=utf-8''{exact}\r\n\r\n".encode())
+            self.add(content)
+            self.add(b"\r\n")
+        self.add(f"--{boundary}--\r\n".encode())
+        self.size = sum(size for _, size in self.pieces)
+        self.small = b"".join(self.chunks()) if self.size <= CHUNK_BYTES else None
+
+    def add(self, content: Content) -> None:
+        """Add bytes, a text or a file."""
+        if isinstance(content, (bytes, str)):
+            data = content.encode() if isinstance(content, str) else content
+            self.pieces.append((data, len(data)))
+        else:
+            self.pieces.append((os.fspath(content), os.stat(content).st_size))
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body. Raises Damaged if a file is not as large as it was."""
+        for piece, size in self.pieces:
+            if isinstance(piece, bytes):
+                yield piece
+                continue
+            left = size
+            with open(piece, "rb") as file:
+                while chunk := file.read(min(CHUNK_BYTES, left)):
+                    left -= len(chunk)
+                    yield chunk
+                if left or file.read(1):
+                    raise Damaged(f"{piece} changed while it was sent: try again when nothing writes to it")
+
+
+def files_of(files: Files) -> dict[str, Content]:
+    """Return what is to be sent, by the path it gets in the job's folder. Raises JobsError if it cannot be sent."""
+    if isinstance(files, Mapping):
+        return dict(files)
+    paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    found: dict[str, Path] = {}
+    for path in [os.fspath(path) for path in paths]:
+        try:
+            inside = {os.path.basename(path): path} if not os.path.isdir(path) else dict(files_below(path, "", ()))
+            for name, source in inside.items():
+                if not stat.S_ISREG(os.stat(source).st_mode):
+                    raise JobsError(f"{source} is neither a file nor a folder: only these can be sent")
+                if name in found:
+                    raise JobsError(f"{source} and {found[name]} would both be {name} in the job's folder: rename one")
+                found[name] = Path(source)
+        except OSError as error:
+            raise JobsError(f"{error.filename or path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    return dict(found)
+
+
+def files_below(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield all files below a folder, with the path that each gets; links are followed. Raises OSError, JobsError for a circle."""
+    found = os.stat(folder)
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        raise JobsError(f"{folder} is a link to a folder above it: remove the link")
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from files_below(entry.path, f"{prefix}{entry.name}/", (*above, here))
+            else:
+                yield prefix + entry.name, entry.path
+
+
+# == 4. Jobs ==  What a script calls: `Jobs` for the jobs of one user, `Job` for one of them.
+
+
+class Job:
+    """One job: `facts` is what the server last said of it, as GET /jobs/ID describes. `input` is what `map` made it from."""
+
+    def __init__(self, server: Server, facts: dict[str, Any]) -> None:
+        self.server, self.facts, self.input = server, facts, None  # type: Server, dict[str, Any], Any
+        self.id = int(facts["id"])
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.facts['status']}>"
+
+    @property
+    def status(self) -> str:
+        """The status that the server last said, as in "Running"."""
+        return str(self.facts["status"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self.status in ENDED
+
+    @property
+    def reason(self) -> str:
+        """Why it is in this status, in a sentence."""
+        return str(self.facts.get("reason") or "")
+
+    def refresh(self) -> Job:
+        """Ask the server how the job is now."""
+        self.facts = self.server.ask("GET", f"/jobs/{self.id}")
+        return self
+
+    def wait(self, timeout_s: float | None = None) -> Job:
+        """Wait until the job has ended, in whatever way. Raises TimeoutError when `timeout_s` seconds are over."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.ended:
+            left_s = WAIT_S if end is None else min(WAIT_S, end - time.monotonic())
+            if left_s <= 0:
+                raise TimeoutError(f"job {self.id} is still {self.status} after {timeout_s:g} s")
+            self.glance(left_s)
+        return self
+
+    def glance(self, wait_s: float) -> None:
+        """Wait for the end for `wait_s` seconds at most."""
+        began = time.monotonic()
+        self.facts = self.server.ask("GET", f"/jobs/{self.id}?wait={wait_s:.1f}")
+        if not self.ended and time.monotonic() - began < min(0.5, wait_s):
+            time.sleep(min(0.5, wait_s))  # the server has no place for another caller that waits
+
+    def check(self) -> Job:
+        """Wait for the end. Raises JobFailed if the job has no result."""
+        self.wait()
+        if self.status != "Completed":
+            raise JobFailed(self)
+        return self
+
+    def cancel(self) -> Job:
+        """End the job. Nothing of it runs any more unless its client is away: then it is ended when that is back."""
+        try:
+            self.server.ask("POST", f"/terminate/{self.id}")
+        except Refused as error:
+            if error.status != 409:  # it had ended in another way
+                raise
+        return self.refresh()
+
+    def logs(self, stream: str = "stdout") -> str:
+        """Return what the script wrote so far to "stdout" or "stderr"."""
+        return b"".join(self.output(stream)).decode("utf-8", "replace")
+
+    def output(self, stream: str = "stdout", offset: int = 0) -> Iterator[bytes]:
+        """Yield what the script wrote so far, from `offset` on."""
+        while True:
+            answer = self.server.read("GET", f"/jobs/{self.id}/logs?stream={stream}&offset={offset}")
+            if not answer.body:
+                return
+            yield answer.body
+            offset = int(answer.headers["X-Next-Offset"])
+
+    def follow(self, stream: str = "stdout") -> Iterator[str]:
+        """Yield what the script writes until the job has ended; after a cut or a restart of the server it goes on where it was."""
+        attempt, offset = self.refresh().facts["attempt"], 0
+        while True:
+            if self.facts["attempt"] != attempt:
+                attempt, offset = self.facts["attempt"], 0
+                yield f"{ATTEMPT_LINE}{attempt}]\n"
+            target = f"/jobs/{self.id}/logs?stream={stream}&follow=1&offset={offset}"
+            response = self.server.open("GET", target, {"Accept": "text/event-stream"})
+            try:
+                for event in events(response):
+                    if event.get("event") == "end":
+                        self.refresh()
+                        return
+                    if "id" in event:
+                        offset, text = int(event["id"]), event.get("data", "")
+                        if offset == 0 and text.startswith(ATTEMPT_LINE):
+                            attempt = int(text[len(ATTEMPT_LINE) :].rstrip("]\n"))
+                        yield text
+            except (OSError, http.client.HTTPException) as error:
+                self.server.on_trouble(unreachable_text(self.server.url, error))
+            finally:
+                self.server.close()
+            self.refresh()
+
+    # -- results --
+
+    def files(self, partial: bool = False) -> Sequence[zipfile.ZipInfo]:
+        """Return the files and links of the result, with `filename` and `file_size`; `partial`: of what there is now."""
+        with self.archive(partial) as archive:
+            return [entry for entry in archive.infolist() if not entry.is_dir()]
+
+    def read(self, path: str, partial: bool = False) -> bytes:
+        """Return one file of the result, without fetching the rest; `partial`: of what there is now.
+
+        Raises FileNotFoundError if the result has no such file, and JobFailed if there is no result.
+        """
+        with self.archive(partial) as archive:
+            try:
+                return archive.read(path)
+            except KeyError:
+                raise FileNotFoundError(f"job {self.id} has no file {path!r} in its result") from None
+
+    @contextlib.contextmanager
+    def archive(self, partial: bool = False) -> Iterator[zipfile.ZipFile]:
+        """Open the result, of which only what is read is fetched. Raises JobFailed if there is none and `partial` is not set."""
+        import zipfile
+
+        if not partial:
+            self.check()
+        elif not self.ended:
+            self.refresh()
+        if self.facts.get("result"):
+            with zipfile.ZipFile(io.BufferedReader(RemoteFile(self), RemoteFile.BLOCK_BYTES)) as archive:
+                yield archive
+            return
+        import tempfile
+
+        with tempfile.TemporaryFile() as spool:
+            fetch_live(self, spool)
+            with zipfile.ZipFile(spool) as archive:
+                yield archive
+
+    def result(self, path: str | os.PathLike[str], partial: bool = False) -> Path:
+        """Fetch the result as a ZIP file at `path`; what an earlier call fetched of it counts. Return the path.
+
+        The file appears when it is whole and its SHA-256 is right. Raises JobFailed if there is no result, unless `partial` asks for
+        the files as they are now, and Damaged if what arrives is not what the server holds.
+        """
+        if not partial:
+            self.check()
+        fetch(self, os.fspath(path))
+        return Path(path)
+
+    def unpack(self, folder: str | os.PathLike[str], partial: bool = False) -> Path:
+        """Fetch the result and unpack it as `folder`, which appears when it is whole and must not exist, or be empty.
+
+        Raises JobFailed and Damaged as `result` does, and FileExistsError if there are files in `folder`.
+        """
+        target = os.path.abspath(os.fspath(folder))
+        refuse_filled(target)
+        if not partial:
+            self.check()
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        zipped = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.job-{self.id}.zip")
+        fetch(self, zipped)
+        try:
+            unpack_as(zipped, target)
+        finally:
+            os.unlink(zipped)
+        return Path(folder)
+
+
+# == 5. Results ==  What is fetched is verified, and appears under its name in one step; what was cut goes on where it was.
+
+
+class RemoteFile(io.RawIOBase):
+    """The ZIP of an ended job, as a file that is read by ranges."""
+
+    BLOCK_BYTES = 1 << 17
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.at = job, 0
+        self.size, self.tag = int(job.facts["result"]["size"]), f'"{job.facts["result"]["sha256"]}"'
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it has a position."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position."""
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fetch what fits into `buffer`. Raises Damaged if the server holds another file by now."""
+        wanted = min(len(buffer), self.size - self.at)
+        if wanted <= 0:
+            return 0
+        span = {"Range": f"bytes={self.at}-{self.at + wanted - 1}"}
+        answer = self.job.server.read("GET", f"/download_partial/{self.job.id}", span)
+        if answer.status != 206 or answer.headers.get("ETag") != self.tag or len(answer.body) != wanted:
+            raise Damaged(f"the server holds another result of job {self.job.id} by now: try again")
+        buffer[:wanted] = answer.body
+        self.at += wanted
+        return wanted
+
+
+def fetch(job: Job, path: str) -> None:
+    """Fetch the ZIP of a job to `path`. What is fetched so far lies beside it, under a name that tells which result it is."""
+    said = job.facts.get("result")
+    part = f"{path}.{said['sha256'][:16] if said else 'live'}.part"
+    try:
+        file = open(part, "a+b")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise JobsError(f"{part} cannot be written: {(error.strerror or str(error)).lower()}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise JobsError(f"another process fetches job {job.id} to {path}: wait for it") from error
+        live = not said
+        if not said:
+            file.truncate(0)
+            said = fetch_live(job, file)
+        for again in (True, False):
+            if fetch_rest(job, file, int(said["size"])) == said["sha256"]:
+                break
+            file.truncate(0)
+            if live or not again:
+                raise Damaged(f"what arrived of job {job.id} is not what the server holds (SHA-256): look at the network, and try again")
+        os.replace(part, path)
+
+
+def fetch_live(job: Job, file: IO[bytes]) -> dict[str, Any]:
+    """Fetch a job that has no stored result, as it is now; return the size and SHA-256 that the server says. Raises ServerUnreachable."""
+    response, size = job.server.open("GET", f"/download_partial/{job.id}"), 0
+    try:
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+            size += len(chunk)
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerUnreachable(unreachable_text(job.server.url, error)) from error
+    file.flush()
+    return {"size": size, "sha256": response.headers.get("ETag", "").strip('"')}
+
+
+def fetch_rest(job: Job, file: IO[bytes], size: int) -> str:
+    """Fetch what a file lacks of a stored result; return the SHA-256 of all. Raises ServerUnreachable if nothing more comes."""
+    digest, have = hashlib.sha256(), 0
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+        have += len(chunk)
+    deadline = time.monotonic() + job.server.patience_s
+    while have < size:
+        before, headers = have, {"Range": f"bytes={have}-", "If-Range": f'"{job.facts["result"]["sha256"]}"'}
+        response = job.server.open("GET", f"/download_partial/{job.id}", headers)
+        if response.status != 206:
+            raise Damaged(f"the server holds another result of job {job.id} by now: try again")
+        try:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                digest.update(chunk)
+                have += len(chunk)
+                job.server.on_progress("fetched", have, size)
+        except (OSError, http.client.HTTPException) as error:
+            job.server.on_trouble(unreachable_text(job.server.url, error))
+        if have < size:
+            job.server.close()
+            deadline = time.monotonic() + job.server.patience_s if have > before else deadline
+            if time.monotonic() > deadline:
+                raise ServerUnreachable(f"{job.server.url} gave {have} of {size} bytes of job {job.id}: try again, it goes on there")
+    file.flush()
+    return digest.hexdigest()
+
+
+def refuse_filled(folder: str) -> None:
+    """Raise FileExistsError if there is something in the way of a new folder."""
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.path.islink(folder) or os.listdir(folder)):
+        raise FileExistsError(f"{folder} is there already: give the name of a new or empty folder")
+
+
+def unpack_as(zipped: str, target: str) -> None:
+    """Unpack a ZIP as the folder `target`, in one step. Raises Damaged if it has a name that would lead out of it."""
+    import shutil
+    import tempfile
+    import zipfile
+
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
+    try:
+        with zipfile.ZipFile(zipped) as archive:
+            entries = archive.infolist()
+            for entry in entries:
+                parts = entry.filename.rstrip("/").split("/")
+                if not set(parts).isdisjoint(("", ".", "..")) or "\0" in entry.filename:
+                    raise Damaged(f"the result has a file {entry.filename!r}, which would lie elsewhere: it is not unpacked")
+            is_link = [stat.S_ISLNK(entry.external_attr >> 16) for entry in entries]
+            for entry in (entry for entry, link in zip(entries, is_link) if not link):
+                unpack_file(archive, entry, os.path.join(partial, entry.filename))
+            # Links come last: no file is written through one.
+            for entry in (entry for entry, link in zip(entries, is_link) if link):
+                unpack_link(archive, entry, partial)
+        os.chmod(partial, 0o777 & ~current_umask())
+        os.rename(partial, target)
+    except zipfile.BadZipFile as error:
+        raise Damaged(f"the result cannot be unpacked ({error}): fetch it as a ZIP file") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def unpack_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str) -> None:
+    """Unpack a file or folder, with its permissions and time of change."""
+    import shutil
+
+    if entry.is_dir():
+        os.makedirs(path, exist_ok=True)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with archive.open(entry) as source, open(path, "xb") as file:
+        shutil.copyfileobj(source, file, CHUNK_BYTES)
+    mode = entry.external_attr >> 16 & 0o777
+    if mode:
+        os.chmod(path, (mode | 0o600) & ~current_umask())
+    changed_at = time.mktime((*entry.date_time, 0, 0, -1))
+    os.utime(path, (changed_at, changed_at))
+
+
+def unpack_link(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, root: str) -> None:
+    """Make a link that stays inside `root`; raise Damaged for another one."""
+    path = os.path.join(root, entry.filename)
+    leads_to = os.fsdecode(archive.read(entry))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    inside = os.path.realpath(root)
+    place = os.path.realpath(os.path.dirname(path))
+    end = os.path.realpath(os.path.join(place, leads_to))
+    if os.path.isabs(leads_to) or not all((each + "/").startswith(inside + "/") for each in (place, end)):
+        raise Damaged(f"the result has a link {entry.filename!r}, which would lead elsewhere: it is not unpacked")
+    os.symlink(leads_to, path)
+
+
+def current_umask() -> int:
+    """Return the process's mask for new files, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def events(response: IO[bytes]) -> Iterator[dict[str, str]]:
+    """Yield the server-sent events of an answer: their fields, with the lines of `data` joined."""
+    event: dict[str, str] = {}
+    for raw in response:
+        line = raw.decode("utf-8", "replace").rstrip("\n")
+        if not line:
+            if event:
+                yield event
+            event = {}
+            continue
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name:
+            event[name] = f"{event[name]}\n{value}" if name in event else value
+
+
+# == 6. All jobs ==  `Jobs` is where a script begins.
+
+
+class Jobs:
+    """The jobs of one user at one server.
+
+    `server` is a URL or unix:PATH (default: JOBORCH_SERVER, else http://127.0.0.1:5000), `token` the caller's token (default:
+    JOBORCH_TOKEN or JOBORCH_TOKEN_FILE), `user` a number (default: JOBORCH_USER, else the user id of this process), `service` what
+    runs the jobs (default: the only one there is). A call that gets no answer is repeated for `patience_s` seconds. Raises JobsError.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        token: str | None = None,
+        *,
+        user: int | None = None,
+        service: str | None = None,
+        patience_s: float = 60.0,
+    ) -> None:
+        url = server or os.environ.get("JOBORCH_SERVER") or DEFAULT_SERVER
+        self.server = Server(url, token_of_environment() if token is None else token, patience_s)
+        said = os.environ.get("JOBORCH_USER", "")
+        if user is None and said and not said.lstrip("-").isdecimal():
+            raise JobsError(f"JOBORCH_USER is {said!r}: give the whole number of a user")
+        self.user = user if user is not None else int(said or os.getuid())
+        self.service = service
+
+    def default_service(self) -> str:
+        """Return the service that runs jobs which name none. Raises JobsError if there are several."""
+        if self.service is None:
+            names = [service["name"] for service in self.server.ask("GET", "/services")["services"]]
+            if len(names) != 1:
+                raise JobsError(f"there are several services: name one of {', '.join(names)}")
+            self.service = str(names[0])
+        return self.service
+
+    def submit(self, files: Files, service: str | None = None, *, script: str | None = None, key: str | None = None, **fields: Any) -> Job:
+        """Send files and queue a job; return it.
+
+        `files` is the path of a folder, of a file, several of these, or a mapping from paths in the job's folder to bytes, text or a
+        Path. `script` is the text of run.sh. `fields` are those of an upload, as in timeout="90m". `key` names this
+        upload: the same key gives the same job. Raises Refused, ServerUnreachable, Damaged.
+        """
+        sent = files_of(files)
+        if script is not None:
+            sent["run.sh"] = script
+        named = {"user_id": self.user, "service": service or self.default_service(), **fields}
+        form = Upload(sent, {name: value for name, value in named.items() if value is not None})
+        return Job(self.server, self.server.ask("POST", "/upload", {"Idempotency-Key": key or os.urandom(16).hex()}, form))
+
+    def job(self, job_id: int) -> Job:
+        """Return a job by its id. Raises Refused (404) if there is none."""
+        return Job(self.server, self.server.ask("GET", f"/jobs/{job_id}"))
+
+    def list(self, *, limit: int | None = 100, all_users: bool = False, **filters: Any) -> Iterator[Job]:
+        """Yield jobs, newest first: `limit` at most (None: all), of this user unless `all_users`; `filters` as GET /jobs takes them."""
+        query = {**({} if all_users else {"user_id": self.user}), **{name: value for name, value in filters.items() if value is not None}}
+        while limit is None or limit > 0:
+            size = 1000 if limit is None else min(limit, 1000)
+            page = self.server.ask("GET", "/jobs?" + urlencode({**query, "limit": size}))
+            for facts in page["jobs"]:
+                yield Job(self.server, facts)
+            if page["next"] is None:
+                return
+            query["before"] = page["next"]
+            limit = None if limit is None else limit - len(page["jobs"])
+
+    def wait(self, jobs: Iterable[Job], timeout_s: float | None = None) -> None:
+        """Wait until all of these jobs have ended, in whatever way. Raises TimeoutError when `timeout_s` seconds are over."""
+        for _ in self.as_ended(jobs, timeout_s):
+            pass
+
+    def as_ended(self, jobs: Iterable[Job], timeout_s: float | None = None) -> Iterator[Job]:
+        """Yield each of these jobs when it has ended. Raises TimeoutError when `timeout_s` seconds are over."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        left = {job.id: job for job in jobs}
+        while left:
+            yield from self.take_ended(left)
+            if left and end is not None and time.monotonic() >= end:
+                raise TimeoutError(f"{len(left)} jobs have not ended after {timeout_s:g} s")
+            if left:
+                longest_s = WAIT_S if len(left) == 1 else GLANCE_S
+                left[min(left)].glance(longest_s if end is None else max(0.0, min(longest_s, end - time.monotonic())))
+
+    def take_ended(self, left: dict[int, Job]) -> Iterator[Job]:
+        """Look at these jobs; take out and yield those that have ended."""
+        users = {job.facts["user_id"] for job in left.values()}
+        unseen = {job_id for job_id, job in left.items() if not job.ended}
+        if len(unseen) > 5 and len(users) == 1:
+            for job in self.list(limit=None, all_users=True, user_id=users.pop(), before=max(unseen) + 1):
+                if job.id in unseen:
+                    left[job.id].facts = job.facts
+                    unseen.discard(job.id)
+                if not unseen:
+                    break
+        for job_id in sorted(unseen):
+            left[job_id].refresh()
+        for job_id in [job_id for job_id, job in left.items() if job.ended]:
+            yield left.pop(job_id)
+
+    def map(
+        self, script: str | os.PathLike[str], inputs: Iterable[Files], service: str | None = None, *, key: str | None = None, **fields: Any
+    ) -> Iterator[Job]:
+        """Run a script once for each input, and yield the jobs as they end, failed ones too; `input` of a job is what it got.
+
+        `script` is the text of run.sh, or a Path to it; each of `inputs` is what `submit` takes as files. With a `key` of your
+        choice, a program that is started again with the same script, inputs and fields goes on with the jobs that it had.
+        """
+        from collections import Counter, deque
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        text = script if isinstance(script, str) else Path(script).read_text(encoding="utf-8")
+        service = service or self.default_service()
+        left: dict[int, Job] = {}
+        sending: deque[tuple[Files, Future[Job]]] = deque()
+        times: Counter[str] = Counter()
+
+        def receive() -> None:
+            given, future = sending.popleft()
+            job = future.result()
+            job.input = given
+            left[job.id] = job
+
+        looked_at = time.monotonic()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for given in inputs:
+                files = {**files_of(given), "run.sh": text}
+                name = content_key(key, files, {**fields, "user": self.user, "service": service}) if key is not None else ""
+                times[name] += 1
+                sending.append((given, pool.submit(self.submit, files, service, key=name and f"{name}-{times[name]}", **fields)))
+                if len(sending) >= 2 * AT_ONCE:
+                    receive()
+                if time.monotonic() - looked_at > GLANCE_S and left:
+                    yield from self.take_ended(left)
+                    looked_at = time.monotonic()
+            while sending:
+                receive()
+        yield from self.as_ended(left.values())
+
+
+def content_key(key: str, files: Mapping[str, Content], fields: Mapping[str, object]) -> str:
+    """Return an Idempotency-Key that is the same for the same key, files and fields. Raises JobsError if a file cannot be read."""
+    digest = hashlib.sha256(repr((key, sorted(fields.items()))).encode())
+    for name in sorted(files):
+        content, own = files[name], hashlib.sha256()
+        if isinstance(content, (bytes, str)):
+            own.update(content.encode() if isinstance(content, str) else content)
+        else:
+            try:
+                with open(content, "rb") as file:
+                    while chunk := file.read(CHUNK_BYTES):
+                        own.update(chunk)
+            except OSError as error:
+                raise JobsError(f"{os.fspath(content)} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        digest.update(repr((name, own.hexdigest())).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
