@@ -413,21 +413,23 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "documents": "joborch_plugins.documents",
     "admin": "joborch_plugins.admin",
     "caller": "joborch_plugins.caller",
+    "compat22": "joborch_plugins.compat22",
 }
 # The only names of this module that plug-ins may use; a test holds them to it.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "below", "CannotRun",
-    "Cause", "CHUNK_BYTES", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
-    "crash_point", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks",
-    "Finding", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes",
-    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "marked_below", "MIB", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line",
-    "open_listeners", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "peer_uid", "plural", "read_answer",
-    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Request", "ResultLimits", "Route", "route", "ROUTES", "Service",
-    "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system",
-    "T", "time_stamp", "token_names", "token_place", "token_remedy", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic",
+    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
+    "become_unknown", "below", "BUSY", "CannotRun", "Cause", "CHUNK_BYTES", "client_token_file", "ClientProtocol", "Clock",
+    "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "damage_of", "DataFolder", "decided_restore",
+    "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "FilesBody", "Finding", "finish_restore", "first_file_limit",
+    "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path", "GIB", "Gives", "Gone",
+    "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job", "JoborchError", "JSON_TYPE", "KIB",
+    "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor", "marked_below", "MIB",
+    "new_attempt", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
+    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "payload_gone", "peer_uid", "plural", "queue_info_of",
+    "read_answer", "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits",
+    "Route", "route", "ROUTES", "Server", "Service", "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status",
+    "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp", "token_names", "token_place", "token_remedy",
+    "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
 )  # fmt: skip
 
 
@@ -2041,12 +2043,7 @@ def download(server: Server, request: Request, job_id: int) -> Answer:
     if job.status is Status.COMPLETED:
         return file_answer(request, stored_archive(server, job), f"job-{job.id}.zip", headers)
     if server.config.compat == "2.2" and request.method == "GET":
-        said = {
-            "id": job.id,
-            "status": job.status.value,
-            "message": queue_info_of(server, job).waiting_for or job.reason or str(job.status),
-        }
-        return Answer(said, 200, headers)
+        return Answer(load_plugin("compat22").download_json(server, job), 200, headers)
     if job.status in OVER:
         return Answer(None, 204, headers)
     headers["Retry-After"] = "1"
@@ -2340,7 +2337,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
         held_for_s = max(0.0, max(link.outage.until, link.refusal.until) - server.clock.monotonic())
-        known = not link.legacy and link.heard_at is not None
+        known = link.protocol.has_events and link.heard_at is not None
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
@@ -2602,7 +2599,7 @@ def send_tick(server: Server, link: Link) -> bool:
         return False
     was_probing = link.probing
     try:
-        with link.turn():
+        with link.protocol.turn():
             send_job(server, link, job)
     finally:
         was_full = was_probing or not link.has_free_sender()
@@ -2632,7 +2629,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
     pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
     link.may_have_pinned = bool(pinned)
     for job in pinned:
-        if link.legacy:
+        if not link.protocol.knows_keys:
             new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
         with link.lock:
@@ -2654,8 +2651,6 @@ def send_job(server: Server, link: Link, job: Job) -> None:
             reason = Reason.FILES_REMOVED.format(where="server")
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
-        if link.legacy:
-            check_base_names(paths)
         returned = server.service(job).return_inputs
         dest_id = link.submit(job, folder, paths, returned)
         crash_point("send.answered")
@@ -2676,9 +2671,8 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         return
     link.took_one()
     link.resend_due.pop(job.id, None)
-    if link.legacy:
-        give_up_older_ids(server, link, int(dest_id))
-    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
+    link.protocol.accepted(server, dest_id)
+    store_accepted(server, link, job, dest_id)
     link.accepted.pop(job.mark, None)
     crash_point("send.stored")
     if server.store.number(KILLS_COUNT, client=link.name):
@@ -2708,17 +2702,16 @@ def kill_queued(server: Server, job_id: int) -> None:
         crash_point("kill.queued")
 
 
-def give_up_older_ids(server: Server, link: Link, newest: int) -> None:
-    """A 2.2 client numbers from 1 again after its restart: jobs with the same or a later number there are lost."""
-    for job in server.store.jobs(AT_CLIENT, client=link.name):
-        if job.dest_id and int(job.dest_id) >= newest:
-            new_attempt(server, job, Reason.BEGAN_ANEW.format(client=link.name))
+def store_accepted(server: Server, link: Link, job: Job, dest_id: str) -> None:
+    """Store the payload's id. After a power failure, a client that knows no keys could not be asked for it again."""
+    durable = not link.protocol.knows_keys
+    server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=durable, dest_id=dest_id)
 
 
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
     """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
 
-    A 2.2 client knows no keys: asking again could run it twice, so the attempt is given up and the next is a new one.
+    If the client knows no keys, asking again could run it twice, so the attempt is given up and the next is a new one.
     """
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
@@ -2727,7 +2720,7 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     with link.lock:
         link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
-    if link.legacy and current and current.status is Status.UNKNOWN and not current.dest_id:
+    if not link.protocol.knows_keys and current and current.status is Status.UNKNOWN and not current.dest_id:
         new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
 
 
@@ -3129,25 +3122,6 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
 # == 12. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
 
 
-def token_place(config: Config) -> Path | None:
-    """Return the file of the token that a client made: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
-    return Path(config.token_file) if config.token_file else client_token_file()
-
-
-def token_remedy(config: Config) -> str:
-    """Return what to do if a client's token cannot be kept in the usual place."""
-    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
-
-
-def said_status(text: bytes) -> str | None:
-    """Return the status in a client's answer about a payload, or None if there is none."""
-    try:
-        said = parse_json(text)
-    except ValueError:
-        return None
-    return str(said.get("status")) if isinstance(said, dict) else None
-
-
 class Link:
     """One client as the server sees it: how to call it, whether it answers, and which results wait there."""
 
@@ -3157,12 +3131,12 @@ class Link:
         self.sessions: dict[str, Session | None] = {}  # by token; None: calls carry no proof
         self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove who it is
         self.services: list[Service] = []
-        self.connections, self.lock, self.one_at_a_time = Connections(), threading.Lock(), threading.Lock()
+        self.connections, self.lock = Connections(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as the client reports; MiB, percent
         self.job_slots = False  # a job takes one slot there, whatever its number of cores
         self.notes: dict[int, str] = {}  # by job id: what a payload waits for, as the client reports
         self.ours = False  # an answer had the joborch header
-        self.legacy = not address.base_url  # a 2.2 client, which has no /events
+        self.protocol: ClientProtocol = (ClientProtocol if address.base_url else load_plugin("compat22").Protocol22)(self)
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
         self.drained = False  # an operator stopped new jobs for it
@@ -3179,7 +3153,6 @@ class Link:
         self.met = self.relist = False  # its instance was compared with those of the others; its whole list is to be asked for again
         self.undecided: set[int] = set()  # ids of jobs that it reports as its own, and that are decided after another client's list
         self.ended: dict[int, EndReport] = {}  # by job id
-        self.poll_due: dict[int, tuple[float, float]] = {}  # legacy: by job id, when (monotonic) and the pause after it
         self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
         self.listed: set[int] | None = None  # job ids that a first contact has listed so far; None if none is under way
         self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: no warning about its answers before then
@@ -3191,10 +3164,6 @@ class Link:
         self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server gave up, but that still run here
         self.may_have_pinned = True  # some jobs may be tied to this client by a lost answer, or by a crash during their submit
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
-
-    def turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the lock for calls to a 2.2 client, which may restart its ids from 1: no call may overtake a submit."""
-        return self.one_at_a_time if self.legacy else contextlib.nullcontext()
 
     def token(self, service: str | None = None) -> str:
         """Return the token that this client must have: the service's own, or else the one that this user's client made.
@@ -3229,7 +3198,7 @@ class Link:
     @property
     def client(self) -> str:
         """What identifies the client, however many URLs it has: its instance, or its name until the instance is known."""
-        return self.name if self.legacy or self.copy_of or not self.instance else f"instance {self.instance}"
+        return f"instance {self.instance}" if self.protocol.has_events and self.instance and not self.copy_of else self.name
 
     def is_heard(self) -> bool:
         """Tell whether it has answered, and has not failed since."""
@@ -3237,9 +3206,9 @@ class Link:
 
     def has_told_all(self) -> bool:
         """Tell whether its list of payloads is complete, or waiting would not complete it."""
-        if self.legacy or not self.is_heard():
-            return self.legacy or self.silent_s() > SILENT_AFTER_S
-        return self.since > 0 and self.listed is None
+        if self.protocol.has_events and self.is_heard():
+            return self.since > 0 and self.listed is None
+        return not self.protocol.has_events or self.silent_s() > SILENT_AFTER_S
 
     # -- health --
 
@@ -3276,13 +3245,10 @@ class Link:
     def probe(self) -> bool:
         """Ask a client that failed whether it answers again, with a call that affects no job. Return whether it does."""
         try:
-            if self.legacy:
-                self.ping()
-            else:
-                self.events(0, ())
+            self.protocol.probe()
             self.answers = True
         except Gone as error:
-            log.debug("client %s: %s", self.name, error)  # it is a 2.2 client: get_tick finds that out, too
+            log.debug("client %s: %s", self.name, error)  # it is a 2.2 client
         except (NothingSent, NoAnswer) as error:
             self.failed(error)
         return self.answers
@@ -3341,7 +3307,7 @@ class Link:
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
         now = self.clock.monotonic()
         turning = now - self.ended_at < TURNING_S
-        state = (self.load, now - self.failed_at, turning, self.legacy)
+        state = (self.load, now - self.failed_at, turning, not self.protocol.has_events)
         return ClientCapacity(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
     # -- what its words may fill --
@@ -3387,14 +3353,14 @@ class Link:
 
         Without a service name, any service's token will do. Raises NothingSent if the client can be called neither way.
         """
-        if self.legacy and not self.may_be_22():
+        if not self.protocol.can_prove and not self.may_be_22():
             raise NothingSent(self.no_joborch("it has no common base URL"))
         names = [service] if service in self.set_tokens() else list(self.set_tokens()) or [None]
         trouble: NothingSent | None = None
         with self.opening:
             tokens = list(dict.fromkeys(map(self.token, names)))
             known = dict(self.sessions)  # a copy, because a failed call clears the table
-            for token in [] if self.legacy else sorted(tokens, key=lambda token: token not in known):
+            for token in sorted(tokens, key=lambda token: token not in known) if self.protocol.can_prove else []:
                 try:
                     if token not in known:
                         self.sessions[token] = known[token] = self.open_session(service, token, patience_s)
@@ -3448,7 +3414,8 @@ class Link:
             raise NothingSent(refused_text(answer.status, text) if answer.status >= 500 else "answers rubbish: is it a joborch client?")
         if not self.may_be_22():
             raise NothingSent(self.no_joborch(f"it answered {answer.status} to /hello"))
-        self.legacy = True
+        self.protocol = load_plugin("compat22").Protocol22(self)
+        log.info("client %s has no /events: it is polled, as a 2.2 client", self.name)
         return None
 
     def no_joborch(self, why: str) -> str:
@@ -3489,12 +3456,13 @@ class Link:
         The call stops when the option `unwanted` returns True: nobody waits for the answer any more.
         Raises NothingSent if no byte of the request can have been sent, else NoAnswer.
         """
-        was_22 = self.legacy
+        could_prove = self.protocol.can_prove
         session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
-        if self.legacy and not was_22:
+        if could_prove and not self.protocol.can_prove:
             raise NothingSent("has no /hello: it is called as a 2.2 client from now on")
         if session is None:
-            return self.its_own(self.call_unproven(method, url, read_timeout_s, service, **options))
+            headers = {**options.pop("headers", {}), **self.protocol.unproven_headers(service)}
+            return self.its_own(self.exchange(method, url, read_timeout_s, headers=headers, **options))
         answer, proven = self.prove(method, url, read_timeout_s, session, **options)
         if not proven and answer.status == 401 and NONCE_HEADER in answer.headers:
             answer.close()
@@ -3518,15 +3486,6 @@ class Link:
             return self.prove(method, url, read_timeout_s, session, **options)
         except NothingSent as error:
             raise NoAnswer(str(error)) from error
-
-    def call_unproven(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> Reply:
-        """Make one call to a client that cannot prove who it is. Only a 2.2 client gets a token, and only one that is set."""
-        headers = dict(options.pop("headers", {}))
-        if self.legacy:
-            headers["Connection"] = "close"  # a submit would be lost if the client had closed a kept connection
-            shown = self.set_token(service)
-            headers.update({"Authorization": f"Bearer {shown}"} if shown and self.may_be_22() else {})
-        return self.exchange(method, url, read_timeout_s, headers=headers, **options)
 
     def exchange(
         self,
@@ -3565,8 +3524,8 @@ class Link:
         """
         if OURS_HEADER in answer.headers:
             self.ours = True
-            if self.legacy and self.address.base_url and answer.status in (401, 403):  # joborch has replaced 2.2
-                self.legacy = False
+            if not self.protocol.can_prove and self.address.base_url and answer.status in (401, 403):  # joborch has replaced 2.2
+                self.protocol = ClientProtocol(self)
                 self.sessions.clear()
         elif answer.status == 413:
             return answer
@@ -3580,7 +3539,7 @@ class Link:
 
         Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, and Rejected if it refuses for good.
         """
-        body = FilesBody(folder, paths, not self.legacy, job.inputs_sha256)
+        body, checks = self.protocol.form(job, folder, paths)
         headers = {
             "Content-Type": f"multipart/form-data; boundary={body.boundary}",
             "Content-Length": str(len(body)),
@@ -3590,8 +3549,7 @@ class Link:
             "X-Joborch-Service": quote(job.service or ""),
             "X-Joborch-User": str(job.user_id),
             "X-Joborch-Cpus": str(job.cpus),
-            **({} if self.legacy else {"X-Joborch-Digests": "1"}),
-            **({} if self.legacy or not job.inputs_sha256 else {"X-Joborch-Inputs": job.inputs_sha256}),
+            **checks,
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
             **({"X-Joborch-Timeout": f"{job.timeout:.12g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
@@ -3609,7 +3567,7 @@ class Link:
         The client need not keep the results of `done` any longer. Raises Gone if it is a 2.2 client, which has no /events.
         """
         self.session(None)
-        if self.legacy:
+        if not self.protocol.has_events:
             raise Gone("no /events")
         more = "&more=1" if self.listed is not None and self.since else ""
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}{more}"
@@ -3686,9 +3644,7 @@ class Link:
 
         Raises Gone if the client does not know the payload, or is a 2.2 client, which shows no output.
         """
-        url = f"{self.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
-        if self.legacy:
-            raise Gone(f"{self.name} shows no output while a script runs: it is a 2.2 client")
+        url = self.protocol.logs_url(job, stream, offset)
         answer = self.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job), unwanted=unwanted)
         text = read_some(answer, 2 * LOG_PART_BYTES)
         if answer.status == 404:
@@ -3702,8 +3658,8 @@ class Link:
 
     def kill(self, job: Job) -> bool:
         """Ask the client to kill a payload. Return True if none of its processes runs any more, False if the kill is under way."""
-        read_timeout_s = READ_TIMEOUT_S if self.legacy else KILL_TIMEOUT_S
-        answer = self.call("POST", f"{self.address.terminate_url}/{job.dest_id}", read_timeout_s, service=job.service, headers=named(job))
+        url = f"{self.address.terminate_url}/{job.dest_id}"
+        answer = self.call("POST", url, self.protocol.kill_timeout_s, service=job.service, headers=named(job))
         text = read_some(answer, KIB)
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
@@ -3711,10 +3667,48 @@ class Link:
             raise NoAnswer(refused_text(answer.status, text))
         return answer.status == 200
 
-    def ping(self) -> None:
-        """Check that a legacy client answers at all; any HTTP answer will do."""
-        parts = urlsplit(self.address.upload_url)
-        read_some(self.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10), KIB)
+
+class ClientProtocol:
+    """How a server and one of our clients work together. The plug-in compat22 has a subclass for 2.2 clients.
+
+    `Link.greet` and `Link.its_own` change the protocol of a link if another program answers at the client's URL.
+    """
+
+    can_prove = True  # it has /hello, and proves its answers
+    has_events = True  # it reports its slots, its instance, and what becomes of its payloads
+    knows_keys = True  # it finds a payload by uuid and attempt, so a submit may be repeated
+    kill_timeout_s = KILL_TIMEOUT_S
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a lock for calls that must not overtake each other."""
+        return contextlib.nullcontext()
+
+    def unproven_headers(self, service: str | None) -> dict[str, str]:
+        """Return headers to add to a call that carries no proof."""
+        return {}
+
+    def get_news(self, server: Server) -> bool:
+        """Get what has changed at the client; tell whether to ask again at once. Raises NothingSent, NoAnswer or Gone."""
+        return hear(server, self.link)
+
+    def probe(self) -> None:
+        """Check that the client answers, by a call that affects no job. Raises NothingSent, NoAnswer or Gone."""
+        self.link.events(0, ())
+
+    def form(self, job: Job, folder: Path, paths: Sequence[str]) -> tuple[FilesBody, dict[str, str]]:
+        """Return the form that brings a job's files, and headers about their digests. Raises Rejected if the client would lose files."""
+        inputs = {"X-Joborch-Inputs": job.inputs_sha256} if job.inputs_sha256 else {}
+        return FilesBody(folder, paths, True, job.inputs_sha256), {"X-Joborch-Digests": "1", **inputs}
+
+    def accepted(self, server: Server, payload_id: str) -> None:
+        """Note that the client accepted a payload, before its id is stored."""
+
+    def logs_url(self, job: Job, stream: str, offset: int) -> str:
+        """Return where a part of an output stream is read. Raises Gone if the client shows none."""
+        return f"{self.link.address.base_url}/logs/{job.dest_id}?stream={stream}&offset={offset}"
 
 
 def named(job: Job) -> dict[str, str]:
@@ -3903,6 +3897,15 @@ def read_hello(status: int, text: bytes) -> dict[str, Any]:
         if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
             return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
     raise NothingSent("answers rubbish to /hello: is it a joborch client?")
+
+
+def said_status(text: bytes) -> str | None:
+    """Return the status in a client's answer about a payload, or None if there is none."""
+    try:
+        said = parse_json(text)
+    except ValueError:
+        return None
+    return str(said.get("status")) if isinstance(said, dict) else None
 
 
 def read_submit_answer(status: int, text: bytes) -> str:
@@ -4178,27 +4181,28 @@ CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HT
 
 
 def get_tick(server: Server, link: Link) -> bool:
-    """Get the changes at one client: by one long poll, or job by job if it has no /events."""
+    """Get the changes at one client, by its protocol."""
     if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
         return False
     try:
-        if link.legacy:
-            return poll_tick(server, link)
-        if link.relist:
-            link.relist, link.since = False, 0
-            link.undecided.clear()
-        fresh, asked_at = link.since == 0, server.clock.monotonic()
-        done = link.confirmed_ids[:DONE_AT_ONCE]
-        heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
-        crash_point("hear.answered")
-        del link.confirmed_ids[: len(done)]
-    except Gone:
-        link.legacy = True
-        log.info("client %s has no /events: it is polled, as a 2.2 client", link.name)
+        return link.protocol.get_news(server)
+    except Gone:  # it is a 2.2 client: the next tick polls it
         return True
     except (NothingSent, NoAnswer) as error:
         fail_to_hear(server, link, error)
         return False
+
+
+def hear(server: Server, link: Link) -> bool:
+    """Get the changes at one client by a long poll, and ask again at once. Raises NothingSent, NoAnswer or Gone."""
+    if link.relist:
+        link.relist, link.since = False, 0
+        link.undecided.clear()
+    fresh, asked_at = link.since == 0, server.clock.monotonic()
+    done = link.confirmed_ids[:DONE_AT_ONCE]
+    heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
+    crash_point("hear.answered")
+    del link.confirmed_ids[: len(done)]
     link.heard()
     take_in(server, link, heard, fresh, asked_at)
     if fresh:
@@ -4259,7 +4263,8 @@ def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> Non
         link.instance, link.instance_at, link.met = heard.instance, now, True
     if link.start != heard.start:
         link.start, link.start_at, link.copy_of = heard.start, now, ""
-    for other in [other for other in server.links.values() if other is not link and other.instance == link.instance and not other.legacy]:
+    known = [other for other in server.links.values() if other is not link and other.protocol.has_events]
+    for other in [other for other in known if other.instance == link.instance]:
         if link.start and other.start and link.start != other.start:
             first, second = sorted((link, other), key=lambda each: each.instance_at)
             if link.start_at <= other.start_at < asked_at and not (first.copy_of or second.copy_of):
@@ -4457,45 +4462,6 @@ def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) 
     server.wake(f"kill:{link.name}")
 
 
-def poll_tick(server: Server, link: Link) -> bool:
-    """Ask a 2.2 client about each job that is due, with growing pauses; make sure that it answers at all."""
-    jobs = [job for job in server.store.jobs(AT_CLIENT, client=link.name) if job.dest_id]
-    now = server.clock.monotonic()
-    if link.heard_at is None or not link.answers or (not jobs and now - link.heard_at > 10):
-        link.ping()
-        link.heard()
-        server.wake(f"send:{link.name}")
-        server.wake("dispatch")
-    for job in jobs:
-        due, pause = link.poll_due.get(job.id, (0.0, 0.2))
-        if due > now or job.id in link.ended:
-            continue
-        link.poll_due[job.id] = (now + pause, min(pause * 1.5, 5.0))
-        poll_job(server, link, job)
-    with link.lock:
-        known = {job.id for job in jobs}
-        link.poll_due = {key: value for key, value in link.poll_due.items() if key in known}
-    return False
-
-
-def poll_job(server: Server, link: Link, job: Job) -> None:
-    """Ask a 2.2 client about one job."""
-    with link.turn():
-        current = server.store.get(job.id)
-        if current is None or current.dest_id != job.dest_id or current.status not in BUSY:
-            return
-        try:
-            payload = link.status(job)
-        except Gone as error:
-            payload_gone(server, current, str(error))
-            return
-        except BadAnswer as error:
-            become_unknown(server, current, Reason.NOT_SENT.format(client=link.name, error=error))
-            return
-    link.heard()
-    report(server, link, {**payload, "uuid": job.uuid, "attempt": job.attempt, "id": job.dest_id})
-
-
 # == 15. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
 
 
@@ -4545,14 +4511,14 @@ def fetch_tick(server: Server, link: Link) -> bool:
         server.wake(f"fetch:{link.name}")
     settled, job = False, cast("Job | None", None)
     try:
-        with link.turn():
+        with link.protocol.turn():
             job = server.store.get(due.job_id)
             settled = job is None or job.client != link.name or job.status not in BUSY or collect_end(server, link, job, due)
         crash_point("fetch.settled")
     finally:
         give_back(server, link, due, settled)
     if settled:
-        current = server.store.get(job.id) if job and not link.legacy else None
+        current = server.store.get(job.id) if job and link.protocol.has_events else None
         if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
             link.confirm(job.dest_id)  # its result is safe here: the next call tells the client
         server.wake("dispatch")  # quota and places are free, at this client or another
@@ -4837,7 +4803,7 @@ def sort_out(server: Server, link: Link, job: Job) -> None:
     """Go on with a job that was sent while the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
-        server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=link.legacy, dest_id=dest_id)
+        store_accepted(server, link, job, dest_id)
         return
     server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
@@ -7611,14 +7577,6 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
     return bytes(said[:count])
 
 
-def check_base_names(paths: Sequence[str]) -> None:
-    """Refuse files that a 2.2 client would lose silently: it flattens folders, so files with the same base name overwrite each other."""
-    names = [path.rpartition("/")[2] for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
-
-
 # == 25. Identity ==  The peer of a connection is proven by the kernel or by a token, never guessed from a port.
 
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
@@ -8080,6 +8038,16 @@ def client_token_file() -> Path | None:
         return Path(default_folder("config")) / "client-token"
     except ConfigError:
         return None
+
+
+def token_place(config: Config) -> Path | None:
+    """Return the file of the token that a client made: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
+    return Path(config.token_file) if config.token_file else client_token_file()
+
+
+def token_remedy(config: Config) -> str:
+    """Return what to do if a client's token cannot be kept in the usual place."""
+    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
 
 
 # == 26. Statements ==  All SQL of the program, as named constants; every query goes by an index.
@@ -11883,7 +11851,7 @@ class Config:
     ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
         "certificates (PEM) that https clients are checked by, instead of the system's")
     compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
-        "2.2: GET /download/ID answers as the reference's 2.2 does")
+        "2.2: GET /download/ID answers as the reference's 2.2 does", plugin="compat22")
     log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
         "log level: debug, info, warning or error")
     log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
@@ -12489,6 +12457,8 @@ def import_what_will_be_needed(config: Config) -> None:
     """Import everything before listening: a newer release may replace these files while the process runs."""
     for name in ["difflib", "multipart", "uuid", *(["tarfile", "requests"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
+    if config.compat == "2.2" or any(service.peer == "2.2" for service in config.services.values()):
+        load_plugin("compat22")
 
 
 def serve(config: Config) -> int:

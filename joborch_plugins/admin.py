@@ -360,12 +360,12 @@ def examine_client(address: Address, service: Service, ca_file: str, met: dict[s
     link.data.tmp = Path(tempfile.gettempdir())  # for large answers
     name = f"service {service.name}: {address.name}"
     try:
-        if not link.legacy:
+        if link.protocol.has_events:
             heard = link.events(0, ())
             met.setdefault(heard.instance, {})[address.name] = heard.start
             said = said_of_health(link)
         else:
-            link.ping()
+            link.protocol.probe()
             yield Finding(None, f"{name} answers, and is treated as a 2.2 client, which cannot prove who it is")
             return
     except Gone:

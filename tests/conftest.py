@@ -169,7 +169,7 @@ def desk22(peer: Peer, data: DataFolder) -> Iterator[Desk]:
         f"SERVICE_EXAMPLE_{name}_URL": f"{peer.url}/{path}" for name, path in (("UPLOAD", "in"), ("DOWNLOAD", "out"), ("TERMINATE", "end"))
     }
     made = Desk(data, "", **urls, SERVICE_EXAMPLE_PEER="2.2")
-    assert made.link.legacy
+    assert not made.link.protocol.has_events
     yield made
     made.store.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -171,6 +173,24 @@ def test_22_client_that_comes_later(make_process: MakeProcess, tmp_path: Path) -
     try:
         assert wait_status(server, number, "Completed", limit_s=60)["attempt"] == 1
         assert client.starts == 1
+    finally:
+        client.stop()
+
+
+def test_22_client_met_after_the_program_is_gone(pyz: Path, make_process: MakeProcess, tmp_path: Path) -> None:
+    """A server that may meet one has imported all that it needs, so it survives that joborch.pyz and its copy are removed."""
+    archive, port = Path(shutil.copy(pyz, tmp_path / "joborch.pyz")), free_port()
+    settings: dict[str, str | None] = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{port}", "SERVICE_EXAMPLE_PEER": "2.2"}
+    server = make_process("server", settings, program=[sys.executable, str(archive)]).start()
+    assert server.home is not None
+    shutil.rmtree(server.home / ".cache")
+    archive.unlink()
+    number = submit(server, f"{TRAP}\necho kept > out.txt\n")
+    client = Client22(tmp_path / "client22", port).start()
+    try:
+        wait_status(server, number, "Completed", limit_s=60)
+        assert download(server, number).text("out.txt") == "kept\n"
+        assert "Traceback" not in server.log
     finally:
         client.stop()
 

@@ -62,7 +62,7 @@ def test_the_program_names_plugins_by_string() -> None:
 
 def test_the_rule_of_the_interface_bites() -> None:
     assert interface_faults("from joborch import Job") == []
-    assert interface_faults("def f():\n    from joborch import Server") == ["it takes Server, which is not in PLUGIN_API"]
+    assert interface_faults("def f():\n    from joborch import send_tick") == ["it takes send_tick, which is not in PLUGIN_API"]
     assert interface_faults("import joborch") == ["it takes the whole module, which is not in PLUGIN_API"]
     assert interface_faults("from joborch_plugins.slurm import SlurmExecutor") == ["it imports joborch_plugins.slurm"]
 
@@ -78,6 +78,17 @@ def test_what_is_not_asked_for_is_not_imported(command: list[str], tmp_path: Pat
     )  # fmt: skip
     wanted = " joborch_plugins.admin" if command[0] == "config" else ""
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"loaded:{wanted}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "loaded"),
+    [({}, False), ({"JOBORCH_COMPAT": "2.2"}, True), ({"SERVICE_A_CLIENTS": "http://h:1", "SERVICE_A_PEER": "2.2"}, True)],
+)
+def test_what_a_server_may_need_of_22_is_imported_before_it_listens(settings: dict[str, str], loaded: bool) -> None:
+    code = f"import sys, joborch; joborch.import_what_will_be_needed(joborch.load_config('server', {{}}, {settings!r})); "
+    code += "print('joborch_plugins.compat22' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{loaded}\n", done.stderr
 
 
 def test_run_as_a_script_there_is_one_module(tmp_path: Path) -> None:

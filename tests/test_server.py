@@ -465,7 +465,7 @@ def test_without_events_a_client_is_polled(desk: Desk, peer: Peer) -> None:
     desk.restart(SERVICE_EXAMPLE_PEER="2.2")
     peer.says["/hello"] = [reply(404)]
     assert get_tick(desk.server, desk.link)
-    assert desk.link.legacy
+    assert not desk.link.protocol.has_events
     assert not get_tick(desk.server, desk.link)
     assert [asked.path for asked in peer.asked][1:] == ["/"]
     assert not desk.link.held()
