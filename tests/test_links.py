@@ -169,6 +169,25 @@ def test_a_22_client_gets_what_it_understands(link: Link, peer: Peer, job: Job) 
     assert peer.asked[0].headers["Connection"] == "close"
 
 
+def test_a_client_is_replaced_by_another_program(link: Link, peer: Peer, job: Job) -> None:
+    """First a 2.2 client answers, which has no /hello; then joborch, which asks for a proof. Each is called by its own protocol."""
+    link.services = [a_service(peer="2.2")]
+    peer.says["/hello"] = [reply(404)]
+    with pytest.raises(Gone):
+        link.events(0, ())
+    assert not link.protocol.can_prove
+    peer.says["/submit"] = [reply(200, {"id": 1})]
+    assert submit(link, job) == "1"
+    assert [asked.path for asked in peer.asked] == ["/hello", "/submit"]
+    peer.says["/submit"] = [reply(401, X_Joborch="0.2.0")]
+    with pytest.raises(NothingSent):
+        submit(link, job)
+    with pytest.raises(NothingSent, match="somebody else did in its place"):
+        submit(link, job)
+    assert link.protocol.can_prove, "it does not become a 2.2 client again by an answer without the header"
+    assert [asked.path for asked in peer.asked[2:]] == ["/submit", "/hello"]
+
+
 ACCEPTED = reply(200, {"id": 123, "input": {"run.sh": [1, 2, 3]}, "status": "Prepared"})
 
 
