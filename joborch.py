@@ -2,8 +2,8 @@
 """joborch: one file that turns any machine into a job server or a compute client.
 
 A web site takes uploads from people; joborch stands between the site and the machines that compute. The *server* queues
-jobs, holds a quota for each user and service, sends the files to a client, fetches the result, keeps it and hands it out
-as a ZIP. The *client* runs `run.sh` in a folder of its own. The way of the data:
+jobs, enforces a quota for each user and service, sends the files to a client, fetches the result, keeps it and serves it
+as a ZIP. The *client* runs `run.sh` in a separate folder. How the data flows:
 
     curl ── POST /upload ──▶ files, row (Queued)                                  ┌──────── client ────────┐
                                    │ dispatch: claim (Processing), send           │                        │
@@ -15,12 +15,12 @@ as a ZIP. The *client* runs `run.sh` in a folder of its own. The way of the data
                                    ▼                                              └────────────────────────┘
     curl ◀─ GET /download ── row (Completed), result.zip ──▶ clean, 48 h after the end (Cleaned)
 
-Files are written before rows, rows before answers. What a crash leaves between two of these is swept at the next start,
-or done again harmlessly. Threads meet in the Store, in what is known of each client (`Link`), and in wake-up calls; a tick
-reads what the Store says and moves it on, may run at any time, twice, or after a crash.
+Files are written before rows, rows before answers. What a crash leaves between two of these is removed at the next start,
+or done again without harm. Threads share the Store, what is known of each client (`Link`), and wake-up calls. A tick moves
+jobs on according to the Store; it may run at any time, twice, or after a crash.
 
-The sections go from the outside in: the server with a job's way through it, the client, what runs payloads, and then what all of
-them stand on: the link, the store, files, HTTP, cleaning. Words, values, states and routes come first, settings and commands last:
+The sections go from the outside in: the server and a job's way through it, the client, what runs payloads, and then what they
+are built on: the store, files, HTTP, cleaning. Words, values, states and routes come first, settings and commands last:
 
      1. Vocabulary            15. Ends                  29. Restore
      2. Values                16. Waiting               30. Files
@@ -99,7 +99,7 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
     sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")
 
-if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
+if TYPE_CHECKING:  # imported where they are used, so that `joborch version` starts fast
     import bottle
 
 sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
@@ -115,7 +115,7 @@ PARTS_LIMIT = 20_000  # parts of a form
 PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
 NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
 WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
-EVENTS_WAIT_S = 10.0  # of a long poll at a client: one that hangs is noticed 10 s after this
+EVENTS_WAIT_S = 10.0  # of a long poll at a client; a client that hangs is noticed 10 s later
 EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are over by then
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identity
@@ -134,7 +134,7 @@ TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried agai
 FIND_AGAIN_S = 2.0  # wait before retrying a payload that the batch system rejected or could not report on
 COME_AGAIN_S = 5  # Retry-After if too many callers wait
 BATCH_SLOTS = 100  # jobs that a batch system gets at once, unless JOBORCH_SLOTS is set
-DEFAULT_HOSTS = "127.0.0.1,::1"  # both: otherwise another user could listen on the one that `localhost` resolves to first
+DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else another user could listen on the one that `localhost` resolves to first
 BACKLOG = 1024  # connections that wait to be accepted
 WAITER_PLACES = 32  # callers that may wait in `?wait=` at once
 ANYONES_BODY_BYTES = 16 * KIB  # limit for requests without a token: strangers must not fill the memory
@@ -213,7 +213,7 @@ class ResultTooLarge(JoborchError):
 
 
 class GivenUp(JoborchError):
-    """Packing was stopped because nobody waits for the result any more."""
+    """Packing was stopped because nobody waits for the result."""
 
 
 class InputsChanged(JoborchError):
@@ -237,11 +237,11 @@ class QueueFull(JoborchError):
 
 
 class StillRunning(JoborchError):
-    """Some process of a payload still runs after the kill."""
+    """A process of a payload still runs after the kill."""
 
 
 class BackendUnavailable(JoborchError):
-    """The batch system does not answer. No job has failed: before a start is repeated, joborch asks whether it got through."""
+    """The batch system does not answer. This fails no job: before joborch repeats a start, it asks whether the first one arrived."""
 
 
 class SubmitRefused(BackendUnavailable):
@@ -326,7 +326,7 @@ class Backoff:
         return self.reason != before
 
     def worked(self) -> None:
-        """Forget the failures, because it works again."""
+        """Forget the failures: it works again."""
         self.reason, self.failures, self.until = "", 0, float("-inf")
 
     def waits(self) -> bool:
@@ -460,23 +460,23 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# == 2. Values ==  What people write in settings and requests is read here: a reader returns the value, or ValueError with the remedy.
+# == 2. Values ==  Readers of what people write in settings and requests: each returns the value, or raises ValueError with the remedy.
 
 
 def read_text(text: str) -> str:
-    """Take any text."""
+    """Accept any text."""
     return text
 
 
 def read_line(text: str) -> str:
-    """Take any text of one line."""
+    """Accept any single line of text."""
     if not text.isprintable():
         raise ValueError("give one line of printable characters")
     return text
 
 
 def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
-    """Return a reader of texts that fit `pattern` as a whole."""
+    """Return a reader that accepts texts that match `pattern` as a whole."""
 
     def read(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -486,13 +486,13 @@ def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
     return read
 
 
-read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several with commas between
+read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several separated by commas
 read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
 read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
 
 
 def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
-    """Return a whole number; ValueError outside `least` to `most`."""
+    """Return a whole number from `least` to `most`."""
     if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise ValueError(f"give a whole number from {least} to {most}")
     return int(text)
@@ -517,7 +517,7 @@ def read_seconds(text: str) -> float:
 
 
 def read_period(text: str) -> float:
-    """Return seconds that a loop can sleep or a limit can last."""
+    """Return a period or a time limit in seconds."""
     if read_seconds(text) < 0.01:
         raise ValueError("give at least 0.01 seconds")
     return read_seconds(text)
@@ -549,25 +549,25 @@ def read_mib(text: str) -> int:
 
 
 def read_weight(text: str) -> float:
-    """Return a weight: how large a user's share is, 1 being the usual."""
+    """Return a weight: how large a user's share is. The default is 1."""
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0.001 <= float(text) <= 1_000_000:
         raise ValueError("give a number from 0.001 to 1000000, as in 2 or 0.5")
     return float(text)
 
 
 def read_weights(text: str) -> dict[int, float]:
-    """Return weights by user: pairs with commas between, as in 7=2,8=0.5."""
+    """Return weights by user: pairs separated by commas, as in 7=2,8=0.5."""
     weights = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         user, equals, weight = pair.partition("=")
         if not equals or not re.fullmatch(r"-?[0-9]{1,18}", user.strip()):
-            raise ValueError("give USER=WEIGHT with commas between, as in 7=2,8=0.5")
+            raise ValueError("give USER=WEIGHT, separated by commas, as in 7=2,8=0.5")
         weights[int(user)] = read_weight(weight.strip())
     return weights
 
 
 def read_url(text: str) -> str:
-    """Take an http or https URL with a host."""
+    """Accept an http or https URL with a host."""
     try:
         parts = urlsplit(text)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and re.fullmatch(r"[!-~]+", text)
@@ -579,13 +579,13 @@ def read_url(text: str) -> str:
 
 
 def read_networks(text: str) -> tuple[Network, ...]:
-    """Return IP addresses and networks that stand with commas between; those of IPv4 in IPv6 (::ffff:) as IPv4."""
+    """Return IP addresses and networks, separated by commas; IPv4 addresses in IPv6 form (::ffff:) become IPv4."""
     networks: list[Network] = []
     for part in filter(None, (each.strip() for each in text.split(","))):
         try:
             network = ipaddress.ip_network(part)
         except ValueError as error:
-            raise ValueError(f"{error}: give addresses and networks with commas between, as in 192.0.2.7,10.0.0.0/8") from None
+            raise ValueError(f"{error}: give addresses and networks separated by commas, as in 192.0.2.7,10.0.0.0/8") from None
         mapped = getattr(network.network_address, "ipv4_mapped", None)
         if mapped is not None and network.prefixlen >= 96:
             network = ipaddress.ip_network((mapped, network.prefixlen - 96))
@@ -596,10 +596,10 @@ def read_networks(text: str) -> tuple[Network, ...]:
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """Return names of variables, `*` standing for any characters: words with commas between, as in PGHOST,MYLAB_*."""
+    """Return names of variables, separated by commas, as in PGHOST,MYLAB_*; `*` matches any characters."""
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if not all(re.fullmatch(r"[!-<>-~]+", name) for name in names):
-        raise ValueError("give names of variables with commas between, as in PGHOST,MYLAB_*")
+        raise ValueError("give names of variables separated by commas, as in PGHOST,MYLAB_*")
     return names
 
 
@@ -611,7 +611,7 @@ def read_switch(text: str) -> bool:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """Return a reader that takes one of `words`, in any case."""
+    """Return a reader that accepts one of `words`, in any case."""
 
     def read(text: str) -> str:
         if text.lower() not in words:
@@ -622,7 +622,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def read_executor(text: str) -> str:
-    """Return the name of an executor: a word that joborch knows, in any case, or the `package.module:Class` of somebody else's."""
+    """Return the name of an executor: a built-in one, in any case, or `package.module:Class` for a third-party one."""
     if text.lower() in ("local", "slurm", "dirac"):
         return text.lower()
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", text):
@@ -631,7 +631,7 @@ def read_executor(text: str) -> str:
 
 
 def read_by_plugin(reference: str) -> Callable[[str], Any]:
-    """Return a reader that a plug-in has, as `package.module:name`; the plug-in is imported when there is a value to read."""
+    """Return a reader that a plug-in defines as `package.module:name`; it is imported when there is a value to read."""
 
     def read(text: str) -> Any:
         return load_plugin(reference)(text)
@@ -639,11 +639,11 @@ def read_by_plugin(reference: str) -> Callable[[str], Any]:
     return read
 
 
-# == 3. States ==  The tables of legal moves, and the row that moves: no status changes in a way that is not listed here.
+# == 3. States ==  The tables of legal moves, and the row that moves. No status changes in a way that is not listed here.
 
 
 class Status(str, Enum):
-    """The states of a job on the server, and of a payload on a client; the names are the reference's."""
+    """The states of a job on the server, and of a payload on a client; the names are those of job-orchestrator 2.2."""
 
     QUEUED = "Queued"
     PROCESSING = "Processing"
@@ -662,7 +662,7 @@ class Status(str, Enum):
 
 
 class Cause(str, Enum):
-    """What made a job end: its script, a limit, the machines, or somebody who asked for it."""
+    """What made a job end: its script, a limit, the infrastructure, or a request."""
 
     USER = "user"
     LIMIT = "limit"
@@ -678,17 +678,17 @@ ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
 OVER = (*ENDED, Status.CLEANED)
 
 SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
-    (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a place at a client were free"),
+    (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a client had room"),
     (Status.QUEUED, Status.KILLED, "terminated before dispatch"),
     (Status.QUEUED, Status.FAILED, "no client of the service answered for too long"),
     (Status.QUEUED, Status.INVALID, "a job that it was to follow ended otherwise than Completed"),
     (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
-    (Status.PROCESSING, Status.QUEUED, "the client surely has nothing of it"),
+    (Status.PROCESSING, Status.QUEUED, "the client certainly has nothing of it"),
     (Status.PROCESSING, Status.UNKNOWN, "bytes went out and no answer came"),
     (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
     (Status.PROCESSING, Status.KILLED, "terminated"),
     (Status.PROCESSING, Status.FAILED, "its input files are missing or were changed on the server"),
-    (Status.SUBMITTED, Status.RUNNING, "the client says so"),
+    (Status.SUBMITTED, Status.RUNNING, "the client reports it"),
     *((source, to, why) for source in (Status.SUBMITTED, Status.RUNNING) for to, why in (
         (Status.COMPLETED, "result fetched, verified, on disk"),
         (Status.FAILED, "the payload ended badly, or no attempt is left"),
@@ -708,13 +708,13 @@ SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
 )  # fmt: skip
 
 CLIENT_MOVES: tuple[tuple[Status, Status, str], ...] = (
-    (Status.PREPARED, Status.RUNNING, "a slot is free; the mark is stored before the start"),
-    (Status.PREPARED, Status.INVALID, "it has no run.sh that could run"),
+    (Status.PREPARED, Status.RUNNING, "a slot is free; the row is written before the start"),
+    (Status.PREPARED, Status.INVALID, "it has no usable run.sh"),
     (Status.PREPARED, Status.FAILED, "it could not be started"),
-    (Status.PREPARED, Status.KILLED, "ended on request"),
+    (Status.PREPARED, Status.KILLED, "stopped on request"),
     (Status.RUNNING, Status.COMPLETED, "exit status 0"),
     (Status.RUNNING, Status.FAILED, "another exit status, a signal, a limit, or a lost machine"),
-    (Status.RUNNING, Status.KILLED, "ended on request"),
+    (Status.RUNNING, Status.KILLED, "stopped on request"),
     *((source, Status.CLEANED, "its files are old enough") for source in ENDED),
 )
 
@@ -770,15 +770,15 @@ class Job(NamedTuple):
     moved_at: float  # steady time of its last change of status
     synced: int  # client: 1 if its files are safely on the disk, 2 if a server has confirmed that it holds the result
     inputs_sha256: str | None  # server: digest of the list of its files and their digests
-    after_ids: str  # server: ids of the jobs that must be Completed first, with commas between
+    after_ids: str  # server: ids of the jobs that must be Completed first, separated by commas
     blocked: int  # server: how many of those have not ended
     arrived_at: float  # steady time of its upload: its place in the queue through all attempts
     charged: float  # server: slot-seconds charged to its user for this attempt
-    ended_as: str | None  # the status that a Cleaned job ended with; `end` gives it for every job that ended
+    ended_as: str | None  # the status that a Cleaned job ended with; see `end`
 
     @property
     def mark(self) -> str:
-        """The attempt key: it tells this attempt from every other one, everywhere."""
+        """The attempt key: unique among all attempts of all jobs."""
         return f"{self.uuid}.{self.attempt}"
 
     @property
@@ -797,7 +797,7 @@ MOVABLE = (  # what a move may change besides status and reason
 
 @dataclass(frozen=True)
 class NewJob:
-    """The columns of a new row that its maker chooses."""
+    """The columns of a new row that its creator chooses."""
 
     uuid: str
     user_id: int | None = None
@@ -830,7 +830,7 @@ NEW_COLUMNS = (
 
 
 def ids_in(text: str) -> list[int]:
-    """Return the ids in a text, which have commas between."""
+    """Return the ids in a text that separates them by commas."""
     return [int(part) for part in text.split(",") if part]
 
 
@@ -841,14 +841,14 @@ def as_job(row: sqlite3.Row) -> Job:
     return Job._make(values)
 
 
-# == 4. Reasons ==  Every reason with which a job fails, is killed or becomes Unknown is worded here; errors and plug-ins add their facts.
+# == 4. Reasons ==  Every reason why a job fails, is killed or becomes Unknown is worded here; errors and plug-ins add their facts.
 
 
 class Reason:
-    """The reasons that need no more than a few facts, which stand in braces: `Reason.REFUSED.format(client=..., error=...)`.
+    """Templates of reasons; facts are in braces: `Reason.REFUSED.format(client=..., error=...)`.
 
-    An error of a call brings its own words as `{error}`: Rejected, Gone, NothingSent, NoAnswer, CannotRun. What only Slurm or
-    DIRAC can say is worded by functions of their plug-ins.
+    `{error}` is the text of a Rejected, Gone, NothingSent, NoAnswer or CannotRun. Reasons that only Slurm or DIRAC can give
+    are worded by functions of their plug-ins.
     """
 
     # The server sends a job.
@@ -858,18 +858,18 @@ class Reason:
     FILES_REMOVED = "its files are missing on the {where}'s disk: somebody removed them"
     REFUSED = "{client} refuses it: {error}"
     NOT_SENT = "{client} {error}"
-    ANSWER_LOST = "{client} {error}: it is asked again under the same key"
+    ANSWER_LOST = "{client} {error}: the job is sent there again under the same key"
     ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
     CANNOT_SAY = "{client} cannot say whether it has the job"
-    BEGAN_ANEW = "{client} began anew and knows nothing of it"
-    ANSWER_NOT_STORED = "the client's answer could not be stored: it is asked again under the same key"
-    SERVER_RESTARTED = "the server was restarted while it was sent to {client}: asked again under the same key"
-    CHAIN_BROKEN = "job {job}, which it was to follow, ended as {status}"
+    BEGAN_ANEW = "{client} has a new data folder and does not know it"
+    ANSWER_NOT_STORED = "the client's answer could not be stored: the job is sent there again under the same key"
+    SERVER_RESTARTED = "the server was restarted while sending it to {client}: it is sent there again under the same key"
+    CHAIN_BROKEN = "job {job}, which it follows, ended as {status}"
 
     # A client is silent, or its answer cannot be used.
     TRIED_AGAIN = "{reason}; it is tried again"
     ANSWERS_AGAIN = "{client} answers again"
-    NOT_CONFIGURED = "{client} is not configured any more"
+    NOT_CONFIGURED = "{client} is no longer configured"
     SILENT = "{trouble}; no answer for {duration}"
     SILENT_AND_KILLED = "{trouble}; no answer for {duration}; if it comes back, the job is stopped there"
     UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
@@ -878,22 +878,22 @@ class Reason:
     # An attempt is over.
     ATTEMPT = "attempt {attempt}: {reason}"
     NO_ATTEMPT_LEFT = "{reason}; no attempt is left of {attempt}"
-    NO_ATTEMPT_KILLED = "{reason}; terminate was asked for"
+    NO_ATTEMPT_KILLED = "{reason}; terminate was requested"
     KILLED = "terminated on request"
     KILLED_AND_GONE = "terminated on request; {reason}"
     KILLED_UNSENT = "terminated before it was sent"
     COMPLETED = "run.sh ended with exit status 0"
-    COMPLETED_CHILDREN = "run.sh ended with exit status 0; what it left running was ended"
+    COMPLETED_CHILDREN = "run.sh ended with exit status 0; processes that it left running were killed"
     CLIENT_SAYS = "the client says {status}"
 
     # The result is lost, too large, or cannot be fetched.
     RESULT_HAS = "the result has {too_much}"
     RESULT_HAS_EXIT = "the result has {too_much}; run.sh ended with exit status {status}"
-    NOT_KEPT = "{reason}; what it left was not kept: {error}"
+    NOT_KEPT = "{reason}; its files were not kept: {error}"
     NOT_FETCHED = "the result could not be fetched from {client}: {error}"
     NOT_STORED = "the result could not be stored: {error}"
-    CLIENT_HAS_NOTHING = "{client} has nothing of it any more"
-    CLIENT_CLEANED = "{client} has nothing of it any more: {reason}"
+    CLIENT_HAS_NOTHING = "{client} no longer has its files"
+    CLIENT_CLEANED = "{client} no longer has its files: {reason}"
     FAILED_AND_CLEANED = "{reason}; {cleaned}"
     RUN_FAILED = "run.sh failed"
     WORK_REMOVED = "somebody removed its work folder from the client's disk"
@@ -904,20 +904,20 @@ class Reason:
     EMPTY_SCRIPT = "run.sh is empty: it has 0 bytes"
     NOT_STARTED = "the client could not start it: {error}"
     DISK_FULL = "the client's disk is full: the script was not started"
-    NO_WRAPPER = "the wrapper could not be started, or ended before its time: the script was not started"
+    NO_WRAPPER = "the wrapper could not be started, or stopped too early: the script was not started"
     REBOOTED = "the machine or the container was restarted while the script ran"
     REBOOTED_UNSYNCED = "the machine was restarted, and what had reached its disk is not known"
     FOLDER_REMOVED = "the payload's folder was removed while the script ran"
     WORK_GONE = "its work folder was removed or replaced while run.sh ran, and its files are missing"
     WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
-    ENDED_WITH_CLIENT = "the script's processes ended together with the client, or while it was away, and left no exit status"
-    WRAPPER_KILLED = "the wrapper was killed and left no exit status: by the script itself, or by the kernel for want of memory"
+    ENDED_WITH_CLIENT = "the script's processes were stopped together with the client, or while it did not run, and left no exit status"
+    WRAPPER_KILLED = "the wrapper was killed and left no exit status: the script killed it, or the kernel did because memory was short"
     STOPPED_WITH_CLIENT = (
         "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
         "if a service manager did it, set KillMode=process for the client"
     )
     STOPPED_WITH_WRAPPER = (
-        "it was stopped from outside joborch, and its wrapper, too: run.sh ended with exit status {status}; "
+        "it was stopped from outside joborch, together with its wrapper: run.sh ended with exit status {status}; "
         "if a service manager did it, set KillMode=process for the client"
     )
 
@@ -930,28 +930,28 @@ def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
 
 
 def limit_reason(folder: Path, limit_s: float) -> str:
-    """Say that a script was ended at its time limit."""
-    return f"run.sh was ended at its time limit of {format_duration(limit_s)}{last_words(folder)}"
+    """Say that a script was stopped at its time limit."""
+    return f"run.sh was stopped at its time limit of {format_duration(limit_s)}{last_words(folder)}"
 
 
 def last_words(folder: Path) -> str:
-    """Return the last line of a script's standard error as the end of a sentence; an empty text where there is none."""
+    """Return the last line of a script's standard error as the end of a sentence; empty if there is none."""
     words = last_line(folder / "stderr")
     return f'; last line of standard error: "{words}"' if words else ""
 
 
 def left_out_text(count: int) -> str:
-    """Return the end of a sentence about files that no archive can hold; an empty text for none."""
+    """Return the end of a sentence about files that no archive can hold; empty for none."""
     return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
 
 
 def is_signalled(exit_status: int) -> bool:
-    """Tell whether an exit status is that of a script that a signal ended: 128 and the signal's number, as a shell says it."""
+    """Tell whether an exit status means that a signal killed the script: 128 plus the signal's number, as in a shell."""
     return 128 < exit_status < 193
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number where it has none."""
+    """Return the name of a signal, or its number if it has none."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -964,7 +964,7 @@ LOGIN_COMMANDS = re.compile(
 
 
 def shell_hint(folder: Path) -> str:
-    """Return the remedy for a script that missed a command of login shells, by the begin and end of its standard error."""
+    """Return the remedy if the begin or end of standard error shows that a command of login shells was missing."""
     try:
         with open_regular(folder, "stderr") as file:
             said = file.read(4 * KIB)
@@ -974,17 +974,17 @@ def shell_hint(folder: Path) -> str:
         return ""
     name = (missing[1] or missing[3]).decode() if missing else ""
     remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
-    return f"; {name} is often defined for login shells alone: {remedy}" if name else ""
+    return f"; {name} is often defined only for login shells: {remedy}" if name else ""
 
 
-# == 5. Loops ==  Each loop is a thread that ticks when woken or when its period ends; a tick is a plain function.
+# == 5. Loops ==  A loop is a thread that calls its tick, a plain function, when woken or when its period ends.
 
 
 class Loop:
-    """Runs `tick` in one or more threads: at once when woken, again at once while it finds work, else every `period_s`.
+    """Runs `tick` in one or more threads: at once when woken or while a tick returns True (more to do), else every `period_s`.
 
-    A tick returns whether there may be more to do. If it raises, the error is logged, and the next tick comes a period later.
-    Further threads start when the loop is woken while all others are busy; only the first thread ticks without being woken.
+    If a tick raises, the error is logged and the next tick runs a period later. A further thread starts if the loop is woken
+    while all others are busy; it sleeps until it is woken, without a period.
     """
 
     def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
@@ -1020,26 +1020,26 @@ class Loop:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def run(self, patience_s: float | None) -> None:
-        """Tick until stopped; `patience_s` is the longest sleep, None for ever."""
+        """Tick until stopped; `patience_s` is the longest sleep, None for no limit."""
         while not self.stopped:
             more = False
             try:
                 more = self.tick()
                 self.trouble = ""
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged, and the loop goes on
+            except Exception as error:  # noqa: BLE001 - logged; the loop goes on
                 self.complain(error)
             if not more:
                 self.sleep(patience_s)
 
     def complain(self, error: Exception) -> None:
-        """Log an error of a tick, once while it stays the same; a bug gets its traceback."""
+        """Log an error of a tick, once as long as it stays the same; a bug is logged with its traceback."""
         text = one_line(f"{type(error).__name__}: {error}")
-        if text == self.trouble or self.stopped:  # at the stop, the store may close before the last tick is done
+        if text == self.trouble or self.stopped:  # when stopping, the store may close before the last tick is done
             return
         self.trouble = text
         known = isinstance(error, (StorageError, OSError))
         said = str(error) if known else text
-        log.error("%s: %s; it is tried again, every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
+        log.error("%s: %s; it is tried again every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
 
     def sleep(self, patience_s: float | None) -> None:
         """Sleep until a call comes, or for `patience_s` seconds."""
@@ -1052,7 +1052,7 @@ class Loop:
 
 
 def each(items: Iterable[T], work: Callable[[T], object]) -> None:
-    """Do `work` for every item, even if it fails for some; raise the first failure at the end."""
+    """Call `work` for every item, even if it fails for some; raise the first failure at the end."""
     failure: Exception | None = None
     for item in items:
         try:
@@ -1064,7 +1064,7 @@ def each(items: Iterable[T], work: Callable[[T], object]) -> None:
 
 
 class WorkerLimit:
-    """Limits how many threads work at once, because more would only contend for the GIL. A thread that waits leaves its place."""
+    """Limits how many threads work at once, because more would only contend for the GIL. A waiting thread gives up its place."""
 
     def __init__(self, places: int) -> None:
         self.free, self.mine = threading.Semaphore(places), threading.local()
@@ -1091,10 +1091,9 @@ class WorkerLimit:
 
 
 class Pool:
-    """A bounded pool of threads that start when they are needed, and end after they were idle for a while.
+    """A bounded pool of threads that start when they are needed and stop after they were idle for a while.
 
-    The one that was idle last works next, so that few of them are awake. A thread of each class of requests cannot be
-    taken by those of another.
+    The thread that became idle last gets the next task, so that few threads stay awake.
     """
 
     IDLE_S = 30.0
@@ -1107,7 +1106,7 @@ class Pool:
         self.idle: list[threading.Lock] = []  # bells of threads that sleep
 
     def add(self, task: Any) -> bool:
-        """Queue a task; return False if too many wait already."""
+        """Queue a task. Return False if too many wait already."""
         with self.lock:
             if len(self.tasks) >= self.most_waiting:
                 return False
@@ -1120,9 +1119,9 @@ class Pool:
         return True
 
     def work(self) -> None:
-        """Work on tasks until none has come for a while."""
+        """Run tasks until none has come for a while."""
         bell = threading.Lock()
-        bell.acquire()  # it is released to wake this thread, and never otherwise
+        bell.acquire()  # released only to wake this thread
         while True:
             with self.lock:
                 task = self.tasks.popleft() if self.tasks else None
@@ -1143,7 +1142,7 @@ class Pool:
             log.exception("a request ended in an error")
 
     def gave_up(self, bell: threading.Lock) -> bool:
-        """End the thread of this bell, unless it was rung at the last moment."""
+        """Tell whether the thread of this bell may stop: not if it was given a task at the last moment."""
         with self.lock:
             if bell not in self.idle:
                 bell.acquire()
@@ -1153,23 +1152,23 @@ class Pool:
             return True
 
     def stop(self) -> None:
-        """Let the threads end after the tasks that wait."""
+        """Let the threads stop after the queued tasks."""
         with self.lock:
             self.stopping = True
             while self.idle:
                 self.idle.pop().release()
 
 
-FRESH_S = 1.0  # a connection this new is spared: its request may be here already, unread
-UNPROVEN_BYTES = 32 * MIB  # what is kept in memory for all those together who have shown nothing yet
+FRESH_S = 1.0  # a connection this new is not closed: its request may have arrived, unread
+UNPROVEN_BYTES = 32 * MIB  # limit of the memory for all unproven connections together
 
 
 class House:
-    """The places for connections of one process. When all are taken, the one that has been silent longest makes room.
+    """Limits the connections of one process. If the limit is reached, the connection that has been idle longest is closed.
 
-    Those that have sent no whole request for a second go first, then those that have shown nothing but open routes, then
-    those that have only just come, then idle callers. A peer that holds more than half of the places makes room before
-    others do. A request under way is never cut off.
+    Connections without a complete request for a second are closed first, then those that called only open routes, then new
+    ones, then idle callers. A peer with more than half of the connections loses one before others do. A connection with a
+    request under way is never closed.
     """
 
     def __init__(self, places: int) -> None:
@@ -1177,20 +1176,20 @@ class House:
         self.peers: dict[Any, str] = {}  # by connection
         self.counts: Counter[str] = Counter()
         self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
-        self.held: dict[Any, int] = {}  # bytes in memory, by connection, of those that have shown nothing
+        self.held: dict[Any, int] = {}  # bytes in memory, by unproven connection
         self.held_bytes = 0
         self.evicted = self.turned_away = 0
         self.told_at = float("-inf")
 
     def enter(self, connection: Any, address: Any) -> None:
-        """Give a place to a new connection."""
+        """Count a new connection."""
         with self.lock:
             self.peers[connection] = peer = peer_of(address)
             self.counts[peer] += 1
             self.idle[0][connection] = None
 
     def leave(self, connection: Any) -> None:
-        """Take back the place of a connection that was closed."""
+        """Forget a connection that was closed."""
         with self.lock:
             self.hold(connection, 0)
             for rank in self.idle:
@@ -1208,21 +1207,21 @@ class House:
                 rank.pop(connection, None)
 
     def rest(self, connection: Any) -> None:
-        """Note that a connection is idle since now, after a request."""
+        """Note that a connection became idle, after a request."""
         with self.lock:
             if connection in self.peers:
                 self.busy(connection)
                 self.idle[2 if connection.proven else 1][connection] = None
 
     def hold(self, connection: Any, size: int) -> None:
-        """Note how much is kept in memory for a connection that has shown nothing yet."""
+        """Note how many bytes are kept in memory for an unproven connection."""
         with self.lock:
             self.held_bytes += size - self.held.pop(connection, 0)
             if size:
                 self.held[connection] = size
 
     def shrink(self) -> None:
-        """Close those that hold the memory, if all who have shown nothing take too much of it together."""
+        """Close unproven connections that use memory, while they exceed the limit together."""
         with self.lock:
             holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
         for connection in holders:
@@ -1234,7 +1233,7 @@ class House:
         return len(self.peers) >= self.places
 
     def victim(self) -> Any:
-        """Return the connection that makes room next, or None if all have a request under way."""
+        """Return the connection to close next, or None if all have a request under way."""
         with self.lock:
             heaviest = max(self.counts, key=self.counts.__getitem__, default="")
             owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
@@ -1250,7 +1249,7 @@ class House:
         return None
 
     def make_room(self) -> bool:
-        """Close a connection for a new one; False if none can be closed."""
+        """Close a connection for a new one. Return False if none can be closed."""
         victim = self.victim()
         if victim is None:
             self.turned_away += 1
@@ -1260,7 +1259,7 @@ class House:
         return True
 
     def tell(self, now: float) -> None:
-        """Log a full house, once a minute at most."""
+        """Log, at most once a minute, that the limit was reached."""
         if (self.evicted or self.turned_away) and now - self.told_at >= 60:
             log.warning(
                 "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
@@ -1273,7 +1272,7 @@ class House:
 
 
 def peer_of(address: Any) -> str:
-    """Return by whom places are counted: an IPv4 address, or the network of an IPv6 one that a single site has (64 bits)."""
+    """Return the peer that a connection counts for: an IPv4 address, or the 64-bit network of an IPv6 address."""
     host = str(address[0])
     try:
         return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
@@ -1282,13 +1281,13 @@ def peer_of(address: Any) -> str:
 
 
 class Watch:
-    """Waits for the sockets of a process by epoll(7), in the place of waitress's loop, which asks each of thousands at each turn.
+    """Waits for the sockets of a process with epoll(7). It replaces waitress's loop, which asks every socket at each turn.
 
-    Asked are those to which something happened, those that a worker serves, and once a second all of them.
+    This one asks the sockets that had an event or that a worker serves, and all of them once a second.
     """
 
     def __init__(self) -> None:
-        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: of whom, and for what
+        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: its connection, and the events
         self.touched = deque[Any]()  # by other threads
         self.again: set[Any] = set()
         self.next_sweep = 0.0  # monotonic
@@ -1300,10 +1299,10 @@ class Watch:
                 self.turn(map, timeout)
             except Exception:
                 log.exception("an error in the loop of connections")
-                time.sleep(0.2)  # should it come again at once, the log shall not be filled with it
+                time.sleep(0.2)  # so that an error that repeats does not fill the log
 
     def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
-        """Wait for events once, and have them handled."""
+        """Wait for events once and handle them."""
         from waitress import wasyncore
 
         due, now = self.again, time.monotonic()
@@ -1318,12 +1317,12 @@ class Watch:
         self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
         for descriptor, flags in self.epoll.poll(timeout_s):
             found = sockets.get(descriptor)
-            if found is not None:  # else it was closed by what another event brought
+            if found is not None:  # else another event has closed it
                 wasyncore.readwrite(found, flags)
                 self.again.add(found)
 
     def register(self, each: Any) -> None:
-        """Have the kernel tell what a connection or listener wants to know now."""
+        """Register with the kernel the events that a connection or listener waits for now."""
         descriptor = each._fileno
         if descriptor is None:
             return
@@ -1331,7 +1330,7 @@ class Watch:
         flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
         if each._fileno is None or self.known.get(descriptor) == (each, flags):
             return
-        with contextlib.suppress(FileNotFoundError):  # it was closed: the kernel has forgotten it by itself
+        with contextlib.suppress(FileNotFoundError):  # it was closed, so the kernel has removed it
             if descriptor in self.known:
                 self.epoll.unregister(descriptor)
         self.known.pop(descriptor, None)
@@ -1346,7 +1345,7 @@ DAY_S = 24 * 3600.0
 class Program:
     """The file that this process runs, `joborch.pyz` or `joborch.py`, as it was at the start."""
 
-    # Of joborch.pyz: its path, its SHA-256, and why it runs without a copy in the cache; set by zipapp_main.py.
+    # Set by zipapp_main.py: the path of joborch.pyz, its SHA-256, and why it runs without a copy in the cache.
     archive: ClassVar[tuple[str, bytes, str] | None] = None
 
     def __init__(self) -> None:
@@ -1356,13 +1355,13 @@ class Program:
         self.lock, self.seen, self.trouble = threading.Lock(), cast("tuple[int, ...]", ()), ""
 
     def keep_copy(self) -> None:
-        """Touch the copy in the cache once a day: starts of other versions remove copies that nothing has used for 30 days."""
-        with contextlib.suppress(OSError):  # it is gone, or cannot be written; all that is needed is in memory
+        """Touch the copy in the cache once a day: starts of other versions remove copies that were not used for 30 days."""
+        with contextlib.suppress(OSError):  # missing or read-only; everything needed is in memory
             if self.copy and os.stat(self.copy).st_mtime < time.time() - DAY_S:
                 os.utime(self.copy)
 
     def restart_needed(self) -> str:
-        """Return why this process should be started again, or an empty text: its file is another now. The first time it is logged."""
+        """Return why this process should be restarted (its file has changed), or an empty text. Log a new reason."""
         name = os.path.basename(self.path)
         with self.lock:
             try:
@@ -1387,7 +1386,7 @@ class Node:
 
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         self.config, self.store, self.data, self.clock = config, store, data, clock or Clock()
-        # A client's archives may use what is kept free: results that are fetched are what empties its disk.
+        # A client's archives may use the reserved space: only a result that was fetched can be deleted.
         data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
         self.loops: dict[str, Loop] = {}
         self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
@@ -1395,7 +1394,7 @@ class Node:
         self.pack_places = WaiterLimit(PACK_READERS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
         self.proofs = ProofReader(self.tokens)
-        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove itself was last logged
+        self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove its identity was last logged
         self.started, self.program = self.clock.monotonic(), Program()
         self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
@@ -1403,7 +1402,7 @@ class Node:
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
 
     def folder(self, job: Job) -> Path:
-        """Return where a job's files are: one folder a job on the server, one an attempt on a client."""
+        """Return the folder of a job's files: one for each job on the server, one for each attempt on a client."""
         return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
 
     def wake(self, name: str) -> None:
@@ -1417,7 +1416,7 @@ class Node:
             loop.start()
 
     def stop(self) -> None:
-        """End the loops and wake everybody who waits; payloads are left alone."""
+        """Stop the loops and wake all waiting callers. Payloads keep running."""
         self.stopping.set()
         for loop in self.loops.values():
             loop.stop()
@@ -1427,7 +1426,7 @@ class Node:
             loop.join(max(0.0, deadline - time.monotonic()))
 
     def cpu_load(self) -> float:
-        """Return the CPU use of this machine in percent over the last second or so, by /proc/stat."""
+        """Return the CPU use of this machine over the last second or so, in percent."""
         now = self.clock.monotonic()
         if now - self.cpu_read_at < 1:
             return self.load
@@ -1435,14 +1434,14 @@ class Node:
         fields = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
         total, idle = sum(fields), fields[3] + fields[4]
         last_total, last_idle = self.last_cpu
-        if total - last_total >= 10:  # clock ticks; closer together says nothing
+        if total - last_total >= 10:  # clock ticks; fewer are too imprecise
             self.last_cpu, self.load = (total, idle), round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
         return self.load
 
     def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
-        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, at our end, or when the caller `left`.
+        """Return what `look` finds, as soon as it finds something. None after `timeout_s`, if we stop, or if the caller has `left`.
 
-        The core looks when the job moves; when any does, where `job_id` is None.
+        The core looks again when the job moves; if `job_id` is None, when any job moves.
         """
         deadline = self.clock.monotonic() + timeout_s
         with self.store.core.watching(look, job_id) as waiter:
@@ -1461,7 +1460,7 @@ class Node:
 
 
 class Parameter(NamedTuple):
-    """One thing that a route takes: its declaration is the OpenAPI entry and the check."""
+    """One parameter of a route: the declaration makes both the OpenAPI entry and the check."""
 
     name: str
     place: str  # path, query, header or form
@@ -1475,13 +1474,13 @@ class Parameter(NamedTuple):
     pattern: str = ""  # of a string; shown in OpenAPI, and checked by `read`
     default: Any = None  # the value if it is absent
     longest: int | None = None  # characters of a string, all of them printable
-    missing: str = ""  # what to do if it is required and absent
-    read: Callable[[str], Any] | None = None  # makes the value of a text; ValueError says what would be right
+    missing: str = ""  # the remedy if it is required and absent
+    read: Callable[[str], Any] | None = None  # makes the value from a text, or raises ValueError with the remedy
 
     def value(self, text: str | None) -> Any:
-        """Return the value of what a request gives as `text` (None: nothing); HttpError 400 says what would be right.
+        """Return the value of the `text` in a request, or the default for None. Raises HttpError 400 with the remedy.
 
-        White space around fields of a form and headers does not count, and an empty one counts as absent.
+        In forms and headers, white space around the text is ignored, and an empty text counts as absent.
         """
         shown = text
         if text is not None and self.place in ("form", "header"):
@@ -1497,7 +1496,7 @@ class Parameter(NamedTuple):
             raise HttpError(400, f"{self.name} is {one_line(shown, 40)!r}: {error}", self.name) from error
 
     def plain(self, text: str) -> Any:
-        """Return what a text of this kind stands for; ValueError says what would be right."""
+        """Convert a text to this kind. Raises ValueError with the remedy."""
         if self.kind != "integer":
             return text
         if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
@@ -1505,7 +1504,7 @@ class Parameter(NamedTuple):
         return int(text)
 
     def checked(self, value: Any) -> Any:
-        """Return a value that is within the bounds; ValueError says what they are."""
+        """Return `value` if it is within the bounds. Raises ValueError that names them."""
         if self.choices and value not in self.choices:
             raise ValueError(f"give {' or '.join(self.choices)}" if len(self.choices) == 2 else f"give one of {', '.join(self.choices)}")
         if self.longest is not None and (len(value) > self.longest or not value.isprintable()):
@@ -1517,13 +1516,13 @@ class Parameter(NamedTuple):
 
     @property
     def whole_number(self) -> str:
-        """What to give where a whole number is wanted."""
+        """The remedy if a whole number is required."""
         bounds = (("from", self.least), ("to", self.most))
         return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the value of each parameter by its name; HttpError names the first that cannot be used."""
+    """Return the value of each parameter by its name. Raises HttpError for the first that is invalid."""
     return {parameter.name: parameter.value(texts.get(parameter.name)) for parameter in parameters}
 
 
@@ -1548,7 +1547,7 @@ class Request:
 
     @functools.cached_property
     def query_pairs(self) -> list[tuple[str, str]]:
-        """The parameters of the address, in its order."""
+        """The parameters in the query, in their order."""
         return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
 
     @functools.cached_property
@@ -1568,7 +1567,7 @@ class Request:
         return int(self.environ.get("CONTENT_LENGTH") or 0)
 
     def read_form(self, folder: Path, by_name: bool = False) -> Form:
-        """Read the form of this request, its files to `folder`; what it writes is taken from the promise that it got at its head."""
+        """Read the form of this request and write its files to `folder`. They use up the disk space reserved for the request."""
         promise: Promise | None = self.environ.get("joborch.promise")
         account = (promise.more_for_file, promise.wrote) if promise is not None else ()
         return FormReader(folder, by_name, *account).read(self.stream, self.header("Content-Type"), self.length)
@@ -1585,7 +1584,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What a handler gives: a JSON value, bytes, an open file, or nothing; a status; further headers."""
+    """What a handler returns: a JSON value, bytes, an open file, or nothing; a status; further headers."""
 
     body: Any = None
     status: int = 200
@@ -1602,21 +1601,21 @@ Handler = Callable[..., Answer]
 
 @dataclass(frozen=True)
 class Route:
-    """One declaration: it makes the Bottle route, the OpenAPI entry, the access rule and the test's check."""
+    """One declaration, which makes the Bottle route, the OpenAPI entry, the access rule and a test."""
 
     method: str
-    path: str  # with <name> for its parts that vary
-    mode: str  # server, client, or both in one text
-    who: str  # anyone, caller, or server: one that proved itself by the link's MAC, and who may call where no token is set
+    path: str  # with <name> for its variable parts
+    mode: str  # "server", "client" or "server client"
+    who: str  # anyone; caller; or server: one that proved itself by the link's MAC, or any caller if no token is set
     summary: str
     takes: tuple[Parameter, ...]
     gives: Mapping[int, Gives]
     handler: Handler
-    quick: bool  # it only looks at the database: few at once, behind the gate
-    slow: bool  # how long it takes hangs on others: on what a script wrote, on a client's answer, on the size of an upload
+    quick: bool  # only reads the database: a WorkerLimit lets few run at once
+    slow: bool  # its duration depends on others: on what a script wrote, a client's answer, the size of an upload
 
     def taken(self, place: str) -> list[Parameter]:
-        """Return the parameters of one place."""
+        """Return its parameters in one place: path, query, header or form."""
         return [parameter for parameter in self.takes if parameter.place == place]
 
     @property
@@ -1661,7 +1660,7 @@ def routes_of(mode: str) -> tuple[Route, ...]:
 
 
 def find_route(mode: str, method: str, path: str) -> Route:
-    """Return the route of a request; HttpError 404 or 405."""
+    """Return the route of a request. Raises HttpError 404 or 405."""
     wanted = "GET" if method == "HEAD" else method
     here = [found for found in routes_of(mode) if found.pattern.match(path)]
     for found in here:
@@ -1687,17 +1686,17 @@ def nearest_path(mode: str, path: str) -> str:
 
 
 def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a handler takes beside the request: the values of the declared path and query; HttpError 400 or 404."""
+    """Return the values of the declared parameters in path and query. Raises HttpError 400 or 404."""
     refuse_unknown(node, request, declared)
     texts = {"path": path, "query": request.query}
     return {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
 
 
 def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
-    """Refuse a parameter that the route does not declare, or that stands in the address twice; HttpError 400 names the nearest.
+    """Raise HttpError 400 for a query parameter that the route does not declare, or that is given twice.
 
-    If a filter were silently ignored, the caller would take the answer for what it asked. A server may send its client any
-    parameter: it may be newer, and ask for more than this version knows.
+    If a filter were silently ignored, the caller would misread the answer. A server may send its client any parameter: it may
+    be newer than the client.
     """
     if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
         return
@@ -1705,13 +1704,13 @@ def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
     for name, times in Counter(name for name, _ in request.query_pairs).items():
         shown = one_line(name, 80)
         if name not in known and any(parameter.name == name for parameter in declared.taken("form")):
-            raise HttpError(400, f"{shown} does not belong in the address: send it in the form, as in -F {shown}=...", shown)
+            raise HttpError(400, f"{shown} does not belong in the URL: send it in the form, as in -F {shown}=...", shown)
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
             raise HttpError(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
         if times > 1:
-            raise HttpError(400, f"{shown} stands in the address {times} times: give it once", shown)
+            raise HttpError(400, f"{shown} is in the URL {times} times: give it once", shown)
 
 
 MISSING_USER = "give the whole number of a user, as in -F user_id=1"
@@ -1741,10 +1740,10 @@ EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
     "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
-    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free place at a client for example",
+    "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free slot at a client for example",
     "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
     "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
-    "waiting_for": "it is next for a free place at a client for example",
+    "waiting_for": "it is next for a free slot at a client for example",
     "result": None, "attempts": [],
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
@@ -1772,7 +1771,7 @@ IDEMPOTENCY_KEY = Parameter(
     "Idempotency-Key",
     "header",
     "string",
-    "of your choice; a repeat with the same key answers the first answer and starts nothing",
+    "of your choice; a repeat with the same key gets the first answer and starts nothing",
     "run-2026-11-24-a",
     default="",
     longest=255,
@@ -1780,9 +1779,9 @@ IDEMPOTENCY_KEY = Parameter(
 
 
 def known_job(node: Node, request: Request, job_id: int) -> Job:
-    """Return a job by its id, as the caller of `request` may know of it; HttpError 404.
+    """Return a job that the caller of `request` may see. Raises HttpError 404.
 
-    Every route about one job finds it here, so that who owns it can be judged in one place.
+    All routes for one job find it here, so ownership can be checked in one place.
     """
     job = node.store.get(job_id)
     if job is None:
@@ -1791,7 +1790,7 @@ def known_job(node: Node, request: Request, job_id: int) -> Job:
 
 
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
-    """Return the job in JSON without its attempts, history and place in the queue: no further look at the database."""
+    """Return the job in JSON without attempts, history and queue position, which need further queries."""
     said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
     said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
     said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
@@ -1830,26 +1829,26 @@ def read_user(text: str) -> int:
 
 
 def read_after(text: str) -> str:
-    """Return the ids of the jobs that a new one is to follow, each once, with commas between."""
+    """Return the ids of the jobs that must be Completed first: sorted, each once, separated by commas."""
     ids = [each.strip() for each in text.split(",") if each.strip()]
     if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", each) for each in ids):
-        raise ValueError(f"give at most {AFTER_LIMIT} job ids with commas between, as in -F after=41,42")
+        raise ValueError(f"give at most {AFTER_LIMIT} job ids separated by commas, as in -F after=41,42")
     return ",".join(map(str, sorted(set(map(int, ids)))))
 
 
 RUN_TIME, MEMORY = r"^[0-9]+(\.[0-9]+)?[smhd]?$", r"^[0-9]+([KMGkmg]i?[Bb]?)?$"
-FORM_FILE = Parameter("file", "form", "file", "one or more files; the filename may be a relative path; run.sh is what runs", required=True)
+FORM_FILE = Parameter("file", "form", "file", "one or more files; a filename may be a relative path; run.sh is the script", required=True)
 FORM_FIELDS = {
     field.name: field
     for field in (
         Parameter(
-            "user_id", "form", "integer", "whose job it is", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
+            "user_id", "form", "integer", "the user who owns the job", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
         ),
         Parameter("service", "form", "string", "which service runs it", "example", True, default=""),
         Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob", longest=200),
-        Parameter("priority", "form", "integer", "among your own jobs the highest goes first", 0, least=-100, most=100, default=0),
+        Parameter("priority", "form", "integer", "of your own jobs, the highest priority runs first", 0, least=-100, most=100, default=0),
         Parameter(
-            "after", "form", "string", "ids of jobs of yours, commas between: it runs once all are Completed", "41",
+            "after", "form", "string", "ids of your jobs, separated by commas: it runs once all are Completed", "41",
             default="", read=read_after,
         ),
         Parameter(
@@ -1863,7 +1862,7 @@ FORM_FIELDS = {
 
 
 def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
-    """Refuse what no client of a service could ever run, where all of them have said how large they are; HttpError 400."""
+    """Raise HttpError 400 for a job that no client of a service could ever run, once all clients have reported their size."""
     links = server.links_of(service)
     if all(link.heard_at is not None for link in links):
         too_large = too_large_text(service.name, cpus, memory, server.capacities_of(links))
@@ -1873,7 +1872,7 @@ def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | 
 
 
 def named_service(server: Server, text: str) -> Service:
-    """Return the service that a caller names; HttpError 400 lists the known ones."""
+    """Return the service that a caller names. Raises HttpError 400 that lists the known ones."""
     service = server.services.get(text.lower())
     if service is None:
         known = ", ".join(sorted(server.services))
@@ -1882,7 +1881,7 @@ def named_service(server: Server, text: str) -> Service:
 
 
 def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
-    """Return the row for a received form; HttpError 400 names the first field that cannot be used."""
+    """Return the row for a received form. Raises HttpError 400 for the first invalid field."""
     given = read_all(FORM_FIELDS.values(), form.fields)
     if not given["service"]:
         known = ", ".join(sorted(server.services))
@@ -1897,7 +1896,7 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     if limit_s is not None and most_s is not None and limit_s > most_s:
         raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
     files = sorted((file.path, file.size, file.sha256) for file in form.files)
-    said = json.dumps([sorted(form.fields.items()), files]).encode()  # whatever the boundary and order of the form
+    said = json.dumps([sorted(form.fields.items()), files]).encode()  # independent of the form's boundary and order
     return NewJob(
         uuid=job_uuid,
         user_id=given["user_id"],
@@ -1920,7 +1919,7 @@ BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of S
 
 
 def batch_line_warnings(script: Path) -> list[str]:
-    """Return a sentence on lines of a run.sh that a batch system would read, and nobody reads here."""
+    """Return a warning about lines of a run.sh that are meant for a batch system, which joborch ignores."""
     try:
         with open_regular(script) as file:
             words = BATCH_LINE.findall(file.read(64 * KIB))
@@ -1929,14 +1928,14 @@ def batch_line_warnings(script: Path) -> list[str]:
     if not words:
         return []
     which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
-    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which nobody reads here"
+    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which joborch ignores"
     fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
-    return [f"{text}: {fields}; partition, account and the like are settings of the client, as SERVICE_<NAME>_SLURM_PARTITION"]
+    return [f"{text}: {fields}; partition, account and the like are settings of the client, such as SERVICE_<NAME>_SLURM_PARTITION"]
 
 
 @contextlib.contextmanager
 def receiving(node: Node, folder: Path, key: str) -> Iterator[None]:
-    """Make `folder` for an upload; whatever fails inside leaves nothing behind."""
+    """Create `folder` for an upload, and remove it if the block fails."""
     node.data.receiving.add(key)
     try:
         folder.mkdir()
@@ -1959,7 +1958,7 @@ UPLOAD_GIVES = {
 
 @route("POST", "/upload", "server", who="caller", slow=True, takes=(FORM_FILE, *FORM_FIELDS.values(), IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
 def upload(server: Server, request: Request) -> Answer:
-    """Queue a job: send its files and say whose it is and which service runs it."""
+    """Queue a job: send its files, its user and its service."""
     key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
     job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
@@ -1984,26 +1983,26 @@ def upload(server: Server, request: Request) -> Answer:
         return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
     known = [FORM_FILE.name, *FORM_FIELDS]
     unknown = [name for name in form.fields if name not in known]
-    warnings = [f"field {one_line(name, 80)!r} is not known and was left out{nearest(name, known)}" for name in unknown]
+    warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
     warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
     said = {**job_json(server, job), "warnings": warnings}
-    server.wake("dispatch")  # last: two threads at once only take turns at the interpreter
+    server.wake("dispatch")  # last: in parallel it would only contend for the GIL
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
 
 def stored(server: Server, new: NewJob) -> Job:
-    """Store an uploaded job; HttpError 400 where it cannot follow what it names, 429 where its user has too many queued."""
+    """Store an uploaded job. Raises HttpError 400 if it cannot follow the jobs in `after`, 429 if its user has too many queued jobs."""
     try:
         return server.store.add(new, "uploaded", server.config.max_queued_per_user)
     except UnknownJob as error:
         raise HttpError(400, f"after: {error}", "after") from error
     except QueueFull as error:
-        message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have begun"
+        message = f"{error} (JOBORCH_MAX_QUEUED_PER_USER): send more when some of them have started"
         raise HttpError(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
 
 
 def earlier_job(server: Server, new: NewJob) -> Job | None:
-    """Return the job that an Idempotency-Key already stands for; HttpError 422 where it was another request."""
+    """Return the job of an Idempotency-Key that was used before. Raises HttpError 422 if that was another request."""
     if not new.idempotency_key:
         return None
     job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
@@ -2012,11 +2011,11 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     return job
 
 
-# == 8. Jobs ==  What a job is, has left, and waits for is shown to who may know of it; whoever may can terminate it.
+# == 8. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
-    """Open the result of an ended job; HttpError 500 where the disk has lost it."""
+    """Open the result of an ended job. Raises HttpError 500 if the file is missing."""
     try:
         file = open(server.data.result(job.mark), "rb")  # noqa: SIM115 - the web server closes it
     except FileNotFoundError as error:
@@ -2037,7 +2036,7 @@ DOWNLOAD_GIVES = {
 
 @route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
 def download(server: Server, request: Request, job_id: int) -> Answer:
-    """Fetch the result of a job as a ZIP; HEAD asks for its state alone."""
+    """Fetch the result of a job as a ZIP. HEAD returns only the state."""
     job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
     if job.status is Status.COMPLETED:
@@ -2050,7 +2049,7 @@ def download(server: Server, request: Request, job_id: int) -> Answer:
     return Answer(job_json(server, job) if request.method == "GET" else {}, 202, headers)
 
 
-AS_IT_STANDS = "the job as it stands: from its client while it runs, from the store once it ended, its inputs while it is queued"
+AS_IT_STANDS = "the job's current files: its inputs while it is queued, from its client while it runs, from the server when it has ended"
 
 
 @route(
@@ -2063,7 +2062,7 @@ AS_IT_STANDS = "the job as it stands: from its client while it runs, from the st
     gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
 )
 def download_partial(server: Server, request: Request, job_id: int) -> Answer:
-    """Fetch a job as it stands, failed ones too: work folder and, below .joborch/, its output."""
+    """Fetch the current files of a job, also of a failed one: the work folder and, below .joborch/, its output."""
     job = known_job(server, request, job_id)
     headers = {"X-Job-Status": job.status.value}
     if job.status is Status.CLEANED:
@@ -2078,7 +2077,7 @@ def download_partial(server: Server, request: Request, job_id: int) -> Answer:
 
 
 def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
-    """Pack the inputs of a job that has not come to a client; HttpError 503 where others do so, or the caller has left."""
+    """Pack the inputs of a job that is not at a client. Raises HttpError 503 if too many are being packed, or if the caller left."""
 
     def fill(packer: ZipPacker) -> None:
         packer.wanted = lambda: not request.left()
@@ -2086,7 +2085,7 @@ def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
 
     with server.pack_places.place() as free:
         if not free:
-            raise HttpError(503, "many archives are packed just now: come again", Retry_After="5")
+            raise HttpError(503, "many archives are being packed: try again", Retry_After="5")
         try:
             return packed(server.data.spool, job.created_at, fill)
         except GivenUp as error:
@@ -2094,7 +2093,7 @@ def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
 
 
 def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
-    """Fetch a running job as it stands from its client; HttpError 503 where that is not possible now."""
+    """Fetch the current files of a running job from its client. Raises HttpError 503 if that is not possible now."""
     spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
     into = result_transfer(server.config, spool)
     try:
@@ -2103,7 +2102,7 @@ def running_archive(server: Server, request: Request, link: Link, job: Job) -> A
                 link.fetch(job, into, partial=True, unwanted=unwanted)
                 break
             if request.left() or time.monotonic() > deadline or server.stopping.wait(PACK_GLANCE_S):
-                raise NotPacked("still packs what is there: come again")
+                raise NotPacked("is still packing the files: try again")
     except (NothingSent, NoAnswer, Gone, ResultTooLarge) as error:
         spool.close()
         said = f"{link.name}: {error}" if isinstance(error, ResultTooLarge) else f"{link.name} {error}"
@@ -2117,15 +2116,15 @@ def running_archive(server: Server, request: Request, link: Link, job: Job) -> A
 
 @contextlib.contextmanager
 def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[], bool]]:
-    """Hold one of the few places for a call to a client on behalf of a caller; yield how to tell that it is of no use any more.
+    """Take one of the few places for calls to a client on behalf of a caller; yield a function that tells if the call is useless now.
 
-    HttpError 503, at once, if the client does not answer or all places are taken: a client that hangs holds few threads.
+    Raises HttpError 503 at once if the client does not answer or all places are taken: a hanging client must block few threads.
     """
     if link.outage.failures:
         raise HttpError(503, f"{link.name} {link.outage.reason}", Retry_After=str(COME_AGAIN_S))
     with link.callers.place() as here, server.callers.place() if here else contextlib.nullcontext(False) as anywhere:
         if not (here and anywhere):
-            raise HttpError(503, f"other callers already wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
+            raise HttpError(503, f"too many callers wait for {link.name}: try again", Retry_After=str(COME_AGAIN_S))
         yield lambda: request.left() or bool(link.outage.failures) or server.stopping.is_set()
 
 
@@ -2133,7 +2132,7 @@ STATUS_NAMES = tuple(status.value for status in Status)
 
 
 def read_wait(text: str) -> float:
-    """Return how many seconds a caller wants to wait, WAIT_LIMIT_S at most."""
+    """Return how long a caller wants to wait, in seconds; at most WAIT_LIMIT_S."""
     if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
         raise ValueError("give seconds, as in wait=30")
     return min(float(text), WAIT_LIMIT_S)
@@ -2147,7 +2146,7 @@ def read_since(text: str) -> frozenset[str]:
             all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
             close = nearest(name.capitalize(), STATUS_NAMES)
             raise HttpError(
-                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several with commas between", "since"
+                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several separated by commas", "since"
             )
     return frozenset(names)
 
@@ -2156,7 +2155,7 @@ WAIT = Parameter(
     "wait",
     "query",
     "number",
-    "wait until the job has ended, for this many seconds at most; more than 45 count as 45",
+    "wait until the job has ended, for at most this many seconds; values above 45 count as 45",
     30,
     least=0,
     default=0.0,
@@ -2166,7 +2165,7 @@ SINCE = Parameter(
     "since",
     "query",
     "string",
-    "with `wait`: the status you know, or several with commas between; the answer comes once it is none of them",
+    "with `wait`: the status you know, or several separated by commas; the answer comes when the status is another",
     "Queued,Processing",
     pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
     default=frozenset(status.value for status in Status if status not in OVER),
@@ -2188,7 +2187,7 @@ def show_job(server: Server, request: Request, job_id: int, wait: float, since: 
     job = known_job(server, request, job_id)
     if wait and job.status.value in since:
         with server.waiters.place() as parked:
-            if not parked:  # without the parts that cost a further look: those who come again must not starve the others
+            if not parked:  # omit what needs more queries: callers that poll must not starve the others
                 headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
                 return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
             server.wait_until(lambda: status_other_than(server, job.id, since), wait, request.left, job.id)
@@ -2197,7 +2196,7 @@ def show_job(server: Server, request: Request, job_id: int, wait: float, since: 
 
 
 def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
-    """Return a job's status if it is none of `known`; an empty text if the row is gone."""
+    """Return a job's status if it is not in `known`, else None; an empty text if the row is gone."""
     rows = server.store.read(JOB_STATUS, id=job_id)
     if not rows:
         return ""
@@ -2205,10 +2204,10 @@ def status_other_than(server: Server, job_id: int, known: Collection[str]) -> st
 
 
 LIST_FILTERS = (
-    Parameter("user_id", "query", "integer", "jobs of this user alone", 1, least=SMALLEST, most=BIGGEST),
-    Parameter("service", "query", "string", "jobs of this service alone", "example"),
-    Parameter("status", "query", "string", "jobs in this state alone, or cleaned and ended so", "Running", choices=STATUS_NAMES),
-    Parameter("limit", "query", "integer", "how many at most", 100, least=1, most=1000, default=100),
+    Parameter("user_id", "query", "integer", "only jobs of this user", 1, least=SMALLEST, most=BIGGEST),
+    Parameter("service", "query", "string", "only jobs of this service", "example"),
+    Parameter("status", "query", "string", "only jobs in this state, or cleaned jobs that ended in it", "Running", choices=STATUS_NAMES),
+    Parameter("limit", "query", "integer", "the most jobs to return", 100, least=1, most=1000, default=100),
     Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1, most=BIGGEST, default=BIGGEST),
 )
 PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
@@ -2226,19 +2225,21 @@ def list_jobs(
 
 
 TERMINATE_GIVES = {
-    200: Gives("nothing of it runs any more", JSON_TYPE, {"id": 42, "status": "Killed", "message": "terminated on request"}),
+    200: Gives("killed: none of its processes runs", JSON_TYPE, {"id": 42, "status": "Killed", "message": "terminated on request"}),
     202: Gives(
-        "its client is away", JSON_TYPE, {"id": 42, "status": "Unknown", "message": "it will be ended as soon as gpu1:9000 answers"}
+        "being stopped, or to be stopped when its client answers",
+        JSON_TYPE,
+        {"id": 42, "status": "Unknown", "message": "it will be stopped as soon as gpu1:9000 answers"},
     ),
     400: BAD,
     404: NOT_FOUND,
-    409: Gives("it had ended another way", JSON_TYPE, EXAMPLE_JOB),
+    409: Gives("it had already ended in another state", JSON_TYPE, EXAMPLE_JOB),
 }
 
 
 @route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
 def terminate(server: Server, request: Request, job_id: int) -> Answer:
-    """End a job, in whatever state it is; repeating it is harmless."""
+    """Stop a job in any state. It may be repeated."""
     job = known_job(server, request, job_id)
     if job.status not in OVER:
         server.store.request_kill(job.id, Cause.CANCELLED)
@@ -2254,14 +2255,14 @@ def terminate(server: Server, request: Request, job_id: int) -> Answer:
     if job.status in OVER:
         return Answer(job_json(server, job), 409, {"X-Job-Status": job.status.value})
     link = server.links.get(job.client or "")
-    message = f"it will be ended as soon as {job.client} answers" if job.client else "it will be ended before it is sent"
+    message = f"it will be stopped as soon as {job.client} answers" if job.client else "it will be stopped before it is sent"
     if link is not None and not link.outage.reason:
-        message = link.notes.get(job.id) or f"{job.client} is ending it"
+        message = link.notes.get(job.id) or f"{job.client} is stopping it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
-    """Have a client end a job, and wait for that as long as the client answers; one that does not is tried once, at once."""
+    """Ask a client to stop a job, and wait for that as long as the client answers. A client that does not is tried once."""
     with server.places.place() as parked:
         link = server.links.get(job.client or "")
         if link is not None and link.outage.failures and parked:
@@ -2279,7 +2280,7 @@ def wait_for_end(server: Server, request: Request, job: Job) -> None:
 
 
 def try_now(server: Server, request: Request, link: Link) -> None:
-    """Try a client now that is held back after a failure, and wait a moment for what comes of it."""
+    """Call a client now, despite its back-off, and wait briefly for the outcome."""
     failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
     link.try_at = server.clock.monotonic()
     server.wake(f"get:{link.name}")
@@ -2289,12 +2290,12 @@ def try_now(server: Server, request: Request, link: Link) -> None:
 
 
 def over_or_queued(server: Server, job_id: int) -> Job | None:
-    """Return a job that is with no client any more, else None."""
+    """Return the job if it is no longer at a client, else None."""
     job = server.store.get(job_id)
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 9. Site routes ==  What a site's operators see and set: services, clients, and the weights of users.
+# == 9. Site routes ==  Routes for operators: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -2310,28 +2311,28 @@ EXAMPLE_USER = {
     "services": [{"name": "example", "used_slot_s": 42.5, "runs": 17, "mean_run_s": 2.5, "running": 1, "turns_before": 0}],
 }  # fmt: skip
 SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
-CLIENTS = Gives("clients, and why one is held back", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
-ONE_CLIENT = Gives("the client as it stands now", JSON_TYPE, EXAMPLE_CLIENT)
+CLIENTS = Gives("clients, and why one gets no jobs", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
+ONE_CLIENT = Gives("the client", JSON_TYPE, EXAMPLE_CLIENT)
 NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
-ONE_USER = Gives("a user's weight, and what it is set against", JSON_TYPE, EXAMPLE_USER)
+ONE_USER = Gives("a user's weight, jobs and use", JSON_TYPE, EXAMPLE_USER)
 CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
-USER_ID = Parameter("user_id", "path", "integer", "whose", 7, required=True, least=SMALLEST, most=BIGGEST)
+USER_ID = Parameter("user_id", "path", "integer", "the user's number", 7, required=True, least=SMALLEST, most=BIGGEST)
 WEIGHT = Parameter(
     "weight",
     "query",
     "number",
-    "how large this user's share is, 1 being the usual",
+    "how large this user's share is; the default is 1",
     2,
     required=True,
     least=0.001,
     most=1_000_000,
-    missing="give it in the address, as in PUT /users/7?weight=2",
+    missing="give it in the URL, as in PUT /users/7?weight=2",
     read=read_weight,
 )
 
 
 def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
-    """Return clients in JSON, with why each gets no jobs now."""
+    """Return clients in JSON. `trouble` says why a client gets no jobs now."""
     busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
     said = []
     for link, place in zip(links, server.capacities_of(links)):
@@ -2351,7 +2352,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
 
 @route("GET", "/services", "server", who="caller", gives={200: SERVICES}, quick=True)
 def show_services(server: Server, request: Request) -> Answer:
-    """Show the services: policy, limits, how much of them is in use, how much is queued (to 10,000), and their clients."""
+    """Show the services: policy, limits, running and queued jobs (counted up to 10,000), and their clients."""
     said = []
     for service in server.services.values():
         mean_s, name = mean_run_s(server, service), service.name
@@ -2366,12 +2367,12 @@ def show_services(server: Server, request: Request) -> Answer:
 
 @route("GET", "/clients", "server", who="caller", gives={200: CLIENTS}, quick=True)
 def show_clients(server: Server, request: Request) -> Answer:
-    """Show the clients: slots, memory, load, what they run, and why one is held back."""
+    """Show the clients: slots, memory, load, jobs, and why one gets no jobs."""
     return Answer({"clients": clients_json(server, [*server.links.values()])})
 
 
 def drain_client(server: Server, name: str, drained: bool) -> Answer:
-    """Have a client get no more jobs, or some again; HttpError 404 lists the known ones."""
+    """Stop or resume sending jobs to a client. Raises HttpError 404 that lists the known ones."""
     link = server.links.get(name)
     if link is None:
         raise HttpError(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
@@ -2383,7 +2384,7 @@ def drain_client(server: Server, name: str, drained: bool) -> Answer:
 
 @route("POST", "/clients/<name:path>/drain", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
 def drain(server: Server, request: Request, name: str) -> Answer:
-    """Send a client no more jobs, until it is resumed; those that it has go on. A restart of the server does not change it."""
+    """Send a client no more jobs until it is resumed, also after a restart of the server. Its present jobs keep running."""
     return drain_client(server, name, True)
 
 
@@ -2394,7 +2395,7 @@ def resume(server: Server, request: Request, name: str) -> Answer:
 
 
 def user_answer(server: Server, user_id: int) -> Answer:
-    """Return what a user's turns depend on."""
+    """Return what decides when a user's jobs run."""
     services = []
     for row in server.store.read(USAGE_OF_USER, user_id=user_id):
         pair = {"service": row["service"], "user_id": user_id}
@@ -2413,19 +2414,19 @@ def user_answer(server: Server, user_id: int) -> Answer:
 
 @route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
 def show_user(server: Server, request: Request, user_id: int) -> Answer:
-    """Show a user's weight, what is queued, and what was used of each service as it counts now."""
+    """Show a user's weight, queued jobs, and use of each service as it counts now."""
     return user_answer(server, user_id)
 
 
 @route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
-    """Set a user's weight: with twice the weight, twice the share. It overrides JOBORCH_WEIGHTS."""
+    """Set a user's weight: twice the weight means twice the share. It overrides JOBORCH_WEIGHTS."""
     server.store.set_weight(user_id, weight)
     server.wake("dispatch")
     return user_answer(server, user_id)
 
 
-# == 10. Server ==  It sends jobs; each tick moves jobs on by what the Store says and a client answers.
+# == 10. Server ==  The server claims jobs and sends them. Its ticks move jobs on by the Store and by what clients answer.
 
 
 class Server(Node):
@@ -2435,8 +2436,8 @@ class Server(Node):
         super().__init__(config, store, data, clock)
         self.services = config.services
         self.links: dict[str, Link] = {}
-        self.callers = WaiterLimit(CALLS_IN_ALL)  # places for calls to clients on behalf of callers
-        self.claims: dict[str, tuple[str, str]] = {}  # by mark: a client that has it too, and its payload's id there; see `sort_claim`
+        self.callers = WaiterLimit(CALLS_IN_ALL)  # for calls to clients on behalf of callers
+        self.claims: dict[str, tuple[str, str]] = {}  # by mark: another client that also has it, and its payload id there; see `sort_claim`
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
             for address in service.addresses:
@@ -2450,7 +2451,7 @@ class Server(Node):
                 self.links[row["client"]].drained = True
 
     def service(self, job: Job) -> Service:
-        """Return the service of a job; one that is not configured any more has the default limits."""
+        """Return the service of a job, with default limits if it is no longer configured."""
         name = job.service or ""
         return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
 
@@ -2458,15 +2459,15 @@ class Server(Node):
         return [self.links[address.name] for address in service.addresses]
 
     def troubles(self, service: Service) -> dict[str, str]:
-        """Return why each client of a service gets no jobs now, by name; an empty text if it gets some."""
+        """Return why each client of a service gets no jobs now, by name; empty if it gets jobs."""
         return {link.name: link.why_not() for link in self.links_of(service)}
 
     def names_of(self, link: Link) -> list[Link]:
-        """Return the links that lead to the same client, this one first."""
+        """Return all links to the same client, this one first."""
         return [link, *(other for other in self.links.values() if other is not link and other.client == link.client)]
 
     def capacities_of(self, links: Iterable[Link]) -> list[ClientCapacity]:
-        """Return clients as the scheduler sees them now; two URLs of one client have the same slots."""
+        """Return clients as the scheduler sees them now. Two URLs of one client share its slots."""
         # Read before what has ended: see count_no_more.
         busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
         by_client: dict[str, list[Link]] = {}
@@ -2480,7 +2481,7 @@ class Server(Node):
         return places
 
     def drain(self, link: Link, drained: bool) -> None:
-        """Note durably that a client, under all its names, gets no more jobs, or gets some again."""
+        """Store that a client, under all its names, gets no more jobs, or gets jobs again."""
         links = self.names_of(link)
         sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
         self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
@@ -2489,10 +2490,10 @@ class Server(Node):
 
 
 def dispatch_tick(server: Server) -> bool:
-    """Claim the next job for the client that the scheduler chose; True if there was one.
+    """Claim the next job for the client that the scheduler chose. Return whether there was one.
 
-    One thread does it for all clients, so that each choice sees those before it. A client has senders of its own, and gets
-    a job only while one of them is free: one that hangs holds nobody up.
+    One thread does this for all clients, so each choice sees the earlier ones. Each client has separate senders and gets a
+    job only if one of them is free, so a client that hangs delays no other.
     """
     chosen = next_placement(server)
     if chosen is None:
@@ -2515,7 +2516,7 @@ def dispatch_tick(server: Server) -> bool:
 
 
 def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the next job and the client that gets it; None if nothing can be sent now."""
+    """Return the next job and the client that gets it, or None if nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
@@ -2539,16 +2540,16 @@ def one_each(links: Iterable[Link]) -> dict[str, Link]:
 
 
 def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
-    """Return the URL by which a service reaches the client that is to get its job."""
+    """Return the link by which a service reaches the chosen client."""
     chosen = server.links[place.name]
     links = server.links_of(server.services[head.service])
     return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the queue of a service; None if it is empty, or if the service runs as many jobs as it may.
+    """Return the queue of a service, or None if it is empty or the service is at its limit.
 
-    `names` are the clients that can be sent to, and what the scheduler calls each: by one name, however many it has.
+    `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
     """
     first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1)
     if not first:
@@ -2563,7 +2564,7 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
 
 
 def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
-    """Yield each user's next job, in the order of their turns. All but the first are read only if the first cannot be sent."""
+    """Yield each user's next job, in the order of their turns. Read the others only if the first cannot be sent."""
     yield candidate_of(service, first)
     for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
         yield candidate_of(service, row)
@@ -2575,13 +2576,13 @@ def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
-    """Return how long the last runs of a service took on average; None if there were none."""
+    """Return the mean length of a service's last runs in seconds, or None if there were none."""
     rows = server.store.read(PACE_GET, service=service.name)
     return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
 
 
 def runs_at(server: Server, client: str) -> list[Run]:
-    """Return what runs at a client; a time limit begins when the run does."""
+    """Return what runs at a client. A time limit counts from the start of the run."""
     runs = []
     for link in server.names_of(server.links[client]):
         for job in server.store.jobs(AT_CLIENT, client=link.name):
@@ -2592,7 +2593,7 @@ def runs_at(server: Server, client: str) -> list[Run]:
 
 
 def send_tick(server: Server, link: Link) -> bool:
-    """Send one job to one client; True if there was one."""
+    """Send one job to one client. Return whether there was one."""
     job = next_to_send(server, link)
     if job is None:
         probe_tick(server, link)
@@ -2610,9 +2611,9 @@ def send_tick(server: Server, link: Link) -> bool:
 
 
 def probe_tick(server: Server, link: Link) -> None:
-    """Ask a client that failed whether it answers: what waits stays Queued until it does, and needs no job to find that out.
+    """Ask a client that failed whether it answers again, without risking a job for that.
 
-    Its poll asks, too; but after a submit that failed it may still wait for news, and not know for a while.
+    `get_tick` would notice, too, but its long poll may have begun before the failure and still wait.
     """
     if link.heard_at is None or link.answers or link.outage.waits():
         return
@@ -2621,7 +2622,7 @@ def probe_tick(server: Server, link: Link) -> None:
 
 
 def next_to_send(server: Server, link: Link) -> Job | None:
-    """Return a job to send: one that was claimed for this client, else one that a lost answer ties to it."""
+    """Return a job to send: one that was claimed for this client, or else one that a lost answer ties to it."""
     with contextlib.suppress(IndexError):
         return link.outbox.popleft()
     if not link.ready():
@@ -2636,14 +2637,14 @@ def next_to_send(server: Server, link: Link) -> Job | None:
             due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
             if due:
                 link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
-                link.sending.add(job.id)  # it takes a sender like every other
+                link.sending.add(job.id)  # it occupies a sender, like any other job
         if due:
             return job
     return None
 
 
 def send_job(server: Server, link: Link, job: Job) -> None:
-    """Send a claimed job, and store the outcome."""
+    """Send a claimed job and store the outcome."""
     folder = server.data.job(job.uuid)
     try:
         paths = files_below(folder)
@@ -2680,7 +2681,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 
 
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
-    """The client certainly did not get the job: wait before sending it more, and queue the job again unless it is pinned there."""
+    """The client certainly did not get the job: pause submits to it, and queue the job again unless it is tied to this client."""
     if isinstance(error, Refused):
         link.refused(error)
     else:
@@ -2709,7 +2710,7 @@ def store_accepted(server: Server, link: Link, job: Job, dest_id: str) -> None:
 
 
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
-    """Bytes went out and no answer came: stay with this client under the same key, or give up the attempt.
+    """Bytes were sent and no answer came: send the job to this client again under the same attempt key.
 
     If the client knows no keys, asking again could run it twice, so the attempt is given up and the next is a new one.
     """
@@ -2725,7 +2726,7 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to its end from whatever busy state it is in by now, unless it is over or at another attempt."""
+    """Move a job to an end state from its current busy state, unless it has ended or is at another attempt."""
     current: Job | None = job
     while current is not None and current.status in BUSY and current.attempt == job.attempt:
         if server.store.move(current, to, reason, **changes):
@@ -2734,13 +2735,13 @@ def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) 
 
 
 def become_unknown(server: Server, job: Job, reason: str) -> None:
-    """Move a job to Unknown; the server keeps trying, so it recovers without help."""
+    """Move a job to Unknown. The server keeps trying, so the job recovers without help."""
     if job.status in (Status.SUBMITTED, Status.RUNNING):
         server.store.move(job, Status.UNKNOWN, Reason.TRIED_AGAIN.format(reason=reason))
 
 
 def payload_gone(server: Server, job: Job, reason: str) -> None:
-    """The client answers and does not know the payload: nothing of it runs any more."""
+    """The client answers but does not know the payload, so no process of it runs."""
     if job.kill_requested_at is not None and job.status is not Status.PROCESSING:
         server.store.move(job, Status.KILLED, Reason.KILLED_AND_GONE.format(reason=reason), cause=Cause.CANCELLED.value)
     else:
@@ -2759,21 +2760,21 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 11. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why somebody waits.
+# == 11. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why a job waits.
 
 NO_USE = float("-inf")  # log2(0)
 CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
 UNKNOWN_RUN_S = 60.0  # charged in advance for a run when the service has no earlier runs
-TURN_S = 0.001  # the least that a turn costs: even jobs that take no time must not pass users who had no turn yet
+TURN_S = 0.001  # the least cost of a turn: even jobs that take no time must not pass users who had no turn yet
 TURNS_VERSION = 2  # of the ranking rules: stored ranks of another version are recomputed
-TURNING_S = 1.0  # nothing is sent ahead to a client that finished no run for this long
+TURNING_S = 1.0  # no job is sent ahead to a client that finished no run for this long
 HANDOVER_S = 0.2  # how much work may queue at a client, so that its slots do not idle between two jobs
 FULL_QUEUE_RETRY_S = 60
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Everything else that turns depend on, apart from the rows and the services."""
+    """What turns depend on, apart from the rows and the services."""
 
     half_life_s: float = 6 * 3600.0
     ageing_s: float = 60.0
@@ -2919,7 +2920,7 @@ class ClientCapacity(NamedTuple):
     free_memory: int | None = None
     load: float = 0.0  # percent
     failed_s_ago: float = float("inf")
-    turning: bool = False  # a run ended there a moment ago
+    turning: bool = False  # a run ended there less than TURNING_S ago
     queues: bool = False  # a 2.2 client: it does not report its slots, and queues jobs by itself
     taken: int = 0  # slots of all its jobs, including those that have ended
     job_slots: bool = False  # it feeds a batch system: one slot holds one job, whatever number of cores it needs
@@ -2933,10 +2934,10 @@ class ClientCapacity(NamedTuple):
         return self.queues or (self.wanted(cpus) <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
 
     def room(self, run_s: float | None, cpus: int = 1) -> int:
-        """Return how many slots may be promised to a job: the free ones, and for short runs a few more, so that none idles.
+        """Return how many slots a job may use: the free ones, and for short runs a few more, so that no slot idles.
 
-        The jobs sent ahead amount to HANDOVER_S of work at most, so a newcomer's job is delayed by no more than that. Nothing
-        is sent ahead if no run ended lately, and no job that needs several slots at once: both could wait there for long.
+        Jobs sent ahead amount to at most HANDOVER_S of work, so they delay a newcomer's job no longer. Nothing is sent ahead if
+        no run ended lately, nor a job that needs several slots at once: both could wait there for long.
         """
         if self.queues:
             return 1 << 30
@@ -2958,7 +2959,7 @@ class Run(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """A client that is held for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
+    """A client that is reserved for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
 
     until: float  # steady; the latest start of the wide job, infinity if unknown
     cpus: int
@@ -2971,9 +2972,9 @@ class Reservation(NamedTuple):
 
 
 def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run]) -> Reservation:
-    """Return when a client will have room for a job at the latest, and what remains to spare.
+    """Return the latest time at which a client will have room for a job, and what else will be free then.
 
-    Nothing is to spare if that depends on a run without a time limit: everything that becomes free is kept for the job.
+    If that depends on a run without a time limit, nothing else is free: everything that becomes free is kept for the job.
     """
     wanted, free, until = client.wanted(candidate.cpus), client.free, 0.0
     memory = float("inf") if client.free_memory is None else float(client.free_memory)
@@ -3000,8 +3001,8 @@ def choose(
 ) -> tuple[Candidate, ClientCapacity] | None:
     """Return the next job and the client that gets it, or None if nothing can be sent now.
 
-    The service with the smallest part of its limit in use goes first; within a service, turns decide. The first job that is
-    too wide for the free slots reserves the client that can start it earliest; other jobs pass it only if they do not delay it.
+    The service that uses the smallest part of its limit goes first; within a service, turns decide. The first job that is too
+    wide for the free slots reserves the client that can start it earliest; other jobs pass it only if they do not delay it.
     """
     reserved: dict[str, Reservation] = {}
     for queue in sorted(queues, key=lambda queue: queue.busy):
@@ -3076,7 +3077,7 @@ def too_large_text(service: str, cpus: int, memory: int | None, places: Collecti
 
 
 def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], places: Collection[ClientCapacity]) -> str:
-    """Return one sentence on what a queued job waits for.
+    """Return what a queued job waits for, as one sentence.
 
     `troubles` says, by client, why it takes no jobs now (empty if it does); `places` are the clients that do.
     """
@@ -3100,9 +3101,9 @@ def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], pl
         return f"it waits for its turn: {facts.before()}"
     if places and not any(place.queues or place.free >= place.wanted(facts.cpus) for place in places):
         best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory), place.free))
-        has = f"{best.name} has {max(0, best.free)} of {best.slots} free, and holds freed slots for it"
+        has = f"{best.name} has {max(0, best.free)} of {best.slots} free and reserves freed slots for it"
         return f"it needs {needs(facts.cpus, None)} at once: {has}"
-    return f"it is next for a free place at a client for {service}"
+    return f"it is next for a free slot at a client for {service}"
 
 
 def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) -> float:
@@ -3119,7 +3120,7 @@ def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) 
     return max(rounds, own_rounds) * run_s
 
 
-# == 12. Links ==  How the server calls a client. Every call has time-outs, and its error says what the client may have received.
+# == 12. Links ==  The server's calls to a client. Every call has time-outs, and its error says what the client may have received.
 
 
 class Link:
@@ -3129,13 +3130,13 @@ class Link:
         self.address, self.data, self.clock, self.ca_file, self.name = address, data, clock, ca_file, address.name
         self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
         self.sessions: dict[str, Session | None] = {}  # by token; None: calls carry no proof
-        self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove who it is
+        self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove its identity
         self.services: list[Service] = []
         self.connections, self.lock = Connections(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as the client reports; MiB, percent
         self.job_slots = False  # a job takes one slot there, whatever its number of cores
         self.notes: dict[int, str] = {}  # by job id: what a payload waits for, as the client reports
-        self.ours = False  # an answer had the joborch header
+        self.ours = False  # it is joborch: an answer had its header
         self.protocol: ClientProtocol = (ClientProtocol if address.base_url else load_plugin("compat22").Protocol22)(self)
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
@@ -3150,8 +3151,8 @@ class Link:
         self.instance, self.since = "", 0
         self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
-        self.met = self.relist = False  # its instance was compared with those of the others; its whole list is to be asked for again
-        self.undecided: set[int] = set()  # ids of jobs that it reports as its own, and that are decided after another client's list
+        self.met = self.relist = False  # its instance was compared with the others' instances; its whole list must be requested again
+        self.undecided: set[int] = set()  # ids of jobs that two clients report: decided when both lists are complete
         self.ended: dict[int, EndReport] = {}  # by job id
         self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
         self.listed: set[int] | None = None  # job ids that a first contact has listed so far; None if none is under way
@@ -3161,12 +3162,12 @@ class Link:
         self.outbox: deque[Job] = deque()  # claimed for it, and not yet taken by a sender
         self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
         self.accepted: dict[str, str] = {}  # payload ids by mark, until they are stored
-        self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server gave up, but that still run here
+        self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server replaced, but that still run here
         self.may_have_pinned = True  # some jobs may be tied to this client by a lost answer, or by a crash during their submit
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
 
     def token(self, service: str | None = None) -> str:
-        """Return the token that this client must have: the service's own, or else the one that this user's client made.
+        """Return the token that this client must have: the one set for the service, or else the one in this user's token file.
 
         Without a service name, any service's token will do. The token file is only used for a client on this machine.
         """
@@ -3187,7 +3188,7 @@ class Link:
         return {service.name: service.token for service in self.services}
 
     def may_be_22(self) -> bool:
-        """Tell whether all its services allow a 2.2 client, which cannot prove who it is."""
+        """Tell whether all its services allow a 2.2 client, which cannot prove its identity."""
         return bool(self.services) and all(service.peer == "2.2" for service in self.services)
 
     def remedy(self, setting: str, lacking: Callable[[Service], bool]) -> str:
@@ -3201,11 +3202,11 @@ class Link:
         return f"instance {self.instance}" if self.protocol.has_events and self.instance and not self.copy_of else self.name
 
     def is_heard(self) -> bool:
-        """Tell whether it has answered, and has not failed since."""
+        """Tell whether it has answered and not failed since."""
         return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
-        """Tell whether its list of payloads is complete, or waiting would not complete it."""
+        """Tell whether its list of payloads is complete, or waiting for it is useless."""
         if self.protocol.has_events and self.is_heard():
             return self.since > 0 and self.listed is None
         return not self.protocol.has_events or self.silent_s() > SILENT_AFTER_S
@@ -3217,10 +3218,10 @@ class Link:
         return self.heard_at is None or self.outage.waits()
 
     def heard(self) -> None:
-        """Note that the client answered: whatever waits for it is due at once."""
+        """Note that the client answered. Everything that waits for it is due at once."""
         if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
-            with self.lock:  # no retry waits longer now that the client is back
+            with self.lock:
                 self.resend_due.clear()
                 self.kill_due.clear()
                 for found in self.ended.values():
@@ -3230,7 +3231,7 @@ class Link:
         self.answers, self.try_at = True, float("inf")
 
     def failed(self, error: object) -> None:
-        """Hold the client back, longer after each failure in a row. Calls that fail in the meantime count as the same failure."""
+        """Pause calls to the client, longer after each failure in a row. Calls that fail during the pause do not count again."""
         text = one_line(str(error))
         if text != self.outage.reason:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
@@ -3254,7 +3255,7 @@ class Link:
         return self.answers
 
     def refused(self, error: object) -> None:
-        """Send it nothing for a while, longer after each refusal in a row: it answers, but accepts no jobs."""
+        """Pause submits to a client that answers but refuses jobs, longer after each refusal in a row."""
         self.refusal.failed(one_line(str(error)))
         self.probing = True
 
@@ -3279,27 +3280,27 @@ class Link:
     def why_not(self) -> str:
         """Return why it gets no jobs now, as the end of a sentence; empty if it gets jobs."""
         if self.drained:
-            return "is drained: somebody asked that it gets no more jobs"
+            return "is drained: an operator stopped new jobs for it"
         if self.copy_of:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
             return ""
         if self.outage.reason:
             return f"{self.outage.reason} ({format_duration(self.silent_s())} ago)"
-        return self.problem or self.refusal.reason or "was not asked yet"
+        return self.problem or self.refusal.reason or "has not been called yet"
 
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
     def reports(self) -> list[EndReport]:
-        """Return the payloads that are over here, and whose results are still to be collected."""
+        """Return the payloads that have ended here and whose results are not collected yet."""
         with self.lock:
             return list(self.ended.values())
 
     def capacity(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> ClientCapacity:
         """Return its capacity for the scheduler, given the sums of cores, memory (MiB) and jobs that it has.
 
-        Payloads that are over, and wait to be fetched, take none. `others` are further URLs of the same client: their jobs count, too.
+        Payloads that have ended and wait to be fetched use none. `others` are further URLs of the same client; their jobs count, too.
         """
         ended = [found for link in (self, *others) for found in link.reports()]
         free = self.slots - (jobs if self.job_slots else cpus)
@@ -3310,15 +3311,15 @@ class Link:
         state = (self.load, now - self.failed_at, turning, not self.protocol.has_events)
         return ClientCapacity(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
 
-    # -- what its words may fill --
+    # -- limits on what it sends --
 
     def confirm(self, payload_id: str | None) -> None:
-        """Let the next poll tell the client that it need not keep a result. What does not fit comes up again at a first contact."""
+        """Let the next poll tell the client that it need not keep a result. The rest is found again at a first contact."""
         if payload_id and len(self.confirmed_ids) < SETTLED_LIMIT:
             self.confirmed_ids.append(payload_id)
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
-        """Log what is odd about its answers, at most once a minute: a faulty client must not fill the log."""
+        """Log an oddity in its answers, at most once a minute: a faulty client must not fill the log."""
         if time.monotonic() >= self.quiet_until:
             self.quiet_until = time.monotonic() + 60
             log.log(level, "client %s %s", self.name, text)
@@ -3326,9 +3327,9 @@ class Link:
     # -- proof --
 
     def look(self, made: socket.socket) -> None:
-        """Raise NothingSent if a connection has reached another user of this machine, before the first byte is sent.
+        """Raise NothingSent if a connection leads to another user of this machine. Called before the first byte is sent.
 
-        If all its services have a token, the other user may know them, and has to prove it. A 2.2 client cannot.
+        If all its services have a token, the other user must prove that it knows it; a 2.2 client cannot.
         """
         try:
             port = made.getpeername()[1]
@@ -3341,17 +3342,17 @@ class Link:
         if is_own_user(uid) or by_mac:
             return
         self.sessions.clear()
-        whose = "does not answer to a user who can be told" if uid is None else f"belongs to the user {uid}"
+        whose = "belongs to an unknown user" if uid is None else f"belongs to the user {uid}"
         remedy = "set " + self.remedy("TOKEN", lambda service: not service.token) + " to its token"
         raise NothingSent(
-            f"is not called: its port {port} on this machine {whose}; end what listens there, "
-            f"or, if that user runs this client, {'let this user run it' if self.may_be_22() else remedy}"
+            f"is not called: its port {port} on this machine {whose}; stop the process that listens there, "
+            f"or, if that user runs this client, {'run it as this user' if self.may_be_22() else remedy}"
         )
 
     def session(self, service: str | None, patience_s: float = HELLO_TIMEOUT_S) -> Session | None:
-        """Return the session that proves calls for a service to this client; None if calls need no proof.
+        """Return the session whose proofs this client's calls need, or None if they need no proof.
 
-        Without a service name, any service's token will do. Raises NothingSent if the client can be called neither way.
+        Without a service name, any service's token will do. Raises NothingSent if the client must not be called.
         """
         if not self.protocol.can_prove and not self.may_be_22():
             raise NothingSent(self.no_joborch("it has no common base URL"))
@@ -3374,14 +3375,14 @@ class Link:
         return None
 
     def open_session(self, service: str | None, token: str, patience_s: float) -> Session | None:
-        """Ask who answers and let it prove itself, by calls that change nothing. Return None if it need not prove itself."""
+        """Open a session by calls that change nothing. Return None if the client need not prove its identity."""
         said = self.greet(patience_s)
         if said is None:
             return None
         is_set = bool(token) and token in self.set_tokens().values()
         if not token and not self.on_loopback and not self.may_be_22():
             setting = self.remedy("TOKEN", lambda each: each.name == service or (service is None and not each.token))
-            raise NothingSent(f"is not called, since nothing proves who it is: set {setting} to its token")
+            raise NothingSent(f"is not called, because it cannot prove its identity: set {setting} to its token")
         if not token or not (said["proof"] or is_set):
             return None  # without a token, on loopback, `look` has checked the user
         session, url = Session(token, said["nonce"]), f"{self.address.base_url}/hello"
@@ -3394,24 +3395,25 @@ class Link:
         return session
 
     def greet(self, patience_s: float) -> dict[str, Any] | None:
-        """Call /hello, which reveals nothing. Return a joborch client's answer, or None for a 2.2 client; else raise NothingSent."""
+        """Call /hello, which reveals no secret. Return a joborch client's answer, or None for a 2.2 client. Raises NothingSent."""
         answer = self.exchange("GET", f"{self.address.base_url}/hello", patience_s)
         version, text = one_line(answer.headers.get(OURS_HEADER, ""), 40), read_some(answer, 4 * KIB)
         self.outdated = version.startswith("0.1.") and answer.status == 404
         if version and answer.status == 404 and not self.outdated:
-            raise NothingSent("is joborch, and no client: is it a server? Look at SERVICE_<NAME>_CLIENTS")
+            raise NothingSent("is not a joborch client, but perhaps a joborch server: correct SERVICE_<NAME>_CLIENTS")
         if self.outdated:
             self.silent_since = self.clock.monotonic()  # it answers, so its jobs are not lost
             raise NothingSent(
-                f"runs joborch {version}, which cannot prove who it is: replace its joborch.pyz by version {__version__}; its jobs wait"
+                f"runs joborch {version}, which cannot prove its identity: replace its joborch.pyz by version {__version__}; its jobs wait"
             )
         if version:
             self.ours = True
             return read_hello(answer.status, text)
         if self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
-            raise NothingSent(f"did not answer: somebody else did in its place, with {answer.status}")
+            raise NothingSent(f"did not answer: another program answered in its place, with {answer.status}")
         if not 400 <= answer.status < 500:
-            raise NothingSent(refused_text(answer.status, text) if answer.status >= 500 else "answers rubbish: is it a joborch client?")
+            foreign = "sends an invalid answer: is it a joborch client?"
+            raise NothingSent(refused_text(answer.status, text) if answer.status >= 500 else foreign)
         if not self.may_be_22():
             raise NothingSent(self.no_joborch(f"it answered {answer.status} to /hello"))
         self.protocol = load_plugin("compat22").Protocol22(self)
@@ -3419,26 +3421,26 @@ class Link:
         return None
 
     def no_joborch(self, why: str) -> str:
-        """Return the message about a client that cannot prove itself, but has to."""
+        """Return the message about a client that cannot prove its identity, but must."""
         setting = self.remedy("PEER", lambda service: service.peer != "2.2")
-        return f"cannot prove who it is, since {why}: set {setting}=2.2 if it is a 2.2 client"
+        return f"cannot prove its identity, because {why}: set {setting}=2.2 if it is a 2.2 client"
 
     def unproven(self, answer: Reply) -> str:
-        """Return the message about an answer that is not proven."""
+        """Return the message about an answer without a valid proof."""
         if OURS_HEADER in answer.headers and MAC_HEADER not in answer.headers:
-            why = "it asks for no token, and so cannot prove that it has this one: give it JOBORCH_TOKEN"
+            why = "it has no token, so it cannot prove that it knows this one: set JOBORCH_TOKEN there"
         else:
             why = "set SERVICE_<NAME>_TOKEN to this client's token, or find out who listens there"
-        what = f"somebody who does not know its token did in its place, with {answer.status}, or changed its answer"
+        what = f"a program without its token answered in its place, with {answer.status}, or changed its answer"
         return f"did not answer: {what}; {why}"
 
     def target_of(self, url: str) -> str:
-        """Return path and query of a URL as the client sees them, without the prefix that a gateway removes."""
+        """Return the path and query of a URL as the client sees them, without the prefix that a gateway removes."""
         base = self.address.base_url
         return url[len(base) :] if url.startswith(base) else "/" + url.partition("://")[2].partition("/")[2]
 
     def prove(self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any) -> tuple[Reply, bool]:
-        """Make one call with its proof. Return the answer, and whether it is proven; an unproven answer ends the session."""
+        """Make one call with a proof. Return the answer, and whether it is proven; an unproven answer closes the session."""
         headers = options.pop("headers", {})
         proof = session.proof(method, self.target_of(url))
         proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
@@ -3453,13 +3455,13 @@ class Link:
     def call(self, method: str, url: str, read_timeout_s: float = READ_TIMEOUT_S, *, service: str | None = None, **options: Any) -> Reply:
         """Make one call for a service and return its answer; the caller reads the body.
 
-        The call stops when the option `unwanted` returns True: nobody waits for the answer any more.
+        The call stops when the option `unwanted` returns True: nobody waits for the answer.
         Raises NothingSent if no byte of the request can have been sent, else NoAnswer.
         """
         could_prove = self.protocol.can_prove
         session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
         if could_prove and not self.protocol.can_prove:
-            raise NothingSent("has no /hello: it is called as a 2.2 client from now on")
+            raise NothingSent("has no /hello: from now on it is called as a 2.2 client")
         if session is None:
             headers = {**options.pop("headers", {}), **self.protocol.unproven_headers(service)}
             return self.its_own(self.exchange(method, url, read_timeout_s, headers=headers, **options))
@@ -3476,13 +3478,13 @@ class Link:
         return answer
 
     def call_again(self, method: str, url: str, read_timeout_s: float, service: str | None, **options: Any) -> tuple[Reply, bool]:
-        """Repeat a call to a client that says it has restarted. It may have carried out the first one: each failure is NoAnswer."""
+        """Repeat a call to a client that has restarted. It may have carried out the first one, so each failure is NoAnswer."""
         if "body" in options:
             options["body"].rewind()
         try:
             session = self.session(service, min(read_timeout_s, HELLO_TIMEOUT_S))
             if session is None:
-                raise NothingSent("was started anew, and cannot prove who it is")
+                raise NothingSent("was restarted and cannot prove its identity")
             return self.prove(method, url, read_timeout_s, session, **options)
         except NothingSent as error:
             raise NoAnswer(str(error)) from error
@@ -3511,7 +3513,7 @@ class Link:
             if begun:
                 raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
             if isinstance(error, ssl.SSLCertVerificationError):
-                raise NothingSent("cannot be reached: its TLS certificate is not trusted here; see JOBORCH_CA_FILE") from error
+                raise NothingSent("cannot be reached: its TLS certificate is not trusted here; set JOBORCH_CA_FILE") from error
             raise NothingSent(f"cannot be reached: {plain_cause(error)}") from error
         except BaseException:
             connection.close()
@@ -3531,13 +3533,13 @@ class Link:
             return answer
         elif self.ours and self.silent_s() < FOREIGN_PATIENCE_S:
             answer.close()
-            raise NoAnswer(f"did not answer: somebody else did in its place, with {answer.status}")
+            raise NoAnswer(f"did not answer: another program answered in its place, with {answer.status}")
         return answer
 
     def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
         """Send the files of one attempt and return the payload's id at the client.
 
-        Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, and Rejected if it refuses for good.
+        Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, Rejected if it refuses for good.
         """
         body, checks = self.protocol.form(job, folder, paths)
         headers = {
@@ -3558,13 +3560,13 @@ class Link:
         if answer.status == 413 and OURS_HEADER not in answer.headers:
             read_some(answer, KIB)
             remedy = "raise its limit (nginx: client_max_body_size 0), or send less"
-            raise Rejected(f"a gateway before it lets no {len(body):,} bytes through (it answered 413): {remedy}")
-        return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes every input byte; the id comes first
+            raise Rejected(f"a gateway in front of it refused {len(body):,} bytes (it answered 413): {remedy}")
+        return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes all input after the id
 
     def events(self, wait_s: float, done: Sequence[str]) -> EventsReply:
         """Wait for changes at the client: one long poll for all its payloads.
 
-        The client need not keep the results of `done` any longer. Raises Gone if it is a 2.2 client, which has no /events.
+        The client may delete the results of `done`. Raises Gone if it is a 2.2 client, which has no /events.
         """
         self.session(None)
         if not self.protocol.has_events:
@@ -3582,7 +3584,7 @@ class Link:
                     spool.seek(0)
                     return read_events(spool.read())
         except (ValueError, KeyError, TypeError) as error:
-            raise NothingSent("answers rubbish to /events: is it a joborch client?") from error
+            raise NothingSent("sends an invalid answer to /events: is it a joborch client?") from error
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return a job's payload as the client shows it: `{"status": ...}`. Raises Gone if the client does not know it."""
@@ -3598,16 +3600,16 @@ class Link:
         try:
             said = clean_payload(read_answer(text))
         except ValueError as error:
-            raise BadAnswer("answers rubbish to /retrieve") from error
+            raise BadAnswer("sends an invalid answer to /retrieve") from error
         if said is None:
-            raise BadAnswer("answers rubbish to /retrieve")
+            raise BadAnswer("sends an invalid answer to /retrieve")
         return said
 
     def fetch(self, job: Job, into: Transfer, partial: bool = False, unwanted: Callable[[], bool] | None = None) -> None:
         """Fetch the ZIP of a payload; verify length and SHA-256 if the client sent them.
 
-        A broken transfer resumes where it stopped, provided that each call makes progress. Raises Gone if the client does not
-        know the payload, and NoAnswer if the transfer broke: what arrived stays in `into` for the next try.
+        A broken transfer resumes where it stopped if each call makes progress. Raises Gone if the client does not know the
+        payload, and NoAnswer if the transfer broke: what arrived stays in `into` for the next try.
         """
         url = self.address.download_url + ("_partial" if partial else "") + f"/{job.dest_id}"
         small = 0
@@ -3623,7 +3625,7 @@ class Link:
                 log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
 
     def fetch_rest(self, job: Job, url: str, into: Transfer, unwanted: Callable[[], bool] | None) -> None:
-        """Ask once for the missing rest of a ZIP, and add what arrives to `into`."""
+        """Request the missing rest of a ZIP once and add what arrives to `into`."""
         headers = {**named(job), **into.wanted()}
         answer = self.call("GET", url, service=job.service, headers=headers, unwanted=unwanted)
         if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith(ZIP_TYPE):
@@ -3636,7 +3638,7 @@ class Link:
         if answer.status == 416:  # the result is now shorter than the part that is stored here
             into.begin()
         if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
-            raise NotPacked("still packs the result")
+            raise NotPacked("is still packing the result")
         raise NoAnswer(refused_text(answer.status, text))
 
     def logs(self, job: Job, stream: str, offset: int, unwanted: Callable[[], bool] | None = None) -> tuple[bytes, int]:
@@ -3653,11 +3655,11 @@ class Link:
         if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following) or "Content-Length" not in answer.headers:
             raise NoAnswer(refused_text(answer.status, text))
         if int(following) < offset:
-            raise NoAnswer("says of its output that it goes on before where it was asked for")
+            raise NoAnswer("sends an invalid answer to /logs: its next offset is before the requested one")
         return text, int(following)
 
     def kill(self, job: Job) -> bool:
-        """Ask the client to kill a payload. Return True if none of its processes runs any more, False if the kill is under way."""
+        """Ask the client to kill a payload. Return True if none of its processes runs, False if the kill is still under way."""
         url = f"{self.address.terminate_url}/{job.dest_id}"
         answer = self.call("POST", url, self.protocol.kill_timeout_s, service=job.service, headers=named(job))
         text = read_some(answer, KIB)
@@ -3729,62 +3731,62 @@ class EventsReply:
     payloads: list[dict[str, Any]]
     memory: int | None = None  # MiB
     load: float = 0.0  # percent
-    job_slots: bool = False  # a slot takes a job, however many cores that needs
-    more: bool = False  # the list goes on: it comes in pages
+    job_slots: bool = False  # a job takes one slot, whatever its number of cores
+    more: bool = False  # there are further pages
     size: int = field(default=0, compare=False)  # bytes of the answer
     problem: str = ""  # why it takes no payload now
-    start: str = ""  # tells this start of the client's process from every other
+    start: str = ""  # id of the client's process start
 
 
 @dataclass
 class EndReport:
-    """A client's report that a payload is over. It waits until its result is collected."""
+    """A client's report that a payload has ended. It waits here until its result is collected."""
 
     job_id: int
     payload: dict[str, Any]
     due: float  # monotonic
     failures: int = 0
-    taken: bool = False  # a sender collects it now
-    newer: EndReport | None = None  # a later report of the client on the same job
-    needs: int = 0  # bytes that did not fit on the disk: it is fetched again when there is room for them
+    taken: bool = False  # a thread is collecting it
+    newer: EndReport | None = None  # a later report about the same job
+    needs: int = 0  # bytes that did not fit on the disk; it is fetched again when there is room
     part: Transfer | None = None  # the part of its result that has arrived
-    asked: int = 0  # how often the client answered that it still packs the result
+    asked: int = 0  # how often the client answered that it is still packing the result
     pause_s: float = 0.0  # the pause before asking again
-    cpus: int = 0  # slots and memory (MiB) that are free again
-    memory: int = 0
+    cpus: int = 0  # slots that are free again
+    memory: int = 0  # MiB
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
-ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, those of "100 Continue" before them, chunk framing
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, a "100 Continue" before them, chunk framing
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
 EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
 INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
-SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is given up
-WANTED_LOOK_S = 1.0  # between two checks that somebody still waits for an answer
+SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is abandoned
+WANTED_LOOK_S = 1.0  # between two checks that a caller still waits for an answer
 BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
 IDLE_CONNECTIONS = 16  # to one client
 CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is not a number
 
 
 def whole_in(said: Any, least: int, most: int) -> int | None:
-    """Return an integer from a client; None if it is anything else (also true) or out of range."""
+    """Return an integer from a client, or None if it is anything else (such as true) or out of range."""
     return said if type(said) is int and least <= said <= most else None
 
 
 def number_in(said: Any, least: float, most: float) -> float | None:
-    """Return a number from a client; None if it is anything else or out of range, as NaN and 1e400 always are."""
+    """Return a number from a client, or None if it is anything else or out of range, as NaN and 1e400 are."""
     return said if type(said) in (int, float) and least <= said <= most else None
 
 
 def text_in(said: Any, pattern: str) -> str | None:
-    """Return a text from a client; None if it is anything else, or does not match."""
+    """Return a text from a client, or None if it is anything else or does not match."""
     return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
 
 
 def clean_payload(said: Any) -> dict[str, Any] | None:
     """Return a client's description of a payload with each field of the right type and size, or None if it is invalid.
 
-    What is not credible is left out. `uuid`, `attempt` and `id` may be None; `reason` is a text, perhaps an empty one.
+    Invalid fields are omitted. `uuid`, `attempt` and `id` may be None; `reason` may be empty.
     """
     if not isinstance(said, dict) or not isinstance(said.get("status"), str):
         return None
@@ -3814,7 +3816,7 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
 def read_answer(text: bytes) -> Any:
     """Parse a client's JSON. Raises ValueError if it is invalid, or would take far more memory than its text."""
     if has_many_values(text):
-        raise ValueError("more values than an answer has")
+        raise ValueError("too many values")
     return parse_json(text)
 
 
@@ -3834,15 +3836,15 @@ def has_many_values(text: bytes) -> bool:
 def read_events(text: bytes) -> EventsReply:
     """Parse a client's answer to /events. Raises ValueError, KeyError or TypeError if it is invalid."""
     if len(text) > EVENTS_ANSWER_BYTES or not text.isascii():
-        raise ValueError("longer than a page, or not as we write JSON")
+        raise ValueError("longer than a page, or not ASCII")
     said = read_answer(text)
     payloads, next_change = said["payloads"], whole_in(said["next"], 0, 2**63 - 1)
     slots, load = whole_in(said["slots"], 0, 10**6), number_in(said.get("load") or 0.0, -1e6, 1e6)
     memory, instance = whole_in(said.get("memory"), 0, 2**40), text_in(said["instance"], r"[\w.-]{1,64}")
     if next_change is None or slots is None or load is None or instance is None or memory != said.get("memory"):
-        raise ValueError("numbers that are none")
+        raise ValueError("invalid numbers")
     if not isinstance(payloads, list) or len(payloads) > EVENTS_PAGE or not all(isinstance(payload, dict) for payload in payloads):
-        raise ValueError("payloads that are none")
+        raise ValueError("invalid payloads")
     cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
     heard = EventsReply(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
@@ -3862,7 +3864,7 @@ def plain_cause(error: Exception) -> str:
         return f"what came is not HTTP ({type(error).__name__})"
     if isinstance(error, socket.gaierror):
         return "its name is not known"
-    if isinstance(error, ssl.SSLError):  # has numbers of its own
+    if isinstance(error, ssl.SSLError):  # its errno is not a system error
         return f"TLS failed: {(getattr(error, 'reason', None) or 'no reason given').replace('_', ' ').lower()}"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
@@ -3871,7 +3873,7 @@ def plain_cause(error: Exception) -> str:
 
 
 def refused_text(status: int, body: bytes) -> str:
-    """Return one sentence about an error answer."""
+    """Describe an error answer in one sentence."""
     message: Any = None
     with contextlib.suppress(ValueError, AttributeError):
         message = read_answer(body).get("message")
@@ -3896,7 +3898,7 @@ def read_hello(status: int, text: bytes) -> dict[str, Any]:
         said = parse_json(text)
         if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
             return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
-    raise NothingSent("answers rubbish to /hello: is it a joborch client?")
+    raise NothingSent("sends an invalid answer to /hello: is it a joborch client?")
 
 
 def said_status(text: bytes) -> str | None:
@@ -3909,11 +3911,11 @@ def said_status(text: bytes) -> str | None:
 
 
 def read_submit_answer(status: int, text: bytes) -> str:
-    """Return the payload id in an answer to /submit, or raise the exception that the answer stands for."""
+    """Return the payload id in an answer to /submit, or raise the exception that the answer means."""
     if status in (200, 201):
-        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # the end must follow: half an id would be the id of another payload
+        match = re.search(rb'"id"\s*:\s*([0-9]{1,18})\s*[,}]', text)  # with what follows: a truncated id would be another payload's
         if not match:
-            raise NoAnswer("answered rubbish to /submit")
+            raise NoAnswer("sent an invalid answer to /submit")
         return match[1].decode()
     if status in (400, 409, 413, 415, 422):
         raise Rejected(refused_text(status, text))
@@ -3923,22 +3925,22 @@ def read_submit_answer(status: int, text: bytes) -> str:
 
 
 class Bounds(NamedTuple):
-    """Limits for one answer: seconds of silence, and a function that tells whether nobody waits for it any more."""
+    """Limits for one answer: seconds of silence, and a function that returns True when nobody waits for it any more."""
 
     silent_s: float
     unwanted: Callable[[], bool] | None = None
 
 
 class Incoming(io.RawIOBase):
-    """Reads an answer within limits: on the size of its head, on the pace of its body, and only while somebody waits for it.
+    """Reads an answer, but limits the size of its head and the pace of its body, and stops when nobody waits for it.
 
-    A read time-out alone would let a client that sends a byte a minute, or headers without end, hold a thread for ever.
+    With a read time-out alone, a client that sends a byte a minute, or endless headers, could block a thread for ever.
     """
 
     def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
         self.raw, self.connection, self.bounds = raw, connection, bounds
         self.begun, self.looked_at = time.monotonic(), time.monotonic()
-        self.count, self.body_count = 0, 0  # bytes that came, and those of the body among them
+        self.count, self.body_count = 0, 0  # bytes received, in all and of the body
 
     def readable(self) -> bool:
         return True
@@ -3946,7 +3948,7 @@ class Incoming(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
         if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
-            raise OSError("its answer is headers and frames without end")
+            raise OSError("its answer has endless headers or frames")
         silent_until = time.monotonic() + self.bounds.silent_s
         try:
             while True:
@@ -3956,7 +3958,7 @@ class Incoming(io.RawIOBase):
                     self.count += count
                     return count
         finally:
-            self.connection.settimeout(self.bounds.silent_s)  # the next request may go out over it
+            self.connection.settimeout(self.bounds.silent_s)  # the next request may use this connection
 
     def patience_s(self, silent_until: float) -> float:
         """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
@@ -3992,7 +3994,7 @@ class Reply(http.client.HTTPResponse):
     def piece(self, limit_bytes: int) -> bytes:
         """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
 
-        Unlike read(), it drops nothing of a body whose rest does not come.
+        Unlike read(), it keeps what arrived of an incomplete body.
         """
         try:
             data = self.read1(limit_bytes)
@@ -4017,7 +4019,7 @@ class Reply(http.client.HTTPResponse):
 
 
 class Connection(http.client.HTTPConnection):
-    """A connection to a client, which waits in `idle` for the next call once an answer was read to its end."""
+    """A connection to a client. When an answer was read to its end, it waits in `idle` for the next call."""
 
     response_class: Any  # see __init__
 
@@ -4029,21 +4031,21 @@ class Connection(http.client.HTTPConnection):
         self.response_class = functools.partial(Reply, connection=self)
 
     def open(self, look: Callable[[socket.socket], None], ca_file: str) -> socket.socket:
-        """Connect. `look` sees the connection before its first byte, and raises if it must not be used.
+        """Connect. `look` is called before the first byte is sent, and raises if the connection must not be used.
 
-        `ca_file` holds the certificates to trust, in PEM; without it those that this machine trusts.
+        `ca_file` has the certificates to trust, in PEM; without it, those that this machine trusts are used.
         """
         self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         look(self.sock)
         if self.secure:
             context = ssl.create_default_context(cafile=ca_file or None)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 takes older ones
+            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 accepts older versions
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
         return self.sock
 
     def rest(self) -> None:
-        """Wait for the next call."""
+        """Keep the connection for the next call, or close it if there are enough."""
         if self.sock is not None and len(self.idle) < IDLE_CONNECTIONS:
             self.idle.append(self)
         else:
@@ -4057,7 +4059,7 @@ class Connections:
         self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
 
     def take(self, url: str) -> Connection:
-        """Return the connection that was used last if it is still open and idle, else a new one that is not open yet."""
+        """Return the most recently used connection that is still open, or else a new one that is not open yet."""
         idle = self.idle.setdefault(urlsplit(url)[:2], [])
         with contextlib.suppress(IndexError):
             while True:
@@ -4074,19 +4076,19 @@ def refuse_encoded(answer: Reply) -> Reply:
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         answer.close()
-        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: let no proxy between server and client compress")
+        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: switch off compression in the proxy before it")
     return answer
 
 
 def read_some(answer: Reply, limit_bytes: int) -> bytes:
-    """Return the first `limit_bytes` of an answer's body at most, and let go of its connection."""
+    """Return at most the first `limit_bytes` of an answer's body, and release its connection."""
     target = io.BytesIO()
     copy_some(answer, limit_bytes, target)
     return target.getvalue()
 
 
 def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
-    """Copy the first `limit_bytes` of an answer's body at most to a file, and let go of its connection."""
+    """Copy at most the first `limit_bytes` of an answer's body to a file, and release its connection."""
     digest, left, piece = hashlib.sha256(), limit_bytes, b"-"
     while piece and left:
         piece = answer.piece(min(64 * KIB, left))
@@ -4094,13 +4096,13 @@ def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
         digest.update(piece)
         left -= len(piece)
     if piece and answer.piece(1):
-        answer.close()  # more than we want
+        answer.close()  # longer than `limit_bytes`
     elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
-        raise NoAnswer("the answer broke: its digest is not the one that was sent")
+        raise NoAnswer("the answer broke: it does not match its digest")
 
 
 def receive(answer: Reply, into: Transfer) -> None:
-    """Copy a response's body to a file; DiskFull before the first byte if its length is known and does not fit."""
+    """Copy a response's body to a file. Raises DiskFull before the first byte if its known length does not fit."""
     length = answer.headers.get("Content-Length", "")
     try:
         if re.fullmatch("[0-9]{1,18}", length):
@@ -4108,7 +4110,7 @@ def receive(answer: Reply, into: Transfer) -> None:
         for chunk in iter(lambda: answer.piece(CHUNK_BYTES), b""):
             into.write(chunk)
     finally:
-        answer.close()  # if anything is still to come of it, that is of no use
+        answer.close()
         if into.promise is not None:
             into.promise.close()
 
@@ -4121,19 +4123,19 @@ def take_rest(answer: Reply, into: Transfer) -> None:
     elif not answer.headers.get("Content-Range", "").startswith(begin):
         answer.close()
         into.begin()
-        raise NoAnswer("answered with another part of the result than was asked for")
+        raise NoAnswer("answered with another part of the result than was requested")
     before = into.size
     receive(answer, into)
     promised = answer.headers.get("Content-Length")
     said = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
     if promised is None and said is None and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
         into.begin()
-        raise NoAnswer("the transfer broke: its headers came in part, and tell neither length nor digest")
+        raise NoAnswer("the transfer broke: its headers are incomplete, without length and digest")
     if promised is not None and promised != str(into.size - before):
-        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes came")
+        raise NoAnswer(f"the transfer broke: {into.size - before} of {promised} bytes arrived")
     if said and said[1] != base64.b64encode(into.digest.digest()).decode():
         into.begin()
-        raise NoAnswer("the transfer broke: the digest of what came is not the one that was sent")
+        raise NoAnswer("the transfer broke: what arrived does not match its digest")
 
 
 class WaiterLimit:
@@ -4144,7 +4146,7 @@ class WaiterLimit:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[bool]:
-        """Hold a place during the block; yield False if all are taken."""
+        """Take a place for the block. Yields False if all are taken."""
         taken = self.free.acquire(blocking=False)
         try:
             yield taken
@@ -4154,7 +4156,7 @@ class WaiterLimit:
 
 
 class Allowance:
-    """Allows polls as often as a busy client needs them, and slows down a client that always answers at once."""
+    """Allows as many polls as a busy client needs, and slows down a client that always answers at once."""
 
     burst, per_s = 200.0, 50.0
 
@@ -4168,16 +4170,16 @@ class Allowance:
         return max(0.0, -self.left / self.per_s)
 
 
-SETTLED_LIMIT = 20_000  # payloads of one client whose results are still to be confirmed
-SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are still to be killed
+SETTLED_LIMIT = 20_000  # payloads of one client whose results are not confirmed yet
+SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are not killed yet
 INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
 RESTLESS_MOVES = 100  # of one job
-SMALL_PIECES = 20  # of one transfer, each broken off before it brought 64 KiB
+SMALL_PIECES = 20  # of one transfer that broke before 64 KiB had arrived
 DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
 
 
-# == 14. News ==  Jobs move on by what clients report. A client is known by its instance, whatever its URL.
+# == 14. News ==  Jobs move on by what clients report. A client is identified by its instance, whatever its URL.
 
 
 def get_tick(server: Server, link: Link) -> bool:
@@ -4209,14 +4211,14 @@ def hear(server: Server, link: Link) -> bool:
         server.wake(f"send:{link.name}")  # it is back
         server.wake(f"kill:{link.name}")
     if fresh or link.ended:
-        server.wake("dispatch")  # or has room again
+        server.wake("dispatch")  # it may have room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
-    """Wait before calling a client again that did not answer; call it more often if jobs are to be killed there."""
-    link.since = 0  # when it is back, it tells all it has
+    """Pause calls to a client that did not answer. Call it more often if jobs are to be killed there."""
+    link.since = 0  # its first answer will list all its payloads
     link.failed(error)
     link.try_at = float("inf")
     if server.store.number(KILLS_COUNT, client=link.name):
@@ -4226,16 +4228,16 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
 
 
 def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_at: float = float("-inf")) -> None:
-    """Take in what a client's events said; after the last page of a first contact, also what they did not say.
+    """Apply a client's events. After the last page of a first contact, also look for jobs that the client did not list.
 
-    `asked_at` (monotonic) is when that was asked for.
+    `asked_at` (monotonic) is when the events were requested.
     """
     if link.instance not in ("", heard.instance):
-        link.note("began anew: what it has is asked again", logging.INFO)
+        link.note("has a new data folder: its list of jobs is requested again", logging.INFO)
         for job in server.store.jobs(AT_CLIENT, client=link.name):
             goes_on_elsewhere(server, link, job)
         link.instance, link.met, link.copy_of, link.since = heard.instance, False, "", 0
-        return  # the next tick asks for all
+        return  # the next tick requests the whole list
     meet(server, link, heard, asked_at)
     link.slots, link.memory, link.load = heard.slots, heard.memory, heard.load
     link.job_slots, link.problem = heard.job_slots, heard.problem
@@ -4247,16 +4249,16 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
         for job in server.store.jobs(AT_CLIENT, client=link.name):
-            if job.dest_id and job.id not in listed:  # it should be there: ask for it
+            if job.dest_id and job.id not in listed:  # it should be there: ask about it
                 note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
     forget_others(server, link)
 
 
 def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
-    """Learn which client answers: one that has another URL, too, or one that runs on a copy of another client's data folder.
+    """Learn which client answers. It may have another URL as well, or run on a copy of another client's data folder.
 
-    A restart changes the start of a client's process, too. Two starts that answer by turns are two processes.
+    A restart changes a client's `start`, too; but two starts that answer in turn are two processes.
     """
     now, news = server.clock.monotonic(), not link.met or link.start != heard.start
     if not link.met:
@@ -4277,14 +4279,14 @@ def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> Non
 
 
 def decide_again(server: Server) -> None:
-    """Ask clients again whose payloads may belong to another client, now that this one has told all it has, or is silent."""
+    """Request the lists of clients with undecided jobs again, now that another client's list is complete or that client is silent."""
     for link in server.links.values():
         if link.undecided:
             link.relist = True
 
 
 def forget_others(server: Server, link: Link) -> None:
-    """Forget what a client said of jobs that it has no more, when much has come together."""
+    """Forget notes on jobs that a client no longer has, if there are many."""
     noted: tuple[dict[int, Any], ...] = (link.notes, link.kill_due, link.resend_due)
     if max(len(known) for known in noted) <= EVENTS_PAGE:
         return
@@ -4296,10 +4298,10 @@ def forget_others(server: Server, link: Link) -> None:
 
 
 def report(server: Server, link: Link, said: Any) -> None:
-    """Move a job on by what its client says of its payload."""
+    """Move a job on by its client's report of a payload."""
     payload = clean_payload(said)
     if payload is None or not payload["uuid"] or not payload["attempt"] or not payload["id"]:
-        link.note(f"says rubbish of a payload: {one_line(reprlib.repr(said))}")
+        link.note(f"reports an invalid payload: {one_line(reprlib.repr(said))}")
         return
     job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
     if job is not None and job.client != link.name and job.attempt == payload["attempt"] and job.status in BUSY:
@@ -4313,7 +4315,7 @@ def report(server: Server, link: Link, said: Any) -> None:
 
 
 def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Move a job on by what its client says of its current attempt."""
+    """Move a job on by its client's report of the current attempt."""
     status = str(payload["status"])
     if link.listed is not None:
         link.listed.add(job.id)
@@ -4325,7 +4327,7 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     job = accepted
     waits = payload["reason"] if status in (Status.PREPARED.value, Status.RUNNING.value) else ""
     if waits:
-        link.notes[job.id] = waits  # its place in a batch system, or that this system does not answer
+        link.notes[job.id] = waits  # such as its place in a batch system
     else:
         link.notes.pop(job.id, None)
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
@@ -4338,21 +4340,21 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
 
 
 def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Take in what a client says of an attempt that is over, or was given up: it is to end, or need not be kept.
+    """Apply a client's report of an attempt that has ended or was replaced: kill it, or confirm that it need not be kept.
 
-    An attempt that is queued again is left alone: sent to this client, its key finds it.
+    An attempt that is queued again is ignored: if it is sent to this client, its key finds the payload.
     """
     if payload["status"] not in (Status.PREPARED.value, Status.RUNNING.value):
         if job.status in OVER or payload["attempt"] != job.attempt:
-            link.confirm(payload["id"])  # its result is safe here, or of no use
+            link.confirm(payload["id"])  # its result is stored here, or useless
     elif payload["attempt"] < job.attempt or (payload["attempt"] == job.attempt and job.status in OVER):
         end_stray(server, link, job, payload)
 
 
 def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> Job | None:
-    """Return a job whose current attempt another client has than the job's row says; None if the row stays as it is.
+    """Handle a report of a job's current attempt from another client than its row names. Return the moved job, or None.
 
-    A client that goes on at a new URL, or whose old one is silent, takes its jobs along. Else the other name tells the same.
+    If the client has a new URL, or its old URL is silent, the job moves to the new one. Otherwise both URLs report the same.
     """
     home = server.links.get(job.client or "")
     if link.copy_of or job.status is Status.PROCESSING:
@@ -4360,7 +4362,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
     if home is None or (home.outage.failures and home.instance in ("", link.instance) and not home.copy_of):
         return take_along(server, link, job)
     if home.instance == link.instance:
-        return None  # one client with two names, or a copy of it
+        return None  # one client with two URLs, or a copy of it
     if not home.is_heard() or not home.instance or not home.has_told_all():
         link.undecided.add(job.id)
     elif job.dest_id is None:
@@ -4371,18 +4373,18 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
 
 
 def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
-    """Two clients seem to have this attempt: have the one that the job's row names asked. `sort_claim` then decides."""
+    """Two clients seem to have this attempt: let `fetch_tick` ask the one in the job's row. `sort_claim` then decides."""
     asked = home.ended.get(job.id)
     if len(server.claims) < SUPERSEDED_LIMIT and (asked is None or asked.payload["status"] == "?"):
         server.claims[job.mark] = (link.name, payload_id)
         with home.lock:
             if asked is not None and not asked.taken:
-                del home.ended[job.id]  # it is asked at once
+                del home.ended[job.id]  # so that it is asked at once
         note_end(server, home, EndReport(job.id, {"status": "?"}, 0.0))
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
-    """Go on with a job at another name of its client; None if it has moved meanwhile."""
+    """Move a job to another URL of its client. Return None if it has moved on meanwhile."""
     if not server.store.take_along(job, link.name):
         return None
     log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
@@ -4393,7 +4395,7 @@ def take_along(server: Server, link: Link, job: Job) -> Job | None:
 
 
 def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
-    """Go on with a job at another name of its client, if that answers; tell whether it does."""
+    """Move a job to another URL of its client if that URL answers. Return whether it does."""
     others = [other for other in server.names_of(link)[1:] if other.is_heard()]
     if not others or job.status is Status.PROCESSING:
         return False
@@ -4403,32 +4405,32 @@ def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
 
 
 def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
-    """Tell whether a client's report would only move a job back and forth, adding a row to its history each time.
+    """Tell whether a client's report would only move a job back and forth and fill its history.
 
-    A payload that has ended does not run again; a job that has moved very often leaves Unknown once a minute at most.
+    A payload that has ended does not run again. A job that has moved very often leaves Unknown at most once a minute.
     """
     if status not in (Status.PREPARED.value, Status.RUNNING.value):
         return False
     ended = link.ended.get(job.id)
     if ended is not None and ended.payload["status"] != "?":
-        link.note(f"says that job {job.id} is {status}, after it had ended")
+        link.note(f"reports job {job.id} as {status} after it had ended")
         return True
     return job.moves > RESTLESS_MOVES and server.store.steady() - job.moved_at < 60
 
 
 def with_payload_id(server: Server, link: Link, job: Job, payload_id: str) -> Job | None:
-    """Store the payload's id that a client reports before its answer to the submit came; None if the job has moved on."""
+    """Store a payload id that a client reports before it answers the submit. Return None if the job has moved on."""
     current: Job | None = job
     while current is not None and current.dest_id is None:
         server.store.move(current, Status.SUBMITTED, Reason.FOUND_THERE.format(client=link.name), dest_id=payload_id)
-        current = server.store.get(job.id)  # a sender may have moved it meanwhile, to Unknown: then it is tried again from there
+        current = server.store.get(job.id)  # a sender may have moved it to Unknown meanwhile: try again from there
         if current is None or current.attempt != job.attempt or current.status not in BUSY:
             return None
     return current
 
 
 def note_end(server: Server, link: Link, found: EndReport) -> None:
-    """Note that a payload has ended, for the thread that collects it; if one is at it, the report waits for its turn."""
+    """Note that a payload has ended, for the threads that collect results. If one of them has it, this report waits."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
         if "archive" in found.payload and not has_room_for(found, link.ended):
@@ -4438,14 +4440,14 @@ def note_end(server: Server, link: Link, found: EndReport) -> None:
             earlier.newer = found
         else:
             if earlier is not None and earlier.payload["status"] == found.payload["status"]:
-                found.failures, found.due = earlier.failures, earlier.due  # no news: it is tried again when it was to be
-            found.part = earlier.part if earlier is not None else None  # what has come of the result is not fetched again
+                found.failures, found.due = earlier.failures, earlier.due  # no news: keep its back-off
+            found.part = earlier.part if earlier is not None else None  # keep what has arrived of the result
             link.ended[found.job_id] = found
     server.wake(f"fetch:{link.name}")
 
 
 def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
-    """Tell whether a small result may be kept in memory until it is stored; if not, it is fetched."""
+    """Tell whether a small result may be kept in memory until it is stored. If not, it is fetched later."""
     if len(ended) > EVENTS_PAGE:
         return False
     kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
@@ -4453,28 +4455,28 @@ def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
 
 
 def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """Kill a payload whose attempt was given up and that came back late."""
+    """Kill a payload of an attempt that was replaced, on a client that came back late."""
     superseded = job._replace(dest_id=str(payload["id"]), attempt=int(payload["attempt"]))
     if len(link.superseded_attempts) >= SUPERSEDED_LIMIT and superseded.mark not in link.superseded_attempts:
-        return  # it is named again at the next first contact
-    link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was given up: it is ended there")
+        return  # the next first contact will list it again
+    link.note(f"still runs attempt {payload['attempt']} of job {job.id}, which was replaced: it is killed there")
     link.superseded_attempts[superseded.mark] = superseded
     server.wake(f"kill:{link.name}")
 
 
-# == 15. Ends ==  Results are fetched, requested kills are carried out, and clients that stay silent for too long are given up.
+# == 15. Ends ==  Fetches results, carries out requested kills, and starts jobs of lost clients again.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client said of how a payload ended, as changes of its job's row."""
+    """Return a client's report of how a payload ended, as changes of its job's row."""
     changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
     return {**changes, **run_of(server, job, payload)}
 
 
 def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many seconds a payload ran, by its client's clock, as a change of its job's row; nothing if the client does not say.
+    """Return the run time of a payload by its client's clock, as a change of its job's row; empty if the client does not report it.
 
-    Its user is charged for it, so it is no longer than the job has been here.
+    The user is charged for this time, so it is limited to the time since the upload.
     """
     started, ended = payload.get("started_at"), payload.get("ended_at")
     if started is None or ended is None:
@@ -4483,7 +4485,7 @@ def run_of(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, fl
 
 
 def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
-    """A client has removed an ended payload's files. A failure or kill stands as it is; for a lost result the job runs again."""
+    """A client has removed an ended payload's files. A failure or kill remains one; for a lost result the job runs again."""
     why = payload.get("reason")
     removed = (Reason.CLIENT_CLEANED if why else Reason.CLIENT_HAS_NOTHING).format(client=link.name, reason=why)
     cause, ended_as = payload.get("cause"), payload.get("ended_as")
@@ -4498,13 +4500,13 @@ def settle_cleaned(server: Server, link: Link, job: Job, payload: Mapping[str, A
 
 
 def fetch_tick(server: Server, link: Link) -> bool:
-    """Collect one job whose payload has ended; True if there was one."""
+    """Collect one job whose payload has ended. Return whether there was one."""
     now = server.clock.monotonic()
     with link.lock:
         waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
         if not waiting:
             return False
-        # What came with the news costs no call; what is still packed at the client keeps nothing else waiting.
+        # Results that came with the report first: they cost no call. Those that the client is still packing last.
         due = min(waiting, key=lambda found: ("archive" not in found.payload, found.asked))
         due.taken = True
     if len(waiting) > 1:
@@ -4520,17 +4522,17 @@ def fetch_tick(server: Server, link: Link) -> bool:
     if settled:
         current = server.store.get(job.id) if job and link.protocol.has_events else None
         if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
-            link.confirm(job.dest_id)  # its result is safe here: the next call tells the client
-        server.wake("dispatch")  # quota and places are free, at this client or another
+            link.confirm(job.dest_id)
+        server.wake("dispatch")  # quota and slots are free
     return True
 
 
 def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None:
-    """Drop a report that was dealt with, or put it back for later; a newer report takes its place."""
+    """Drop a report that was processed, or keep it for later. A newer report replaces it."""
     with link.lock:
         if due.newer is not None:
             due.newer.part, due.part = due.part, None
-            if not settled and due.newer.payload["status"] == due.payload["status"]:  # no news: no reason to hurry
+            if not settled and due.newer.payload["status"] == due.payload["status"]:  # no news: keep the back-off
                 due.newer.failures, due.newer.due = due.failures + 1, server.clock.monotonic() + backoff_s(due.failures + 1)
             link.ended[due.job_id] = due.newer
         elif settled:
@@ -4545,31 +4547,31 @@ def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None
 
 
 def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
-    """Fetch what an ended payload left, and move its job to its end; False if it must be tried again."""
+    """Fetch the files of an ended payload and move its job to its end state. Return False if this must be repeated."""
     found.pause_s = 0.0
     try:
         settle_as_told(server, link, job, found)
     except Gone as error:
         others = [other for other in server.links.values() if other is not link]
         if not all(other.has_told_all() and not (job.id in other.undecided and other.is_heard()) for other in others):
-            return False  # another one may have it: a client that goes on at a new URL
+            return False  # another client may have it: one with a new URL
         count_no_more(found)
         sorted_out, current = sort_claim(server, job, is_here=False), server.store.get(job.id)
         if not sorted_out and current is not None and current.client == link.name:
-            payload_gone(server, current, str(error))  # else it was taken along meanwhile
-    except ResultTooLarge as error:  # for good: at the next try it would be as large
+            payload_gone(server, current, str(error))  # else it was moved meanwhile
+    except ResultTooLarge as error:  # permanent: it would be as large next time
         drop_part(found)
         count_no_more(found)
         end_busy(server, job, Status.FAILED, str(error), cause=Cause.LIMIT.value, **known_of_end(server, job, found.payload))
     except (NothingSent, NoAnswer) as error:
         if found.part is not None and not found.part.wanted():
-            drop_part(found)  # it cannot be gone on with
+            drop_part(found)  # it cannot be resumed
         if not is_being_packed(found, error):
             become_unknown(server, job, Reason.NOT_FETCHED.format(client=link.name, error=error))
         return False
     except OSError as error:
         found.needs = error.needed if isinstance(error, DiskFull) else 0
-        drop_part(found)  # after a failed write or fsync it is unknown what is on the disk, and others need the space
+        drop_part(found)  # after a failed write or fsync the content on disk is unknown, and others need the space
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
         become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
@@ -4577,13 +4579,13 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
 
 
 def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Do what the status of an ended payload asks for."""
+    """Act on the status of an ended payload."""
     if found.payload["status"] == "?":
         found.payload.update(link.status(job))
         sort_claim(server, job, is_here=True)
     status = found.payload["status"]
     if status in (Status.PREPARED.value, Status.RUNNING.value):
-        return  # not ended after all: its events will say more
+        return  # it has not ended; /events will report it
     if status == Status.COMPLETED.value:
         fetch_result(server, link, job, found)
     elif status == Status.CLEANED.value:
@@ -4597,9 +4599,9 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
 
 
 def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
-    """Decide which of two clients has an attempt, by the answer of the one that the job's row names.
+    """Decide which of two clients has an attempt, by the answer of the one in the job's row.
 
-    Returns whether the job goes on at the other one. A payload that runs twice is ended there.
+    Return whether the job moves to the other one. If both have it, it is killed at the other one.
     """
     name, payload_id = server.claims.pop(job.mark, ("", ""))
     other = server.links.get(name)
@@ -4613,7 +4615,7 @@ def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
 
 
 def is_being_packed(found: EndReport, error: Exception) -> bool:
-    """Tell whether a result is not there just because its client still packs it: it is asked again soon, for about an hour."""
+    """Tell whether the client is still packing a result; if so, schedule the next request, for about an hour."""
     if not isinstance(error, NotPacked) or found.asked >= PACK_ASKED_MOST:
         return False
     found.asked, found.pause_s = found.asked + 1, min(5.0, 0.5 + 0.5 * found.asked)
@@ -4621,12 +4623,12 @@ def is_being_packed(found: EndReport, error: Exception) -> bool:
 
 
 def count_no_more(found: EndReport) -> None:
-    """Count the slots of an ended payload as taken just before its job's row frees them: no slot is ever free twice."""
+    """Stop counting an ended payload's slots as free, just before its job's row frees them: no slot must be free twice."""
     found.cpus = found.memory = 0
 
 
 def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Bring a result to its place: file, digest, fsync, rename; then the row."""
+    """Store a result: file, digest, fsync, rename; then the row."""
     size, digest = store_archive(server, link, job, found, partial=False)
     count_no_more(found)
     payload = found.payload
@@ -4636,7 +4638,7 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
 
 
 def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
-    """Return the ZIP that came with a payload's end report; nothing if there is none, or if its digest is wrong."""
+    """Return the ZIP that came with a payload's end report; empty if there is none, or if its digest is wrong."""
     try:
         data = base64.b64decode(str(payload.get("archive", "")))
     except ValueError:
@@ -4645,11 +4647,11 @@ def inline_archive_of(payload: Mapping[str, Any]) -> bytes:
 
 
 def store_archive(server: Server, link: Link, job: Job, found: EndReport, partial: bool) -> tuple[int, str]:
-    """Bring a payload's ZIP to its place in the store; return size in bytes and SHA-256 (hex). Durable on return.
+    """Store a payload's ZIP; return its size in bytes and its SHA-256 (hex). Durable on return.
 
-    What came of a transfer that broke stays with the report, for the next time.
+    If the transfer breaks, what has arrived stays with the report for the next try.
     """
-    server.data.account.check(found.needs)  # no call for what would not fit
+    server.data.account.check(found.needs)  # do not fetch what would not fit
     if found.part is None:
         target = tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)  # noqa: SIM115
         found.part = result_transfer(server.config, cast("IO[bytes]", target), Promise(server.data.account))
@@ -4673,13 +4675,13 @@ def store_archive(server: Server, link: Link, job: Job, found: EndReport, partia
 
 
 def result_transfer(config: Config, target: IO[bytes], promise: Promise | None = None) -> Transfer:
-    """Return what takes in a result: as large as a ZIP within the limits can be, with its output streams, names and headers."""
+    """Return a Transfer that accepts a result: the largest ZIP within the limits, with output streams, names and headers."""
     largest = config.max_result_bytes * 33 // 32 + 2 * config.log_limit_bytes + config.max_result_files * KIB + MIB
     return Transfer(target, promise, largest, ResultLimits(config.max_result_bytes))
 
 
 def check_result(config: Config, part: Transfer) -> None:
-    """Check the files in a large ZIP against the limits, whatever the client says of it; ResultTooLarge."""
+    """Check the files in a large ZIP against the limits, whatever the client says. Raises ResultTooLarge."""
     limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
@@ -4699,7 +4701,7 @@ def check_result(config: Config, part: Transfer) -> None:
 
 
 def drop_part(found: EndReport) -> None:
-    """Drop a transfer: the result is in its place, or the data is useless."""
+    """Drop a transfer: the result is stored, or the data is useless."""
     if found.part is not None:
         found.part.target.close()
         if found.part.promise is not None:
@@ -4709,13 +4711,13 @@ def drop_part(found: EndReport) -> None:
 
 
 def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> None:
-    """Fetch what a failed payload left, as far as possible, and move its job to its end."""
+    """Fetch the files of a failed payload, as far as possible, and move its job to its end state."""
     payload, to = found.payload, Status(found.payload["status"])
     size, digest, reason = None, None, payload.get("reason") or Reason.CLIENT_SAYS.format(status=to)
     try:
         size, digest = store_archive(server, link, job, found, partial=True)
     except Gone:
-        log.info("job %d: %s has nothing of it any more: its end counts all the same", job.id, link.name)
+        log.info("job %d: %s no longer has its files; its end counts all the same", job.id, link.name)
     except ResultTooLarge as error:
         reason = Reason.NOT_KEPT.format(reason=reason, error=error)
         drop_part(found)
@@ -4726,7 +4728,7 @@ def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> Non
 
 
 def kill_tick(server: Server, link: Link) -> bool:
-    """Ask a client to kill jobs and superseded attempts; its events say when they have ended."""
+    """Ask a client to kill jobs and superseded attempts. Its events report when they have ended."""
     now = server.clock.monotonic()
     if link.held():
         return False
@@ -4737,7 +4739,7 @@ def kill_tick(server: Server, link: Link) -> bool:
             link.failed(error)
             return False
         except Gone:
-            log.info("job %d: %s knows nothing of attempt %d any more", superseded.id, link.name, superseded.attempt)
+            log.info("job %d: %s no longer has attempt %d", superseded.id, link.name, superseded.attempt)
         link.superseded_attempts.pop(superseded.mark, None)
     jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
     for job_id in set(link.kill_due).difference(job.id for job in jobs):
@@ -4753,14 +4755,14 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone as error:
             payload_gone(server, job, str(error))
         except (NothingSent, NoAnswer) as error:
-            link.kill_due.pop(job.id, None)  # as soon as it is tried again at all
+            link.kill_due.pop(job.id, None)  # due at the next call
             link.failed(error)
             return False
     return False
 
 
 def watch_tick(server: Server) -> bool:
-    """Handle what only time tells: silent clients, unreachable services, attempts that are due."""
+    """Handle what no event reports: silent clients, unreachable services, attempts that are due."""
     if server.store.admit_due():
         server.wake("dispatch")
     busy = server.store.jobs(ALL_BUSY)
@@ -4773,7 +4775,7 @@ def watch_tick(server: Server) -> bool:
 
 
 def forget_ended(server: Server, busy: Collection[int]) -> None:
-    """Drop what links note of jobs that are with no client any more."""
+    """Drop the links' notes on jobs that are no longer at a client."""
     for link in server.links.values():
         tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
         for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
@@ -4784,11 +4786,11 @@ def forget_ended(server: Server, busy: Collection[int]) -> None:
 
 
 def judge(server: Server, job: Job) -> None:
-    """Decide what becomes of a job whose client is silent, by how long it has been."""
+    """Decide what happens to a job whose client is silent, by the length of the silence."""
     link = server.links.get(job.client or "")
     if link is None:
         since_start_s = server.clock.monotonic() - server.started
-        if since_start_s > SILENT_AFTER_S:  # its client may go on under another name
+        if since_start_s > SILENT_AFTER_S:  # its client may be configured under another name
             judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
     elif job.status is Status.PROCESSING and job.id not in link.sending:
         sort_out(server, link, job)
@@ -4800,7 +4802,7 @@ def judge(server: Server, job: Job) -> None:
 
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
-    """Go on with a job that was sent while the database could not be written."""
+    """Continue with a job that was sent while the database could not be written."""
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
         store_accepted(server, link, job, dest_id)
@@ -4811,7 +4813,7 @@ def sort_out(server: Server, link: Link, job: Job) -> None:
 
 
 def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> None:
-    """A silent client's job is Unknown; after LOST_AFTER it is tried elsewhere, or has failed."""
+    """Make a silent client's job Unknown. After LOST_AFTER queue a new attempt, or fail the job."""
     if silent_s <= server.service(job).lost_after_s:
         if job.status in (Status.SUBMITTED, Status.RUNNING):
             become_unknown(server, job, trouble)
@@ -4852,7 +4854,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
 
 
 class QueueInfo(NamedTuple):
-    """What a waiting job waits for, its place in the queue (1 is next), and for how many seconds; None if unknown."""
+    """What a job waits for, its place in the queue (1 is next), and the expected wait in seconds; None if unknown."""
 
     waiting_for: str | None = None
     position: int | None = None
@@ -4860,17 +4862,17 @@ class QueueInfo(NamedTuple):
 
 
 def queue_info_of(server: Server, job: Job) -> QueueInfo:
-    """Return what can be said of a job that waits."""
+    """Return the QueueInfo of a job; all None if it does not wait."""
     if job.status is not Status.QUEUED:
         return QueueInfo(waiting_on_client(server, job))
     service = server.services.get(job.service or "")
     if service is None:
-        return QueueInfo(f"service {job.service} is not configured any more")
+        return QueueInfo(f"service {job.service} is no longer configured")
     if job.blocked:
         return QueueInfo(follows_text(server, job))
     if job.not_before is not None:
         left = max(0.0, job.not_before - server.store.steady())
-        return QueueInfo(f"attempt {job.attempt} begins in {format_duration(left)}: {job.reason}")
+        return QueueInfo(f"attempt {job.attempt} starts in {format_duration(left)}: {job.reason}")
     facts = queue_facts_of(server, job, service)
     places = server.capacities_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
     text = why_waiting(service.name, facts, server.troubles(service), places)
@@ -4882,7 +4884,7 @@ def queue_info_of(server: Server, job: Job) -> QueueInfo:
 
 
 def waiting_on_client(server: Server, job: Job) -> str | None:
-    """Return what a job that is with a client waits for, or None."""
+    """Return what a job at a client waits for, or None."""
     link = server.links.get(job.client or "")
     if job.status is Status.UNKNOWN:
         return job.reason
@@ -4892,17 +4894,17 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
 
 
 def follows_text(server: Server, job: Job) -> str:
-    """Say which jobs a job must wait for: the first by its id, the others by their number."""
+    """Say which jobs a job must wait for: the id of the first, and how many others."""
     open_jobs = [found for found in map(server.store.get, ids_in(job.after_ids)) if found is not None and found.status not in OVER]
     if not open_jobs:
-        return "the jobs that it is to follow have just ended"
+        return "the jobs that it follows have just ended"
     first = f"it follows job {open_jobs[0].id}, which is {open_jobs[0].status}"
     more = plural(len(open_jobs) - 1, "other job", "other jobs")
     return f"{first}, and {more}" if more else first
 
 
 def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
-    """Return the figures that decide about a queued job now."""
+    """Return the figures that decide when a queued job runs."""
     pair = {"service": job.service, "user_id": job.user_id}
     turn = server.store.read(RUNNABLE_GET, **pair)
     ahead = {"rank": turn[0]["rank"], "head": turn[0]["head"]} if turn else {}
@@ -4919,10 +4921,10 @@ def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
 
 
 def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -> int | None:
-    """Return a job's place in its service's queue, itself included; None beyond 10,000.
+    """Return a job's place in its service's queue, 1 being next; None beyond 10,000.
 
-    With fifo and priority the place is counted. With share it is an estimate: it assumes that every waiting user has a job for
-    each turn. It is never above the number of queued jobs.
+    With fifo and priority the place is exact. With share it is an estimate, which assumes that every waiting user has a job for
+    each turn; it is never above the number of queued jobs.
     """
     if service.policy == "share":
         before = facts.users_before
@@ -4943,19 +4945,19 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
 
 @dataclass
 class Held(Backoff):
-    """A payload that waits at the client: what runs payloads has refused it, or was not asked yet."""
+    """A payload that waits at the client: the executor refused it, or has not been asked yet."""
 
     tried_at: float = float("-inf")  # monotonic
-    passed: bool = False  # others were taken after it was refused: the trouble is its own
+    passed: bool = False  # others were accepted after it was refused: the problem is this payload
 
 
 class Holds:
-    """Decides which payloads the executor gets now: the longest waiting of each service first; no service waits because of another."""
+    """Decides which payloads the executor gets now: in each service the longest waiting first. No service waits for another."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.by_service: dict[str, Backoff] = {}  # "" for all
-        self.held: dict[int, Held] = {}  # by payload id: those that are marked, and surely not with what runs them
+        self.held: dict[int, Held] = {}  # by payload id: Running by their row, but certainly not at the executor
 
     def of(self, key: str) -> Backoff | None:
         """Return what holds a service now, or None."""
@@ -4967,7 +4969,7 @@ class Holds:
         return self.of("")
 
     def reasons(self, for_all: bool) -> list[str]:
-        """Return why payloads wait: with `for_all` only what holds up every service, else that of each service and payload, too."""
+        """Return why payloads wait. With `for_all` only reasons that affect every service, else also those of services and payloads."""
         held = [hold.reason for key, hold in list(self.by_service.items()) if self.of(key) and not (for_all and key)]
         return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
 
@@ -4977,36 +4979,36 @@ class Holds:
         return away.reason if away else self.held[job.id].reason or (hold.reason if hold else "")
 
     def hold(self, key: str, reason: str) -> None:
-        """Start nothing for a while, longer with each failure in a row: none of this service, or none at all."""
+        """Pause starts of one service, or of all if `key` is empty; longer after each failure in a row."""
         if key and self.of(key):
-            return  # asked once more because others came: that makes it no longer
+            return  # an extra try because others arrived must not prolong the pause
         if self.by_service.setdefault(key, Backoff(self.clock)).failed(reason):
             log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
 
     def put_off(self, job: Job, reason: str) -> None:
-        """Note that what runs payloads does not take one now: it is tried again, later and later."""
+        """Note that the executor refused a payload. It is tried again, with growing pauses."""
         held = self.held.setdefault(job.id, Held(self.clock))
         if held.failed(reason):
-            log.warning("payload %d is not taken: %s", job.id, reason)
+            log.warning("payload %d is not accepted: %s", job.id, reason)
         held.tried_at = self.clock.monotonic()
 
     def taken(self, job: Job) -> None:
-        """Note that what runs payloads has taken one."""
+        """Note that the executor accepted a payload."""
         self.by_service.pop("", None)
         self.by_service.pop(job.service or "-", None)
         self.held.pop(job.id, None)
 
     def due(self, waiting: Sequence[Job]) -> list[Job]:
-        """Return those that may be tried now, of the payloads that wait here in the order in which they came."""
+        """Return those of the waiting payloads, given in the order of their arrival, that may be tried now."""
         services = dict.fromkeys(job.service for job in waiting)
         if self.of_all():
             return []
         return [job for service in services for job in self.due_of([job for job in waiting if job.service == service])]
 
     def due_of(self, waiting: Sequence[Job]) -> list[Job]:
-        """Return those of one service that may be tried now: all once the first of them may be.
+        """Return the payloads of one service that may be tried now: all of them as soon as the first one may be.
 
-        Only one that was refused while others were taken waits by itself.
+        A payload that was refused while others were accepted waits separately.
         """
         together = [job for job in waiting if not self.held[job.id].passed]
         alone = [job for job in waiting if self.held[job.id].passed and not self.held[job.id].waits()][:1]
@@ -5017,14 +5019,14 @@ class Holds:
         return alone if first.failures and (early or held) else together + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        """Start payloads that are due, each service by itself."""
+        """Start payloads that are due, each service separately."""
         for service in dict.fromkeys(job.service for job in due):
             self.start_in_turn([job for job in due if job.service == service], start)
 
     def start_in_turn(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        """Start one service's payloads in order. If one is refused, try the one whose last try is longest ago, or that never had one.
+        """Start one service's payloads in order. If one is refused, try the one that has not been tried for the longest time.
 
-        If that one is accepted, the first payload itself was the problem. If not, the service is paused.
+        If that one is accepted, the problem is the first payload. If not, the service is paused.
         """
         waiting, refused = list(due), cast("list[Held]", [])
         while waiting and len(refused) < 2 and not self.of_all():
@@ -5042,11 +5044,11 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 17. Client routes ==  The HTTP contract of the client, and what both modes answer.
+# == 17. Client routes ==  The HTTP contract of the client, and the routes of both modes.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
-    """Return a payload as the reference's client shows it: six fields, always."""
+    """Return a payload as a 2.2 client shows it: always six fields."""
     first = (job.handle or "").partition(" ")[0]
     pid = int(first) if job.status is Status.RUNNING and re.fullmatch(r"[0-9]{1,18}", first) else 0  # PBS says 4711.host
     killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
@@ -5054,12 +5056,12 @@ def payload_json(client: Client, job: Job) -> dict[str, Any]:
 
 
 def event_json(client: Client, job: Job) -> dict[str, Any]:
-    """Return what our server wants to know of a payload."""
+    """Return a payload as /events reports it to a joborch server."""
     said = {name: getattr(job, name) for name in EXAMPLE_EVENT}
     said["status"] = shown_status(job).value
     if job.status is Status.RUNNING:
         said["reason"] = client.notes.get(job.id, "")
-    if job.status is Status.CLEANED:  # why it was cleaned is its reason by now
+    if job.status is Status.CLEANED:  # `reason` says now why it was cleaned
         for row in client.store.read(HISTORY_GET, id=job.id):
             if row["target"] in ENDED:
                 said.update(ended_as=row["target"], ended_reason=row["reason"])
@@ -5067,11 +5069,11 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
 
 
 def known_payload(client: Client, request: Request, job_id: int) -> Job:
-    """Return a payload; HttpError 404 also where the caller means another attempt by this id."""
+    """Return a payload. Raises HttpError 404, also if the caller means another attempt by this id."""
     job = known_job(client, request, job_id)
     meant = request.header("X-Joborch-Mark")
     if meant and meant != job.mark:
-        raise HttpError(404, f"payload {job.id} is another job's: this client began anew")
+        raise HttpError(404, f"payload {job.id} belongs to another job: this client has a new data folder")
     return job
 
 
@@ -5080,7 +5082,7 @@ MARK = Parameter(
     "X-Joborch-Mark",
     "header",
     "string",
-    "uuid and attempt that the id is meant to be; 404 where it is another",
+    "uuid and attempt of the payload; 404 if the id belongs to another",
     "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0.1",
 )
 
@@ -5106,7 +5108,7 @@ def header(name: str, kind: str, meaning: str, example: Any, **more: Any) -> Par
 
 SUBMIT_HEADERS = (
     header("Job", "string", "the job's id at its server", "42", read=lambda text: one_line(text, 40)),
-    header("Uuid", "string", "with the attempt, the key: a repeat answers the first payload", MARK.example[:36], read=read_uuid),
+    header("Uuid", "string", "with the attempt, the key: a repeat returns the first payload", MARK.example[:36], read=read_uuid),
     header("Attempt", "integer", "number of the attempt", 1, least=1, most=1_000_000, default=1),
     header(
         "Service", "string", "the service, percent-encoded", "example",
@@ -5116,14 +5118,14 @@ SUBMIT_HEADERS = (
     header("Cpus", "integer", "cores it needs", 1, least=1, most=1_000_000, default=1),
     header("Memory", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
     header("Timeout", "number", "run time limit in seconds", 3600, least=0, read=read_limit),
-    header("Inputs", "string", "the digest of all files, which the job had when it was uploaded", "9f86d0..."),
-    header("Digests", "string", "1: the digests of the files follow them, or the transfer broke", "1"),
-    header("Return-Inputs", "string", "0: inputs that the script left unchanged stay out of the result", "0"),
+    header("Inputs", "string", "the digest of all files, computed at the upload", "9f86d0..."),
+    header("Digests", "string", "1: the digests follow the files; if they are missing, the transfer broke", "1"),
+    header("Return-Inputs", "string", "0: the result omits inputs that the script left unchanged", "0"),
 )  # fmt: skip
 
 
 def new_payload(request: Request) -> NewJob:
-    """Return the row for a payload, by the headers that our server sends and a 2.2 server does not."""
+    """Return the row for a payload, from the headers that a joborch server sends and a 2.2 server does not."""
     said = read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
     return NewJob(
         uuid=said["X-Joborch-Uuid"] or new_uuid(),
@@ -5138,20 +5140,20 @@ def new_payload(request: Request) -> NewJob:
     )
 
 
-PAYLOAD_FILE = Parameter("file", "form", "file", "the part's NAME is the relative path, its filename the base name", required=True)
-SUBMIT_GIVES = {200: Gives("the payload is taken", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
+PAYLOAD_FILE = Parameter("file", "form", "file", "the part's `name` is the relative path, its `filename` the base name", required=True)
+SUBMIT_GIVES = {200: Gives("the payload is accepted", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
 
 
 @route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
 def submit(client: Client, request: Request) -> Answer:
-    """Take the files of one payload; it runs as soon as a slot is free."""
+    """Accept the files of one payload; it runs as soon as a slot is free."""
     new = new_payload(request)
     mark = f"{new.uuid}.{new.attempt}"
     job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
     if job is not None:
         return Answer(payload_json(client, job))
     problem = problem_of(client, for_all=True)
-    if problem:  # where others can run it, it need not wait here
+    if problem:  # another client may be able to run it
         raise HttpError(503, problem, Retry_After="10")
     folder = client.data.tmp / f"submit-{secrets.token_hex(8)}"
     with receiving(client, folder, mark):
@@ -5168,14 +5170,14 @@ def submit(client: Client, request: Request) -> Answer:
 
 
 def received_form(request: Request, work: Path) -> Form:
-    """Receive a payload's files. HttpError 400 where they cannot be used; 503 to our server, whose forms are in order: it sends again."""
+    """Receive a payload's files. Raises HttpError 400 if they are invalid; 503 for a joborch server, because then the transfer broke."""
     ours = bool(request.header("X-Joborch-Digests"))
     try:
         form = request.read_form(work, by_name=True)
         check_digests(form, ours)
-        meant = request.header("X-Joborch-Inputs").lower()  # it is proven if the server is
+        meant = request.header("X-Joborch-Inputs").lower()  # proven if the server is
         if meant and meant != inputs_digest({file.path: file.sha256 for file in form.files}):
-            raise HttpError(503, "the transfer broke: the files that came are not those of the job", Retry_After="1")
+            raise HttpError(503, "the transfer broke: the files that arrived are not those of the job", Retry_After="1")
         if not form.files:
             raise HttpError(400, "there is no file: send at least run.sh", "file")
     except HttpError as refusal:
@@ -5186,34 +5188,34 @@ def received_form(request: Request, work: Path) -> Form:
 
 
 def check_digests(form: Form, wanted: bool) -> None:
-    """Compare what came with the digests that our server sent after the files; HttpError 503 makes it send again."""
+    """Compare the files with the digests that a joborch server sent after them. HttpError 503 makes it send them again."""
     sent = form.fields.pop(DIGESTS_FIELD, None)
     if sent is None and wanted:
-        raise HttpError(503, "the transfer broke: the digests did not come", Retry_After="1")
+        raise HttpError(503, "the transfer broke: the digests did not arrive", Retry_After="1")
     try:
         digests = parse_json(sent) if sent is not None else {file.path: file.sha256 for file in form.files}
     except ValueError as error:
         raise HttpError(400, "the digests cannot be read") from error
     if digests != {file.path: file.sha256 for file in form.files}:
-        raise HttpError(503, "the transfer broke: the digests of what came are not those that were sent", Retry_After="1")
+        raise HttpError(503, "the transfer broke: what arrived does not match its digests", Retry_After="1")
 
 
 def remember_inputs(folder: Path, form: Form) -> None:
-    """Note size and mtime of each input, so that those the script leaves unchanged can stay out of the result."""
+    """Note size and mtime of each input, so that the result can omit those that the script leaves unchanged."""
     states = {file.path: os.stat(folder / "work" / file.path) for file in form.files}
     lines = [json.dumps([path, state.st_size, state.st_mtime_ns]) + "\n" for path, state in states.items()]
     (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
 
 
 def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
-    """Put received files in their place, then the row; of two deliveries of one attempt, one wins and both get its payload."""
+    """Move received files to their place, then store the row. If one attempt arrives twice, both calls get the same payload."""
     place = client.data.job(f"{new.uuid}.{new.attempt}")
-    with client.placing:  # between the files and the row nobody else may come
+    with client.placing:  # files and row together
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
             discard(folder)
             return job
-        discard(place)  # a crash left it without a row: it never ran
+        discard(place)  # without a row, a crash left it: it never ran
         os.rename(folder, place)
         crash_point("submit.renamed")
         try:
@@ -5224,12 +5226,12 @@ def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
 
 
 def asked_archive(client: Client, request: Request, job: Job) -> Archive:
-    """Return a payload's archive. Our server does not wait long: it goes on with other results, and asks again."""
+    """Return a payload's archive. A joborch server waits only briefly: it fetches other results and asks again."""
     return packed_result(client, job, PACK_GLANCE_S if request.header("X-Joborch-Mark") else PACK_PATIENCE_S, request.left)
 
 
 PACKING = Gives(
-    "the archive is not packed yet; Retry-After says when to ask again", JSON_TYPE, {"message": "the result is being packed: come again"}
+    "the archive is not packed yet; Retry-After says when to ask again", JSON_TYPE, {"message": "the result is being packed: try again"}
 )
 RETRIEVED = Gives("completed: the result as application/zip; else the payload with its status", JSON_TYPE, EXAMPLE_PAYLOAD)
 
@@ -5256,9 +5258,9 @@ def retrieve(client: Client, request: Request, job_id: int) -> Answer:
 
 
 def send_archive(client: Client, request: Request, job: Job, filename: str) -> Answer:
-    """Answer with what a payload left, and note that it was fetched if the caller cannot confirm it."""
+    """Answer with a payload's archive, and note that it was fetched if the caller cannot confirm it."""
     archive = asked_archive(client, request, job)
-    if job.status in ENDED and not request.header("X-Joborch-Mark"):  # our server confirms it in /events, a 2.2 server cannot
+    if job.status in ENDED and not request.header("X-Joborch-Mark"):  # a joborch server confirms it in /events, a 2.2 server cannot
         client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, filename, {})
 
@@ -5276,7 +5278,7 @@ WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
     gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
 )
 def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
-    """Fetch the work folder of a payload as it stands."""
+    """Fetch the current work folder of a payload."""
     job = known_payload(client, request, job_id)
     if job.status is Status.CLEANED:
         raise HttpError(404, f"the files of payload {job.id} were cleaned")
@@ -5284,8 +5286,8 @@ def retrieve_partial(client: Client, request: Request, job_id: int) -> Answer:
 
 
 KILL_GIVES = {
-    200: Gives("nothing of it runs any more", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Killed", "killed": True}),
-    202: Gives("it is being ended", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Running", "killed": True}),
+    200: Gives("none of its processes runs", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Killed", "killed": True}),
+    202: Gives("it is being stopped", JSON_TYPE, {**EXAMPLE_PAYLOAD, "status": "Running", "killed": True}),
     400: BAD,
     404: NOT_FOUND,
 }
@@ -5293,7 +5295,7 @@ KILL_GIVES = {
 
 @route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
 def kill(client: Client, request: Request, job_id: int) -> Answer:
-    """End a payload and everything it started. Our server, which hears of the end by /events, is answered at once."""
+    """Stop a payload and everything it started. A joborch server gets its answer at once and the end by /events."""
     job = known_payload(client, request, job_id)
     if job.status not in OVER:
         client.store.request_kill(job.id, Cause.CANCELLED)
@@ -5306,7 +5308,7 @@ def kill(client: Client, request: Request, job_id: int) -> Answer:
 
 
 def wait_until_over(client: Client, request: Request, job: Job) -> None:
-    """Wait until a payload has ended, or a batch system has noted that it is to end, which may take long."""
+    """Wait until a payload has ended, or a batch system has accepted the request to stop it, which may take long."""
 
     def noted() -> bool:
         return request.left() or (client.executor.is_batch and job.id in client.stubborn)
@@ -5316,7 +5318,7 @@ def wait_until_over(client: Client, request: Request, job: Job) -> None:
 
 
 def over(node: Node, job_id: int) -> Job | None:
-    """Return a job that is over, else None."""
+    """Return the job if it is over, else None."""
     job = node.store.get(job_id)
     return job if job is None or job.status in OVER else None
 
@@ -5326,24 +5328,24 @@ EVENTS_TAKES = (
         "since",
         "query",
         "integer",
-        "the `next` of your last answer; 0 asks for all that was not fetched",
+        "the `next` of your last answer; 0 requests all payloads whose results were not fetched",
         0,
         least=0,
         most=BIGGEST,
         default=0,
     ),
     Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3", default=""),
-    WAIT._replace(help="wait for a change, at most so many seconds", example=10),
+    WAIT._replace(help="wait for a change, for at most this many seconds", example=10),
     Parameter(
         "more",
         "query",
         "string",
-        "1: go on with the list that since=0 began, whose last page said `more`",
+        "1: continue the list that since=0 began, if its last page said `more`",
         "1",
         choices=("0", "1"),
         default="0",
     ),
-    Parameter("done", "query", "string", "ids of payloads whose results you have: they need not be kept for you", "1,2", default=""),
+    Parameter("done", "query", "string", "ids of payloads whose results you have: the client may delete them", "1,2", default=""),
 )
 EXAMPLE_EVENT = {
     "id": 1, "uuid": MARK.example[:36], "attempt": 1, "status": "Completed", "reason": "run.sh ended with exit status 0", "cause": None,
@@ -5354,15 +5356,19 @@ EXAMPLE_EVENTS = {
     "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
     "payloads": [EXAMPLE_EVENT],
 }  # fmt: skip
-CHANGED = Gives("payloads that changed, a page at most; with `more` the next call gets the next page", JSON_TYPE, EXAMPLE_EVENTS)
+CHANGED = Gives("payloads that changed, one page; if `more` is true, request the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
 
 
-UNPROVEN = Gives("no server that proves itself", JSON_TYPE, {"message": "the token is wrong, or the request was changed on its way"})
-OLD_SERVER = Gives(
-    "a server that shows its token and cannot prove it: joborch 0.1.0",
+UNPROVEN = Gives(
+    "the caller is not a server that proves its identity",
     JSON_TYPE,
-    {"message": "this server cannot prove who it is: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
+    {"message": "the token is wrong, or the request was changed on its way"},
+)
+OLD_SERVER = Gives(
+    "a server of joborch 0.1.0, which cannot prove its identity",
+    JSON_TYPE,
+    {"message": "this server cannot prove its identity: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
 )
 
 
@@ -5378,11 +5384,11 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     if instance == client.instance:
         confirm(client, done)
-    elif instance:  # the server knew another one: it gets all of this one's, at once
+    elif instance:  # the server knew another instance: send it the whole list, at once
         since, wait = 0, 0.0
     changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
     if since == 0 or more == "1":
-        last = client.store.number(CHANGED_LAST)  # before the list: what changes in between is told twice, never lost
+        last = client.store.number(CHANGED_LAST)  # before the list: a change in between is reported twice, but never lost
         found = client.store.jobs(CHANGED_ALL, since=since)
         inline = 0
     else:
@@ -5406,14 +5412,14 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
 
 
 def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
-    """Return as many of these payloads as a page holds, and what is said of them; small results come along for the first `inline`."""
+    """Return the payloads that fit on a page, and their JSON; the first `inline` of them include small results."""
     told, payloads, room = list[Job](), list[dict[str, Any]](), EVENTS_PAGE_BYTES
     for job in jobs[:EVENTS_PAGE]:
         said = event_json(client, job)
         if inline and job.status in ENDED and job.fetched_at is None:
             said.update(inline_archive(client, job))
             inline -= 1
-        room -= 1000 + 12 * len(said["reason"] or "") + len(said.get("archive", ""))  # a character takes 12 bytes at most
+        room -= 1000 + 12 * len(said["reason"] or "") + len(said.get("archive", ""))  # a character takes at most 12 bytes
         if room < 0 and told:
             break
         told.append(job)
@@ -5422,14 +5428,14 @@ def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[
 
 
 def room_json(client: Client) -> dict[str, Any]:
-    """Return what a client has room for: slots of cores and memory (MiB), or slots of jobs that a batch system takes."""
+    """Return a client's capacity: cores and memory (MiB), or for a batch system the number of jobs."""
     if client.executor.is_batch:
         return {"slots": client.config.slots, "job_slots": True, "memory": None}
     return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
 
 
 def confirm(client: Client, done: str) -> None:
-    """Note that a server has the results of these payloads, by ids with commas between."""
+    """Note that a server has the results of these payloads, by ids separated by commas."""
     ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
     if ids:
         now = client.clock.wall()
@@ -5441,15 +5447,15 @@ def confirm(client: Client, done: str) -> None:
 EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
 
 
-@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves itself here", JSON_TYPE, EXAMPLE_HELLO)})
+@route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves its identity here", JSON_TYPE, EXAMPLE_HELLO)})
 def hello(client: Client, request: Request) -> Answer:
-    """Tell a server the nonce of this start, by which it and the client prove that they hold the same token."""
+    """Return the nonce of this start. With it, server and client prove that they have the same token."""
     return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
 def load(client: Client, request: Request) -> Answer:
-    """Tell how busy this machine is."""
+    """Return the CPU use of this machine."""
     return Answer(client.cpu_load())
 
 
@@ -5461,7 +5467,7 @@ UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status
 
 
 def counts_json(client: Client) -> dict[str, int]:
-    """Return how many payloads run, are queued here, and wait in the line of a batch system."""
+    """Return how many payloads run, are queued here, and wait in the queue of a batch system."""
     handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
     waiting = 0
     if client.executor.is_batch:
@@ -5471,9 +5477,9 @@ def counts_json(client: Client) -> dict[str, int]:
 
 @route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
 def health(node: Node, request: Request) -> Answer:
-    """Tell whether the process works: the database is read and written. Whoever proves himself gets more fields."""
+    """Tell whether the process works and can read and write its database. Authenticated callers get more fields."""
     said: dict[str, Any] = {"status": "ok", "database": "ok"}
-    known = request.caller is not None  # paths, counts and versions are nobody else's business
+    known = request.caller is not None  # strangers get no paths, counts and versions
     try:
         node.store.check()
         if known:
@@ -5496,7 +5502,7 @@ PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
 
 @route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to the documentation")})
 def ping(node: Node, request: Request) -> Answer:
-    """Answer."""
+    """Tell that the process answers."""
     if prefers_html(request.header("Accept")):
         return Answer(None, 302, {"Location": "/swagger-ui/"})
     return Answer({"message": "pong"})
@@ -5510,32 +5516,32 @@ def prefers_html(accept: str) -> bool:
 # == 18. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 
-BEING_ENDED = "it is being ended"  # what a payload waits for whose batch system takes its time to end it: first words of the note
-ENDING_THREADS = 32  # payloads that are ended at once: each may take the whole of JOBORCH_KILL_GRACE
+BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
+ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
 
 
 class Client(Node):
-    """A client: its executor, and which payloads are being ended."""
+    """A client: its executor, and what it knows about its payloads apart from the rows."""
 
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         super().__init__(config, store, data, clock)
         self.executor = make_executor(data, config)
-        self.notes: dict[int, str] = {}  # by payload id: what those that have not begun wait for
+        self.notes: dict[int, str] = {}  # by payload id: what payloads that have not started wait for
         self.holds = Holds(self.clock)
-        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end though they shall
-        self.tried: dict[int, Backoff] = {}  # by payload id: those that were started, and nobody could say whether it succeeded
-        # With a new database payload ids begin again: servers tell by this that theirs mean nothing any more.
+        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end although they were killed
+        self.tried: dict[int, Backoff] = {}  # by payload id: those whose start may or may not have succeeded
+        # A new database has a new instance: it tells servers that the payload ids they know are invalid.
         self.instance = str(store.read(INSTANCE)[0]["instance"])
-        self.start_id = secrets.token_hex(8)  # servers tell by this whether two that say they are this instance are one process
+        self.start_id = secrets.token_hex(8)  # tells servers whether two clients of this instance are one process
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
-        self.unsaved: dict[int, tuple[str, float]] = {}  # handles, and when (steady) they began, that could not be stored yet
+        self.unsaved: dict[int, tuple[str, float]] = {}  # handles and start times (steady) that could not be stored yet
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
         self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
-        self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: what is packed, or being packed
+        self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: archives that are packed or being packed
         self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
         self.measurers = threading.BoundedSemaphore(PACKERS)
-        self.holes = True  # the file system can punch them, as far as we know
-        self.troubled_at: float | None = None  # wall: since when nothing can be started, for all services or for one
+        self.holes = True  # the file system can punch holes, as far as we know
+        self.troubled_at: float | None = None  # wall: since when nothing can be started for some service
         self.loops = {
             "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
             "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, ENDING_THREADS),
@@ -5545,7 +5551,7 @@ class Client(Node):
         }
 
     def stop(self) -> None:
-        """Note the time first: what stopped the client may have stopped payloads, too."""
+        """Store the time first: what stopped the client may have stopped payloads, too."""
         try:
             (self.data.path / STOP_NOTE).touch()
         except OSError as error:
@@ -5554,17 +5560,17 @@ class Client(Node):
 
 
 def run_tick(client: Client) -> bool:
-    """Take in what ended, and start what a slot is free for. A client that is being stopped leaves both to the next one."""
+    """Finish payloads that ended, and start others on free slots. While stopping, leave both to the next start of the client."""
     if client.stopping.is_set():
         return False
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
-        drop_notes(client, job_id)  # noted by another thread, just after its end
-    running = [job for job in everything if job.id not in client.ending]  # others are being started or ended just now
+        drop_notes(client, job_id)  # another thread noted it just after its end
+    running = [job for job in everything if job.id not in client.ending]  # not those that another thread starts or kills
     started = [job for job in running if job.handle is not None]
     outcomes = client.executor.poll([job for job in started if job.id not in client.measurings])
-    outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # an end is asked for once
+    outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # poll reports an end only once
     problem = client.executor.problem()
     problem_since(client, problem)
     for job in started:
@@ -5584,7 +5590,7 @@ def run_tick(client: Client) -> bool:
 
 
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
-    """Note what a payload waits for, or that it waits for nothing; report it to the server if it is new."""
+    """Note what a payload waits for (empty: nothing). Report it to the server if it is new."""
     if client.notes.get(job_id, "") == text:
         return
     client.notes[job_id] = text
@@ -5594,7 +5600,7 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
 
 
 def drop_notes(client: Client, job_id: int) -> None:
-    """Drop what is noted of a payload that is over."""
+    """Drop the notes on a payload that is over."""
     tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
     for table in tables:
         table.pop(job_id, None)
@@ -5606,7 +5612,7 @@ def shown_status(job: Job) -> Status:
 
 
 def problem_of(client: Client, for_all: bool = False) -> str:
-    """Return why nothing can be started now, `for_all` services or for one; an empty text if all is well."""
+    """Return why nothing can be started now for some service, or `for_all` services; an empty text if all is well."""
     held = client.holds.reasons(for_all)
     return client.executor.problem() or (held[0] if held else "")
 
@@ -5621,9 +5627,9 @@ def problem_since(client: Client, problem: str) -> float | None:
 
 
 def start_what_fits(client: Client, running: Sequence[Job]) -> None:
-    """Start payloads in the order of their arrival, as slots and memory allow; none overtakes one that must wait.
+    """Start payloads in the order of their arrival, as slots and memory allow. None overtakes one that must wait.
 
-    A payload that asks for more than there is runs alone.
+    A payload that needs more than this client has runs alone.
     """
     slots, memory = client.config.slots, client.config.memory_bytes // MIB
     if client.executor.is_batch:  # the batch system counts the cores
@@ -5641,7 +5647,7 @@ def start_what_fits(client: Client, running: Sequence[Job]) -> None:
 
 
 def begin(client: Client, job: Job) -> bool:
-    """Start one payload: Running is stored before, the handle after. False if it cannot run."""
+    """Start one payload: store Running, start it, store the handle. Return False if it cannot run."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
         reason = Reason.FILES_REMOVED.format(where="client")
@@ -5660,7 +5666,7 @@ def begin(client: Client, job: Job) -> bool:
 
 @contextlib.contextmanager
 def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
-    """Keep other threads from killing a payload that has no handle yet. Yields False if one is killing it just now."""
+    """Keep other threads from killing a payload that has no handle yet. Yields False if one is already killing it."""
     with client.lock:
         free = job.id not in client.ending
         client.ending.update({job.id} if free else ())
@@ -5673,23 +5679,23 @@ def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
 
 
 def launch(client: Client, job: Job) -> None:
-    """Start one payload that can run, unless it is not Prepared any more or the client is being stopped."""
+    """Start one payload that can run, unless it is no longer Prepared or the client is stopping."""
     if client.stopping.is_set():
         return
-    # What a batch system was given outlives a power failure of this machine: the mark must, too.
+    # A job in a batch system survives a power failure of this machine, so the row must, too.
     is_batch = client.executor.is_batch
     if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
         crash_point("run.marked")
         if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
-            client.holds.held[job.id] = Held(client.clock)  # it takes its turn among those that wait: see start_held
+            client.holds.held[job.id] = Held(client.clock)  # it must not overtake those that wait: see start_held
         else:
             start_on_executor(client, job)
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
-    """Start a payload whose row says Running; True if the executor took it.
+    """Start a payload whose row says Running. Return True if the executor accepted it.
 
-    If that is impossible now, it is tried again; if it can never run, it has failed.
+    If that is impossible now, it is tried again; if it can never run, the payload fails.
     """
     try:
         handle = client.executor.start(job)
@@ -5718,7 +5724,7 @@ def start_on_executor(client: Client, job: Job) -> bool:
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
-    """Move a payload that could not be started to its end."""
+    """Move a payload that could not be started to its end state."""
     drop_notes(client, job.id)
     drop_scratch(client, job)
     current = client.store.get(job.id)
@@ -5727,7 +5733,7 @@ def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
 
 
 def save_handles(client: Client) -> None:
-    """Store the handles of started payloads; StorageError keeps the tick from judging any payload before that."""
+    """Store the handles of started payloads. A StorageError stops the tick, so no payload is judged before that."""
     for job_id, (handle, now) in list(client.unsaved.items()):
         client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
         client.unsaved.pop(job_id, None)
@@ -5749,14 +5755,14 @@ def bound_output(client: Client, path: Path) -> None:
     try:
         punch_middle(path, client.config.log_limit_bytes)
     except FileNotFoundError:
-        return  # the wrapper has not come that far
+        return  # the wrapper has not created it yet
     except OSError as error:
         client.holes = False
-        log.warning("output cannot be bounded on this file system (%s): it is cut when it is handed out", error)
+        log.warning("output cannot be limited on this file system (%s): it is cut when it is read", error)
 
 
 class Measuring:
-    """A large work folder of an ended payload, measured by a thread of its own: `outcome` waits for `too_much`, None until then."""
+    """Measures a large work folder of an ended payload in a thread. `outcome` is kept until `too_much` is no longer None."""
 
     def __init__(self, client: Client, job: Job, outcome: Outcome) -> None:
         self.outcome, self.too_much, self.left_out = outcome, cast("str | None", None), 0
@@ -5773,9 +5779,9 @@ class Measuring:
 
 
 def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
-    """Return what a finished payload left too much of, or an empty text, and how many entries no archive of it can hold.
+    """Return by what a finished payload exceeds a limit (empty: by nothing), and how many entries its archive cannot hold.
 
-    The text is None if the payload exceeds `limits`, but not the client's own limits.
+    The text is None if the payload exceeds `limits`, but not the client's limits.
     """
     try:
         with opened_folder(client.data.job(job.mark)) as folder:
@@ -5784,7 +5790,7 @@ def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, 
                 losses = Losses([path_of(work), work_path(client, job)])
                 left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder), losses)
     except OSError:
-        return "", 0  # there is no such folder any more
+        return "", 0  # the folder is gone
     return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else ""), losses.count
 
 
@@ -5794,7 +5800,7 @@ def work_path(client: Client, job: Job) -> bytes:
 
 
 def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
-    """Return what `excess` does, with None if that takes longer than a tick may and it is not `patient`."""
+    """Like `excess`, but if not `patient`, the text is None while measuring takes longer than a tick may."""
     if job.id in client.measurings and not patient:
         return client.measurings[job.id].too_much, client.measurings[job.id].left_out
     quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
@@ -5805,13 +5811,13 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
 
 
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
-    """Move an ended payload to its end, with a reason that a person understands; if not `patient`, perhaps at a later tick."""
+    """Move an ended payload to its end state, with a reason. If not `patient`, a large work folder delays that to a later tick."""
     folder = client.data.job(job.mark)
     try:
         client.executor.collect(job)
     except BackendUnavailable as error:
-        set_wait_reason(client, job.id, f"its outputs cannot be had yet: {error}")
-        return  # a later tick finds it ended again
+        set_wait_reason(client, job.id, f"its outputs are not available yet: {error}")
+        return  # a later tick tries again
     if outcome.cause is None and not has_work(folder):
         text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
         outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
@@ -5836,15 +5842,15 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         run_s = run_seconds(started, ended, client.store.steady() - job.moved_at)
         reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
-    if moved:  # else it is to be ended since its row was read: end_tick decides how it ended
+    if moved:  # else a kill was requested meanwhile: end_tick decides how it ended
         drop_notes(client, job.id)
         drop_scratch(client, job)
 
 
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload began and ended, by the times of the wrapper's files; by the clock if they are gone.
+    """Return when a payload started and ended: the times of the wrapper's files, or of the clock if they are gone.
 
-    None if it never began: its claim is missing, or is empty because it was made only to fence the attempt.
+    The start is None if it never started: its claim is missing, or empty because it only fences the attempt.
     """
     if job.started_at is None and not read_claim(folder, job.attempt):
         return None, time.time()
@@ -5858,13 +5864,13 @@ def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
 
 
 def end_tick(client: Client) -> bool:
-    """Kill one payload that is to end; True if there was one."""
+    """Kill one payload for which that was requested. Return whether there was one."""
     job = take_for_ending(client)
     if job is None:
         return False
     try:
         folder = client.data.job(job.mark)
-        begun = folder / f"ending.{job.attempt}"  # what a crash cut off goes on: the exit status is then of our making
+        begun = folder / f"ending.{job.attempt}"  # left by a crash during the kill: then the kill caused the exit status
         measuring = client.measurings.get(job.id)
         outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
         if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # it ended before the kill
@@ -5876,7 +5882,7 @@ def end_tick(client: Client) -> bool:
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
-            with contextlib.suppress(BackendUnavailable):  # its outputs are wanted, but not worth waiting for
+            with contextlib.suppress(BackendUnavailable):  # its outputs are not worth waiting for
                 client.executor.collect(job)
         if job.kill_cause == Cause.LIMIT.value:
             times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
@@ -5891,7 +5897,7 @@ def end_tick(client: Client) -> bool:
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
-        return True  # go on with the others
+        return True  # there may be others
     finally:
         with client.lock:
             client.ending.discard(job.id)
@@ -5900,7 +5906,7 @@ def end_tick(client: Client) -> bool:
 
 
 def take_for_ending(client: Client) -> Job | None:
-    """Return a payload to kill that no other thread is killing, and that was not tried a moment ago."""
+    """Return a payload to kill that no other thread is killing and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
@@ -5908,7 +5914,7 @@ def take_for_ending(client: Client) -> Job | None:
                 if job.kill_requested_at is None or job.id in client.ending or lately:
                     continue
                 client.ending.add(job.id)
-            current = client.store.get(job.id)  # it may have been started since the list was read: its handle is to be seen
+            current = client.store.get(job.id)  # read again: it may have got a handle since
             if current is not None and current.status not in OVER:
                 return current
             with client.lock:
@@ -5917,7 +5923,7 @@ def take_for_ending(client: Client) -> Job | None:
 
 
 def limit_tick(client: Client) -> bool:
-    """Keep running payloads within their limits: run time, and the size of their output streams."""
+    """Enforce the limits of running payloads: run time, and the size of their output streams."""
     for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
         over = job.timeout and not client.executor.is_batch and client.store.steady() - job.moved_at > job.timeout
         if over and client.store.request_kill(job.id, Cause.LIMIT):
@@ -5928,18 +5934,20 @@ def limit_tick(client: Client) -> bool:
 
 
 def check_executor(client: Client) -> None:
-    """Refuse to start while payloads run that another executor started: this one could only lose them. ConfigError."""
+    """Raise ConfigError if payloads run that another executor started: this one would lose them."""
     note = client.data.path / "executor"
     before = note.read_text(encoding="utf-8").strip() if note.exists() else "local"
     running = client.store.number(COUNT_IN, status=Status.RUNNING.value)
     if before != client.config.executor and running:
         remedy = f"start it with --executor {one_line(before, 40)} until they have ended, or give another DATA_PATH"
-        raise ConfigError(f"JOBORCH_EXECUTOR is {client.config.executor!r}, and {running} payloads here are run by {before!r}: {remedy}")
+        raise ConfigError(
+            f"JOBORCH_EXECUTOR is {client.config.executor!r}, but {running} payloads here were started by {before!r}: {remedy}"
+        )
     write_atomic(note, client.config.executor.encode())
 
 
 def recover_payloads(client: Client) -> None:
-    """At the start of a client: find the payloads that it started before, and start those that certainly never ran."""
+    """When a client starts: find the payloads that it started before, and start those that certainly never ran."""
     if client.store.is_new:
         end_orphans(client)
     if client.store.rebooted:
@@ -5947,11 +5955,11 @@ def recover_payloads(client: Client) -> None:
     running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
     start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
     if running:
-        log.info("%d payloads were running when the client ended: taken up again", len(running))
+        log.info("%d payloads were running when the client stopped: recovered", len(running))
 
 
 def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find payloads that were started before a crash or a lost answer; queue those that certainly never were."""
+    """Find payloads that were started before a crash or a lost answer. Start those that certainly never were."""
     held = client.holds.held
     refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
     lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
@@ -5972,18 +5980,18 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
             client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
-            text = "whether its submission, which was cut off, got through is waited for"
+            text = "its submission was interrupted: the client waits to learn whether it succeeded"
             client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
             set_wait_reason(client, job.id, text)
         elif job.id not in held:
             if job.id not in client.tried:
-                log.warning("payload %d was marked and never started: it is started now", job.id)
+                log.warning("payload %d was stored as Running but never started: it is started now", job.id)
             held[job.id] = Held(client.clock)
     start_held(client)
 
 
 def start_held(client: Client) -> None:
-    """Start the waiting payloads whose turn has come; note for the others why they wait."""
+    """Start the waiting payloads that are due, and note for the others why they wait."""
     client.holds.start(client.holds.due(waiting_here(client)), functools.partial(start_now, client))
     for job in waiting_here(client):
         reason = client.holds.reason_of(job)
@@ -5992,7 +6000,7 @@ def start_held(client: Client) -> None:
 
 
 def waiting_here(client: Client) -> list[Job]:
-    """Return the payloads that wait here, in the order of their arrival; drop those that ended or were found meanwhile."""
+    """Return the payloads that wait here, in the order of their arrival. Forget those that ended or were found meanwhile."""
     found = []
     for job_id in sorted(client.holds.held):
         job = client.store.get(job_id)
@@ -6004,7 +6012,7 @@ def waiting_here(client: Client) -> list[Job]:
 
 
 def start_now(client: Client, job: Job) -> bool:
-    """Start a payload that is marked Running and was never started, unless it is to be killed; True if the executor took it."""
+    """Start a payload whose row says Running but that never started, unless a kill was requested. Return whether it started."""
     taken = False
     with kept_from_ending(client, job) as free:
         current = client.store.get(job.id)
@@ -6015,16 +6023,16 @@ def start_now(client: Client, job: Job) -> bool:
 
 
 def distrust(client: Client) -> None:
-    """After a reboot, give up files and results that may not have reached the disk; the server tries those jobs again."""
+    """After a reboot, discard files and results that may not have reached the disk. The server tries those jobs again."""
     for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
-        if job.status is Status.COMPLETED:  # the script's own failure stands, whatever became of its files
+        if job.status is Status.COMPLETED:  # a failed script remains a failure, even if its files are lost
             client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
         client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def sync_tick(client: Client) -> bool:
-    """Flush results to the disk that no server has fetched yet: one call for all of them."""
+    """Flush results that no server has fetched yet to the disk, with one call for all."""
     jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
@@ -6034,35 +6042,35 @@ def sync_tick(client: Client) -> bool:
 
 
 def end_orphans(client: Client) -> None:
-    """A new database, or one in memory, knows nothing of an earlier run's payloads: kill and remove them."""
+    """A new database does not have the payloads of an earlier run: kill and remove them."""
     client.executor.end_orphans([folder.name for folder in client.data.jobs.iterdir()])
     discard_payloads(client.data)
 
 
-# == 19. Logs ==  What a script writes can be read while it runs, and as long as its files are kept.
+# == 19. Logs ==  A script's output can be read while it runs and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
 STREAM = Parameter(
-    "stream", "query", "string", "which of the two (stdout where absent)", "stderr", choices=OUTPUT_STREAMS, default=OUTPUT_STREAMS[0]
+    "stream", "query", "string", "which of the two (default: stdout)", "stderr", choices=OUTPUT_STREAMS, default=OUTPUT_STREAMS[0]
 )
 OFFSET = Parameter(
     "offset",
     "query",
     "integer",
-    "bytes of the script's output that you have: X-Next-Offset of the last answer",
+    "how many bytes of the output you have: X-Next-Offset of the last answer",
     0,
     least=0,
     most=10**18,
     default=0,
 )
-FOLLOW = Parameter("follow", "query", "string", "1: go on until the job has ended", "1", choices=("0", "1"), default="0")
+FOLLOW = Parameter("follow", "query", "string", "1: continue until the job has ended", "1", choices=("0", "1"), default="0")
 LOG_PART = Gives(
-    "output from `offset` on, 1 MiB at most; X-Next-Offset says where the next part begins. With follow=1 all of it until the end; "
-    "then `Accept: text/event-stream` gives events with the offset as id, comments while it is quiet, and the event `end` with the status",
+    "output from `offset` on, at most 1 MiB; X-Next-Offset says where the next part begins. With follow=1, everything until the job "
+    "ends; with `Accept: text/event-stream` as events with the offset as id, comments in pauses, and a last event `end` with the status",
     TEXT_TYPE,
 )
-NO_OUTPUT = Gives("no job has this id, or its output is not to be had", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
+NO_OUTPUT = Gives("no job has this id, or its output is not available", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
 
 
 class LogPart(NamedTuple):
@@ -6085,7 +6093,7 @@ def payload_logs(client: Client, request: Request, job_id: int, stream: str, off
     """Read a payload's output, also while it runs."""
     job = known_payload(client, request, job_id)
     part = LogPart(b"", offset)
-    # The script has not come that far, or has put something else in its place.
+    # OSError: it does not exist yet, or the script replaced it by something else.
     with contextlib.suppress(OSError), open_regular(client.folder(job), stream) as source:
 
         def read_at(begin: int, count: int) -> bytes:
@@ -6098,22 +6106,22 @@ def payload_logs(client: Client, request: Request, job_id: int, stream: str, off
 
 
 def stored_log(server: Server, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of an ended job's output from its stored result; none where it never ran. HttpError 404 where the ZIP is damaged."""
+    """Read a part of an ended job's output from its result; empty if it never ran. Raises HttpError 404 if the ZIP is damaged."""
     if job.result_sha256 is None:
         return LogPart(b"", offset)
     with contextlib.closing(stored_archive(server, job).file) as file:
         try:
             return part_of_archive(file, stream, server.config.log_limit_bytes, offset)
         except ValueError as error:
-            raise HttpError(404, f"the output of job {job.id} cannot be read: the ZIP that its client sent is damaged") from error
+            raise HttpError(404, f"the output of job {job.id} cannot be read: its client sent a damaged ZIP") from error
 
 
 def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int) -> LogPart:
-    """Read a part of an output stream from a ZIP; none where it has no such member. ValueError where it is no sound ZIP.
+    """Read a part of an output stream from a ZIP; empty if it has no such member. Raises ValueError if the ZIP is invalid.
 
-    What the ZIP says costs at most the work for `limit_bytes` of output: a client may have made it up.
+    The work is bounded by `limit_bytes` of output, whatever the ZIP claims: a client may have forged it.
     """
-    for record in zip_records(file, commented=True):  # our clients put the streams first
+    for record in zip_records(file, commented=True):  # a client puts the streams first
         said = re.fullmatch(STREAM_COMMENT.format("([0-9]{1,18})", "([0-9]{1,18})").encode(), record.comment)
         if said and record.name.endswith(f"/{stream}".encode()):
             return part_of_member(file, record, Stream(int(said[1]), int(said[2])), limit_bytes, offset)
@@ -6121,10 +6129,10 @@ def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int)
 
 
 def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes: int, offset: int) -> LogPart:
-    """Read a part of an output stream from the member that holds what was kept of it."""
+    """Read a part of an output stream from its member of a ZIP; `kept` says which bytes of the stream the member has."""
     first, second = kept.gap
-    shorter = second - first - len(kept.line(first)) if second > first else 0  # by so much the member is, for what follows the gap
-    if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not what was packed, or more than is shown here
+    shorter = second - first - len(kept.line(first)) if second > first else 0  # than the stream, after the gap
+    if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not as a client packs it, or over the limit here
         size = min(record.size, limit_bytes)
         kept, second, shorter = Stream(size, size), size, 0
 
@@ -6135,14 +6143,14 @@ def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes
 
 
 def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of a job's output from wherever it is now; HttpError 404 or 503 where it is not to be had."""
+    """Read a part of a job's output from wherever it is now. Raises HttpError 404 or 503 if it is not available."""
     if job.status is Status.CLEANED:
         raise HttpError(404, f"the files of job {job.id} were cleaned")
     link = server.links.get(job.client or "")
     if job.status in ENDED:
         return stored_log(server, job, stream, offset)
     if job.dest_id is None or link is None:
-        return LogPart(b"", offset)  # it has not come to a client yet
+        return LogPart(b"", offset)  # it is not at a client yet
     try:
         with calling(server, request, link) as unwanted:
             return LogPart(*link.logs(job, stream, offset, unwanted))
@@ -6162,18 +6170,18 @@ def job_log(server: Server, request: Request, job: Job, stream: str, offset: int
     gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
 )
 def job_logs(server: Server, request: Request, job_id: int, stream: str, offset: int, follow: str) -> Answer:
-    """Read a job's output, live while it runs; with follow=1 until it has ended."""
+    """Read a job's output, live while it runs. With follow=1, read on until it has ended."""
     job = known_job(server, request, job_id)
     headers = {"Content-Type": TEXT_TYPE, "X-Job-Status": job.status.value}
     if follow == "1" and request.method == "GET":
         place = contextlib.ExitStack()
         if not place.enter_context(server.waiters.place()):
             raise HttpError(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
-        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # nginx would keep what comes until the end
+        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # else nginx would buffer it until the end
         if EVENT_TYPE not in request.header("Accept"):
             parts = followed_log(server, request, job, stream, offset, place)
             return Answer((part.text for part in parts), 200, headers)
-        known = request.header("Last-Event-ID")  # a browser that comes again says how far it was
+        known = request.header("Last-Event-ID")  # a browser that reconnects says how far it was
         offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
         parts = followed_log(server, request, job, stream, offset, place)
         return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
@@ -6184,7 +6192,7 @@ def job_logs(server: Server, request: Request, job_id: int, stream: str, offset:
 def followed_log(
     server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
 ) -> Iterator[LogPart]:
-    """Yield a job's output until it has ended, holding `place`, and now and then nothing; a new attempt begins with a line that says so."""
+    """Yield a job's output until it has ended, and empty parts in pauses. A line announces a new attempt. Frees `place` at the end."""
     pause_s, attempt = 0.1, job.attempt
     with place:
         while not server.stopping.wait(pause_s) and not request.left():
@@ -6195,7 +6203,7 @@ def followed_log(
                 attempt, offset = current.attempt, 0
                 yield LogPart(f"\n[joborch: attempt {attempt}]\n".encode(), 0)
             part = LogPart(b"", offset)
-            with contextlib.suppress(HttpError):  # it cannot be had now, or will never be; the job's end is waited for
+            with contextlib.suppress(HttpError):  # not available now, or never: wait for the job's end
                 part = job_log(server, request, current, stream, offset)
             pause_s = 0.0 if part.text else min(1.0, max(0.1, pause_s * 1.5))
             offset = part.following
@@ -6205,13 +6213,13 @@ def followed_log(
 
 
 def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:
-    """Yield output as server-sent events: the text in `data`, the offset after it as id; `end` with the status is the last.
+    """Yield output as server-sent events: the text in `data`, the offset after it as id; the last event is `end` with the status.
 
-    Plain text cannot carry what keeps a gateway from giving up: it would look like output. Here carriage returns become line
-    feeds, and bytes that are not UTF-8 become U+FFFD; the plain text has them as they are.
+    Unlike plain text, events can have comments that keep a gateway from giving up. Carriage returns become line feeds, and
+    bytes that are not UTF-8 become U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    yield b": output of the job\n\n"  # at once: the head of the answer goes out with it
+    yield b": output of the job\n\n"  # at once, because it sends the headers
     said_at = server.clock.monotonic()
     for part in parts:
         text = decoder.decode(part.text)
@@ -6229,11 +6237,11 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 20. Results ==  A payload's files are packed once, for all callers that ask for them.
+# == 20. Results ==  A payload's files are packed once for all callers that request them.
 
 
 class ResultLimits(NamedTuple):
-    """The most that a result may hold: bytes (holes count), files and links (run.sh does not count), and half as many folders."""
+    """The limits of a result: bytes (including holes), files and links (without run.sh), and half as many folders."""
 
     size_bytes: int = 2**62
     files: int = 2**62
@@ -6244,7 +6252,7 @@ class ResultLimits(NamedTuple):
 
     @property
     def entries(self) -> int:
-        """Return how many directory entries to look at: more than this break one of the limits."""
+        """How many directory entries to read: if there are more, one of the limits is exceeded."""
         return self.files + self.folders + 1
 
     def broken_by(self, size_bytes: int, files: int) -> str:
@@ -6264,7 +6272,7 @@ QUICK_PACK = ResultLimits(16 * MIB, 1000)  # results up to this size do not wait
 def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: True, limits: ResultLimits | None = None) -> Archive:
     """Pack a payload's work folder in its present state, with its output streams below `.joborch/`, within the limits.
 
-    Raises OSError if it cannot be written, and GivenUp if it is not `wanted` any more.
+    Raises OSError if the archive cannot be written, and GivenUp if it is no longer `wanted`.
     """
 
     def fill(packer: ZipPacker) -> None:
@@ -6273,15 +6281,15 @@ def pack_payload(client: Client, job: Job, wanted: Callable[[], bool] = lambda: 
         try:
             with opened_folder(client.folder(job)) as folder:
                 fill_archive(client, job, packer, folder)
-        except OSError as error:  # the script put a link in its own folder's place, or removed it
+        except OSError as error:  # the script removed its folder, or replaced it by a link
             packer.leave_out(f"the payload's folder: {os.strerror(error.errno or 0)}")
 
-    # Entries without a time get a fixed one: the same payload gives the same bytes, so that a transfer can resume.
+    # With a fixed time for entries that have none, a payload always gives the same bytes, so a transfer can resume.
     return packed(client.data.spool, job.ended_at, fill)
 
 
 def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> None:
-    """Pack a payload's files, output streams first, so that they are found without reading the rest."""
+    """Pack a payload's files. Output streams come first, so they can be found without reading the rest."""
     work = open_work(folder)
     try:
         if work is not None:
@@ -6291,11 +6299,11 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
                 kept, chunks = kept_output(folder, stream, client.config.log_limit_bytes)
             except OSError as error:
                 if error.errno != errno.ENOENT:
-                    packer.leave_out(f"{packer.own}/{stream}: the script put something else in its place")
+                    packer.leave_out(f"{packer.own}/{stream}: the script replaced it by something else")
                 continue
             packer.add_chunks(stream, chunks, STREAM_COMMENT.format(kept.size, kept.limit), kept.size)
         if work is None:
-            packer.leave_out("the work folder: the script removed it, or put something else in its place")
+            packer.leave_out("the work folder: the script removed it or replaced it by something else")
         else:
             whole = job.return_inputs or job.status is not Status.COMPLETED  # the inputs of a failed job help to explain the failure
             packer.add_open_folder(work, {} if whole else unchanged_inputs(folder))
@@ -6305,7 +6313,7 @@ def fill_archive(client: Client, job: Job, packer: ZipPacker, folder: int) -> No
 
 
 def open_work(folder: int) -> int | None:
-    """Return a descriptor of a payload's work folder, or None if the script put something else in its place."""
+    """Return a descriptor of a payload's work folder, or None if the script removed or replaced it."""
     try:
         give_rights(folder, "work")
         return open_folder(folder, "work", flags=os.O_RDONLY)
@@ -6314,30 +6322,30 @@ def open_work(folder: int) -> int | None:
 
 
 class Packing:
-    """The archive of a payload. One thread makes it for all callers that ask in the meantime.
+    """The archive of a payload, made by one thread for all callers that request it meanwhile.
 
-    That of an ended payload is kept for those who come later. It is given up when nobody waits for it any more.
+    The archive of an ended payload is kept for later callers. Packing stops when no caller waits any more.
     """
 
     def __init__(self, client: Client, job: Job, quick: bool) -> None:
         self.done, self.archive, self.error = threading.Event(), cast("Archive | None", None), cast("Exception | None", None)
         self.client, self.job, self.quick = client, job, quick
         self.passing = job.status not in ENDED  # a snapshot of a running payload, not to be reused
-        self.readers, self.until = 0, 0.0  # callers that wait now; until when (monotonic) one who was asked to come again may do so
+        self.readers, self.until = 0, 0.0  # callers that wait now; until when (monotonic) a caller that was sent away may return
         self.used_at = client.clock.monotonic()
 
     def start(self) -> None:
         threading.Thread(target=self.pack, name=f"pack-{self.job.id}", daemon=True).start()
 
     def wanted(self) -> bool:
-        """Tell whether somebody waits for it."""
+        """Tell whether a caller waits for it, or may return for it."""
         return (self.readers > 0 or time.monotonic() < self.until) and not self.client.stopping.is_set()
 
     def pack(self) -> None:
         try:
             if self.quick:
                 self.archive = self.pack_in_turn(self.client.quick_packers, QUICK_PACK)
-            if self.archive is None or self.archive.cut:  # it has grown since it was looked at
+            if self.archive is None or self.archive.cut:  # it has grown since it was measured
                 self.quick = False
                 self.archive = self.pack_in_turn(self.client.packers, self.client.limits)
         except (OSError, GivenUp) as error:
@@ -6352,7 +6360,7 @@ class Packing:
         """Pack as soon as a packer is free."""
         while not place.acquire(timeout=0.2):
             if not self.wanted():
-                raise GivenUp("nobody waits for the archive any more")
+                raise GivenUp("no caller waits for the archive any more")
         try:
             size, files = min(limits.size_bytes, self.client.limits.size_bytes), min(limits.files, self.client.limits.files)
             return pack_payload(self.client, self.job, self.wanted, ResultLimits(size, files))
@@ -6368,13 +6376,13 @@ class Packing:
         return self.used_at < self.client.clock.monotonic() - PACKED_KEPT_S
 
     def opened(self) -> Archive:
-        """Return the archive with a file position of its own."""
+        """Return the archive with a separate file position."""
         if self.error is not None or self.archive is None:
             raise self.error or OSError(errno.EIO, "the result could not be packed")
         return Archive(cast(Spool, self.archive.file).again(), self.archive.size, self.archive.sha256)
 
     def join(self, patience_s: float, left: Callable[[], bool]) -> None:
-        """Wait until it is packed, or the caller has left, at most `patience_s`. Few wait for large ones: they hold a thread each."""
+        """Wait until it is packed or the caller has left, at most `patience_s`. Few may wait for large ones: each holds a thread."""
         with self.client.pack_places.place() as free:
             deadline = time.monotonic() + (patience_s if free or self.quick else 0.0)
             while not self.done.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
@@ -6383,7 +6391,7 @@ class Packing:
 
 
 def forget_packings(client: Client) -> None:
-    """Drop packed results that no caller has asked for in a while."""
+    """Drop packed results that no caller has requested for a while."""
     with client.lock:
         for key, packing in list(client.packings.items()):
             if packing.outdated():
@@ -6402,7 +6410,7 @@ def drop_packings(client: Client, job_ids: Iterable[int]) -> None:
 
 
 def take_packing(client: Client, job: Job) -> Packing:
-    """Return the packing of a payload, with the caller counted as a reader. HttpError 503 if too many wait to be packed."""
+    """Return the packing of a payload and count the caller as a reader. Raises HttpError 503 if too many wait to be packed."""
     forget_packings(client)
     key = (job.id, job.status in ENDED)
     quick = key in client.packings or is_quick(client, job)
@@ -6427,16 +6435,16 @@ def is_quick(client: Client, job: Job) -> bool:
         with opened_folder(client.folder(job), "work") as work:
             return not QUICK_PACK.broken_by(*measure(work, QUICK_PACK, {}))
     except OSError:
-        return True  # there is nothing of it
+        return True  # there are no files
 
 
 def not_packed(why: str) -> HttpError:
-    """Return the answer to a caller that asks before the archive is ready."""
-    return HttpError(503, f"{why}: come again", Retry_After="5", **{PACKING_HEADER: "1"})
+    """Return the error for a caller that comes before the archive is ready."""
+    return HttpError(503, f"{why}: try again", Retry_After="5", **{PACKING_HEADER: "1"})
 
 
 def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
-    """Return what an ended payload left, or the work folder of one that runs; `left` tells whether the caller has gone away.
+    """Return the archive of a payload; `left` tells whether the caller has closed the connection.
 
     Raises HttpError 503 if it is not packed within `patience_s`.
     """
@@ -6449,7 +6457,7 @@ def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[]
         return packing.opened()
     finally:
         with client.lock:
-            # A server whose call broke comes again for what has ended. First: without a reader and a lease it would be given up.
+            # A server whose call broke will return for an ended payload. Set the lease before the reader goes, or packing would stop.
             if told or not (packing.passing or packing.done.is_set()):
                 packing.until = time.monotonic() + (PACK_LIVE_LEASE_S if packing.passing else PACK_LEASE_S)
             packing.readers -= 1
@@ -6471,7 +6479,7 @@ def inline_archive(client: Client, job: Job) -> dict[str, str]:
                 return {}
             return {"archive": base64.b64encode(archive.file.read()).decode(), "sha256": archive.sha256}
     except OSError:
-        return {}  # the server fetches it, and hears what is wrong
+        return {}  # the server fetches it and gets the error
 
 
 def is_small(folder: int) -> bool:
@@ -6487,27 +6495,27 @@ def is_small(folder: int) -> bool:
 
 # == 21. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
 
-# The same wrapper runs a payload everywhere: $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
-# the time limit, $3 is that limit in seconds, and $4 the seconds from TERM to KILL.
-# It claims the attempt by a file that only one can make, gives run.sh a group of its own (so that `kill 0` in it spares the
-# wrapper; dash has no job control without a terminal, bash has), and leaves the exit status beside the work folder, with
-# whether it got a signal to end; run.sh may have got that, too.
+# The same wrapper runs a payload everywhere. $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
+# the time limit, $3 is that limit and $4 the time from TERM to KILL, both in seconds.
+# It claims the attempt with a file that only one process can create, and starts run.sh in a separate process group, so that
+# `kill 0` in run.sh does not reach the wrapper (bash has job control without a terminal, dash does not). Afterwards it writes
+# exit.json next to the work folder: the exit status, and whether the wrapper got a signal to stop (run.sh may have got it, too).
 # Everything that a full disk could break is done before `ready` is written to the claim: without `ready` the script never began.
 WRAPPER = r"""#!/bin/bash
 # joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
 @FIRST@umask @UMASK@@FILES@
 cd "$1" || exit 1
 here=$PWD                                          # $1 may be relative
-set -C                                             # > fails where the file exists (O_EXCL): a second wrapper loses here
+set -C                                             # > fails if the file exists (O_EXCL): a second wrapper stops here
 echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
 set +C
 set -m
 told=0 over=0
-trap told=1 TERM INT HUP                           # a handler, not '': ignored signals would be inherited
-trap : ALRM USR1 USR2 QUIT PIPE XCPU               # warnings of a batch system, as by sbatch --signal=B:USR1@60, end nothing
+trap told=1 TERM INT HUP                           # a handler, not '': children inherit ignored signals
+trap : ALRM USR1 USR2 QUIT PIPE XCPU               # a batch system's warnings (sbatch --signal=B:USR1@60) must not kill the wrapper
 [ -z "$3" ] || trap over=1 ALRM
-@SCRATCH@printf '%80s' '' >exit.json || exit 1               # its place on the disk is taken before the script can fill it,
-exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and it is open: the script may take away its folders' rights
+@SCRATCH@printf '%80s' '' >exit.json || exit 1               # reserve its disk space before the script can fill the disk,
+exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and open it: the script may remove the permissions of its folders
 cd work || exit 1
 prelude=$JOBORCH_PRELUDE login=
 unset JOBORCH_PRELUDE
@@ -6517,7 +6525,7 @@ case $first in '#!'*bash*[[:space:]]-*)
     [[ $first =~ $pattern ]] && login=--login
 esac
 echo ready >>"../started.$2" || exit 1
-if [ -n "$prelude" ]; then                          # in one shell with the script, which finds its functions, too
+if [ -n "$prelude" ]; then                          # in the script's own shell: it may define functions
     then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
     { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
 else
@@ -6528,15 +6536,15 @@ if [ -n "$3" ]; then
     { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
     timer=$!
 fi
-set +m                                             # else wait returns when run.sh is stopped, too
+set +m                                             # else wait also returns when run.sh is suspended
 while :; do
     wait $pid; status=$?
-    kill -0 $pid 2>/dev/null || break              # else a signal for us cut the wait short
+    kill -0 $pid 2>/dev/null || break              # still alive: a signal to the wrapper interrupted the wait
 done
-wait $pid 2>/dev/null; last=$?                     # it may have ended between a wait that was cut short and that look
-[ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 has lost it, a signal for us came just as it ended
+wait $pid 2>/dev/null; last=$?                     # it may have exited between an interrupted wait and the check
+[ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 loses the status if a signal arrives as the child exits
 [ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
-runs() {                                           # whether anything of run.sh's group runs; a zombie does not
+runs() {                                           # is a process of run.sh's group alive? Zombies do not count
     local file line
     for file in /proc/[0-9]*/stat; do
         { read -r line <"$file"; } 2>/dev/null || continue
@@ -6545,29 +6553,29 @@ runs() {                                           # whether anything of run.sh'
     done
     return 1
 }
-rest() {                                           # gives what still runs these seconds to end by itself
+rest() {                                           # let remaining processes exit by themselves, for these seconds
     for pause; do
         runs && [ $told$over = 00 ] || return 0
         sleep $pause 7>&- 8>&- 9>&-
     done
 }
 left=0
-if kill -0 -- -$pid 2>/dev/null; then              # filters behind `exec > >(tee log)`, and what was started by &
+if kill -0 -- -$pid 2>/dev/null; then              # filters as in `exec > >(tee log)`, and background processes
     rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
     runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
     kill -KILL -- -$pid
 fi 2>/dev/null
-[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal for the whole session may reach run.sh before the wrapper
-gone=                                              # somebody removed the work folder, or put another in its place
+[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal to the whole session may reach run.sh before the wrapper
+gone=                                              # set if the work folder was removed or replaced
 there() { [ "$here/work" -ef /proc/$$/cwd ]; }
 there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
 printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
 shopt -s nullglob dotglob
-set -- "$TMPDIR"/*                                 # the client removes an empty one, which needs no process
+set -- "$TMPDIR"/*                                 # if TMPDIR is empty, the client removes it: that saves a process here
 case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
 exit $status
 """
-# On another machine, the wrapper makes TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
+# On another machine, the wrapper creates TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
 NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
 name=jo-${name:0:12}.$2
 for base in "${TMPDIR%/}" /tmp; do
@@ -6576,7 +6584,7 @@ done
 if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
 export TMPDIR=$scratch
 """
-SCRATCH_BASE_BYTES = 40  # a socket's path has 107 bytes at most (unix(7)); Python's multiprocessing adds 32, and others more
+SCRATCH_BASE_BYTES = 40  # a socket's path has at most 107 bytes (unix(7)); Python's multiprocessing adds 32, other programs more
 
 CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
 
@@ -6590,12 +6598,12 @@ class Outcome:
     children_left: bool = False
     cause: Cause | None = None  # set if there is no exit status, or if the script did not cause the end
     reason: str = ""
-    told: bool = False  # the wrapper got a signal to end, and perhaps run.sh, too
-    waits: str = ""  # why it has not begun, in the batch system's words; constant while nothing changes
+    told: bool = False  # the wrapper got a signal to stop, and perhaps run.sh, too
+    waits: str = ""  # why it has not started, in the batch system's words; constant while nothing changes
 
 
 class Executor(Protocol):
-    """The interface of everything that runs payloads. Several threads call it. A handle is a text that survives a client restart."""
+    """The interface of everything that runs payloads. Several threads call it. A handle is a text that outlives the client's process."""
 
     is_batch: bool
     """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""
@@ -6610,26 +6618,26 @@ class Executor(Protocol):
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Return the handles, by mark, of attempts whose start was interrupted. Attempts that are missing never ran.
 
-        An empty handle means that this is not known yet. Raises BackendUnavailable if nothing is known of any attempt.
+        An empty handle means: not known yet. Raises BackendUnavailable if nothing is known about any attempt.
         """
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcome of these payloads, by id. It asks a batch system once for all; if that is away, all count as alive."""
+        """Return the outcome of these payloads, by id, with one call to a batch system. If that does not answer, all count as alive."""
 
     def cancel(self, job: Job) -> None:
-        """Kill the payload, and return when none of its processes runs, or raise StillRunning. Cancelling twice is fine."""
+        """Kill the payload; return when none of its processes runs, or raise StillRunning. May be repeated."""
 
     def collect(self, job: Job) -> None:
-        """Fetch the outputs into the payload's folder, unless that is shared. After BackendUnavailable the caller tries again."""
+        """Fetch the outputs into the payload's folder, unless it is shared. After BackendUnavailable the caller tries again."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         """Kill attempts that are no longer in any database."""
 
     def problem(self) -> str:
-        """Return why it cannot work now, and since when; an empty text if all is well."""
+        """Return why it cannot work now and since when; an empty text if all is well."""
 
     def examine(self) -> Iterator[Finding]:
-        """Yield the findings for `joborch doctor`; no job is started."""
+        """Yield findings for `joborch doctor`, without starting a job."""
 
 
 def read_exit(folder: Path) -> Outcome | None:
@@ -6645,19 +6653,19 @@ def read_exit(folder: Path) -> Outcome | None:
         return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
     except PermissionError:
         with contextlib.suppress(OSError):
-            give_rights(folder)  # the script took it from its parent folder; the next look finds it
+            give_rights(folder)  # the script removed the folder's permissions; the next call succeeds
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, not finished, or something that the script put in its place
+        return None  # missing, incomplete, or replaced by the script
 
 
 def boot_id() -> str:
-    """Return a unique id of this boot, and of this container (by the start of its process 1)."""
+    """Return a unique id of this boot and of this container (by the start of its process 1)."""
     return f"{kernel_boot_id()}.{process_start(1) or 0}"
 
 
 def process_start(pid: int) -> str | None:
-    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None for none or a zombie."""
+    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None if it is gone or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -6695,18 +6703,18 @@ def all_processes() -> list[Process]:
 
 
 def bears_mark(pid: int, mark: str) -> bool:
-    """Tell whether a process has an attempt's mark in its environment."""
+    """Tell whether a process has an attempt's key in its environment."""
     try:
         return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return False  # it ended, or is another user's
+        return False  # it ended, or belongs to another user
 
 
 def marks_of(process: Process, jobs: Path) -> list[bytes]:
     """Return the marks of the payloads below `jobs` that a process belongs to, judged by this process alone; mostly none.
 
-    The mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
-    editor. It counts only if there is no other explanation: an orphan without a terminal, whose environment was emptied.
+    A mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
+    editor. It counts only for an orphan without a terminal whose environment was emptied.
     """
     try:
         environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
@@ -6718,7 +6726,7 @@ def marks_of(process: Process, jobs: Path) -> list[bytes]:
         where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
         return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
     except OSError:
-        return []  # it ended, or is another user's
+        return []  # it ended, or belongs to another user
 
 
 def is_orphan(process: Process) -> bool:
@@ -6729,7 +6737,7 @@ def is_orphan(process: Process) -> bool:
 
 
 def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
-    """Return all running processes of an attempt, also those `known` from an earlier call: their parents may be gone by now."""
+    """Return all running processes of an attempt, including those `known` from an earlier call: their parents may be gone."""
     return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
 
 
@@ -6752,12 +6760,12 @@ def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection
 
 
 def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` that have a running process: one look at /proc."""
+    """Return the marks of all payloads below `jobs` that have a running process, with one pass over /proc."""
     return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
 
 
 def become_subreaper() -> bool:
-    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. False if the kernel refuses."""
+    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. Return whether that works."""
     pr_set_child_subreaper = 36
     return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
 
@@ -6765,7 +6773,7 @@ def become_subreaper() -> bool:
 def signal_all(processes: Iterable[Process], number: int) -> None:
     """Send a signal to each of these processes; one that has ended is fine."""
     for process in processes:
-        # ProcessLookupError: it has ended. PermissionError: it runs as another user by now.
+        # ProcessLookupError: it has ended. PermissionError: it has changed its user.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, number)
 
@@ -6800,13 +6808,13 @@ def scratch_bases(environment: Mapping[str, str]) -> list[str]:
 
 
 def scratch_name(mark: str) -> str:
-    """Return the unique name of an attempt's TMPDIR, by which it is found again."""
+    """Return the unique name of an attempt's TMPDIR."""
     job_uuid, _, attempt = mark.partition(".")
     return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
 
 
 def make_scratch(folder: Path, bases: Sequence[str]) -> str:
-    """Make an attempt's TMPDIR in one of `bases`, and link `tmp` in the payload's folder to it; if none works, use `tmp` itself."""
+    """Create an attempt's TMPDIR in one of `bases` and link `tmp` in the payload's folder to it. If that fails, use `tmp` itself."""
     note = folder / "tmp"
     for base in bases:
         place = f"{base}/{scratch_name(folder.name)}"
@@ -6814,7 +6822,7 @@ def make_scratch(folder: Path, bases: Sequence[str]) -> str:
             if not is_own_scratch(place):
                 os.mkdir(place, 0o700)
             if note.is_symlink():
-                note.unlink()  # joborch crashed here, and the site has changed its TMPDIR since
+                note.unlink()  # from before a crash; the site's TMPDIR may have changed since
             os.symlink(place, note)
             return place
         except OSError as error:
@@ -6835,25 +6843,25 @@ def is_own_scratch(place: str) -> bool:
 
 
 def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return the text of the wrapper's claim, None if there is none: its process id, and `ready` once the script can begin."""
+    """Return the wrapper's claim: its process id, and `ready` once the script can start. None if there is no claim."""
     try:
         with open_regular(folder, f"started.{attempt}") as file:
             return file.read(40).decode("ascii", "replace")
     except FileNotFoundError:
         return None
     except OSError:
-        return ""  # the script put something else in its place
+        return ""  # the script replaced it
 
 
 # == 22. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
 
 
 class Engines:
-    """The container engines of this machine: what they started for a payload is no child of it, and outlives its processes."""
+    """The container engines of this machine. Their containers are not children of the payload and outlive its processes."""
 
     NAMES = ("docker", "podman")
-    CALL_S, STOP_S = 5.0, 2  # how long a call may take beyond what is asked for; from TERM to KILL in a container
-    AWAY_S = 60.0  # how long an engine that did not answer is left alone
+    CALL_S, STOP_S = 5.0, 2  # limit of a call, plus the time it asks for; from TERM to KILL in a container
+    AWAY_S = 60.0  # how long an engine that failed is not called again
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment, path = environment, environment.get("PATH")
@@ -6861,7 +6869,7 @@ class Engines:
         self.away_until: dict[str, float] = {}  # monotonic, by engine
 
     def stop_mounting(self, folder: Path) -> None:
-        """Stop the containers that mount a payload's folder, or something in it."""
+        """Stop the containers that mount a payload's folder or something in it."""
         for engine in self.engines:
             if self.away_until.get(engine, 0.0) > time.monotonic():
                 continue
@@ -6870,10 +6878,10 @@ class Engines:
             except (OSError, subprocess.SubprocessError) as error:
                 self.away_until[engine] = time.monotonic() + self.AWAY_S
                 words = getattr(error, "stderr", None) or str(error).encode()
-                log.info("%s cannot be asked for containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
+                log.info("%s cannot list containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
 
     def stop_in(self, engine: str, folder: Path) -> None:
-        """Do it with one engine. OSError, SubprocessError."""
+        """Stop those of one engine. Raises OSError or SubprocessError."""
         running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
         if not running:
             return
@@ -6900,13 +6908,13 @@ class Engines:
         return done.stdout.decode("utf-8", "replace")
 
 
-REST_S, TERM_S = 2.0, 0.5  # what a script left running may end by itself, then has TERM; the wrapper does the same for its group
+REST_S, TERM_S = 2.0, 0.5  # processes that a script left may exit by themselves, then get TERM, then KILL; the wrapper does the same
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
 STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
 class LocalExecutor:
-    """Runs payloads as processes of this machine. A handle is `pid start boot`: ids are used again, boots are not."""
+    """Runs payloads as processes of this machine. A handle is `pid start boot`: process ids are reused, boot ids are not."""
 
     is_batch = False
 
@@ -6921,21 +6929,21 @@ class LocalExecutor:
         self.scratch_bases = scratch_bases(os.environ)
         self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
         self.children: dict[int, subprocess.Popen[bytes]] = {}
-        self.seen: set[str] = set()  # marks of attempts that ran while this process looked on, and have no exit file yet
-        self.own: set[str] = set()  # marks of attempts that this process started: what they orphan becomes its child
-        self.untidy: set[str] = set()  # marks of attempts that left something running, which was ended
-        self.resting: dict[str, float] = {}  # by mark, monotonic: since when what an attempt left may end by itself
+        self.seen: set[str] = set()  # marks of attempts that this process saw running and that have no exit file yet
+        self.own: set[str] = set()  # marks of attempts that this process started: their orphans become its children
+        self.untidy: set[str] = set()  # marks of attempts that left processes running, which were killed
+        self.resting: dict[str, float] = {}  # by mark, monotonic: since when the processes that an attempt left may exit by themselves
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
-        self.cancelled: set[str] = set()  # marks of attempts that are being ended now
+        self.cancelled: set[str] = set()  # marks of attempts that are being killed now
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
         environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
-        # close_fds=False: all are close-on-exec already (close_at_exec), and so vfork stays cheap.
-        # The wrapper's text, not its path: so the file cannot be replaced.
+        # close_fds=False: all are close-on-exec (close_at_exec), and subprocess can use vfork.
+        # The wrapper's text, not its path, so nobody can replace the file.
         child = subprocess.Popen(
             ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
             env=environment,
@@ -6960,13 +6968,13 @@ class LocalExecutor:
         return handles
 
     def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 if it holds none, None if there is no claim."""
+        """Return the process id in the wrapper's claim; 0 if it has none, None if there is no claim."""
         said = read_claim(self.data.job(job.mark), job.attempt)
         first = (said or "").split("\n")[0]
         return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcomes; what an ended payload left running is ended first, and until then the payload counts as alive."""
+        """Return the outcomes. Processes that an ended payload left are killed first; until then it counts as alive."""
         orphans = self.reap()
         outcomes = {job.id: self.outcome(job) for job in jobs}
         ended = [job for job in jobs if not outcomes[job.id].alive]
@@ -6990,12 +6998,12 @@ class LocalExecutor:
         self.resting.pop(job.mark, None)
 
     def reap(self) -> bool:
-        """Take in the ends of our children and of orphans; tell whether there are orphans that live.
+        """Reap children and orphans that have ended. Return whether other orphans are alive.
 
-        The main thread starts nothing but payloads: whatever else is its child was orphaned by one.
+        The main thread starts only payloads, so any other child of it was orphaned by one.
         """
         for child in list(self.children.values()):
-            if child.poll() is not None:  # known pids alone are reaped: waitpid(-1) would steal those of others
+            if child.poll() is not None:  # reap only known ids: waitpid(-1) would steal those of other threads
                 self.children.pop(child.pid, None)  # another thread may have been quicker
         if not self.reaps_orphans:
             return True  # there may be some
@@ -7007,15 +7015,15 @@ class LocalExecutor:
         return alive > 0
 
     def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
-        """Kill what these payloads left running; return those that did.
+        """Kill processes that these payloads left running. Return the payloads that had such processes.
 
-        What stayed in the script's session has a moment to end by itself, then TERM: it may still write down the output.
+        Processes in the script's session may exit by themselves for REST_S, then get TERM: they may still write output.
         """
         suspects = [job for job in ended if orphans or job.mark not in self.own]
         marked = marked_below(self.data.jobs) if suspects else set()
         left = []
         for job in suspects:
-            wrapper = int((job.handle or "0").split(" ")[0])  # it may not have ended quite yet
+            wrapper = int((job.handle or "0").split(" ")[0])  # it may still be exiting
             processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
             processes = [process for process in processes if process.pid != wrapper]
             if not processes:
@@ -7028,23 +7036,23 @@ class LocalExecutor:
             if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
                 signal_all(processes, signal.SIGTERM)
                 continue
-            signal_all(processes, signal.SIGSTOP)  # what forks faster than we look cannot fork any more
+            signal_all(processes, signal.SIGSTOP)  # stopped processes cannot fork faster than we look
             signal_all(processes, signal.SIGKILL)
         return left
 
     def outcome(self, job: Job) -> Outcome:
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:  # an exit file of then proves nothing: what the script wrote may not have reached the disk
+        if boot != self.boot:  # an exit file proves nothing: the script's files may not have reached the disk
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
             self.seen.add(job.mark)
-            return Outcome(True)  # whatever the exit file says: the script may have written one
+            return Outcome(True)  # whatever the exit file says: the script may have forged it
         return self.outcome_without_wrapper(job, self.data.job(job.mark))
 
     def outcome_without_wrapper(self, job: Job, folder: Path) -> Outcome:
-        """Judge a payload whose wrapper, as far as the handle knows it, is gone."""
+        """Judge a payload if the wrapper in its handle is gone."""
         claimed = self.claimed_pid(job)
-        # The handle may name a second wrapper, which lost the claim to the first.
+        # The handle may name a second wrapper, which stopped because the first has the claim.
         if claimed and bears_mark(claimed, job.mark):
             return Outcome(True)
         ended = read_exit(folder)
@@ -7054,27 +7062,27 @@ class LocalExecutor:
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # its wrapper is about to claim it, or a process of it runs without the wrapper
+                return Outcome(True)  # its wrapper is about to claim it, or a process outlived the wrapper
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
         if job.mark not in self.seen:
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
         return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
 
     def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
-        """Return the outcome of a payload that somebody outside joborch stopped, as a service manager does; None for all others.
+        """Return the outcome of a payload that was stopped from outside joborch, as by a service manager; else None.
 
-        Whatever its exit status says, 0 included: a script that handles TERM leaves half a result.
+        The exit status does not matter, not even 0: a script that handles TERM leaves an incomplete result.
         """
         alone = not ended.told
         if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # it was not stopped, or the client stopped it
+            return None  # not stopped, or stopped by the client
         if alone and not self.ended_with_client(folder):
             return None  # the script sent the signal to itself
         how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
         return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
 
     def ended_with_client(self, folder: Path) -> bool:
-        """Tell whether a script ended just when this client, or the one before it on this data folder, was stopped."""
+        """Tell whether a script ended just when a client on this data folder was stopped."""
         try:
             stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
             return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
@@ -7082,7 +7090,7 @@ class LocalExecutor:
             return False  # no client was ever stopped here
 
     def own_wrapper(self, job: Job) -> int:
-        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown, or if another process has that id now."""
+        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown or another process has that id now."""
         pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
         if boot != self.boot:
             return 0
@@ -7098,7 +7106,7 @@ class LocalExecutor:
 
     @contextlib.contextmanager
     def cancelling(self, mark: str) -> Iterator[None]:
-        """Note that a payload is being ended: the more there are, the less often each is looked at, as each look reads all of /proc."""
+        """Count a kill under way: the more there are, the less often each of them reads all of /proc."""
         self.cancelled.add(mark)
         try:
             yield
@@ -7106,7 +7114,7 @@ class LocalExecutor:
             self.cancelled.discard(mark)
 
     def end_tree(self, job: Job, folder: Path, pid: int) -> None:
-        """Send TERM to all processes of a payload, and KILL when the grace time is over; return when none is left."""
+        """Send TERM to all processes of a payload, and KILL after the grace time. Return when none is left, or raise StillRunning."""
         known = tree_of(job, folder, pid)
         signal_all(known, signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
@@ -7118,7 +7126,7 @@ class LocalExecutor:
                 self.forget(job)
                 self.engines.stop_mounting(folder)
                 return
-            # Stopped first: what forks faster than we look cannot fork any more.
+            # Stop them first, or they could fork faster than we look.
             known = tree_of(job, folder, pid, known)
             signal_all(known, signal.SIGSTOP)
             known = tree_of(job, folder, pid, known)
@@ -7131,7 +7139,7 @@ class LocalExecutor:
         return tree_of(job, folder, pid, known)
 
     def collect(self, job: Job) -> None:
-        """The folder is this machine's own: the outputs are there."""
+        """Do nothing: the outputs are on this machine."""
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
@@ -7145,12 +7153,12 @@ class LocalExecutor:
 
 
 def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran, by the times of its files; `passed_s` if the clock was set meanwhile."""
+    """Return how long a script ran in seconds, by the times of its files; `passed_s` if the clock was set meanwhile."""
     return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
 
 
 def make_executor(data: DataFolder, config: Config) -> Executor:
-    """Return what runs the payloads of a client; ConfigError if JOBORCH_EXECUTOR names nothing that can be used."""
+    """Return the executor of a client. Raises ConfigError if JOBORCH_EXECUTOR does not name a usable one."""
     if config.executor == "local":
         return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
     try:
@@ -7158,7 +7166,7 @@ def make_executor(data: DataFolder, config: Config) -> Executor:
     except (ImportError, AttributeError) as error:
         if config.executor in PLUGINS:
             raise
-        remedy = "give local, slurm, dirac, or package.module:Class of a class that Python finds (see PYTHONPATH)"
+        remedy = "give local, slurm, dirac, or the package.module:Class of a class that Python can import (see PYTHONPATH)"
         raise ConfigError(f"JOBORCH_EXECUTOR is {config.executor!r}: {error}: {remedy}") from error
     return made
 
@@ -7187,7 +7195,7 @@ PASSED_ON = (
     *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
 )
-PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # modules name programs like this: passed on if it is a path
+PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # environment modules use such names; passed on if it is a path
 # A family such as CONDA_* may include secrets, and the URL of a proxy a password: these are passed on only by JOBORCH_PASS_ENV.
 SECRET_NAMES = re.compile(
     r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
@@ -7197,7 +7205,7 @@ LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
 
 
 def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a name fits one of these patterns, in which `*` stands for any text."""
+    """Return a function that tells whether a name matches one of these patterns, in which `*` matches any text."""
     rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
     return lambda name: bool(rule.match(name))
 
@@ -7229,7 +7237,7 @@ def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
 
 
 def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
-    """Return the wrapper's environment: what scripts inherit, the job's own variables, and the commands to run before the script."""
+    """Return the wrapper's environment: inherited variables, those of the job, and the commands to run before the script."""
     ours = {
         "JOBORCH_JOB_ID": job.remote_id or str(job.id),
         "JOBORCH_ATTEMPT": str(job.attempt),
@@ -7244,7 +7252,7 @@ def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], pr
 
 
 def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
-    """Return the wrapper's environment on another machine, which sets TMPDIR by itself."""
+    """Return the wrapper's environment on another machine, without TMPDIR, which the wrapper sets there."""
     words = payload_environment(job, Path(), {}, prelude)
     del words["TMPDIR"]
     return {**inherited, **words}
@@ -7258,7 +7266,7 @@ def first_file_limit() -> tuple[int, int]:
 
 def raise_file_limit() -> None:
     """Raise the soft limit of open files, usually 1,024, to the hard one: each connection needs a file."""
-    most = 65_536  # even without a hard limit: some programs loop over all numbers up to theirs
+    most = 65_536  # even without a hard limit, because some programs loop over all possible descriptors
     soft, hard = first_file_limit()
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -7275,16 +7283,16 @@ def first_file_limit_text() -> str:
 
 
 def with_first_file_limit(command: Sequence[str]) -> list[str]:
-    """Return a command that runs with the first limit of open files: sbatch(1) passes its own on to jobs."""
+    """Return a command that runs with the first limit of open files: sbatch(1) passes its limit on to jobs."""
     limit = first_file_limit_text()
     return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
 
 
-# == 24. Transfers ==  Files are streamed and verified by digests; after a break, only the rest is sent again.
+# == 24. Transfers ==  Files are streamed and verified by digests. After a break, only the rest is sent again.
 
 
 class FilesBody:
-    """A multipart body that is read while it is sent. Its length is known beforehand, and its files are not kept in memory."""
+    """A multipart body that is read from the files while it is sent. Its length is known beforehand."""
 
     def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
         """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
@@ -7305,7 +7313,7 @@ class FilesBody:
         self.chunks, self.rest = self.generate(), b""
 
     def part_head(self, path: str) -> bytes:
-        """Return the header of one part: the NAME is the path (HTML 5 escapes), ours reads it exactly from X-Joborch-Path."""
+        """Return the header of one part. `name` is the path with HTML 5 escapes; joborch reads the exact path from X-Joborch-Path."""
         escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
         base = escaped.rpartition(b"/")[2]
         exact = quote(os.fsencode(path)).encode()
@@ -7322,7 +7330,7 @@ class FilesBody:
                     digest.update(chunk)
                     missing -= len(chunk)
                     yield chunk
-            if missing:  # the length was sent already: whatever follows would be taken for the rest
+            if missing:  # the length was sent already, so anything else would be read as the rest of this file
                 raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
             self.digests[path] = digest.hexdigest()
             yield b"\r\n"
@@ -7339,7 +7347,7 @@ class FilesBody:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next part of the body, at most `size` bytes; small bodies in one piece."""
+        """Return the next part of the body, at most `size` bytes."""
         size = size if size > 0 else CHUNK_BYTES
         pieces, have = [self.rest], len(self.rest)
         while have < size:
@@ -7354,7 +7362,7 @@ class FilesBody:
 
 
 class Transfer:
-    """A file that arrives over the network, in several pieces if a transfer breaks: the part that is here, and the file's ETag."""
+    """A file that arrives over the network, in several pieces if a transfer breaks: the part that arrived, and the file's ETag."""
 
     def __init__(
         self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
@@ -7389,13 +7397,13 @@ class Transfer:
         self.size += len(data)
 
     def begin(self, tag: str = "") -> None:
-        """Drop the part that is here: a whole file with the ETag `tag` follows."""
+        """Drop the part that arrived: a whole file with the ETag `tag` follows."""
         self.target.seek(0)
         self.target.truncate()
         self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
 
     def wanted(self) -> dict[str, str]:
-        """Return the headers that ask for the missing rest of exactly this file (RFC 9110, If-Range)."""
+        """Return the headers that request the missing rest of exactly this file (RFC 9110, If-Range)."""
         return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
 
 
@@ -7416,7 +7424,7 @@ class Stream(NamedTuple):
         return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
 
     def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
-        """Return about `room` bytes at most from `offset` on, and the offset after them; `read_at` takes an offset and a count."""
+        """Return about `room` bytes from `offset` on, and the offset after them. `read_at` takes an offset and a count."""
         first, second = self.gap
         said = read_at(offset, min(room, first - offset)) if offset < first else b""
         offset += len(said)
@@ -7429,7 +7437,7 @@ class Stream(NamedTuple):
 
 
 def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: whole, or head, one line and tail. Raises OSError if it is unreadable."""
+    """Return how an output stream is kept, and its chunks: all, or head, one line and tail. Raises OSError if it is unreadable."""
     source = open_regular(folder, name)
     stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
 
@@ -7446,7 +7454,7 @@ def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream
 
 
 def punch_middle(path: Path, limit_bytes: int) -> None:
-    """Free the disk blocks of all but the head and tail that `kept_output` shows; offsets stay as they are.
+    """Free the disk blocks between the head and tail that `kept_output` shows. Offsets do not change.
 
     Raises OSError if the file system does not support holes.
     """
@@ -7470,7 +7478,7 @@ def punch_middle(path: Path, limit_bytes: int) -> None:
 
 
 class ZipRecord(NamedTuple):
-    """What the directory of a ZIP says of a member. Whoever made the ZIP may have written anything there."""
+    """A member of a ZIP by its directory. The values are untrusted."""
 
     name: bytes
     comment: bytes
@@ -7533,7 +7541,7 @@ def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]
 
 
 def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
-    """Return a record of a ZIP's directory by its fixed fields, and the name, extra fields and comment after them."""
+    """Return a record of a ZIP's directory, from its fixed fields and the bytes after them (name, extra fields, comment)."""
     method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
     more, at = words[name : name + extra], 0
     while at + 4 <= len(more):
@@ -7547,7 +7555,7 @@ def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
 
 
 def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
-    """Return `count` bytes of a ZIP's member from `begin` on, or what there is of them, for the work of `begin + count` bytes at most.
+    """Return up to `count` bytes of a ZIP's member from `begin` on. The work is bounded by `begin + count` bytes.
 
     Raises ValueError if the member does not match its directory entry.
     """
@@ -7562,7 +7570,7 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
         return file.read(max(0, min(count, record.packed_bytes - begin)))
     file.seek(min(place, length))
     unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
-    # Real programs never deflate data to much more than its size; other streams could be endless, and contain nothing.
+    # Real programs never deflate data to much more than its size; a forged stream could be endless and contain nothing.
     for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
         ahead = chunk
         while ahead and len(said) < count:
@@ -7577,9 +7585,9 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
     return bytes(said[:count])
 
 
-# == 25. Identity ==  The peer of a connection is proven by the kernel or by a token, never guessed from a port.
+# == 25. Identity ==  The kernel or a token proves who the peer of a connection is; a port proves nothing.
 
-ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # states of TCP, as the kernel numbers them
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # TCP states, as the kernel numbers them
 HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
 SOCKET_PATH_LIMIT_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them for the end
 
@@ -7589,13 +7597,13 @@ class SeenSocket(NamedTuple):
 
     state: int
     uid: int
-    inode: int  # 0: no process holds it any more, and the uid means nothing
+    inode: int  # 0: no process holds it, and the uid means nothing
 
     @property
     def proves(self) -> bool:
         """Whether its uid is that of a caller: a process holds it, and it has been connected.
 
-        A socket that only asks for a connection (SYN_SENT) may share its ends with one that is gone.
+        A socket that is still connecting (SYN_SENT) may have the same ends as one that is gone.
         """
         return self.inode != 0 and self.state in (ESTABLISHED, *HALF_CLOSED)
 
@@ -7603,15 +7611,15 @@ class SeenSocket(NamedTuple):
 def peer_uid(connection: socket.socket) -> int | None:
     """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
 
-    TCP: the peer's socket is looked at, and then our own. If ours is still connected after the look, no other socket can
-    have had the same two ends meanwhile. Unix sockets: SO_PEERCRED.
+    TCP: look up the peer's socket, then check ours. If ours is still connected, no other socket can have had the same two ends
+    meanwhile. Unix sockets: SO_PEERCRED.
     """
     with contextlib.suppress(OSError, ValueError):
         if connection.family == socket.AF_UNIX:
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
             return int(struct.unpack("=iII", credentials)[1])
         peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
-        for _ in range(2):  # a peer that half-closes its end between the two looks is looked at again
+        for _ in range(2):  # again if the peer half-closes its end between the two steps
             seen = find_socket(peer, here)
             if seen is None or not seen.proves:
                 return None
@@ -7622,7 +7630,7 @@ def peer_uid(connection: socket.socket) -> int | None:
 
 
 def is_half_closed(connection: socket.socket) -> bool:
-    """Tell whether a local process has finished sending, and keeps its end open to read the answer."""
+    """Tell whether a local process has finished sending and keeps its end open to read the answer."""
     with contextlib.suppress(OSError):
         state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
@@ -7630,7 +7638,7 @@ def is_half_closed(connection: socket.socket) -> bool:
 
 
 def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id of the process that holds the socket with these ends. It is no proof of the caller: see `peer_uid`."""
+    """Return the user id of the process that holds the socket with these ends. This does not prove the caller: see `peer_uid`."""
     seen = find_socket(peer, here)
     return seen.uid if seen is not None and seen.proves else None
 
@@ -7638,7 +7646,7 @@ def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
 def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
     """Return the socket of this machine that has `peer` as its own end and `here` as the other, or None.
 
-    By sock_diag(7), which looks at one socket. If that is denied, by /proc/net/tcp (proc(5)), which lists all.
+    It asks sock_diag(7) for this one socket or, if that is denied, reads the list of all in /proc/net/tcp (proc(5)).
     """
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, struct.error):
@@ -7647,7 +7655,7 @@ def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | No
 
 
 def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket:
-    """Ask the kernel for the socket with these two ends; OSError if there is none."""
+    """Ask the kernel for the socket with these two ends. Raises OSError if there is none."""
     sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
     ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
     wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
@@ -7679,7 +7687,7 @@ def packed_address(family: int, host: str) -> bytes:
 
 
 def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
-    """Yield the TCP sockets of /proc/net with their own and their other end, as they are written there."""
+    """Yield the TCP sockets in /proc/net: their own and their other end as written there, and the socket."""
     table = "tcp" if family == socket.AF_INET else "tcp6"
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
@@ -7688,7 +7696,7 @@ def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
 
 
 def listed_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
-    """Look for a socket in the lists of /proc/net."""
+    """Return the socket with these two ends from the lists in /proc/net, or None."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):  # no address of this family
             wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
@@ -7738,17 +7746,17 @@ def is_here(text: str) -> bool:
     address = plain_address(text)
     if address is None or address.is_loopback:
         return address is not None
-    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address is one of an interface
+    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address needs its interface
     try:
         with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
             probe.bind((str(address) + "".join(zone), 0))
     except OSError as error:
-        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only the same user gets in
+        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only this user may call
     return True
 
 
 class RefusedTokens:
-    """Counts wrong tokens, and logs at most once a period how many there were and where the last came from."""
+    """Counts wrong tokens and logs, at most once a period, how many there were and where the last came from."""
 
     def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
         self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
@@ -7761,7 +7769,7 @@ class RefusedTokens:
         self.report()
 
     def report(self) -> None:
-        """Log the count, unless it was logged a moment ago."""
+        """Log the count, unless the period has not passed yet."""
         with self.lock:
             now = self.clock.monotonic()
             if not self.count or now < self.quiet_until:
@@ -7774,7 +7782,7 @@ class RefusedTokens:
 
 
 def listener_uid(host: str, port: int) -> int | None:
-    """Return the user id that listens on an address of this machine, or on all addresses; None if there is none."""
+    """Return the user id of the process that listens on this address, or on all addresses; None if there is none."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):  # no address of this family
             wanted = tcp_hex(family, host, port)
@@ -7788,7 +7796,7 @@ def listener_uid(host: str, port: int) -> int | None:
 def open_listeners(hosts: str, port: int) -> list[socket.socket]:
     """Return sockets that listen on each of `hosts` (separated by commas), all on one port. Port 0 picks one that is free on all.
 
-    ConfigError names the address that cannot be used. By default, a machine without ::1 does without it.
+    Raises ConfigError that names the address that cannot be used. With the default hosts, ::1 may be missing.
     """
     for last in (*[False] * 20, True):
         listeners: list[socket.socket] = []
@@ -7799,7 +7807,7 @@ def open_listeners(hosts: str, port: int) -> list[socket.socket]:
                     listeners += open_host(host, taken)
                 except (OSError, ValueError) as error:
                     if hosts == DEFAULT_HOSTS and host == "::1" and getattr(error, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        log.debug("this machine has no address ::1: listening on 127.0.0.1 alone")
+                        log.debug("this machine has no address ::1: listening only on 127.0.0.1")
                         continue
                     raise ConfigError(cannot_listen(host, taken, error)) from error
             if not listeners:
@@ -7825,7 +7833,7 @@ def open_host(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(address)
-            listener.listen(BACKLOG)  # at once: a port that is only bound can still be taken
+            listener.listen(BACKLOG)  # at once: another process can take a port that is only bound
     except OSError:
         for listener in listeners:
             listener.close()
@@ -7834,22 +7842,21 @@ def open_host(host: str, port: int) -> list[socket.socket]:
 
 
 def cannot_listen(host: str, port: int, error: Exception) -> str:
-    """Return why an address cannot be listened on, who has it, and what to do."""
+    """Return why listening on an address failed, who holds it, and what to do."""
     why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
     uid = listener_uid(host, port) if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else None
     holder = "" if uid is None else f"; a process of user {uid} listens there"
-    shown = f"[{host}]" if ":" in host else host
-    return f"PORT is {port}: cannot listen on {shown}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
+    return f"PORT is {port}: cannot listen on {url_host(host)}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
 
 
 def socket_path(setting: str, port: int) -> Path | None:
-    """Return the path of the Unix socket of a server on `port`, as JOBORCH_SOCKET says; None if it has none."""
+    """Return the path of the Unix socket of a server on `port` for this value of JOBORCH_SOCKET; None if it has none."""
     if setting in ("0", "none"):
         return None
     if setting:
         return Path(os.path.abspath(setting))
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
-    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # sudo may leave another user's here
+    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # after sudo it may be another user's folder
     return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
 
 
@@ -7860,7 +7867,7 @@ def folder_problem(folder: Path, by_default: bool) -> str:
     except OSError as error:
         return f"{folder}: {os.strerror(error.errno or 0).lower()}"
     if not stat.S_ISDIR(found.st_mode):
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     if found.st_uid not in ((os.getuid(),) if by_default else (os.getuid(), 0)):
         return f"{folder} belongs to user {found.st_uid}"
     sticky = not by_default and found.st_mode & stat.S_ISVTX
@@ -7880,7 +7887,7 @@ def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
         problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
         if problem:
             raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
-        umask = os.umask(0o077)  # bind(2) creates the file: no other user may use it before its mode is set
+        umask = os.umask(0o077)  # bind(2) creates the file, which others must not use before its mode is set
         try:
             listener.bind(str(path))
         finally:
@@ -7923,7 +7930,7 @@ PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=
 
 @functools.lru_cache(maxsize=64)
 def link_key(token: str) -> bytes:
-    """Derive the key of server and client from their token. It is slow, so that nobody can guess a token from its MACs."""
+    """Derive the key of server and client from their token. It is slow on purpose: nobody must guess a token from MACs."""
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
 
 
@@ -7971,21 +7978,21 @@ class Session:
 
 
 class ProofReader:
-    """A client's side of the link: it recognises a server by the token, and accepts each request once."""
+    """A client's side of the link: it recognises a server by the token and accepts each request once."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.lock = tokens, threading.Lock()
         self.nonce = secrets.token_hex(16)
-        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server's nonce and key: the highest number, and bits of those below
+        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server nonce and key: the highest number, a bit for each lower one
 
     def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
         """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
         shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
         if shown is None:
-            raise unproven("the proof cannot be read")
+            raise unproven("the proof is malformed")
         server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
         if client != self.nonce:
-            raise unproven("this client was started anew: ask GET /hello again", self.nonce)
+            raise unproven("this client was restarted: call GET /hello again", self.nonce)
         for token in self.tokens:
             proof = Proof(link_key(token), server, client, number, method, target)
             if hmac.compare_digest(proof.of_request(headers, length), mac):
@@ -8000,25 +8007,25 @@ class ProofReader:
             if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
                 self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
                 self.nonce = secrets.token_hex(16)
-                raise unproven("this client has too many sessions: ask GET /hello again", self.nonce)
+                raise unproven("this client has too many sessions: call GET /hello again", self.nonce)
             highest, bits = self.seen.get(session, (0, 0))
             if proof.number > highest:
                 bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
             bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
             if not bit or bits & bit:
-                raise unproven("this request came before, or far too late")
+                raise unproven("this request was received before, or is far too late")
             self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
 
 
 def unproven(message: str, nonce: str = "") -> HttpError:
-    """Return the answer to a server that has not proven its identity; it may use `nonce` to do so."""
+    """Return the error for a server that has not proven its identity; it may use `nonce` to do so."""
     return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
 
 
 def far_uid(connection: socket.socket) -> int | None:
-    """Return the user id that an outgoing connection has reached on this machine, or None if it is unknown.
+    """Return the user id of the process that an outgoing connection has reached on this machine, or None if it is unknown.
 
-    Until it is accepted nobody holds the other end; then it is the listening socket's user who will.
+    Until the connection is accepted, no process holds the other end; then the user of the listening socket counts.
     """
     peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
     wild = "::" if ":" in peer[0] else "0.0.0.0"
@@ -8028,7 +8035,7 @@ def far_uid(connection: socket.socket) -> int | None:
         if seen is not None and seen.state == LISTEN and seen.inode:
             uid = seen.uid
             break
-    # Only if the connection is still open: otherwise a later socket with the same ends may have been found.
+    # Only if the connection is still open: else this may be a later socket with the same ends.
     return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
 
 
@@ -8041,16 +8048,16 @@ def client_token_file() -> Path | None:
 
 
 def token_place(config: Config) -> Path | None:
-    """Return the file of the token that a client made: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
+    """Return the file of the token that a client created: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
     return Path(config.token_file) if config.token_file else client_token_file()
 
 
 def token_remedy(config: Config) -> str:
-    """Return what to do if a client's token cannot be kept in the usual place."""
-    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token, one is made there; or set JOBORCH_TOKEN"
+    """Return what to do if a client cannot store its token in the usual place."""
+    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token to create one there, or set JOBORCH_TOKEN"
 
 
-# == 26. Statements ==  All SQL of the program, as named constants; every query goes by an index.
+# == 26. Statements ==  All SQL of the program, as named constants. Every query uses an index.
 
 SCHEMA_VERSION = 4
 
@@ -8407,11 +8414,11 @@ DAMAGE = "PRAGMA quick_check(1)"
 
 # == 27. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
-READERS_KEPT = 8  # connections that wait for the next reader; more are closed after use
+READERS_KEPT = 8  # idle read connections to keep
 
 
 class Message:
-    """A piece of work for the core, and what came of it."""
+    """A piece of work for the core, and its outcome."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.work, self.durable = work, durable
@@ -8419,23 +8426,23 @@ class Message:
 
 
 class Waiter:
-    """A caller who waits until `look` finds something in the rows of one job, or of any if `job_id` is None."""
+    """A caller that waits until `look` finds something in the rows of one job, or of any job if `job_id` is None."""
 
     def __init__(self, look: Callable[[], Any], job_id: int | None) -> None:
         self.look, self.job_id, self.bell = look, job_id, threading.Event()
         self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
 
     def look_again(self) -> None:
-        """Look, and wake the caller if there is something, or if looking failed."""
+        """Look, and wake the caller if that finds something or fails."""
         try:
             self.found = self.look()
-        except Exception as error:  # noqa: BLE001 - it is the caller's
+        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self.error = error
         if self.found is not None or self.error is not None:
             self.bell.set()
 
     def take(self) -> Any:
-        """Return what was found, or what there is now. Raises what looking raised."""
+        """Return what was found, or else look now. Raises the error of `look`."""
         self.bell.clear()
         if self.error is not None:
             raise self.error
@@ -8443,16 +8450,15 @@ class Waiter:
 
 
 class Core:
-    """Whoever changes rows does it here: work runs in transactions, one after the other, and then callers who wait are looked after.
+    """Runs all changes of rows, one transaction after another, and afterwards looks for callers that wait.
 
-    A transaction is run by the thread that calls, if none runs just then; work that comes meanwhile shares the next one, and so
-    an fsync. A thread of the core's own would cost a hand-over for each call: see docs/benchmarks.md, "The hot path".
-    Inside there are SQLite and memory alone: no file, no socket, no process, no sleep. Reads of the thread inside see what the
-    transaction has written.
+    The calling thread runs the transaction. Work that arrives meanwhile shares the next transaction, and so an fsync. A separate
+    thread would cost a hand-over for each call: see docs/benchmarks.md, "The hot path". Inside, work uses only SQLite and memory:
+    no file, no socket, no process, no sleep. Its reads see what the transaction has written.
     """
 
     def __init__(self, db: sqlite3.Connection, beat: Callable[[sqlite3.Connection], None], is_time: Callable[[], bool]) -> None:
-        """`beat` stores the time, at the latest in the transaction for which `is_time` says so."""
+        """`beat` stores the time, in the first transaction for which `is_time` returns True."""
         self.db, self.beat, self.is_time = db, beat, is_time
         self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
         self.inbox, self.waiters = deque[Message](), set[Waiter]()
@@ -8460,9 +8466,9 @@ class Core:
         self.synchronous = ""
 
     def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
-        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns. Inside, it runs at once.
+        """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
 
-        Raises what `work` raises, which is then rolled back alone, and StorageError if the database cannot be written.
+        If `work` raises, only its own part is rolled back. Raises StorageError if the database cannot be written.
         """
         if self.is_inside():
             return work(self.db)
@@ -8476,12 +8482,12 @@ class Core:
         return cast(T, message.value)
 
     def is_inside(self) -> bool:
-        """Tell whether this thread is the one that reads and writes here just now."""
+        """Tell whether this thread is inside the core now."""
         return self.owner == threading.get_ident()
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Keep all others out."""
+        """Enter the core for the block: one thread at a time."""
         with self.lock:
             self.owner = threading.get_ident()
             try:
@@ -8491,7 +8497,7 @@ class Core:
 
     @contextlib.contextmanager
     def watching(self, look: Callable[[], Any], job_id: int | None) -> Iterator[Waiter]:
-        """Look for a caller, in the block, after each commit that moved the job; or any job if `job_id` is None."""
+        """During the block, look for a caller after each commit that moved the job; any job if `job_id` is None."""
         waiter = Waiter(look, job_id)
         self.waiters.add(waiter)
         try:
@@ -8500,12 +8506,12 @@ class Core:
             self.waiters.discard(waiter)
 
     def wake_all(self) -> None:
-        """Wake all callers who wait: the process ends."""
+        """Wake all waiting callers: the process stops."""
         for waiter in list(self.waiters):
             waiter.bell.set()
 
     def commit_waiting(self) -> None:
-        """Run and commit all waiting work in one transaction; then answer, and look for those who wait."""
+        """Run and commit all waiting work in one transaction, then look for waiting callers."""
         batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
         try:
             self.transact(batch)
@@ -8538,7 +8544,7 @@ class Core:
     def roll_back(self, is_storage: bool) -> None:
         """Undo a transaction that failed."""
         self.moved.clear()
-        with contextlib.suppress(sqlite3.Error):  # closed, or gone: there is nothing to roll back
+        with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             if is_storage:
@@ -8572,20 +8578,20 @@ class Core:
 class Database:
     """The database of one process.
 
-    The core owns the connection that writes. Others read through a few more, the one that was used last first: it knows the
-    statements. A database in memory or on a network file system, which has no shared memory for WAL, has one connection for all.
+    The core owns the connection that writes. Other threads read through a few more; the last one used is taken first, because it
+    has the statements prepared. A database in memory or on a network file system, where WAL has no shared memory, has only one.
     """
 
     def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
         self.path, self.mode, self.clock = path, mode, clock or Clock()
         self.alone = path == ":memory:" or on_network(path)
-        self.readers: list[sqlite3.Connection] = []  # those that nobody reads with just now
+        self.readers: list[sqlite3.Connection] = []  # idle ones
         self.damage = ""
         self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
             found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # whether the check came to its end in the time that a start may take
+            self.checked = found is not None  # whether the check finished in time
             self.refuse_damaged(found)
             self.migrate()
             self.set_steady()
@@ -8595,23 +8601,23 @@ class Database:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
                 self.refuse_damaged(str(error))
-            or_restore = ", or put a backup in its place: joborch restore BACKUP" if mode == "server" else ""
-            way = "give a file that joborch made, or a new one"
+            or_restore = ", or restore a backup: joborch restore BACKUP" if mode == "server" else ""
+            way = "give a file that joborch created, or a new one"
             raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
 
     def refuse_damaged(self, damage: str | None) -> None:
-        """Refuse a damaged database; ConfigError says the way out."""
+        """Raise ConfigError with the remedy if the database is damaged."""
         if damage:
             raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
 
     def way_out(self) -> str:
         """Return what to do about a damaged database."""
         if self.mode == "server":
-            return "put a backup in its place with: joborch restore BACKUP"
-        return "move it away: its server has new attempts made of what ran here"
+            return "restore a backup with: joborch restore BACKUP"
+        return "move it away: the server starts new attempts of the jobs that ran here"
 
     def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start did; a damaged one takes no more jobs."""
+        """Check the whole database in the background, unless the start did. A damaged database accepts no more jobs."""
         if self.checked:
             return
         with contextlib.closing(self.reader()) as db:
@@ -8630,16 +8636,16 @@ class Database:
         return db
 
     def migrate(self) -> None:
-        """Make the schema or bring it up to date; ConfigError for one that this program does not know."""
+        """Create the schema or bring it up to date. Raises ConfigError if this program does not know it."""
         version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
         self.is_new = version == 0
         if version > SCHEMA_VERSION:
             raise ConfigError(
-                f"DB_PATH {self.path!r} was made by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
+                f"DB_PATH {self.path!r} was created by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
                 "run that version, or give another file"
             )
         if 0 < version < min(MIGRATIONS):
-            raise ConfigError(f"DB_PATH {self.path!r} was made by a joborch that was never released (schema {version}): give another file")
+            raise ConfigError(f"DB_PATH {self.path!r} was created by an unreleased joborch (schema {version}): give another file")
         if self.is_new:
             self.db.executescript(SCHEMA)
         for older in range(version, SCHEMA_VERSION) if version else ():
@@ -8649,30 +8655,30 @@ class Database:
         """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
         at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
         now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what was not synced before may be lost
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before that may be lost
         if boot != now_boot:
-            # In a new database it is 0, so it begins as wall time. Moves can be later than the last heartbeat, by its period at most.
+            # It is 0 in a new database, so it begins as wall time. Moves can be later than the last heartbeat, at most by its period.
             boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
         self.steady_offset = float(steady - boot_s)
         self.beat(self.db)
 
     def steady(self) -> float:
-        """Return the time in seconds that ages and delays are counted by. It began as wall time; setting the clock does not change it."""
+        """Return the time in seconds for ages and delays. It began as wall time, but setting the clock does not change it."""
         return self.clock.boot()[1] + self.steady_offset
 
     def beat(self, db: sqlite3.Connection) -> None:
-        """Store where steady time is to continue after a reboot."""
+        """Store the value from which steady time continues after a reboot."""
         boot, boot_s = self.clock.boot()
         self.beaten_at = boot_s + self.steady_offset
         db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
 
     def close(self) -> None:
-        """Close the writing connection. Threads that read keep theirs: closing one during a query crashes the process."""
+        """Close the writing connection. Readers keep theirs: closing one during a query crashes the process."""
         with self.core.inside():
             self.db.close()
 
     def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of one query; StorageError if the database cannot be read."""
+        """Return all rows of a query. Raises StorageError if the database cannot be read."""
         try:
             if self.core.is_inside():
                 return self.db.execute(sql, values).fetchall()
@@ -8694,21 +8700,18 @@ class Database:
             raise StorageError(f"the database cannot be read: {error}") from error
 
     def reader(self) -> sqlite3.Connection:
-        """Open a connection that reads."""
-        db = self.connect("rw")  # rw: if somebody removed the file, no new one is made
+        """Open a read connection."""
+        db = self.connect("rw")  # rw: does not create a new file if the file was removed
         db.execute("PRAGMA query_only = 1")
         db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
         return db
 
     def number(self, sql: str, **values: Any) -> int:
-        """Return the one number that a query gives; None counts as 0."""
+        """Return the single number of a query; None counts as 0."""
         return int(self.read(sql, **values)[0][0] or 0)
 
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
-        """Run `work` in a transaction and return its value; with `durable`, on disk before this returns.
-
-        Raises StorageError if the database cannot be written. If `work` raises, only its own part is rolled back.
-        """
+        """Like Core.call, but on a full disk free space and try once more."""
         try:
             return self.core.call(work, durable)
         except StorageError as error:
@@ -8731,11 +8734,11 @@ class Database:
             except OSError:
                 gone = True
             if gone:
-                raise StorageError("the database file was removed or replaced under the running program: restart it")
+                raise StorageError("the database file was removed or replaced while the program ran: restart it")
 
 
 def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database's pages: empty if nothing is, None if `patience_s` ended before the check did."""
+    """Return what is wrong with a database: empty if nothing is, None if the check took longer than `patience_s`."""
     deadline = None if patience_s is None else time.monotonic() + patience_s
     db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
     try:
@@ -8752,7 +8755,7 @@ def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | 
 
 
 def on_network(path: str) -> bool:
-    """Tell whether a path lies on a network file system, by the longest mount point in /proc/mounts."""
+    """Tell whether a path is on a network file system, by the longest mount point in /proc/mounts."""
     kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
     real, best, kind = os.path.realpath(path), "", ""
     try:
@@ -8770,7 +8773,7 @@ def on_network(path: str) -> bool:
 
 
 class Store(Database):
-    """The jobs of one process. Every move of a status is made here, and keeps up whose turn it is.
+    """The jobs of one process. Every status changes here, and with it whose turn it is.
 
     One class serves both modes: a payload of a client is a job that may have no user and no service.
     """
@@ -8796,9 +8799,9 @@ class Store(Database):
         return self.job(JOB_GET, id=job_id)
 
     def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before`, newest first, by the filters given.
+        """Return at most `limit` jobs with ids below `before` that match the filters, newest first.
 
-        A job that was cleaned is found by the status with which it ended, too.
+        A cleaned job also matches the status with which it ended.
         """
         values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
         if user_id is not None:
@@ -8810,16 +8813,16 @@ class Store(Database):
 
     @staticmethod
     def row(db: sqlite3.Connection, job_id: int) -> Job:
-        """Return a job that is there, inside a transaction."""
+        """Return a job that exists, inside a transaction."""
         return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
 
     # -- writing --
 
     def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
-        """Store a new job durably, Queued or Prepared; one that follows a job which ended badly is Invalid at once.
+        """Store a new job durably, as Queued or Prepared, or as Invalid if a job that it follows did not end Completed.
 
-        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it is to follow a job that its user does
-        not have, and QueueFull if its user has `most_queued` jobs queued.
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, and
+        QueueFull if its user has `most_queued` jobs queued.
         """
         job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
         log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
@@ -8842,7 +8845,7 @@ class Store(Database):
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
-        if self.mode == "server":  # a client's payload that is only Prepared is no news
+        if self.mode == "server":  # servers need no news of a payload that is only Prepared
             self.core.moved.add(job_id)
         self.update_rank(db, job.service, job.user_id)
         return job
@@ -8862,11 +8865,11 @@ class Store(Database):
         return ([], broken) if broken else (open_ids, "")
 
     def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
-        """Move `job` from the status it was read with to `to`, and write its history. Every change of a status goes through `move_row`.
+        """Move `job` from the status it was read with to `to`, and write its history.
 
-        Returns False if the row has left that status meanwhile, or if a payload's end was requested since it was read.
-        Raises IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` for a
-        row that keeps another reason than its history. An end is durable on the server, whatever `durable` says.
+        Return False if the row has left that status meanwhile, or if a kill of a payload was requested since it was read. Raises
+        IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` if the row keeps
+        another reason than its history. On the server an end is always durable.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
         moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
@@ -8876,7 +8879,7 @@ class Store(Database):
         return moved
 
     def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        """Make one move inside a transaction, and what follows from it for jobs that wait for this one: see `move`."""
+        """Make one move inside a transaction, and update the jobs that wait for this one: see `move`."""
         moved = self.move_row(db, job, to, reason, **changes)
         if moved and self.mode == "server" and to in ENDED:
             self.tell_dependents(db, job.id, to)
@@ -8893,7 +8896,7 @@ class Store(Database):
         values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
         values.update(ended_as=job.status.value if to is Status.CLEANED else None)
         values.update(changed=self.next_change(), moved_at=self.steady())
-        # How a payload ended is judged by whether its end was requested: a row read before that request must not decide.
+        # Whether a kill was requested decides how a payload ended, so a row that was read before the request is not good enough.
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
         if db.execute(JOB_MOVE, values).rowcount != 1:
             return False
@@ -8909,7 +8912,7 @@ class Store(Database):
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Release the jobs that follow a Completed one; if it ended otherwise, end them and those that follow them."""
+        """Release the jobs that follow a Completed one. If it ended otherwise, make them Invalid, and those that follow them."""
         ended = [(job_id, to)]
         while ended:
             on_id, how = ended.pop()
@@ -8924,7 +8927,7 @@ class Store(Database):
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Store a move. `seq` gives the order of all moves, whatever the clock says: microseconds of steady time, no two the same."""
+        """Store a move. `seq` orders all moves, whatever the clock says: unique microseconds of steady time."""
         self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
         values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
         db.execute(HISTORY_ADD, values)
@@ -8937,12 +8940,12 @@ class Store(Database):
         return self.last_change
 
     def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Store durably that a job is to be stopped; return whether that was new."""
+        """Store durably that a job must be stopped. Return whether that is new."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
         return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
 
     def take_along(self, job: Job, client: str) -> bool:
-        """Store that a job's client has another name; False if the job has moved meanwhile."""
+        """Store that a job's client has another name. Return False if the job has moved meanwhile."""
         values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
         return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
 
@@ -8951,7 +8954,7 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
     def tell(self, job_id: int, **begun: float) -> None:
-        """Let /events report a running payload again; `started_at` (wall) and `now` (steady) are given if it has just begun."""
+        """Let /events report a running payload again. If it has just started, give `started_at` (wall) and `now` (steady)."""
         sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
         self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
 
@@ -8966,7 +8969,7 @@ class Store(Database):
         self.write(delete, durable=False)
 
     def renew(self) -> None:
-        """After a restore: do not give out ids again that were given out since the backup, and be a new instance to clients."""
+        """After a restore: skip ids that may have been assigned since the backup, and become a new instance."""
 
         def skip(db: sqlite3.Connection) -> None:
             last = db.execute(LAST_ID).fetchone()
@@ -8998,7 +9001,7 @@ class Store(Database):
         db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
 
     def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that begins, or for its real length when it is over."""
+        """Charge a user in advance for a run that starts, or its real length when it is over."""
         usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
         if to in BUSY:
             charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
@@ -9021,10 +9024,10 @@ class Store(Database):
         self.set_usage(db, job.service, job.user_id, usage)
 
     def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
-        """Return the use of a job's user who has more to run, measured against the others of its service whose jobs wait or run.
+        """Return the use of a job's user, capped by the use of the service's other active users: see `cap_idle_credit`.
 
-        See `cap_idle_credit`. Who sends one job now and then is not measured: his use stays what he has had. What the others were
-        charged in advance does not count: nobody is measured by what they may not come to use.
+        It is not capped if the user has no more jobs waiting. What the others were charged in advance does not count, because
+        they may not use it.
         """
         service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
         now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
@@ -9044,7 +9047,7 @@ class Store(Database):
         return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return what a user has used of a service as it counts now, in slot-seconds; running jobs count as far as they have run."""
+        """Return a user's use of a service as it counts now, in slot-seconds. Running jobs count with the time they have run."""
         now, half_life_s = self.steady(), self.sharing.half_life_s
         rows = self.read(USAGE_GET, service=service, user_id=user_id)
         runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
@@ -9052,7 +9055,7 @@ class Store(Database):
         return use_now(use, now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
-        """Charge more for a run that takes longer than expected: double the charge, but never far ahead of the run."""
+        """Charge more for a run that takes longer than expected: double the charge, but never far more than the run has used."""
         more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
 
         def charge(db: sqlite3.Connection) -> None:
@@ -9063,7 +9066,7 @@ class Store(Database):
         self.write(charge, durable=False)
 
     def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Update a user's row of `runnable_users`, which has one for each user with a job of a service that could run."""
+        """Update a user's row of `runnable_users`, which has a row for each user and service with a job that could run."""
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
@@ -9082,7 +9085,7 @@ class Store(Database):
         db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Take these services and rules; if `runnable_users` was made by others, make it anew."""
+        """Use these services and rules. If `runnable_users` was computed with others, compute it again."""
         self.limits, self.sharing = services, sharing or self.sharing
         made = json.dumps([
             TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
@@ -9093,7 +9096,7 @@ class Store(Database):
             self.write(lambda db: self.make_turns(db, made, half_life_s))
 
     def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Make `runnable_users` anew; use that was counted with another half-life keeps its present worth."""
+        """Compute `runnable_users` again. Convert uses that were counted with another half-life to their present value."""
         now = self.steady()
         shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
         for row in db.execute(USAGE_ALL).fetchall() if shift else ():
@@ -9105,7 +9108,7 @@ class Store(Database):
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably; it changes the user's rank at once."""
+        """Store a user's weight durably and update the user's ranks."""
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
@@ -9119,7 +9122,7 @@ class Store(Database):
     def claim(self, job_id: int, client: str, room: int) -> Job | None:
         """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
 
-        All is decided inside one transaction, and is durable: a restarted server must know where a job may be.
+        One transaction decides, and it is durable: a restarted server must know where a job may be.
         """
 
         def take(db: sqlite3.Connection) -> Job | None:
@@ -9145,7 +9148,7 @@ class Store(Database):
         return job
 
     def admit_due(self) -> int:
-        """Make new attempts claimable whose back-off is over; return how many."""
+        """Make new attempts claimable if their back-off is over; return how many."""
         due = self.read(DELAYED_DUE, now=self.steady())
 
         def admit(db: sqlite3.Connection) -> None:
@@ -9158,7 +9161,7 @@ class Store(Database):
         return len(due)
 
 
-# == 29. Restore ==  A restore that was decided is completed at the next start, and no id is given twice.
+# == 29. Restore ==  A prepared restore is completed at the next start, and no id is assigned twice.
 
 
 def folder_of(path: str) -> str:
@@ -9173,7 +9176,7 @@ def decided_restore(db_path: str) -> Path | None:
 
 
 def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
-    """Put a restored database in place, and remove incomplete ones; return the replaced database and the files without a job.
+    """Put a restored database in place and remove incomplete ones. Return the replaced database and the folder of files without a job.
 
     Both are None if there was nothing to do. Each step may be repeated after a crash.
     """
@@ -9242,7 +9245,7 @@ def check_path(path: str) -> str:
         raise HttpError(400, f"file name {shown(name)} is {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
     sizes = [len(os.fsencode(part)) for part in parts]
     if max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES:
-        limits = f"at most {NAME_LIMIT_BYTES} bytes a part and {PATH_LIMIT_BYTES} in all"
+        limits = f"at most {NAME_LIMIT_BYTES} bytes for each part and {PATH_LIMIT_BYTES} in all"
         raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
     return name
 
@@ -9269,7 +9272,7 @@ class Tree:
         """Add `path`. Raises HttpError 400 if it clashes with an earlier one."""
         parents = parents_of(path)
         if path in self.files:
-            raise HttpError(400, f"file name {path!r} comes twice: give each file a name of its own", "file")
+            raise HttpError(400, f"file name {path!r} is used twice: give each file a different name", "file")
         if path in self.folders or parents & self.files:
             raise HttpError(400, f"file name {path!r} is both a file and a folder", "file")
         self.files.add(path)
@@ -9279,8 +9282,8 @@ class Tree:
 def part_path(segment: Any, by_name: bool) -> str | None:
     """Return the path of a part's file, or None if the part is a text field.
 
-    Callers of the server send the path as filename. Between machines (`by_name`) the part's name is the path and its filename
-    the base name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
+    Callers of a server send the path as `filename`. Between machines (`by_name`), `name` is the path and `filename` the base
+    name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
     """
     exact = segment.header("X-Joborch-Path")
     if by_name and exact:
@@ -9314,7 +9317,7 @@ def multipart_boundary(content_type: str) -> str:
 class FormReader:
     """Streams a multipart form: files to disk below `folder`, text fields to memory.
 
-    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both keep the account of the disk.
+    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both serve the disk account.
     """
 
     def __init__(
@@ -9345,7 +9348,7 @@ class FormReader:
         except multipart.ParserLimitReached as error:
             if "segment count" in str(error).lower():
                 raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
-            raise HttpError(413, f"a part has too long headers: at most {PART_HEADER_LIMIT_BYTES} bytes a line, and 8 lines") from error
+            raise HttpError(413, f"a part's headers are too long: at most 8 lines of {PART_HEADER_LIMIT_BYTES} bytes") from error
         except multipart.MultipartError as error:
             raise HttpError(400, f"the form cannot be read: {error}") from error
         return self.form
@@ -9366,7 +9369,7 @@ class FormReader:
             if len(value) > limit:
                 raise HttpError(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
         if name in self.form.fields:
-            raise HttpError(400, f"field {name} comes twice: give it once", name)
+            raise HttpError(400, f"field {name} is given twice: give it once", name)
         try:
             self.form.fields[name] = value.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -9385,7 +9388,7 @@ class FormReader:
                 digest.update(chunk)
                 size += len(chunk)
                 head += chunk[: 4 - len(head)]
-            if head.startswith((b"#!", b"\x7fELF")):  # forms carry no file modes, but a script may call ./tool
+            if head.startswith((b"#!", b"\x7fELF")):  # forms have no file modes, but a script may call ./tool
                 os.fchmod(descriptor, 0o700)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
@@ -9397,13 +9400,13 @@ class FormReader:
 
 
 def write_all(target: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to an unbuffered file, which may take less than it is given."""
+    """Write all of `data` to an unbuffered file, whose write() may accept only a part."""
     view = memoryview(data)
     while view:
         view = view[target.write(view) :]
 
 
-# == 31. Folders ==  Promised data is fsynced, and folders that a script could tamper with are read and removed safely.
+# == 31. Folders ==  Makes files durable, and safely reads folders that a script can tamper with.
 
 
 def fsync_path(path: str | Path) -> None:
@@ -9479,9 +9482,9 @@ def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O
 
 
 def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
-    """Open a file that a script could have replaced: follow no link, wait for no fifo. Raises OSError if it is not a regular file.
+    """Open a file that a script could have replaced: follow no link, wait for no FIFO. Raises OSError if it is not a regular file.
 
-    With `inner`, `path` is a folder (or a descriptor of one) and `inner` leads to the file; no folder on the way may be a link.
+    With `inner`, `path` is a folder (or a descriptor of one) and `inner` the path below it; no folder on the way may be a link.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     if isinstance(path, int) and len(inner) == 1:
@@ -9504,7 +9507,7 @@ def state_below(folder: Path, name: str) -> os.stat_result:
 
 
 def has_work(folder: Path) -> bool:
-    """Tell whether a payload has its work folder; True if that cannot be checked."""
+    """Tell whether a payload has its work folder. True if that cannot be checked."""
     try:
         return stat.S_ISDIR(state_below(folder, "work").st_mode)
     except OSError as error:
@@ -9512,7 +9515,7 @@ def has_work(folder: Path) -> bool:
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, safe to show; empty if the file cannot be read."""
+    """Return the last non-blank line of a text file, safe to show; empty if the file cannot be read."""
     try:
         with open_regular(path.parent, path.name) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
@@ -9523,7 +9526,7 @@ def last_line(path: Path) -> str:
 
 
 def give_rights(folder: Path | int, *inner: str | bytes) -> None:
-    """Give this user full rights to a folder whose script took them away. Raises OSError if it is not a folder."""
+    """Give this user full rights to a folder again if a script removed them. Raises OSError if it is not a folder."""
     with opened_folder(folder, *inner) as descriptor:
         path = f"/proc/self/fd/{descriptor}"
         if not os.access(path, os.R_OK | os.X_OK):
@@ -9547,7 +9550,7 @@ def open_unreadable(name: bytes | str, folder: int | None) -> int:
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file atomically and durably: after a crash it has its old content or the new one, never a part."""
+    """Write a file atomically and durably: after a crash it has either its old or its new content."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "wb") as target:
@@ -9559,7 +9562,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def is_full(folder: str | Path) -> bool:
-    """Tell whether the file system of `folder` is full: no block or no inode left (some file systems have no inode limit)."""
+    """Tell whether the file system of `folder` is full: no blocks or no inodes left (some file systems have no inode limit)."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
 
@@ -9573,7 +9576,7 @@ def free_bytes(folder: str | Path) -> int:
 def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
     """Yield each folder below `root` with its subfolders and its other entries, all sorted. Links are not followed.
 
-    This is os.walk() for any depth: before Python 3.12 that fails at a thousand levels.
+    Unlike os.walk() before Python 3.12, it works at any depth.
     """
     waiting = [root]
     while waiting:
@@ -9590,7 +9593,7 @@ def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iter
 
 
 class Level:
-    """One folder on the path of a walk: its path, its descriptor (-1 when closed), and the subfolders still to visit."""
+    """One folder on the path of a walk: its path, its descriptor (-1 if closed), and the subfolders still to visit."""
 
     def __init__(self, path: bytes, descriptor: int) -> None:
         self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
@@ -9604,11 +9607,11 @@ class Level:
 def walk_open(
     root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
 ) -> Iterator[tuple[int, bytes, list[bytes], int]]:
-    """Yield each folder below the open folder `root`, itself first: descriptor, path, names of its non-folders (sorted), entry count.
+    """Yield the open folder `root` and each folder below it: descriptor, path, sorted names of non-folders, number of entries.
 
-    Links are never followed, even if something is swapped for one during the walk. The walk ends after `room` entries; `note`
-    gets the path of each entry that is left out, and why. With `mend`, this user's own folders are made readable first. Deep
-    trees need few descriptors: the upper folders are closed, and reopened on the way back.
+    Links are never followed, even if something is replaced by one during the walk. The walk ends after `room` entries; `note`
+    gets the path of each omitted entry, and why. With `mend`, folders of this user are made readable first. Deep trees need
+    few descriptors: upper folders are closed and reopened on the way back.
     """
     levels: list[Level] = []
     entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
@@ -9632,7 +9635,7 @@ def walk_open(
 
 
 def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
-    """Open the next subfolder of `above`; None, with a note, if that is impossible."""
+    """Open the next subfolder of `above`. If that is impossible, note it and return None."""
     name = above.folders.pop()
     path = above.path + b"/" + name if above.path else name
     try:
@@ -9666,28 +9669,28 @@ def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> 
     if count > room:
         for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
             note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        note(level.path, "the rest was not looked at: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
+        note(level.path, "the rest was not read: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
         files, folders = files[:room], folders[: max(0, room - len(files))]
     return files, folders[::-1], count
 
 
 def helper_environment() -> dict[str, str]:
-    """Return the environment for rm, chmod and zstd: payloads could read it, so it has no secrets."""
+    """Return the environment for rm, chmod and zstd, without secrets, because payloads could read it."""
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
-LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors are the file system's
+LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors come from the file system
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def lock_trouble(error: OSError) -> str:
-    """Return why a file system refused a lock that nobody holds, and the remedy."""
+    """Return why a file system refused a lock that no process holds, and the remedy."""
     reason = os.strerror(error.errno or 0)
     if error.errno not in NO_LOCKS:
         return f"{reason}; is the file system healthy?"
     return (
         f"this file system has no locks ({reason}); use a folder on another one, such as a local disk, "
-        "or have it mounted with locks (Lustre: -o flock; NFS: with lockd)"
+        "or mount it with locks (Lustre: -o flock; NFS: with lockd)"
     )
 
 
@@ -9702,7 +9705,7 @@ def bytes_below(path: Path) -> int:
 
 
 def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file for the life of the process and write the process id to it. Raises ConfigError if that fails."""
+    """Lock an open file until the process ends and write the process id to it. Raises ConfigError if that fails."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -9723,7 +9726,7 @@ SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscr
 
 
 def interpreter_of(first_line: bytes) -> str:
-    """Return the name of the program that a `#!` line calls, directly or by env; empty for any other line."""
+    """Return the name of the program that a `#!` line calls, directly or through env; empty for any other line."""
     words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
     if words and os.path.basename(words[0]) == "env":
         words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
@@ -9758,7 +9761,7 @@ def hints_for(folder: Path, *inner: str) -> list[str]:
 
 
 def no_script_text(paths: Sequence[str]) -> str:
-    """Return what to do about an upload without run.sh; the text names the files that it has."""
+    """Return what to do about an upload without run.sh, naming its files."""
     below = [path for path in paths if path.endswith("/run.sh")]
     top = paths[0].partition("/")[0]
     if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
@@ -9776,7 +9779,7 @@ def no_script_text(paths: Sequence[str]) -> str:
 
 
 def example_part(path: str) -> str:
-    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name that the shell would need quoted."""
+    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name with special characters."""
     return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
 
 
@@ -9801,7 +9804,7 @@ def made_as(folder: Path) -> int | None:
 
 
 def is_strangers(uid: int, folder: Path) -> bool:
-    """Tell whether the owner of something in `folder` is neither root nor this user, as that file system maps it."""
+    """Tell whether the owner of something in `folder` is neither root nor this user, as its file system maps them."""
     return uid not in (0, os.geteuid()) and uid != made_as(folder)
 
 
@@ -9831,7 +9834,7 @@ def is_unmapped(uid: int) -> bool:
 
 
 def is_private_group(gid: int) -> bool:
-    """Tell whether a group has no members except this user and root: with one group per user, umask 002 makes folders group-writable."""
+    """Tell whether a group has no other members than this user and root. With one group per user, folders may be group-writable."""
     if gid == 0 or gid != os.getegid():
         return gid == 0
     try:
@@ -9842,10 +9845,10 @@ def is_private_group(gid: int) -> bool:
 
 
 def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
-    """Yield who else can replace the content of a folder, or (with `itself` False) only the folder itself, by one of its parents.
+    """Yield who else can replace the content of a folder or, if not `itself`, only replace the folder through one of its parents.
 
-    A finding is False (refused) if it is about the folder; None (a warning) if it is about a parent, as is usual on clusters,
-    or about a group.
+    A finding is False (refused) if it is about the folder. It is None (a warning) if it is about a group or a parent, as is
+    usual on clusters.
     """
     real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
     for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
@@ -9856,12 +9859,12 @@ def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[
         place, mode = f"{what}: {str(folder)!r}", stat.S_IMODE(state.st_mode)
         if is_strangers(state.st_uid, folder) and not is_unmapped(state.st_uid):
             good = False if folder == real else None
-            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace what is in it: use a folder of your own")
+            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace its content: use your own folder")
         elif mode & 0o002 and not mode & stat.S_ISVTX:
-            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace what is in it"
+            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace its content"
             yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
         elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
-            who = f"writable by a group (mode {mode:04o}), which can replace what is in it"
+            who = f"writable by a group (mode {mode:04o}), which can replace its content"
             yield Finding(None, f"{place} is {who}: chmod g-w, or chmod +t")
     for link in (given, *given.parents):
         if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
@@ -9877,10 +9880,10 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
     except OSError:
         return
     if real.startswith(("/run/secrets/", "/var/run/secrets/")):
-        return  # a container's own: only root can put a file there
+        return  # a container's secrets: only root can put a file there
     mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
     if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
-        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use a file of your own")
+        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use your own file")
     elif mode & 0o002:
         fix = f"chmod 600 {shlex.quote(path)}, and put a new token in it"
         yield Finding(False, f"{name} is writable by every user (mode {mode:04o}): {fix}")
@@ -9893,7 +9896,7 @@ def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Find
 
 
 class DiskFull(OSError):
-    """`needed` more bytes do not fit, given what was promised to others and what must stay free. errno is ENOSPC."""
+    """`needed` more bytes do not fit, because of other promises and of what must stay free. errno is ENOSPC."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
@@ -9901,12 +9904,12 @@ class DiskFull(OSError):
 
 
 class DiskAccount:
-    """Keeps account of the disk below a data folder: nobody gets space that was promised to another transfer.
+    """Reserves disk space for transfers: no transfer gets space that was promised to another.
 
-    At least `keep_bytes` stay free. Each process has its own account, and sees what others write by statvfs(2).
+    At least `keep_bytes` stay free. Each process has a separate account and sees what others write with statvfs(2).
     """
 
-    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs will do if it leaves more than this margin
+    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs is good enough if it leaves more than this margin
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
@@ -9914,7 +9917,7 @@ class DiskAccount:
         self.free, self.looked_at = 0, float("-inf")  # the last statvfs less what was written since; its time (monotonic)
 
     def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
-        """Promise `size` bytes, or else count them as written. Raises DiskFull if they do not fit."""
+        """Promise `size` bytes or, if not `promise`, count them as written. Raises DiskFull if they do not fit."""
         with self.lock:
             needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
             now = time.monotonic()
@@ -9953,7 +9956,7 @@ class Promise:
             self.left += size
 
     def more_for_file(self) -> None:
-        """Get a promise for a file's own blocks: thousands of one-byte files fill a disk, too."""
+        """Count the blocks of one more file: thousands of one-byte files fill a disk, too."""
         self.more(4 * KIB)
         self.wrote(4 * KIB)
 
@@ -9978,7 +9981,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
-        """`claim` is called with the number of bytes before they go to the disk, and may raise DiskFull."""
+        """`claim` is called with the number of bytes before they are written to the disk, and may raise DiskFull."""
         self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
 
     def write(self, data: bytes) -> int:
@@ -10014,8 +10017,8 @@ STOP_NOTE = "stopped"  # an empty file in a client's data folder; its time is th
 class DataFolder:
     """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, the lock.
 
-    A second process on the same folder is refused with the pid of the first. Files that belong to no job are removed, so a
-    folder with other things of these names is refused, too.
+    A second process on the same folder is refused. Files that belong to no job are removed, so a folder is also refused if
+    another program has created entries with these names.
     """
 
     LOCK = "joborch.lock"
@@ -10029,7 +10032,7 @@ class DataFolder:
         self.account, self.packs_below_minimum = DiskAccount(self.path), False
 
     def open(self) -> None:
-        """Make the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
+        """Create the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
         self.umask = os.umask(0o077)  # uploads are private; scripts get the original umask back
         try:
             self.close_to_others()
@@ -10044,24 +10047,24 @@ class DataFolder:
         take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
         for leftover in self.tmp.iterdir():
             discard(leftover)
-        # waitress spools bodies here: same file system, swept at each start.
+        # waitress spools bodies here: on the same file system, and emptied at each start.
         tempfile.tempdir = str(self.tmp)
 
     def weak_spots(self) -> Iterator[Finding]:
-        """Yield who else can replace what is in the folder. The start refuses a False finding, and fixes the modes of our own folders."""
-        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give a folder of your own"
+        """Yield who else can replace the folder's content. A start refuses False findings and fixes the modes of our own folders."""
+        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give your own folder"
         yield from examine_place(self.path, "DATA_PATH", itself=False)
         if not os.path.isdir(real):
             return
         state = os.stat(real)
         mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
         if is_strangers(state.st_uid, Path(real)):
-            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace what is in it: {remedy}")
+            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace its content: {remedy}")
             return
         foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
         who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
         if foreign:
-            yield Finding(False, f"{name} holds {foreign}, who can replace what is in it: {remedy}")
+            yield Finding(False, f"{name} holds {foreign}, who can replace its content: {remedy}")
         elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
             in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
             yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
@@ -10077,7 +10080,7 @@ class DataFolder:
         return ""
 
     def close_to_others(self) -> None:
-        """Remove others' write permission from our own folders. Raises ConfigError if others can replace what is in them."""
+        """Remove others' write permission from our own folders. Raises ConfigError if others can replace their content."""
         for finding in self.weak_spots():
             if finding.good is False:
                 raise ConfigError(finding.text)
@@ -10088,10 +10091,10 @@ class DataFolder:
                     folder.chmod(mode & ~0o022)
 
     def refuse_foreign(self) -> None:
-        """Refuse a folder whose `tmp`, `jobs` or `results` joborch did not make: DATA_PATH=/var would empty /var/tmp."""
+        """Raise ConfigError if joborch did not create `tmp`, `jobs` or `results` there: DATA_PATH=/var would empty /var/tmp."""
         for folder in (self.jobs, self.results, self.tmp):
             if folder.exists() and not (self.path / self.LOCK).exists():
-                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} of something else: give an empty folder")
+                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} not made by joborch: give an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / self.LOCK).touch()
 
@@ -10103,12 +10106,12 @@ class DataFolder:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
 
     def drop_reserve(self) -> bool:
-        """Free the reserve; False if there is none."""
+        """Free the reserve. Return False if there is none."""
         try:
             os.unlink(self.path / "reserve")
         except OSError:
             return False
-        log.warning("the disk is full: the database gets the last %d MiB, which were kept in reserve", RESERVE_BYTES // MIB)
+        log.warning("the disk is full: the database now uses its reserve of %d MiB", RESERVE_BYTES // MIB)
         return True
 
     def lock_database(self, path: str) -> None:
@@ -10118,7 +10121,7 @@ class DataFolder:
             take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
 
     def set_aside(self, known: Callable[[str], bool]) -> Path | None:
-        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder beside them; return it, or None."""
+        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder; return it, or None."""
         aside, moved = self.path / f"unclaimed-{time_stamp()}", False
         for folder in (self.jobs, self.results):
             for path in [path for path in folder.iterdir() if not known(path.name)]:
@@ -10144,7 +10147,7 @@ class DataFolder:
         return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
 
 
-# == 34. Archives ==  A folder is packed as a ZIP: no link is followed out of it, and whatever is left out is listed.
+# == 34. Archives ==  Packs a folder as a ZIP. No link is followed out of it, and whatever is omitted is listed.
 
 
 STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
@@ -10156,7 +10159,7 @@ ZEROS = bytes(MIB)
 
 
 class DigestWriter:
-    """Passes on what is written, keeping its size and SHA-256. Raises BrokenArchive if it cannot be written."""
+    """Writes to another file and keeps size and SHA-256. Raises BrokenArchive if writing fails."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self.target, self.digest, self.size = target, hashlib.sha256(), 0
@@ -10182,7 +10185,7 @@ class Archive:
 
 
 class Unreadable(JoborchError):
-    """A file could not be read to its end, so the archive with its first part is useless."""
+    """A file could not be read to its end, so an archive with its first part is useless."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{shown(name)} cannot be read: {why}")
@@ -10198,7 +10201,7 @@ class BrokenArchive(JoborchError):
 
 
 class Losses:
-    """Counts what cannot be packed of an ended payload's work folder; `places` are the paths of that folder."""
+    """Counts the entries of an ended payload's work folder that cannot be packed; `places` are the paths of that folder."""
 
     def __init__(self, places: Sequence[bytes] = ()) -> None:
         self.places, self.count = places, 0
@@ -10208,7 +10211,7 @@ class Losses:
         self.count += 1
 
     def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
-        """Count an entry if it cannot be packed. Raises OSError if it cannot be examined."""
+        """Count an entry if it cannot be packed. Raises OSError if it cannot be read."""
         if stat.S_ISLNK(state.st_mode):
             self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
         elif not stat.S_ISREG(state.st_mode):
@@ -10220,8 +10223,8 @@ class Losses:
 def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
     """Return the bytes and the number of files and links below an open folder, not counting the unchanged inputs (`skipped`).
 
-    It stops once a limit is broken; too many folders count as one file too many. `losses`, for a payload that has ended,
-    counts what cannot be packed.
+    It stops as soon as a limit is exceeded; too many folders count as one file too many. `losses`, for a payload that has
+    ended, counts entries that cannot be packed.
     """
     size = count = folders = 0
     for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
@@ -10248,7 +10251,7 @@ def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
     try:
         with open_regular(folder, "inputs.json") as file:
             for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
-                path, size, mtime_ns = parse_json(line)  # one list per line: a single damaged document could fill the memory
+                path, size, mtime_ns = parse_json(line)  # one list per line: a single forged document could fill the memory
                 noted[path] = (int(size), int(mtime_ns))
     except (OSError, ValueError, TypeError):
         return {}
@@ -10269,7 +10272,7 @@ def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
-    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is left out."""
+    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is omitted."""
     begin, size, descriptor = 0, state.st_size, source.fileno()
     while state.st_blocks * 512 < size and begin < size:
         try:
@@ -10295,7 +10298,7 @@ def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[
 def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
     """Return 1 MiB of zeros as a piece of a deflate stream, its CRC-32, and how each bit of a preceding CRC-32 changes that.
 
-    The piece is byte-aligned and refers to nothing before it (Z_FULL_FLUSH), so any stream may contain it any number of times.
+    The piece is byte-aligned and self-contained (Z_FULL_FLUSH), so a stream may contain it any number of times.
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
@@ -10303,7 +10306,7 @@ def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
 
 
 class Deflater:
-    """Compresses (or copies) what is written, counting it and keeping its CRC-32. Long runs of zeros cost next to nothing."""
+    """Compresses (or copies) what is written and keeps its size and CRC-32. Long runs of zeros cost almost nothing."""
 
     def __init__(self, target: DigestWriter, method: int) -> None:
         self.target, self.size, self.crc = target, 0, 0
@@ -10331,13 +10334,13 @@ class Deflater:
 
 
 class ZipWriter:
-    """Writes a ZIP (APPNOTE 6.3.10) sequentially; the directory is collected in a second file, so memory use stays constant."""
+    """Writes a ZIP (APPNOTE 6.3.10) sequentially. The directory is collected in a second file, so memory use stays constant."""
 
     def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
         self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
 
     def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
-        """Add a member from memory. Deflating must make it smaller by a tenth, or else it is stored."""
+        """Add a member from memory. It is stored if deflating does not make it smaller by a tenth."""
         packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
         if len(packed) >= 0.9 * len(data):  # also for an empty file, as empty data is not a valid deflate stream
             packed, method = data, zipfile.ZIP_STORED
@@ -10384,15 +10387,15 @@ class ZipWriter:
 
 
 class ZipPacker:
-    """Packs a folder as it is into a ZIP, following no link out of it, in constant memory.
+    """Packs the current content of a folder as a ZIP in constant memory, and follows no link out of it.
 
-    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, fifos, sockets, unreadable
+    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, FIFOs, sockets, unreadable
     files, links that lead out, and whatever exceeds the limits are listed in `.joborch/left-out.txt`. A file that changes
     meanwhile is packed as it was read.
     """
 
     def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
-        """`at` is the time of members that have none: with a fixed one, equal files make equal bytes. `directory` is a second spool."""
+        """`at` is the time of members that have none; if it is fixed, equal files give equal bytes. `directory` is a second spool."""
         self.spool, self.at = spool, time.time() if at is None else at
         self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
         self.zip = ZipWriter(spool, self.directory)
@@ -10412,7 +10415,7 @@ class ZipPacker:
             self.add_open_folder(root, unchanged or {})
 
     def choose_own(self, root: int) -> None:
-        """Choose the name of the folder for our own files: a script may have a .joborch of its own."""
+        """Choose a free name for the folder of our own files: a script may have a .joborch, too."""
         with contextlib.suppress(FileNotFoundError):
             while os.stat(self.own, dir_fd=root, follow_symlinks=False):
                 self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
@@ -10432,7 +10435,7 @@ class ZipPacker:
 
     def check_wanted(self) -> None:
         if not self.wanted():
-            raise GivenUp("nobody waits for the archive any more")
+            raise GivenUp("no caller waits for the archive any more")
 
     def note(self, path: bytes, why: str) -> None:
         self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
@@ -10459,7 +10462,7 @@ class ZipPacker:
             self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
 
     def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
-        # O_NONBLOCK: a fifo that replaced the file since the stat must not block us.
+        # O_NONBLOCK: a FIFO that replaced the file since the stat must not block us.
         try:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except PermissionError:
@@ -10480,7 +10483,7 @@ class ZipPacker:
                 self.add_open_file(source, state, path)
 
     def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
-        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half way: the archive is useless then."""
+        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half-way; then the archive is useless."""
         mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
         self.count += path != "run.sh"
         sparse = state.st_blocks * 512 < state.st_size > MIB
@@ -10495,7 +10498,7 @@ class ZipPacker:
         self.size += state.st_size
 
     def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
-        """Pass chunks on. Raises GivenUp as soon as nobody waits for them."""
+        """Yield the chunks. Raises GivenUp as soon as no caller waits for them."""
         for chunk in chunks:
             self.check_wanted()
             yield chunk
@@ -10538,7 +10541,7 @@ class ZipPacker:
         self.spool.close()
 
     def finish(self) -> Archive:
-        """Write the list of what was left out, and the directory; return the archive, ready to be read."""
+        """Write the list of what was omitted, and the directory; return the archive, ready to be read."""
         if self.left_out:
             lines = [one_line(line, 5000) + "\n" for line in self.left_out]
             lines += [f"... and {self.further:,} more\n"] if self.further else []
@@ -10567,7 +10570,7 @@ def below(places: Sequence[bytes], path: bytes) -> bytes | None:
 def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
     """Return the target to store for a link in `folder` (relative to the open folder `root`), or None if it leads out of `root`.
 
-    An absolute target below one of `places`, the paths of `root`, is made relative: it would lead nowhere on another machine.
+    An absolute target below one of `places`, the paths of `root`, is made relative, so that it works on another machine.
     """
     if not target.startswith(b"/"):
         return None if leads_out(root, folder, target, places) else target
@@ -10578,15 +10581,15 @@ def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[byte
 
 
 def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
-    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`.
+    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`, perhaps through other links.
 
-    It may do so literally, or through other links. Those may be absolute, if they lead below one of `places`.
+    Other links may be absolute if they lead below one of `places`.
     """
     lexical = os.path.normpath(os.path.join(folder, target))
     if lexical == b".." or lexical.startswith(b"../"):
         return True
     here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
-    while ahead and links < 40:  # the kernel's limit, too: beyond it a link leads nowhere
+    while ahead and links < 40:  # as in the kernel; with more, a link leads nowhere
         part = ahead.pop()
         if part == b"..":
             if not here:
@@ -10608,9 +10611,9 @@ def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) 
 
 
 def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if nobody waits for it any more.
+    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if no caller waits for it.
 
-    A file that cannot be read at the third attempt is left out and listed.
+    A file that cannot be read at the third attempt is omitted and listed.
     """
     unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
     while True:
@@ -10664,7 +10667,7 @@ def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
         yield chunk
 
 
-# == 35. Access ==  A caller needs a token, or to be the same user on this machine. A refusal names the remedy.
+# == 35. Access ==  A caller needs a token, or must be the same user on this machine. A refusal names the remedy.
 
 PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added when a request is passed on
 
@@ -10688,10 +10691,10 @@ class Peer(Protocol):
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
-    """Return who calls. Raises HttpError 401 or 403, which names what the caller needs.
+    """Return who calls. Raises HttpError 401 or 403 that says what the caller needs.
 
-    `headers` are the request's, in CGI spelling (AUTHORIZATION). A token is proof enough. A caller without one may be a web page
-    in the user's browser, so requests of other sites, or for a host name that is not this server's, are refused.
+    `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token is sufficient proof. A caller without one may be
+    a web page in the user's browser, so requests from other sites, or for another host name, are refused.
     """
     shown = headers.get("AUTHORIZATION", "")
     if node.tokens and (shown or peer.address):
@@ -10702,7 +10705,7 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
     uid, proxied = None, next((name for name in PROXY_HEADERS if name in headers), "")
     if not proxied and (not peer.address or is_here(peer.address)):
         uid = peer.uid()
-    if not peer.address and uid is not None:  # the socket's mode decides who may open it
+    if not peer.address and uid is not None:  # the mode of the socket decides who may open it
         return Caller(f"uid {uid}", "unix socket")
     if is_own_user(uid):
         return Caller(f"uid {uid}", "same user")
@@ -10712,7 +10715,7 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
 
 
 def check_token(node: Node, shown: str, peer: Peer) -> Caller:
-    """Return the caller if it has one of our tokens. Raises HttpError 401; the time taken does not depend on the token."""
+    """Return the caller if it has one of our tokens, else raise HttpError 401, in a time that does not depend on the token."""
     kind, _, token = shown.partition(" ")
     fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
     if kind.lower() == "bearer" and any(fits):
@@ -10724,17 +10727,17 @@ def check_token(node: Node, shown: str, peer: Peer) -> Caller:
 
 
 def check_site(headers: Mapping[str, str]) -> None:
-    """Raise HttpError 403 for what a browser sends on behalf of another site's page."""
+    """Raise HttpError 403 for a request that a browser sends for a page of another site."""
     origin = headers.get("ORIGIN")
     foreign = origin is not None and host_of(origin)[0] != headers.get("HOST", "")
     if foreign or headers.get("SEC_FETCH_SITE", "").lower() == "cross-site":
-        raise HttpError(403, "a page of another site may not call this server: show a token")
+        raise HttpError(403, "a page of another site may not call this server: send a token")
 
 
 def check_host(node: Node, headers: Mapping[str, str]) -> None:
     """Raise HttpError 403 for a host name that is not this server's: a web page could use one (DNS rebinding).
 
-    IP addresses are safe from that, and so are requests without Host, as browsers always send it.
+    IP addresses are safe, and so are requests without Host, because browsers always send it.
     """
     if "HOST" not in headers:
         return
@@ -10743,7 +10746,7 @@ def check_host(node: Node, headers: Mapping[str, str]) -> None:
     known = [each.strip().lower() for each in node.config.hosts.split(",") if each.strip()]
     by_address = address is not None and not address.is_unspecified  # browsers accept 0.0.0.0 as this machine, too
     if not by_address and name not in {*known, "localhost", *machine_names()}:
-        remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or show a token"
+        remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or send a token"
         raise HttpError(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
 
 
@@ -10759,10 +10762,10 @@ def is_allowed(networks: Sequence[Network], text: str) -> bool:
 
 def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
     """Return why a caller without a token is refused, and the remedy."""
-    remedy = f"set JOBORCH_TOKEN for the {node.config.mode} and show it"
+    remedy = f"set JOBORCH_TOKEN for the {node.config.mode} and send it"
     if proxied:
         header = proxied.replace("_", "-").title()
-        return f"the request has the header {header}, so it came through a proxy, and its user is unknown: {remedy}"
+        return f"the request has the header {header}, so it came through a proxy and its user is unknown: {remedy}"
     if peer.address and not is_here(peer.address):
         return f"callers at {peer.address} need a token: {remedy}, or list the address in JOBORCH_ALLOW_FROM"
     if uid is None or uid == user_numbers().unmapped:
@@ -10771,7 +10774,7 @@ def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
 
 
 def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
-    """Return who calls a route that is open to `who`; None for an unproven caller of an open route. Raises HttpError."""
+    """Return who calls a route that is open to `who`; None for an unauthenticated caller of an open route. Raises HttpError."""
     if proof is not None:
         return Caller("server", "link")
     try:
@@ -10786,12 +10789,12 @@ def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, st
 
 
 def refuse_old_server(node: Node) -> NoReturn:
-    """Raise HttpError 426 for a server that sends its token instead of proving it knows it; log that now and then."""
+    """Raise HttpError 426 for a server that sends its token instead of a proof, and log that from time to time."""
     now = node.clock.monotonic()
     if now - node.old_server_at > OLD_SERVER_LOG_S:
         node.old_server_at = now
         log.warning("a server sends its token, as joborch 0.1.0 does: replace its joborch.pyz with version %s; its jobs wait", __version__)
-    what = f"this client is joborch {__version__}, and this server does not prove who it is (joborch 0.1.0 cannot)"
+    what = f"this client is joborch {__version__}, and this server does not prove its identity (joborch 0.1.0 cannot)"
     raise HttpError(426, f"{what}: replace the server's joborch.pyz with version {__version__}; its jobs wait", Upgrade="joborch-link/1")
 
 
@@ -10802,22 +10805,22 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
     try:
         return node.proofs.accept(headers, method, target, length)
     except HttpError as refusal:
-        if "X-Joborch-Nonce" not in refusal.headers:  # with a new nonce, the server only has to say hello again
+        if "X-Joborch-Nonce" not in refusal.headers:  # with a new nonce, the server only needs to call /hello again
             node.refused.note(peer.address)
         raise
 
 
-# == 36. HTTP ==  Requests are judged at the end of their headers: who may call, how large, and to where.
+# == 36. HTTP ==  A request is checked at the end of its headers: its caller, its size, its route.
 
-CALLER_KEY = "joborch.caller"  # of the WSGI environment; a request's own headers are all below HTTP_
+CALLER_KEY = "joborch.caller"  # in the WSGI environment, where request headers begin with HTTP_
 
 FULL_SAID_EVERY_S = 60.0
 
 
 def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
-    """Refuse a body before it is read: 411, 413 or 507. Return the promise of the disk space that it needs.
+    """Reserve the disk space that a body needs. Raises HttpError 411, 413 or 507, before the body is read.
 
-    A form is written twice: as it comes, and as files. If its length is not known, each part of it is asked for when it comes.
+    A form needs its size twice: as it arrives, and as files. If its length is unknown, each part is reserved when it arrives.
     """
     promise = Promise(node.data.account)
     if not found.takes_form:
@@ -10837,20 +10840,20 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
 
 
 def too_full(node: Node, length: int) -> HttpError:
-    """Return the answer to a caller whose body of so many bytes does not fit on the disk; the operator finds a line in the log."""
+    """Return the error for a body of `length` bytes that does not fit on the disk, and log that."""
     say_full(node)
     what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
-    return HttpError(507, f"{what}: try again later, or have its operator make room (JOBORCH_MIN_FREE)", Retry_After="60")
+    return HttpError(507, f"{what}: try again later, or ask its operator to free space (JOBORCH_MIN_FREE)", Retry_After="60")
 
 
 def say_full(node: Node) -> None:
-    """Log that uploads are refused because the disk is full: a line a minute, however many there are."""
+    """Log that uploads are refused because the disk is full, at most once a minute."""
     now = node.clock.monotonic()
     if now - node.full_said_at >= FULL_SAID_EVERY_S:
         node.full_said_at = now
         free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
         log.warning(
-            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: make room, or lower it", node.data.path, free, kept
+            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: free space, or lower it", node.data.path, free, kept
         )
 
 
@@ -10859,7 +10862,7 @@ def make_app(node: Node) -> bottle.Bottle:
     import bottle
 
     app = bottle.Bottle()
-    app.config["json.enable"] = False  # handlers give bytes
+    app.config["json.enable"] = False  # run_handler encodes answers
     for declared in routes_of(node.config.mode):
         app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
     app.default_error_handler = plain_error
@@ -10875,7 +10878,7 @@ def plain_error(error: Any) -> bytes:
 
 
 def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPResponse:
-    """Run one handler; whatever it raises becomes an answer without traceback and path."""
+    """Run one handler. Whatever it raises becomes an answer without traceback and paths."""
     import bottle
 
     request = Request(bottle.request.environ)
@@ -10892,7 +10895,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         answer = Answer.of(too_full(node, error.needed))
     except OSError as error:
         trouble = disk_refusal(node, error)
-        if trouble.status != 507:  # which say_full tells, a line a minute
+        if trouble.status != 507:  # say_full has logged that
             log.exception("%s %s: %s", request.method, declared.path, trouble.message)
         answer = Answer.of(trouble)
     except Exception:
@@ -10912,12 +10915,12 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
 
 
 def internal_error(node: Node) -> HttpError:
-    """Return a 500 with a number of its own, by which its cause is found in the log."""
-    return HttpError(500, f"internal error {secrets.token_hex(4)}: its cause is in the log of this {node.config.mode}, under this number")
+    """Return a 500 with a random number that is also in the log."""
+    return HttpError(500, f"internal error {secrets.token_hex(4)}: look for this number in the log of this {node.config.mode}")
 
 
 def disk_refusal(node: Node, error: OSError) -> HttpError:
-    """Return what a caller is told of a disk that does not do its work: 507 where it is full, else 503."""
+    """Return the answer for an error of the disk: 507 if it is full, 503 for other disk errors, else 500."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         say_full(node)
         return HttpError(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
@@ -10927,14 +10930,14 @@ def disk_refusal(node: Node, error: OSError) -> HttpError:
 
 
 def reason_phrase(status: int) -> str:
-    """Return what HTTP calls a status code."""
+    """Return HTTP's name of a status code."""
     import http
 
     return http.HTTPStatus(status).phrase
 
 
 def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
-    """Return an open file: whole, a part of it (RFC 9110 Range, If-Range), or 304 for who has it already."""
+    """Return an open file: all of it, a part (RFC 9110 Range, If-Range), or 304 if the caller has it."""
     tag = f'"{archive.sha256}"'
     said = {
         "Content-Type": ZIP_TYPE,
@@ -10963,7 +10966,7 @@ def file_answer(request: Request, archive: Archive, filename: str, headers: Mapp
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """Return (begin, end) of a single byte range, an empty one where it lies outside, None where there is none to obey."""
+    """Return (begin, end) of a single byte range; empty if it is outside the file, None if the header is absent or invalid."""
     match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header.strip())
     if not match or not (match[1] or match[2]):
         return None
@@ -10974,23 +10977,23 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     return int(match[1]), min(int(match[2] or size) + 1, size)
 
 
-PIPELINED_MOST = 16  # requests of one connection that came before the first of them was answered
-CHUNKED_BYTES = 16 * KIB  # of a chunked body at once: the parser copies the rest for each chunk, of one byte perhaps
+PIPELINED_MOST = 16  # requests on one connection that arrive before the first is answered
+CHUNKED_BYTES = 16 * KIB  # of a chunked body at once: the parser copies the rest for each chunk, which may be one byte
 CONTROL_LINE_BYTES, TRAILER_BYTES = 4 * KIB, 64 * KIB  # of a chunked body
 
 
 class Judge:
-    """What our parser adds to waitress's: a request is judged as soon as its head is there, and whatever cannot be read is a 400."""
+    """Extends waitress's parser: checks a request as soon as its headers have arrived, and answers 400 if it is malformed."""
 
     node: Node
     route: Route | None = None
     proof: Proof | None = None  # of the server that sent it
     caller: Caller | None = None
-    proven = False  # its caller was let in by more than an open route
+    proven = False  # its caller was authenticated
 
     def attach(self, channel: Any) -> None:
-        """Belong to a connection."""
-        self.its_channel = weakref.ref(channel)  # a cycle would keep a spool until the collector happens to run
+        """Attach the parser to its connection."""
+        self.its_channel = weakref.ref(channel)  # a cycle would keep a spool until the garbage collector runs
         self.too_many = len(channel.requests) >= PIPELINED_MOST
         self.promise = Promise(self.node.data.account)
 
@@ -10999,7 +11002,7 @@ class Judge:
         return self.its_channel()
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the head of a request, and judge it."""
+        """Parse the headers of a request and check it."""
         import waitress.parser
 
         parser: Any = self
@@ -11015,15 +11018,15 @@ class Judge:
         except HttpError as refusal:
             self.refuse(refusal)
         except (waitress.parser.ParsingError, waitress.parser.TransferEncodingNotImplemented):
-            raise  # waitress has an answer to them
-        except Exception as error:  # noqa: BLE001 - a stranger can cause it: no more than a line for debugging
+            raise  # waitress answers these
+        except Exception as error:  # noqa: BLE001 - strangers can cause it, so it is logged only for debugging
             self.refuse_unread(error)
 
     def received(self, data: bytes) -> int:
-        """Take in what came; whatever goes wrong is an answer, and nothing that a stranger could fill the log with."""
+        """Process received data. Every error becomes an answer, and strangers cannot fill the log."""
         parser: Any = self
         if self.too_many:
-            self.refuse(HttpError(400, f"more than {PIPELINED_MOST} requests came at once: wait for the answers before you send more"))
+            self.refuse(HttpError(400, f"more than {PIPELINED_MOST} requests arrived at once: wait for the answers before you send more"))
             return len(data)
         try:
             in_body = parser.body_rcv is not None and not parser.completed
@@ -11038,7 +11041,7 @@ class Judge:
         return len(data)
 
     def received_body(self, data: bytes) -> int:
-        """Take in a part of the body, and count it in the disk's account."""
+        """Process a part of the body and count it in the disk account."""
         parser: Any = self
         if parser.chunked:
             data = data[:CHUNKED_BYTES]
@@ -11050,38 +11053,35 @@ class Judge:
         return taken
 
     def refuse_unread(self, error: Exception) -> None:
-        """Refuse what cannot be understood."""
+        """Refuse a malformed request."""
         log.debug("a request cannot be read: %s", one_line(repr(error), 200))
         self.refuse(HttpError(400, "the request cannot be read: its first line or a header is malformed"))
 
     def refuse(self, refusal: HttpError) -> None:
-        """Have the request answered with this refusal; what came of its body is let go of."""
+        """Answer the request with this error and discard its body."""
         import waitress.utilities
 
         parser: Any = self
         parser.error = waitress.utilities.Error(refusal.message)
         parser.error.refusal = refusal
-        # With a length of 0 waitress, which has limits of its own, leaves the refusal alone.
+        # With a length of 0, waitress's own limits do not replace this error.
         parser.completed, parser.expect_continue, parser.content_length = True, False, 0
         self.close()
 
     def close(self) -> None:
-        """Let go of the body and of what the disk's account promised for it."""
-        with contextlib.suppress(OSError):  # it may hold bytes that its disk does not take
+        """Release the body and the disk space that was promised for it."""
+        with contextlib.suppress(OSError):  # it may have buffered bytes that the disk does not accept
             cast(Any, super()).close()
         self.promise.close()
 
 
-# What several routes answer.
+# == 37. Connections ==  Every caller gets an answer or is dropped. No caller can keep the others out.
 
 
-# == 37. Connections ==  Every caller gets an answer or is dropped; none can keep the others out.
-
-
-REQUEST_LIMIT_S = 15.0  # for all headers of a request, however slowly they come
-IDLE_LIMIT_S = 120.0  # of silence between two requests
+REQUEST_LIMIT_S = 15.0  # for all headers of a request
+IDLE_LIMIT_S = 120.0  # between two requests
 PROGRESS_BYTES = 64 * KIB  # a body or an answer must advance by this much within IDLE_LIMIT_S
-LINGER_S = 2.0  # after a refusal, the rest of the request is read and discarded this long: a reset would lose the answer
+LINGER_S = 2.0  # after a refusal, the rest of the request is read and discarded for this long: a reset would lose the answer
 MOST_CONNECTIONS = 4096
 ACCEPTS_AT_ONCE = 64
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -11132,7 +11132,7 @@ def make_signing(task_class: Any) -> Any:
     class Signing(task_class):  # type: ignore[misc]
         def build_response_header(self) -> bytes:
             head = bytes(super().build_response_header())
-            # Not self.request: waitress replaces that when it fails.
+            # Not self.request: waitress replaces it if it fails.
             asked = getattr(next(iter(self.channel.requests), None), "proof", None)
             if asked is None:
                 return head
@@ -11153,16 +11153,16 @@ class FoldedHeaders(dict[str, str]):
 
 
 class Turns:
-    """What our connections add to those of waitress: they know the user, send in turns, and have time limits."""
+    """Extends waitress's connections: they know the user, send in turns, and have time limits."""
 
     turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
     proven, serving, closed = False, False, False
     moved_bytes, mark_bytes, mark_at = 0, 0, 0.0  # in and out; their number and the time (monotonic) of the last progress
     since = 0.0  # monotonic: when it became idle, or the headers of its request began
-    waits_for_request = True  # for its first one
+    waits_for_request = True  # for the first one
 
     def uid(self) -> int | None:
-        """Return the user at the other end, or None if unknown."""
+        """Return the user id at the other end, or None if unknown."""
         connection: Any = self
         if self.known_uid is None:
             self.known_uid = peer_uid(connection.socket)
@@ -11177,13 +11177,13 @@ class Turns:
     # -- time limits --
 
     def is_under_way(self) -> bool:
-        """Tell whether it is busy: with a complete request, or with the body of one whose caller was admitted."""
+        """Tell whether it is busy: with a complete request, or with the body of one whose caller was authenticated."""
         connection: Any = self
         request = connection.request
         return bool(connection.requests) or (self.proven and bool(connection.total_outbufs_len or (request and request.proven)))
 
     def is_overdue(self, now: float) -> bool:
-        """Tell whether to close it: it is silent, its headers are not complete, or its transfer stands still."""
+        """Tell whether to close it: it is silent, its headers take too long, or its transfer has stalled."""
         connection: Any = self
         if self.linger_until:
             return now > self.linger_until
@@ -11215,7 +11215,7 @@ class Turns:
         connection: Any = self
         parent: Any = super()
         if not self.linger_until:
-            # waitress takes a half-closed connection for a closed one, and would drop the answer.
+            # waitress would treat a half-closed connection as closed and drop the answer.
             self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
             if self.half_closed:
                 return
@@ -11226,7 +11226,7 @@ class Turns:
             connection.handle_close()
 
     def recv(self, size: int) -> bytes:
-        """Read; only a little of a chunked body, as chunks of one byte take a thousand times their size in memory."""
+        """Read. Only a little of a chunked body: chunks of one byte take a thousand times their size in memory."""
         request = cast(Any, self).request
         return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
 
@@ -11246,7 +11246,7 @@ class Turns:
     # -- serving --
 
     def service(self) -> None:
-        """Serve one request; wake the I/O thread at once if the connection must close, not a second later."""
+        """Serve one request. If the connection must close, wake the I/O thread at once instead of a second later."""
         connection: Any = self
         parent: Any = super()
         with connection.requests_lock:
@@ -11267,7 +11267,7 @@ class Turns:
             connection.server.pull_trigger()
 
     def handle_close(self) -> None:
-        """Close it, and return at once the disk space that its unfinished requests hold."""
+        """Close it, and return the disk space of its unfinished requests at once."""
         parent: Any = super()
         self.closed = True
         parent.handle_close()
@@ -11275,7 +11275,7 @@ class Turns:
         self.drop_requests()
 
     def drop_requests(self) -> None:
-        """Close requests that will get no answer, except one that a worker is busy with: the worker closes that."""
+        """Close requests that will get no answer, except one that a worker is serving: the worker closes that."""
         connection: Any = self
         if connection.requests_lock.acquire(blocking=False):  # else a worker is between two requests, and calls this later
             try:
@@ -11286,14 +11286,14 @@ class Turns:
                 connection.requests_lock.release()
 
     def handle_error(self) -> None:
-        """Close it after an error in joborch; logged for debugging only, as strangers may be able to cause it at will."""
+        """Close it after an error in joborch. Log that only for debugging, because strangers may be able to cause it."""
         log.debug("a connection was closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
         self.handle_close()
 
     # -- sending --
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send at most 4 MiB a turn: one large download must not block the others."""
+        """Send at most 4 MiB in one turn: a large download must not block the others."""
         parent: Any = super()
         sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
         self.turn_bytes += sent
@@ -11301,7 +11301,7 @@ class Turns:
         return sent
 
     def write_soon(self, data: Any) -> int:
-        """Accept a worker's output, and send what is possible at once."""
+        """Accept a worker's output and send what is possible at once."""
         connection: Any = self
         parent: Any = super()
         self.writing = True
@@ -11321,12 +11321,12 @@ class Turns:
         return not busy and bool(parent.writable())
 
     def handle_write(self) -> None:
-        """Send what is left; after a refusal, half-close the connection and let the caller finish sending."""
+        """Send the rest. After a refusal, half-close the connection and let the caller finish sending."""
         connection: Any = self
         parent: Any = super()
         self.turn_bytes = 0
         if self.lingers and connection.close_when_flushed and not connection.total_outbufs_len:
-            # If bytes were left unread, TCP would reset the connection, and our answer would be lost.
+            # Unread bytes would make TCP reset the connection, and the answer would be lost.
             connection.close_when_flushed, self.linger_until = False, time.monotonic() + LINGER_S
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_WR)
@@ -11335,7 +11335,7 @@ class Turns:
 
 
 def unsent_bytes(connection: socket.socket) -> int:
-    """Return how many bytes the kernel has taken for a connection but the other end has not acknowledged (SIOCOUTQ)."""
+    """Return how many sent bytes the other end of a connection has not acknowledged (SIOCOUTQ)."""
     try:
         return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
     except OSError:
@@ -11343,7 +11343,7 @@ def unsent_bytes(connection: socket.socket) -> int:
 
 
 def held_bytes(connection: Any) -> int:
-    """Return the memory that a caller without proof occupies: the request so far, and the unsent part of the answer."""
+    """Return the memory that an unproven caller occupies: the request so far, and the unsent part of the answer."""
     request = connection.request
     if connection.proven or connection.closed:
         return 0
@@ -11380,7 +11380,7 @@ def make_channel_class(node: Node) -> Any:
 
 
 class Doors:
-    """What our listeners add to those of waitress: they follow the rules of their House."""
+    """Extends waitress's listeners: they obey the limits of a House."""
 
     house: House
     siblings: Sequence[Any] = ()  # the other listeners of the process
@@ -11403,7 +11403,7 @@ class Doors:
         cast(Any, super()).close()
 
     def close_overdue(self, now: float) -> None:
-        """Close connections that are overdue, and those that occupy too much memory without proof."""
+        """Close connections that are overdue, and unproven ones that occupy too much memory."""
         for connection in list(cast(Any, self).active_channels.values()):
             if connection.is_overdue(now):
                 connection.handle_close()
@@ -11411,7 +11411,7 @@ class Doors:
         self.house.tell(now)
 
     def handle_accept(self) -> None:
-        """Accept waiting connections; if there is no place or no file left, close idle ones."""
+        """Accept waiting connections. If no place or no file is left, close idle ones."""
         listener: Any = self
         for _ in range(min(ACCEPTS_AT_ONCE, self.house.places // 4)):
             if self.house.is_full() and not self.house.make_room():
@@ -11441,7 +11441,7 @@ def connection_places(node: Node) -> int:
 
 
 class Dispatcher:
-    """Gives each request to the pool of its class (waitress has a single one), so that slow ones do not delay quick ones."""
+    """Gives each request to the pool of its class (waitress has a single one), so slow requests do not delay quick ones."""
 
     def __init__(self, mode: str) -> None:
         quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
@@ -11449,14 +11449,14 @@ class Dispatcher:
         self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
 
     def add_task(self, connection: Any) -> None:
-        """Queue the next request of a connection; answer 503 if too many of its class wait."""
+        """Queue the next request of a connection, or answer 503 if too many of its class wait."""
         request = connection.requests[0]
         if not self.pools[class_of(request)].add(connection):
             request.refuse(HttpError(503, "too many requests of this kind are in progress: try again soon", Retry_After=str(COME_AGAIN_S)))
             self.pools["quick"].add(connection)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
-        """Stop the threads; leave alone those that are busy for more than `timeout` seconds."""
+        """Stop the threads. Do not wait more than `timeout` seconds for busy ones."""
         for pool in self.pools.values():
             pool.stop()
         deadline = time.monotonic() + timeout
@@ -11468,8 +11468,8 @@ class Dispatcher:
 def class_of(request: Any) -> str:
     """Return the pool of a request: `form` for small forms (most of the traffic), `large` for large ones, `slow` or `quick`.
 
-    `slow` is for routes that wait for other machines. Callers who follow a job's output are `quick`: they idle most of the
-    time, and the places for waiting callers limit them.
+    `slow` is for routes that wait for other machines. Callers that follow a job's output are `quick`: they idle most of the
+    time, and a WaiterLimit applies to them.
     """
     found: Route | None = request.route
     if found is None or request.error is not None or not found.slow:
@@ -11487,7 +11487,7 @@ def make_http_server(node: Node, app: Any) -> Any:
     config = node.config
     options: dict[str, Any] = {
         "connection_limit": sys.maxsize,  # our listeners have their own limits
-        "channel_request_lookahead": 1,  # to notice callers who left while waiting
+        "channel_request_lookahead": 1,  # to notice callers that left while waiting
         "recv_bytes": 256 * KIB,
         "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
         "max_request_header_size": 64 * KIB,
@@ -11500,7 +11500,7 @@ def make_http_server(node: Node, app: Any) -> Any:
     local = open_own_socket(config, sockets)
     dispatcher = Dispatcher(config.mode)
     waitress.server.create_server(app, map=opened, sockets=sockets, _dispatcher=dispatcher, **options)
-    if local is not None:  # waitress does not mix kinds of sockets: use a second server with the same threads
+    if local is not None:  # waitress does not mix socket families: use a second server with the same threads
         waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=dispatcher, **options)
     listeners = [each for each in opened.values() if hasattr(each, "channel_class")]
     house, watch = House(connection_places(node)), Watch()
@@ -11539,11 +11539,11 @@ def remove_socket_file(server: Any) -> None:
             os.unlink(server.socket_file)
 
 
-# == 38. Cleaning ==  Files of jobs are deleted here and nowhere else; one that cannot be removed holds up no other.
+# == 38. Cleaning ==  Files of jobs are deleted only here. Files that cannot be removed do not delay others.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
-    """Return ended jobs whose files are to go at `now` (steady): some, without those that could not be removed a while ago."""
+    """Return some ended jobs whose files are due at `now` (steady), without those whose removal failed a short time ago."""
     age, is_client = node.config.max_age_s, node.config.mode == "client"
     kept_s = min(age, node.config.keep_fetched_s) if is_client else age
     moments = {
@@ -11552,15 +11552,15 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "unfetched_before": now - (4 * age if is_client else age),
         "confirmed_before": node.clock.wall() - kept_s,
     }
-    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # these come first, and hold up no others
+    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # the query returns unremovable ones first
     return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
 def clean_tick(node: Node) -> bool:
-    """Clean what ended long enough ago: files first, then the row; sweep what a crash left between two steps."""
+    """Clean jobs that ended long enough ago: files first, then the row. Also do other periodic work."""
     node.store.write(node.store.beat, durable=False)
     node.refused.report()
-    node.program.restart_needed()  # it is logged
+    node.program.restart_needed()  # logs it
     node.program.keep_copy()
     node.data.keep_reserve()
     now, more = node.store.steady(), False
@@ -11587,7 +11587,7 @@ def clean_tick(node: Node) -> bool:
 
 
 def sweep(node: Node) -> None:
-    """Check the database; remove folders and results that no row speaks of: a crash came between files and row. In the background."""
+    """In the background, check the database and remove files without a row, which a crash left."""
     node.store.look_for_damage()
     for folder in (node.data.jobs, node.data.results):
         for path in folder.iterdir():
@@ -11595,14 +11595,14 @@ def sweep(node: Node) -> None:
                 return
             if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
                 continue
-            job = row_of(node, path)  # after that look: an upload that ended meanwhile has its row by now
+            job = row_of(node, path)  # after that check: an upload that has just finished has a row
             given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
             if job is None or job.status is Status.CLEANED or given_up:
                 try:
                     remove_tree(path)
                     log.info("%s belongs to no %s: removed", path.name, node.store.noun)
-                except OSError as error:  # a container's files; what comes after them goes all the same
-                    log.warning("%s belongs to no %s, and cannot be removed: %s", path.name, node.store.noun, error)
+                except OSError as error:  # such as files of a container's user
+                    log.warning("%s belongs to no %s and cannot be removed: %s", path.name, node.store.noun, error)
             elif node.config.mode == "client" and job.status in ENDED:
                 remove_scratch(path)
 
@@ -11617,17 +11617,17 @@ def row_of(node: Node, path: Path) -> Job | None:
 
 @dataclass
 class Unremovable(Backoff):
-    """Files of an ended job that could not be removed: where they are, and how much of them."""
+    """Files of an ended job that could not be removed: where they are, and their size."""
 
     folder: Path = Path()
     size_bytes: int = 0
 
 
-UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses before the third try and on, each four times the one before
+UNREMOVABLE_FIRST_S, UNREMOVABLE_LAST_S = 60.0, 86400.0  # pauses from the third try on, each four times the one before
 
 
 def put_off(node: Node, job: Job, error: OSError) -> None:
-    """Try to remove a job's files again later, and ever more seldom; it is logged at first, and then once a day."""
+    """Try to remove a job's files again later, with growing pauses. The first failure is logged, later ones once a day."""
     folder = node.folder(job)
     known = node.unremovable.setdefault(job.id, Unremovable(node.clock, folder=folder))
     pause_s = min(UNREMOVABLE_FIRST_S * 4.0 ** min(known.failures - 1, 10), UNREMOVABLE_LAST_S) if known.failures else 0.0
@@ -11635,13 +11635,13 @@ def put_off(node: Node, job: Job, error: OSError) -> None:
     known.failed(error, pause_s)
     if known.failures == 1 or pause_s == UNREMOVABLE_LAST_S:
         log.warning(
-            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; all others go on being removed",
+            "the files of %s %d cannot be removed: %s; remove %s as their owner or as root; other files are still removed",
             node.store.noun, job.id, error, folder,
         )  # fmt: skip
 
 
 def unremovable_json(node: Node) -> dict[str, Any] | None:
-    """Return how much cannot be removed in all, with the remedy; None if there is nothing."""
+    """Return how many files cannot be removed, with the remedy; None if there are none."""
     found = list(node.unremovable.values())
     if not found:
         return None
@@ -11656,22 +11656,22 @@ def unremovable_json(node: Node) -> dict[str, Any] | None:
 
 
 def discard(path: Path) -> None:
-    """Remove files without a row: of a failed upload, a second delivery, or a useless transfer. It is fine if there are none."""
+    """Remove files without a row, of a failed upload, a second delivery, or a useless transfer. They may be missing."""
     remove_tree(path)
 
 
 def discard_payloads(data: DataFolder) -> None:
-    """Remove the payloads that an earlier database left, with what is in their TMPDIR."""
+    """Remove the payloads of an earlier database, with their TMPDIR."""
     for folder in data.jobs.iterdir():
         try:
             remove_scratch(folder)
             remove_tree(folder)
         except OSError as error:
-            log.warning("%s was left by an earlier database, and cannot be removed: %s", folder, error)
+            log.warning("%s belongs to an earlier database and cannot be removed: %s", folder, error)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or folder, whatever rights a script left in it; it may be missing. Raises OSError if something remains."""
+    """Remove a file or folder, whatever permissions a script has set in it. It may be missing. Raises OSError if something remains."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
@@ -11689,7 +11689,7 @@ def remove_tree(path: Path) -> None:
 
 
 def scratch_of(folder: Path) -> list[str]:
-    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points (its script can change that), and in each base."""
+    """Return where an attempt's TMPDIR may be on this machine: where `tmp` points, which its script can change, and in each base."""
     name = scratch_name(folder.name)
     places = [f"{base}/{name}" for base in scratch_bases(os.environ)]
     with contextlib.suppress(OSError):  # it is a folder, or gone
@@ -11700,7 +11700,7 @@ def scratch_of(folder: Path) -> list[str]:
 
 
 def remove_scratch(folder: Path, at_once: bool = True) -> bool:
-    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep one that is not empty, and return False."""
+    """Remove an attempt's TMPDIR if it is on this machine. If not `at_once`, keep it if it is not empty, and return False."""
     for place in scratch_of(folder):
         try:
             os.rmdir(place)
@@ -11719,13 +11719,13 @@ def remove_scratch(folder: Path, at_once: bool = True) -> bool:
 
 
 def drop_scratch(client: Client, job: Job) -> None:
-    """Remove the TMPDIR of a payload that is over; in the background if it is not empty, since it may be large."""
+    """Remove the TMPDIR of a payload that is over, in the background if it is not empty, because it may be large."""
     folder = client.data.job(job.mark)
     if not remove_scratch(folder, at_once=False):
         threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
 
 
-# == 39. Settings ==  A setting is declared once, as a field of one of three classes; flags, environment, help and messages come from it.
+# == 39. Settings ==  Each setting is declared once, as a field of one of three classes. Flags, environment, help and messages follow.
 
 
 @dataclass(frozen=True)
@@ -11735,9 +11735,9 @@ class Setting:
     name: str
     field: str
     read: Callable[[str], Any]
-    default: str  # as a person would write it; "" means none
+    default: str  # as a person writes it; "" means none
     help: str
-    modes: str  # who uses it: "server", "client" or both
+    modes: str  # "server", "client" or both
     plugin: str = ""  # the plug-in that uses it; "" means the program itself
     secret: bool = False
 
@@ -11753,7 +11753,7 @@ BOTH = "server client"
 def setting(
     name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
 ) -> T:
-    """Declare a field of a dataclass as a setting; `unset` is its value if nobody gives one and there is no default."""
+    """Declare a field of a dataclass as a setting; `unset` is its value if it is not given and has no default."""
     row = Setting(name, "", read, default, meaning, modes, plugin, secret)
     return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
 
@@ -11766,7 +11766,7 @@ def settings_of(owner: type) -> tuple[Setting, ...]:
 
 @dataclass(frozen=True)
 class Address:
-    """The three URLs of a client, and their base if they share one (only then can it have /events and /health)."""
+    """The three URLs of a client, and their common base if they have one; only then can it have /events and /health."""
 
     upload_url: str
     download_url: str
@@ -11783,78 +11783,78 @@ class Address:
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every effective setting of one process, and where each came from. The rows say: name, who uses it, reader, default, help."""
+    """The effective settings of one process, and where each came from. Declared as: name, modes, reader, default, help."""
 
     mode: str
-    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 takes a free one (default: server 5000, client 9000)", unset=-1)
-    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, commas between")
+    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 picks a free one (default: server 5000, client 9000)", unset=-1)
+    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, separated by commas")
     data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
     db_path: str = setting("DB_PATH", BOTH, read_text, "",
         "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
     max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
         "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
     token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
-        "bearer token(s) that callers must show, commas between; shows in ps (client: made at first start)", secret=True)
-    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file that holds the token; a client makes it if there is none")
+        "bearer token(s) that callers must send, separated by commas; visible in ps (client: created at first start)", secret=True)
+    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file with the token; a client creates it if it is missing")
     allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; without a token of its own, a client serves the same user then")
+        "1: callers from JOBORCH_ALLOW_FROM need no token; a client that has no token then serves the same user")
     allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
-        "addresses and networks, commas between, that JOBORCH_ALLOW_ANONYMOUS=1 serves, as in 192.0.2.7,10.0.0.0/8", unset=())
-    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further names, separated by commas, under which the server may be called")
+        "addresses and networks that JOBORCH_ALLOW_ANONYMOUS=1 admits, separated by commas, as in 192.0.2.7,10.0.0.0/8", unset=())
+    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further host names of this server, separated by commas")
     socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
         "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
-    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: who may open it may call")
+    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: whoever may open it may call")
     slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
-        "local: cores that payloads may use at once (default: all); a batch system: jobs that it is given at once (default: 100)", unset=0)
+        "local: cores that payloads may use at once (default: all); batch system: jobs that it gets at once (default: 100)", unset=0)
     memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
-        "memory that payloads may ask for together (default: the machine's)", unset=0)
+        "memory that payloads may request together (default: the machine's memory)", unset=0)
     executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
-        "what runs the payloads: local, slurm, dirac, or package.module:Class of an executor of your own")
+        "what runs the payloads: local, slurm, dirac, or package.module:Class for another executor")
     pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
-        "further variables that scripts get from the client's environment: names with commas between, * for any characters", unset=())
+        "further variables that scripts get from the client's environment: names separated by commas, * for any characters", unset=())
     batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
-        "seconds between two questions to a batch system: one for all jobs")
+        "seconds between two queries of a batch system (one query for all jobs)")
     vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
-        "seconds that the exit file of a batch job which ended, or is no longer known, is waited for")
+        "seconds to wait for the exit file of a batch job that ended or is no longer known")
     dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
-        "DiracX's address, as in https://dirac.example.org", plugin="dirac")
+        "URL of DiracX, as in https://dirac.example.org", plugin="dirac")
     dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
         "the file that `dirac login` writes", plugin="dirac")
     dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
         "how long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
     kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
     log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
-        "how much of each output stream is kept: its head and its tail")
+        "how much of each output stream is kept: half of it from the start, half from the end")
     run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
-        "seconds that the runner sleeps at most when nothing wakes it")
+        "longest sleep of the runner, in seconds")
     send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
-        "seconds that the sender sleeps at most when nothing wakes it")
+        "longest sleep of the sender, in seconds")
     get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
-        "seconds that the getter sleeps at most when nothing wakes it")
+        "longest sleep of the getter, in seconds")
     share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
-        "policy share: the time in which half of what a user has used is forgotten")
+        "policy share: the time after which a past use counts half")
     ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
     weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
-        "policy share: USER=WEIGHT, commas between, as in 7=2,8=0.5", unset={})
+        "policy share: USER=WEIGHT, separated by commas, as in 7=2,8=0.5", unset={})
     max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
         "jobs of one user that may be queued at once")
-    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "how often the cleaner looks, in seconds")
+    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "seconds between two runs of the cleaner")
     keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
-        "how long a client keeps files after a server has confirmed that it holds the result")
-    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "rows and history of cleaned jobs are deleted after that")
+        "how long a client keeps files after a server has confirmed that it has the result")
+    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "how long rows and history of cleaned jobs are kept")
     max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
     max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
-        "largest result: bytes of the files that a script leaves, holes included")
+        "largest result: total size of the files that a script leaves, including holes")
     max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
         "most files and links in a result, with half as many folders")
-    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk under which uploads are refused with 507")
+    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk space below which uploads are refused with 507")
     ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
-        "certificates (PEM) that https clients are checked by, instead of the system's")
+        "certificates (PEM) to check https clients with, instead of the system's")
     compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
         "2.2: GET /download/ID answers as the reference's 2.2 does", plugin="compat22")
     log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
         "log level: debug, info, warning or error")
-    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object a line")
+    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object per line")
     services: Mapping[str, Service] = field(default_factory=dict)
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -11862,43 +11862,43 @@ class Config:
     env_file: str = ""
 
     def batch_options(self, service: str | None) -> BatchOptions:
-        """Return what a batch system is asked for the jobs of a service."""
+        """Return the options for the jobs of a service in a batch system."""
         return self.batch.get((service or "").lower(), BatchOptions())
 
 
 @dataclass(frozen=True)
 class Service:
-    """A service: who runs its jobs, and the limits for them. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
+    """A service: its clients and limits. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
 
     name: str
     addresses: tuple[Address, ...]  # its clients, from the first four settings
-    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client takes payloads, as in http://host:9000/submit")
-    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it hands out results, as in http://host:9000/retrieve")
-    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it ends payloads, as in http://host:9000/kill")
+    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client accepts payloads, as in http://host:9000/submit")
+    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it serves results, as in http://host:9000/retrieve")
+    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it kills payloads, as in http://host:9000/kill")
     clients: str = setting("CLIENTS", "server", read_text, "",
-        "base URLs separated by commas: the short form of the three, and the way to name several")
+        "base URLs of clients, separated by commas; short for the three URLs")
     token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
-    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file that holds the token for these clients")
+    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file with the token for these clients")
     peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
-        "2.2: these clients may be 2.2 clients, which cannot prove who they are (default: joborch; 2.2 for the three URLs without a token)")
-    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that are with clients at once")
-    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that are with clients at once")
+        "2.2: these may be 2.2 clients, which cannot prove their identity (default: joborch; 2.2 for the three URLs without a token)")
+    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that may be at clients at once")
+    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that may be at clients at once")
     policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
         "who is next: least use, first come, or highest priority with ageing")
     timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
     retries: int = setting("RETRIES", "server", read_whole, "2",
-        "further attempts after an infrastructure failure; never after the script's own")
+        "further attempts after an infrastructure failure, never after a failure of the script")
     return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
-        "0: inputs that the script left unchanged stay out of the result")
+        "0: the result omits inputs that the script left unchanged")
     unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
-        "how long jobs wait while no client of the service answers at all")
+        "how long jobs wait if no client of the service answers")
     lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
         "seconds that a client may be silent before its jobs get a new attempt")
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What a client asks of a batch system for the jobs of one service, and the line that runs before its scripts."""
+    """A client's options for the jobs of one service in a batch system, and the line that runs before its scripts."""
 
     prelude: str = setting("PRELUDE", "client", read_line, "",
         "a line of bash that runs before each script, in a login shell, as in module load gcc")
@@ -11908,11 +11908,11 @@ class BatchOptions:
     slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
     slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
     slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
-        "time limit of jobs that name none, as in 90m or 24h", plugin="slurm", unset=None)
+        "time limit of jobs without a timeout, as in 90m or 24h", plugin="slurm", unset=None)
     slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
         "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
-    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites with commas between, as in LCG.CERN.ch", plugin="dirac")
-    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags with commas between, as in GPU", plugin="dirac")
+    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites separated by commas, as in LCG.CERN.ch", plugin="dirac")
+    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags separated by commas, as in GPU", plugin="dirac")
     dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
         "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
     dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
@@ -11925,16 +11925,16 @@ SETTINGS = settings_of(Config)
 SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
 
 
-# == 40. Configuration ==  The settings and services of one process come from flags, environment and files; what cannot be meant is refused.
+# == 40. Configuration ==  Reads the settings and services of one process from flags, environment and files, and refuses mistakes.
 
 QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
 
 
 def env_value(text: str) -> str:
-    """Return the value in what follows `NAME=`, as systemd and shells read it; ValueError if a quote is not closed.
+    """Return the value after `NAME=`, as systemd and shells read it. Raises ValueError if a quote is not closed.
 
-    Quotes at its beginning are taken off, with the backslashes that double ones need; what follows ` #` is a comment.
-    Other quotes and backslashes stand for themselves.
+    Quotes at its beginning are removed, with the backslashes that double quotes need; ` #` begins a comment. Other quotes and
+    backslashes are literal.
     """
     pieces, rest = "", text
     while quoted := QUOTED.match(rest):
@@ -11947,7 +11947,7 @@ def env_value(text: str) -> str:
 
 
 def read_env_file(path: str) -> dict[str, str]:
-    """Return the NAME=VALUE lines of `path`, as systemd and shells read them: comments, quotes and `export` are understood."""
+    """Return the NAME=VALUE lines of `path`, with comments, quotes and `export` as in systemd and shells."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -11968,7 +11968,7 @@ def read_env_file(path: str) -> dict[str, str]:
 
 
 def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
-    """Return the value of one setting; ConfigError names the setting, the value and what is allowed."""
+    """Return the value of one setting. Raises ConfigError with the setting, the value and what is allowed."""
     try:
         return setting.read(text)
     except ValueError as error:
@@ -11977,7 +11977,7 @@ def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
 
 
 def split_service_name(name: str) -> tuple[str, Setting] | None:
-    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`; the longest known suffix is the setting."""
+    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`, by the longest known suffix; None for other names."""
     for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
         suffix = "_" + setting.name
         if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
@@ -11986,13 +11986,13 @@ def split_service_name(name: str) -> tuple[str, Setting] | None:
 
 
 def client_address(base_url: str) -> Address:
-    """Return the client that has its routes below one base URL, as clients of joborch do."""
+    """Return the address of a client whose routes are below one base URL."""
     base = base_url.rstrip("/")
     return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
 
 
 def reference_address(service: Service) -> Address | None:
-    """Return the client named by the reference's three URLs, or None if none is set."""
+    """Return the address of the client that the three URLs of 2.2 name, or None if none is set."""
     first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
     if not first:
         if any(others):
@@ -12002,43 +12002,43 @@ def reference_address(service: Service) -> Address | None:
     base = base if last == "submit" else ""
     if not base and not all(others):
         raise ConfigError(
-            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed beside an UPLOAD_URL that does not end in /submit"
+            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed if UPLOAD_URL does not end in /submit"
         )
     return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
 
 
 def check_url(url: str, shown_name: str) -> None:
-    """Refuse what is not an http or https URL with a host."""
+    """Raise ConfigError unless `url` is an http or https URL with a host and no password."""
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
     except ValueError:
         fits = False
     if fits and "@" in parts.netloc:
-        raise ConfigError(f"{shown_name} holds a user or password: leave them out, and give the client's token as SERVICE_<NAME>_TOKEN")
+        raise ConfigError(f"{shown_name} contains a user or password: remove it, and set SERVICE_<NAME>_TOKEN to the client's token")
     if not fits:
         raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
 
 
 def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token that a file holds; ConfigError if it cannot be read."""
+    """Return the token in a file. Raises ConfigError if it cannot be read."""
     try:
         return read_token(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
 
-EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # where `example` is served unless something else is set
+EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # the client of `example` if none is set
 
 
 def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
-    """Return the values of one service's settings by field, from texts by suffix; those that are not given are left out."""
+    """Return the values of one service's settings by field, from texts by suffix. Settings without a text are omitted."""
     given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
     return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
 
 
 def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix; ConfigError if they do not fit together."""
+    """Build one service from its settings, by suffix. Raises ConfigError if they do not fit together."""
     prefix = f"SERVICE_{name.upper()}_"
     service = Service(name, (), **read_settings(texts, prefix))
     bases = [base.strip() for base in service.clients.split(",") if base.strip()]
@@ -12063,7 +12063,7 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
 
 
 def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
-    """Return what `SERVICE_*` says for one mode: texts by service and suffix."""
+    """Return the `SERVICE_*` variables for one mode: texts by service and suffix."""
     texts: dict[str, dict[str, str]] = {}
     for name, text in environment.items():
         found = split_service_name(name.upper())
@@ -12073,13 +12073,13 @@ def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, di
 
 
 def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
-    """Return what a client asks of a batch system, by service; ConfigError for what cannot be meant."""
+    """Return a client's options for a batch system, by service. Raises ConfigError."""
     found = texts_of_services(environment, "client").items()
     return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
 
 
 def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
-    """Return the services that `SERVICE_*` describes; with none at all, `example` on this machine."""
+    """Return the services in the `SERVICE_*` variables, or else `example` on this machine. Raises ConfigError."""
     texts = texts_of_services(environment, "server") or {"example": {}}
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
@@ -12096,7 +12096,7 @@ def nearest_suffix(name: str) -> str:
 
 
 def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each variable that has a prefix of joborch's settings and is none."""
+    """Yield a warning for each variable that has a prefix of joborch's settings but is not one."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
     for name in sorted(environment):
         if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
@@ -12106,11 +12106,11 @@ def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
             yield f"{name} is not a setting of a service{nearest_suffix(name)}"
 
 
-LONG_TIME_S = 6 * 3600.0  # a setting whose default is that long or longer is rarely meant in seconds
+LONG_TIME_S = 6 * 3600.0  # a setting with at least this default is rarely meant in seconds
 
 
 def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a question about each time that is set to a few seconds, without a unit, where hours or days are usual."""
+    """Yield a question about each time that is set to a small number without a unit although hours or days are usual."""
     given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
     for name, text in environment.items():
         found = split_service_name(name.upper())
@@ -12118,7 +12118,7 @@ def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str,
     for setting, text, name in given:
         usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
         if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
-            yield f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d"
+            yield f"{name} is {text}: did you mean {text} seconds? Write {text}s if you did, else {text}h or {text}d"
 
 
 def machine_memory_bytes() -> int:
@@ -12130,17 +12130,17 @@ def machine_memory_bytes() -> int:
 
 
 def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch; ConfigError if the user has no home."""
+    """Return the user's `data` or `config` folder for joborch. Raises ConfigError if the user has no home."""
     import platformdirs
 
     folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
     if folder.startswith("~") or not os.path.isabs(folder):
-        raise ConfigError("this user has no home folder: set DATA_PATH to a folder that may be written")
+        raise ConfigError("this user has no home folder: set DATA_PATH to a writable folder")
     return folder
 
 
 def token_of_file(config: Config) -> str:
-    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client is to make the file at its first start."""
+    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client will create the file at its first start."""
     path = config.token_file
     waits = config.mode == "client" and not os.path.lexists(path)
     return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
@@ -12162,7 +12162,7 @@ def with_defaults(config: Config) -> Config:
 
 
 def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
-    """Return the effective configuration of `mode`; order: flag, environment, --env-file, default.
+    """Return the effective configuration of `mode`. A flag wins over the environment, that over --env-file, that over the default.
 
     `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
     """
@@ -12188,7 +12188,7 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
 
 
 def check_certificates(path: str) -> None:
-    """Refuse a JOBORCH_CA_FILE that holds no certificates; an empty text is none."""
+    """Raise ConfigError if JOBORCH_CA_FILE is set and has no certificates."""
     import ssl
 
     try:
@@ -12200,9 +12200,9 @@ def check_certificates(path: str) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Refuse combinations that cannot be meant."""
+    """Raise ConfigError for settings that contradict each other."""
     if config.mode == "server" and config.db_path == ":memory:":
-        raise ConfigError("DB_PATH is ':memory:': a server keeps its jobs in a file; only a client may forget")
+        raise ConfigError("DB_PATH is ':memory:': a server must keep its jobs in a file; only a client may forget them")
     beyond = beyond_loopback(config.host)
     if (
         beyond
@@ -12211,7 +12211,7 @@ def check_config(config: Config) -> None:
         and not (config.allow_anonymous and config.allow_from)
     ):
         raise ConfigError(
-            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must show it), "
+            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must send it), "
             "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
         )
 
@@ -12224,15 +12224,15 @@ def batch_warnings(config: Config) -> Iterator[str]:
 
 
 def access_warnings(config: Config) -> Iterator[str]:
-    """Yield what a reader of the log should know about who is served without a token."""
+    """Yield warnings about who is served without a token."""
     if config.token and (config.allow_anonymous or config.allow_from):
-        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must show it"
+        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must send it"
     elif config.allow_anonymous:
         places = ", ".join(map(str, config.allow_from))
         here = "this user's processes on this machine are served without a token"
-        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"everybody at {places} is served without a token, and {here}" if places else here)
+        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"all callers at {places} are served without a token, and {here}" if places else here)
     elif config.allow_from:
-        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1 beside it"
+        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1, too"
     if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
         yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
 
@@ -12243,12 +12243,12 @@ def beyond_loopback(hosts: str) -> list[str]:
 
 
 def url_host(host: str) -> str:
-    """Return a host as it stands in a URL: an IPv6 address in brackets."""
+    """Return a host as a URL writes it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address means this machine alone."""
+    """Tell whether a host name or address is loopback."""
     return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
 
 
@@ -12260,21 +12260,21 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# == 41. Weak set-ups ==  Whatever lets other users in is refused, or warned of at every start.
+# == 41. Weak set-ups ==  A set-up that lets other users in is refused, or gives a warning at every start.
 
 
 TOKEN_LEAST = 16  # characters; shorter tokens can be guessed
-NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' prints one"
 
 
 def weak_setups(config: Config) -> Iterator[Finding]:
-    """Yield what lets other users in, with its remedy. The start refuses a False finding, and warns of the others."""
+    """Yield what lets other users in, with the remedy. A start refuses False findings and warns of the others."""
     if os.geteuid() == 0:
-        what = "so do its scripts, and nothing is hidden from them" if config.mode == "client" else "it does not need that"
-        yield Finding(None, f"this {config.mode} runs as root: {what}; give it a user of its own, for example with User= in a systemd unit")
+        what = "so do its scripts, from which nothing is hidden" if config.mode == "client" else "it does not need that"
+        yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a separate user, for example with User= in a systemd unit")
     yield from weak_tokens(config)
     for path, what in secret_files(config):
-        remedy = "joborch makes it 0600 at its start; the old token may be known, so remove the file to get a new one"
+        remedy = "joborch sets its mode to 0600 at the start; others may know the old token, so remove the file to get a new one"
         made_by_us = config.mode == "client" and what == CLIENT_TOKEN
         yield from examine_secret_file(path, what, remedy if made_by_us else "")
         found = examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
@@ -12284,7 +12284,7 @@ def weak_setups(config: Config) -> Iterator[Finding]:
     if config.db_path != ":memory:" and os.path.dirname(os.path.realpath(config.db_path)) != os.path.realpath(config.data_path):
         yield from examine_place(os.path.dirname(os.path.abspath(config.db_path)), "DB_PATH")
         if os.path.exists(config.db_path) and is_strangers(owner := os.stat(config.db_path).st_uid, Path(config.db_path).parent):
-            yield Finding(False, f"DB_PATH is {config.db_path!r}, which belongs to {owner_name(owner)}: use a file of your own")
+            yield Finding(False, f"DB_PATH is {config.db_path!r}, which belongs to {owner_name(owner)}: use your own file")
 
 
 def weak_tokens(config: Config) -> Iterator[Finding]:
@@ -12293,7 +12293,7 @@ def weak_tokens(config: Config) -> Iterator[Finding]:
     if shortest < TOKEN_LEAST:
         where = f", and JOBORCH_HOST={config.host} lets other machines try" if beyond_loopback(config.host) else ""
         how_long = plural(shortest, "character", "characters")
-        yield Finding(None, f"JOBORCH_TOKEN holds a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
+        yield Finding(None, f"JOBORCH_TOKEN has a token of {how_long}{where}: use at least {TOKEN_LEAST}; {NEW_TOKEN}")
     if config.sources.get("JOBORCH_TOKEN", "").startswith("flag"):
         yield Finding(None, "the token was given as --token, which every user of this machine can see with ps: set JOBORCH_TOKEN_FILE")
     for service in config.services.values():
@@ -12308,7 +12308,7 @@ CLIENT_TOKEN = "the client's token file"
 
 
 def secret_files(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield the files that hold tokens for these settings, each with its name for messages."""
+    """Yield the files with tokens for these settings, each with its name for messages."""
     if config.token_file and config.sources.get("JOBORCH_TOKEN") == "default":
         yield config.token_file, "JOBORCH_TOKEN_FILE"
     for service in config.services.values():
@@ -12325,19 +12325,19 @@ def secret_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def token_names(config: Config) -> list[str]:
-    """Return the names of those settings that hold tokens."""
+    """Return the names of the settings that are tokens."""
     return ["JOBORCH_TOKEN", *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN"))]
 
 
 def forgotten_executor(config: Config) -> list[str]:
-    """Return a question if a client would run payloads itself on what looks like the login node of a cluster; else nothing."""
+    """Return a question if a client would run payloads on what looks like the login node of a cluster; else nothing."""
     forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
     if not forgotten or shutil.which("sbatch") is None:
         return []
-    return ["sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm? (set it to local if not)"]
+    return ["this machine has sbatch, but payloads would run on it directly: did you mean JOBORCH_EXECUTOR=slurm? (else set local)"]
 
 
-# == 42. Commands ==  The commands; each has an example, and a message that names the mistake and the remedy.
+# == 42. Commands ==  The commands. Each has an example, and its errors name the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = {
@@ -12354,7 +12354,7 @@ EXAMPLES = {
 
 
 class JsonLines(logging.Formatter):
-    """Formats records as one JSON object a line: at, level, message."""
+    """Formats records as one JSON object per line: at, level, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         said = {"at": rfc3339(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
@@ -12364,12 +12364,12 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_logging(config: Config) -> None:
-    """Log to standard error, as text or as one JSON object a line."""
+    """Log to standard error, as text or as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # callers who leave are not worth a line
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # callers that leave are not worth a line
 
 
 def bound_memory() -> None:
@@ -12397,19 +12397,19 @@ def close_at_exec() -> None:
 
 
 def ensure_client_token(config: Config) -> Config:
-    """Return the configuration with a token: the one set, else one that is made at the first start and kept (mode 0600)."""
+    """Return the configuration with a token: the one that is set, or one that the first start creates in a file (mode 0600)."""
     if config.token or config.allow_anonymous:
         return config
     path = token_place(config)
     if path is None:
-        raise ConfigError(f"JOBORCH_TOKEN is not set and this user has no home folder to keep one in: {token_remedy(config)}")
+        raise ConfigError(f"JOBORCH_TOKEN is not set and this user has no home folder to store one in: {token_remedy(config)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
             path.chmod(0o600)  # weak_setups has warned about it
         if not path.exists() or not path.read_text(encoding="ascii").strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
-            log.info("made a token for callers in %s", path)
+            log.info("created a token for callers in %s", path)
         return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
     except OSError as error:
         raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
@@ -12428,7 +12428,7 @@ def open_node(config: Config) -> Node:
         raise ConfigError(f"DB_PATH is {config.db_path!r}: {os.strerror(error.errno or 0)}") from error
     if config.mode == "server":
         if decided_restore(config.db_path):
-            log.warning("a restore of the database was interrupted: completing it; the replaced database is kept beside it")
+            log.warning("a restore of the database was interrupted and is completed now; the replaced database is kept next to it")
         finish_restore(config.db_path, data)
     store = Store(config.db_path, config.mode)
     data.keep_reserve()
@@ -12450,7 +12450,7 @@ def open_node(config: Config) -> Node:
     return server
 
 
-IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a rotated log: none must stop us
+IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a rotated log: they must not stop us
 
 
 def import_what_will_be_needed(config: Config) -> None:
@@ -12462,16 +12462,16 @@ def import_what_will_be_needed(config: Config) -> None:
 
 
 def serve(config: Config) -> int:
-    """Run a server or client until INT or TERM. A client's payloads keep running; the next start finds them again."""
+    """Run a server or client until INT or TERM. A client's payloads keep running, and the next start recovers them."""
     hide_from_payloads()
     close_at_exec()
     set_up_logging(config)
     bound_memory()
     if Program.archive and Program.archive[2]:
-        log.info("starts take longer than they need, because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
+        log.info("starts are slow because joborch.pyz has no copy in the cache folder: %s", Program.archive[2])
     warn_of_weak_setups(config)
     if config.mode == "client":
-        log.debug("scripts do not get %s", ", ".join(left_out(os.environ, config.pass_env)) or "nothing less than the client has")
+        log.debug("variables that scripts do not get: %s", ", ".join(left_out(os.environ, config.pass_env)) or "none")
         config = ensure_client_token(config)
     for name in token_names(config):  # programs started later do not need them
         os.environ.pop(name, None)
@@ -12480,7 +12480,7 @@ def serve(config: Config) -> int:
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *IGNORED_SIGNALS):
-        signal.signal(number, lambda *_: None)  # the number goes through the pipe to the loop below
+        signal.signal(number, lambda *_: None)  # the pipe passes the number to listen_for_signals
     import_what_will_be_needed(config)
     node = open_node(config)
     http_server = make_http_server(node, make_app(node))
@@ -12519,7 +12519,7 @@ def greet(node: Node, http_server: Any) -> None:
     log.info("joborch %s %s listens on %s (data in %s)", __version__, config.mode, places, config.data_path)
     if isinstance(node, Server):
         if not any(name.startswith("SERVICE_") for name in config.sources):
-            log.info("no SERVICE_* is set: service example is served by a client at http://127.0.0.1:9000")
+            log.info("no SERVICE_* is set: a client at http://127.0.0.1:9000 serves the service example")
         for service in node.services.values():
             log.info(
                 "service %s: %s (per user %d, in all %d)",
@@ -12529,7 +12529,7 @@ def greet(node: Node, http_server: Any) -> None:
                 service.max_runs,
             )
     else:
-        log.info("up to %d payloads at once, by the %s executor", config.slots, config.executor)
+        log.info("runs up to %d payloads at once with the %s executor", config.slots, config.executor)
         for text in forgotten_executor(config):
             log.warning("%s", text)
 
@@ -12564,7 +12564,7 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
 
 
 def bundled_packages() -> dict[str, str]:
-    """Return the versions of the packages in use: those in the .pyz, else those installed."""
+    """Return the versions of the packages in use: those in joborch.pyz, or else the installed ones."""
     try:
         return dict(json.loads(own_file("bundled.json")))
     except OSError:
@@ -12593,7 +12593,7 @@ def command_version(as_json: bool) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line with the mistake and the remedy; usage is left to --help."""
+    """A parser whose errors are one line with the mistake and the remedy, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print why the command line is refused, and exit with status 2."""
@@ -12613,7 +12613,7 @@ class Parser(argparse.ArgumentParser):
         return message
 
     def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
-        """Refuse a word or flag that the command does not know."""
+        """Exit with an error for a word or flag that the command does not know."""
         flag = word.partition("=")[0]
         if word.startswith("-"):
             self.error(f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}")
@@ -12636,7 +12636,7 @@ def make_parser(argv: Sequence[str] | None = None) -> Parser:
     words = parser.add_subparsers(dest="command", metavar="COMMAND")
     helps = {
         "server": "run a server until INT or TERM",
-        "client": "run a client until INT or TERM; running payloads continue, and the next start finds them again",
+        "client": "run a client until INT or TERM; its payloads keep running, and the next start recovers them",
         "backup": "copy the server's database to FILE, also while the server runs",
         "restore": "replace the server's database by a backup; stop the server first; nothing is deleted",
         "demo": "start both in a temporary folder and run the example",
@@ -12654,7 +12654,7 @@ def make_parser(argv: Sequence[str] | None = None) -> Parser:
         if name in ("server", "client", "config", "doctor", "backup", "restore"):
             add_setting_flags(word, name)
         if name in ("config", "doctor"):
-            word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="whose settings (default: server)")
+            word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="which settings (default: server)")
         if name in ("config", "doctor", "version"):
             word.add_argument("--json", action="store_true", help="print JSON")
         if name == "demo":
@@ -12710,7 +12710,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def use_utf8() -> None:
-    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch takes file names as UTF-8."""
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch handles file names as UTF-8."""
     if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
         return
     arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not keep its own flags
@@ -12719,7 +12719,7 @@ def use_utf8() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
-    if argv is None:  # run as a program: first of all, because the environment may hold a token
+    if argv is None:  # as a program; before all else, because the environment may contain a token
         hide_from_payloads()
         use_utf8()
     try:
@@ -12727,7 +12727,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command(parse_command(argv))
         finally:
             sys.stdout.flush()  # here, where an error is still caught
-    except BrokenPipeError:  # the reader has seen enough, as in `joborch config | head`
+    except BrokenPipeError:  # as in `joborch config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ConfigError as error:

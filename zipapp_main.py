@@ -1,10 +1,10 @@
 """The start of joborch.pyz, where it is packed as `__main__.py`: unpack the archive once, and run the copy with its byte code.
 
 Compiling the program takes ten times longer than starting it. So the first start unpacks the archive into the user's cache
-folder, under the SHA-256 of the archive, and compiles it; every start checks who could change that folder, and runs from it.
-If there is no such folder and none can be made, the program runs from the archive.
+folder, under the SHA-256 of the archive, and compiles it. Every start checks who could change that folder and runs from it.
+If there is no such folder and none can be created, the program runs from the archive.
 
-Python 3.6 must be able to parse this file: on many well-kept machines it is still what `python3` means.
+Python 3.6 must be able to parse this file, because it is still the `python3` of many machines.
 """
 
 import sys
@@ -29,12 +29,12 @@ if __name__ == "__main__":
 VERSION = "unknown"  # build_zipapp.py writes the version of joborch.py here
 
 DAY_S = 24 * 60 * 60
-KEEP_S = 30 * DAY_S  # a copy that nothing has started or run for this long is removed
+KEEP_S = 30 * DAY_S  # a copy that was not used for this long is removed
 OWN = ("__main__.py", "licenses/")  # what stays in the archive
 
 
 class Member:
-    """One file of the archive: where its local header lies, how it is packed, and its size."""
+    """One file of the archive: the offset of its local header, how it is packed, and its size."""
 
     def __init__(self, entry: bytes) -> None:
         self.method = int.from_bytes(entry[10:12], "little")
@@ -45,7 +45,7 @@ class Member:
 
 
 def directory(archive: bytes) -> "dict[str, Member]":
-    """Return the files of an archive by name (APPNOTE 6.3.10, 4.3.12). It is read here since importing zipfile takes too long."""
+    """Return the files of an archive by name (APPNOTE 6.3.10, 4.3.12). Importing zipfile would take too long."""
     found = {}
     at = int.from_bytes(archive[-6:-2], "little")
     while archive[at : at + 4] == b"PK\1\2":
@@ -77,10 +77,10 @@ def content(archive: bytes, member: Member) -> bytes:
 
 
 def check_owner(folder: str, own: int) -> None:
-    """Raise PermissionError if another user can replace `folder`, or what is in it or in the next ones above: `own` folders in all.
+    """Raise PermissionError if another user can replace `folder` or its content, or that of the folders above it.
 
-    These and all their parents belong to root or to us, and only root and we can write to them. Parents may be as /tmp is
-    (sticky), or writable by a group that has nobody else in it. Symbolic links are followed: what counts is where they lead.
+    The first `own` of these folders and all others must belong to root or this user, and nobody else may write to them. The
+    others may also be sticky like /tmp, or writable by a group without other members. Symbolic links are resolved first.
     """
     folder = os.path.realpath(folder)
     while True:
@@ -98,7 +98,7 @@ def check_owner(folder: str, own: int) -> None:
 
 
 def is_private_group(gid: int) -> bool:
-    """Tell whether a group has nobody in it but us or root: where each user has a group, folders are writable by it (umask 002)."""
+    """Tell whether a group has no other members than this user and root. With one group per user, folders may be group-writable."""
     if gid == 0 or gid != os.getegid():
         return gid == 0
     import grp
@@ -125,19 +125,19 @@ def cache_folder() -> str:
 
 
 def make_folder(folder: str) -> None:
-    """Make a folder that is closed to others, and its parent, unless they are there; not in a folder of somebody else."""
+    """Create a folder and its parent, closed to others, unless they exist. Raises PermissionError in another user's folder."""
     for each in (os.path.dirname(folder), folder):
         if not os.path.isdir(each):
             check_owner(os.path.dirname(each), own=0)
             try:
                 os.mkdir(each, 0o700)
             except FileExistsError:
-                pass  # another first start was quicker
+                pass  # another start was faster
     check_owner(folder, own=1)
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a file in one step, and to the disk: whoever reads meanwhile, and a crash, find the old one or the new one whole."""
+    """Write a file atomically and durably: readers, also after a crash, see either the old or the new content."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     partial = f"{path}.{os.urandom(8).hex()}"
     try:
@@ -153,7 +153,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def is_whole(path: str, member: Member) -> bool:
-    """Tell whether a file of the copy is there with its full size: a crash of the machine or a clean-up by age may have taken it."""
+    """Tell whether a file of the copy exists with its full size: a crash of the machine or a clean-up may have removed it."""
     try:
         return os.stat(path).st_size == member.size
     except FileNotFoundError:
@@ -169,7 +169,7 @@ def fill(folder: str, archive: bytes, members: "dict[str, Member]") -> None:
 
 
 def unpack(folder: str, archive: bytes, members: "dict[str, Member]") -> None:
-    """Make `folder` with all files of the archive, in one step. Of two starts that do so at once, the first one counts."""
+    """Create `folder` with all files of the archive, in one step. Of two concurrent starts, the first one wins."""
     import shutil
 
     make_folder(os.path.dirname(folder))
@@ -187,7 +187,7 @@ def unpack(folder: str, archive: bytes, members: "dict[str, Member]") -> None:
 
 
 def sweep(folder: str, keep: str) -> None:
-    """Remove copies of other versions, and what killed starts left, that nothing has used for 30 days."""
+    """Remove copies of other versions, and leftovers of killed starts, that were not used for 30 days."""
     import shutil
     import time
 
@@ -203,20 +203,20 @@ def sweep(folder: str, keep: str) -> None:
                 if is_old(gone):
                     shutil.rmtree(gone, ignore_errors=True)
                 else:
-                    os.rename(gone, path)  # it was started between the two looks
+                    os.rename(gone, path)  # it was started meanwhile
         except OSError:
-            continue  # another start was quicker
+            continue  # another start was faster
 
 
 def touch(folder: str) -> None:
-    """Tell other starts once a day that this copy is used; the program does the same while it runs."""
+    """Touch the copy once a day, so that other starts keep it. The program does the same while it runs."""
     import time
 
     try:
         if os.stat(folder).st_mtime < time.time() - DAY_S:
             os.utime(folder)
     except OSError:
-        pass  # it is root's, or cannot be written now: then nobody removes it either
+        pass  # read-only: then nobody removes it either
 
 
 def byte_code(path: str) -> str:
@@ -227,9 +227,9 @@ def byte_code(path: str) -> str:
 
 
 def compile_all(folder: str, names: "list[str]") -> None:
-    """Write the byte code of all modules for this Python, joborch.py's last: if that is there, all is.
+    """Write the byte code of all modules for this Python. That of joborch.py is last: if it exists, all do.
 
-    It is of the kind that is not compared with its source (PEP 552): neither of them changes.
+    Python does not compare it with its source (unchecked hash, PEP 552), because neither of them changes.
     """
     import marshal
     import warnings
@@ -240,7 +240,7 @@ def compile_all(folder: str, names: "list[str]") -> None:
         with open(path, "rb") as file:
             source = file.read()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whoever imports it is told, if he asks for it
+            warnings.simplefilter("ignore")
             try:
                 code = compile(source, path, "exec", dont_inherit=True)
             except SyntaxError:
@@ -249,7 +249,7 @@ def compile_all(folder: str, names: "list[str]") -> None:
 
 
 def ready_copy(archive: bytes, digest: str) -> str:
-    """Return the folder with the copy of this archive, made if need be. OSError says why there is none that can be trusted."""
+    """Return the folder with the copy of this archive; create it if it is missing. Raises OSError if it cannot be trusted."""
     folder = os.path.join(cache_folder(), digest)
     members = directory(archive)
     umask = os.umask(0o077)
@@ -270,9 +270,9 @@ def ready_copy(archive: bytes, digest: str) -> str:
 
 
 def copy_in_memory(archive: bytes) -> str:
-    """Return the path of a copy of the archive that lasts as long as this process. OSError if this kernel has none, or no /proc."""
+    """Return the path of a copy of the archive in memory. Raises OSError if this kernel cannot do that, or without /proc."""
     if not hasattr(os, "memfd_create"):
-        raise OSError("this Python cannot make files in memory")
+        raise OSError("this Python cannot create files in memory")
     copy = os.memfd_create("joborch.pyz")
     with open(copy, "wb", closefd=False) as file:
         file.write(archive)
@@ -281,7 +281,7 @@ def copy_in_memory(archive: bytes) -> str:
 
 
 def choose_copy(path: str) -> "tuple[str, bytes, str]":
-    """Have Python import the program from its copy in the cache. If there is none, a server or client is read from memory.
+    """Make Python import the program from its copy in the cache or, for a server or client without one, from memory.
 
     Return the path of the archive, its SHA-256 and why there is no copy.
     """
@@ -294,10 +294,10 @@ def choose_copy(path: str) -> "tuple[str, bytes, str]":
         sys.path[0] = ready_copy(archive, digest.hexdigest())
     except (OSError, ValueError) as error:
         if {"server", "client"}.intersection(sys.argv[1:]):
-            try:  # a newer file may take the place of the archive while the process runs
+            try:  # a newer file may replace the archive while the process runs
                 sys.path[0] = copy_in_memory(archive)
             except OSError:
-                pass  # it runs from the archive itself
+                pass  # it runs from the archive
         return path, digest.digest(), str(error)
     return path, digest.digest(), ""
 
@@ -309,8 +309,8 @@ def main() -> int:
         return 0
     path = os.path.abspath(os.path.dirname(__file__))
     archive = choose_copy(path) if os.path.isfile(path) else None  # else it was unpacked by hand
-    sys.dont_write_bytecode = True  # on a full disk Python would leave half a file, and fail at it at every later start
-    gc.disable()  # hardly anything of what an import makes is garbage: looking for it would take a tenth of the time
+    sys.dont_write_bytecode = True  # on a full disk Python would write half a file and fail on it at every later start
+    gc.disable()  # an import creates almost no garbage; collecting would take a tenth of the time
     import joborch
 
     gc.enable()

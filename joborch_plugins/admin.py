@@ -90,7 +90,7 @@ from joborch import (
     weak_setups,
 )
 
-# == Backups ==  A database can be copied while in use. A copy is checked before it is used, and a restore gives no id twice.
+# == Backups ==  A database can be copied while in use. A copy is checked before it is used, and a restore assigns no id twice.
 
 
 def copy_database(source: str, target: Path) -> None:
@@ -113,7 +113,7 @@ def copy_database(source: str, target: Path) -> None:
         fsync_path(target)
     except sqlite3.Error as error:
         discard(target)
-        held = ": a running server has locked it, stop that first" if "locked" in str(error) else ""
+        held = ": a running server has locked it, so stop the server first" if "locked" in str(error) else ""
         raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
     except BaseException:
         discard(target)
@@ -121,7 +121,7 @@ def copy_database(source: str, target: Path) -> None:
 
 
 def back_up(db_path: str, target: Path) -> None:
-    """Copy a server's database to `target`; an older file there is replaced once the copy is complete."""
+    """Copy a server's database to `target`. An older file there is replaced when the copy is complete."""
     if decided_restore(db_path):
         raise JoborchError(f"a restore of {db_path!r} was interrupted: start the server, which completes it, or restore again")
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -131,10 +131,10 @@ def back_up(db_path: str, target: Path) -> None:
 
 
 def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, Path | None]:
-    """Replace a server's database by a backup. `data` must be open: then no server runs.
+    """Replace a server's database by a backup. `data` must be open, so that no server runs.
 
-    Nothing is deleted. Returns the path of the old database, and of the files whose jobs are not in the backup (or None).
-    After a crash, either nothing has changed or the next start or restore completes the work.
+    Nothing is deleted. Return the path of the old database, and of the files whose jobs are not in the backup (or None).
+    After a crash, either nothing has changed, or the next start or restore completes the work.
     """
     finish_restore(db_path, data)
     fresh = Path(f"{db_path}.restoring")
@@ -144,13 +144,13 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     store.close()
     fsync_path(fresh)
     crash_point("restore.copied")
-    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # now it is decided
+    os.rename(fresh, f"{db_path}.restored-{time_stamp()}-{secrets.token_hex(2)}")  # the point of no return
     fsync_path(folder_of(db_path))
     crash_point("restore.decided")
     return finish_restore(db_path, data)
 
 
-# == Doctor ==  Problems are found before the first job meets them: one line each, with the remedy.
+# == Doctor ==  Finds problems before the first job does: one line each, with the remedy.
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -181,7 +181,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def examine_names(starts: Mapping[str, str]) -> Finding:
-    """Return what it means that one client answers at several URLs; `starts` has the start of its process by URL."""
+    """Return the finding about a client that answers at several URLs; `starts` has the start of its process by URL."""
     names = " and ".join([", ".join([*starts][:-1]), [*starts][-1]])
     if len(set(starts.values())) > 1:
         return Finding(False, f"{names} run on copies of one data folder: stop all but one, and start them with an empty DATA_PATH")
@@ -192,13 +192,13 @@ def examine_environment(config: Config) -> Iterator[Finding]:
     """Yield the risks of the environment, and the variables that scripts do not get."""
     for name in token_names(config):
         if config.sources.get(name) == "environment":
-            why = "a script of the same user could read it there while joborch starts"
+            why = "a script of the same user could read it while joborch starts"
             yield Finding(None, f"{name} is in the environment: {why}; keep it in a file, and set {name}_FILE")
     names = left_out(os.environ, config.pass_env)
     if config.mode == "client" and names:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         text = f"scripts do not get {plural(len(names), 'variable', 'variables')} of this environment ({shown})"
-        yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on what they need")
+        yield Finding(True, f"{text}: JOBORCH_PASS_ENV=NAME,PREFIX_* passes on those that they need")
 
 
 SHELL_LIMITS = (  # of a login node: ulimit's flag, the meaning, how to print it, and a value that is enough
@@ -220,7 +220,7 @@ def examine_limits(config: Config) -> Iterator[Finding]:
         found = True
         whom = "the client and each script are killed or fail" if config.executor == "local" else "the client is killed or fails"
         if config.executor == "slurm" and any(map(load_plugin("joborch_plugins.slurm:propagates"), config.batch.values())):
-            whom += ", and so may jobs that get the limit by SLURM_ARGS"
+            whom += ", and so may jobs that inherit the limit because of SLURM_ARGS"
         most = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
         remedy = f"run ulimit {flag} {most} before the start, or ask the site where services may run"
         yield Finding(None, f"this shell limits {what} to {text(soft)} (ulimit {flag}): {whom} beyond it; {remedy}")
@@ -229,7 +229,7 @@ def examine_limits(config: Config) -> Iterator[Finding]:
 
 
 def examine_folder(config: Config) -> Iterator[Finding]:
-    """Yield findings on the data folder: can it be written and locked, its free space, its clock, and whether it is shared."""
+    """Yield findings on the data folder: access, locks, free space, clock, and whether it is shared."""
     place = Path(config.data_path)
     while not place.exists():
         place = place.parent
@@ -238,13 +238,13 @@ def examine_folder(config: Config) -> Iterator[Finding]:
             ahead_s = os.fstat(probe.fileno()).st_mtime - time.time()
             locks = trouble_with_lock(probe.fileno())
     except OSError as error:
-        yield Finding(False, f"{place} cannot be written ({os.strerror(error.errno or 0)}): set DATA_PATH to a folder that can")
+        yield Finding(False, f"{place} is not writable ({os.strerror(error.errno or 0)}): set DATA_PATH to a writable folder")
         return
     if locks:
         yield Finding(False, f"DATA_PATH {str(place)!r}: {locks}")
     free, needed = free_bytes(place), config.min_free_bytes
-    remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; make room, or set DATA_PATH"
-    yield Finding(free > needed, f"{config.data_path} can be written and has {free / GIB:.1f} GiB of free space{remedy}")
+    remedy = "" if free > needed else f": uploads are refused below JOBORCH_MIN_FREE={needed // MIB}M; free space, or set DATA_PATH"
+    yield Finding(free > needed, f"{config.data_path} is writable and has {free / GIB:.1f} GiB of free space{remedy}")
     if abs(ahead_s) > CLOCK_TOLERANCE_S:
         how = f"{format_duration(abs(ahead_s))} {'ahead of' if ahead_s > 0 else 'behind'}"
         yield Finding(None, f"the clock of that file system is {how} this machine's: displayed times may be wrong")
@@ -252,11 +252,11 @@ def examine_folder(config: Config) -> Iterator[Finding]:
     if config.mode == "client" and config.executor == "slurm" and not shared:
         yield Finding(None, f"{config.data_path} is on a local disk: set DATA_PATH to a folder that the compute nodes see, too")
     elif shared:
-        yield Finding(None, f"{config.data_path} is on a network file system: run joborch on this folder on no other machine")
+        yield Finding(None, f"{config.data_path} is on a network file system: do not run joborch on this folder on another machine")
 
 
 def trouble_with_lock(descriptor: int) -> str:
-    """Return why a file that nobody else uses cannot be locked, with the remedy; empty if it can."""
+    """Return why an unused file cannot be locked, with the remedy; empty if it can."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -308,7 +308,7 @@ def own_connection(config: Config) -> socket.socket | None:
 
 
 def own_health(config: Config) -> dict[str, Any]:
-    """Return the /health of a running server or client of this user; empty if none runs. No other user gets to see the token."""
+    """Return the /health of a running server or client of this user; empty if none runs. The token is sent to no other user."""
     import http.client
 
     connection = own_connection(config)
@@ -328,18 +328,18 @@ def own_health(config: Config) -> dict[str, Any]:
 
 
 def examine_token(config: Config) -> Iterator[Finding]:
-    """Yield whether a client could not read its token, or could not make one at its first start."""
+    """Yield a finding if a client cannot read its token, or cannot create one at its first start."""
     if config.token or config.allow_anonymous:
         return
     path = token_place(config)
     if path is None:
-        yield Finding(False, f"there is no home folder to keep a token in: {token_remedy(config)}")
+        yield Finding(False, f"there is no home folder to store a token in: {token_remedy(config)}")
         return
     place = path
     while not place.exists():
         place = place.parent
     if not os.access(place, os.R_OK if place == path else os.W_OK | os.X_OK):
-        what = "read" if place == path else f"made (nothing can be written in {place})"
+        what = "read" if place == path else f"created ({place} is not writable)"
         yield Finding(False, f"the token file {path} cannot be {what}: {token_remedy(config)}")
 
 
@@ -354,7 +354,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def examine_client(address: Address, service: Service, ca_file: str, met: dict[str, dict[str, str]]) -> Iterator[Finding]:
-    """Yield whether a client of a service answers, proves who it is, works, and has the right time; add its instance to `met`."""
+    """Yield findings on a client of a service: its answer, proof, problems and clock. Add its instance to `met`."""
     link = Link(address, DataFolder(tempfile.gettempdir()), Clock(), ca_file)
     link.services.append(service)
     link.data.tmp = Path(tempfile.gettempdir())  # for large answers
@@ -366,36 +366,36 @@ def examine_client(address: Address, service: Service, ca_file: str, met: dict[s
             said = said_of_health(link)
         else:
             link.protocol.probe()
-            yield Finding(None, f"{name} answers, and is treated as a 2.2 client, which cannot prove who it is")
+            yield Finding(None, f"{name} answers and is treated as a 2.2 client, which cannot prove its identity")
             return
     except Gone:
-        yield Finding(None, f"{name} answers, and is a 2.2 client, which cannot prove who it is")
+        yield Finding(None, f"{name} answers and is a 2.2 client, which cannot prove its identity")
         return
     except (NothingSent, NoAnswer) as error:
         text = str(error).replace("<NAME>", service.name.upper())
-        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client up, and the URL right?"
+        hint = "" if "set SERVICE_" in text or link.outdated else "; is the client running, and the URL correct?"
         yield Finding(False, f"{name} refuses this server: {text}" if link.ours else f"{name}: {text}{hint}")
         return
     trouble = f", and says: {one_line(str(said['problem']))}" if said.get("problem") else ""
     kind = f" ({one_line(str(said['executor']), 40)})" if said.get("executor") else ""
     yield Finding(not trouble, f"{name} answers{kind}{trouble}")
     if abs(said["ahead_s"]) > CLOCK_TOLERANCE_S:
-        off = f"is {format_duration(abs(said['ahead_s']))} different from this machine's"
+        off = f"differs by {format_duration(abs(said['ahead_s']))} from this machine's"
         yield Finding(None, f"{address.name}: its clock {off}: displayed times may be wrong; use NTP on both")
 
 
 def said_of_health(link: Link) -> dict[str, Any]:
-    """Return the /health of a client, which must prove who it is, and `ahead_s`: how far its clock is ahead."""
+    """Return the /health of a client, which must prove its identity, and `ahead_s`: by how much its clock is ahead."""
     answer = link.call("GET", f"{link.address.base_url}/health", read_timeout_s=HELLO_TIMEOUT_S)
     text = read_some(answer, 64 * KIB)
     try:
         said = read_answer(text)
         return {**said, "ahead_s": parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()}
     except (ValueError, TypeError, KeyError) as error:
-        raise BadAnswer("answers rubbish to /health: is it a joborch client?") from error
+        raise BadAnswer("sends an invalid answer to /health: is it a joborch client?") from error
 
 
-# == Demo ==  It shows a job's whole way in seconds, on any machine, with two real processes and the example.
+# == Demo ==  Runs the example from upload to result in seconds, on any machine, with two real processes.
 
 
 def free_port() -> int:
@@ -408,9 +408,9 @@ def free_port() -> int:
 
 
 def example_file(name: str) -> bytes:
-    """Return a file of the example, from the .pyz or beside the program."""
+    """Return a file of the example, from joborch.pyz or next to the program."""
     try:
-        return own_file(f"joborch_example/{name}")  # as pip puts it
+        return own_file(f"joborch_example/{name}")  # as pip installs it
     except OSError:
         return own_file(f"example/{name}")
 
@@ -499,7 +499,7 @@ def say(text: str) -> None:
 
 
 def shown_value(value: Any, secret: bool = False) -> str:
-    """Return a setting's value as one would write it; a secret is masked."""
+    """Return a setting's value as a person writes it; a secret is masked."""
     if secret and value:
         return "***"
     if value is None:
@@ -549,7 +549,7 @@ def command_config(config: Config, as_json: bool) -> int:
 
 
 def command_doctor(config: Config, as_json: bool) -> int:
-    """Print the findings; exit status 1 if something does not work."""
+    """Print the findings. The exit status is 1 if something does not work."""
     found = []
     for finding in examine(config):
         found.append(finding)
@@ -567,7 +567,7 @@ def command_backup(config: Config, file: str) -> int:
         back_up(config.db_path, Path(file))
     except OSError as error:
         raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes); the files of jobs are not in it, but in {config.data_path}")
+    print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes), without the files of jobs in {config.data_path}")
     return EXIT_DONE
 
 
@@ -589,7 +589,7 @@ def command_restore(config: Config, file: str) -> int:
 
 
 def command_demo(keep: bool) -> int:
-    """Run the demo; exit status 0 if its job was completed."""
+    """Run the demo. The exit status is 0 if its job was completed."""
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
     demo, finished = Demo(folder), False
@@ -612,7 +612,7 @@ def command_demo(keep: bool) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     if keep:
         pids = " ".join(str(process.pid) for process in demo.processes)
-        print(f"both run on: {demo.base}/swagger-ui/ (files in {folder}); stop them with: kill {pids}")
+        print(f"both keep running: {demo.base}/swagger-ui/ (files in {folder}); stop them with: kill {pids}")
     else:
         program = shlex.quote(sys.argv[0])
         print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")

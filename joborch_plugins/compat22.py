@@ -1,4 +1,4 @@
-"""Peers of job-orchestrator 2.2: how a server works with a 2.2 client, and what JOBORCH_COMPAT=2.2 answers to web back ends."""
+"""Peers of job-orchestrator 2.2: how a server works with a 2.2 client, and how JOBORCH_COMPAT=2.2 answers web back ends."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from joborch import (
 )
 
 PAUSE_FIRST_S, PAUSE_LAST_S = 0.2, 5.0  # between two polls of one job
-PING_S = 10.0  # how often a client without jobs is asked whether it answers
+PING_S = 10.0  # how often a client without jobs is pinged
 
 
 class Protocol22(ClientProtocol):
-    """A 2.2 client: it proves nothing, reports nothing by itself, knows no keys, and numbers payloads from 1 after a restart."""
+    """A 2.2 client: it has no proofs, no events and no attempt keys, and numbers payloads from 1 again after a restart."""
 
     can_prove = has_events = knows_keys = False
     kill_timeout_s = READ_TIMEOUT_S
@@ -48,19 +48,19 @@ class Protocol22(ClientProtocol):
         self.poll_due: dict[int, tuple[float, float]] = {}  # by job id: when (monotonic), and the pause after it in seconds
 
     def turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a lock: an id means another payload after a restart, so no call may overtake a submit."""
+        """Return a lock: after a restart an id may mean another payload, so no call may overtake a submit."""
         return self.one_at_a_time
 
     def unproven_headers(self, service: str | None) -> dict[str, str]:
-        """Return the token, if one is set for 2.2 clients. Each call has a connection of its own.
+        """Return the token, if one is set for 2.2 clients. Each call uses a new connection.
 
-        A submit would be lost if the client had closed a kept connection.
+        A submit on a kept connection would be lost if the client had closed it.
         """
         shown = self.link.set_token(service) if self.link.may_be_22() else ""
         return {"Connection": "close", **({"Authorization": f"Bearer {shown}"} if shown else {})}
 
     def get_news(self, server: Server) -> bool:
-        """Ask about each job that is due, with growing pauses; make sure that the client answers at all."""
+        """Ask about each job that is due, with growing pauses. If there is none, check that the client answers."""
         link, now = self.link, server.clock.monotonic()
         jobs = [job for job in server.store.jobs(AT_CLIENT, client=link.name) if job.dest_id]
         if link.heard_at is None or not link.answers or (not jobs and now - link.heard_at > PING_S):
@@ -101,18 +101,18 @@ class Protocol22(ClientProtocol):
         read_some(self.link.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10), KIB)
 
     def form(self, job: Job, folder: Path, paths: Sequence[str]) -> tuple[FilesBody, dict[str, str]]:
-        """Return the form without digests, which a 2.2 client would take for a file.
+        """Return the form without digests, which a 2.2 client would treat as a file.
 
         Raises Rejected if two files have the same base name: a 2.2 client flattens folders and would silently lose one.
         """
         names = [path.rpartition("/")[2] for path in paths]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a name of its own")
+            raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a different name")
         return FilesBody(folder, paths, False, job.inputs_sha256), {}
 
     def accepted(self, server: Server, payload_id: str) -> None:
-        """Give up jobs with the same or a later id: the client has restarted and numbers from 1 again, so they are lost."""
+        """Start new attempts of jobs with the same or a later id: the client has restarted and counts from 1 again, so they are lost."""
         for job in server.store.jobs(AT_CLIENT, client=self.link.name):
             if job.dest_id and int(job.dest_id) >= int(payload_id):
                 new_attempt(server, job, Reason.BEGAN_ANEW.format(client=self.link.name))
@@ -123,5 +123,5 @@ class Protocol22(ClientProtocol):
 
 
 def download_json(server: Server, job: Job) -> dict[str, Any]:
-    """Return what GET /download/ID answers with JOBORCH_COMPAT=2.2 for a job that is not Completed."""
+    """Return the answer of GET /download/ID with JOBORCH_COMPAT=2.2 for a job that is not Completed."""
     return {"id": job.id, "status": job.status.value, "message": queue_info_of(server, job).waiting_for or job.reason or str(job.status)}

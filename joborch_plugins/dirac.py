@@ -1,4 +1,4 @@
-"""Executor `dirac`: payloads run as jobs of a grid. One query a tick covers all, and the exit file outranks DIRAC's report."""
+"""Executor `dirac`: payloads run as jobs of a grid. One query per tick covers all, and the exit file outranks DIRAC's report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, cast
 from urllib.parse import quote, urlencode
 
-if TYPE_CHECKING:  # imported where they are used: a start of `joborch version` must not pay for them
+if TYPE_CHECKING:  # imported where it is used, because it is slow
     import requests
 
 
@@ -82,21 +82,21 @@ from joborch import (
     write_atomic,
 )
 
-# == Grid files ==  The job descriptions sent to a grid, and archives that are unpacked only inside their folder.
+# == Grid files ==  The job descriptions for a grid, and archives that are unpacked only inside their folder.
 
-SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX takes no larger archive
-OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # what is downloaded of one job, should a site allow more than DiracX does
+SANDBOX_LIMIT_BYTES = 100 * MIB  # DiracX accepts no larger archive
+OUTPUT_LIMIT_BYTES = 2 * SANDBOX_LIMIT_BYTES  # limit of a download, if a site allows more than DiracX's default
 DIRAC_CLIENT_ID = "myDIRACClientID"  # of the official commands, whose login is used
 REFRESH_AHEAD_S = 60.0
-LOGIN_LOCK_S = 20.0  # the official client holds the lock of the credentials while it asks for new ones
-LOGIN_ROOM_BYTES = 64 * KIB  # taken on the disk before a refresh: the new token must find its place
+LOGIN_LOCK_S = 20.0  # the official client locks the credentials while it refreshes them
+LOGIN_ROOM_BYTES = 64 * KIB  # reserved on the disk before a refresh, so that the new token can be stored
 TROUBLES_OF_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-SEARCH_LIMIT = 5_000  # jobs in one question; DiracX pages beyond 10,000
+SEARCH_LIMIT = 5_000  # jobs in one query; DiracX pages beyond 10,000
 SUBMIT_SETTLE_S = 90.0  # how long a submission may still be in progress after its answer was lost,
 RESTART_SETTLE_S = 10.0  # and, if a crash of the client interrupted it, after the client's start
 JUDGES = 3  # outputs that are fetched at once
-FETCH_PATIENCE_S = 3600.0  # how long outputs are fetched again if they are damaged, or do not fit on the disk
-FORGET_S = 60.0  # a job is forgotten if nobody asks for it for this long
+FETCH_PATIENCE_S = 3600.0  # how long fetching is repeated if outputs are damaged or do not fit on the disk
+FORGET_S = 60.0  # a job is forgotten if it was not polled for this long
 LAUNCHER, OUTPUT_ARCHIVE = "joborch.sh", "joborch-output.tar.gz"
 NOT_BEGUN = frozenset(("Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Rescheduled"))
 WITH_PILOT = frozenset(("Matched", "Running", "Stalled", "Completing"))
@@ -115,13 +115,13 @@ OWN_JDL = re.compile(
     re.IGNORECASE,
 )
 LAUNCHER_TEXT = r"""#!/bin/bash
-# joborch: runs the wrapper on a worker node, and packs what the script left.
+# joborch: runs the wrapper on a worker node and packs the payload's files.
 here=$PWD
 mkdir -p payload
 @EXPORTS@
 bash wrapper.sh "$here/payload" @ARGUMENTS@ &
 wrapper=$!
-pass_on() {                                        # to the wrapper and to run.sh, which has a group of its own
+pass_on() {                                        # to the wrapper and to run.sh, which has a separate process group
     for child in $(cat /proc/$wrapper/task/$wrapper/children); do kill -TERM -- -$child; done
     kill -TERM $wrapper
 }
@@ -131,27 +131,27 @@ while :; do
     kill -0 $wrapper 2>/dev/null || break
 done
 chmod -R u+rwX payload
-(cd payload && pwd && pwd -P) >payload/place       # by which absolute links inside are known
+(cd payload && pwd && pwd -P) >payload/place       # to recognise absolute links that stay inside
 tar -czf .packing -C payload --exclude=./tmp .
-[ $? -le 1 ] && mv .packing @ARCHIVE@              # 1: something changed while it was read
-[ $status -eq 0 ]                                  # never the script's own status: DIRAC runs a job again that ends with 222
+[ $? -le 1 ] && mv .packing @ARCHIVE@              # 1: a file changed while it was read
+[ $status -eq 0 ]                                  # never the script's status: DIRAC reschedules a job that exits with 222
 """
 
 
 class SandboxTooLarge(JoborchError):
-    """An output sandbox holds more than a result may; the text says what."""
+    """An output sandbox exceeds a limit of results; the text says which."""
 
 
 class BadSandbox(JoborchError):
-    """An output sandbox that cannot be used, however often it is fetched."""
+    """An output sandbox is unusable, and fetching it again will not help."""
 
 
 class AnswerLost(BackendUnavailable):
-    """The request may have reached DIRAC and been carried out."""
+    """No usable answer came, but DIRAC may have carried out the request."""
 
 
 class DiracRefusal(JoborchError):
-    """DIRAC answered that it does not do this: `status` is HTTP's."""
+    """DIRAC refuses a request. `status` is the HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -159,9 +159,9 @@ class DiracRefusal(JoborchError):
 
 
 def jdl_text(text: str, what: str) -> str:
-    """Return `text` quoted for JDL, or raise ConfigError: JDL has no escapes, and DIRAC cuts at `;` and `[` even within quotes."""
+    """Return `text` quoted for JDL, or raise ConfigError: JDL has no escapes, and DIRAC splits at `;` and `[` even within quotes."""
     if not JDL_TEXT.fullmatch(text):
-        raise ConfigError(f"{what} is {one_line(text, 80)!r}: JDL can hold ASCII letters, digits and _.:@/+=~|- alone")
+        raise ConfigError(f"{what} is {one_line(text, 80)!r}: JDL can only have ASCII letters, digits and _.:@/+=~|-")
     return f'"{text}"'
 
 
@@ -173,29 +173,29 @@ def check_jdl(lines: str) -> list[str]:
         if not match or text.count('"') % 2 or text.count("{") != text.count("}"):
             raise ConfigError(f"DIRAC_JDL has {one_line(text, 80)!r}: write NAME = VALUE; without brackets, ; or escapes in VALUE")
         if OWN_JDL.fullmatch(match[1]):
-            raise ConfigError(f"DIRAC_JDL sets {match[1]}: leave it out: joborch sets it, or it would make several jobs of one")
+            raise ConfigError(f"DIRAC_JDL sets {match[1]}: remove it; joborch sets it, or it would turn one job into several")
         statements.append(f"{match[1]} = {' '.join(match[2].split())}")
     return statements
 
 
 def jdl_list(text: str, what: str) -> str:
-    """Return names with commas between as a list of JDL, or an empty text."""
+    """Return names separated by commas as a list of JDL, or an empty text."""
     names = [jdl_text(name.strip(), what) for name in text.split(",") if name.strip()]
     return "{" + ", ".join(names) + "}" if names else ""
 
 
 def check_dirac_options(options: BatchOptions) -> None:
-    """Refuse what JDL cannot carry; ConfigError names the setting."""
+    """Raise ConfigError that names the setting if JDL cannot express one."""
     build_jdl(None, options, "check")
 
 
 def job_name(mark: str) -> str:
-    """Return what an attempt is called in DIRAC: the mark, by which it is found again (128 characters at most)."""
+    """Return the name of an attempt in DIRAC: its mark, or a hash of it if the mark is unsuitable."""
     return mark if re.fullmatch(r"[A-Za-z0-9.-]{1,128}", mark) else hashlib.sha256(os.fsencode(mark)).hexdigest()
 
 
 def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
-    """Return the JDL of an attempt whose input sandbox is `pfn`. All that a user named is inside the sandbox, nothing in here."""
+    """Return the JDL of an attempt whose input sandbox is `pfn`. It has no text from users; that is all inside the sandbox."""
     cpus, memory, timeout = (job.cpus, job.memory, job.timeout) if job else (1, None, None)
     cpu_time_s = options.dirac_cpu_time_s or (timeout and timeout * cpus)
     values = {
@@ -223,7 +223,7 @@ def launcher(job: Job, kill_grace_s: float, prelude: str = "") -> bytes:
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in words.items())
     arguments = f"{job.attempt} {job.timeout:.3f} {kill_grace_s:.3f}" if job.timeout else str(job.attempt)
     text = LAUNCHER_TEXT.replace("@ARGUMENTS@", arguments).replace("@ARCHIVE@", OUTPUT_ARCHIVE)
-    return os.fsencode(text.replace("@EXPORTS@", exports))  # last: a value may look like one of the others
+    return os.fsencode(text.replace("@EXPORTS@", exports))  # last, because a value may look like a placeholder
 
 
 class Bounded:
@@ -236,7 +236,7 @@ class Bounded:
         self.size += len(data)
         if self.size > SANDBOX_LIMIT_BYTES:
             limit = SANDBOX_LIMIT_BYTES // MIB
-            raise CannotRun(f"its input files are too large for DIRAC: compressed they may have {limit} MiB; fetch large data in run.sh")
+            raise CannotRun(f"its input files are too large for DIRAC: at most {limit} MiB, compressed; download large data in run.sh")
         self.digest.update(data)
         return self.target.write(data)
 
@@ -262,25 +262,25 @@ def pack_inputs(folder: Path, scripts: Mapping[str, bytes], target: IO[bytes]) -
 
 
 def nobodys(member: Any) -> Any:
-    """Return a member of an archive without who owns it: the same files make the same archive."""
+    """Return a member of an archive without its owner, so that the same files give the same archive."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member
 
 
 def careful_members() -> Any:
-    """Return a class of archive members that refuses what tarfile would read into memory whole: endless names, and maps of holes."""
+    """Return a class of archive members that refuses what tarfile would read into memory at once: endless names and sparse maps."""
     import tarfile
 
     class Member(tarfile.TarInfo):
-        def _proc_member(self, archive: Any) -> Any:  # the one place where every kind of header passes, from Python 3.9 to 3.13
+        def _proc_member(self, archive: Any) -> Any:  # all headers pass through it, from Python 3.9 to 3.13
             extension = self.type in (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
             if self.type == tarfile.GNUTYPE_SPARSE or (extension and self.size > MIB):
-                raise tarfile.ReadError("a header that is too large")
+                raise tarfile.ReadError("a header is too large")
             return cast(Any, super())._proc_member(archive)
 
         def _proc_gnusparse_10(self, *_: Any) -> None:
-            raise tarfile.ReadError("a map of holes")
+            raise tarfile.ReadError("a sparse map")
 
     return Member
 
@@ -292,23 +292,23 @@ def safe_parts(name: str) -> list[str]:
     """Return the parts of a member's path; empty if it is not part of the payload. Raises BadSandbox if it leaves the folder."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name:
-        raise BadSandbox(f"it holds {one_line(name, 80)!r}, which leads out of its folder")
+        raise BadSandbox(f"it contains {one_line(name, 80)!r}, which leads out of its folder")
     return parts if parts and UNPACKED.fullmatch(parts[0]) else []
 
 
 def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | None = None) -> list[str]:
-    """Unpack a tar archive (tarfile.TarFile, read as a stream) below `target`; return what was left out.
+    """Unpack a tar archive (tarfile.TarFile, read as a stream) below `target`. Return the names of omitted members.
 
-    Links are made last, and those that lead out of `target` are left out, as are devices and fifos: so no file is written
-    through a link. BadSandbox for a path that leaves the folder, OSError ENOSPC where `spare_bytes` would not be left,
-    Raises SandboxTooLarge if it exceeds the limits: the part that fits is unpacked.
+    Links are created last, so no file is written through a link. Links that lead out of `target`, devices and FIFOs are
+    omitted. Raises BadSandbox for a path that leaves the folder, OSError ENOSPC if less than `spare_bytes` would stay free,
+    and SandboxTooLarge if it exceeds the limits; then the part that fits has been unpacked.
     """
     links: list[tuple[str, Any]] = []
-    places: list[bytes] = []  # the paths that the folder had where it was packed
+    places: list[bytes] = []  # the paths of the folder where it was packed
     limits = limits or ResultLimits()
     left_out, root, size, count, too_much = [], os.path.realpath(target), 0, 0, ""
     while (member := archive.next()) is not None:
-        archive.members.clear()  # a list of all would fill the memory
+        archive.members.clear()  # or the list would fill the memory
         parts = safe_parts(member.name)
         path = os.path.join(root, *parts)
         if not parts:
@@ -316,7 +316,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
                 places = archive.extractfile(member).read(16 * KIB).split(b"\n")[:2]
             continue
         size, count = size + member.size, count + 1
-        too_much = limits.broken_by(size, count if count > limits.entries else 0)  # what has come is counted once more at the end
+        too_much = limits.broken_by(size, count if count > limits.entries else 0)  # a result's files are counted again when it is packed
         if too_much:
             break
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
@@ -337,7 +337,7 @@ def unpack(archive: Any, target: Path, spare_bytes: int, limits: ResultLimits | 
 
 
 def write_member(source: IO[bytes], path: str, member: Any) -> None:
-    """Write one file of an archive, in place of an earlier one of its name."""
+    """Write one file of an archive. It replaces an earlier one with the same name."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -349,16 +349,16 @@ def write_member(source: IO[bytes], path: str, member: Any) -> None:
 
 
 def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[bytes] = ()) -> list[str]:
-    """Make the links of an archive, whose files and folders are in place; return the names of those that were left out.
+    """Create the links of an archive whose files and folders exist. Return the names of omitted links.
 
-    Absolute ones below `places`, the paths of `root` where it was packed, become relative ones.
+    Absolute links below `places`, the paths of `root` where it was packed, become relative.
     """
     for path, member in links:
         inner = below(places, os.fsencode(member.linkname)) if member.issym() else None
         if inner is not None:
             member.linkname = os.path.relpath(root, os.path.dirname(path)) + "/" + os.fsdecode(inner)
     left_out = [member.name for path, member in links if not make_link(root, path, member)]
-    for path, member in links:  # only now: a link may lead through one that came after it
+    for path, member in links:  # afterwards, because a link may lead through a later one
         end = os.path.realpath(path)
         if os.path.islink(path) and end != root and not end.startswith(root + "/"):
             os.unlink(path)
@@ -367,7 +367,7 @@ def make_links(root: str, links: Sequence[tuple[str, Any]], places: Sequence[byt
 
 
 def make_link(root: str, path: str, member: Any) -> bool:
-    """Make one link. Return False if a hard link's target is not a file of the archive, or if the path is taken."""
+    """Create one link. Return False if a hard link's target is not a file of the archive, or if the path exists."""
     try:
         if member.issym():
             os.symlink(member.linkname, path)
@@ -381,7 +381,7 @@ def make_link(root: str, path: str, member: Any) -> bool:
     return True
 
 
-# == DiracX ==  A person's login, and the calls to the service. A new token is written to the disk before it is used.
+# == DiracX ==  A person's login, and calls to the service. A new token is written to the disk before it is used.
 
 ROW = ("JobID", "JobName", "Owner", "Status", "MinorStatus", "RescheduleCounter", "LastUpdateTime", "HeartBeatTime", "StartExecTime")
 Row = dict[str, Any]
@@ -398,13 +398,13 @@ def claims(token: str) -> dict[str, Any]:
 
 
 def at_clock(wall: float) -> str:
-    """Return a time of today as 14:02, another one with its day."""
+    """Return a time as 14:02, or with its date if that is not today."""
     local = time.localtime(wall)
     return time.strftime("%H:%M" if local[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M", local)
 
 
 def dirac_time(text: Any) -> float:
-    """Return a time as DiracX writes it, in seconds since 1970; 0 for none."""
+    """Convert a time of DiracX to seconds since 1970; 0 if there is none."""
     try:
         moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
     except ValueError:
@@ -413,18 +413,18 @@ def dirac_time(text: Any) -> float:
 
 
 class DiracLogin:
-    """The login that `dirac login` left in a file: its access token, refreshed before it ends, in turn with all who use the file.
+    """The login that `dirac login` stored in a file. Its access token is refreshed before it expires, under a lock.
 
-    The refresh token changes with each use, and an old one shown again ends the whole login: the new one is on the disk
-    before anybody uses it. The official client locks the file itself and writes in place: so the file itself is locked
-    here, and after a rename the old inode, for which that client may be waiting, gets the new content, too.
+    The refresh token changes with each use, and reusing an old one revokes the whole login, so the new one is written to the
+    disk before it is used. The official client locks the file and writes in place. So this class locks the same file, and after
+    its rename it also writes the new content to the old inode, whose lock that client may be waiting for.
     """
 
     def __init__(self, path: str, refresh: Callable[[str], tuple[int, Any]], clock: Clock) -> None:
-        """`refresh` sends a refresh token and returns DiracX's status and answer; it raises BackendUnavailable if none comes."""
+        """`refresh` sends a refresh token and returns DiracX's status and answer, or raises BackendUnavailable."""
         self.path, self.refresh, self.clock = Path(os.path.realpath(os.path.expanduser(path))), refresh, clock
         self.lock = threading.Lock()
-        self.refused, self.refused_at = "", 0.0  # the refresh token that DiracX refused: the login has ended for good
+        self.refused, self.refused_at = "", 0.0  # the refresh token that DiracX refused: the login has expired for good
 
     def read(self) -> dict[str, Any]:
         """Return the content of the file. Raises BackendUnavailable if there is no login."""
@@ -435,7 +435,7 @@ class DiracLogin:
                 f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`"
             ) from error
         except UnicodeDecodeError:
-            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`") from None
+            raise BackendUnavailable(f"DIRAC: {self.path} contains no login: log in with `dirac login`") from None
 
     def parse(self, text: str) -> dict[str, Any]:
         try:
@@ -448,7 +448,7 @@ class DiracLogin:
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise BackendUnavailable(f"DIRAC: {self.path} holds no login: log in with `dirac login`")
+            raise BackendUnavailable(f"DIRAC: {self.path} contains no login: log in with `dirac login`")
         return cast("dict[str, Any]", said)
 
     def valid_until(self) -> float | None:
@@ -473,11 +473,11 @@ class DiracLogin:
             return ""
         when = min(self.refused_at, until or self.refused_at) if refused else until or now
         valid = f" (its refresh token was valid until {at_clock(until)})" if until else ""
-        again = "log in again with `dirac login`, and the waiting jobs go on by themselves"
-        return f"DIRAC: the login ended at {at_clock(when)}{valid}: {again}"
+        again = "log in again with `dirac login`; then waiting jobs continue by themselves"
+        return f"DIRAC: the login expired at {at_clock(when)}{valid}: {again}"
 
     def owner(self) -> str:
-        """Return who is logged in, as DIRAC calls the owner of a job. Raises BackendUnavailable if the token does not say."""
+        """Return who is logged in, as DIRAC names the owner of a job. Raises BackendUnavailable if the token does not say."""
         name = claims(self.read()["access_token"]).get("preferred_username")
         if not name or not isinstance(name, str):
             raise BackendUnavailable(f"DIRAC: the token in {self.path} does not say whose it is: log in again with `dirac login`")
@@ -492,12 +492,12 @@ class DiracLogin:
             return str(self.renewed(refused)["access_token"])
 
     def lasts(self, said: Mapping[str, Any], refused: str) -> bool:
-        """Tell whether an access token can still be used. If it cannot be refreshed any more, it is used until it expires."""
+        """Tell whether an access token can still be used. If it can no longer be refreshed, it is used until it expires."""
         ahead_s = 0.0 if said["refresh_token"] == self.refused else REFRESH_AHEAD_S
         return bool(said["access_token"] != refused and said["expires_on"] > self.clock.wall() + ahead_s)
 
     def renewed(self, refused: str) -> dict[str, Any]:
-        """Return the login after a refresh, by us or by another who had the lock before."""
+        """Return the login after a refresh, by this process or by another one that had the lock before."""
         with self.locked() as file:
             said = self.parse(file.read())
             if self.lasts(said, refused):
@@ -509,7 +509,7 @@ class DiracLogin:
             return self.refreshed(said, file)
 
     def refreshed(self, said: Mapping[str, Any], file: IO[str]) -> dict[str, Any]:
-        """Refresh the login and write it down, in a place that was made before the old token was shown."""
+        """Refresh the login and store it. Its file is created before the old token is sent."""
         temporary = self.path.with_name(f".{self.path.name}.joborch")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as target:
@@ -540,7 +540,7 @@ class DiracLogin:
             file.write(json.dumps(new))
             file.truncate()
             file.flush()
-        except OSError as error:  # the new one is in its place: only who holds the old file open misses it
+        except OSError as error:  # the new file is in place; only a program that has the old one open misses it
             log.warning("DIRAC: %s: %s", self.path, os.strerror(error.errno or 0))
         return new
 
@@ -557,9 +557,9 @@ class DiracLogin:
             yield file
 
     def lock_once(self) -> IO[str] | None:
-        """Return the locked file, or None if another process has the lock, or has replaced the file."""
+        """Return the locked file, or None if another process has the lock or has replaced the file."""
         try:
-            file = open(self.path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by who gets it
+            file = open(self.path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file.fileno()).st_ino == os.stat(self.path).st_ino:
@@ -574,7 +574,7 @@ class DiracLogin:
 
 
 class DiracService:
-    """DiracX's REST: every call has time-outs and a connection of its own (a kept one may be reset after an error of the service)."""
+    """DiracX's REST API. Every call has time-outs and a new connection: the service may reset a kept one after an error."""
 
     def __init__(self, url: str, credentials: str, clock: Clock) -> None:
         self.url = url.rstrip("/")
@@ -582,36 +582,36 @@ class DiracService:
 
     @functools.cached_property
     def session(self) -> requests.Session:
-        """What calls are made with. Proxies, passwords and certificates that the environment names are not used."""
+        """The session of all calls. It ignores proxies, passwords and certificates in the environment."""
         import requests
 
         session, trusted = requests.Session(), ssl.get_default_verify_paths()
-        session.trust_env, session.verify = False, trusted.cafile or trusted.capath or True  # those of this machine
+        session.trust_env, session.verify = False, trusted.cafile or trusted.capath or True  # of this machine
         session.headers.update({"Connection": "close", "Accept-Encoding": "identity"})
         return session
 
     def send(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, stream: bool = False
     ) -> requests.Response:
-        """Return the answer to one request, whatever its status. Raises BackendUnavailable if none came; it may have been heard."""
+        """Return the answer to one request, whatever its status. Raises BackendUnavailable, or AnswerLost if it may have arrived."""
         timeout = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
         try:
             return self.session.request(method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False, stream=stream)
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
+        except (OSError, ValueError) as error:  # the errors of requests are OSErrors
             cause = getattr(error.args[0] if error.args else None, "reason", None) or error
-            text = re.sub(r"<[^>]*>:? ?", "", str(cause))  # an object's address: the reason must not change each time
+            text = re.sub(r"<[^>]*>:? ?", "", str(cause))  # without object addresses, which would make each reason a new one
             unheard = type(cause).__name__ in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")
             kind = BackendUnavailable if unheard else AnswerLost
             raise kind(f"DIRAC: {host_of(url)[0]} does not answer: {one_line(text, 150)}") from error
 
     def refresh(self, token: str) -> tuple[int, Any]:
-        """Send a refresh token; return the status and the answer. Raises BackendUnavailable unless the answer is a clear yes or no."""
+        """Send a refresh token; return the status and the answer. Raises BackendUnavailable unless it is accepted or refused."""
         form = urlencode({"grant_type": "refresh_token", "client_id": DIRAC_CLIENT_ID, "refresh_token": token})
         answer = self.send("POST", f"{self.url}/api/auth/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
         return answer.status_code, {} if answer.status_code in (400, 401) else self.meant(answer)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Return what an API call answers. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if it should be asked again."""
+        """Return the answer to an API call. Raises DiracRefusal if DIRAC refuses, BackendUnavailable if a retry may help."""
         token = self.login.token()
         text = None if body is None else json.dumps(body).encode()
         for _ in range(2):
@@ -622,7 +622,7 @@ class DiracService:
         return self.meant(answer)
 
     def meant(self, answer: requests.Response) -> Any:
-        """Return what an answer says."""
+        """Return the content of an answer, or raise DiracRefusal, BackendUnavailable or AnswerLost."""
         try:
             said = parse_json(answer.content)
         except ValueError:
@@ -637,7 +637,7 @@ class DiracService:
         raise BackendUnavailable(text) if status in (401, 429, 503) else AnswerLost(text)
 
     def search(self, owner: str, parameter: str, values: Sequence[Any]) -> list[Row]:
-        """Return the rows of an owner's jobs that have one of these values; visible jobs of other owners are left out."""
+        """Return the rows of an owner's jobs with one of these values, without visible jobs of other owners."""
         rows: list[Row] = []
         for first in range(0, len(values), SEARCH_LIMIT):
             wanted = {"parameter": parameter, "operator": "in", "values": list(values[first : first + SEARCH_LIMIT])}
@@ -649,7 +649,7 @@ class DiracService:
         return rows
 
     def upload(self, file: IO[bytes], size: int, digest: str) -> str:
-        """Bring an input sandbox to DIRAC and return its pfn; nothing is sent of what is there already."""
+        """Upload an input sandbox to DIRAC, unless it has it already, and return its pfn."""
         request = {"checksum_algorithm": "sha256", "checksum": digest, "size": size, "format": "tar.bz2"}
         said = self.call("POST", "/api/jobs/sandbox", request)
         if said.get("url"):
@@ -672,7 +672,7 @@ class DiracService:
     def download(self, pfn: str, target: IO[bytes]) -> None:
         """Fetch a sandbox and verify the SHA-256 in its name. Raises BackendUnavailable if it is damaged or does not arrive."""
         url = self.call("GET", f"/api/jobs/sandbox?pfn={quote(pfn, safe='')}")["url"]
-        answer = self.send("GET", url, stream=True)  # without the token: the store is another service, and refuses it
+        answer = self.send("GET", url, stream=True)  # without the token: the store is another service and refuses it
         digest, size, pieces = hashlib.sha256(), 0, answer.iter_content(CHUNK_BYTES)
         try:
             while chunk := next_piece(pieces, pfn):
@@ -684,11 +684,11 @@ class DiracService:
         finally:
             answer.close()
         if answer.status_code != 200 or f":{digest.hexdigest()}." not in pfn:
-            raise BackendUnavailable(f"DIRAC: {pfn} came damaged (status {answer.status_code}): it is fetched again")
+            raise BackendUnavailable(f"DIRAC: {pfn} arrived damaged (status {answer.status_code}): it is fetched again")
 
 
 class SizedBody:
-    """A body that is read while it is sent, and whose length is known: a sandbox store takes no chunks."""
+    """A body that is read while it is sent, with a known length: a sandbox store accepts no chunked body."""
 
     def __init__(self, chunks: Iterator[bytes], size: int) -> None:
         self.chunks, self.size = chunks, size
@@ -708,11 +708,11 @@ def next_piece(pieces: Iterator[bytes], pfn: str) -> bytes:
         raise BackendUnavailable(f"DIRAC: {pfn} broke off: {one_line(str(error))}") from error
 
 
-# == DIRAC ==  Payloads run as jobs of a grid. One query a tick covers all, and the exit file outranks DIRAC's report.
+# == DIRAC ==  Payloads run as jobs of a grid. One query per tick covers all, and the exit file outranks DIRAC's report.
 
 
 def waits_text(row: Mapping[str, Any]) -> str:
-    """Return what a job that has not begun waits for."""
+    """Return what a job that has not started waits for."""
     since = at_clock(dirac_time(row["LastUpdateTime"]))
     return f"DIRAC: {row['Status']} since {since}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']})"
 
@@ -723,11 +723,11 @@ def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
     if left.exit_status == 0 or left.cause is Cause.LIMIT:
         return left
     if row["Status"] == "Killed":
-        return dataclasses.replace(left, cause=Cause.CANCELLED, reason=f"somebody ended job {row['JobID']} in DIRAC ({minor})")
+        return dataclasses.replace(left, cause=Cause.CANCELLED, reason=f"job {row['JobID']} was killed in DIRAC, not by joborch ({minor})")
     if row["Status"] == "Failed" and GRID_LIMIT.search(minor):
-        return dataclasses.replace(left, cause=Cause.LIMIT, reason=f"DIRAC ended it: {minor} (job {row['JobID']})")
+        return dataclasses.replace(left, cause=Cause.LIMIT, reason=f"DIRAC stopped it: {minor} (job {row['JobID']})")
     if row["Status"] == "Failed" and (left.exit_status or 0) > 128 and not SCRIPT_FAILED.search(minor):
-        return dataclasses.replace(left, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC ended it: {minor} (job {row['JobID']})")
+        return dataclasses.replace(left, cause=Cause.INFRASTRUCTURE, reason=f"DIRAC stopped it: {minor} (job {row['JobID']})")
     return left
 
 
@@ -735,7 +735,7 @@ def without_exit(row: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a job without an exit file, as DIRAC reports it."""
     text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file came back"
     if row["Status"] == "Killed":
-        return Outcome(False, cause=Cause.CANCELLED, reason=f"somebody ended it. {text}")
+        return Outcome(False, cause=Cause.CANCELLED, reason=f"it was killed, not by joborch. {text}")
     limit = row["Status"] == "Failed" and GRID_LIMIT.search(str(row["MinorStatus"]))
     return Outcome(False, cause=Cause.LIMIT if limit else Cause.INFRASTRUCTURE, reason=text)
 
@@ -746,20 +746,20 @@ def removed(number: int) -> Outcome:
 
 
 def run_again(row: Mapping[str, Any]) -> Outcome:
-    """Return the outcome of a job that DIRAC started a second time: an attempt runs only once."""
-    text = f"DIRAC ran job {row['JobID']} again by itself, {row['RescheduleCounter']} times: it was ended"
+    """Return the outcome of a job that DIRAC started again: an attempt must run only once."""
+    text = f"DIRAC rescheduled job {row['JobID']} by itself ({row['RescheduleCounter']} times): it was killed"
     return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=text)
 
 
 class DiracExecutor:
-    """Runs payloads as jobs of DIRAC 9 and later. A handle is the job's number there; its name is the attempt's mark."""
+    """Runs payloads as jobs of DIRAC 9 or later. A handle is the job's number there; the job's name is the attempt's mark."""
 
     is_batch = True
 
     def __init__(self, data: DataFolder, config: Config, clock: Clock | None = None) -> None:
-        """Raises ConfigError if a setting is missing, or has characters that JDL cannot express."""
+        """Raises ConfigError if a setting is missing or has characters that JDL cannot express."""
         if not config.dirac_url:
-            raise ConfigError("JOBORCH_DIRAC_URL is not set: give DiracX's address, as in https://dirac.example.org")
+            raise ConfigError("JOBORCH_DIRAC_URL is not set: give the URL of DiracX, as in https://dirac.example.org")
         for service, options in config.batch.items():
             try:
                 check_dirac_options(options)
@@ -769,25 +769,25 @@ class DiracExecutor:
         self.service = DiracService(config.dirac_url, config.dirac_credentials, self.clock)
         self.wrapper = wrapper_text(data)
         self.lock, self.asking = threading.Lock(), threading.Lock()
-        self.rows: dict[int, Row] = {}  # what DIRAC said last, by its job number
+        self.rows: dict[int, Row] = {}  # the last known rows, by DIRAC's job number
         self.asked_at = float("-inf")  # monotonic
         self.asked_for: set[int] = set()
-        self.polled: dict[str, tuple[int, float]] = {}  # by mark: the number of a watched job, and when (monotonic) it was asked for
-        self.since: dict[tuple[int, str], float] = {}  # monotonic: since when a job is "missing", "ended", or of that heartbeat
-        self.killing: set[int] = set()  # jobs that are to end: they stay in the question of each tick
-        self.unbegun: set[int] = set()  # jobs that were ended before a pilot had them
+        self.polled: dict[str, tuple[int, float]] = {}  # by mark: the number of a watched job, and when (monotonic) it was polled
+        self.since: dict[tuple[int, str], float] = {}  # by job and aspect: since when (monotonic)
+        self.killing: set[int] = set()  # jobs being killed: each query includes them
+        self.unbegun: set[int] = set()  # jobs that were killed before a pilot had them
         self.born = self.clock.monotonic()
         self.lost: dict[str, float] = {}  # by mark, monotonic: submissions whose answer was lost
         self.bringing: dict[str, threading.Lock] = {}  # by mark: held while outputs are fetched
-        self.fetch_failed: dict[str, float] = {}  # by mark, monotonic: since when they have been tried
-        self.judging: set[str] = set()  # marks of which the outputs are being fetched
-        self.judged: dict[str, float] = {}  # by mark: `asked_at` of what was judged last
+        self.fetch_failed: dict[str, float] = {}  # by mark, monotonic: since when fetching has failed
+        self.judging: set[str] = set()  # marks whose outputs are being fetched
+        self.judged: dict[str, float] = {}  # by mark: `asked_at` of the row that was judged last
         self.verdicts: dict[str, Outcome] = {}  # by mark
-        self.fetched: set[str] = set()  # marks of which the outputs are here, with an exit file or without
-        self.odd: set[str] = set()  # states that are not known, and were logged
+        self.fetched: set[str] = set()  # marks whose outputs have been fetched, with or without an exit file
+        self.odd: set[str] = set()  # unknown states that were logged
         self.outage = Backoff(self.clock)
 
-    # -- what is wrong --
+    # -- problems --
 
     def problem(self) -> str:
         return self.service.login.ended() or (f"{self.outage.reason} (since {at_clock(self.outage.since)})" if self.outage.reason else "")
@@ -798,19 +798,19 @@ class DiracExecutor:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Keep why DIRAC could not be used, for problem(); what DIRAC refuses is tried again, too."""
+        """Keep errors of the block for problem(), and raise them, also refusals, as BackendUnavailable."""
         try:
             yield
         except (BackendUnavailable, DiracRefusal) as error:
             self.note(str(error))
             raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            self.note(f"DIRAC answers what is not understood: {one_line(repr(error), 150)}")
+            self.note(f"DIRAC sends an invalid answer: {one_line(repr(error), 150)}")
             raise AnswerLost(self.outage.reason) from error
         self.outage.worked()
 
     def note(self, trouble: str) -> None:
-        """Note what is wrong, and since when."""
+        """Note a problem, and log it if it is new."""
         if self.outage.failed(trouble):
             log.warning("%s", trouble)
 
@@ -852,8 +852,8 @@ class DiracExecutor:
         with self.noted():
             rows = self.search("JobName", list(names))
         handles = {mark: "" for mark in names.values() if self.may_come(mark)}
-        for row in sorted(rows, key=lambda row: row["Status"] in GRID_ENDED):  # what has not ended counts first
-            mark = names.get(row["JobName"])  # None: a database may find it by another case
+        for row in sorted(rows, key=lambda row: row["Status"] in GRID_ENDED):  # jobs that have not ended first
+            mark = names.get(row["JobName"])  # None: the database may ignore case
             if mark and handles.get(mark):
                 self.end_twin(row, handles[mark])
             elif mark:
@@ -862,10 +862,10 @@ class DiracExecutor:
         return handles
 
     def end_twin(self, row: Row, handle: str) -> None:
-        """End a second job of one attempt: a submission whose answer was lost got through after all."""
+        """Kill a second job of an attempt: a submission whose answer was lost has arrived after all."""
         if row["Status"] not in GRID_ENDED:
-            log.warning("DIRAC has job %s beside job %s for %s: it is ended", row["JobID"], handle, row["JobName"])
-            with contextlib.suppress(StillRunning, BackendUnavailable):  # it is found again, or is of no harm: its outputs are nobody's
+            log.warning("DIRAC has two jobs for %s: job %s is killed, job %s stays", row["JobName"], row["JobID"], handle)
+            with contextlib.suppress(StillRunning, BackendUnavailable):  # harmless: nobody uses its outputs
                 self.kill(row)
 
     def search(self, parameter: str, values: Sequence[Any]) -> list[Row]:
@@ -873,16 +873,16 @@ class DiracExecutor:
         now, note = self.service.login.owner(), self.data.path / "dirac-owner"
         known = note.read_text(encoding="utf-8") if note.exists() else ""
         if known and known != now:
-            remedy = f"log in as {known}, or remove {note} when none of them runs"
+            remedy = f"log in as {known}, or remove {note} when none of its jobs runs"
             raise BackendUnavailable(
-                f"DIRAC: {one_line(now, 80)} is logged in, and this client's jobs are {one_line(known, 80)}'s: {remedy}"
+                f"DIRAC: {one_line(now, 80)} is logged in, but this client's jobs belong to {one_line(known, 80)}: {remedy}"
             )
         if not known:
             write_atomic(note, now.encode(), 0o600)
         return self.service.search(now, parameter, values)
 
     def may_come(self, mark: str) -> bool:
-        """Tell whether a submission that is not found may still be on its way."""
+        """Tell whether a submission that is not found may still arrive."""
         now = self.clock.monotonic()
         return now - self.lost[mark] < SUBMIT_SETTLE_S if mark in self.lost else now - self.born < RESTART_SETTLE_S
 
@@ -897,7 +897,7 @@ class DiracExecutor:
             wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
             if not wanted and not self.outage.reason:
                 return
-            self.asked_at = now  # also where it fails
+            self.asked_at = now  # also if it fails
             with self.noted():
                 found = {int(row["JobID"]): row for row in self.search("JobID", sorted(wanted) or [0])}
             keys = {(number, self.aspect(found.get(number))) for number in wanted}
@@ -905,27 +905,27 @@ class DiracExecutor:
             self.rows, self.asked_for = found, wanted
 
     def aspect(self, row: Row | None) -> str:
-        """Return what is to be timed of a job: that it is missing, or that nothing is heard of it in its status."""
+        """Return the aspect of a job that is timed: that it is missing, or its status and last heartbeat."""
         return "missing" if row is None else f"{row['Status']} {row['HeartBeatTime']}"
 
     def lasting_s(self, number: int) -> float:
-        """Return for how long (seconds) a job has been missing, or has had its status without a sign of life."""
+        """Return for how many seconds a job has been missing, or has been in its status without a heartbeat."""
         now = self.clock.monotonic()
         return now - self.since.get((number, self.aspect(self.rows.get(number))), now)
 
     def row_of(self, job: Job) -> Row | None:
-        """Return what DIRAC said last of a job; None for a stranger's that has its number after DIRAC lost its database."""
+        """Return a job's last known row, or None. After DIRAC lost its database, another job may have its number."""
         row = self.rows.get(int(job.handle or 0))
         return row if row and row["JobName"] == job_name(job.mark) else None
 
     def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
         self.keep_in_mind(jobs)
-        with contextlib.suppress(BackendUnavailable):  # problem() says so; its jobs are alive
+        with contextlib.suppress(BackendUnavailable):  # problem() reports it; the jobs count as alive
             self.look(())
         return {job.id: self.outcome(job) for job in jobs}
 
     def keep_in_mind(self, jobs: Sequence[Job]) -> None:
-        """Watch these jobs, and forget those that nobody has asked for in a while: they are over."""
+        """Watch these jobs, and forget those that were not polled for FORGET_S: they are over."""
         now = self.clock.monotonic()
         with self.lock:
             polled = {**self.polled, **{job.mark: (int(job.handle), now) for job in jobs if job.handle}}
@@ -952,13 +952,13 @@ class DiracExecutor:
             return Outcome(True)
         if row["Status"] not in NOT_BEGUN | WITH_PILOT and row["Status"] not in self.odd:
             self.odd.add(row["Status"])
-            log.warning("DIRAC says %r of job %d, which is not known here: taken for alive", row["Status"], number)
+            log.warning("DIRAC reports the unknown status %r for job %d: it counts as alive", row["Status"], number)
         return Outcome(True, waits=waits_text(row) if row["Status"] in NOT_BEGUN else "")
 
     # -- judging --
 
     def judge_soon(self, job: Job, row: Row) -> None:
-        """Find out in the background how a job ended: its outputs may be large."""
+        """Find out in the background how a job ended, because its outputs may be large."""
         with self.lock:
             if job.mark in self.judging or len(self.judging) >= JUDGES or self.judged.get(job.mark) == self.asked_at:
                 return
@@ -967,20 +967,20 @@ class DiracExecutor:
         threading.Thread(target=self.judge, args=(job, row), name=f"dirac {row['JobID']}", daemon=True).start()
 
     def judge(self, job: Job, row: Row) -> None:
-        """Keep a job's outcome for the next poll, if it is known."""
+        """Find a job's outcome and keep it for the next poll."""
         try:
             with contextlib.suppress(BackendUnavailable, StillRunning):
                 verdict = self.verdict(job, row)
                 with self.lock:
                     self.verdicts.update({job.mark: verdict} if verdict else {})
-        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and the job is looked at again
-            log.exception("DIRAC: job %s is looked at again", row["JobID"])
+        except Exception:  # noqa: BLE001 - logged; the next poll tries again
+            log.exception("DIRAC: the outcome of job %s could not be determined; it is tried again", row["JobID"])
         finally:
             with self.lock:
                 self.judging.discard(job.mark)
 
     def verdict(self, job: Job, row: Row) -> Outcome | None:
-        """Return how a job ended, None where its pilot may still have something of it, or bring its outputs."""
+        """Return how a job ended, or None while its pilot may still run it or upload its outputs."""
         if row["RescheduleCounter"]:
             self.cancel(job)
             return run_again(row)
@@ -988,22 +988,22 @@ class DiracExecutor:
         left = read_exit(self.data.job(job.mark))
         if left:
             return weighed(row, left)
-        # A job that the pilot's watchdog ended is Failed before its outputs are sent.
+        # A job that the pilot's watchdog kills is Failed before its outputs are uploaded.
         late = self.lasting_s(int(row["JobID"])) >= self.config.vanish_grace_s
         return without_exit(row) if late and (row["Status"] != "Killed" or self.is_over(row)) else None
 
     def is_over(self, row: Row) -> bool:
-        """Tell whether a killed job surely runs no more: its pilot said so, or was not heard of for longer than it keeps silent."""
+        """Tell whether a killed job certainly runs no more: its pilot reported it, or has been silent for too long."""
         quiet_s = self.config.dirac_quiet_s if row["StartExecTime"] else self.config.vanish_grace_s
         if int(row["JobID"]) in self.unbegun:
             return True
         return bool(PILOT_IS_DONE.search(str(row["MinorStatus"]))) or self.lasting_s(int(row["JobID"])) >= quiet_s
 
-    # -- ending --
+    # -- killing --
 
     def kill(self, row: Row) -> None:
         """Ask DIRAC to kill a job. Raises StillRunning if it did not accept the request."""
-        # DIRAC goes by this time, and takes none before what a pilot with a fast clock said.
+        # DIRAC orders changes by this time, and ignores one before the last, which may come from a pilot with a fast clock.
         times = [dirac_time(row[name]) for name in ("LastUpdateTime", "HeartBeatTime", "StartExecTime")]
         stamp = datetime.fromtimestamp(max(self.clock.wall(), *times) + 0.001, timezone.utc).isoformat(timespec="microseconds")
         change = {"Status": "Killed", "MinorStatus": "Marked for termination", "Source": "joborch"}
@@ -1011,7 +1011,7 @@ class DiracExecutor:
             said = self.service.call("PATCH", "/api/jobs/status", {str(row["JobID"]): {stamp: change}})
             noted = (said.get("success", {}).get(str(row["JobID"])) or {}).get("Status")
         if noted != "Killed":
-            raise StillRunning(f"DIRAC did not note that job {row['JobID']} is to end")
+            raise StillRunning(f"DIRAC did not accept the request to kill job {row['JobID']}")
 
     def cancel(self, job: Job) -> None:
         try:
@@ -1020,12 +1020,12 @@ class DiracExecutor:
             raise StillRunning(str(error)) from error
 
     def stop(self, job: Job) -> None:
-        """Return when a job surely runs no more; StillRunning, BackendUnavailable."""
+        """Kill a job; return when it certainly runs no more. Raises StillRunning or BackendUnavailable."""
         handle = job.handle or self.find([job]).get(job.mark)
         if handle is None:
             return
         if not handle:
-            raise BackendUnavailable("DIRAC: whether its submission got through is waited for")
+            raise BackendUnavailable("DIRAC: it is not known yet whether the submission succeeded")
         job, number = job._replace(handle=handle), int(handle)
         self.look([number], at_once=True)
         row = self.row_of(job)
@@ -1036,24 +1036,24 @@ class DiracExecutor:
             after = self.row_of(job)
             silent = after is not None and (after["HeartBeatTime"], after["StartExecTime"]) == (row["HeartBeatTime"], row["StartExecTime"])
             if row["Status"] in NOT_BEGUN and silent:
-                self.unbegun.add(number)  # no pilot has it, and none gets it any more
+                self.unbegun.add(number)  # no pilot has it, and none will get it
             elif after:
-                raise StillRunning(f"DIRAC: job {number} is marked for its pilot to end it")
+                raise StillRunning(f"DIRAC: job {number} is marked, and its pilot will kill it")
             row = after
         if row and row["Status"] == "Killed" and not self.is_over(row) and not self.outputs_of(number):
             self.killing.add(number)
-            raise StillRunning(f"DIRAC: job {number} is killed, and its pilot has not said that it ended it")
+            raise StillRunning(f"DIRAC: job {number} is Killed, but its pilot has not confirmed that")
         self.killing.discard(number)
 
     # -- fetching --
 
     def outputs_of(self, number: int) -> list[str]:
-        """Return the pfns of a job's output sandboxes, the newest first."""
+        """Return the pfns of a job's output sandboxes, newest first."""
         with self.noted():
             return [str(pfn) for pfn in reversed(self.service.call("GET", f"/api/jobs/{number}/sandbox/output"))]
 
     def collect(self, job: Job) -> None:
-        """Bring a job's outputs into its folder, if they are not there: the exit file last, so that a crash does no harm."""
+        """Fetch a job's outputs into its folder unless they are there, the exit file last, so that a crash does no harm."""
         if job.mark in self.fetched or not job.handle or read_exit(self.data.job(job.mark)):
             return
         with self.lock:
@@ -1063,20 +1063,20 @@ class DiracExecutor:
                 self.fetched.add(job.mark)
 
     def bring(self, job: Job, pfn: str) -> bool:
-        """Fetch one output sandbox into a payload's folder; False if it is useless. Raises BackendUnavailable if a retry may help.
+        """Fetch one output sandbox into a payload's folder. Return False if it is useless. Raises BackendUnavailable if a retry may help.
 
-        What fails for FETCH_PATIENCE_S is of no use: it would hold a slot and its user's quota for ever.
+        A sandbox that fails for FETCH_PATIENCE_S counts as useless, or it would hold a slot and its user's quota for ever.
         """
         room, first = Path(tempfile.mkdtemp(dir=self.data.tmp)), self.fetch_failed.setdefault(job.mark, self.clock.monotonic())
         try:
             with open(room / "sandbox", "w+b") as file:
                 self.service.download(pfn, file)
             unpack_outputs(room, pfn, self.config.min_free_bytes, ResultLimits(self.config.max_result_bytes, self.config.max_result_files))
-            sync_file_system(room / "out")  # after a power loss, too, the exit file says that all is there
+            sync_file_system(room / "out")  # the exit file means that all is there, also after a power failure
             crash_point("dirac.unpacked")
             exchange(room / "out", self.data.job(job.mark))
         except (BadSandbox, BackendUnavailable, DiracRefusal, OSError, LookupError, TypeError, ValueError) as error:
-            text = f"outputs of job {job.handle} cannot be had: {one_line(str(error), 200)}"
+            text = f"the outputs of job {job.handle} cannot be fetched: {one_line(str(error), 200)}"
             log.warning("DIRAC: %s", text)
             if isinstance(error, BadSandbox) or self.clock.monotonic() - first > FETCH_PATIENCE_S:
                 return False
@@ -1086,7 +1086,7 @@ class DiracExecutor:
         self.fetch_failed.pop(job.mark, None)
         return True
 
-    # -- what nobody knows of, and what is to be known before --
+    # -- orphans, and doctor --
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         try:
@@ -1096,7 +1096,7 @@ class DiracExecutor:
                 if row["Status"] not in GRID_ENDED:
                     self.kill(row)
         except (BackendUnavailable, StillRunning) as error:
-            log.warning("%s: jobs of a database that is lost may run on there", error)
+            log.warning("%s: jobs of a lost database may keep running there", error)
 
     def examine(self) -> Iterator[Finding]:
         try:
@@ -1106,22 +1106,22 @@ class DiracExecutor:
             yield Finding(False, str(error))
             return
         except (LookupError, TypeError, AttributeError, ValueError):
-            yield Finding(False, f"{self.config.dirac_url} does not answer as DiracX does: look at JOBORCH_DIRAC_URL")
+            yield Finding(False, f"{self.config.dirac_url} does not answer like DiracX: correct JOBORCH_DIRAC_URL")
             return
         until = self.login_valid_until()
         left = f" until {at_clock(until)}; before that, log in again with `dirac login`" if until else ""
-        yield Finding(True, f"DIRAC answers at {self.config.dirac_url}, as {name}, whose login is valid{left}")
+        yield Finding(True, f"DIRAC answers at {self.config.dirac_url}; you are {name}, and your login is valid{left}")
         with contextlib.suppress(BackendUnavailable, KeyError, TypeError, ValueError):
             answer = self.service.send("GET", f"{self.service.url}/.well-known/dirac-metadata")
             off_s = parsedate_to_datetime(answer.headers["Date"]).timestamp() - self.clock.wall()
             if abs(off_s) > CLOCK_TOLERANCE_S:
-                yield Finding(None, f"DIRAC's clock is {format_duration(abs(off_s))} off ours: use NTP")
+                yield Finding(None, f"DIRAC's clock differs by {format_duration(abs(off_s))}: use NTP")
 
 
 def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimits | None = None) -> None:
-    """Unpack folder/sandbox and the archive in it below folder/out; BadSandbox, OSError.
+    """Unpack folder/sandbox and the archive in it below folder/out. Raises BadSandbox or OSError.
 
-    Where it is over the limits, the exit file says so, in place of the script's.
+    If it exceeds the limits, an exit file that says so replaces the script's.
     """
     import tarfile
 
@@ -1130,7 +1130,7 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
         with contextlib.ExitStack() as stack:
             if pfn.endswith(".tar.zst"):  # Python reads it from 3.14 on
                 if not shutil.which("zstd"):
-                    raise BackendUnavailable("DIRAC: a pilot packed outputs by zstd: install the program zstd on this machine")
+                    raise BackendUnavailable("DIRAC: a pilot packed outputs with zstd: install the program zstd on this machine")
                 unpacker = stack.enter_context(
                     subprocess.Popen(["zstd", "-dcq", str(folder / "sandbox")], stdout=subprocess.PIPE, env=helper_environment())
                 )
@@ -1156,12 +1156,12 @@ def unpack_outputs(folder: Path, pfn: str, spare_bytes: int, limits: ResultLimit
         raise BadSandbox(f"it is damaged: {one_line(str(error))}") from error
     if left_out:
         log.warning(
-            "%d entries of %s were left out: links out of their folder, or devices (%s...)", len(left_out), pfn, one_line(left_out[0], 80)
+            "%d entries of %s were omitted: links out of their folder, or devices (%s...)", len(left_out), pfn, one_line(left_out[0], 80)
         )
 
 
 def exchange(new: Path, folder: Path) -> None:
-    """Put what came back into a payload's folder in place of what is there: the exit file last, it says that all is there."""
+    """Move fetched outputs into a payload's folder, replacing what is there. The exit file is last: it means that all is there."""
     aside = new.with_name("old")
     aside.mkdir()
     names = sorted(os.listdir(new), key=lambda name: name == "exit.json")

@@ -1,4 +1,4 @@
-"""Documents made from the declared routes: OpenAPI, Swagger UI, and the tables of the README."""
+"""Documents made from the declared routes: OpenAPI, Swagger UI, and the tables of docs/reference.md."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route
 
-# == Page and documents ==  They are made from the declared routes, and served without asking another machine.
+# == Page and documents ==  They are made from the declared routes, and need no other machine.
 
-SWAGGER_FOLDER = "joborch_plugins/swagger-ui/"  # of joborch.pyz; elsewhere there is none
+SWAGGER_FOLDER = "joborch_plugins/swagger-ui/"  # only in joborch.pyz
 SWAGGER_FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
 SWAGGER_PAGE = """<!doctype html>
 <html lang="en">
@@ -26,7 +26,7 @@ ROUTES_PAGE = """<!doctype html>
 <style>body {{ font-family: sans-serif; margin: 2em; }} td {{ padding: 0.2em 1.5em 0.2em 0; vertical-align: top; }}</style></head>
 <body><h1>joborch {mode}</h1>
 <p>These are the routes. <a href="/api-docs/openapi.json">OpenAPI 3.1</a> describes their parameters and answers, for any viewer.
-joborch.pyz brings a viewer of its own, Swagger UI; this copy of joborch comes without.</p>
+joborch.pyz includes such a viewer, Swagger UI; this copy of joborch does not.</p>
 <table>
 {rows}
 </table></body>
@@ -93,7 +93,7 @@ def openapi_response(said: Gives) -> dict[str, Any]:
 
 
 def openapi_schema_of(example: Any) -> dict[str, Any]:
-    """Return the JSON type of an example. Nothing is said of an object's fields: they may be null, and there may be more."""
+    """Return the JSON type of an example. The fields of objects are not declared: they may be null, and there may be more."""
     return {"type": "object"} if isinstance(example, dict) else {"type": "number"}
 
 
@@ -133,7 +133,7 @@ def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
 
 
 def routes_table(mode: str) -> str:
-    """Return the README's table of routes, in Markdown."""
+    """Return the table of routes for docs/reference.md, in Markdown."""
     rows = ["| method and path | what it does | answers |", "|---|---|---|"]
     for declared in ROUTES:
         if mode in declared.mode.split():
@@ -176,7 +176,7 @@ def swagger_slash(node: Node, request: Request) -> Answer:
 
 @route("GET", "/swagger-ui/", "server client", who="anyone", gives={200: Gives("the page", "text/html")})
 def swagger_page(node: Node, request: Request) -> Answer:
-    """Show Swagger UI; its files come from this server."""
+    """Show Swagger UI, with files from this server."""
     try:
         own_file(SWAGGER_FOLDER + "LICENSE")
         page = SWAGGER_PAGE
@@ -199,5 +199,5 @@ def swagger_file(node: Node, request: Request, name: str) -> Answer:
     except OSError:
         content = None
     if content is None:
-        raise HttpError(404, "Swagger UI has no such file, or is missing: joborch.pyz brings it")
+        raise HttpError(404, "Swagger UI has no such file, or is missing: joborch.pyz includes it")
     return Answer(content, 200, {"Content-Type": SWAGGER_FILES[name], "Cache-Control": "max-age=86400"})

@@ -335,7 +335,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, help="a trace in the Standard Workload Format (default: a synthetic month)")
     parser.add_argument("--jobs", type=int, default=40_000, help="jobs of the synthetic month")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clients", default="8,8", help="slots of each client, commas between")
+    parser.add_argument("--clients", default="8,8", help="slots of each client, separated by commas")
     parser.add_argument("--quota", type=int, default=5, help="runs of one user at once")
     parser.add_argument("--plot", type=Path, help="write the plot of waits to this file (SVG)")
     options = parser.parse_args(words)

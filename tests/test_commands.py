@@ -257,7 +257,7 @@ def test_a_data_folder_that_holds_things_of_others(tmp_path: Path) -> None:
     (tmp_path / "var/tmp").mkdir(parents=True)
     (tmp_path / "var/tmp/precious").write_bytes(b"x")
     said = refused("server", DATA_PATH=str(tmp_path / "var"))
-    assert "'tmp' of something else" in said
+    assert "'tmp' not made by joborch" in said
     assert (tmp_path / "var/tmp/precious").exists()
 
 
@@ -268,7 +268,7 @@ def test_a_database_of_a_newer_version(word: str, tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     db.close()
     said = refused(word, DB_PATH=str(tmp_path / "db"), DATA_PATH=str(tmp_path / "data"))
-    assert f"DB_PATH '{tmp_path}/db' was made by a newer joborch (schema 99, this one knows {joborch.SCHEMA_VERSION})" in said
+    assert f"DB_PATH '{tmp_path}/db' was created by a newer joborch (schema 99, this one knows {joborch.SCHEMA_VERSION})" in said
 
 
 def test_a_database_in_a_place_that_cannot_be(tmp_path: Path) -> None:

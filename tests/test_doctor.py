@@ -49,7 +49,7 @@ def test_a_client_that_is_not_there(what: str, tmp_path: Path) -> None:
     (problem,) = problems(found)
     assert code == 1
     assert f"service x: 127.0.0.1:{port}: " in problem
-    assert "is it up" in problem or "is the client up" in problem
+    assert "is it up" in problem or "is the client running" in problem
 
 
 def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_port_that_is_taken(make_process: MakeProcess, pair: Pair, tmp_path: P
 
 def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:
     code, found = doctor("client", tmp_path, JOBORCH_MIN_FREE="999999G")
-    assert (code, "make room, or set DATA_PATH" in problems(found)[0]) == (1, True)
+    assert (code, "free space, or set DATA_PATH" in problems(found)[0]) == (1, True)
     (tmp_path / "file").touch()
     code, found = doctor("client", tmp_path, DATA_PATH=str(tmp_path / "file" / "data"))
     assert (code, "cannot be written" in problems(found)[0]) == (1, True)
@@ -79,7 +79,7 @@ def test_dirac_without_url_or_login(tmp_path: Path) -> None:
     code, found = doctor("client", tmp_path, **url)
     assert (code, "log in with `dirac login`" in problems(found)[0]) == (1, True)
     code, found = doctor("client", tmp_path, **url, SERVICE_DOCK_DIRAC_JDL="Executable = 1")
-    assert (code, problems(found)[0].startswith("SERVICE_DOCK_DIRAC_JDL sets Executable: leave it out")) == (1, True)
+    assert (code, problems(found)[0].startswith("SERVICE_DOCK_DIRAC_JDL sets Executable: remove it")) == (1, True)
 
 
 def test_settings_without_effect_are_named(tmp_path: Path) -> None:

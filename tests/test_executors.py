@@ -382,7 +382,7 @@ def test_a_number_that_another_process_has_now_is_not_the_payload(bench: Bench) 
         ("empty claim", Cause.INFRASTRUCTURE, ""),
         ("full disk", Cause.INFRASTRUCTURE, "disk is full: the script was not started"),
         ("no ready", Cause.INFRASTRUCTURE, "was not started"),
-        ("restart", Cause.INFRASTRUCTURE, "while it was away"),
+        ("restart", Cause.INFRASTRUCTURE, "while it did not run"),
     ],
 )
 def test_a_payload_that_is_gone_without_an_exit_file(

@@ -572,7 +572,7 @@ def test_a_new_attempt_says_when_it_begins(desk: Desk) -> None:
     job = desk.with_client(Status.RUNNING)
     joborch.new_attempt(desk.server, job, "the machine was restarted")
     said = ask(desk.server, "GET", f"/jobs/{job.id}").json
-    assert "attempt 2 begins in" in said["waiting_for"] and "the machine was restarted" in said["waiting_for"]
+    assert "attempt 2 starts in" in said["waiting_for"] and "the machine was restarted" in said["waiting_for"]
     assert [attempt["attempt"] for attempt in said["attempts"]] == [1]
     assert said["attempts"][0]["cause"] == "infrastructure"
 

@@ -545,14 +545,14 @@ def test_anonymous_for_all_users_of_the_machine(make_process: MakeProcess, role:
     assert curl_as(STRANGER_UID, process.url + path) == 200
     assert curl_as(STRANGER_UID, f"http://[::1]:{process.port}{path}") == 200
     wait_for(lambda: "listens on" in process.log, what="the line of its start")
-    assert "everybody at 127.0.0.0/8, ::1/128 is served without a token" in process.log
+    assert "all callers at 127.0.0.0/8, ::1/128 are served without a token" in process.log
     assert code_of(process, f"GET {path} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n") == 403
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"JOBORCH_ALLOW_FROM": "10.0.0.0/8"}, "set JOBORCH_ALLOW_ANONYMOUS=1 beside it"),
+        ({"JOBORCH_ALLOW_FROM": "10.0.0.0/8"}, "set JOBORCH_ALLOW_ANONYMOUS=1, too"),
         ({**ANONYMOUS, "JOBORCH_ALLOW_FROM": "10.0.0.0/8", "JOBORCH_TOKEN": TOKEN}, "have no effect, because a token is set"),
         ({"JOBORCH_SOCKET_MODE": "0666"}, "set JOBORCH_SOCKET to a path"),
     ],

@@ -242,7 +242,7 @@ echo "$MYTOOL_ROOT ${PATH%%:*} $LOADEDMODULES" >> seen.txt
 
 @pytest.mark.parametrize("names", ["a b", "A=1", "A\tB"])
 def test_names_that_are_none_are_refused(names: str) -> None:
-    with pytest.raises(joborch.ConfigError, match=r"JOBORCH_PASS_ENV is .*: give names of variables with commas between"):
+    with pytest.raises(joborch.ConfigError, match=r"JOBORCH_PASS_ENV is .*: give names of variables separated by commas"):
         joborch.load_config("client", {}, {"JOBORCH_PASS_ENV": names})
 
 
@@ -264,5 +264,5 @@ def test_doctor_and_log_name_what_is_left_out(make_process: MakeProcess, tmp_pat
     assert "JOBORCH_PASS_ENV" in line
     assert any("JOBORCH_TOKEN is in the environment" in text and "JOBORCH_TOKEN_FILE" in text for text in said)
     client = make_process("client", {"JOBORCH_LOG": "debug", "MYLAB_X": "value"}).start()
-    assert "scripts do not get MYLAB_X" in client.log
+    assert "variables that scripts do not get: MYLAB_X" in client.log
     assert "=value" not in client.log

@@ -220,7 +220,7 @@ def test_an_end_that_a_batch_system_only_notes_keeps_nobody_waiting(data: DataFo
         wait_for(lambda: site.yard[job].kill_requested_at is not None, what="the wish")
         end_tick(client)
         assert asked.result(timeout=20).status == 202
-    assert site.told(job)[1].startswith("it is being ended: ")
+    assert site.told(job)[1].startswith("it is being stopped: ")
     site.yard.store.close()
 
 
@@ -329,7 +329,7 @@ def test_what_a_client_cleaned_while_the_server_was_away(
     assert (job["status"], job["cause"], job["attempt"]) == wanted
     assert reason in job["reason"]
     if job["attempt"] == 1:
-        assert "has nothing of it any more" in job["reason"]
+        assert "no longer has its files" in job["reason"]
 
 
 def test_an_end_is_judged_by_a_row_that_knows_of_the_kill(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_what_runs_on_after_exit_0_is_ended(tree: str, restart: bool, shared: Pa
     gate.touch()
     job = wait_status(shared.server, number, *ENDED)
     check_end(shared, job, "Completed", None)
-    assert job["reason"] == "run.sh ended with exit status 0; what it left running was ended"
+    assert job["reason"] == "run.sh ended with exit status 0; processes that it left running were killed"
     assert marks.read_text() == "ran\n"
     assert download(shared.server, number)["result"] == b"done\n"
 
@@ -230,7 +230,7 @@ def test_a_script_that_ignores_term_at_its_time_limit(where: str, shared: Pair, 
     deaf = "trap '' TERM HUP INT; setsid sleep 1000 & echo said; echo word >&2; echo kept > kept; while :; do sleep 0.1; done"
     job = run_to_end(own.server, deaf, **fields)
     check_end(own, job, "Failed", "limit")
-    assert job["reason"] == 'run.sh was ended at its time limit of 1.0 s; last line of standard error: "word"'
+    assert job["reason"] == 'run.sh was stopped at its time limit of 1.0 s; last line of standard error: "word"'
     got = partial(own.server, job["id"])
     assert (got["kept"], got[".joborch/stdout"], got[".joborch/stderr"]) == (b"kept\n", b"said\n", b"word\n")
     assert own.server.head(f"/download/{job['id']}").status_code == 204

@@ -281,7 +281,7 @@ CASES = [
     and (name != "flip_request" or exchange == "submit")  # the others have no body
     and (name != "silent_answer" or exchange in ("submit", "events", "retrieve"))
 ]
-SAID = r".*(cannot be reached|did not answer|broke|rubbish|answered \d+).*"
+SAID = r".*(cannot be reached|did not answer|broke|invalid answer|answered \d+).*"
 GOES_ON = {"cut_answer", "reset_answer", "stall_answer", "silent_answer"}  # what came of a result is kept
 QUIET = {"late_request", "late_answer", "drip_request", "drip_answer", "duplicate", "duplicate_before", "duplicate_after"}
 

@@ -83,7 +83,7 @@ def test_a_parameter_that_is_not_known_is_refused(pair: Pair, method: str, path:
 
 def test_a_field_of_the_form_in_the_address(pair: Pair) -> None:
     answer = pair.server.post("/upload?user_id=1", data=b"x", headers={"Content-Type": "multipart/form-data; boundary=b"})
-    assert_error(answer, 400, "user_id does not belong in the address", "-F user_id=")
+    assert_error(answer, 400, "user_id does not belong in the URL", "-F user_id=")
 
 
 def test_a_parameter_that_belongs_in_the_address(pair: Pair) -> None:
@@ -432,7 +432,7 @@ def test_a_time_of_a_few_seconds_is_asked_about(name: str, text: str, warned: bo
     """Results that go after 48 seconds are seldom meant, and were deleted without a word."""
     code, _, errors = joborch_says(tmp_path, "config", **{name: text})
     assert code == 0
-    assert (f"{name} is {text}: {text} seconds are meant? Write {text}s if they are, else {text}h or {text}d" in errors) is warned
+    assert (f"{name} is {text}: did you mean {text} seconds? Write {text}s if you did, else {text}h or {text}d" in errors) is warned
 
 
 def test_a_setting_of_the_reference_with_our_prefix(tmp_path: Path) -> None:
@@ -630,7 +630,7 @@ def test_uploads_that_the_disk_has_no_room_for(make_process: MakeProcess) -> Non
         assert_error(upload(server, {"run.sh": b"true"}), 507, "try again later", "operator", "JOBORCH_MIN_FREE")
     lines = [line for line in server.log.splitlines() if "uploads are refused" in line]
     assert len(lines) == 1, lines
-    for words in ("WARNING", str(server.data), "MiB free", "JOBORCH_MIN_FREE", "make room"):
+    for words in ("WARNING", str(server.data), "MiB free", "JOBORCH_MIN_FREE", "free space"):
         assert words in lines[0]
     assert "Traceback" not in server.log
 
@@ -702,7 +702,7 @@ def test_a_home_that_cannot_be_written(root: None, open_folder: Path, pyz: Path)
         done = subprocess.run([*program, *words], env=environment, capture_output=True, text=True, timeout=60, **as_nobody)
         return done.returncode, done.stdout + done.stderr
 
-    remedy = f"set JOBORCH_TOKEN_FILE={data}/token, one is made there; or set JOBORCH_TOKEN"
+    remedy = f"set JOBORCH_TOKEN_FILE={data}/token to create one there, or set JOBORCH_TOKEN"
     code, said = say("doctor", "client")
     assert (code, "PROBLEM the token file" in said, remedy in said) == (1, True, True), said
     code, said = say("client")
@@ -742,7 +742,7 @@ def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: P
     (tools / "sbatch").write_text("#!/bin/sh\n")
     (tools / "sbatch").chmod(0o755)
     path = {"PATH": f"{tools}:{os.environ['PATH']}", "JOBORCH_TOKEN": "t"}
-    question = "sbatch is here, but payloads would run on this machine itself: did you mean JOBORCH_EXECUTOR=slurm?"
+    question = "this machine has sbatch, but payloads would run on it directly: did you mean JOBORCH_EXECUTOR=slurm?"
     assert f"note    {question}" in doctor_says(tmp_path, "client", **path)[1]
     assert question not in doctor_says(tmp_path, "client", JOBORCH_EXECUTOR="local", **path)[1]
     assert question not in doctor_says(tmp_path, "server", **path)[1]

@@ -365,7 +365,7 @@ def test_answers_of_other_requests_are_not_believed(between: tuple[Pair, Between
     number = submit(server, script)
     wait_for(lambda: middle.changed, 30, "the answer to a submit exchanged")
     ends_once(server, number, marks)
-    assert "who does not know its token" in server.log
+    assert "program without its token" in server.log
 
 
 def test_changed_requests_are_not_obeyed(between: tuple[Pair, Between], tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_who_takes_the_port_later_gets_nothing(own_pair: Pair, tmp_path: Path) -
     with squatter(tmp_path, own_pair.client.port) as seen:
         number = submit(own_pair.server, script)
         wait_for(
-            lambda: "mac=" in seen.read_text() and waiting(own_pair.server, number, "who does not know its token"), 60, "a reason to wait"
+            lambda: "mac=" in seen.read_text() and waiting(own_pair.server, number, "program without its token"), 60, "a reason to wait"
         )
         assert not re.search(f"secret|{Pair.TOKEN}|Bearer|/submit|/events", seen.read_text())
     own_pair.client.start()

@@ -282,7 +282,7 @@ def test_a_result_that_is_still_packed_is_asked_for_again(desk: Desk, peer: Peer
     """Other results come first meanwhile, and the job is not Unknown: nothing is wrong."""
     job = desk.with_client(Status.RUNNING)
     body = b"PK"
-    packing = reply(503, {"message": "the result is being packed: come again"}, X_Joborch_Packing="1")
+    packing = reply(503, {"message": "the result is being packed: try again"}, X_Joborch_Packing="1")
     peer.says["/retrieve/7"] = [packing, packing, zip_reply(body, Repr_Digest=digest_of(body))]
     assert desk.settle(job).status is Status.RUNNING
     assert not fetch_tick(desk.server, desk.link), "not before its time"

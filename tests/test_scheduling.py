@@ -433,7 +433,7 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
 @pytest.mark.parametrize(
     ("facts", "troubles", "places", "wanted"),
     [
-        (QueueFacts(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free place at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0), FREE, EMPTY, "it is next for a free slot at a client for s"),
         (QueueFacts(0, 5, 0, 10, 1), FREE, EMPTY, "it waits for its turn: 1 of your jobs is ahead of it"),
         (QueueFacts(0, 5, 2, 10, 2, 7), FREE, BUSY_PLACE,
          "all 2 slots of gpu1:9000 are in use and 2 of your jobs and 7 other users' turns are ahead of it"),
@@ -446,14 +446,14 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
         (QueueFacts(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
         (QueueFacts(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
         (QueueFacts(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
-        (QueueFacts(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free place at a client for s"),
-        (QueueFacts(0, 5, 0, 10, 0), {}, [], "it is next for a free place at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free slot at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0), {}, [], "it is next for a free slot at a client for s"),
         (QueueFacts(0, 5, 0, 10, 0, 0, 4), FREE, EMPTY,
          "no client for s is large enough: it needs 4 slots, and the largest, gpu1:9000, has 2 slots"),
         (QueueFacts(0, 5, 0, 10, 0, 0, 1, 900), FREE, [place("x", 2, memory=500)],
          "no client for s is large enough: it needs 1 slot and 900 MiB of memory, and the largest, x, has 2 slots and 500 MiB of memory"),
         (QueueFacts(0, 5, 1, 10, 0, 0, 2), FREE, [place("x", 2, 1)],
-         "it needs 2 slots at once: x has 1 of 2 free, and holds freed slots for it"),
+         "it needs 2 slots at once: x has 1 of 2 free and reserves freed slots for it"),
     ],
 )  # fmt: skip
 def test_what_a_job_waits_for(facts: QueueFacts, troubles: dict[str, str], places: list[ClientCapacity], wanted: str) -> None:

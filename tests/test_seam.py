@@ -117,7 +117,7 @@ def test_a_start_that_was_cut_off_is_looked_for(site: Site) -> None:
     site.tick()
     assert site.system.has == [had.id, lost.id]
     assert site.yard[had].handle == str(100 + had.id)
-    assert (site.yard[unclear].handle, "got through is waited for" in site.told(unclear)[1]) == (None, True)
+    assert (site.yard[unclear].handle, "waits to learn whether it succeeded" in site.told(unclear)[1]) == (None, True)
     site.system.unclear.clear()
     site.tick(5.0)
     assert site.system.has == [had.id, lost.id, unclear.id]
@@ -160,7 +160,7 @@ def test_one_that_does_not_end_keeps_no_other_from_ending(site: Site) -> None:
     assert site.system.cancelled == [first.id, second.id]
     assert [site.yard[job].status for job in (first, second)] == [Status.RUNNING, Status.KILLED]
     site.tick()
-    assert site.told(first) == ("Prepared", "it is being ended: only noted")
+    assert site.told(first) == ("Prepared", "it is being stopped: only noted")
     site.system.stubborn.clear()
     site.yard.clock.pass_s(1.0)
     while end_tick(site.yard.client):
@@ -184,7 +184,7 @@ def test_outputs_that_cannot_be_had_yet_are_waited_for(site: Site) -> None:
     ("outcome", "status", "cause", "reason"),
     [
         (Outcome(False, cause=Cause.CANCELLED, reason="somebody did"), Status.KILLED, "cancelled", "somebody did"),
-        (Outcome(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was ended at its time limit of 5.0 s"),
+        (Outcome(False, 143, cause=Cause.LIMIT), Status.FAILED, "limit", "run.sh was stopped at its time limit of 5.0 s"),
         (Outcome(False, 137, cause=Cause.LIMIT, reason="memory"), Status.FAILED, "limit", "memory"),
         (Outcome(False, cause=Cause.INFRASTRUCTURE, reason="the node"), Status.FAILED, "infrastructure", "the node"),
     ],
@@ -222,7 +222,7 @@ def test_no_executor_takes_up_what_another_started(site: Site) -> None:
     job = site.submit()
     site.tick()
     client.config = dataclasses.replace(client.config, executor="slurm")
-    with pytest.raises(ConfigError, match="1 payloads here are run by 'local': start it with --executor local"):
+    with pytest.raises(ConfigError, match="1 payloads here were started by 'local': start it with --executor local"):
         joborch.check_executor(client)
     site.system.outcomes[job.id] = Outcome(False, 0)
     site.tick()

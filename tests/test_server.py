@@ -881,7 +881,7 @@ def test_a_silent_client_and_a_wish(desk: Desk) -> None:
     assert desk[job].status is Status.UNKNOWN
     silence(desk, 700)
     assert (desk[job].status, desk[job].cause) == (Status.FAILED, "infrastructure")
-    assert "terminate was asked for" in desk[job].reason
+    assert "terminate was requested" in desk[job].reason
 
 
 def test_a_client_that_answers_is_not_silent(desk: Desk) -> None:
@@ -983,7 +983,7 @@ def test_a_job_that_was_being_sent_when_the_server_died(desk: Desk, peer: Peer) 
 
 def test_why_a_client_cannot_be_used(desk: Desk) -> None:
     service = desk.server.services["example"]
-    assert desk.server.troubles(service) == {desk.link.name: "was not asked yet"}
+    assert desk.server.troubles(service) == {desk.link.name: "has not been called yet"}
     desk.link.failed("cannot be reached: connection refused")
     desk.clock.pass_s(0.1)
     assert desk.server.troubles(service) == {desk.link.name: "cannot be reached: connection refused (0.1 s ago)"}

@@ -487,7 +487,7 @@ def test_what_does_not_end_has_term_then_kill(pair: Pair) -> None:
     begun = time.monotonic()
     job = run_to_end(pair.server, script)
     assert 2 < time.monotonic() - begun < 8
-    assert job["reason"] == "run.sh ended with exit status 0; what it left running was ended"
+    assert job["reason"] == "run.sh ended with exit status 0; processes that it left running were killed"
     assert download(pair.server, job["id"]).text("tidied") == "tidy\n"
 
 
@@ -558,7 +558,7 @@ def folder_of(pair: Pair, number: int) -> Path:
 def test_containers_of_a_job_that_left_something_running(engine: Engine, make_pair: MakePair) -> None:
     own = make_pair(client={"PATH": engine.path}).start()
     job = run_to_end(own.server, f"echo $PWD > {engine.containers}/one; sleep 1000 &")
-    assert "what it left running was ended" in job["reason"]
+    assert "processes that it left running were killed" in job["reason"]
     wait_for(lambda: engine.names() == set(), what="the end of the container")
 
 

@@ -192,7 +192,7 @@ OURS += ["-sa1-2", "-Oa1-2", "-vJx", "-sD/tmp", "-sW"]  # several short options 
 
 @pytest.mark.parametrize("text", [*OURS, "--nice 5"])
 def test_what_joborch_sets_itself_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"leave it out|write --nice"):
+    with pytest.raises(ValueError, match=r"remove it|write --nice"):
         read_sbatch_words(text)
     with pytest.raises(ConfigError, match="SERVICE_DOCK_SLURM_ARGS"):
         joborch.load_config("client", {}, {"SERVICE_DOCK_SLURM_ARGS": text, "DATA_PATH": "/tmp"})
@@ -258,7 +258,7 @@ def test_cancelled_by_nobody() -> None:
     """Seen where slurmctld came back from a kill -9 and gave an id out again: the node would not start it, and Slurm says CANCELLED."""
     traces = {"claimed": False, "begun": False, "claimed_before": False}
     unseen = fate_of("CANCELLED", nodes="n1", **traces)
-    assert (unseen.alive, "traces are waited for" in unseen.waits) == (True, True), "the claim may come to sight late"
+    assert (unseen.alive, "waits for its exit file" in unseen.waits) == (True, True), "the claim may come to sight late"
     found = fate_of("CANCELLED", nodes="n1", missed_s=GRACE_S, **traces)
     assert (found.cause, "could not start it on n1" in found.reason) == (Cause.INFRASTRUCTURE, True)
     assert fate_of("CANCELLED", **traces).cause is Cause.CANCELLED, "while it was pending"
@@ -520,7 +520,7 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     pair = slurm(SERVICE_OTHER_SLURM_PARTITION="nowhere", server={"SERVICE_OTHER_CLIENTS": "x", "SERVICE_OTHER_TOKEN": Pair.TOKEN})
     pair.server.settings["SERVICE_OTHER_CLIENTS"] = pair.client.url
     pair.start()
-    wait_for(lambda: "WARNING sbatch would not take jobs of other" in pair.client.log, 20, "a warning at the start")
+    wait_for(lambda: "WARNING sbatch would refuse jobs of other" in pair.client.log, 20, "a warning at the start")
     wide = wait_status(pair.server, submit(pair.server, "true", memory=1_000_000), "Failed", limit_s=30)
     assert (wide["cause"], "Slurm refuses it" in wide["reason"]) == ("limit", True)
     waits = submit(pair.server, "true", service="other")
@@ -585,7 +585,7 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, 20, "the payload handed over")
     pair.client.kill()
     pair.client.start()
-    wait_for(lambda: "got through is waited for" in str(pair.server.job(number)["waiting_for"]), 90, "the reason")
+    wait_for(lambda: "waits to learn whether it succeeded" in str(pair.server.job(number)["waiting_for"]), 90, "the reason")
     cluster.lie("sbatch", "")
     assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
     assert len(cluster.jobs(mark_of(pair, number))) == 1
@@ -597,7 +597,7 @@ def test_somebody_else_cancels_it(slurm: Callable[..., Pair], cluster: Cluster, 
     begun(pair, number)
     cluster.run("scancel", *cluster.jobs(mark_of(pair, number)))
     job = wait_status(pair.server, number, "Killed", limit_s=30)
-    assert (job["cause"], "by somebody else" in job["reason"], job["attempt"]) == ("cancelled", True, 1)
+    assert (job["cause"], "not by joborch" in job["reason"], job["attempt"]) == ("cancelled", True, 1)
 
 
 def test_slurm_runs_it_a_second_time(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
@@ -610,7 +610,7 @@ def test_slurm_runs_it_a_second_time(slurm: Callable[..., Pair], cluster: Cluste
     wait_for(lambda: pair.server.job(number)["attempt"] == 2, 30, "a second attempt")
     gate.touch()
     job = wait_status(pair.server, number, "Completed", limit_s=60)
-    assert "put it back into its line" in job["attempts"][0]["reason"]
+    assert "stopped and requeued it" in job["attempts"][0]["reason"]
     assert (pair.client.data / "jobs" / first / "stdout").read_text() == "began\n"
 
 
@@ -654,7 +654,7 @@ def test_slurmctld_dies_and_forgets(slurm: Callable[..., Pair], cluster: Cluster
     (open_folder / "gate2").touch()
     job = wait_status(pair.server, lost, "Completed", limit_s=60)
     assert (job["attempt"], job["attempts"][0]["cause"]) == (2, "infrastructure")
-    assert "does not know the job any more" in job["attempts"][0]["reason"]
+    assert "no longer knows the job" in job["attempts"][0]["reason"]
     states = dict(line.split() for line in cluster.run("squeue", "-h", "-o", "%i %T").splitlines())
     assert {job_id: states[job_id] for job_id in given} == dict.fromkeys(given, "PENDING")
 
@@ -874,7 +874,7 @@ def test_doctor_knows_slurm(cluster: Cluster, executor: slurm.SlurmExecutor, mon
     wrong = {"docking": BatchOptions(slurm_partition="nowhere"), "example": BatchOptions(slurm_partition="main")}
     executor.config = dataclasses.replace(executor.config, batch=wrong)
     texts = [finding.text for finding in executor.examine() if not finding.good]
-    refused = "sbatch would not take jobs of docking: sbatch: invalid partition specified: nowhere"
+    refused = "sbatch would refuse jobs of docking: sbatch: invalid partition specified: nowhere"
     assert texts == [f"{refused}; look at SERVICE_DOCKING_SLURM_PARTITION"]
     odd = {"docking": BatchOptions(slurm_partition="main", slurm_args=("--nonsense",))}
     executor.config = dataclasses.replace(executor.config, batch=odd)

@@ -765,7 +765,7 @@ def test_a_database_of_a_newer_version(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "db") as db:
         db.execute(f"PRAGMA user_version = {joborch.SCHEMA_VERSION + 1}")
     db.close()
-    with pytest.raises(ConfigError, match="made by a newer joborch"):
+    with pytest.raises(ConfigError, match="created by a newer joborch"):
         Store(str(tmp_path / "db"), "server")
 
 
@@ -929,7 +929,7 @@ def test_a_database_that_no_release_made_is_refused(version: int, tmp_path: Path
     path = tmp_path / "old"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
-    with pytest.raises(ConfigError, match=rf"never released \(schema {version}\): give another file"):
+    with pytest.raises(ConfigError, match=rf"unreleased joborch \(schema {version}\): give another file"):
         Store(str(path), "server", HandClock())
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0, "no table was made"

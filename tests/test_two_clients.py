@@ -158,5 +158,5 @@ def test_a_chain_of_jobs_runs_in_its_order(kill: Callable[[Process], None], thre
     wait_status(server, third, "Completed")
     assert log.read_text() == "1\n2\n3\n"
     ended = wait_status(server, last, "Invalid")
-    assert (ended["reason"], ended["cause"]) == (f"job {broken}, which it was to follow, ended as Failed", "user")
+    assert (ended["reason"], ended["cause"]) == (f"job {broken}, which it follows, ended as Failed", "user")
     assert ended["after"] == sorted([third, broken])

@@ -139,10 +139,10 @@ def test_a_chain_breaks_where_one_ends_badly(how: Status, desk: Desk) -> None:
     send_all(desk)
     end(desk, first, how)
     assert (desk[second].status, desk[second].cause) == (Status.INVALID, "user")
-    assert desk[second].reason == f"job {first.id}, which it was to follow, ended as {how}"
+    assert desk[second].reason == f"job {first.id}, which it follows, ended as {how}"
     assert desk[third].status is Status.INVALID
     late = uploaded(desk, after=third.id)
-    assert (late.status, late.reason) == (Status.INVALID, f"job {third.id}, which it was to follow, ended as Invalid")
+    assert (late.status, late.reason) == (Status.INVALID, f"job {third.id}, which it follows, ended as Invalid")
     assert desk[other].status is Status.SUBMITTED
 
 

@@ -78,7 +78,7 @@ def warned(machine: Machine, process: Process, *words: str) -> None:
 def silent(machine: Machine, process: Process) -> None:
     """It starts without a warning, and doctor has no more to say than of a token in the environment, or a client that is not up."""
     others = [text for good, text in machine.doctor(process) if good is not True and "in the environment" not in text]
-    assert not [text for text in others if "is the client up" not in text]
+    assert not [text for text in others if "is the client running" not in text]
     process.start()
     assert "WARNING" not in process.log.replace("WARNING client 127.0.0.1", "")
 
@@ -308,8 +308,8 @@ def test_the_login_of_dirac(machine: Machine) -> None:
 def test_short_tokens(machine: Machine) -> None:
     """A warning, which says whether other machines can try."""
     short = {"JOBORCH_TOKEN": f"{GOOD_TOKEN},fifteen-letters"}
-    warned(machine, machine.process(**short), "JOBORCH_TOKEN holds a token of 15 characters: use at least 16", "token_urlsafe")
-    warned(machine, machine.process(JOBORCH_HOST="0.0.0.0", **short), "JOBORCH_TOKEN holds a token of 15 characters", "0.0.0.0 lets other")
+    warned(machine, machine.process(**short), "JOBORCH_TOKEN has a token of 15 characters: use at least 16", "token_urlsafe")
+    warned(machine, machine.process(JOBORCH_HOST="0.0.0.0", **short), "JOBORCH_TOKEN has a token of 15 characters", "0.0.0.0 lets other")
     silent(machine, machine.process(JOBORCH_HOST="0.0.0.0", JOBORCH_TOKEN="sixteen-letters-"))
     far = {"SERVICE_EXAMPLE_CLIENTS": "http://192.0.2.1:9000", "SERVICE_EXAMPLE_TOKEN": "short"}
     process = machine.process("server", **far).start()

@@ -192,7 +192,7 @@ def test_a_start_with_a_new_database_goes_on_around_files_of_another_user(
     own.client.start()
     assert (own.client.data / "jobs" / "aaa.1").exists()
     assert not (own.client.data / "jobs" / "zzz.1").exists()
-    assert "aaa.1 was left by an earlier database, and cannot be removed" in own.client.log
+    assert "aaa.1 belongs to an earlier database and cannot be removed" in own.client.log
 
 
 # == TMPDIR ==
