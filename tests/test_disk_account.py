@@ -118,7 +118,9 @@ def test_an_upload_that_is_refused_at_its_end_gives_its_disk_back(server: Proces
 
 def test_what_one_upload_was_promised_no_other_gets(server: Process, small_disk: Disk) -> None:
     """The first needs 40 of some 47 MiB, and has sent a tenth of it: a second one is refused at its head, a small one is not."""
+    before = free_mib(small_disk)
     with upload_begun(server.port, 20 * MIB, 2 * MIB):
+        wait_for(lambda: free_mib(small_disk) < before - 1, what="the first one's promise")
         with upload_begun(server.port, 10 * MIB, 0) as second:
             status, headers, body = parse_answer(read_all(second))
             assert status == 507
