@@ -861,7 +861,7 @@ class Reason:
     ANSWER_LOST = "{client} {error}: the job is sent there again under the same key"
     ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
     CANNOT_SAY = "{client} cannot say whether it has the job"
-    BEGAN_ANEW = "{client} has a new data folder and does not know it"
+    BEGAN_ANEW = "{client} was restarted and has lost it"
     ANSWER_NOT_STORED = "the client's answer could not be stored: the job is sent there again under the same key"
     SERVER_RESTARTED = "the server was restarted while sending it to {client}: it is sent there again under the same key"
     CHAIN_BROKEN = "job {job}, which it follows, ended as {status}"
@@ -4233,7 +4233,7 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     `asked_at` (monotonic) is when the events were requested.
     """
     if link.instance not in ("", heard.instance):
-        link.note("has a new data folder: its list of jobs is requested again", logging.INFO)
+        link.note("has a new database: its list of jobs is requested again", logging.INFO)
         for job in server.store.jobs(AT_CLIENT, client=link.name):
             goes_on_elsewhere(server, link, job)
         link.instance, link.met, link.copy_of, link.since = heard.instance, False, "", 0
@@ -5073,7 +5073,7 @@ def known_payload(client: Client, request: Request, job_id: int) -> Job:
     job = known_job(client, request, job_id)
     meant = request.header("X-Joborch-Mark")
     if meant and meant != job.mark:
-        raise HttpError(404, f"payload {job.id} belongs to another job: this client has a new data folder")
+        raise HttpError(404, f"payload {job.id} belongs to another job: this client has a new database")
     return job
 
 
