@@ -326,11 +326,9 @@ class Backoff:
         return self.reason != before
 
     def worked(self) -> None:
-        """Forget the failures: it works again."""
         self.reason, self.failures, self.until = "", 0, float("-inf")
 
     def waits(self) -> bool:
-        """Tell whether the pause still lasts."""
         return self.clock.monotonic() < self.until
 
 
@@ -819,7 +817,6 @@ class NewJob:
 
     @property
     def after(self) -> list[int]:
-        """The ids of the jobs that must be Completed first."""
         return ids_in(self.after_ids)
 
 
@@ -1042,7 +1039,6 @@ class Loop:
         log.error("%s: %s; it is tried again every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
 
     def sleep(self, patience_s: float | None) -> None:
-        """Sleep until a call comes, or for `patience_s` seconds."""
         with self.condition:
             if not self.calls and not self.stopped:
                 self.asleep += 1
@@ -1119,7 +1115,6 @@ class Pool:
         return True
 
     def work(self) -> None:
-        """Run tasks until none has come for a while."""
         bell = threading.Lock()
         bell.acquire()  # released only to wake this thread
         while True:
@@ -1152,7 +1147,6 @@ class Pool:
             return True
 
     def stop(self) -> None:
-        """Let the threads stop after the queued tasks."""
         with self.lock:
             self.stopping = True
             while self.idle:
@@ -1182,14 +1176,12 @@ class House:
         self.told_at = float("-inf")
 
     def enter(self, connection: Any, address: Any) -> None:
-        """Count a new connection."""
         with self.lock:
             self.peers[connection] = peer = peer_of(address)
             self.counts[peer] += 1
             self.idle[0][connection] = None
 
     def leave(self, connection: Any) -> None:
-        """Forget a connection that was closed."""
         with self.lock:
             self.hold(connection, 0)
             for rank in self.idle:
@@ -1201,20 +1193,17 @@ class House:
                     del self.counts[peer]
 
     def busy(self, connection: Any) -> None:
-        """Note that a connection has a request under way."""
         with self.lock:
             for rank in self.idle:
                 rank.pop(connection, None)
 
     def rest(self, connection: Any) -> None:
-        """Note that a connection became idle, after a request."""
         with self.lock:
             if connection in self.peers:
                 self.busy(connection)
                 self.idle[2 if connection.proven else 1][connection] = None
 
     def hold(self, connection: Any, size: int) -> None:
-        """Note how many bytes are kept in memory for an unproven connection."""
         with self.lock:
             self.held_bytes += size - self.held.pop(connection, 0)
             if size:
@@ -1302,7 +1291,6 @@ class Watch:
                 time.sleep(0.2)  # so that an error that repeats does not fill the log
 
     def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
-        """Wait for events once and handle them."""
         from waitress import wasyncore
 
         due, now = self.again, time.monotonic()
@@ -1406,7 +1394,6 @@ class Node:
         return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
 
     def wake(self, name: str) -> None:
-        """Wake the loops called `name`, or `name:...`."""
         for key, loop in self.loops.items():
             if key == name or key.startswith(name + ":"):
                 loop.wake()
@@ -1547,7 +1534,6 @@ class Request:
 
     @functools.cached_property
     def query_pairs(self) -> list[tuple[str, str]]:
-        """The parameters in the query, in their order."""
         return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
 
     @functools.cached_property
@@ -1615,7 +1601,6 @@ class Route:
     slow: bool  # its duration depends on others: on what a script wrote, a client's answer, the size of an upload
 
     def taken(self, place: str) -> list[Parameter]:
-        """Return its parameters in one place: path, query, header or form."""
         return [parameter for parameter in self.takes if parameter.place == place]
 
     @property
@@ -3184,7 +3169,6 @@ class Link:
         return set_ones[service] if service in set_ones else next(filter(None, set_ones.values()), "")
 
     def set_tokens(self) -> dict[str | None, str]:
-        """Return the token of each service; empty if none is set."""
         return {service.name: service.token for service in self.services}
 
     def may_be_22(self) -> bool:
@@ -3202,7 +3186,6 @@ class Link:
         return f"instance {self.instance}" if self.protocol.has_events and self.instance and not self.copy_of else self.name
 
     def is_heard(self) -> bool:
-        """Tell whether it has answered and not failed since."""
         return self.heard_at is not None and not self.outage.failures
 
     def has_told_all(self) -> bool:
@@ -3260,7 +3243,6 @@ class Link:
         self.probing = True
 
     def took_one(self) -> None:
-        """Note that it accepted a job: earlier failures no longer count."""
         self.heard()
         self.refusal.worked()
         self.probing = False
@@ -3270,7 +3252,6 @@ class Link:
         return not self.drained and not self.copy_of and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
-        """Tell whether anything may be sent now: it is not held back after a failure or a refusal."""
         return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
@@ -4960,7 +4941,6 @@ class Holds:
         self.held: dict[int, Held] = {}  # by payload id: Running by their row, but certainly not at the executor
 
     def of(self, key: str) -> Backoff | None:
-        """Return what holds a service now, or None."""
         hold = self.by_service.get(key)
         return hold if hold and hold.waits() else None
 
@@ -4974,7 +4954,6 @@ class Holds:
         return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
 
     def reason_of(self, job: Job) -> str:
-        """Return why a payload waits here."""
         away, hold = self.of_all(), self.of(job.service or "-")
         return away.reason if away else self.held[job.id].reason or (hold.reason if hold else "")
 
@@ -4993,7 +4972,6 @@ class Holds:
         held.tried_at = self.clock.monotonic()
 
     def taken(self, job: Job) -> None:
-        """Note that the executor accepted a payload."""
         self.by_service.pop("", None)
         self.by_service.pop(job.service or "-", None)
         self.held.pop(job.id, None)
@@ -5019,7 +4997,6 @@ class Holds:
         return alone if first.failures and (early or held) else together + alone
 
     def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        """Start payloads that are due, each service separately."""
         for service in dict.fromkeys(job.service for job in due):
             self.start_in_turn([job for job in due if job.service == service], start)
 
@@ -6357,7 +6334,6 @@ class Packing:
         forget_packings(self.client)
 
     def pack_in_turn(self, place: threading.Semaphore, limits: ResultLimits) -> Archive:
-        """Pack as soon as a packer is free."""
         while not place.acquire(timeout=0.2):
             if not self.wanted():
                 raise GivenUp("no caller waits for the archive any more")
@@ -6896,7 +6872,6 @@ class Engines:
             self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
 
     def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
-        """Return what an engine prints."""
         done = subprocess.run(
             [engine, *words],
             env=dict(self.environment),
@@ -6992,7 +6967,6 @@ class LocalExecutor:
         return outcomes
 
     def forget(self, job: Job) -> None:
-        """Drop what is known of an attempt that has ended."""
         for marks in (self.seen, self.own, self.untidy):
             marks.discard(job.mark)
         self.resting.pop(job.mark, None)
@@ -7381,12 +7355,10 @@ class Transfer:
             self.promise.more(size)
 
     def check_limit(self, size: int) -> None:
-        """Raise ResultTooLarge if `size` more bytes are too many."""
         if self.size + size > self.limit_bytes:
             raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
 
     def write(self, data: bytes) -> None:
-        """Append a chunk."""
         self.check_limit(len(data))
         if self.promise is not None:
             if len(data) > self.promise.left:
@@ -7763,7 +7735,6 @@ class RefusedTokens:
         self.count, self.last, self.quiet_until = 0, "", float("-inf")
 
     def note(self, address: str) -> None:
-        """Count one, from `address`."""
         with self.lock:
             self.count, self.last = self.count + 1, address or "the Unix socket"
         self.report()
@@ -7960,7 +7931,6 @@ class Proof(NamedTuple):
         return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
 
     def authorization(self, headers: Mapping[str, str], length: int) -> str:
-        """Return the header Authorization that proves this request."""
         mac = self.of_request(headers, length)
         return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
 
@@ -7973,7 +7943,6 @@ class Session:
         self.numbers = itertools.count(1)  # next() is atomic
 
     def proof(self, method: str, target: str) -> Proof:
-        """Return what proves the next request."""
         return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
 
 
@@ -8506,7 +8475,6 @@ class Core:
             self.waiters.discard(waiter)
 
     def wake_all(self) -> None:
-        """Wake all waiting callers: the process stops."""
         for waiter in list(self.waiters):
             waiter.bell.set()
 
@@ -8527,7 +8495,6 @@ class Core:
                 waiter.look_again()
 
     def transact(self, batch: Sequence[Message]) -> None:
-        """Run all of this work in one transaction."""
         self.set_synchronous("FULL" if any(message.durable for message in batch) else "NORMAL")
         self.db.execute("BEGIN IMMEDIATE")
         if len(batch) == 1:
@@ -8542,7 +8509,6 @@ class Core:
         crash_point("commit.done")
 
     def roll_back(self, is_storage: bool) -> None:
-        """Undo a transaction that failed."""
         self.moved.clear()
         with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
             if self.db.in_transaction:
@@ -8606,12 +8572,10 @@ class Database:
             raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
 
     def refuse_damaged(self, damage: str | None) -> None:
-        """Raise ConfigError with the remedy if the database is damaged."""
         if damage:
             raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
 
     def way_out(self) -> str:
-        """Return what to do about a damaged database."""
         if self.mode == "server":
             return "restore a backup with: joborch restore BACKUP"
         return "move it away: the server starts new attempts of the jobs that ran here"
@@ -8700,7 +8664,6 @@ class Database:
             raise StorageError(f"the database cannot be read: {error}") from error
 
     def reader(self) -> sqlite3.Connection:
-        """Open a read connection."""
         db = self.connect("rw")  # rw: does not create a new file if the file was removed
         db.execute("PRAGMA query_only = 1")
         db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
@@ -8787,7 +8750,6 @@ class Store(Database):
     # -- reading --
 
     def jobs(self, sql: str, **values: Any) -> list[Job]:
-        """Return the rows of a query over jobs, as jobs."""
         return [as_job(row) for row in self.read(sql, **values)]
 
     def job(self, sql: str, **values: Any) -> Job | None:
@@ -8795,7 +8757,6 @@ class Store(Database):
         return rows[0] if rows else None
 
     def get(self, job_id: int) -> Job | None:
-        """Return a job, or None."""
         return self.job(JOB_GET, id=job_id)
 
     def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
@@ -8959,7 +8920,6 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
 
     def forget(self, job_ids: Sequence[int]) -> None:
-        """Delete rows and history of cleaned jobs."""
 
         def delete(db: sqlite3.Connection) -> None:
             for job_id in job_ids:
@@ -9108,7 +9068,6 @@ class Store(Database):
         db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
 
     def set_weight(self, user_id: int, weight: float) -> None:
-        """Store a user's weight durably and update the user's ranks."""
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
@@ -9931,7 +9890,6 @@ class DiskAccount:
                 self.free -= size
 
     def check(self, size: int) -> None:
-        """Raise DiskFull if `size` bytes do not fit now."""
         if size:
             self.take(size, promise=True)
             self.give_back(size)
@@ -9961,7 +9919,6 @@ class Promise:
         self.wrote(4 * KIB)
 
     def wrote(self, size: int) -> None:
-        """Record that `size` bytes were written."""
         with self.lock:
             used = min(size, self.left)
             self.left -= used
@@ -10207,7 +10164,6 @@ class Losses:
         self.places, self.count = places, 0
 
     def note(self, path: bytes, why: str) -> None:
-        """Count a folder that cannot be opened."""
         self.count += 1
 
     def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
@@ -10374,7 +10330,6 @@ class ZipWriter:
         self.members += 1
 
     def finish(self) -> None:
-        """Write the directory."""
         begin, size, count = self.target.size, self.directory.size, self.members
         self.directory.target.seek(0)
         for chunk in file_chunks(self.directory.target, size):
@@ -10421,7 +10376,6 @@ class ZipPacker:
                 self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
 
     def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
-        """Pack everything below an open folder."""
         room, self.places = self.limits.entries, (*self.places, path_of(root))
         for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
             room -= entries
@@ -10536,7 +10490,6 @@ class ZipPacker:
         return safe
 
     def abandon(self) -> None:
-        """Close an archive that will not be finished."""
         self.directory.close()
         self.spool.close()
 
@@ -10992,7 +10945,6 @@ class Judge:
     proven = False  # its caller was authenticated
 
     def attach(self, channel: Any) -> None:
-        """Attach the parser to its connection."""
         self.its_channel = weakref.ref(channel)  # a cycle would keep a spool until the garbage collector runs
         self.too_many = len(channel.requests) >= PIPELINED_MOST
         self.promise = Promise(self.node.data.account)
@@ -11053,7 +11005,6 @@ class Judge:
         return taken
 
     def refuse_unread(self, error: Exception) -> None:
-        """Refuse a malformed request."""
         log.debug("a request cannot be read: %s", one_line(repr(error), 200))
         self.refuse(HttpError(400, "the request cannot be read: its first line or a header is malformed"))
 
@@ -11162,7 +11113,6 @@ class Turns:
     waits_for_request = True  # for the first one
 
     def uid(self) -> int | None:
-        """Return the user id at the other end, or None if unknown."""
         connection: Any = self
         if self.known_uid is None:
             self.known_uid = peer_uid(connection.socket)
@@ -11170,7 +11120,6 @@ class Turns:
 
     @property
     def address(self) -> str:
-        """Return the IP address of the other end; empty on a Unix socket."""
         connection: Any = self
         return "" if connection.socket.family == socket.AF_UNIX else str(connection.addr[0])
 
@@ -11205,7 +11154,6 @@ class Turns:
     # -- receiving --
 
     def readable(self) -> bool:
-        """Tell whether to read more."""
         connection: Any = self
         parent: Any = super()
         return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
@@ -11301,7 +11249,6 @@ class Turns:
         return sent
 
     def write_soon(self, data: Any) -> int:
-        """Accept a worker's output and send what is possible at once."""
         connection: Any = self
         parent: Any = super()
         self.writing = True
@@ -11395,7 +11342,6 @@ class Doors:
         return bool(cast(Any, self).accepting and now >= self.paused_until)
 
     def close(self) -> None:
-        """Stop listening on all addresses."""
         siblings, self.siblings = self.siblings, ()
         for listener in siblings:
             listener.siblings = ()
@@ -12596,7 +12542,6 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line with the mistake and the remedy, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print why the command line is refused, and exit with status 2."""
         self.exit(EXIT_USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
 
     def plain(self, message: str) -> str:
