@@ -47,7 +47,8 @@ KIND_S, KIND_LIMIT_S = 2, 45  # how long the client hangs in one way; how long t
 HANG_JOB_S = 0.25  # between two jobs for the client that hangs
 IDLE_S = 20
 PAYLOADS_LIMIT_S = 120
-UPLOAD_PAUSE_S, HEALTH_PAUSE_S = 0.1, 0.02
+JOB_CALLERS = 3
+PAUSE_S = 0.05  # between two requests of a caller
 OTHERS = 1000  # the first user of the small uploads; each job is of another one
 BULK_USER, PACK_USER, STUBBORN_USER, HANG_USER = 2, 3, 4, 5
 
@@ -63,32 +64,41 @@ class Probe(NamedTuple):
     start: list[float]  # from the upload of a job until its script began
 
 
-def timed(wanted: Iterator[bytes], pause_s: float, go_on: Callable[[], bool], taken_ms: list[float], answers: list[Json]) -> Script:
-    """Send one request after another, with a pause between two."""
-    for one in wanted:
-        if not go_on():
-            return
+def health_caller(found: Probe, go_on: Callable[[], bool]) -> Script:
+    """Ask for /health again and again."""
+    wanted = request("GET", "/health")
+    while go_on():
         begin = time.perf_counter()
-        answer = yield one
-        taken_ms.append((time.perf_counter() - begin) * 1000)
-        answers.append(answer.json())
-        yield pause_s
+        answer = yield wanted
+        found.health.append((time.perf_counter() - begin) * 1000)
+        answer.json()
+        yield PAUSE_S
+
+
+def job_caller(users: Iterator[int], found: Probe, go_on: Callable[[], bool]) -> Script:
+    """Upload a small job of another user, look at it until it has ended, and note when it was started; then the next.
+
+    It does not use `?wait`, of which the waiting callers have taken all places, and never has two jobs: what is measured is how
+    long a job waits, not how a queue grows that gets more jobs than two busy cores can run.
+    """
+    while go_on():
+        begin = time.perf_counter()
+        answer = yield upload_request(NOOP, user=next(users))
+        found.upload.append((time.perf_counter() - begin) * 1000)
+        job = answer.json()
+        while job["status"] not in ENDED:
+            yield PAUSE_S
+            answer = yield request("GET", f"/jobs/{job['id']}")
+            job = answer.json()
+        if job["status"] != "Completed":
+            raise BenchError(f"job {job['id']} is {job['status']}: {job.get('reason')}")
+        found.start.append(wait_s_of(job) * 1000)
 
 
 def probe(port: int, go_on: Callable[[], bool]) -> Probe:
-    """Upload small jobs of many users and ask for /health, until `go_on` says no; then see when each job started."""
-    found = Probe([], [], [])
-    jobs: list[Json] = []
-    small = (upload_request(NOOP, user=user) for user in itertools.count(OTHERS))
-    health = itertools.repeat(request("GET", "/health"))
-    Swarm(port).run([
-        timed(small, UPLOAD_PAUSE_S, go_on, found.upload, jobs),
-        timed(health, HEALTH_PAUSE_S, go_on, found.health, []),
-    ])  # fmt: skip
-    with Caller(port) as caller:
-        for job in jobs:
-            wait_until_completed(caller, job)
-            found.start.append(wait_s_of(caller.get(f"/jobs/{job['id']}")) * 1000)
+    """Let some callers have small jobs of many users run, and one ask for /health, until `go_on` says no."""
+    found, users = Probe([], [], []), itertools.count(OTHERS)
+    Swarm(port).run([health_caller(found, go_on), *(job_caller(users, found, go_on) for _ in range(JOB_CALLERS))])
     return found
 
 

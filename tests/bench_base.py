@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import random
 import selectors
 import shutil
 import socket
@@ -419,10 +420,12 @@ class Swarm:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, below the range from which the kernel gives ports to whoever connects meanwhile."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind((HOST, port))
+            return port
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:

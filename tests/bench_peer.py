@@ -3,9 +3,8 @@
 It runs in the virtual environment that holds the peers, and prints one JSON object: the seconds of each job that ran alone and of
 the bare run after each, the jobs a second of all that were handed in at once, and the scripts a second of plain `xargs -P2` after that.
 
-Each peer runs as its documentation sets it up on one machine: two workers for two cores, and every other option at its default,
-except in the peer's favour. whoever looks for news looks every POLL_S
-(by default huey every 0.1 s, HyperQueue's package every second).
+Each peer runs as its documentation sets it up on one machine: two workers for two cores, every other option at its default. One
+thing is changed in the peers' favour: who looks for news looks every POLL_S (by default huey every 0.1 s, HyperQueue every second).
 A job is the same for all: its caller makes a new folder with two files, `bash run.sh` runs there, and the caller hears how it ended.
 """
 
@@ -16,6 +15,7 @@ import http.client
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -68,7 +68,10 @@ run = huey.task()(run_script)
 
 @contextlib.contextmanager
 def running_huey(folder: Path) -> Iterator[Peer]:
-    """A consumer with worker processes over SQLite; caller and consumer share the database and the folders."""
+    """A consumer with worker processes over SQLite; caller and consumer share the database and the folders.
+
+    It promises less: a task leaves the database before it runs, so that a consumer that is killed loses what it ran. No files move.
+    """
     (folder / "app.py").write_text(HUEY_APP)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
@@ -99,7 +102,10 @@ def running_huey(folder: Path) -> Iterator[Peer]:
 
 @contextlib.contextmanager
 def running_dask(folder: Path) -> Iterator[Peer]:
-    """A local cluster: a scheduler in this process, and one worker process for each core."""
+    """A local cluster: a scheduler in this process, and one worker process for each core.
+
+    It promises less: all jobs are in the scheduler's memory, and gone with it. No files move.
+    """
     from distributed import Client, LocalCluster
 
     with (
@@ -146,7 +152,10 @@ def hyperqueue_jobs_are_complete(client: Any, submitted: Sequence[Any]) -> bool:
 
 @contextlib.contextmanager
 def running_hyperqueue(folder: Path) -> Iterator[Peer]:
-    """A local cluster: server and worker of HyperQueue's Python package, in this process; all at once are tasks of one job."""
+    """A local cluster: server and worker of HyperQueue's Python package, in this process; all at once are tasks of one job.
+
+    It promises less: without a journal, which is its default, all jobs are in the server's memory. No files move.
+    """
     import hyperqueue
     from hyperqueue.cluster import WorkerConfig
 
@@ -170,6 +179,10 @@ class PulsarCaller:
 
     def __init__(self, port: int) -> None:
         self.connection = http.client.HTTPConnection(HOST, port, timeout=START_LIMIT_S)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.connection.close()
 
     def ask(self, method: str, path: str, body: bytes = b"", **query: str) -> bytes:
         """What Pulsar answers; raises BenchError for an error."""
@@ -208,7 +221,11 @@ managers:
 
 @contextlib.contextmanager
 def running_pulsar(folder: Path) -> Iterator[Peer]:
-    """Pulsar's web server, configured by pulsar-config, with the queue of its own; files go to it by HTTP, as to joborch."""
+    """Pulsar's web server, configured by pulsar-config, with the queue of its own; files go to it by HTTP, as to joborch.
+
+    It promises less: nothing is synced to the disk or checked by a digest, a job that runs when Pulsar is killed is given up, and
+    the result stays on its side until the caller fetches it, which is not measured.
+    """
     port, home = free_port(), folder / "pulsar"
     subprocess.run(
         [bin_path("pulsar-config"), "--directory", str(home), "--host", HOST, "--port", str(port)], check=True, stdout=subprocess.DEVNULL
@@ -221,10 +238,7 @@ def running_pulsar(folder: Path) -> Iterator[Peer]:
     def is_up() -> bool:
         if server.poll() is not None:
             raise BenchError(f"Pulsar did not start: {(folder / 'pulsar.log').read_text(errors='replace')[-300:]}")
-        with contextlib.suppress(OSError):
-            http.client.HTTPConnection(HOST, port, timeout=1).connect()
-            return True
-        return False
+        return is_open(port)
 
     def one(job: Path) -> None:
         check([caller.wait(caller.submit(job.name))])
@@ -236,6 +250,7 @@ def running_pulsar(folder: Path) -> Iterator[Peer]:
             mine = PulsarCaller(port)
             paths = [mine.submit(job.name) for job in some]
             codes.extend([mine.wait(path) for path in paths])
+            mine.close()
 
         callers = [threading.Thread(target=call, args=(jobs[first::CALLERS],)) for first in range(CALLERS)]
         for thread in callers:
@@ -248,8 +263,15 @@ def running_pulsar(folder: Path) -> Iterator[Peer]:
         wait_until(is_up, START_LIMIT_S, "Pulsar answers")
         caller = PulsarCaller(port)
         yield Peer(one, many)
+        caller.close()  # its graceful end waits for connections
     finally:
         end(server)
+
+
+def is_open(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
 PEERS = {"huey": running_huey, "dask": running_dask, "HyperQueue": running_hyperqueue, "Pulsar": running_pulsar}
