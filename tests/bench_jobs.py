@@ -144,7 +144,7 @@ def syncs_a_job(site: Site, count: int) -> float:
     return counts[0] / count
 
 
-COUNTED_JOBS = 20  # at most: the counts hardly differ from job to job, and strace is slow
+COUNTED_JOBS = 10  # at most: the counts hardly differ from job to job, and strace is slow
 
 
 def counted(place: Place, count: int) -> Iterator[Measure]:

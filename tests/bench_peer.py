@@ -220,52 +220,56 @@ managers:
 
 
 @contextlib.contextmanager
+def pulsar_server(folder: Path) -> Iterator[int]:
+    """Pulsar's web server, configured by pulsar-config; yields its port."""
+    port, home = free_port(), folder / "pulsar"
+    configure = [bin_path("pulsar-config"), "--directory", str(home), "--host", HOST, "--port", str(port)]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    with (home / "app.yml").open("a") as settings:
+        settings.write(PULSAR_SETTINGS)
+    log = folder / "pulsar.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen([bin_path("pulsar-serve"), str(home / "server.ini")], cwd=home, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: is_open(port) or server.poll() is not None, START_LIMIT_S, "Pulsar answers")
+        if server.poll() is not None:
+            raise BenchError(f"Pulsar did not start: {log.read_text(errors='replace')[-300:]}")
+        yield port
+    finally:
+        end(server)
+
+
+@contextlib.contextmanager
 def running_pulsar(folder: Path) -> Iterator[Peer]:
-    """Pulsar's web server, configured by pulsar-config, with the queue of its own; files go to it by HTTP, as to joborch.
+    """Pulsar over HTTP, with the queue of its own; files go to it as to joborch.
 
     It promises less: nothing is synced to the disk or checked by a digest, a job that runs when Pulsar is killed is given up, and
     the result stays on its side until the caller fetches it, which is not measured.
     """
-    port, home = free_port(), folder / "pulsar"
-    subprocess.run(
-        [bin_path("pulsar-config"), "--directory", str(home), "--host", HOST, "--port", str(port)], check=True, stdout=subprocess.DEVNULL
-    )
-    with (home / "app.yml").open("a") as settings:
-        settings.write(PULSAR_SETTINGS)
-    with (folder / "pulsar.log").open("wb") as log:
-        server = subprocess.Popen([bin_path("pulsar-serve"), str(home / "server.ini")], cwd=home, stdout=log, stderr=log)
-
-    def is_up() -> bool:
-        if server.poll() is not None:
-            raise BenchError(f"Pulsar did not start: {(folder / 'pulsar.log').read_text(errors='replace')[-300:]}")
-        return is_open(port)
-
-    def one(job: Path) -> None:
-        check([caller.wait(caller.submit(job.name))])
-
-    def many(jobs: Sequence[Path]) -> None:
-        codes: list[int] = []
-
-        def call(some: Sequence[Path]) -> None:
-            mine = PulsarCaller(port)
-            paths = [mine.submit(job.name) for job in some]
-            codes.extend([mine.wait(path) for path in paths])
-            mine.close()
-
-        callers = [threading.Thread(target=call, args=(jobs[first::CALLERS],)) for first in range(CALLERS)]
-        for thread in callers:
-            thread.start()
-        for thread in callers:
-            thread.join()
-        check(codes + [1] * (len(jobs) - len(codes)))
-
-    try:
-        wait_until(is_up, START_LIMIT_S, "Pulsar answers")
+    with pulsar_server(folder) as port:
         caller = PulsarCaller(port)
+
+        def one(job: Path) -> None:
+            check([caller.wait(caller.submit(job.name))])
+
+        def many(jobs: Sequence[Path]) -> None:
+            codes: list[int] = []
+
+            def call(some: Sequence[Path]) -> None:
+                mine = PulsarCaller(port)
+                paths = [mine.submit(job.name) for job in some]
+                codes.extend([mine.wait(path) for path in paths])
+                mine.close()
+
+            callers = [threading.Thread(target=call, args=(jobs[first::CALLERS],)) for first in range(CALLERS)]
+            for thread in callers:
+                thread.start()
+            for thread in callers:
+                thread.join()
+            check(codes + [1] * (len(jobs) - len(codes)))
+
         yield Peer(one, many)
-        caller.close()  # its graceful end waits for connections
-    finally:
-        end(server)
+        caller.close()  # a graceful end waits for connections
 
 
 def is_open(port: int) -> bool:

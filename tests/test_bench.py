@@ -12,7 +12,8 @@ from pathlib import Path
 import bench
 import bench_jobs
 import pytest
-from bench_base import Measure, Place, percentile
+from bench_base import BenchError, Measure, Place, percentile, wait_until
+from bench_load import helper
 
 STRACE_TABLE = """\
 % time     seconds  usecs/call     calls    errors syscall
@@ -90,6 +91,43 @@ def test_a_peer_that_cannot_be_installed_is_named_with_the_reason(monkeypatch: p
     version = bench_jobs.peer_version("huey")
     assert row == ("peers", f"huey {version}, latency, median", "not measured", "ERROR: No matching distribution found")
     assert not list(tmp_path.glob("*.stamp"))  # the next run tries again
+
+
+def test_a_helper_works_beside_and_ends_at_a_word() -> None:
+    with helper(lambda pipe: (os.getpid(), pipe.recv())) as one:
+        assert not one.is_done()
+        one.tell("enough")
+        pid, word = one.result()
+    assert (pid, word) == (one.process.pid, "enough")
+    assert one.process.exitcode is not None
+
+
+def test_a_helper_that_fails_is_noticed() -> None:
+    with helper(lambda pipe: pipe.no_such_thing) as one:
+        with pytest.raises(BenchError, match="a helper failed"):
+            one.result()
+        wait_until(one.is_done, 10, "it is done")
+
+
+def test_what_never_becomes_so_is_named() -> None:
+    with pytest.raises(BenchError, match=r"not so after 0\.01 s: pigs fly"):
+        wait_until(lambda: False, 0.01, "pigs fly")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["latencies"], "unknown: latencies; choose from latency, "),
+        (["latency", "cpu", "--size", "5"], "--size is of one benchmark: name it"),
+        (["latency", "--size", "5X"], "'5X' is no size"),
+        (["latency", "--size", "0"], "'0' is no size"),
+        (["latency", "--before", "no.pyz"], "no.pyz is not there"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(words: list[str], said: str, pyz: Path) -> None:
+    done = subprocess.run([sys.executable, bench.__file__, "--pyz", str(pyz), *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.timeout(300)  # strace stops the processes at each system call
