@@ -1784,10 +1784,10 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
     return said
 
 
-def job_json(server: Server, job: Job) -> dict[str, Any]:
-    """Return the whole job in JSON."""
+def job_json(server: Server, job: Job, outlook: QueueInfo | None = None) -> dict[str, Any]:
+    """Return the whole job in JSON, as the row was when it was read; its `outlook` is looked up unless it is given."""
     said = job_summary(server, job)
-    outlook = queue_info_of(server, job)
+    outlook = outlook or queue_info_of(server, job)
     said["waiting_for"], said["queue_position"] = outlook.waiting_for, outlook.position
     said["message"] = outlook.waiting_for or job.reason
     if outlook.wait_s is not None:
@@ -1798,7 +1798,7 @@ def job_json(server: Server, job: Job) -> dict[str, Any]:
     said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
     said["history"] = [
         {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
-        for row in server.store.read(HISTORY_GET, id=job.id)
+        for row in server.store.read(HISTORY_GET, id=job.id)[: job.moves]
     ]
     return said
 
@@ -1970,8 +1970,8 @@ def upload(server: Server, request: Request) -> Answer:
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
     warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
-    said = {**job_json(server, job), "warnings": warnings}
-    server.wake("dispatch")  # last: in parallel it would only contend for the GIL
+    claimed = server.store.read(JOB_STATUS, id=job.id)[0]["status"] != job.status.value  # in the same transaction: it waits for nothing
+    said = {**job_json(server, job, NEXT if claimed else None), "warnings": warnings}
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
 
@@ -2363,7 +2363,7 @@ def drain_client(server: Server, name: str, drained: bool) -> Answer:
         raise HttpError(404, f"no client is called {one_line(name, 80)}: give one of {', '.join(server.links)}")
     server.drain(link, drained)
     log.info("client %s is %s", link.name, "drained" if drained else "resumed")
-    server.wake("dispatch")
+    server.dispatch()
     return Answer(clients_json(server, [link])[0])
 
 
@@ -2407,7 +2407,6 @@ def show_user(server: Server, request: Request, user_id: int) -> Answer:
 def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
     """Set a user's weight: twice the weight means twice the share. It overrides JOBORCH_WEIGHTS."""
     server.store.set_weight(user_id, weight)
-    server.wake("dispatch")
     return user_answer(server, user_id)
 
 
@@ -2465,6 +2464,20 @@ class Server(Node):
             places.append(link.capacity(cpus, memory, jobs, others))
         return places
 
+    def start(self) -> None:
+        """From now on jobs are claimed as soon as something makes that possible."""
+        self.store.core.propose = functools.partial(propose, self)
+        super().start()
+
+    def stop(self) -> None:
+        """Claim no more jobs."""
+        self.store.core.propose = lambda: None
+        super().stop()
+
+    def dispatch(self) -> None:
+        """Claim what can be sent now that a client or a sender is free again; what cannot be stored is left to `dispatch_tick`."""
+        self.store.core.settle()
+
     def drain(self, link: Link, drained: bool) -> None:
         """Store that a client, under all its names, gets no more jobs, or gets jobs again."""
         links = self.names_of(link)
@@ -2474,18 +2487,37 @@ class Server(Node):
             each.drained = drained
 
 
+class NotAtOnce(Exception):
+    """A decision takes a longer look than a transaction may: the dispatch loop takes it."""
+
+
 def dispatch_tick(server: Server) -> bool:
     """Claim the next job for the client that the scheduler chose. Return whether there was one.
 
-    One thread does this for all clients, so each choice sees the earlier ones. Each client has separate senders and gets a
-    job only if one of them is free, so a client that hangs delays no other.
+    Most claims are made by `propose`, in the transaction that made them possible. This tick makes those that need a longer
+    look, and those that failed. Each client has separate senders and gets a job only if one of them is free, so a client
+    that hangs delays no other.
     """
     chosen = next_placement(server)
-    if chosen is None:
-        return False
-    head, place = chosen
+    return chosen is not None and server.store.write(lambda db: place(server, *chosen))
+
+
+def propose(server: Server) -> Callable[[], bool] | None:
+    """Return how to claim the next job, if a short look tells which; it is done inside a transaction."""
+    try:
+        chosen = next_placement(server, at_once=True)
+    except NotAtOnce:
+        server.store.core.after(functools.partial(server.wake, "dispatch"))
+        return None
+    return None if chosen is None else functools.partial(place, server, *chosen)
+
+
+def place(server: Server, head: Candidate, place: ClientCapacity) -> bool:
+    """Claim a job for a client inside a transaction; after its COMMIT a sender gets it. False if it was claimed or ended meanwhile."""
     link = link_to(server, head, place)
-    link.sending.add(head.job_id)  # before the claim: a Processing job that no sender holds is treated as lost
+    if head.job_id in link.sending:
+        return False  # it was queued again, and its sender is about to let it go
+    link.sending.add(head.job_id)  # before the COMMIT: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
@@ -2494,21 +2526,31 @@ def dispatch_tick(server: Server) -> bool:
             link.sending.discard(head.job_id)
     if claimed is None:
         return False
-    crash_point("claim.stored")
-    link.outbox.append(claimed)
-    server.wake(f"send:{link.name}")
+    crash_point("claim.decided")
+    server.store.core.after(functools.partial(hand_to_sender, server, link, claimed), lambda: link.sending.discard(claimed.id))
     return True
 
 
-def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the next job and the client that gets it, or None if nothing can be sent now."""
+def hand_to_sender(server: Server, link: Link, job: Job) -> None:
+    """Give a job whose claim is stored to a sender of its client."""
+    crash_point("claim.stored")
+    log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, link.name)
+    link.outbox.append(job)
+    server.wake(f"send:{link.name}")
+
+
+def next_placement(server: Server, at_once: bool = False) -> tuple[Candidate, ClientCapacity] | None:
+    """Return the next job and the client that gets it, or None if nothing can be sent now.
+
+    With `at_once` it raises NotAtOnce if the first job of a queue cannot be sent, and a longer look is needed.
+    """
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
-    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
+    lines = [line for line in (service_queue_of(server, service, names, at_once) for service in server.services.values()) if line]
     if not lines:
         return None
-    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
+    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server, at_once), server.store.steady())
 
 
 def can_be_sent_to(link: Link) -> bool:
@@ -2531,7 +2573,7 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
     return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
 
 
-def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
+def service_queue_of(server: Server, service: Service, names: Mapping[str, str], at_once: bool) -> ServiceQueue | None:
     """Return the queue of a service, or None if it is empty or the service is at its limit.
 
     `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
@@ -2544,13 +2586,15 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
         return None
     clients = {names[address.name] for address in service.addresses if address.name in names}
     return ServiceQueue(
-        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0])
+        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0], at_once)
     )
 
 
-def candidates_of(server: Server, service: str, first: sqlite3.Row) -> Iterator[Candidate]:
+def candidates_of(server: Server, service: str, first: sqlite3.Row, at_once: bool) -> Iterator[Candidate]:
     """Yield each user's next job, in the order of their turns. Read the others only if the first cannot be sent."""
     yield candidate_of(service, first)
+    if at_once:
+        raise NotAtOnce
     for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
         yield candidate_of(service, row)
 
@@ -2566,8 +2610,10 @@ def mean_run_s(server: Server, service: Service) -> float | None:
     return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
 
 
-def runs_at(server: Server, client: str) -> list[Run]:
+def runs_at(server: Server, at_once: bool, client: str) -> list[Run]:
     """Return what runs at a client. A time limit counts from the start of the run."""
+    if at_once:
+        raise NotAtOnce
     runs = []
     for link in server.names_of(server.links[client]):
         for job in server.store.jobs(AT_CLIENT, client=link.name):
@@ -2591,7 +2637,7 @@ def send_tick(server: Server, link: Link) -> bool:
         was_full = was_probing or not link.has_free_sender()
         link.sending.discard(job.id)
         if was_full:
-            server.wake("dispatch")
+            server.dispatch()
     return True
 
 
@@ -2603,7 +2649,7 @@ def probe_tick(server: Server, link: Link) -> None:
     if link.heard_at is None or link.answers or link.outage.waits():
         return
     if link.probe():
-        server.wake("dispatch")
+        server.dispatch()
 
 
 def next_to_send(server: Server, link: Link) -> Job | None:
@@ -4192,7 +4238,7 @@ def hear(server: Server, link: Link) -> bool:
         server.wake(f"send:{link.name}")  # it is back
         server.wake(f"kill:{link.name}")
     if fresh or link.ended:
-        server.wake("dispatch")  # it may have room again
+        server.dispatch()  # it may have room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
 
@@ -4504,7 +4550,6 @@ def fetch_tick(server: Server, link: Link) -> bool:
         current = server.store.get(job.id) if job and link.protocol.has_events else None
         if job and current and current.status in OVER and (current.client, current.dest_id) == (link.name, job.dest_id):
             link.confirm(job.dest_id)
-        server.wake("dispatch")  # quota and slots are free
     return True
 
 
@@ -4744,8 +4789,7 @@ def kill_tick(server: Server, link: Link) -> bool:
 
 def watch_tick(server: Server) -> bool:
     """Handle what no event reports: silent clients, unreachable services, attempts that are due."""
-    if server.store.admit_due():
-        server.wake("dispatch")
+    server.store.admit_due()
     busy = server.store.jobs(ALL_BUSY)
     each(busy, functools.partial(judge, server))
     running = [job for job in busy if job.status is Status.RUNNING]
@@ -4840,6 +4884,9 @@ class QueueInfo(NamedTuple):
     waiting_for: str | None = None
     position: int | None = None
     wait_s: float | None = None
+
+
+NEXT = QueueInfo("it is sent to a client now", 1)  # of a job that was claimed as soon as it was stored
 
 
 def queue_info_of(server: Server, job: Job) -> QueueInfo:
@@ -8384,6 +8431,7 @@ DAMAGE = "PRAGMA quick_check(1)"
 # == 27. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
 READERS_KEPT = 8  # idle read connections to keep
+DECISIONS_AT_ONCE = 8  # claims in one transaction, so that its callers wait for few
 
 
 class Message:
@@ -8418,6 +8466,11 @@ class Waiter:
         return self.look() if self.found is None else self.found
 
 
+def is_fatal(error: BaseException) -> bool:
+    """Tell whether an error ends the whole transaction: the disk, or a lock."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+
+
 class Core:
     """Runs all changes of rows, one transaction after another, and afterwards looks for callers that wait.
 
@@ -8433,6 +8486,9 @@ class Core:
         self.inbox, self.waiters = deque[Message](), set[Waiter]()
         self.moved: set[int] = set()  # the jobs that the current transaction moves
         self.synchronous = ""
+        self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
+        self.undecided = False  # the rows have changed so that something may be decided anew
+        self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what follows from a COMMIT, and from a failure
 
     def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
         """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
@@ -8441,14 +8497,28 @@ class Core:
         """
         if self.is_inside():
             return work(self.db)
-        message = Message(work, durable)
+        message, following = Message(work, durable), list[Callable[[], object]]()
         self.inbox.append(message)
         with self.inside():
             if not message.done:
-                self.commit_waiting()
+                following = self.commit_waiting()
+        for follow in following:
+            follow()
         if message.error is not None:
             raise message.error
         return cast(T, message.value)
+
+    def settle(self) -> None:
+        """Decide now, because something beside the rows has changed."""
+        with self.inside():
+            self.undecided = True
+            following = self.commit_waiting()
+        for follow in following:
+            follow()
+
+    def after(self, done: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
+        """Have `done` called outside after the COMMIT of the current transaction, or `failed` where it is undone."""
+        self.outcomes.append((done, failed))
 
     def is_inside(self) -> bool:
         """Tell whether this thread is inside the core now."""
@@ -8478,38 +8548,107 @@ class Core:
         for waiter in list(self.waiters):
             waiter.bell.set()
 
-    def commit_waiting(self) -> None:
-        """Run and commit all waiting work in one transaction, then look for waiting callers."""
-        batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
-        try:
-            self.transact(batch)
-        except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-            self.roll_back(is_storage=isinstance(error, sqlite3.Error))
+    def commit_waiting(self) -> list[Callable[[], object]]:
+        """Run and commit all waiting work in one transaction; then answer, and look for those who wait.
+
+        Decisions that are left over, or that waited for a durable transaction, get one of their own. Returns what follows outside.
+        """
+        following = list[Callable[[], object]]()
+        while self.inbox or self.undecided:
+            batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
+            try:
+                self.transact(batch)
+            except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
+                log.debug("a transaction for %d callers failed: %s", len(batch), error)  # decisions alone are taken again by dispatch_tick
+                self.roll_back(is_storage=isinstance(error, sqlite3.Error))
+                for message in batch:
+                    message.error = self.why_not(error, alone=len(batch) == 1)
             for message in batch:
-                message.error = self.why_not(error, alone=len(batch) == 1)
-        for message in batch:
-            message.done = True
+                message.done = True
+            following += [done for done, _ in self.outcomes]
+            self.outcomes.clear()
+            self.look_around()
+        return following
+
+    def look_around(self) -> None:
+        """Look for those who wait for a job that has moved."""
         moved, self.moved = self.moved, set()
         for waiter in list(self.waiters) if moved else ():
             if waiter.job_id is None or waiter.job_id in moved:
                 waiter.look_again()
 
     def transact(self, batch: Sequence[Message]) -> None:
-        self.set_synchronous("FULL" if any(message.durable for message in batch) else "NORMAL")
-        self.db.execute("BEGIN IMMEDIATE")
+        """Run all of this work in one transaction, and decide what follows from it."""
+        durable = any(message.durable for message in batch)
+        if batch:
+            self.begin("FULL" if durable else "NORMAL")
         if len(batch) == 1:
             batch[0].value = batch[0].work(self.db)
         else:
             for message in batch:
                 self.run(message)
+        if self.undecided and (durable or not batch):
+            self.decide()
+        if not self.db.in_transaction:
+            return
         if self.is_time():
             self.beat(self.db)
         crash_point("commit.begun")
         self.db.execute("COMMIT")
         crash_point("commit.done")
 
+    def begin(self, level: str) -> None:
+        """Begin a transaction; with FULL it will be on disk when its COMMIT returns."""
+        self.set_synchronous(level)
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def decide(self) -> None:
+        """Carry out what `propose` proposes, as long as that changes the rows.
+
+        An error in it costs the decisions of this transaction, and nobody's work.
+        """
+        try:
+            for _ in range(DECISIONS_AT_ONCE):
+                self.undecided = False
+                step = self.propose()
+                if step is None:
+                    return
+                if not self.db.in_transaction:
+                    self.begin("FULL")
+                self.savepoint(step)
+                if not self.undecided:  # it was refused
+                    return
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self.undecided = False
+            log.exception("an error in deciding which job is sent")
+
+    def savepoint(self, work: Callable[[], T]) -> T:
+        """Run work of which nothing remains if it raises."""
+        self.db.execute("SAVEPOINT part")
+        known = len(self.outcomes)
+        try:
+            value = work()
+        except Exception as error:
+            if not is_fatal(error):
+                self.db.execute("ROLLBACK TO part")
+                self.db.execute("RELEASE part")
+                self.forget_outcomes(known)
+            raise
+        self.db.execute("RELEASE part")
+        return value
+
+    def forget_outcomes(self, known: int) -> None:
+        """Undo in memory what was only to follow from a COMMIT, but for the first `known`."""
+        for _, failed in self.outcomes[known:]:
+            failed()
+        del self.outcomes[known:]
+
     def roll_back(self, is_storage: bool) -> None:
         self.moved.clear()
+        self.forget_outcomes(0)
+        self.undecided = False  # what has changed the rows is undone
         with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
@@ -8520,20 +8659,16 @@ class Core:
     @staticmethod
     def why_not(error: BaseException, alone: bool) -> BaseException:
         """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
-        own = alone and (not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError))
-        return error if own else StorageError(f"the database cannot be written: {error}")
+        return error if alone and not is_fatal(error) else StorageError(f"the database cannot be written: {error}")
 
     def run(self, message: Message) -> None:
         """Run one of several pieces of work: if it raises, only its own part is rolled back."""
-        self.db.execute("SAVEPOINT message")
         try:
-            message.value = message.work(self.db)
+            message.value = self.savepoint(lambda: message.work(self.db))
         except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise  # the disk or a lock: the whole transaction fails
+            if is_fatal(error):
+                raise
             message.error = error
-            self.db.execute("ROLLBACK TO message")
-        self.db.execute("RELEASE message")
 
     def set_synchronous(self, level: str) -> None:
         if level != self.synchronous:
@@ -8785,9 +8920,14 @@ class Store(Database):
         Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, and
         QueueFull if its user has `most_queued` jobs queued.
         """
-        job = self.write(lambda db: self.insert(db, new, reason, most_queued), durable=self.mode == "server")
-        log.info("%s %d %s (service=%s user=%s)", self.noun, job.id, job.status, job.service, job.user_id)
-        return job
+
+        def insert(db: sqlite3.Connection) -> Job:
+            job = self.insert(db, new, reason, most_queued)
+            words = (self.noun, job.id, job.status, job.service, job.user_id)
+            self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words))
+            return job
+
+        return self.write(insert, durable=self.mode == "server")
 
     def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
         """Store a new job inside a transaction: see `add`."""
@@ -8833,11 +8973,15 @@ class Store(Database):
         another reason than its history. On the server an end is always durable.
         """
         durable = durable or (self.mode == "server" and to in ENDED)
-        moved = self.write(lambda db: self.move_in(db, job, to, reason, **changes), durable)
-        if moved:
-            because = ": " + one_line(reason) if reason else ""
-            log.info("%s %d %s -> %s (service=%s user=%s)%s", self.noun, job.id, job.status, to, job.service, job.user_id, because)
-        return moved
+
+        def move(db: sqlite3.Connection) -> bool:
+            moved = self.move_in(db, job, to, reason, **changes)
+            if moved:
+                words = (self.noun, job.id, job.status, to, job.service, job.user_id, ": " + one_line(reason) if reason else "")
+                self.core.after(functools.partial(log.info, "%s %d %s -> %s (service=%s user=%s)%s", *words))
+            return moved
+
+        return self.write(move, durable)
 
     def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
         """Make one move inside a transaction, and update the jobs that wait for this one: see `move`."""
@@ -9030,6 +9174,7 @@ class Store(Database):
         service = self.limits.get(name or "")
         if self.mode != "server" or service is None:
             return
+        self.core.undecided = True
         pair = {"service": name, "user_id": user_id}
         sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
         waiting = [Waiting(*row) for row in db.execute(sql, pair)]
@@ -9101,10 +9246,7 @@ class Store(Database):
             self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
             return self.row(db, job_id)
 
-        job = self.write(take)
-        if job:
-            log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, client)
-        return job
+        return self.write(take)
 
     def admit_due(self) -> int:
         """Make new attempts claimable if their back-off is over; return how many."""

@@ -67,7 +67,7 @@ class Protocol22(ClientProtocol):
             self.probe()
             link.heard()
             server.wake(f"send:{link.name}")
-            server.wake("dispatch")
+            server.dispatch()
         for job in jobs:
             due, pause_s = self.poll_due.get(job.id, (0.0, PAUSE_FIRST_S))
             if due <= now and job.id not in link.ended:

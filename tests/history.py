@@ -326,6 +326,18 @@ def order(evidence: Evidence) -> Iterator[Fault]:
         highest = max(highest, moves[0].when if moves else highest)
 
 
+def merged(evidence: Evidence) -> Iterator[Fault]:
+    """A transaction that makes several moves leaves the history of separate ones: each move has a place of its own in the order."""
+    for log in logs_of(evidence):
+        known: dict[int, Move] = {}
+        for moves in log.moves.values():
+            for move in moves:
+                other = known.setdefault(move.seq, move) if move.seq else move
+                if other is not move:
+                    where = f"move {other.number} of job {other.job_id}"
+                    yield Fault("merged", move.job_id, f"its move {move.number} has the same place in the order as {where}", log.name)
+
+
 class Crossing(NamedTuple):
     """A move by which a job comes to be with a client, or to be with none."""
 
@@ -577,7 +589,7 @@ def explanation_problem(row: Row, moves: Sequence[Move], end: Move | None, wante
 # == Proof ==
 
 RULES: Mapping[str, Rule] = {
-    rule.__name__: rule for rule in (accepted, expected, legal, chain, left, order, quota, starts, attempts, result, explained)
+    rule.__name__: rule for rule in (accepted, expected, legal, chain, left, order, merged, quota, starts, attempts, result, explained)
 }
 
 

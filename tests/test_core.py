@@ -1,0 +1,355 @@
+"""The core: what follows from work is decided in its transaction, memory changes after the COMMIT, and inside is nothing that blocks."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import os
+import random
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from world import RESULT, Desk, Peer, Yard, event, events, new_job, reply, zip_reply
+
+import joborch
+from joborch import BUSY, Cause, DataFolder, Job, Status, StorageError, Store, fetch_tick, get_tick, watch_tick
+
+pytestmark = pytest.mark.usefixtures("no_long_polls")
+
+EVERYTHING = "SELECT * FROM jobs ORDER BY id"
+RUNNABLE = "SELECT service, user_id, at_quota, rank, head, cpus, memory, timeout FROM runnable_users ORDER BY service, user_id"
+ORDER = "SELECT job_id, source, target, reason, attempt FROM history ORDER BY seq"
+
+
+def decide_at_once(desk: Desk) -> None:
+    """Claim in the transaction that makes it possible, as from the start of a server."""
+    desk.store.core.propose = functools.partial(joborch.propose, desk.server)
+
+
+def targets(store: Store) -> list[tuple[int, str]]:
+    """All moves in their order, as job and status."""
+    return [(row["job_id"], row["target"]) for row in store.read(ORDER)]
+
+
+def commits(store: Store, work: Callable[[], object]) -> int:
+    """How many transactions `work` commits."""
+    seen = list[str]()
+    store.db.set_trace_callback(seen.append)
+    work()
+    store.db.set_trace_callback(None)
+    return seen.count("COMMIT")
+
+
+# == What follows is decided in the same transaction ==
+
+
+def test_an_upload_and_its_claim_are_one_commit(desk: Desk) -> None:
+    decide_at_once(desk)
+    desk.link.heard()
+    assert commits(desk.store, desk.upload) == 1
+    assert targets(desk.store) == [(1, "Queued"), (1, "Processing")]
+    assert [job.id for job in desk.link.outbox] == [1] and desk.link.sending == {1}
+    assert desk.link.outbox[0].status is Status.PROCESSING
+
+
+def test_an_end_and_the_next_claim_are_one_commit(desk: Desk, peer: Peer) -> None:
+    """The quota of the user holds in the order of the log: the end comes first."""
+    desk.restart(SERVICE_EXAMPLE_RUNS_PER_USER="1")
+    job = desk.with_client()
+    waits = desk.upload()
+    decide_at_once(desk)
+    peer.says["/retrieve"] = [zip_reply(RESULT)]
+    joborch.report(desk.server, desk.link, event(job))
+    assert commits(desk.store, lambda: fetch_tick(desk.server, desk.link)) == 1
+    assert targets(desk.store)[-2:] == [(job.id, "Completed"), (waits.id, "Processing")]
+
+
+def test_what_needs_no_disk_is_committed_alone_and_the_claim_after_it(desk: Desk) -> None:
+    """A move that must not wait for the disk does not; the claim that it makes possible must."""
+    desk.restart(SERVICE_EXAMPLE_RUNS_PER_USER="1")
+    job = desk.with_client(Status.PROCESSING)
+    waits = desk.upload()
+    decide_at_once(desk)
+    assert commits(desk.store, lambda: desk.store.move(job, Status.QUEUED, "it was refused", client=None, not_before=1e12)) == 2
+    assert [job.id for job in desk.link.outbox] == [waits.id]
+
+
+def test_a_client_that_is_back_gets_what_waits(desk: Desk, peer: Peer) -> None:
+    jobs = [desk.upload() for _ in range(3)]
+    decide_at_once(desk)
+    peer.says["/events"] = [events()]
+    get_tick(desk.server, desk.link)
+    assert [job.id for job in desk.link.outbox] == [job.id for job in jobs[: desk.link.slots]]
+
+
+def test_a_job_to_be_killed_does_not_hold_up_the_next(desk: Desk) -> None:
+    first, second = desk.upload(), desk.upload()
+    assert desk.store.request_kill(first.id, Cause.CANCELLED)
+    desk.link.heard()
+    decide_at_once(desk)
+    desk.server.dispatch()
+    assert desk[first].status is Status.KILLED
+    assert desk[second].status is Status.PROCESSING
+
+
+def test_a_longer_look_is_left_to_the_loop(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first job of a queue is too wide, many rows may have to be read: not inside a transaction."""
+    woken = list[str]()
+    monkeypatch.setattr(desk.server, "wake", woken.append)
+    desk.link.heard()
+    desk.link.slots = 2
+    desk.with_client()
+    decide_at_once(desk)
+    wide = desk.upload(cpus=2, user_id=2)
+    assert desk[wide].status is Status.QUEUED and woken == ["dispatch"]
+    narrow = desk.upload(timeout=1.0)
+    assert desk[narrow].status is Status.QUEUED
+    assert not joborch.dispatch_tick(desk.server), "nothing passes a wide job whose start is not known"
+
+
+def test_a_fault_in_a_decision_costs_nobody_his_work(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    decide_at_once(desk)
+    desk.link.heard()
+    real = desk.store.claim
+
+    def claim(*arguments: Any) -> Job | None:
+        real(*arguments)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(desk.store, "claim", claim)
+    job = desk.upload()
+    assert desk[job].status is Status.QUEUED and not desk.link.sending and not desk.link.outbox
+    assert "an error in deciding" in caplog.text
+
+
+def test_a_sender_that_still_has_a_job_keeps_it(desk: Desk) -> None:
+    """It is queued again, and the sender lets it go a moment later: a claim by then would be taken for lost."""
+    job = desk.with_client(Status.PROCESSING)
+    desk.link.sending.add(job.id)
+    decide_at_once(desk)
+    assert desk.store.move(job, Status.QUEUED, "it was refused", client=None)
+    assert desk[job].status is Status.QUEUED and desk.link.sending == {job.id}
+    desk.link.sending.discard(job.id)
+    desk.server.dispatch()
+    assert desk[job].status is Status.PROCESSING
+
+
+def told(desk: Desk, peer: Peer) -> list[tuple[Any, ...]]:
+    """The histories of some jobs that are sent and end one after the other."""
+    peer.says["/retrieve"] = [zip_reply(RESULT)]
+    peer.says["/submit"] = [reply(200, {"id": 7})]
+    desk.link.heard()
+    for number in range(6):
+        desk.upload(user_id=number % 2)
+    for _ in range(20):
+        desk.send()
+        for job in desk.store.jobs(EVERYTHING):
+            if job.status is Status.SUBMITTED:
+                desk.settle(job, uuid=job.uuid, id=7)
+                break
+    assert {job.status for job in desk.store.jobs(EVERYTHING)} == {Status.COMPLETED}
+    rows = desk.store.read("SELECT job_id, number, source, target, reason, attempt FROM history ORDER BY job_id, number")
+    return [tuple(row) for row in rows]
+
+
+def test_merged_transactions_leave_the_same_history(desk: Desk, peer: Peer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    separate = told(desk, peer)
+    folder = DataFolder(str(tmp_path_factory.mktemp("merged")))
+    folder.open()
+    other = Desk(folder, peer.url)
+    decide_at_once(other)
+    assert told(other, peer) == separate
+    seqs = [row["seq"] for row in other.store.read("SELECT seq FROM history")]
+    assert len(set(seqs)) == len(seqs), "moves of one transaction have places of their own"
+    other.store.close()
+    folder.lock.close()
+
+
+# == A COMMIT that fails ==
+
+
+class Faults:
+    """Makes the COMMIT of the writing connection fail, by SQLite itself, whenever `coming` is set."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.coming = store, False
+
+    def refuse(self, action: int, name: str | None, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if self.coming and action == sqlite3.SQLITE_TRANSACTION and name == "COMMIT" else sqlite3.SQLITE_OK
+
+    def arm(self, coming: bool) -> None:
+        """Let the next COMMITs fail or not; a new authorizer has the statements prepared anew."""
+        self.coming = coming
+        self.store.db.set_authorizer(self.refuse)
+
+
+def works(desk: Desk, dice: random.Random) -> dict[str, Callable[[], object]]:
+    """A piece of work of each kind that a server's threads bring to the core."""
+    store, link = desk.store, desk.link
+
+    def some(*statuses: Status) -> Job:
+        return dice.choice([job for job in store.jobs(EVERYTHING) if job.status in statuses] or [desk.upload()])
+
+    def upload() -> None:
+        store.add(new_job(user_id=dice.randrange(3), priority=dice.randrange(3)), "uploaded")
+
+    def end() -> None:
+        job = some(*BUSY)
+        if job.status in BUSY and (job.status, Status.COMPLETED) in joborch.MOVES["server"] and store.move(job, Status.COMPLETED, ""):
+            finish(link, job)
+
+    def start() -> None:
+        job = some(Status.PROCESSING)
+        if job.status is Status.PROCESSING and store.move(job, Status.SUBMITTED, "", dest_id="7"):
+            finish(link, job)
+
+    def clean() -> None:
+        job = some(Status.COMPLETED, Status.KILLED)
+        if job.status in joborch.ENDED:
+            store.move(job, Status.CLEANED, "")
+            store.forget([job.id])
+
+    return {
+        "upload": upload,
+        "start": start,
+        "end": end,
+        "give up": lambda: (
+            joborch.new_attempt(desk.server, some(Status.SUBMITTED), "lost") if some(Status.SUBMITTED).status in BUSY else None
+        ),
+        "kill": lambda: store.request_kill(some(*BUSY).id, Cause.CANCELLED),
+        "take along": lambda: store.take_along(some(Status.SUBMITTED), link.name),
+        "weight": lambda: store.set_weight(dice.randrange(3), dice.uniform(0.5, 4)),
+        "drain": lambda: desk.server.drain(link, dice.random() < 0.3),
+        "charge": lambda: store.charge_longer(some(Status.SUBMITTED)),
+        "admit": lambda: watch_tick(desk.server),
+        "clean": clean,
+        "dispatch": lambda: (desk.server.dispatch(), joborch.dispatch_tick(desk.server)),
+        "beat": store.check,
+    }
+
+
+def finish(link: joborch.Link, job: Job) -> None:
+    """As a sender does when the outcome of its job is stored."""
+    link.outbox = type(link.outbox)(other for other in link.outbox if other.id != job.id)
+    link.sending.discard(job.id)
+
+
+def compare(desk: Desk) -> None:
+    """What is in memory is what the rows give."""
+    core, link = desk.store.core, desk.link
+    processing = {job.id for job in desk.store.jobs(EVERYTHING) if job.status is Status.PROCESSING}
+    assert link.sending == processing == {job.id for job in link.outbox}
+    assert link.drained == bool(desk.store.read(joborch.DRAINED_ALL))
+    assert not core.inbox and not core.moved and not core.outcomes and not core.undecided and not core.owner
+    assert not desk.store.db.in_transaction
+    kept = [tuple(row) for row in desk.store.read(RUNNABLE)]
+    with core.inside():
+        desk.store.db.execute("BEGIN")
+        desk.store.make_turns(desk.store.db, "anew", 0.0)
+        anew = [tuple(row) for row in desk.store.db.execute(RUNNABLE)]
+        desk.store.db.execute("ROLLBACK")
+        core.undecided = False
+    assert anew == kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_is_what_the_rows_say_whichever_commit_fails(seed: int, desk: Desk) -> None:
+    """Each kind of work fails at some COMMITs; it is answered clearly, changes nothing, and works the next time."""
+    decide_at_once(desk)
+    desk.link.heard()
+    desk.link.slots = 3
+    dice, faults = random.Random(seed), Faults(desk.store)
+    failed, worked, said, changed = set[str](), set[str](), set[str](), False
+    for _ in range(250):
+        kinds = works(desk, dice)
+        kind = dice.choice(list(kinds))
+        before = targets(desk.store)
+        faults.arm(dice.random() < 0.3)
+        try:
+            kinds[kind]()
+            worked.add(kind)
+        except StorageError as error:
+            failed.add(kind)
+            said.add(str(error))
+            changed |= targets(desk.store) != before
+        faults.arm(False)
+        compare(desk)
+    assert worked == set(works(desk, dice)), "each kind was tried"
+    assert len(failed) > 6 and not changed
+    assert all("the database cannot be written" in text for text in said)
+
+
+def test_those_who_share_a_commit_that_fails_all_hear_of_it(desk: Desk) -> None:
+    faults, got = Faults(desk.store), list[object]()
+
+    def upload() -> None:
+        try:
+            got.append(desk.store.add(new_job(), "uploaded"))
+        except StorageError as error:
+            got.append(str(error))
+
+    threads = [threading.Thread(target=upload) for _ in range(4)]
+    with desk.store.core.inside():
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while len(desk.store.core.inbox) < 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        faults.arm(True)
+    for thread in threads:
+        thread.join(30)
+    faults.arm(False)
+    assert len(got) == 4 and all("cannot be written" in str(each) for each in got)
+    assert desk.store.jobs(EVERYTHING) == []
+    compare(desk)
+
+
+# == Inside ==
+
+
+def test_inside_are_sqlite_and_memory_alone(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file, socket, process or sleep, whatever a server and a client do."""
+    inside, stores = list[str](), [desk.store]
+
+    def watch(where: Any, name: str) -> None:
+        real = getattr(where, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            if any(store.core.is_inside() for store in stores):
+                inside.append(f"{name}{arguments!r}")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(where, name, watched)
+
+    for where, name in (
+        (builtins, "open"), (os, "open"), (os, "fsync"), (os, "rename"), (os, "stat"), (socket, "socket"), (socket.socket, "connect"),
+        (socket.socket, "send"), (socket.socket, "sendall"), (socket.socket, "recv_into"), (subprocess, "Popen"), (time, "sleep"),
+        (joborch.log, "info"),
+    ):  # fmt: skip
+        watch(where, name)
+    decide_at_once(desk)
+    told(desk, peer)
+    joborch.clean_tick(desk.server)
+    desk.clock.pass_s(10**6)
+    joborch.clean_tick(desk.server)
+    watch_tick(desk.server)
+    assert desk.server.wait_until(lambda: "found", 1, lambda: False) == "found"
+    folder = DataFolder(str(desk.data.path / "client"))
+    folder.open()
+    yard = Yard(folder)
+    stores.append(yard.store)
+    try:
+        yard.run(yard.submit("echo done > result"))
+        assert [said["status"] for said in yard.events()["payloads"]] == ["Completed"]
+        joborch.sync_tick(yard.client)
+        joborch.clean_tick(yard.client)
+    finally:
+        yard.close()
+        folder.lock.close()
+    assert inside == []
