@@ -52,6 +52,7 @@ import fnmatch
 import functools
 import grp
 import hashlib
+import heapq
 import hmac
 import http.client
 import importlib
@@ -974,77 +975,176 @@ def shell_hint(folder: Path) -> str:
     return f"; {name} is often defined only for login shells: {remedy}" if name else ""
 
 
-# == 5. Loops ==  A loop is a thread that calls its tick, a plain function, when woken or when its period ends.
+# == 5. Loops ==  A loop calls its tick, a plain function, when woken or when its period ends, in a thread of a pool.
 
 
-class Loop:
-    """Runs `tick` in one or more threads: at once when woken or while a tick returns True (more to do), else every `period_s`.
+SILENT_THREADS = 40  # for clients that do not answer: a call to each takes up to 10 s, every 30 s
 
-    If a tick raises, the error is logged and the next tick runs a period later. A further thread starts if the loop is woken
-    while all others are busy; it sleeps until it is woken, without a period.
+
+class Pool:
+    """A pool of threads that start when they are needed and stop after they were idle for a while.
+
+    The thread that became idle last gets the next work, so that few threads stay awake.
     """
 
-    def __init__(self, name: str, tick: Callable[[], bool], period_s: float, most_threads: int = 1) -> None:
-        self.name, self.tick, self.period_s, self.most_threads = name, tick, period_s, most_threads
-        self.condition, self.calls, self.asleep, self.stopped, self.trouble = threading.Condition(), 0, 0, False, ""
-        self.threads: list[threading.Thread] = []
+    IDLE_S = 30.0
+
+    def __init__(self, name: str, threads: int = sys.maxsize, waiting: int = sys.maxsize) -> None:
+        """At most `threads` work at once, and at most `waiting` pieces of work wait for a thread."""
+        self.name, self.most, self.most_waiting = name, threads, waiting
+        self.lock, self.waiting = threading.Lock(), deque[Callable[[], object]]()
+        self.threads, self.number, self.short, self.stopping = 0, 1, False, False
+        self.ended = threading.Condition(self.lock)
+        self.idle: list[threading.Lock] = []  # bells of threads that sleep
+
+    def add(self, work: Callable[[], object]) -> bool:
+        """Queue a piece of work. Return False if too many wait already, or if there is no thread and none can be started."""
+        with self.lock:
+            if len(self.waiting) >= self.most_waiting:
+                return False
+            self.waiting.append(work)
+            if self.idle:
+                self.idle.pop().release()
+            elif self.threads < self.most and not self.stopping and not self.start_thread() and not self.threads:
+                self.waiting.pop()
+                return False
+        return True
+
+    def start_thread(self) -> bool:
+        """Return whether a thread could be started. The caller holds the lock."""
+        try:
+            threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
+        except RuntimeError as error:
+            if not self.short:
+                log.error("%s: work waits, because no thread can be started: %s", self.name, error)
+            self.short = True
+            return False
+        self.threads, self.number, self.short = self.threads + 1, self.number + 1, False
+        return True
+
+    def work(self) -> None:
+        bell = threading.Lock()  # released only to wake this thread
+        while True:
+            with self.lock:
+                bell.acquire(blocking=False)
+                unused = bell in self.idle
+                if unused:
+                    self.idle.remove(bell)
+                work = self.waiting.popleft() if self.waiting else None
+                if work is None and (unused or self.stopping):
+                    self.threads -= 1
+                    return self.ended.notify_all()
+                if work is None:
+                    self.idle.append(bell)
+            try:
+                work() if work is not None else bell.acquire(timeout=self.IDLE_S)
+            except Exception:
+                log.exception("a request ended in an error")
+
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """Stop the threads once no work waits. Do not wait more than `timeout_s` for busy ones."""
+        with self.lock:
+            self.stopping = True
+            while self.idle:
+                self.idle.pop().release()
+            self.ended.wait_for(lambda: not self.threads, timeout_s)
+
+
+def stop_pools(pools: Collection[Pool], timeout_s: float) -> None:
+    """Stop pools all at once. Do not wait more than `timeout_s` for busy threads."""
+    deadline = time.monotonic() + timeout_s
+    for pool in pools:
+        pool.stop()
+    for pool in pools:
+        pool.stop(max(0.0, deadline - time.monotonic()))
+
+
+@dataclass
+class Loop:
+    """Runs `tick` in a thread of a pool: at once when woken or while a tick returns True (more to do), else every `period_s`.
+
+    If a tick raises, the error is logged and the next tick runs a period later.
+    """
+
+    name: str
+    tick: Callable[[], bool]
+    pool: Callable[[], Pool]  # asked before each tick, because a client that hangs moves to another pool
+    period_s: float
+    most_runs: int = 1  # ticks at once; a further one starts if the loop is woken while all others are busy
+    wanted: Callable[[], bool] = lambda: True  # whether to tick after a period; the timer calls it, so it must not block
+
+    def __post_init__(self) -> None:
+        self.lock, self.calls, self.runs, self.started, self.trouble = threading.Lock(), 0, 0, False, ""
 
     def start(self) -> None:
-        with self.condition:
-            self.add_thread(self.period_s)
-
-    def add_thread(self, patience_s: float | None) -> None:
-        thread = threading.Thread(target=self.run, args=(patience_s,), name=f"{self.name}-{len(self.threads)}", daemon=True)
-        self.threads.append(thread)
-        thread.start()
-
-    def wake(self) -> None:
-        """Wake one thread to tick now; a thread that finds work wakes the next."""
-        with self.condition:
-            self.calls = min(self.calls + 1, self.most_threads)
-            if self.asleep < self.calls and 0 < len(self.threads) < self.most_threads and not self.stopped:
-                self.add_thread(None)
-            self.condition.notify()
+        self.started = True
+        self.wake()
 
     def stop(self) -> None:
-        with self.condition:
-            self.stopped = True
-            self.condition.notify_all()
+        self.started = False
 
-    def join(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def wake(self) -> None:
+        """Tick now. If `most_runs` ticks run already, one of them runs again afterwards."""
+        with self.lock:
+            self.calls = min(self.calls + 1, self.most_runs)
+            if self.runs == self.most_runs or not self.started:
+                return
+            self.runs += 1
+        self.go_on(self.pool())
 
-    def run(self, patience_s: float | None) -> None:
-        """Tick until stopped; `patience_s` is the longest sleep, None for no limit."""
-        while not self.stopped:
-            more = False
-            try:
-                more = self.tick()
-                self.trouble = ""
-            except Exception as error:  # noqa: BLE001 - logged; the loop goes on
-                self.complain(error)
-            if not more:
-                self.sleep(patience_s)
+    def look(self) -> None:
+        """Tick after a period, if no tick is running and there may be something to do."""
+        if not self.runs and (self.calls or self.trouble or self.wanted()):
+            self.wake()
+
+    def go_on(self, pool: Pool) -> None:
+        if not pool.add(functools.partial(self.run, pool)):
+            with self.lock:
+                self.runs -= 1  # the next `look` tries again
+
+    def run(self, pool: Pool) -> None:
+        """Tick in a thread of `pool` while there is something to do, or until another pool has to take over."""
+        while self.pool() is pool:
+            with self.lock:
+                self.calls = max(0, self.calls - 1)
+            more = self.started and self.tick_once()
+            with self.lock:
+                if not self.started or not (more or self.calls):
+                    self.runs -= 1
+                    return
+        self.go_on(self.pool())
+
+    def tick_once(self) -> bool:
+        """Return whether there may be more to do. Errors are logged."""
+        try:
+            more = self.tick()
+            self.trouble = ""
+        except Exception as error:  # noqa: BLE001 - logged; the loop goes on
+            self.complain(error)
+            return False
+        return more
 
     def complain(self, error: Exception) -> None:
         """Log an error of a tick, once as long as it stays the same; a bug is logged with its traceback."""
         text = one_line(f"{type(error).__name__}: {error}")
-        if text == self.trouble or self.stopped:  # when stopping, the store may close before the last tick is done
+        if text == self.trouble or not self.started:  # when stopping, the store may close before the last tick is done
             return
         self.trouble = text
         known = isinstance(error, (StorageError, OSError))
         said = str(error) if known else text
         log.error("%s: %s; it is tried again every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
 
-    def sleep(self, patience_s: float | None) -> None:
-        with self.condition:
-            if not self.calls and not self.stopped:
-                self.asleep += 1
-                self.condition.wait(patience_s)
-                self.asleep -= 1
-            self.calls = max(0, self.calls - 1)
+
+def keep_time(loops: Iterable[Loop], stopping: threading.Event) -> None:
+    """The timer of all loops of a process: look at each loop after each of its periods, until `stopping`."""
+    due = [(time.monotonic() + loop.period_s, number, loop) for number, loop in enumerate(loops)]
+    heapq.heapify(due)
+    while not stopping.wait(max(0.0, due[0][0] - time.monotonic()) if due else None):
+        now = time.monotonic()
+        while due[0][0] <= now:
+            at, number, loop = due[0]
+            loop.look()
+            heapq.heapreplace(due, (max(at + loop.period_s, now), number, loop))
 
 
 def each(items: Iterable[T], work: Callable[[T], object]) -> None:
@@ -1084,73 +1184,6 @@ class WorkerLimit:
         finally:
             if inside:
                 self.__enter__()
-
-
-class Pool:
-    """A bounded pool of threads that start when they are needed and stop after they were idle for a while.
-
-    The thread that became idle last gets the next task, so that few threads stay awake.
-    """
-
-    IDLE_S = 30.0
-
-    def __init__(self, name: str, threads: int, waiting: int) -> None:
-        """At most `waiting` tasks wait for a thread."""
-        self.name, self.most, self.most_waiting = name, threads, waiting
-        self.lock, self.tasks = threading.Lock(), deque[Any]()
-        self.threads, self.number, self.stopping = 0, 0, False
-        self.idle: list[threading.Lock] = []  # bells of threads that sleep
-
-    def add(self, task: Any) -> bool:
-        """Queue a task. Return False if too many wait already."""
-        with self.lock:
-            if len(self.tasks) >= self.most_waiting:
-                return False
-            self.tasks.append(task)
-            if self.idle:
-                self.idle.pop().release()
-            elif self.threads < self.most:
-                self.threads, self.number = self.threads + 1, self.number + 1
-                threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
-        return True
-
-    def work(self) -> None:
-        bell = threading.Lock()
-        bell.acquire()  # released only to wake this thread
-        while True:
-            with self.lock:
-                task = self.tasks.popleft() if self.tasks else None
-                if task is None:
-                    if self.stopping:
-                        self.threads -= 1
-                        return
-                    self.idle.append(bell)
-            if task is not None:
-                self.do(task)
-            elif not bell.acquire(timeout=self.IDLE_S) and self.gave_up(bell):
-                return
-
-    def do(self, task: Any) -> None:
-        try:
-            task.service()
-        except Exception:
-            log.exception("a request ended in an error")
-
-    def gave_up(self, bell: threading.Lock) -> bool:
-        """Tell whether the thread of this bell may stop: not if it was given a task at the last moment."""
-        with self.lock:
-            if bell not in self.idle:
-                bell.acquire()
-                return False
-            self.idle.remove(bell)
-            self.threads -= 1
-            return True
-
-    def stop(self) -> None:
-        with self.lock:
-            self.stopping = True
-            while self.idle:
-                self.idle.pop().release()
 
 
 FRESH_S = 1.0  # a connection this new is not closed: its request may have arrived, unread
@@ -1377,6 +1410,7 @@ class Node:
         # A client's archives may use the reserved space: only a result that was fetched can be deleted.
         data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
         self.loops: dict[str, Loop] = {}
+        self.pool, self.silent_pool = Pool("loop"), Pool("silent", SILENT_THREADS)
         self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
         self.refused = RefusedTokens(self.clock)
         self.pack_places = WaiterLimit(PACK_READERS)
@@ -1394,13 +1428,14 @@ class Node:
         return self.data.job(job.uuid if self.config.mode == "server" else job.mark)
 
     def wake(self, name: str) -> None:
-        for key, loop in self.loops.items():
-            if key == name or key.startswith(name + ":"):
-                loop.wake()
+        loop = self.loops.get(name)
+        if loop is not None:
+            loop.wake()
 
     def start(self) -> None:
         for loop in self.loops.values():
             loop.start()
+        threading.Thread(target=keep_time, args=(self.loops.values(), self.stopping), name="timer", daemon=True).start()
 
     def stop(self) -> None:
         """Stop the loops and wake all waiting callers. Payloads keep running."""
@@ -1408,9 +1443,7 @@ class Node:
         for loop in self.loops.values():
             loop.stop()
         self.store.core.wake_all()
-        deadline = time.monotonic() + 1
-        for loop in self.loops.values():
-            loop.join(max(0.0, deadline - time.monotonic()))
+        stop_pools((self.pool, self.silent_pool), 1.0)
 
     def cpu_load(self) -> float:
         """Return the CPU use of this machine over the last second or so, in percent."""
@@ -2641,14 +2674,22 @@ def send_tick(server: Server, link: Link) -> bool:
     return True
 
 
+def may_send(link: Link) -> bool:
+    """Tell whether `send_tick` may have something to do: a job to send or send again, or a probe."""
+    return bool(link.outbox) or (not link.held() and (link.may_have_pinned or lacks_probe(link)))
+
+
+def lacks_probe(link: Link) -> bool:
+    """Tell whether to ask a failed client if it answers, because its long poll began before the failure and may still wait."""
+    return not (link.answers or link.held()) and link.asked_at < link.failed_at
+
+
 def probe_tick(server: Server, link: Link) -> None:
     """Ask a client that failed whether it answers again, without risking a job for that.
 
     `get_tick` would notice, too, but its long poll may have begun before the failure and still wait.
     """
-    if link.heard_at is None or link.answers or link.outage.waits():
-        return
-    if link.probe():
+    if lacks_probe(link) and link.probe():
         server.dispatch()
 
 
@@ -2665,7 +2706,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
             new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
         with link.lock:
-            due = link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
+            due = link.has_free_sender() and link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
             if due:
                 link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
                 link.sending.add(job.id)  # it occupies a sender, like any other job
@@ -3176,7 +3217,7 @@ class Link:
         self.outage = Backoff(clock)  # after failed calls
         self.answers = True  # it has answered since its last failure
         self.problem = ""  # why it accepts no payload now, as the client reports
-        self.try_at = float("inf")  # monotonic: when to call it despite the back-off, because a kill was requested
+        self.try_at = self.asked_at = float("inf")  # monotonic: when to call it despite the back-off, for a kill; when its poll began
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusal = Backoff(clock)  # after submits that it refused
         self.instance, self.since = "", 0
@@ -3194,7 +3235,7 @@ class Link:
         self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
         self.accepted: dict[str, str] = {}  # payload ids by mark, until they are stored
         self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server replaced, but that still run here
-        self.may_have_pinned = True  # some jobs may be tied to this client by a lost answer, or by a crash during their submit
+        self.may_have_kills = self.may_have_pinned = True  # jobs to kill; jobs tied to it by a lost answer, or by a crash at their submit
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
 
     def token(self, service: str | None = None) -> str:
@@ -3383,6 +3424,8 @@ class Link:
         """
         if not self.protocol.can_prove and not self.may_be_22():
             raise NothingSent(self.no_joborch("it has no common base URL"))
+        if self.heard_at is None:  # many clients may hang: do not let the first call to another one wait long for a thread
+            patience_s = min(patience_s, 2.0 ** min(self.outage.failures, 10))
         names = [service] if service in self.set_tokens() else list(self.set_tokens()) or [None]
         trouble: NothingSent | None = None
         with self.opening:
@@ -3529,7 +3572,7 @@ class Link:
         connection, begun = self.connections.take(url), False
         connection.bounds = Bounds(read_timeout_s, unwanted)
         try:
-            (connection.sock or connection.open(self.look, self.ca_file)).settimeout(read_timeout_s)
+            (connection.sock or connection.open(self.look, self.ca_file, min(CONNECT_TIMEOUT_S, read_timeout_s))).settimeout(read_timeout_s)
             begun = True
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
                 connection.request(method, "/" + url.partition("://")[2].partition("/")[2], body, {**headers, OURS_HEADER: __version__})
@@ -4057,12 +4100,12 @@ class Connection(http.client.HTTPConnection):
         super().__init__(parts.hostname or "", parts.port or self.default_port, blocksize=CHUNK_BYTES)
         self.response_class = functools.partial(Reply, connection=self)
 
-    def open(self, look: Callable[[socket.socket], None], ca_file: str) -> socket.socket:
-        """Connect. `look` is called before the first byte is sent, and raises if the connection must not be used.
+    def open(self, look: Callable[[socket.socket], None], ca_file: str, timeout_s: float) -> socket.socket:
+        """Connect within `timeout_s`. `look` is called before the first byte is sent, and raises if the connection must not be used.
 
         `ca_file` has the certificates to trust, in PEM; without it, those that this machine trusts are used.
         """
-        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
+        self.sock = socket.create_connection((self.host, self.port), timeout_s)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         look(self.sock)
         if self.secure:
@@ -4209,10 +4252,16 @@ CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HT
 # == 14. News ==  Jobs move on by what clients report. A client is identified by its instance, whatever its URL.
 
 
+def may_be_asked(link: Link) -> bool:
+    """Tell whether `get_tick` may call a client: it has not failed, its back-off is over, or a kill was requested."""
+    return not link.outage.failures or link.clock.monotonic() >= min(link.outage.until, link.try_at)
+
+
 def get_tick(server: Server, link: Link) -> bool:
     """Get the changes at one client, by its protocol."""
-    if link.outage.failures and server.clock.monotonic() < min(link.outage.until, link.try_at):
+    if not may_be_asked(link):
         return False
+    link.asked_at = server.clock.monotonic()
     try:
         return link.protocol.get_news(server)
     except Gone:  # it is a 2.2 client: the next tick polls it
@@ -4220,6 +4269,8 @@ def get_tick(server: Server, link: Link) -> bool:
     except (NothingSent, NoAnswer) as error:
         fail_to_hear(server, link, error)
         return False
+    finally:
+        link.asked_at = float("inf")
 
 
 def hear(server: Server, link: Link) -> bool:
@@ -4229,14 +4280,15 @@ def hear(server: Server, link: Link) -> bool:
         link.undecided.clear()
     fresh, asked_at = link.since == 0, server.clock.monotonic()
     done = link.confirmed_ids[:DONE_AT_ONCE]
-    heard = link.events(0 if fresh or link.listed is not None else EVENTS_WAIT_S, done)
+    at_once = fresh or link.listed is not None or not link.answers
+    heard = link.events(0 if at_once else EVENTS_WAIT_S, done)
     crash_point("hear.answered")
     del link.confirmed_ids[: len(done)]
     link.heard()
     take_in(server, link, heard, fresh, asked_at)
     if fresh:
-        server.wake(f"send:{link.name}")  # it is back
-        server.wake(f"kill:{link.name}")
+        for name in ("send", "fetch", "kill"):
+            server.wake(f"{name}:{link.name}")  # it is back
     if fresh or link.ended:
         server.dispatch()  # it may have room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
@@ -4530,7 +4582,9 @@ def fetch_tick(server: Server, link: Link) -> bool:
     """Collect one job whose payload has ended. Return whether there was one."""
     now = server.clock.monotonic()
     with link.lock:
-        waiting = [found for found in link.ended.values() if found.due <= now and not found.taken]
+        waiting = [
+            found for found in link.ended.values() if found.due <= now and not found.taken and (link.answers or "archive" in found.payload)
+        ]
         if not waiting:
             return False
         # Results that came with the report first: they cost no call. Those that the client is still packing last.
@@ -4753,9 +4807,14 @@ def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> Non
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
+def may_kill(link: Link) -> bool:
+    """Tell whether `kill_tick` may have something to do."""
+    return link.may_have_kills and not link.held()
+
+
 def kill_tick(server: Server, link: Link) -> bool:
     """Ask a client to kill jobs and superseded attempts. Its events report when they have ended."""
-    now = server.clock.monotonic()
+    now, link.may_have_kills = server.clock.monotonic(), True
     if link.held():
         return False
     for superseded in list(link.superseded_attempts.values()):
@@ -4768,6 +4827,7 @@ def kill_tick(server: Server, link: Link) -> bool:
             log.info("job %d: %s no longer has attempt %d", superseded.id, link.name, superseded.attempt)
         link.superseded_attempts.pop(superseded.mark, None)
     jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
+    link.may_have_kills = bool(jobs)
     for job_id in set(link.kill_due).difference(job.id for job in jobs):
         link.kill_due.pop(job_id, None)
     for job in jobs:
@@ -4791,6 +4851,8 @@ def watch_tick(server: Server) -> bool:
     """Handle what no event reports: silent clients, unreachable services, attempts that are due."""
     server.store.admit_due()
     busy = server.store.jobs(ALL_BUSY)
+    for name in {job.client or "" for job in busy if job.kill_requested_at is not None}.intersection(server.links):
+        server.links[name].may_have_kills = True
     each(busy, functools.partial(judge, server))
     running = [job for job in busy if job.status is Status.RUNNING]
     each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
@@ -4861,17 +4923,33 @@ def fail_unreachable(server: Server, service: Service) -> None:
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
 
+def is_silent(link: Link) -> bool:
+    """Tell whether a client has never answered or failed at least twice in a row, so that calls to it may hang."""
+    return link.heard_at is None or link.outage.failures > 1
+
+
 def make_server_loops(server: Server) -> dict[str, Loop]:
-    """Return the loops of a server, by name: four for each client (get, send, fetch, kill), and dispatch, watch and clean."""
+    """Return the loops of a server, by name: four for each client (get, send, fetch, kill), and dispatch, watch and clean.
+
+    All silent clients share one small pool of threads, so they never delay other clients.
+    """
     config, loops = server.config, cast("dict[str, Loop]", {})
-    for name, link in server.links.items():
-        loops[f"get:{name}"] = Loop(f"get:{name}", functools.partial(get_tick, server, link), config.get_interval_s)
-        loops[f"send:{name}"] = Loop(f"send:{name}", functools.partial(send_tick, server, link), config.send_interval_s, SENDERS_PER_CLIENT)
-        loops[f"fetch:{name}"] = Loop(f"fetch:{name}", functools.partial(fetch_tick, server, link), config.get_interval_s, 3)
-        loops[f"kill:{name}"] = Loop(f"kill:{name}", functools.partial(kill_tick, server, link), config.get_interval_s)
-    loops["dispatch"] = Loop("dispatch", functools.partial(dispatch_tick, server), config.send_interval_s)
-    loops["watch"] = Loop("watch", functools.partial(watch_tick, server), 1.0)
-    loops["clean"] = Loop("clean", functools.partial(clean_tick, server), config.clean_interval_s)
+
+    def add(name: str, tick: Callable[..., bool], period_s: float, link: Link | None = None, **options: Any) -> None:
+        def pool() -> Pool:
+            return server.silent_pool if link is not None and is_silent(link) else server.pool
+
+        full_name, arguments = (f"{name}:{link.name}", (server, link)) if link else (name, (server,))
+        loops[full_name] = Loop(full_name, functools.partial(tick, *arguments), pool, period_s, **options)
+
+    for link in server.links.values():
+        add("get", get_tick, config.get_interval_s, link, wanted=functools.partial(may_be_asked, link))
+        add("send", send_tick, config.send_interval_s, link, most_runs=SENDERS_PER_CLIENT, wanted=functools.partial(may_send, link))
+        add("fetch", fetch_tick, config.get_interval_s, link, most_runs=3, wanted=functools.partial(bool, link.ended))
+        add("kill", kill_tick, config.get_interval_s, link, wanted=functools.partial(may_kill, link))
+    add("dispatch", dispatch_tick, config.send_interval_s)
+    add("watch", watch_tick, 1.0)
+    add("clean", clean_tick, config.clean_interval_s)
     return loops
 
 
@@ -5564,15 +5642,18 @@ class Client(Node):
         self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: archives that are packed or being packed
         self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
         self.measurers = threading.BoundedSemaphore(PACKERS)
+        # Whether payloads run or wait, and whether some that run are to be killed; set by `run_tick`.
+        self.has_payloads = self.has_kills = True
         self.holes = True  # the file system can punch holes, as far as we know
         self.troubled_at: float | None = None  # wall: since when nothing can be started for some service
-        self.loops = {
-            "run": Loop("run", functools.partial(run_tick, self), config.run_interval_s),
-            "end": Loop("end", functools.partial(end_tick, self), config.run_interval_s, ENDING_THREADS),
-            "limit": Loop("limit", functools.partial(limit_tick, self), config.run_interval_s),
-            "sync": Loop("sync", functools.partial(sync_tick, self), SYNC_AFTER_S),
-            "clean": Loop("clean", functools.partial(clean_tick, self), config.clean_interval_s),
-        }
+        for name, tick, period_s, options in (
+            ("run", run_tick, config.run_interval_s, {"wanted": lambda: self.has_payloads or self.executor.is_batch}),
+            ("end", end_tick, config.run_interval_s, {"most_runs": ENDING_THREADS, "wanted": lambda: self.has_kills}),
+            ("limit", limit_tick, config.run_interval_s, {"wanted": lambda: self.has_payloads}),
+            ("sync", sync_tick, SYNC_AFTER_S, {}),
+            ("clean", clean_tick, config.clean_interval_s, {}),
+        ):
+            self.loops[name] = Loop(name, functools.partial(tick, self), lambda: self.pool, period_s, **options)
 
     def stop(self) -> None:
         """Store the time first: what stopped the client may have stopped payloads, too."""
@@ -5589,6 +5670,8 @@ def run_tick(client: Client) -> bool:
         return False
     save_handles(client)
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    client.has_payloads = bool(everything) or client.store.number(COUNT_IN, status=Status.PREPARED.value) > 0
+    client.has_kills = any(job.kill_requested_at is not None for job in everything)
     for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
         drop_notes(client, job_id)  # another thread noted it just after its end
     running = [job for job in everything if job.id not in client.ending]  # not those that another thread starts or kills
@@ -11534,22 +11617,18 @@ class Dispatcher:
     def __init__(self, mode: str) -> None:
         quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
         forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
-        self.pools = {"quick": Pool("quick", quick, sys.maxsize), **forms, "slow": Pool("slow", 16, 64)}
+        self.pools = {"quick": Pool("quick", quick), **forms, "slow": Pool("slow", 16, 64)}
 
     def add_task(self, connection: Any) -> None:
         """Queue the next request of a connection, or answer 503 if too many of its class wait."""
         request = connection.requests[0]
-        if not self.pools[class_of(request)].add(connection):
+        if not self.pools[class_of(request)].add(connection.service):
             request.refuse(HttpError(503, "too many requests of this kind are in progress: try again soon", Retry_After=str(COME_AGAIN_S)))
-            self.pools["quick"].add(connection)
+            self.pools["quick"].add(connection.service)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
         """Stop the threads. Do not wait more than `timeout` seconds for busy ones."""
-        for pool in self.pools.values():
-            pool.stop()
-        deadline = time.monotonic() + timeout
-        while any(pool.threads for pool in self.pools.values()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        stop_pools(self.pools.values(), timeout)
         return cancel_pending
 
 

@@ -224,6 +224,29 @@ def test_no_more_payloads_run_than_there_are_slots(yard: Yard) -> None:
     assert [yard[job].status for job in jobs] == [Status.COMPLETED, Status.RUNNING, Status.RUNNING, Status.PREPARED]
 
 
+def test_an_idle_client_ticks_only_when_woken(yard: Yard) -> None:
+    """While a payload runs, its limits are looked after; one that is to be killed is tried again until nothing of it runs."""
+
+    def wanted() -> set[str]:
+        return {name for name in ("run", "limit", "end") if yard.client.loops[name].wanted()}
+
+    run_tick(yard.client)
+    assert wanted() == set()
+    job = yard.submit("READY; BLOCK")
+    run_tick(yard.client)
+    assert wanted() == {"run", "limit"}
+    yard.ready(job)
+    run_tick(yard.client)
+    assert wanted() == {"run", "limit"}
+    yard.store.request_kill(job.id, Cause.CANCELLED)
+    run_tick(yard.client)
+    assert wanted() == {"run", "limit", "end"}
+    while end_tick(yard.client):
+        pass
+    run_tick(yard.client)
+    assert wanted() == set()
+
+
 def test_a_payload_is_started_once_however_many_ticks_there_are(yard: Yard) -> None:
     jobs = [yard.submit("echo $JOBORCH_MARK >> ../../count") for _ in range(2)]
     together(4, lambda _: run_tick(yard.client))
@@ -713,7 +736,7 @@ def test_kill_answers_when_nothing_runs_any_more(yard: Yard) -> None:
     assert (said.status, said.json["status"], said.json["killed"]) == (200, "Killed", True)
     assert not processes_below(yard.folder(job))
     loop.stop()
-    loop.join(20)
+    yard.client.pool.stop(20)
     done = yard.run(yard.submit("true"))
     said = ask(yard.client, "POST", f"/kill/{done.id}")
     assert (said.status, said.json["status"], said.json["killed"]) == (200, "Completed", False)

@@ -447,6 +447,103 @@ def test_a_client_that_answers_nothing_of_use_is_held_back_and_tried_again(said:
     assert peer.asked[1].path.startswith("/events?since=0"), "when it is back it tells all it has"
 
 
+def test_a_client_that_failed_is_asked_without_waiting_for_news(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it answers is known at once, not at its next news."""
+    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 9.0)
+    desk.link.heard()
+    desk.link.instance, desk.link.since = "i", 9
+    peer.says["/events"] = [events(next=9)]
+    desk.link.failed("a submit failed")
+    desk.clock.pass_s(2)
+    assert joborch.may_be_asked(desk.link)
+    for _ in range(2):
+        get_tick(desk.server, desk.link)
+    assert [asked.path.partition("&wait=")[2].partition("&")[0] for asked in peer.asked] == ["0", "9"]
+
+
+def test_a_client_is_probed_only_if_its_poll_does_not_ask(desk: Desk, peer: Peer) -> None:
+    """A poll from before a failure may wait for news; one from after it tells by itself whether the client answers."""
+    peer.says["/events"] = [events()]
+    desk.link.heard()
+    desk.link.failed("a submit failed")
+    for asked_at, probes in ((float("inf"), 0), (desk.link.failed_at + 1, 0), (desk.link.failed_at - 1, 1)):
+        desk.clock.pass_s(3)
+        desk.link.asked_at = asked_at
+        joborch.send_tick(desk.server, desk.link)
+        assert len(peer.asked) == probes
+    assert desk.link.answers
+
+
+def test_only_a_client_that_answers_is_asked_for_results(desk: Desk, peer: Peer) -> None:
+    """What came with the news is stored meanwhile."""
+    jobs = [desk.with_client(Status.RUNNING, user_id=number) for number in (1, 2)]
+    small = {"archive": base64.b64encode(RESULT).decode(), "sha256": hashlib.sha256(RESULT).hexdigest()}
+    joborch.report(desk.server, desk.link, event(jobs[0], status="Completed"))
+    joborch.report(desk.server, desk.link, event(jobs[1], status="Completed", **small))
+    desk.link.failed("a submit failed")
+    desk.clock.pass_s(60)
+    assert fetch_tick(desk.server, desk.link)
+    assert not fetch_tick(desk.server, desk.link)
+    assert [desk[job].status for job in jobs] == [Status.RUNNING, Status.COMPLETED]
+    assert not peer.asked
+    peer.says["/retrieve/7"] = [zip_reply(RESULT)]
+    desk.link.heard()
+    assert fetch_tick(desk.server, desk.link)
+    assert desk[jobs[0]].status is Status.COMPLETED
+
+
+def test_a_client_in_trouble_is_sent_one_job_at_a_time(desk: Desk) -> None:
+    """Also of those that lost answers tie to it: a client that hangs takes one thread for them, not three."""
+    jobs = [desk.with_client(Status.PROCESSING, user_id=number) for number in range(3)]
+    for job in jobs:
+        assert desk.store.move(job, Status.UNKNOWN, "its answer was lost")
+    desk.link.failed("a submit failed")
+    desk.clock.pass_s(60)
+    first = joborch.next_to_send(desk.server, desk.link)
+    assert first is not None
+    assert joborch.next_to_send(desk.server, desk.link) is None
+    desk.link.sending.clear()
+    desk.link.took_one()
+    assert joborch.next_to_send(desk.server, desk.link) is not None
+    assert joborch.next_to_send(desk.server, desk.link) is not None
+
+
+def test_only_clients_that_are_silent_share_their_few_threads(desk: Desk) -> None:
+    """A client is silent that has never answered, or has failed twice: one lost answer makes nobody wait in line."""
+    desk.server.loops = joborch.make_server_loops(desk.server)
+    link, loops = desk.link, desk.server.loops
+
+    def silent() -> set[str]:
+        return {name.partition(":")[0] for name, loop in loops.items() if loop.pool() is desk.server.silent_pool}
+
+    calling = {"get", "send", "fetch", "kill"}
+    assert silent() == calling
+    link.heard()
+    assert silent() == set()
+    link.failed("no answer")
+    assert silent() == set()
+    desk.clock.pass_s(60)
+    link.failed("no answer")
+    assert silent() == calling
+    link.heard()
+    assert silent() == set()
+
+
+def test_a_request_to_kill_is_looked_after_until_it_is_carried_out(desk: Desk, peer: Peer) -> None:
+    """No tick runs where nothing is to be killed, and none is forgotten that failed."""
+    job = desk.with_client(Status.RUNNING)
+    kill_tick(desk.server, desk.link)
+    assert not joborch.may_kill(desk.link)
+    desk.store.request_kill(job.id, Cause.CANCELLED)
+    watch_tick(desk.server)
+    assert joborch.may_kill(desk.link)
+    peer.says["/kill/7"] = [b""]
+    kill_tick(desk.server, desk.link)
+    assert not joborch.may_kill(desk.link), "it is held back"
+    desk.clock.pass_s(60)
+    assert joborch.may_kill(desk.link)
+
+
 def test_a_job_does_not_stay_unknown_when_its_client_is_back(desk: Desk, peer: Peer) -> None:
     """Also where nothing has changed for the payload meanwhile."""
     job = desk.with_client(Status.RUNNING)
@@ -1146,23 +1243,25 @@ class Ticker:
 @pytest.fixture
 def run_loop() -> Iterator[Callable[..., Loop]]:
     """Starts loops, which are stopped with the test."""
-    made: list[Loop] = []
+    made, pool, stopping = list[Loop](), joborch.Pool("test"), threading.Event()
 
-    def start(tick: Callable[[], bool], period_s: float = 1000.0, threads: int = 1) -> Loop:
-        made.append(Loop("test", tick, period_s, threads))
+    def start(tick: Callable[[], bool], period_s: float = 1000.0, runs: int = 1, **options: Any) -> Loop:
+        made.append(Loop("test", tick, lambda: pool, period_s, runs, **options))
         made[-1].start()
+        threading.Thread(target=joborch.keep_time, args=([made[-1]], stopping)).start()
         return made[-1]
 
     yield start
+    stopping.set()
     for loop in made:
         loop.stop()
-        loop.join(20)
-        assert not any(thread.is_alive() for thread in loop.threads)
+    pool.stop(20)
+    assert not pool.threads
 
 
 def sleeping(loop: Loop) -> bool:
-    """Whether all threads of a loop wait, and no call is left."""
-    return len(loop.condition._waiters) == len(loop.threads) and not loop.calls  # type: ignore[attr-defined]
+    """Whether no tick of a loop runs, and no call is left."""
+    return not loop.runs and not loop.calls
 
 
 def test_a_loop_ticks_at_its_start_and_when_woken(run_loop: Callable[..., Loop]) -> None:
@@ -1222,7 +1321,7 @@ def test_a_call_that_comes_while_it_ticks_is_not_lost(run_loop: Callable[..., Lo
 
 
 def test_a_loop_of_several_threads_wakes_one_for_each_call(run_loop: Callable[..., Loop]) -> None:
-    """A further thread is made only where all others are at work, and no more than there may be."""
+    """A further run begins only where all others are at work, and no more than there may be."""
     gates, begun = threading.Semaphore(0), threading.Semaphore(0)
 
     def tick() -> bool:
@@ -1230,18 +1329,18 @@ def test_a_loop_of_several_threads_wakes_one_for_each_call(run_loop: Callable[..
         assert gates.acquire(timeout=20)
         return False
 
-    loop = run_loop(tick, threads=3)
+    loop = run_loop(tick, runs=3)
     assert begun.acquire(timeout=20)
     gates.release()
     wait_for(lambda: sleeping(loop), what="the first to sleep")
     loop.wake()
     assert begun.acquire(timeout=20)
-    assert len(loop.threads) == 1, "it was free"
+    assert loop.pool().threads == 1, "it was free"
     for _ in range(2):
         loop.wake()
         assert begun.acquire(timeout=20), "another takes the call while the first is at work"
     loop.wake()
-    assert len(loop.threads) == 3
+    assert loop.pool().threads == 3
     gates.release(40)  # for whatever ticks may follow, too
     assert begun.acquire(timeout=20), "the call that nobody was free for is not lost"
     wait_for(lambda: sleeping(loop), what="all to sleep")
@@ -1253,15 +1352,99 @@ def test_a_loop_ticks_by_itself_after_its_period(run_loop: Callable[..., Loop]) 
     tick.wait(5)
 
 
+def test_a_loop_with_nothing_to_do_ticks_only_when_woken(run_loop: Callable[..., Loop]) -> None:
+    tick, looks = Ticker(), threading.Semaphore(0)
+    loop = run_loop(tick, period_s=0.01, wanted=lambda: looks.release() or False)
+    tick.wait(1)
+    for _ in range(5):
+        assert looks.acquire(timeout=20)
+    assert tick.ticks == 1
+    loop.wake()
+    tick.wait(1)
+
+
+def test_a_slow_tick_is_not_run_again_before_its_next_period(run_loop: Callable[..., Loop]) -> None:
+    """A tick that takes longer than its period leaves time for others: no call waits for its end."""
+    tick, go, looks = Ticker(), threading.Event(), threading.Semaphore(0)
+
+    def slow() -> bool:
+        tick()
+        return not go.wait(20)
+
+    loop = run_loop(slow, period_s=0.01, wanted=lambda: looks.release() or False)
+    tick.wait(1)
+    loop.look()
+    assert not loop.calls
+    go.set()
+    assert looks.acquire(timeout=20)
+    assert tick.ticks == 1
+
+
+def test_a_loop_goes_on_in_the_pool_that_is_due() -> None:
+    """What hangs is left to a pool of its own, and what works again leaves it at once."""
+    pools = {name: joborch.Pool(name, 1) for name in ("loop", "silent")}
+    names, over = list[str](), threading.Event()
+
+    def tick() -> bool:
+        names.append(threading.current_thread().name)
+        if len(names) == 4:
+            over.set()
+        return len(names) < 4
+
+    loop = Loop("test", tick, lambda: pools["silent" if len(names) in (1, 2) else "loop"], 1000.0)
+    loop.start()
+    assert over.wait(20)
+    loop.stop()
+    joborch.stop_pools(pools.values(), 20)
+    assert names == ["loop-1", "silent-1", "silent-1", "loop-1"]
+    assert not any(pool.threads for pool in pools.values())
+
+
+def test_work_waits_while_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Who adds work to a pool is not to blame for a system that has no more threads."""
+    done, inside, go = threading.Semaphore(0), threading.Event(), threading.Event()
+    pool = joborch.Pool("test")
+    pool.add(lambda: (inside.set(), go.wait(20)))
+    assert inside.wait(20)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert pool.add(done.release)
+    assert "no thread can be started" in caplog.text
+    go.set()
+    assert done.acquire(timeout=20), "the thread that there is does it"
+    pool.stop(20)
+
+
+def test_a_loop_ticks_as_soon_as_a_thread_can_be_started(run_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread of the pool runs, the next look of the timer tries again."""
+    tick, tries = Ticker(), threading.Semaphore(0)
+
+    def refuse(pool: joborch.Pool) -> bool:
+        tries.release()
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joborch.Pool, "start_thread", refuse)
+        loop = run_loop(tick, period_s=0.01, wanted=lambda: False)
+        for _ in range(3):
+            assert tries.acquire(timeout=20)
+        assert tick.ticks == 0
+    tick.wait(1)
+    wait_for(lambda: sleeping(loop), what="the loop to sleep")
+
+
 def test_wake_by_name(desk: Desk) -> None:
     woken = list[str]()
-    for name in ("send:a", "send:b", "sender", "send"):
-        desk.server.loops[name] = Loop(name, lambda: False, 1.0)
+    for name in ("send:a", "send:b", "sender"):
+        desk.server.loops[name] = Loop(name, lambda: False, lambda: desk.server.pool, 1.0)
         desk.server.loops[name].wake = lambda name=name: woken.append(name)  # type: ignore[method-assign, misc]
-    desk.server.wake("send")
-    assert woken == ["send:a", "send:b", "send"]
-    desk.server.wake("send:a")
-    assert woken[3:] == ["send:a"]
+    for name in ("send:a", "send", "send:c"):
+        desk.server.wake(name)
+    assert woken == ["send:a"]
 
 
 def test_every_client_has_its_loops(desk: Desk) -> None:

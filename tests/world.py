@@ -465,6 +465,7 @@ class Desk:
 
     def settle(self, job: Job, **payload: Any) -> Job:
         """Hear that a payload has ended, and fetch what there is."""
+        self.link.heard()
         joborch.report(self.server, self.link, event(job, **payload))
         assert fetch_tick(self.server, self.link)
         return self[job]
