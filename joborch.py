@@ -131,7 +131,7 @@ RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been as
 HEARTBEAT_S = 60.0  # how often steady time is saved: after a reboot it continues from the last saved value
 SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is written to the disk
 CLOCK_TOLERANCE_S = 5.0  # doctor reports clocks that differ by more
-TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again, whoever asks
+TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again
 FIND_AGAIN_S = 2.0  # wait before retrying a payload that the batch system rejected or could not report on
 COME_AGAIN_S = 5  # Retry-After if too many callers wait
 BATCH_SLOTS = 100  # jobs that a batch system gets at once, unless JOBORCH_SLOTS is set
@@ -143,7 +143,7 @@ MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
 UNREADABLE_LIMIT = 20  # unreadable files that an archive may leave out; if there are more, the disk is at fault
 PACK_PATIENCE_S = 20.0  # how long a caller waits for a result to be packed
 PACK_GLANCE_S = 0.5  # how long a joborch server waits for it: it fetches other results and asks again
-PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing goes on until a caller asks again: a result; a folder in use
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing continues until a caller asks again: a result; a folder in use
 PACK_ASKED_MOST = 1000  # requests for a result that is still being packed before its job becomes Unknown: over an hour
 PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
 PACKERS = 2  # large results that are packed at once
@@ -414,7 +414,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "caller": "joborch_plugins.caller",
     "compat22": "joborch_plugins.compat22",
 }
-# The only names of this module that plug-ins may use; a test holds them to it.
+# The only names of this module that plug-ins may use; a test checks that.
 PLUGIN_API: tuple[str, ...] = (
     "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
     "become_unknown", "below", "BUSY", "CannotRun", "Cause", "CHUNK_BYTES", "client_token_file", "ClientProtocol", "Clock",
@@ -508,7 +508,7 @@ def read_positive(text: str) -> int:
 
 
 def read_seconds(text: str) -> float:
-    """Return seconds: a number alone, or one with s, m, h or d."""
+    """Return seconds: a plain number, or one with s, m, h or d."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhd]?)", text)
     if not match:
         raise ValueError("give seconds, or a number with s, m, h or d, as in 90 or 24h")
@@ -523,7 +523,7 @@ def read_period(text: str) -> float:
 
 
 def read_bytes(text: str) -> int:
-    """Return bytes: a number alone, or one with K, M or G (powers of 1,024)."""
+    """Return bytes: a plain number, or one with K, M or G (powers of 1,024)."""
     match = re.fullmatch(r"([0-9]{1,15})([KMGkmg]?)(?:i?[Bb])?", text)
     if not match:
         raise ValueError("give bytes, or a number with K, M or G, as in 512M")
@@ -538,7 +538,7 @@ def read_run_time(text: str) -> float:
 
 
 def read_mib(text: str) -> int:
-    """Return memory in MiB, rounded up: a number alone is MiB, with K, M or G it is that."""
+    """Return memory in MiB, rounded up: a plain number (MiB), or one with K, M or G."""
     if not re.fullmatch(r"[0-9]{1,10}([KMGkmg]i?[Bb]?)?", text):
         raise ValueError("give MiB, or a number with M or G, as in 8192 or 8G")
     mib = -(-read_bytes(text + "M" if text.isdecimal() else text) // MIB)
@@ -853,7 +853,7 @@ class Reason:
     CLAIMED = "claimed for {client}"
     ACCEPTED = "accepted by {client}"
     FOUND_THERE = "{client} has it"
-    FILES_REMOVED = "its files are missing on the {where}'s disk: somebody removed them"
+    FILES_REMOVED = "its files were removed from the {where}'s disk"
     REFUSED = "{client} refuses it: {error}"
     NOT_SENT = "{client} {error}"
     ANSWER_LOST = "{client} {error}: the job is sent there again under the same key"
@@ -894,7 +894,7 @@ class Reason:
     CLIENT_CLEANED = "{client} no longer has its files: {reason}"
     FAILED_AND_CLEANED = "{reason}; {cleaned}"
     RUN_FAILED = "run.sh failed"
-    WORK_REMOVED = "somebody removed its work folder from the client's disk"
+    WORK_REMOVED = "its work folder was removed from the client's disk"
     CLEANED = "{duration} after it ended"
 
     # The client cannot start a payload, or loses it.
@@ -1746,9 +1746,9 @@ DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server i
 CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
 RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
 PARTS = {
-    206: Gives("the part that Range asked for", ZIP_TYPE),
+    206: Gives("the part that Range requested", ZIP_TYPE),
     304: Gives("you have it already (If-None-Match)"),
-    416: Gives("the Range lies outside", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
+    416: Gives("the Range is outside the file", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
 }
 
 
@@ -2776,7 +2776,7 @@ def kill_queued(server: Server, job_id: int) -> None:
 
 
 def store_accepted(server: Server, link: Link, job: Job, dest_id: str) -> None:
-    """Store the payload's id. After a power failure, a client that knows no keys could not be asked for it again."""
+    """Store the payload's id. Durably if the client has no attempt keys, because then it could not be found again."""
     durable = not link.protocol.knows_keys
     server.store.move(job, Status.SUBMITTED, Reason.ACCEPTED.format(client=link.name), durable=durable, dest_id=dest_id)
 
@@ -2784,7 +2784,7 @@ def store_accepted(server: Server, link: Link, job: Job, dest_id: str) -> None:
 def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception) -> None:
     """Bytes were sent and no answer came: send the job to this client again under the same attempt key.
 
-    If the client knows no keys, asking again could run it twice, so the attempt is given up and the next is a new one.
+    A client without attempt keys could run the job twice, so there a new attempt begins.
     """
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
@@ -3692,7 +3692,7 @@ class Link:
                 small += into.size - before < 64 * KIB
                 if not into.tag or into.size - before < least or small > SMALL_PIECES or (unwanted and unwanted()):
                     raise
-                log.warning("job %d: %s %s; it goes on from there", job.id, self.name, error)
+                log.warning("job %d: %s %s; it is resumed there", job.id, self.name, error)
 
     def fetch_rest(self, job: Job, url: str, into: Transfer, unwanted: Callable[[], bool] | None) -> None:
         """Request the missing rest of a ZIP once and add what arrives to `into`."""
@@ -3704,7 +3704,7 @@ class Link:
         if answer.status == 404:
             raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
         if answer.status == 200 and said_status(text) == Status.CLEANED.value:
-            raise Gone(f"the result is missing at {self.name}: somebody removed its files there")
+            raise Gone(f"the result is missing at {self.name}: its files were removed there")
         if answer.status == 416:  # the result is now shorter than the part that is stored here
             into.begin()
         if answer.status == 503 and PACKING_HEADER.replace("_", "-") in answer.headers:
@@ -3747,7 +3747,7 @@ class ClientProtocol:
     """
 
     can_prove = True  # it has /hello, and proves its answers
-    has_events = True  # it reports its slots, its instance, and what becomes of its payloads
+    has_events = True  # it reports its slots, its instance, and its payloads
     knows_keys = True  # it finds a payload by uuid and attempt, so a submit may be repeated
     kill_timeout_s = KILL_TIMEOUT_S
 
@@ -3771,7 +3771,7 @@ class ClientProtocol:
         self.link.events(0, ())
 
     def form(self, job: Job, folder: Path, paths: Sequence[str]) -> tuple[FilesBody, dict[str, str]]:
-        """Return the form that brings a job's files, and headers about their digests. Raises Rejected if the client would lose files."""
+        """Return the form with a job's files, and headers about their digests. Raises Rejected if the client would lose files."""
         inputs = {"X-Joborch-Inputs": job.inputs_sha256} if job.inputs_sha256 else {}
         return FilesBody(folder, paths, True, job.inputs_sha256), {"X-Joborch-Digests": "1", **inputs}
 
@@ -4044,7 +4044,7 @@ class Incoming(io.RawIOBase):
         if now >= self.looked_at + WANTED_LOOK_S:
             self.looked_at = now
             if self.bounds.unwanted():
-                raise OSError("nobody waits for its answer any more")
+                raise OSError("no caller waits for its answer any more")
         return min(left_s, WANTED_LOOK_S)
 
     def close(self) -> None:
@@ -4296,7 +4296,7 @@ def hear(server: Server, link: Link) -> bool:
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
-    """Pause calls to a client that did not answer. Call it more often if jobs are to be killed there."""
+    """Pause calls to a client that did not answer. Call it more often if kills are requested there."""
     link.since = 0  # its first answer will list all its payloads
     link.failed(error)
     link.try_at = float("inf")
@@ -7439,7 +7439,7 @@ class FilesBody:
             self.digests[path] = digest.hexdigest()
             yield b"\r\n"
         if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
-            raise InputsChanged("its files on the server's disk are not those that were uploaded: somebody changed or removed some")
+            raise InputsChanged("its files on the server's disk are not those that were uploaded: some were changed or removed")
         if self.with_digests:
             yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
         yield f"--{self.boundary}--\r\n".encode()
@@ -10057,7 +10057,7 @@ def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[
 
 
 def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
-    """Yield who else can read or change a file that holds a token; nothing if the file does not exist."""
+    """Yield who else can read or change a file with a token; nothing if the file does not exist."""
     real = os.path.realpath(os.path.expanduser(path))
     try:
         state = os.stat(real)
@@ -10184,7 +10184,7 @@ class Spool:
         self.file = cast("IO[bytes]", larger)
 
     def again(self) -> IO[bytes]:
-        """Return a second reader of the same bytes, with its own position."""
+        """Return a second reader of the same bytes, with a separate position."""
         if isinstance(self.file, io.BytesIO):
             return io.BytesIO(self.file.getvalue())
         return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
@@ -12547,7 +12547,7 @@ def bound_memory() -> None:
 
 
 def hide_from_payloads() -> None:
-    """Make this process undumpable (prctl(2)): payloads of the same user cannot read its memory, and no core file holds a token."""
+    """Make this process undumpable (prctl(2)): payloads of the same user cannot read its memory, and no core file contains a token."""
     pr_set_dumpable = 4
     if libc().prctl(pr_set_dumpable, 0, 0, 0, 0) != 0:
         log.warning("this process cannot be made undumpable: payloads of the same user may read its token")

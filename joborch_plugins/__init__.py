@@ -1,1 +1,1 @@
-"""What only some sites or commands use: each module here is imported only when asked for."""
+"""Features that only some sites or commands use. Each module is imported only when it is needed."""

@@ -5,9 +5,9 @@
     job = Jobs().submit(["run.sh", "2oob.pdb"])
     print(job.read("summary.txt").decode())
 
-It needs nothing but the standard library, and nothing of the rest of joborch. Calls that were cut off are repeated for
-`patience_s` seconds; an upload carries an Idempotency-Key, so a repeated one starts no second job. An object of `Jobs` may be
-used by several threads. The commands of `joborch` for people with jobs are made of it.
+It needs only the standard library, and nothing else of joborch. Calls that were cut off are repeated for `patience_s` seconds;
+an upload carries an Idempotency-Key, so a repeated one starts no second job. Several threads may use one `Jobs` object. The
+commands of `joborch` for users use this library.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, Union
 from urllib.parse import quote, urlencode, urlsplit
 
-if TYPE_CHECKING:  # imported where they are used: a command that needs none of them must not pay for them
+if TYPE_CHECKING:  # imported where it is used, because it is slow
     import zipfile
 
 Content = Union[bytes, str, "os.PathLike[str]"]  # bytes, a text, or the path of a file
 Files = Union[str, "os.PathLike[str]", Sequence[Union[str, "os.PathLike[str]"]], Mapping[str, Content]]
-Progress = Callable[[str, int, int], None]  # what is sent or fetched, the bytes so far, all bytes
+Progress = Callable[[str, int, int], None]  # "sent" or "fetched", the bytes so far, all bytes
 
 ENDED = ("Completed", "Failed", "Invalid", "Killed", "Cleaned")
 DEFAULT_SERVER = "http://127.0.0.1:5000"
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 75.0
 WAIT_S = 45.0  # of a long poll: the longest that a server allows
-GLANCE_S = 2.0  # of a long poll on one of several jobs, to see the end of another soon
+GLANCE_S = 2.0  # of a long poll for one of several jobs, so that the end of another is noticed soon
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two attempts to reach a server
 ATTEMPT_LINE = "\n[joborch: attempt "  # what a server writes before the output of a further attempt
 AT_ONCE = 8  # uploads of `map` that are under way at the same time
 
 
-# == 1. Errors ==  Everything that goes wrong with a server or a job is a `JobsError`.
+# == 1. Errors ==  Every error of a server or a job is a `JobsError`.
 
 
 class JobsError(Exception):
@@ -54,11 +54,11 @@ class JobsError(Exception):
 
 
 class ServerUnreachable(JobsError):
-    """The server gave no usable answer within the patience of the caller."""
+    """The server gave no usable answer within `patience_s`."""
 
 
 class Refused(JobsError):
-    """The server answered that it does not do what was asked: `status` is the code of HTTP, `field` what to change, or None."""
+    """The server refused the request: `status` is the HTTP status, `field` what to change, or None."""
 
     def __init__(self, message: str, status: int, field: str | None = None) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class Refused(JobsError):
 
 
 class Damaged(JobsError):
-    """What arrived is not what the server sent, or a file changed while it was sent."""
+    """The received data is not what the server sent, or a file changed while it was sent."""
 
 
 class JobFailed(JobsError):
@@ -74,7 +74,7 @@ class JobFailed(JobsError):
 
     def __init__(self, job: Job) -> None:
         said = job.facts
-        super().__init__(f"job {job.id} is {said['status']}: {said.get('reason') or 'no reason is known'}")
+        super().__init__(f"job {job.id} is {said['status']}: {said.get('reason') or 'the reason is unknown'}")
         self.job, self.reason, self.cause, self.exit_code = job, said.get("reason"), said.get("cause"), said.get("exit_code")
 
     def logs(self) -> str:
@@ -82,11 +82,11 @@ class JobFailed(JobsError):
         return self.job.logs("stderr") or self.job.logs()
 
 
-# == 2. Server ==  One server is reached over TCP or its Unix socket; what is lost on the way is asked again.
+# == 2. Server ==  Calls one server over TCP or its Unix socket, and repeats calls that were cut off.
 
 
 class Closing(http.client.HTTPConnection):
-    """A connection that is closed with the object that keeps it, without a warning."""
+    """A connection that is closed together with its owner, without a warning."""
 
     def __del__(self) -> None:
         self.close()
@@ -111,9 +111,9 @@ class UnixConnection(Closing):
 
 
 def own_socket(port: int) -> str | None:
-    """Return the path of the Unix socket that a server of this user on `port` makes by default, or None if there is none.
+    """Return the path of the default Unix socket of this user's server on `port`, or None if there is none.
 
-    Nobody else can listen there, but any user of the machine may on a port: files would go to whoever does.
+    Only this user can listen there, but any user of the machine could listen on the port and get the files.
     """
     for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/tmp/joborch-{os.getuid()}"):
         path = os.path.join(folder, f"joborch-{port}.sock")
@@ -127,7 +127,7 @@ def own_socket(port: int) -> str | None:
 
 
 def token_of_environment() -> str:
-    """Return the caller's token: JOBORCH_TOKEN, or what is in the file JOBORCH_TOKEN_FILE. Raises JobsError if that is unreadable."""
+    """Return the caller's token: JOBORCH_TOKEN, or the content of JOBORCH_TOKEN_FILE. Raises JobsError if that is unreadable."""
     path, token = os.environ.get("JOBORCH_TOKEN_FILE", ""), os.environ.get("JOBORCH_TOKEN", "")
     if not token and path:
         try:
@@ -139,7 +139,7 @@ def token_of_environment() -> str:
 
 
 class Server:
-    """One server, and how it is reached. `on_trouble` hears why a call is repeated, `on_progress` of long transfers."""
+    """One server, and how to call it. `on_trouble` gets the reason why a call is repeated, `on_progress` the state of long transfers."""
 
     def __init__(self, url: str, token: str, patience_s: float) -> None:
         self.url, self.patience_s = url, patience_s
@@ -153,7 +153,7 @@ class Server:
             return
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username is not None:
-            raise JobsError(f"the server is {url!r}: give its address, as in http://127.0.0.1:5000 or unix:/run/joborch.sock")
+            raise JobsError(f"the server is {url!r}: give its URL, as in http://127.0.0.1:5000 or unix:/run/joborch.sock")
         try:
             port = parts.port
         except ValueError as error:
@@ -174,7 +174,7 @@ class Server:
             except OSError:
                 if not hasattr(self, "host"):
                     raise
-                self.path = ""  # a server that was killed left it
+                self.path = ""  # left by a server that was killed
                 return self.connect()
         elif self.secure:
             import ssl
@@ -196,7 +196,7 @@ class Server:
             connection.close()
 
     def once(self, method: str, target: str, headers: Mapping[str, str], body: Upload | None) -> http.client.HTTPResponse:
-        """Send one request and return its answer; the connection is kept if that is read to its end. Raises OSError, HTTPException."""
+        """Send one request and return its answer. If that is read to its end, the connection is kept. Raises OSError, HTTPException."""
         used = getattr(self.kept, "connection", None)
         if used is not None and self.kept.response is not None and not self.kept.response.isclosed():
             self.close()  # the last answer was not read to its end
@@ -209,7 +209,7 @@ class Server:
             except (BrokenPipeError, ConnectionResetError):
                 if body is None:
                     raise
-                # It answered before it had read everything: the answer is still there.
+                # It answered before it had read everything: read the answer.
             self.kept.response = connection.getresponse()
         except BaseException as error:
             self.close()
@@ -222,7 +222,7 @@ class Server:
     def open(
         self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None
     ) -> http.client.HTTPResponse:
-        """Send a request until it is answered; raise Refused for an error, ServerUnreachable when the patience is over."""
+        """Repeat a request until it is answered. Raises Refused for an error, ServerUnreachable after `patience_s`."""
         deadline, pause_s = time.monotonic() + self.patience_s, FIRST_PAUSE_S
         while True:
             try:
@@ -241,7 +241,7 @@ class Server:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def read(self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None) -> Answer:
-        """Send a request and return its whole answer; a cut answer is asked again."""
+        """Send a request and return its whole answer. If the answer is cut off, repeat the request."""
         deadline = time.monotonic() + self.patience_s
         while True:
             response = self.open(method, target, headers, body)
@@ -256,14 +256,14 @@ class Server:
                 raise
 
     def ask(self, method: str, target: str, headers: Mapping[str, str] | None = None, body: Upload | None = None) -> dict[str, Any]:
-        """Send a request and return the JSON object of its answer. Raises ServerUnreachable if it is none."""
+        """Send a request and return the JSON object in its answer. Raises ServerUnreachable if there is none."""
         answer = self.read(method, target, headers, body)
         try:
             said = json.loads(answer.body)
         except ValueError as error:
-            raise ServerUnreachable(f"{self.url} does not answer as a joborch server does: look at the address") from error
+            raise ServerUnreachable(f"{self.url} does not answer like a joborch server: check the URL") from error
         if not isinstance(said, dict):
-            raise ServerUnreachable(f"{self.url} does not answer as a joborch server does: look at the address")
+            raise ServerUnreachable(f"{self.url} does not answer like a joborch server: check the URL")
         return said
 
 
@@ -275,32 +275,32 @@ class Answer:
 
 
 def unreachable_text(url: str, error: Exception) -> str:
-    """Return a sentence that says why a server gave no answer, and what to do."""
+    """Say in one sentence why a server gave no answer, and what to do."""
     if isinstance(error, ConnectionRefusedError) or (isinstance(error, FileNotFoundError) and url.startswith(("unix:", "/"))):
-        return f"no server answers at {url}: start one with `joborch server`, or give its address with --server or JOBORCH_SERVER"
+        return f"no server answers at {url}: start one with `joborch server`, or give its URL with --server or JOBORCH_SERVER"
     if isinstance(error, socket.gaierror):
-        return f"the name in {url} is not known here ({error.strerror}): look at the address"
+        return f"the name in {url} is not known here ({error.strerror}): check the URL"
     if isinstance(error, TimeoutError):
-        return f"{url} does not answer in time: look at the address, or try again later"
+        return f"{url} does not answer in time: check the URL, or try again later"
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"{url} cannot be reached ({why[:200]}): look at the address, or try again later"
+    return f"{url} cannot be reached ({why[:200]}): check the URL, or try again later"
 
 
 def refusal(response: http.client.HTTPResponse) -> Refused:
-    """Return the error that an answer says; a gateway before the server may have written a page instead of JSON."""
+    """Return the error in an answer. A gateway in front of the server may have sent a page instead of JSON."""
     try:
         said = json.loads(response.read(CHUNK_BYTES) or b"{}")
         message, field = str(said["message"]), said.get("field")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, http.client.HTTPException):
         place = f" to {response.headers['Location']}" if response.headers.get("Location") else ""
-        message, field = f"the server, or a gateway before it, answered {response.status} {response.reason}{place}", None
+        message, field = f"the server, or a gateway in front of it, answered {response.status} {response.reason}{place}", None
     return Refused(message, response.status, field)
 
 
 def send(
     connection: http.client.HTTPConnection, method: str, target: str, headers: Mapping[str, str], body: Upload | None, progress: Progress
 ) -> None:
-    """Write one request to a connection. Raises OSError if it is cut."""
+    """Write one request to a connection. Raises OSError if it is cut off."""
     connection.putrequest(method, target, skip_accept_encoding=True)
     for name, value in headers.items():
         connection.putheader(name, value)
@@ -319,7 +319,7 @@ def send(
         progress("sent", sent, body.size)
 
 
-# == 3. Uploads ==  A form is read from its files while it is sent, and may be sent again.
+# == 3. Uploads ==  A form is read from its files while it is sent, and can be sent again.
 
 
 class Upload:
@@ -350,7 +350,7 @@ class Upload:
             self.pieces.append((os.fspath(content), os.stat(content).st_size))
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body. Raises Damaged if a file is not as large as it was."""
+        """Yield the body. Raises Damaged if the size of a file has changed."""
         for piece, size in self.pieces:
             if isinstance(piece, bytes):
                 yield piece
@@ -361,11 +361,11 @@ class Upload:
                     left -= len(chunk)
                     yield chunk
                 if left or file.read(1):
-                    raise Damaged(f"{piece} changed while it was sent: try again when nothing writes to it")
+                    raise Damaged(f"{piece} changed while it was sent: try again when no program writes to it")
 
 
 def files_of(files: Files) -> dict[str, Content]:
-    """Return what is to be sent, by the path it gets in the job's folder. Raises JobsError if it cannot be sent."""
+    """Return the files to send, by their path in the job's folder. Raises JobsError if one cannot be sent."""
     if isinstance(files, Mapping):
         return dict(files)
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
@@ -385,7 +385,7 @@ def files_of(files: Files) -> dict[str, Content]:
 
 
 def files_below(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield all files below a folder, with the path that each gets; links are followed. Raises OSError, JobsError for a circle."""
+    """Yield all files below a folder, with their paths in the job's folder. Links are followed. Raises OSError; JobsError for a loop."""
     found = os.stat(folder)
     here = (found.st_dev, found.st_ino)
     if here in above:
@@ -402,7 +402,7 @@ def files_below(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> I
 
 
 class Job:
-    """One job: `facts` is what the server last said of it, as GET /jobs/ID describes. `input` is what `map` made it from."""
+    """One job. `facts` is the last answer of GET /jobs/ID; `input` is the input that `map` started it for."""
 
     def __init__(self, server: Server, facts: dict[str, Any]) -> None:
         self.server, self.facts, self.input = server, facts, None  # type: Server, dict[str, Any], Any
@@ -413,12 +413,12 @@ class Job:
 
     @property
     def status(self) -> str:
-        """The status that the server last said, as in "Running"."""
+        """The last known status, as in "Running"."""
         return str(self.facts["status"])
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether it has ended, in any state."""
         return self.status in ENDED
 
     @property
@@ -427,12 +427,12 @@ class Job:
         return str(self.facts.get("reason") or "")
 
     def refresh(self) -> Job:
-        """Ask the server how the job is now."""
+        """Get the job's present state from the server."""
         self.facts = self.server.ask("GET", f"/jobs/{self.id}")
         return self
 
     def wait(self, timeout_s: float | None = None) -> Job:
-        """Wait until the job has ended, in whatever way. Raises TimeoutError when `timeout_s` seconds are over."""
+        """Wait until the job has ended, in any state. Raises TimeoutError after `timeout_s` seconds."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.ended:
             left_s = WAIT_S if end is None else min(WAIT_S, end - time.monotonic())
@@ -442,11 +442,11 @@ class Job:
         return self
 
     def glance(self, wait_s: float) -> None:
-        """Wait for the end for `wait_s` seconds at most."""
+        """Wait for the end, for at most `wait_s` seconds."""
         began = time.monotonic()
         self.facts = self.server.ask("GET", f"/jobs/{self.id}?wait={wait_s:.1f}")
         if not self.ended and time.monotonic() - began < min(0.5, wait_s):
-            time.sleep(min(0.5, wait_s))  # the server has no place for another caller that waits
+            time.sleep(min(0.5, wait_s))  # too many callers wait at the server
 
     def check(self) -> Job:
         """Wait for the end. Raises JobFailed if the job has no result."""
@@ -456,11 +456,11 @@ class Job:
         return self
 
     def cancel(self) -> Job:
-        """End the job. Nothing of it runs any more unless its client is away: then it is ended when that is back."""
+        """Stop the job and return when none of its processes runs. If its client is unreachable, the job is stopped later."""
         try:
             self.server.ask("POST", f"/terminate/{self.id}")
         except Refused as error:
-            if error.status != 409:  # it had ended in another way
+            if error.status != 409:  # it had already ended
                 raise
         return self.refresh()
 
@@ -478,7 +478,7 @@ class Job:
             offset = int(answer.headers["X-Next-Offset"])
 
     def follow(self, stream: str = "stdout") -> Iterator[str]:
-        """Yield what the script writes until the job has ended; after a cut or a restart of the server it goes on where it was."""
+        """Yield the script's output until the job has ended. After a cut or a restart of the server, continue where it stopped."""
         attempt, offset = self.refresh().facts["attempt"], 0
         while True:
             if self.facts["attempt"] != attempt:
@@ -505,12 +505,12 @@ class Job:
     # -- results --
 
     def files(self, partial: bool = False) -> Sequence[zipfile.ZipInfo]:
-        """Return the files and links of the result, with `filename` and `file_size`; `partial`: of what there is now."""
+        """Return the files and links of the result, with `filename` and `file_size`. If `partial`, those that exist now."""
         with self.archive(partial) as archive:
             return [entry for entry in archive.infolist() if not entry.is_dir()]
 
     def read(self, path: str, partial: bool = False) -> bytes:
-        """Return one file of the result, without fetching the rest; `partial`: of what there is now.
+        """Return one file of the result, without fetching the rest. If `partial`, the job need not have ended.
 
         Raises FileNotFoundError if the result has no such file, and JobFailed if there is no result.
         """
@@ -522,7 +522,7 @@ class Job:
 
     @contextlib.contextmanager
     def archive(self, partial: bool = False) -> Iterator[zipfile.ZipFile]:
-        """Open the result, of which only what is read is fetched. Raises JobFailed if there is none and `partial` is not set."""
+        """Open the result; only the parts that are read are fetched. Raises JobFailed if there is none and `partial` is not set."""
         import zipfile
 
         if not partial:
@@ -541,10 +541,10 @@ class Job:
                 yield archive
 
     def result(self, path: str | os.PathLike[str], partial: bool = False) -> Path:
-        """Fetch the result as a ZIP file at `path`; what an earlier call fetched of it counts. Return the path.
+        """Fetch the result as a ZIP file at `path`, and return the path. It resumes what an earlier call began.
 
-        The file appears when it is whole and its SHA-256 is right. Raises JobFailed if there is no result, unless `partial` asks for
-        the files as they are now, and Damaged if what arrives is not what the server holds.
+        The file appears when it is complete and its SHA-256 is right. Raises JobFailed if there is no result, unless `partial`
+        requests the present files, and Damaged if the data that arrives is not what the server has.
         """
         if not partial:
             self.check()
@@ -552,7 +552,7 @@ class Job:
         return Path(path)
 
     def unpack(self, folder: str | os.PathLike[str], partial: bool = False) -> Path:
-        """Fetch the result and unpack it as `folder`, which appears when it is whole and must not exist, or be empty.
+        """Fetch the result and unpack it as `folder`, which must be missing or empty, and appears when it is complete.
 
         Raises JobFailed and Damaged as `result` does, and FileExistsError if there are files in `folder`.
         """
@@ -570,7 +570,7 @@ class Job:
         return Path(folder)
 
 
-# == 5. Results ==  What is fetched is verified, and appears under its name in one step; what was cut goes on where it was.
+# == 5. Results ==  A result is verified and appears under its name in one step. After a cut, fetching resumes.
 
 
 class RemoteFile(io.RawIOBase):
@@ -596,21 +596,21 @@ class RemoteFile(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        """Fetch what fits into `buffer`. Raises Damaged if the server holds another file by now."""
+        """Fetch what fits into `buffer`. Raises Damaged if the server has another file now."""
         wanted = min(len(buffer), self.size - self.at)
         if wanted <= 0:
             return 0
         span = {"Range": f"bytes={self.at}-{self.at + wanted - 1}"}
         answer = self.job.server.read("GET", f"/download_partial/{self.job.id}", span)
         if answer.status != 206 or answer.headers.get("ETag") != self.tag or len(answer.body) != wanted:
-            raise Damaged(f"the server holds another result of job {self.job.id} by now: try again")
+            raise Damaged(f"the server has another result of job {self.job.id} now: try again")
         buffer[:wanted] = answer.body
         self.at += wanted
         return wanted
 
 
 def fetch(job: Job, path: str) -> None:
-    """Fetch the ZIP of a job to `path`. What is fetched so far lies beside it, under a name that tells which result it is."""
+    """Fetch the ZIP of a job to `path`. Until it is complete, it is in a file next to it, whose name identifies the result."""
     said = job.facts.get("result")
     part = f"{path}.{said['sha256'][:16] if said else 'live'}.part"
     try:
@@ -631,12 +631,12 @@ def fetch(job: Job, path: str) -> None:
                 break
             file.truncate(0)
             if live or not again:
-                raise Damaged(f"what arrived of job {job.id} is not what the server holds (SHA-256): look at the network, and try again")
+                raise Damaged(f"the result of job {job.id} arrived damaged (SHA-256 differs): check the network, and try again")
         os.replace(part, path)
 
 
 def fetch_live(job: Job, file: IO[bytes]) -> dict[str, Any]:
-    """Fetch a job that has no stored result, as it is now; return the size and SHA-256 that the server says. Raises ServerUnreachable."""
+    """Fetch the present files of a job without a stored result; return their size and SHA-256. Raises ServerUnreachable."""
     response, size = job.server.open("GET", f"/download_partial/{job.id}"), 0
     try:
         while chunk := response.read(CHUNK_BYTES):
@@ -649,7 +649,7 @@ def fetch_live(job: Job, file: IO[bytes]) -> dict[str, Any]:
 
 
 def fetch_rest(job: Job, file: IO[bytes], size: int) -> str:
-    """Fetch what a file lacks of a stored result; return the SHA-256 of all. Raises ServerUnreachable if nothing more comes."""
+    """Fetch the missing rest of a stored result; return the SHA-256 of all. Raises ServerUnreachable if nothing more arrives."""
     digest, have = hashlib.sha256(), 0
     file.seek(0)
     while chunk := file.read(CHUNK_BYTES):
@@ -660,7 +660,7 @@ def fetch_rest(job: Job, file: IO[bytes], size: int) -> str:
         before, headers = have, {"Range": f"bytes={have}-", "If-Range": f'"{job.facts["result"]["sha256"]}"'}
         response = job.server.open("GET", f"/download_partial/{job.id}", headers)
         if response.status != 206:
-            raise Damaged(f"the server holds another result of job {job.id} by now: try again")
+            raise Damaged(f"the server has another result of job {job.id} now: try again")
         try:
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
@@ -673,19 +673,19 @@ def fetch_rest(job: Job, file: IO[bytes], size: int) -> str:
             job.server.close()
             deadline = time.monotonic() + job.server.patience_s if have > before else deadline
             if time.monotonic() > deadline:
-                raise ServerUnreachable(f"{job.server.url} gave {have} of {size} bytes of job {job.id}: try again, it goes on there")
+                raise ServerUnreachable(f"{job.server.url} sent {have} of {size} bytes of job {job.id}: try again to resume")
     file.flush()
     return digest.hexdigest()
 
 
 def refuse_filled(folder: str) -> None:
-    """Raise FileExistsError if there is something in the way of a new folder."""
+    """Raise FileExistsError unless the folder is missing or empty."""
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.path.islink(folder) or os.listdir(folder)):
-        raise FileExistsError(f"{folder} is there already: give the name of a new or empty folder")
+        raise FileExistsError(f"{folder} already exists: give the name of a new or empty folder")
 
 
 def unpack_as(zipped: str, target: str) -> None:
-    """Unpack a ZIP as the folder `target`, in one step. Raises Damaged if it has a name that would lead out of it."""
+    """Unpack a ZIP as the folder `target`, in one step. Raises Damaged if a name in it leads out of the folder."""
     import shutil
     import tempfile
     import zipfile
@@ -697,7 +697,7 @@ def unpack_as(zipped: str, target: str) -> None:
             for entry in entries:
                 parts = entry.filename.rstrip("/").split("/")
                 if not set(parts).isdisjoint(("", ".", "..")) or "\0" in entry.filename:
-                    raise Damaged(f"the result has a file {entry.filename!r}, which would lie elsewhere: it is not unpacked")
+                    raise Damaged(f"the result has a file {entry.filename!r}, which leads out of the folder: it is not unpacked")
             is_link = [stat.S_ISLNK(entry.external_attr >> 16) for entry in entries]
             for entry in (entry for entry, link in zip(entries, is_link) if not link):
                 unpack_file(archive, entry, os.path.join(partial, entry.filename))
@@ -713,7 +713,7 @@ def unpack_as(zipped: str, target: str) -> None:
 
 
 def unpack_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str) -> None:
-    """Unpack a file or folder, with its permissions and time of change."""
+    """Unpack a file or folder, with its permissions and modification time."""
     import shutil
 
     if entry.is_dir():
@@ -730,7 +730,7 @@ def unpack_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str) -> 
 
 
 def unpack_link(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, root: str) -> None:
-    """Make a link that stays inside `root`; raise Damaged for another one."""
+    """Create a link that stays inside `root`. Raises Damaged for another one."""
     path = os.path.join(root, entry.filename)
     leads_to = os.fsdecode(archive.read(entry))
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -738,7 +738,7 @@ def unpack_link(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, root: str) -> 
     place = os.path.realpath(os.path.dirname(path))
     end = os.path.realpath(os.path.join(place, leads_to))
     if os.path.isabs(leads_to) or not all((each + "/").startswith(inside + "/") for each in (place, end)):
-        raise Damaged(f"the result has a link {entry.filename!r}, which would lead elsewhere: it is not unpacked")
+        raise Damaged(f"the result has a link {entry.filename!r}, which leads out of the folder: it is not unpacked")
     os.symlink(leads_to, path)
 
 

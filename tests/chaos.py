@@ -487,7 +487,7 @@ class World:
         lines = sum((line.counts() for line in (self.door, *self.lines)), collections.Counter[str]())
         yield "lines: " + ", ".join(f"{kind} {count}" for kind, count in sorted(lines.items()))
         yield "others: " + ", ".join(f"{what} {count}" for what, count in sorted(self.faults.items()))
-        yield f"transfers gone on with: {logs.count('it goes on from there')}; asked for again: {logs.count('it is tried again')}"
+        yield f"transfers gone on with: {logs.count('it is resumed there')}; asked for again: {logs.count('it is tried again')}"
 
     def close(self) -> None:
         """End all."""

@@ -1029,7 +1029,7 @@ def test_jobs_at_a_client_that_is_not_configured_any_more(before: Status, desk: 
     desk.clock.pass_s(3700)
     watch_tick(desk.server)
     assert (desk[job].status, desk[job].cause) == (Status.FAILED, "infrastructure")
-    assert "not configured" in desk[job].reason
+    assert "no longer configured" in desk[job].reason
 
 
 @pytest.mark.parametrize("before", BUSY)
