@@ -765,15 +765,15 @@ def events(response: IO[bytes]) -> Iterator[dict[str, str]]:
             event[name] = f"{event[name]}\n{value}" if name in event else value
 
 
-# == 6. All jobs ==  `Jobs` is where a script begins.
+# == 6. All jobs ==  `Jobs`, the starting point of a script.
 
 
 class Jobs:
     """The jobs of one user at one server.
 
     `server` is a URL or unix:PATH (default: JOBORCH_SERVER, else http://127.0.0.1:5000), `token` the caller's token (default:
-    JOBORCH_TOKEN or JOBORCH_TOKEN_FILE), `user` a number (default: JOBORCH_USER, else the user id of this process), `service` what
-    runs the jobs (default: the only one there is). A call that gets no answer is repeated for `patience_s` seconds. Raises JobsError.
+    JOBORCH_TOKEN or JOBORCH_TOKEN_FILE), `user` a number (default: JOBORCH_USER, else the user id of this process), `service` the
+    service (default: the only one there is). A call that gets no answer is repeated for `patience_s` seconds. Raises JobsError.
     """
 
     def __init__(
@@ -794,7 +794,7 @@ class Jobs:
         self.service = service
 
     def default_service(self) -> str:
-        """Return the service that runs jobs which name none. Raises JobsError if there are several."""
+        """Return the service for jobs that name none. Raises JobsError if there are several."""
         if self.service is None:
             names = [service["name"] for service in self.server.ask("GET", "/services")["services"]]
             if len(names) != 1:
@@ -805,9 +805,9 @@ class Jobs:
     def submit(self, files: Files, service: str | None = None, *, script: str | None = None, key: str | None = None, **fields: Any) -> Job:
         """Send files and queue a job; return it.
 
-        `files` is the path of a folder, of a file, several of these, or a mapping from paths in the job's folder to bytes, text or a
-        Path. `script` is the text of run.sh. `fields` are those of an upload, as in timeout="90m". `key` names this
-        upload: the same key gives the same job. Raises Refused, ServerUnreachable, Damaged.
+        `files` is the path of a file or folder, several of these, or a mapping from paths in the job's folder to bytes, text or a
+        Path. `script` is the text of run.sh. `fields` are those of an upload, as in timeout="90m". The same `key` always gives the
+        same job. Raises Refused, ServerUnreachable or Damaged.
         """
         sent = files_of(files)
         if script is not None:
@@ -821,7 +821,7 @@ class Jobs:
         return Job(self.server, self.server.ask("GET", f"/jobs/{job_id}"))
 
     def list(self, *, limit: int | None = 100, all_users: bool = False, **filters: Any) -> Iterator[Job]:
-        """Yield jobs, newest first: `limit` at most (None: all), of this user unless `all_users`; `filters` as GET /jobs takes them."""
+        """Yield jobs, newest first: `limit` at most (None: all), of this user unless `all_users`; `filters` are those of GET /jobs."""
         query = {**({} if all_users else {"user_id": self.user}), **{name: value for name, value in filters.items() if value is not None}}
         while limit is None or limit > 0:
             size = 1000 if limit is None else min(limit, 1000)
@@ -834,12 +834,12 @@ class Jobs:
             limit = None if limit is None else limit - len(page["jobs"])
 
     def wait(self, jobs: Iterable[Job], timeout_s: float | None = None) -> None:
-        """Wait until all of these jobs have ended, in whatever way. Raises TimeoutError when `timeout_s` seconds are over."""
+        """Wait until all of these jobs have ended, in any state. Raises TimeoutError after `timeout_s` seconds."""
         for _ in self.as_ended(jobs, timeout_s):
             pass
 
     def as_ended(self, jobs: Iterable[Job], timeout_s: float | None = None) -> Iterator[Job]:
-        """Yield each of these jobs when it has ended. Raises TimeoutError when `timeout_s` seconds are over."""
+        """Yield each of these jobs when it has ended. Raises TimeoutError after `timeout_s` seconds."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         left = {job.id: job for job in jobs}
         while left:
@@ -851,7 +851,7 @@ class Jobs:
                 left[min(left)].glance(longest_s if end is None else max(0.0, min(longest_s, end - time.monotonic())))
 
     def take_ended(self, left: dict[int, Job]) -> Iterator[Job]:
-        """Look at these jobs; take out and yield those that have ended."""
+        """Refresh these jobs; remove and yield those that have ended."""
         users = {job.facts["user_id"] for job in left.values()}
         unseen = {job_id for job_id, job in left.items() if not job.ended}
         if len(unseen) > 5 and len(users) == 1:
@@ -869,10 +869,10 @@ class Jobs:
     def map(
         self, script: str | os.PathLike[str], inputs: Iterable[Files], service: str | None = None, *, key: str | None = None, **fields: Any
     ) -> Iterator[Job]:
-        """Run a script once for each input, and yield the jobs as they end, failed ones too; `input` of a job is what it got.
+        """Run a script once for each input. Yield the jobs as they end, also failed ones; `input` of a job is its input.
 
-        `script` is the text of run.sh, or a Path to it; each of `inputs` is what `submit` takes as files. With a `key` of your
-        choice, a program that is started again with the same script, inputs and fields goes on with the jobs that it had.
+        `script` is the text of run.sh, or a Path to it; each of `inputs` is like `files` of `submit`. With a `key` of your choice, a
+        program that is started again with the same script, inputs and fields continues with the jobs that it had.
         """
         from collections import Counter, deque
         from concurrent.futures import Future, ThreadPoolExecutor
