@@ -123,7 +123,7 @@ HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identit
 KILL_TIMEOUT_S = 10.0  # for a client's answer to a kill request; the kill itself may take longer
 NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only accepted the request
 TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer, and the pause between later tries
-FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then a 2.2 client may have come
+FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then it may be a 2.2 client
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
 CHECK_PATIENCE_S = 0.5  # how long a start waits for the database check, which then goes on in the background
@@ -206,7 +206,7 @@ class NotPacked(NoAnswer):
 
 
 class BadAnswer(NoAnswer):
-    """An answer came that does not fit the question. It says nothing about the other jobs at that client."""
+    """The answer does not fit the request. This says nothing about the other jobs at that client."""
 
 
 class ResultTooLarge(JoborchError):
@@ -683,7 +683,7 @@ SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
     (Status.QUEUED, Status.INVALID, "a job that it was to follow ended otherwise than Completed"),
     (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
     (Status.PROCESSING, Status.QUEUED, "the client certainly has nothing of it"),
-    (Status.PROCESSING, Status.UNKNOWN, "bytes went out and no answer came"),
+    (Status.PROCESSING, Status.UNKNOWN, "bytes were sent and no answer came"),
     (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
     (Status.PROCESSING, Status.KILLED, "terminated"),
     (Status.PROCESSING, Status.FAILED, "its input files are missing or were changed on the server"),
@@ -1776,7 +1776,7 @@ SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keep
 
 
 def read_job_id(text: str) -> int:
-    """Return a job id from a path; HttpError 400 if it is no number, 404 if no job can have it."""
+    """Return a job id from a path. Raises HttpError 400 if it is not a number, 404 if no job can have it."""
     if not re.fullmatch(r"-?[0-9]{1,30}", text):
         raise HttpError(400, f"{one_line(text, 40)!r} is not a job id: give a whole number", "id")
     if not 1 <= int(text) < 2**63:
@@ -3931,7 +3931,7 @@ def plain_cause(error: Exception) -> str:
     if isinstance(error, http.client.RemoteDisconnected):
         return "it hung up without an answer"
     if isinstance(error, http.client.HTTPException):
-        return f"what came is not HTTP ({type(error).__name__})"
+        return f"the answer is not HTTP ({type(error).__name__})"
     if isinstance(error, socket.gaierror):
         return "its name is not known"
     if isinstance(error, ssl.SSLError):  # its errno is not a system error
@@ -10246,12 +10246,12 @@ class DataFolder:
         foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
         who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
         if foreign:
-            yield Finding(False, f"{name} holds {foreign}, who can replace its content: {remedy}")
+            yield Finding(False, f"{name} contains {foreign}, who can replace its content: {remedy}")
         elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
             in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
-            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root, is {who}: {remedy}")
+            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root and is {who}: {remedy}")
         elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
-            yield Finding(None, f"{name} belongs to you, is {who}: joborch removes that permission when it starts")
+            yield Finding(None, f"{name} belongs to you and is {who}: joborch removes that permission when it starts")
 
     def foreign_entry(self, real: Path, everything: bool) -> str:
         """Return an entry of another user and its owner: only entries with our names count, or all if `everything` (as in /tmp)."""
@@ -10869,7 +10869,7 @@ class Peer(Protocol):
 
 
 def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
-    """Return who calls. Raises HttpError 401 or 403 that says what the caller needs.
+    """Return who calls. Raises HttpError 401 or 403 with what the caller needs.
 
     `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token is sufficient proof. A caller without one may be
     a web page in the user's browser, so requests from other sites, or for another host name, are refused.
@@ -12051,7 +12051,7 @@ class Service:
     runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that may be at clients at once")
     max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that may be at clients at once")
     policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
-        "who is next: least use, first come, or highest priority with ageing")
+        "who is next: least use; first come, first served; or highest priority with ageing")
     timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
     retries: int = setting("RETRIES", "server", read_whole, "2",
         "further attempts after an infrastructure failure, never after a failure of the script")

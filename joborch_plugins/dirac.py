@@ -733,7 +733,7 @@ def weighed(row: Mapping[str, Any], left: Outcome) -> Outcome:
 
 def without_exit(row: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a job without an exit file, as DIRAC reports it."""
-    text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file came back"
+    text = f"DIRAC: {row['Status']}, {one_line(str(row['MinorStatus']), 100)} (job {row['JobID']}), and no exit file arrived"
     if row["Status"] == "Killed":
         return Outcome(False, cause=Cause.CANCELLED, reason=f"it was killed, not by joborch. {text}")
     limit = row["Status"] == "Failed" and GRID_LIMIT.search(str(row["MinorStatus"]))
@@ -845,7 +845,7 @@ class DiracExecutor:
         except DiracRefusal as error:
             if error.status == 403:
                 raise
-            raise CannotRun(f"{error}; look at its inputs and the service's DIRAC settings") from error
+            raise CannotRun(f"{error}; check its inputs and the service's DIRAC settings") from error
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         names = {job_name(job.mark): job.mark for job in jobs}

@@ -630,7 +630,7 @@ def test_causes_are_said_in_plain_words() -> None:
         ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1)"): "TLS failed: no reason given",
         http.client.IncompleteRead(b"x" * 7, 9): "it ended too early",
         http.client.RemoteDisconnected("Remote end closed"): "it hung up without an answer",
-        http.client.BadStatusLine("rubbish"): "what came is not HTTP (BadStatusLine)",
+        http.client.BadStatusLine("rubbish"): "the answer is not HTTP (BadStatusLine)",
         ValueError("Went\nround"): "went round",
         ValueError(): "valueError",
     }

@@ -138,7 +138,7 @@ def test_a_folder_such_as_tmp(machine: Machine) -> None:
 
 def test_a_folder_of_root_that_all_may_write(machine: Machine) -> None:
     data = machine.make("data", 0, 0o777)
-    refused(machine, machine.process(DATA_PATH=str(data)), "belongs to root, is writable by every user (mode 0777)")
+    refused(machine, machine.process(DATA_PATH=str(data)), "belongs to root and is writable by every user (mode 0777)")
 
 
 @pytest.mark.parametrize("exists", [True, False])
