@@ -423,7 +423,7 @@ def test_a_result_that_would_lead_elsewhere_is_not_unpacked(name: str, link: str
         entry.external_attr = (stat.S_IFLNK if link else stat.S_IFREG) << 16
         made.writestr(entry, link or "x")
     (tmp_path / "r.zip").write_bytes(archive.getvalue())
-    with pytest.raises(Damaged, match="would l"):
+    with pytest.raises(Damaged, match="leads out of the folder"):
         caller.unpack_as(str(tmp_path / "r.zip"), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["r.zip"]
 

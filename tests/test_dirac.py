@@ -673,7 +673,7 @@ def test_outputs_that_arrive_damaged_are_fetched_again(bench: Bench, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.executor.service, "send", changing)
-        with pytest.raises(BackendUnavailable, match="came damaged"):
+        with pytest.raises(BackendUnavailable, match="arrived damaged"):
             bench.executor.collect(job)
     assert joborch.read_exit(bench.data.job(job.mark)) is None and not list(bench.data.tmp.iterdir())
     bench.executor.collect(job)
@@ -1013,7 +1013,7 @@ def test_an_ended_login_lets_jobs_wait(bench: Bench) -> None:
     path = bench.executor.service.login.path
     write_login(path, {"access_token": bench.diracx.alice, "refresh_token": "rubbish"}, -1.0)
     assert bench.outcome(job).alive and "log in again with `dirac login`" in bench.executor.problem()
-    with pytest.raises(StillRunning, match="login ended"):
+    with pytest.raises(StillRunning, match="login expired"):
         bench.executor.cancel(job)
     write_login(path, {"access_token": bench.diracx.alice, "refresh_token": "another"})
     pilot.run()

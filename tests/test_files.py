@@ -230,7 +230,7 @@ def test_fields(tmp_path: Path) -> None:
     assert read_form(tmp_path, form([field_part("a", big)]), [1000]).fields == {"a": big}
     for parts, status, word in (
         ([field_part("a", big + "x")], 413, "over 64 KiB"),
-        ([field_part("a", "1"), field_part("a", "2")], 400, "comes twice"),
+        ([field_part("a", "1"), field_part("a", "2")], 400, "is given twice"),
         ([field_part("a", b"\xff")], 400, "not UTF-8"),
     ):
         with pytest.raises(HttpError, match=word) as caught:

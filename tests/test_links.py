@@ -182,7 +182,7 @@ def test_a_client_is_replaced_by_another_program(link: Link, peer: Peer, job: Jo
     peer.says["/submit"] = [reply(401, X_Joborch="0.2.0")]
     with pytest.raises(NothingSent):
         submit(link, job)
-    with pytest.raises(NothingSent, match="somebody else did in its place"):
+    with pytest.raises(NothingSent, match="another program answered in its place"):
         submit(link, job)
     assert link.protocol.can_prove, "it does not become a 2.2 client again by an answer without the header"
     assert [asked.path for asked in peer.asked[2:]] == ["/submit", "/hello"]
