@@ -203,8 +203,8 @@ NUMBERS = range(2, 8)  # columns that stand to the right
 
 
 def number(value: float) -> str:
-    """A value with three digits, more before the point."""
-    digits = max(0, 2 - len(str(int(abs(value)))) + (abs(value) < 100))
+    """A value with three digits, or all that stand before the point; below 10 with two decimals."""
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:,.{digits}f}"
 
 

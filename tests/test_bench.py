@@ -70,6 +70,11 @@ def test_two_programs_stand_side_by_side() -> None:
     }  # fmt: skip
 
 
+def test_numbers_have_three_digits() -> None:
+    values = (0, 0.284, 9.994, 9.996, 99.94, 99.96, 1234.5)
+    assert [bench.number(value) for value in values] == ["0.00", "0.28", "9.99", "10.0", "99.9", "100", "1,234"]
+
+
 def test_strace_s_table_is_counted() -> None:
     assert bench_jobs.counted_calls(STRACE_TABLE, bench_jobs.SYNCS) == 5
 
