@@ -2498,7 +2498,7 @@ class Server(Node):
         return places
 
     def start(self) -> None:
-        """From now on jobs are claimed as soon as something makes that possible."""
+        """Let the core claim jobs from now on, as soon as a commit makes that possible."""
         self.store.core.propose = functools.partial(propose, self)
         super().start()
 
@@ -2508,7 +2508,7 @@ class Server(Node):
         super().stop()
 
     def dispatch(self) -> None:
-        """Claim what can be sent now that a client or a sender is free again; what cannot be stored is left to `dispatch_tick`."""
+        """Claim jobs after a client or a sender became free. If storing fails, `dispatch_tick` tries again."""
         self.store.core.settle()
 
     def drain(self, link: Link, drained: bool) -> None:
@@ -2521,7 +2521,7 @@ class Server(Node):
 
 
 class NotAtOnce(Exception):
-    """A decision takes a longer look than a transaction may: the dispatch loop takes it."""
+    """A decision needs more reading than a transaction may do, so the dispatch loop makes it."""
 
 
 def dispatch_tick(server: Server) -> bool:
@@ -2536,7 +2536,7 @@ def dispatch_tick(server: Server) -> bool:
 
 
 def propose(server: Server) -> Callable[[], bool] | None:
-    """Return how to claim the next job, if a short look tells which; it is done inside a transaction."""
+    """Return how to claim the next job inside a transaction, or None if there is none or finding it takes too long."""
     try:
         chosen = next_placement(server, at_once=True)
     except NotAtOnce:
@@ -2546,10 +2546,10 @@ def propose(server: Server) -> Callable[[], bool] | None:
 
 
 def place(server: Server, head: Candidate, place: ClientCapacity) -> bool:
-    """Claim a job for a client inside a transaction; after its COMMIT a sender gets it. False if it was claimed or ended meanwhile."""
+    """Claim a job for a client inside a transaction; a sender gets it after the COMMIT. Return False if it can no longer be claimed."""
     link = link_to(server, head, place)
     if head.job_id in link.sending:
-        return False  # it was queued again, and its sender is about to let it go
+        return False  # it was queued again, and its sender is about to release it
     link.sending.add(head.job_id)  # before the COMMIT: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
@@ -2565,7 +2565,7 @@ def place(server: Server, head: Candidate, place: ClientCapacity) -> bool:
 
 
 def hand_to_sender(server: Server, link: Link, job: Job) -> None:
-    """Give a job whose claim is stored to a sender of its client."""
+    """Give a job to a sender of its client, after its claim was stored."""
     crash_point("claim.stored")
     log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, link.name)
     link.outbox.append(job)
@@ -8570,8 +8570,8 @@ class Core:
         self.moved: set[int] = set()  # the jobs that the current transaction moves
         self.synchronous = ""
         self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
-        self.undecided = False  # the rows have changed so that something may be decided anew
-        self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what follows from a COMMIT, and from a failure
+        self.undecided = False  # the rows have changed, so a new decision may be possible
+        self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what to call after a COMMIT, and after a failure
 
     def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
         """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
@@ -8592,7 +8592,7 @@ class Core:
         return cast(T, message.value)
 
     def settle(self) -> None:
-        """Decide now, because something beside the rows has changed."""
+        """Decide now, because something other than the rows has changed."""
         with self.inside():
             self.undecided = True
             following = self.commit_waiting()
@@ -8600,7 +8600,7 @@ class Core:
             follow()
 
     def after(self, done: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
-        """Have `done` called outside after the COMMIT of the current transaction, or `failed` where it is undone."""
+        """Call `done` outside the core after the COMMIT of the current transaction, or `failed` if it is rolled back."""
         self.outcomes.append((done, failed))
 
     def is_inside(self) -> bool:
@@ -8632,9 +8632,9 @@ class Core:
             waiter.bell.set()
 
     def commit_waiting(self) -> list[Callable[[], object]]:
-        """Run and commit all waiting work in one transaction; then answer, and look for those who wait.
+        """Run and commit all waiting work in one transaction, then look for waiting callers.
 
-        Decisions that are left over, or that waited for a durable transaction, get one of their own. Returns what follows outside.
+        Decisions that are left over, or that need a durable transaction, get a separate one. Return what to call outside the core.
         """
         following = list[Callable[[], object]]()
         while self.inbox or self.undecided:
@@ -8642,7 +8642,7 @@ class Core:
             try:
                 self.transact(batch)
             except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-                log.debug("a transaction for %d callers failed: %s", len(batch), error)  # decisions alone are taken again by dispatch_tick
+                log.debug("a transaction for %d callers failed: %s", len(batch), error)  # dispatch_tick repeats lost decisions
                 self.roll_back(is_storage=isinstance(error, sqlite3.Error))
                 for message in batch:
                     message.error = self.why_not(error, alone=len(batch) == 1)
@@ -8654,14 +8654,14 @@ class Core:
         return following
 
     def look_around(self) -> None:
-        """Look for those who wait for a job that has moved."""
+        """Look for callers that wait for a job that has moved."""
         moved, self.moved = self.moved, set()
         for waiter in list(self.waiters) if moved else ():
             if waiter.job_id is None or waiter.job_id in moved:
                 waiter.look_again()
 
     def transact(self, batch: Sequence[Message]) -> None:
-        """Run all of this work in one transaction, and decide what follows from it."""
+        """Run all of this work in one transaction, and the decisions that it makes possible."""
         durable = any(message.durable for message in batch)
         if batch:
             self.begin("FULL" if durable else "NORMAL")
@@ -8681,14 +8681,14 @@ class Core:
         crash_point("commit.done")
 
     def begin(self, level: str) -> None:
-        """Begin a transaction; with FULL it will be on disk when its COMMIT returns."""
+        """Begin a transaction. With FULL it is on disk when its COMMIT returns."""
         self.set_synchronous(level)
         self.db.execute("BEGIN IMMEDIATE")
 
     def decide(self) -> None:
         """Carry out what `propose` proposes, as long as that changes the rows.
 
-        An error in it costs the decisions of this transaction, and nobody's work.
+        An error here loses only the decisions of this transaction, not the callers' work.
         """
         try:
             for _ in range(DECISIONS_AT_ONCE):
@@ -8705,10 +8705,10 @@ class Core:
             if is_fatal(error):
                 raise
             self.undecided = False
-            log.exception("an error in deciding which job is sent")
+            log.exception("an error while deciding which job is sent")
 
     def savepoint(self, work: Callable[[], T]) -> T:
-        """Run work of which nothing remains if it raises."""
+        """Run work, and roll its part back if it raises."""
         self.db.execute("SAVEPOINT part")
         known = len(self.outcomes)
         try:
@@ -8723,7 +8723,7 @@ class Core:
         return value
 
     def forget_outcomes(self, known: int) -> None:
-        """Undo in memory what was only to follow from a COMMIT, but for the first `known`."""
+        """Call the `failed` of all outcomes except the first `known`, and forget them."""
         for _, failed in self.outcomes[known:]:
             failed()
         del self.outcomes[known:]
@@ -8731,7 +8731,7 @@ class Core:
     def roll_back(self, is_storage: bool) -> None:
         self.moved.clear()
         self.forget_outcomes(0)
-        self.undecided = False  # what has changed the rows is undone
+        self.undecided = False  # the changes of rows are undone
         with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
