@@ -41,7 +41,6 @@ from proxy import KINDS, Fault, Proxy
 GIB = 1 << 30
 SLOTS = 128  # more than all jobs of this benchmark need at once: nobody waits for a slot
 STUBBORN = 30
-STUBBORN_SCRIPT = b"trap '' TERM INT HUP\nprintf . >>%s\nsleep 900 &\nwait\n"
 FILES_A_GIB = 20_000  # of the result, beside each GiB of the upload
 KIND_S, KIND_LIMIT_S = 2, 45  # how long the client hangs in one way; how long to wait for the server to come and see, after its back-off
 HANG_JOB_S = 0.25  # between two jobs for the client that hangs
@@ -212,7 +211,7 @@ def site_with_bad_line(place: Place, size: int) -> Iterator[tuple[Site, Helper]]
 
 def start_payloads(site: Site) -> tuple[list[int], list[int]]:
     """Start payloads that wait, and others that ignore every signal but KILL; return the ids of the jobs of both."""
-    wanted = upload_request({**NOOP, "run.sh": STUBBORN_SCRIPT % bytes(site.marks)}, user=STUBBORN_USER)
+    wanted = site.held_upload(STUBBORN_USER, first=b"trap '' TERM INT HUP\n")
     held = site.hold(WAITED_JOBS)
     with Caller(site.port) as caller:
         stubborn = [int(caller.ask(wanted).json()["id"]) for _ in range(STUBBORN)]

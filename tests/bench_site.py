@@ -111,11 +111,11 @@ class Site:
             end(process)
         self.release(max(1000, 2 * self.held_starts()), linger_s=0.1)
 
-    def held_upload(self, user: int = 1) -> bytes:
-        """The upload of a job that does nothing until `release`."""
+    def held_upload(self, user: int = 1, first: bytes = b"") -> bytes:
+        """The upload of a job that does nothing until `release`; `first` are the first lines of its script."""
         mark, fence = shlex.quote(str(self.marks)), shlex.quote(str(self.fence))
         script = f"printf . >>{mark}\nexec 3<>{fence}\nread -r -t {HOLD_LIMIT_S} -u 3\nexit 0\n"
-        return upload_request({**NOOP, "run.sh": script.encode()}, user=user)
+        return upload_request({**NOOP, "run.sh": first + script.encode()}, user=user)
 
     def held_starts(self) -> int:
         """How many held jobs have started so far."""
