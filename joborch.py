@@ -2725,7 +2725,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
         returned = server.service(job).return_inputs
-        dest_id = link.submit(job, folder, paths, returned)
+        dest_id, end = link.submit(job, folder, paths, returned, end_wait_ms(server, link, job))
         crash_point("send.answered")
         link.accepted[job.mark] = dest_id
     except NothingSent as error:
@@ -2742,14 +2742,74 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         link.failed(error)
         mark_outcome_unknown(server, link, job, error)
         return
+    take_answer(server, link, job, dest_id, end)
+
+
+def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) -> None:
+    """Store that a client has accepted a job, and its end if that came along."""
     link.took_one()
     link.resend_due.pop(job.id, None)
     link.protocol.accepted(server, dest_id)
-    store_accepted(server, link, job, dest_id)
+    if end is None or not end_as_answered(server, link, job._replace(dest_id=dest_id), end):
+        store_accepted(server, link, job, dest_id)
+        crash_point("send.stored")
+        if end is not None:
+            ask_for_end(server, link, job)
+        if server.store.number(KILLS_COUNT, client=link.name):
+            server.wake(f"kill:{link.name}")
     link.accepted.pop(job.mark, None)
-    crash_point("send.stored")
-    if server.store.number(KILLS_COUNT, client=link.name):
-        server.wake(f"kill:{link.name}")
+
+
+SHORT_RUN_S, END_WAIT_S = 0.03, 0.1  # mean run of a service whose submits wait for the end, and how long (X-Joborch-Wait)
+
+
+def end_wait_ms(server: Server, link: Link, job: Job) -> int:
+    """Return how long a client may wait for the end of this job before it answers the submit: 0 unless its service's runs are short.
+
+    A sender waits as long, so one of them always remains that does not.
+    """
+    is_new = job.status is Status.PROCESSING and job.kill_requested_at is None
+    if not (is_new and link.protocol.has_events and link.has_free_sender()):
+        return 0
+    mean_s = mean_run_s(server, server.service(job))
+    return round(1000 * END_WAIT_S) if mean_s is not None and mean_s < SHORT_RUN_S else 0
+
+
+def end_as_answered(server: Server, link: Link, job: Job, said: Any) -> bool:
+    """Bring a payload's end that came with the answer to its submit to its place, as one that /events told.
+
+    Submitted and the end are two moves in one transaction. Returns False if it must be asked for in the usual way.
+    """
+    payload = clean_payload(said)
+    wrong = why_not_its_end(job, payload)
+    if payload is None or wrong:
+        link.note(f"answered with an end of job {job.id} that cannot be used: {wrong}; it is asked again")
+        return False
+    found = EndReport(job.id, payload, 0.0)
+    link.ended_at = server.clock.monotonic()  # before the COMMIT, in which the next job may be claimed
+    if not collect_end(server, link, job, found):
+        drop_part(found)
+        return False
+    crash_point("send.ended")
+    link.confirm(job.dest_id)
+    return True
+
+
+def ask_for_end(server: Server, link: Link, job: Job) -> None:
+    """Have a client asked for the end of a payload, of which it tells no more by itself."""
+    note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
+
+
+def why_not_its_end(job: Job, payload: Mapping[str, Any] | None) -> str:
+    """Return why what a client says in its answer to a submit cannot be the end of this job's payload; an empty text if it can."""
+    if payload is None:
+        return "it is not the description of a payload"
+    if (payload["uuid"], payload["attempt"], payload["id"]) != (job.uuid, job.attempt, job.dest_id):
+        return "it is that of another payload"
+    failed = payload["status"] == Status.FAILED.value and payload.get("cause") == Cause.USER.value
+    if payload["status"] != Status.COMPLETED.value and not failed:
+        return f"it says {payload['status']}"
+    return "" if inline_archive_of(payload) else "its archive is missing, or does not fit its digest"
 
 
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
@@ -2798,10 +2858,17 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
 
 
 def end_busy(server: Server, job: Job, to: Status, reason: str, **changes: Any) -> None:
-    """Move a job to an end state from its current busy state, unless it has ended or is at another attempt."""
+    """Move a job to an end state from its current busy state, unless it has ended or is at another attempt.
+
+    If its payload ended before the submit was answered, it is still Processing but has a `dest_id`: it becomes Submitted first.
+    """
     current: Job | None = job
     while current is not None and current.status in BUSY and current.attempt == job.attempt:
-        if server.store.move(current, to, reason, **changes):
+        if current.status is Status.PROCESSING and job.dest_id:
+            moved = server.store.move_accepted(current, Reason.ACCEPTED.format(client=job.client), job.dest_id, to, reason, **changes)
+        else:
+            moved = server.store.move(current, to, reason, **changes)
+        if moved:
             return
         current = server.store.get(job.id)
 
@@ -3606,8 +3673,8 @@ class Link:
             raise NoAnswer(f"did not answer: another program answered in its place, with {answer.status}")
         return answer
 
-    def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool) -> str:
-        """Send the files of one attempt and return the payload's id at the client.
+    def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool, wait_ms: int = 0) -> tuple[str, Any]:
+        """Send the files of one attempt. Return the payload's id, and its end if the client waited for it (`wait_ms`), else None.
 
         Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, Rejected if it refuses for good.
         """
@@ -3625,13 +3692,15 @@ class Link:
             **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
             **({"X-Joborch-Timeout": f"{job.timeout:.12g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
+            **({"X-Joborch-Wait": str(wait_ms)} if wait_ms else {}),
         }
         answer = self.call("POST", self.address.upload_url, service=job.service, body=body, headers=headers)
         if answer.status == 413 and OURS_HEADER not in answer.headers:
             read_some(answer, KIB)
             remedy = "raise its limit (nginx: client_max_body_size 0), or send less"
             raise Rejected(f"a gateway in front of it refused {len(body):,} bytes (it answered 413): {remedy}")
-        return read_submit_answer(answer.status, read_some(answer, 64 * KIB))  # a 2.2 client echoes all input after the id
+        text = read_some(answer, 64 * KIB + (INLINE_BASE64_LIMIT if wait_ms else 0))  # a 2.2 client echoes all input after the id
+        return read_submit_answer(answer.status, text), read_end(text) if wait_ms else None
 
     def events(self, wait_s: float, done: Sequence[str]) -> EventsReply:
         """Wait for changes at the client: one long poll for all its payloads.
@@ -3994,6 +4063,14 @@ def read_submit_answer(status: int, text: bytes) -> str:
     raise NoAnswer(refused_text(status, text))
 
 
+def read_end(text: bytes) -> Any:
+    """Return what an answer to /submit says of the payload's end; None if it says nothing that can be read."""
+    try:
+        return read_answer(text).get("end")
+    except (ValueError, AttributeError):
+        return None
+
+
 class Bounds(NamedTuple):
     """Limits for one answer: seconds of silence, and a function that returns True when nobody waits for it any more."""
 
@@ -4245,6 +4322,7 @@ SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are not killed
 INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
 RESTLESS_MOVES = 100  # of one job
 SMALL_PIECES = 20  # of one transfer that broke before 64 KiB had arrived
+CONFIRM_WITHIN_S = SYNC_AFTER_S / 2  # a client need not fsync results that are confirmed by then
 DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
 
@@ -4281,7 +4359,7 @@ def hear(server: Server, link: Link) -> bool:
     fresh, asked_at = link.since == 0, server.clock.monotonic()
     done = link.confirmed_ids[:DONE_AT_ONCE]
     at_once = fresh or link.listed is not None or not link.answers
-    heard = link.events(0 if at_once else EVENTS_WAIT_S, done)
+    heard = link.events(0 if at_once else poll_wait_s(server, link), done)
     crash_point("hear.answered")
     del link.confirmed_ids[: len(done)]
     link.heard()
@@ -4293,6 +4371,13 @@ def hear(server: Server, link: Link) -> bool:
         server.dispatch()  # it may have room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
+
+
+def poll_wait_s(server: Server, link: Link) -> float:
+    """Return how long a poll may wait for news: not long after ends that came with submits, which the next poll confirms."""
+    if len(link.confirmed_ids) > DONE_AT_ONCE:
+        return 0.0
+    return min(EVENTS_WAIT_S, CONFIRM_WITHIN_S if server.clock.monotonic() - link.ended_at < EVENTS_WAIT_S else EVENTS_WAIT_S)
 
 
 def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
@@ -4893,6 +4978,8 @@ def sort_out(server: Server, link: Link, job: Job) -> None:
     dest_id = link.accepted.pop(job.mark, None)
     if dest_id is not None:
         store_accepted(server, link, job, dest_id)
+        if link.protocol.has_events:
+            ask_for_end(server, link, job)  # it may have come with the answer
         return
     server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
@@ -5151,7 +5238,7 @@ class Holds:
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
     """Return a payload as a 2.2 client shows it: always six fields."""
-    first = (job.handle or "").partition(" ")[0]
+    first = (with_handle(client, job).handle or "").partition(" ")[0]
     pid = int(first) if job.status is Status.RUNNING and re.fullmatch(r"[0-9]{1,18}", first) else 0  # PBS says 4711.host
     killed = job.kill_requested_at is not None and job.kill_cause == Cause.CANCELLED.value
     return {"id": job.id, "input": {}, "status": shown_status(job).value, "loc": str(client.folder(job)), "pid": pid, "killed": killed}
@@ -5223,12 +5310,20 @@ SUBMIT_HEADERS = (
     header("Inputs", "string", "the digest of all files, computed at the upload", "9f86d0..."),
     header("Digests", "string", "1: the digests follow the files; if they are missing, the transfer broke", "1"),
     header("Return-Inputs", "string", "0: the result omits inputs that the script left unchanged", "0"),
+    header(
+        "Wait", "integer", "milliseconds to wait for the end of a payload that starts at once: the answer then has it as `end`", 100,
+        least=0, most=1000, default=0,
+    ),
 )  # fmt: skip
 
 
-def new_payload(request: Request) -> NewJob:
-    """Return the row for a payload, from the headers that a joborch server sends and a 2.2 server does not."""
-    said = read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
+def submit_headers(request: Request) -> dict[str, Any]:
+    """Return the values of the headers that a joborch server sends and a 2.2 server does not; HttpError 400."""
+    return read_all(SUBMIT_HEADERS, {each.name: request.header(each.name) for each in SUBMIT_HEADERS})
+
+
+def new_payload(said: Mapping[str, Any]) -> NewJob:
+    """Return the row for a payload, from the headers of its submit."""
     return NewJob(
         uuid=said["X-Joborch-Uuid"] or new_uuid(),
         user_id=said["X-Joborch-User"],
@@ -5243,16 +5338,19 @@ def new_payload(request: Request) -> NewJob:
 
 
 PAYLOAD_FILE = Parameter("file", "form", "file", "the part's `name` is the relative path, its `filename` the base name", required=True)
-SUBMIT_GIVES = {200: Gives("the payload is accepted", JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
+TAKEN = "the payload is accepted; `end` is what /events says of one that has ended within X-Joborch-Wait, with `archive` and `sha256`"
+SUBMIT_GIVES = {200: Gives(TAKEN, JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
 
 
 @route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
 def submit(client: Client, request: Request) -> Answer:
-    """Accept the files of one payload; it runs as soon as a slot is free."""
-    new = new_payload(request)
+    """Accept the files of one payload; it runs as soon as a slot is free. With X-Joborch-Wait, the answer may have its end."""
+    said = submit_headers(request)
+    new, wait_s = new_payload(said), said["X-Joborch-Wait"] / 1000
     mark = f"{new.uuid}.{new.attempt}"
     job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
     if job is not None:
+        tell_in_events(client, job.id)  # the answer that had its end was lost
         return Answer(payload_json(client, job))
     problem = problem_of(client, for_all=True)
     if problem:  # another client may be able to run it
@@ -5265,10 +5363,36 @@ def submit(client: Client, request: Request) -> Answer:
             remember_inputs(folder, form)
         crash_point("submit.received")
         client.store.check_identity()
-        job = place_payload(client, folder, new)
+        job, is_marked = place_payload(client, folder, new, is_quiet=wait_s > 0)
     crash_point("submit.stored")
-    client.wake("run")
-    return Answer(payload_json(client, job))
+    if not is_marked:
+        client.wake("run")
+        return Answer(payload_json(client, job))
+    start_placed(client, job, wait_s)
+    current = known_job(client, request, job.id)
+    end = told_end(client, current) if wait_s else {}
+    crash_point("submit.ended")
+    return Answer({**payload_json(client, current), **end})
+
+
+def told_end(client: Client, job: Job) -> dict[str, Any]:
+    """Return what the answer to a submit says of a payload's end: what /events would say, with its archive.
+
+    It is empty if the payload has not ended by itself, or left too much: then /events tells it.
+    """
+    ended_by_itself = job.status is Status.COMPLETED or (job.status is Status.FAILED and job.cause == Cause.USER.value)
+    archive = inline_archive(client, job) if ended_by_itself and job.id in client.store.core.quiet else {}
+    if archive:
+        return {"end": {**event_json(client, job), **archive}}
+    tell_in_events(client, job.id)
+    return {}
+
+
+def tell_in_events(client: Client, job_id: int) -> None:
+    """Let /events report a payload that it left to the answer of its submit."""
+    if job_id in client.store.core.quiet:
+        client.store.core.quiet.discard(job_id)
+        client.store.tell(job_id)
 
 
 def received_form(request: Request, work: Path) -> Form:
@@ -5309,19 +5433,22 @@ def remember_inputs(folder: Path, form: Form) -> None:
     (folder / "inputs.json").write_text("".join(lines), encoding="utf-8")
 
 
-def place_payload(client: Client, folder: Path, new: NewJob) -> Job:
-    """Move received files to their place, then store the row. If one attempt arrives twice, both calls get the same payload."""
+def place_payload(client: Client, folder: Path, new: NewJob, is_quiet: bool) -> tuple[Job, bool]:
+    """Move received files to their place, then store the row. If one attempt arrives twice, both calls get the same payload.
+
+    Returns the payload, and whether the caller must start it: see `add_payload`.
+    """
     place = client.data.job(f"{new.uuid}.{new.attempt}")
     with client.placing:  # files and row together
         job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
             discard(folder)
-            return job
+            return job, False
         discard(place)  # without a row, a crash left it: it never ran
         os.rename(folder, place)
         crash_point("submit.renamed")
         try:
-            return client.store.add(new, "submitted")
+            return add_payload(client, new, is_quiet)
         except BaseException:
             discard(place)
             raise
@@ -5488,29 +5615,47 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
         confirm(client, done)
     elif instance:  # the server knew another instance: send it the whole list, at once
         since, wait = 0, 0.0
-    changed = functools.partial(client.store.jobs, CHANGED_SINCE, since=since)
+    news = News(client, since)
     if since == 0 or more == "1":
         last = client.store.number(CHANGED_LAST)  # before the list: a change in between is reported twice, but never lost
         found = client.store.jobs(CHANGED_ALL, since=since)
+        client.store.core.quiet.difference_update(job.id for job in found if job.status in ENDED)
         inline = 0
     else:
         with client.places.place() as parked:
             if not parked and wait:
                 raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
-            found = client.wait_until(lambda: changed() or None, wait, request.left) or []
+            found = client.wait_until(lambda: news.look() or None, wait, request.left) or []
             if found and wait:
                 client.wait_until(
-                    lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in changed()) or None,
+                    lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in news.look()) or None,
                     EVENTS_SETTLE_S,
                     request.left,
                 )
-                found = changed()
-        last, inline = since, INLINE_PAYLOADS
+                found = news.look()
+        last, inline = since if found else news.since, INLINE_PAYLOADS
     jobs, payloads = events_page(client, found, inline)
     is_more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
     said = {"instance": client.instance, "start": client.start_id, "next": told if is_more else max(told, last), "more": is_more}
     problem = problem_of(client, for_all=True)[:1000] or None
     return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
+
+
+class News:
+    """The payloads that changed since a caller last asked, without those whose ends the answers to their submits tell."""
+
+    def __init__(self, client: Client, since: int) -> None:
+        self.client, self.since = client, since
+
+    def look(self) -> list[Job]:
+        """Return them in the order of their changes; those that come first and are told elsewhere are not read again."""
+        found, quiet = self.client.store.jobs(CHANGED_SINCE, since=self.since), self.client.store.core.quiet
+        kept = [job for job in found if job.id not in quiet]
+        for job in found:
+            if job.id not in quiet:
+                break
+            self.since = job.changed or self.since
+        return kept
 
 
 def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[Job], list[dict[str, Any]]]:
@@ -5543,6 +5688,7 @@ def confirm(client: Client, done: str) -> None:
         now = client.clock.wall()
         client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
         crash_point("events.confirmed")
+        client.store.core.quiet.difference_update(ids)
         drop_packings(client, ids)
 
 
@@ -5619,6 +5765,8 @@ def prefers_html(accept: str) -> bool:
 
 
 BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
+SUBMIT_WAITERS = 6  # submits that wait for the end of their payloads at once: half of the threads for small forms
+LATE_START_S = 1.0  # a payload that starts this long after it was marked has its start time stored
 ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
 
 
@@ -5636,6 +5784,11 @@ class Client(Node):
         self.instance = str(store.read(INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # tells servers whether two clients of this instance are one process
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
+        self.lingering: set[int] = set()  # payloads that ended, but are still Running because not all is known of their end
+        self.submit_places = WaiterLimit(SUBMIT_WAITERS)
+        self.starts_at_once = False  # whether a submit starts its payload if a slot is free: once the loops run
+        self.wanted: set[int] = set()  # payloads to kill that another thread is starting
+        self.handles: dict[int, str] = {}  # by payload id: handles that are not stored, because a wrapper's claim replaces them
         self.unsaved: dict[int, tuple[str, float]] = {}  # handles and start times (steady) that could not be stored yet
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
         self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
@@ -5655,6 +5808,15 @@ class Client(Node):
         ):
             self.loops[name] = Loop(name, functools.partial(tick, self), lambda: self.pool, period_s, **options)
 
+    @property
+    def local(self) -> LocalExecutor | None:
+        """The local executor, which needs no handles to find its payloads, and can wait for them; None if another one runs payloads."""
+        return self.executor if isinstance(self.executor, LocalExecutor) and not self.executor.is_batch else None
+
+    def start(self) -> None:
+        self.starts_at_once = self.local is not None
+        super().start()
+
     def stop(self) -> None:
         """Store the time first: what stopped the client may have stopped payloads, too."""
         try:
@@ -5669,12 +5831,16 @@ def run_tick(client: Client) -> bool:
     if client.stopping.is_set():
         return False
     save_handles(client)
+    noted = {*client.notes, *client.tried, *client.stubborn, *client.handles}  # before the rows: what is started now is in neither
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    client.has_payloads = bool(everything) or client.store.number(COUNT_IN, status=Status.PREPARED.value) > 0
+    waiting = client.store.number(COUNT_IN, status=Status.PREPARED.value)
+    with client.lock:  # a submit may have started a payload since the rows were read
+        client.has_payloads = bool(everything or waiting or client.ending or client.handles)
     client.has_kills = any(job.kill_requested_at is not None for job in everything)
-    for job_id in {*client.notes, *client.tried, *client.stubborn}.difference(job.id for job in everything):
+    for job_id in noted.difference(job.id for job in everything):
         drop_notes(client, job_id)  # another thread noted it just after its end
-    running = [job for job in everything if job.id not in client.ending]  # not those that another thread starts or kills
+    # Not those that another thread starts or kills. Look that up before the handles: a thread that starts a payload leaves one.
+    running = [with_handle(client, job) for job in [job for job in everything if job.id not in client.ending]]
     started = [job for job in running if job.handle is not None]
     outcomes = client.executor.poll([job for job in started if job.id not in client.measurings])
     outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # poll reports an end only once
@@ -5685,15 +5851,17 @@ def run_tick(client: Client) -> bool:
             if job.started_at is None and not outcomes[job.id].waits:
                 client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
             set_wait_reason(client, job.id, problem or outcomes[job.id].waits)
-    ended = [job for job in started if not outcomes[job.id].alive]
-    for job in ended:
-        if job.kill_cause is None:
+    lingering = set()
+    for job in started:
+        if not outcomes[job.id].alive:
             crash_point("end.seen")
-            finish(client, job, outcomes[job.id])
+            if job.kill_cause is not None or not finish(client, job, outcomes[job.id]):
+                lingering.add(job.id)
             crash_point("end.stored")
+    client.lingering = lingering
     start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
-    start_what_fits(client, [job for job in everything if job not in ended])
-    return bool(ended)
+    start_what_fits(client)
+    return False
 
 
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
@@ -5708,7 +5876,7 @@ def set_wait_reason(client: Client, job_id: int, text: str) -> None:
 
 def drop_notes(client: Client, job_id: int) -> None:
     """Drop the notes on a payload that is over."""
-    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings)
+    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings, client.handles)
     for table in tables:
         table.pop(job_id, None)
 
@@ -5733,42 +5901,41 @@ def problem_since(client: Client, problem: str) -> float | None:
     return client.troubled_at if problem else None
 
 
-def start_what_fits(client: Client, running: Sequence[Job]) -> None:
-    """Start payloads in the order of their arrival, as slots and memory allow. None overtakes one that must wait.
-
-    A payload that needs more than this client has runs alone.
-    """
-    slots, memory = client.config.slots, client.config.memory_bytes // MIB
-    if client.executor.is_batch:  # the batch system counts the cores
-        for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - len(running))):
-            begin(client, job)
+def start_what_fits(client: Client) -> None:
+    """Start payloads in the order of their arrival, as slots and memory allow. None overtakes one that must wait."""
+    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=client.config.slots):
+        if not begin(client, job):
+            break
+    if client.executor.is_batch:
         start_held(client)
-        return
-    used_slots, used_memory = sum(job.cpus for job in running), sum(job.memory or 0 for job in running)
-    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=max(0, slots - used_slots)):
-        alone = not used_slots
-        if not alone and (used_slots + job.cpus > slots or used_memory + (job.memory or 0) > memory):
-            return
-        if begin(client, job):
-            used_slots, used_memory = used_slots + job.cpus, used_memory + (job.memory or 0)
+
+
+def has_room(client: Client, db: sqlite3.Connection, job: Job) -> bool:
+    """Tell inside a transaction whether slots and memory are free for a payload. One that asks for more than there is runs alone."""
+    count, cpus, memory = db.execute(RUNNING_NEEDS).fetchone()
+    for job_id in list(client.lingering):
+        row = db.execute(JOB_GET, {"id": job_id}).fetchone()
+        if row is not None and row["status"] == Status.RUNNING.value:
+            count, cpus, memory = count - 1, cpus - row["cpus"], memory - (row["memory"] or 0)
+    if client.executor.is_batch:  # it counts the cores
+        return bool(count < client.config.slots)
+    fits = cpus + job.cpus <= client.config.slots and memory + (job.memory or 0) <= client.config.memory_bytes // MIB
+    return bool(fits or not count)
 
 
 def begin(client: Client, job: Job) -> bool:
-    """Start one payload: store Running, start it, store the handle. Return False if it cannot run."""
+    """Start one payload, or end it if it cannot run. Return False if there is no room for it."""
     work = client.data.job(job.mark) / "work"
     if not work.is_dir():
         reason = Reason.FILES_REMOVED.format(where="client")
         client.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
-        return False
+        return True
     problem = why_not_runnable(work / "run.sh")
     if problem:
         client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
-        return False
+        return True
     with kept_from_ending(client, job) as free:
-        if free:
-            launch(client, job)
-    client.wake("end")
-    return free
+        return not free or launch(client, job)
 
 
 @contextlib.contextmanager
@@ -5781,22 +5948,105 @@ def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
         yield free
     finally:
         if free:
-            with client.lock:
-                client.ending.discard(job.id)
+            let_others_end(client, job.id)
 
 
-def launch(client: Client, job: Job) -> None:
-    """Start one payload that can run, unless it is no longer Prepared or the client is stopping."""
+def let_others_end(client: Client, job_id: int) -> None:
+    """Let other threads kill a payload again, and wake them if it was to be killed meanwhile."""
+    with client.lock:
+        client.ending.discard(job_id)
+        wanted = job_id in client.wanted
+        client.wanted.discard(job_id)
+    if wanted:
+        client.wake("end")
+
+
+def launch(client: Client, job: Job) -> bool:
+    """Mark a payload as Running, and start it. Return False if there is no room for it or the client is stopping."""
     if client.stopping.is_set():
-        return
+        return False
     # A job in a batch system survives a power failure of this machine, so the row must, too.
     is_batch = client.executor.is_batch
-    if client.store.move(job, Status.RUNNING, "", durable=is_batch, started_at=None if is_batch else client.clock.wall()):
-        crash_point("run.marked")
-        if client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"):
-            client.holds.held[job.id] = Held(client.clock)  # it must not overtake those that wait: see start_held
-        else:
-            start_on_executor(client, job)
+    started_at = None if is_batch else client.clock.wall()
+
+    def mark(db: sqlite3.Connection) -> bool | None:
+        return client.store.move(job, Status.RUNNING, "", is_batch, started_at=started_at) if has_room(client, db, job) else None
+
+    marked = client.store.write(mark, durable=is_batch)
+    if marked:
+        start_marked(client, job._replace(status=Status.RUNNING, moved_at=client.store.steady()))
+    return marked is not None
+
+
+def start_marked(client: Client, job: Job) -> None:
+    """Start a payload that was just marked as Running, unless others wait: then it takes its turn (see `start_held`)."""
+    crash_point("run.marked")
+    if has_others_before(client, job):
+        client.holds.held[job.id] = Held(client.clock)
+    else:
+        start_on_executor(client, job)
+
+
+def has_others_before(client: Client, job: Job) -> bool:
+    """Tell whether payloads wait here that what runs them has refused."""
+    return bool(client.holds.held or client.holds.of_all() or client.holds.of(job.service or "-"))
+
+
+def add_payload(client: Client, new: NewJob, is_quiet: bool) -> tuple[Job, bool]:
+    """Store a new payload. If it can start at once, it is Running in the same transaction, and the caller starts it: see `start_placed`.
+
+    If `is_quiet`, /events does not report one that starts at once: the caller does. Returns the payload, and whether it is to be started.
+    """
+    store = client.store
+    can_start = client.starts_at_once and not why_not_runnable(client.data.job(f"{new.uuid}.{new.attempt}") / "work" / "run.sh")
+
+    def add(db: sqlite3.Connection) -> tuple[Job, bool]:
+        job = store.add(new, "submitted")
+        first = db.execute(FIRST_PREPARED).fetchone()[0] == job.id
+        if not (can_start and first and has_room(client, db, job)) or client.stopping.is_set() or has_others_before(client, job):
+            return job, False
+        store.core.after(lambda: None, functools.partial(forget_start, client, job.id))
+        with client.lock:
+            client.ending.add(job.id)  # before the COMMIT: other threads must not see it without its handle
+            client.has_payloads = True
+        store.core.quiet.update({job.id} if is_quiet else ())
+        store.move(job, Status.RUNNING, "", started_at=client.clock.wall())
+        return store.row(db, job.id), True
+
+    return store.write(add, durable=False)
+
+
+def forget_start(client: Client, job_id: int) -> None:
+    """Forget a payload whose transaction was undone: another one may get its id."""
+    client.store.core.quiet.discard(job_id)
+    with client.lock:
+        client.ending.discard(job_id)
+
+
+def start_placed(client: Client, job: Job, wait_s: float) -> None:
+    """Start a payload that `add_payload` has marked as Running, and take in its end if that comes within `wait_s` seconds.
+
+    Until then no other thread ends it: a kill waits. Few callers wait at once, so that they leave worker threads to others.
+    """
+    try:
+        start_marked(client, job)
+        with client.submit_places.place() if wait_s else contextlib.nullcontext() as parked:
+            if parked:
+                take_end(client, with_handle(client, job), wait_s)
+    finally:
+        let_others_end(client, job.id)
+
+
+def take_end(client: Client, job: Job, wait_s: float) -> None:
+    """Wait for the end of a payload, and move it on; what cannot be decided at once is left to the runner."""
+    if not client.local or not client.local.wait(job, wait_s):
+        client.wake("run")  # its end may have come just now
+        return
+    outcome = client.executor.poll([job])[job.id]
+    crash_point("end.seen")
+    if outcome.alive or not finish(client, job, outcome) or client.store.read(FIRST_PREPARED)[0][0] is not None:
+        client.wake("run")
+    crash_point("end.stored")
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
@@ -5823,11 +6073,28 @@ def start_on_executor(client: Client, job: Job) -> bool:
         client.tried.pop(job.id, None)
         if client.executor.is_batch:
             log.info("payload %d is job %s of the batch system", job.id, handle)
-        client.unsaved[job.id] = (handle, client.store.steady())
-        save_handles(client)
+        keep_handle(client, job, handle)
         crash_point("run.stored")
         return True
     return False
+
+
+def keep_handle(client: Client, job: Job, handle: str) -> None:
+    """Keep the handle of a payload that was started: in memory if `find` gets it again after a crash, else in its row.
+
+    One that starts long after it was marked has its time begin now.
+    """
+    if not client.local or client.store.steady() - job.moved_at > LATE_START_S:
+        client.unsaved[job.id] = (handle, client.store.steady())
+        save_handles(client)
+    else:
+        client.handles[job.id] = handle
+
+
+def with_handle(client: Client, job: Job) -> Job:
+    """Return a payload with its handle, wherever that is kept."""
+    handle = client.handles.get(job.id)
+    return job if handle is None else job._replace(handle=handle)
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
@@ -5855,76 +6122,17 @@ def why_not_runnable(script: Path) -> str:
     return ""
 
 
-def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that is over its limit."""
-    if not client.holes:
-        return
-    try:
-        punch_middle(path, client.config.log_limit_bytes)
-    except FileNotFoundError:
-        return  # the wrapper has not created it yet
-    except OSError as error:
-        client.holes = False
-        log.warning("output cannot be limited on this file system (%s): it is cut when it is read", error)
+def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> bool:
+    """Move an ended payload to its end state, with a reason; return whether it was moved.
 
-
-class Measuring:
-    """Measures a large work folder of an ended payload in a thread. `outcome` is kept until `too_much` is no longer None."""
-
-    def __init__(self, client: Client, job: Job, outcome: Outcome) -> None:
-        self.outcome, self.too_much, self.left_out = outcome, cast("str | None", None), 0
-        threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
-
-    def measure(self, client: Client, job: Job) -> None:
-        found: str | None = ""
-        try:
-            with client.measurers:
-                found, self.left_out = excess(client, job, client.limits)
-        finally:
-            self.too_much = found or ""
-            client.wake("run")
-
-
-def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
-    """Return by what a finished payload exceeds a limit (empty: by nothing), and how many entries its archive cannot hold.
-
-    The text is None if the payload exceeds `limits`, but not the client's limits.
+    If not `patient`, a large work folder delays that to a later tick.
     """
-    try:
-        with opened_folder(client.data.job(job.mark)) as folder:
-            give_rights(folder, "work")
-            with opened_folder(folder, "work") as work:
-                losses = Losses([path_of(work), work_path(client, job)])
-                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder), losses)
-    except OSError:
-        return "", 0  # the folder is gone
-    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else ""), losses.count
-
-
-def work_path(client: Client, job: Job) -> bytes:
-    """Return the path by which a payload's script may know its work folder."""
-    return os.fsencode(os.path.abspath(client.folder(job) / "work"))
-
-
-def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
-    """Like `excess`, but if not `patient`, the text is None while measuring takes longer than a tick may."""
-    if job.id in client.measurings and not patient:
-        return client.measurings[job.id].too_much, client.measurings[job.id].left_out
-    quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
-    found = excess(client, job, client.limits if patient else quick)
-    if found[0] is None:
-        client.measurings[job.id] = Measuring(client, job, outcome)
-    return found
-
-
-def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> None:
-    """Move an ended payload to its end state, with a reason. If not `patient`, a large work folder delays that to a later tick."""
     folder = client.data.job(job.mark)
     try:
         client.executor.collect(job)
     except BackendUnavailable as error:
         set_wait_reason(client, job.id, f"its outputs are not available yet: {error}")
-        return  # a later tick tries again
+        return False  # a later tick tries again
     if outcome.cause is None and not has_work(folder):
         text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
         outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
@@ -5932,7 +6140,7 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         bound_output(client, folder / stream)
     too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
     if too_much is None:
-        return
+        return False
     started, ended = run_times(folder, job)
     changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
     if too_much:
@@ -5952,22 +6160,7 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
     if moved:  # else a kill was requested meanwhile: end_tick decides how it ended
         drop_notes(client, job.id)
         drop_scratch(client, job)
-
-
-def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload started and ended: the times of the wrapper's files, or of the clock if they are gone.
-
-    The start is None if it never started: its claim is missing, or empty because it only fences the attempt.
-    """
-    if job.started_at is None and not read_claim(folder, job.attempt):
-        return None, time.time()
-    times = []
-    for name in (f"started.{job.attempt}", "exit.json"):
-        try:
-            times.append(state_below(folder, name).st_mtime)
-        except OSError:
-            times.append(job.started_at or time.time() if not times else time.time())
-    return times[0], max(times)
+    return moved
 
 
 def end_tick(client: Client) -> bool:
@@ -6019,11 +6212,12 @@ def take_for_ending(client: Client) -> Job | None:
             with client.lock:
                 lately = job.id in client.stubborn and client.stubborn[job.id].waits()
                 if job.kill_requested_at is None or job.id in client.ending or lately:
+                    client.wanted.update({job.id} & client.ending if job.kill_requested_at is not None else ())
                     continue
                 client.ending.add(job.id)
             current = client.store.get(job.id)  # read again: it may have got a handle since
             if current is not None and current.status not in OVER:
-                return current
+                return with_handle(client, current)
             with client.lock:
                 client.ending.discard(job.id)
     return None
@@ -6084,7 +6278,10 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
         handle = handles.get(job.mark)
         if handle:
             held.pop(job.id, None)
-            client.store.note(JOB_HANDLE, id=job.id, handle=handle)
+            if client.local:
+                client.handles[job.id] = handle
+            else:
+                client.store.note(JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
             text = "its submission was interrupted: the client waits to learn whether it succeeded"
@@ -6111,7 +6308,7 @@ def waiting_here(client: Client) -> list[Job]:
     found = []
     for job_id in sorted(client.holds.held):
         job = client.store.get(job_id)
-        if job is None or job.status is not Status.RUNNING or job.handle is not None:
+        if job is None or job.status is not Status.RUNNING or with_handle(client, job).handle is not None:
             client.holds.held.pop(job_id)
         elif job.kill_requested_at is None:
             found.append(job)
@@ -6125,7 +6322,6 @@ def start_now(client: Client, job: Job) -> bool:
         current = client.store.get(job.id)
         if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
             taken = start_on_executor(client, current)
-    client.wake("end")
     return taken
 
 
@@ -6136,6 +6332,10 @@ def distrust(client: Client) -> None:
             client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
     for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
         client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
+    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    for job in running if client.local else ():  # whatever its files say: they may not have reached the disk
+        if job.handle is None and job.kill_requested_at is None:
+            client.store.move(job, Status.FAILED, Reason.REBOOTED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def sync_tick(client: Client) -> bool:
@@ -6178,6 +6378,19 @@ LOG_PART = Gives(
     TEXT_TYPE,
 )
 NO_OUTPUT = Gives("no job has this id, or its output is not available", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
+
+
+def bound_output(client: Client, path: Path) -> None:
+    """Free the middle of an output stream that is over its limit."""
+    if not client.holes:
+        return
+    try:
+        punch_middle(path, client.config.log_limit_bytes)
+    except FileNotFoundError:
+        return  # the wrapper has not created it yet
+    except OSError as error:
+        client.holes = False
+        log.warning("output cannot be limited on this file system (%s): it is cut when it is read", error)
 
 
 class LogPart(NamedTuple):
@@ -6426,6 +6639,55 @@ def open_work(folder: int) -> int | None:
         return open_folder(folder, "work", flags=os.O_RDONLY)
     except OSError:
         return None
+
+
+class Measuring:
+    """Measures a large work folder of an ended payload in a thread. `outcome` is kept until `too_much` is no longer None."""
+
+    def __init__(self, client: Client, job: Job, outcome: Outcome) -> None:
+        self.outcome, self.too_much, self.left_out = outcome, cast("str | None", None), 0
+        threading.Thread(target=self.measure, args=(client, job), name=f"measure-{job.id}", daemon=True).start()
+
+    def measure(self, client: Client, job: Job) -> None:
+        found: str | None = ""
+        try:
+            with client.measurers:
+                found, self.left_out = excess(client, job, client.limits)
+        finally:
+            self.too_much = found or ""
+            client.wake("run")
+
+
+def excess(client: Client, job: Job, limits: ResultLimits) -> tuple[str | None, int]:
+    """Return by what a finished payload exceeds a limit (empty: by nothing), and how many entries its archive cannot hold.
+
+    The text is None if the payload exceeds `limits`, but not the client's limits.
+    """
+    try:
+        with opened_folder(client.data.job(job.mark)) as folder:
+            give_rights(folder, "work")
+            with opened_folder(folder, "work") as work:
+                losses = Losses([path_of(work), work_path(client, job)])
+                left = measure(work, limits, {} if job.return_inputs else unchanged_inputs(folder), losses)
+    except OSError:
+        return "", 0  # the folder is gone
+    return client.limits.broken_by(*left) or (None if limits.broken_by(*left) else ""), losses.count
+
+
+def work_path(client: Client, job: Job) -> bytes:
+    """Return the path by which a payload's script may know its work folder."""
+    return os.fsencode(os.path.abspath(client.folder(job) / "work"))
+
+
+def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
+    """Like `excess`, but if not `patient`, the text is None while measuring takes longer than a tick may."""
+    if job.id in client.measurings and not patient:
+        return client.measurings[job.id].too_much, client.measurings[job.id].left_out
+    quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
+    found = excess(client, job, client.limits if patient else quick)
+    if found[0] is None:
+        client.measurings[job.id] = Measuring(client, job, outcome)
+    return found
 
 
 class Packing:
@@ -6765,6 +7027,22 @@ def read_exit(folder: Path) -> Outcome | None:
         return None  # missing, incomplete, or replaced by the script
 
 
+def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
+    """Return when a payload started and ended: the times of the wrapper's files, or of the clock if they are gone.
+
+    The start is None if it never started: its claim is missing, or empty because it only fences the attempt.
+    """
+    if job.started_at is None and not read_claim(folder, job.attempt):
+        return None, time.time()
+    times = []
+    for name in (f"started.{job.attempt}", "exit.json"):
+        try:
+            times.append(state_below(folder, name).st_mtime)
+        except OSError:
+            times.append(job.started_at or time.time() if not times else time.time())
+    return times[0], max(times)
+
+
 def boot_id() -> str:
     """Return a unique id of this boot and of this container (by the start of its process 1)."""
     return f"{kernel_boot_id()}.{process_start(1) or 0}"
@@ -7041,6 +7319,7 @@ class LocalExecutor:
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
         self.cancelled: set[str] = set()  # marks of attempts that are being killed now
+        self.awaited: set[int] = set()  # process ids of wrappers that `wait` waits for
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -7062,6 +7341,30 @@ class LocalExecutor:
         self.seen.add(job.mark)
         self.own.add(job.mark)
         return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
+
+    def wait(self, job: Job, patience_s: float) -> bool:
+        """Wait for the end of a payload that this process started; tell whether it has ended. Kernels before 5.3 cannot say."""
+        pid = int((job.handle or "0").split(" ")[0])
+        if not pid:
+            return False  # it could not be started
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        except (OSError, AttributeError):
+            return False
+        self.awaited.add(pid)
+        try:
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            return bool(poller.poll(patience_s * 1000))
+        finally:
+            self.awaited.discard(pid)
+            os.close(descriptor)
+
+    def is_end_awaited(self) -> bool:
+        """Tell whether somebody waits for each payload that this process has started, so that the end of a child is no news."""
+        return set(self.children) <= self.awaited
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         handles = {}
@@ -8269,7 +8572,7 @@ JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = 
 JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
 JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
 JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
-PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status = 'Running'"
+PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status NOT IN ('Prepared', 'Cleaned')"
 PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
 JOB_FETCHED = """
 UPDATE jobs SET fetched_at = :now
@@ -8458,6 +8761,10 @@ WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Complete
 TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
 TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
 PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
+RUNNING_NEEDS = (
+    "SELECT count(*), coalesce(sum(cpus), 0), coalesce(sum(memory), 0) FROM jobs INDEXED BY jobs_status WHERE status = 'Running'"
+)
+FIRST_PREPARED = "SELECT min(id) FROM jobs INDEXED BY jobs_status WHERE status = 'Prepared'"
 COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
 CHANGED_SINCE = """
 SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
@@ -8568,6 +8875,7 @@ class Core:
         self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
         self.inbox, self.waiters = deque[Message](), set[Waiter]()
         self.moved: set[int] = set()  # the jobs that the current transaction moves
+        self.quiet: set[int] = set()  # jobs whose moves are told in another way: nobody who waits for any job is woken by them
         self.synchronous = ""
         self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
         self.undecided = False  # the rows have changed, so a new decision may be possible
@@ -8656,8 +8964,9 @@ class Core:
     def look_around(self) -> None:
         """Look for callers that wait for a job that has moved."""
         moved, self.moved = self.moved, set()
+        is_news = not moved <= self.quiet
         for waiter in list(self.waiters) if moved else ():
-            if waiter.job_id is None or waiter.job_id in moved:
+            if waiter.job_id in moved or (waiter.job_id is None and is_news):
                 waiter.look_again()
 
     def transact(self, batch: Sequence[Message]) -> None:
@@ -9066,6 +9375,17 @@ class Store(Database):
 
         return self.write(move, durable)
 
+    def move_accepted(self, job: Job, accepted: str, dest_id: str, to: Status, reason: str, **changes: Any) -> bool:
+        """Move a Processing job to Submitted, for the reason `accepted`, and on to its end, durably and in one transaction.
+
+        Its history is that of two moves. Returns False if the row has left Processing meanwhile.
+        """
+
+        def both(db: sqlite3.Connection) -> bool:
+            return self.move(job, Status.SUBMITTED, accepted, dest_id=dest_id) and self.move(self.row(db, job.id), to, reason, **changes)
+
+        return self.write(both)
+
     def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
         """Make one move inside a transaction, and update the jobs that wait for this one: see `move`."""
         moved = self.move_row(db, job, to, reason, **changes)
@@ -9142,9 +9462,14 @@ class Store(Database):
         self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
 
     def tell(self, job_id: int, **begun: float) -> None:
-        """Let /events report a running payload again. If it has just started, give `started_at` (wall) and `now` (steady)."""
-        sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
-        self.write(lambda db: db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount, durable=False)
+        """Let /events report a payload again. If it has just started, give `started_at` (wall) and `now` (steady)."""
+
+        def say(db: sqlite3.Connection) -> None:
+            sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
+            if db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount:
+                self.core.moved.add(job_id)
+
+        self.write(say, durable=False)
 
     def forget(self, job_ids: Sequence[int]) -> None:
 
@@ -12727,7 +13052,8 @@ def listen_for_signals(node: Node, wake_read: int) -> None:
             return
         for number in set(numbers).intersection(IGNORED_SIGNALS):
             log.info("%s is ignored: settings are read only at the start; restart joborch to read them again", signal_name(number))
-        node.wake("run")
+        if not (isinstance(node, Client) and node.local and node.local.is_end_awaited()):
+            node.wake("run")
 
 
 def bundled_packages() -> dict[str, str]:

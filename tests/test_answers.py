@@ -295,7 +295,7 @@ def test_nothing_of_a_client_is_unpacked(coding: str, liar: Liar, liar_link: Lin
         lambda: liar_link.logs(job, "stdout", 0),
         lambda: liar_link.status(job),
         lambda: liar_link.kill(job),
-        lambda: liar_link.submit(job, folder, ["run.sh"], True),
+        lambda: liar_link.submit(job, folder, ["run.sh"], True)[0],
     ):
         with pytest.raises(BadAnswer):
             call()

@@ -171,6 +171,198 @@ def test_a_database_that_cannot_be_written_leaves_no_files(yard: Yard) -> None:
     assert len(leavings(yard)) == len(yard.store.page(1 << 40, 1000, None, None, None))
 
 
+# == Starting with the submit ==
+
+
+@pytest.fixture
+def quick_yard(yard: Yard) -> Yard:
+    """A client that starts a payload when it is submitted, as one does whose loops run."""
+    yard.client.starts_at_once = True
+    return yard
+
+
+def submitted(yard: Yard, script: str = "exec sleep 1000", **headers: str) -> Job:
+    """A payload that may have started when this returns."""
+    said = submit_payload(yard.client, [file_part("run.sh", script.encode())], **headers)
+    assert said.status == 200, said
+    return yard[said.json["id"]]
+
+
+def moves_of(yard: Yard, job: Job) -> list[tuple[str | None, str]]:
+    """The history of a payload."""
+    return [(row["source"], row["target"]) for row in yard.store.read(joborch.HISTORY_GET, id=job.id)]
+
+
+def test_a_payload_starts_with_its_submit_where_a_slot_is_free(quick_yard: Yard) -> None:
+    """One transaction leaves the history of two, and no row needs the handle: a client that died finds what it started."""
+    job = submitted(quick_yard)
+    row = quick_yard.store.get(job.id)
+    assert (job.status, row.handle if row else "") == (Status.RUNNING, None)
+    assert moves_of(quick_yard, job) == [(None, "Prepared"), ("Prepared", "Running")]
+    assert ask(quick_yard.client, "GET", f"/retrieve/{job.id}").json["pid"] == int((job.handle or "").split()[0])
+    wait_for(lambda: joborch.read_claim(quick_yard.folder(job), 1), what="the claim of the wrapper")
+    quick_yard.restart()
+    assert quick_yard[job].handle == job.handle
+    quick_yard.store.request_kill(job.id, Cause.CANCELLED)
+    assert end_tick(quick_yard.client)
+    assert quick_yard[job].status is Status.KILLED
+
+
+def test_submits_at_once_take_no_more_slots_than_there_are(quick_yard: Yard) -> None:
+    jobs: list[Job] = []
+    together(6, lambda _: jobs.append(submitted(quick_yard)))
+    assert Counter(quick_yard[job].status for job in jobs) == {Status.RUNNING: 2, Status.PREPARED: 4}
+    run_tick(quick_yard.client)
+    assert Counter(quick_yard[job].status for job in jobs) == {Status.RUNNING: 2, Status.PREPARED: 4}
+
+
+def test_a_submit_overtakes_none_that_waits(quick_yard: Yard) -> None:
+    submitted(quick_yard)
+    wide, small = submitted(quick_yard, X_Joborch_Cpus="2"), submitted(quick_yard)
+    assert (wide.status, small.status) == (Status.PREPARED, Status.PREPARED)
+
+
+@pytest.mark.parametrize(("script", "status"), [("", Status.INVALID), (None, Status.INVALID)])
+def test_a_payload_that_cannot_run_is_left_to_the_runner(script: str | None, status: Status, quick_yard: Yard) -> None:
+    job = quick_yard.submit(script, {"data": b"x"})
+    assert quick_yard[job].status is Status.PREPARED
+    run_tick(quick_yard.client)
+    assert quick_yard[job].status is status
+
+
+def test_a_kill_that_comes_while_a_submit_starts_its_payload(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the payload taken, and is not forgotten."""
+    real, woken = quick_yard.client.executor.start, []
+
+    def start(job: Job) -> str:
+        quick_yard.store.request_kill(job.id, Cause.CANCELLED)
+        assert not end_tick(quick_yard.client)
+        return real(job)
+
+    monkeypatch.setattr(quick_yard.client.executor, "start", start)
+    monkeypatch.setattr(quick_yard.client, "wake", woken.append)
+    job = submitted(quick_yard)
+    assert woken == ["end"]
+    assert end_tick(quick_yard.client)
+    assert (quick_yard[job].status, processes_below(quick_yard.folder(job))) == (Status.KILLED, [])
+
+
+def test_a_submit_that_cannot_be_stored_leaves_its_payload_to_others(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit fails after the payload was taken to be started: a later one with its id is not taken for that one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(quick_yard.store, "add_history", lambda *_: 1 / 0)
+        assert submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")]).status == 500
+    assert not quick_yard.client.ending
+    assert submitted(quick_yard).status is Status.RUNNING
+
+
+def test_what_a_client_of_another_boot_had_started_is_not_trusted(quick_yard: Yard) -> None:
+    """Its exit file says it was done, but what it wrote may not have reached the disk."""
+    job = submitted(quick_yard, "exit 0")
+    quick_yard.wait(job)
+    quick_yard.clock.reboot()
+    quick_yard.restart()
+    assert (quick_yard[job].status, quick_yard[job].cause) == (Status.FAILED, "infrastructure")
+
+
+# == Ends that the answer to a submit has ==
+
+
+def test_the_answer_to_a_submit_has_the_end_of_a_short_payload(quick_yard: Yard) -> None:
+    """What /events would say, with the archive; /events itself tells it only to a server that has lost all it knew."""
+    since = quick_yard.events()["next"]
+    said = submit_payload(quick_yard.client, [file_part("run.sh", b"echo hi > out; exit 0")], X_Joborch_Wait="1000")
+    assert set(said.json) == {"id", "input", "status", "loc", "pid", "killed", "end"}
+    job, end = quick_yard[said.json["id"]], said.json["end"]
+    assert moves_of(quick_yard, job) == [(None, "Prepared"), ("Prepared", "Running"), ("Running", "Completed")]
+    assert (said.json["status"], end["status"], end["uuid"], end["attempt"], end["exit_code"]) == ("Completed", "Completed", job.uuid, 1, 0)
+    content = base64.b64decode(end["archive"])
+    assert hashlib.sha256(content).hexdigest() == end["sha256"]
+    assert zipfile.ZipFile(io.BytesIO(content)).read("out") == b"hi\n"
+    later = quick_yard.events(f"since={since}&instance={quick_yard.client.instance}")
+    assert later["payloads"] == []
+    assert [payload["status"] for payload in quick_yard.events()["payloads"]] == ["Completed"]
+
+
+def test_a_script_that_fails_at_once(quick_yard: Yard) -> None:
+    end = submit_payload(quick_yard.client, [file_part("run.sh", b"exit 3")], X_Joborch_Wait="1000").json["end"]
+    assert (end["status"], end["cause"], end["exit_code"], "archive" in end) == ("Failed", "user", 3, True)
+
+
+def test_an_answer_that_was_lost(quick_yard: Yard) -> None:
+    """The submit is repeated: /events has the end."""
+    key, form = {"X_Joborch_Uuid": UUID, "X_Joborch_Wait": "1000"}, [file_part("run.sh", b"exit 0")]
+    assert "end" in submit_payload(quick_yard.client, form, **key).json
+    since = quick_yard.events(f"since=1&instance={quick_yard.client.instance}")["next"]
+    again = submit_payload(quick_yard.client, form, **key).json
+    assert (again["status"], "end" in again) == ("Completed", False)
+    (told,) = quick_yard.events(f"since={since}&instance={quick_yard.client.instance}")["payloads"]
+    assert (told["uuid"], told["status"], "archive" in told) == (UUID, "Completed", True)
+
+
+def test_what_is_confirmed_is_forgotten(quick_yard: Yard) -> None:
+    said = submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")], X_Joborch_Wait="1000").json
+    assert quick_yard.client.store.core.quiet == {said["id"]}
+    quick_yard.events(f"since=1&instance={quick_yard.client.instance}&done={said['id']}")
+    assert (quick_yard.client.store.core.quiet, quick_yard[said["id"]].fetched_at is None) == (set(), False)
+
+
+@pytest.mark.parametrize("script", ["exec sleep 1000", "head -c 100k /dev/urandom > big; exit 0", "touch {1..17}", "rm -rf ../work"])
+def test_what_an_answer_cannot_have_is_told_by_events(script: str, quick_yard: Yard) -> None:
+    """A payload that runs on, a large result, and an end that is no fault of the script."""
+    since = quick_yard.events()["next"]
+    wait_ms = "50" if "sleep" in script else "1000"
+    said = submit_payload(quick_yard.client, [file_part("run.sh", script.encode())], X_Joborch_Wait=wait_ms).json
+    assert "end" not in said
+    (told,) = quick_yard.events(f"since={since}&instance={quick_yard.client.instance}")["payloads"]
+    assert told["status"] == said["status"] == {"exec": "Running", "rm": "Failed"}.get(script.split()[0], "Completed")
+    assert not quick_yard.client.store.core.quiet
+
+
+def test_a_kill_waits_for_the_answer(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A payload that ends meanwhile is killed no more: it ended before."""
+    local, woken = quick_yard.client.executor, []
+    monkeypatch.setattr(quick_yard.client, "wake", woken.append)
+    real = local.wait  # type: ignore[attr-defined]
+
+    def wait(job: Job, patience_s: float) -> bool:
+        quick_yard.store.request_kill(job.id, Cause.CANCELLED)
+        assert not end_tick(quick_yard.client)
+        return bool(real(job, patience_s))
+
+    monkeypatch.setattr(local, "wait", wait)
+    said = submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")], X_Joborch_Wait="1000").json
+    assert ("end" in said, said["status"], "end" in woken) == (False, "Running", True)
+    assert end_tick(quick_yard.client)
+    assert quick_yard[said["id"]].status is Status.COMPLETED
+
+
+def test_few_submits_wait_at_once(quick_yard: Yard) -> None:
+    """The others are answered at once: no worker thread is taken from whom it belongs to."""
+    with contextlib.ExitStack() as taken:
+        for _ in range(joborch.SUBMIT_WAITERS):
+            assert taken.enter_context(quick_yard.client.submit_places.place())
+        said = submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")], X_Joborch_Wait="1000").json
+    assert (said["status"], "end" in said) == ("Running", False)
+    quick_yard.until(quick_yard[said["id"]], Status.COMPLETED)
+
+
+def test_a_payload_that_waits_for_a_slot_is_answered_at_once(quick_yard: Yard) -> None:
+    submitted(quick_yard)
+    submitted(quick_yard)
+    assert submitted(quick_yard, "exit 0", X_Joborch_Wait="1000").status is Status.PREPARED
+    assert not quick_yard.client.store.core.quiet
+
+
+def test_the_end_of_one_child_among_others_is_news(quick_yard: Yard) -> None:
+    local = quick_yard.client.local
+    assert local
+    job = submitted(quick_yard)
+    assert not local.is_end_awaited()
+    local.awaited.add(int((job.handle or "").split()[0]))
+    assert local.is_end_awaited()
+
+
 # == Running ==
 
 

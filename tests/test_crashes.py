@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import MakePair
-from harness import ENDED, Pair, Process, program_text, upload, wait_for
+from harness import ENDED, Pair, Process, from_source, program_text, upload, wait_for
 from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
 
 BIG = random.Random(5).randbytes(300 * 1024)  # too large to travel with the news of its end
@@ -185,9 +185,11 @@ def sides_of(point: str) -> list[str]:
 # Those of a batch system are passed with one alone: see test_slurm.py and test_dirac.py.
 POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', program_text())))
 ELSEWHERE = ("clean.", "restore.")  # passed by the cleaner, and by a restore: see below, and test_instances.py
-SPECIAL = ("send.refused", "send.lost", "attempt.stored", "start.asked", "sync.done")
+SPECIAL = ("send.refused", "send.lost", "send.ended", "submit.ended", "attempt.stored", "start.asked", "sync.done")
 ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith(ELSEWHERE) for side in sides_of(point)]
-COMMITS = [(side, f"commit.begun:{number}") for side in ("server", "client") for number in (2, 3, 4, 5, 7, 9, 12, 16)]
+COMMITS = [
+    (side, f"commit.begun:{number}") for side, last in (("server", (12, 16)), ("client", (11,))) for number in (2, 3, 4, 5, 7, 9, *last)
+]
 
 
 @pytest.fixture
@@ -195,8 +197,9 @@ def make_run(make_pair: MakePair) -> Iterator[Callable[..., Run]]:
     """Makes a run (not started), which is over with the test."""
     runs: list[Run] = []
 
-    def make(server: list[str], client: list[str], **settings: str) -> Run:
-        pair = make_pair(server={**LIMITS, **settings}, client={"JOBORCH_SLOTS": "6", "JOBORCH_KILL_GRACE": "0.2", **settings})
+    def make(server: list[str], client: list[str], program: list[str] | None = None, **settings: str) -> Run:
+        own = {"JOBORCH_SLOTS": "6", "JOBORCH_KILL_GRACE": "0.2", **settings}
+        pair = make_pair(server={**LIMITS, **settings}, client=own, program=program)
         runs.append(Run(pair, server, client))
         return runs[-1]
 
@@ -227,6 +230,26 @@ def test_both_sides_die(points: tuple[str, str], make_run: Callable[..., Run]) -
     ordinary(run)
     run.settle()
     assert min(run.server.deaths, run.client.deaths) >= 1
+
+
+WAITS = from_source(SHORT_RUN_S=1000.0, END_WAIT_S=1.0)  # every submit but the first waits for the end of its payload
+WITH_ENDS = [
+    *(("server", point) for point in ("send.answered:2", "fetch.synced:2", "fetch.renamed:2", "fetch.durable:2", "send.ended")),
+    *(("client", point) for point in ("submit.stored:2", "run.stored:2", "end.seen:2", "end.stored:2", "submit.ended:2")),
+]
+
+
+@pytest.mark.parametrize(("side", "point"), WITH_ENDS)
+def test_a_crash_where_the_answer_to_a_submit_has_the_end(side: str, point: str, make_run: Callable[..., Run]) -> None:
+    """At the answer, at the file, before and after the commit; the end is asked again, and nothing runs twice."""
+    run = make_run(**{"server": [], "client": [], side: [point, point]}, program=WAITS)
+    run.start()
+    for number in range(3):
+        files = {"out": sha256(b"small\n")}
+        job = run.submit("rm data; echo small > out", 1, Expected(members=files, **COMPLETED))
+        run.job(job, lambda job: job["status"] in ENDED)
+        assert number == 0 or getattr(run, side).deaths >= 1, f"the {side} never came to {point}"
+    run.settle()
 
 
 def test_a_crash_after_a_client_refused(make_run: Callable[..., Run]) -> None:

@@ -76,7 +76,7 @@ def job(data: DataFolder) -> Job:
 
 def submit(link: Link, job: Job) -> str:
     """Send the job's two files."""
-    return link.submit(job, link.data.job(job.uuid), ["d/in put", "run.sh"], return_inputs=True)
+    return link.submit(job, link.data.job(job.uuid), ["d/in put", "run.sh"], return_inputs=True)[0]
 
 
 # == Bodies ==

@@ -239,6 +239,167 @@ def test_a_slot_is_not_free_twice(status: str, desk: Desk, peer: Peer, monkeypat
     assert free == [2, 2] and desk[job].status not in BUSY and desk[other].status in BUSY
 
 
+# == Ends that come with the answer to a submit ==
+
+
+@pytest.fixture
+def short(desk: Desk) -> Desk:
+    """A server whose service had short runs, and whose client was heard of."""
+    desk.store.write(lambda db: desk.store.set_pace(db, "example", joborch.Pace(9, 0.005)))
+    desk.link.heard()
+    return desk
+
+
+SHA256, ARCHIVE = hashlib.sha256(RESULT).hexdigest(), base64.b64encode(RESULT).decode()
+
+
+def with_end(job: Job, **changes: Any) -> bytes:
+    """What a client answers to the submit of a job whose payload has ended; `changes` of None leave a field out."""
+    said = {**event(job, reason="fine", exit_code=0), "sha256": SHA256, "archive": ARCHIVE, **changes}
+    return reply(200, {"id": 7, "status": "Completed", "end": {name: value for name, value in said.items() if value is not None}})
+
+
+def moves_of(desk: Desk, job: Job) -> list[str]:
+    """The states of a job, one after the other."""
+    return [row["target"] for row in desk.store.read(joborch.HISTORY_GET, id=job.id)]
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "cause", "exit_code"),
+    [({}, "Completed", None, 0), ({"status": "Failed", "cause": "user", "exit_code": 3}, "Failed", "user", 3)],
+)
+def test_an_end_that_comes_with_the_answer(
+    said: dict[str, Any], status: str, cause: str | None, exit_code: int, short: Desk, peer: Peer
+) -> None:
+    """Two moves, two rows of history, one transaction; the client is asked for nothing more."""
+    job = short.upload()
+    peer.says["/submit"] = [with_end(job, **said)]
+    assert short.send()
+    ended = short[job]
+    assert moves_of(short, job) == ["Queued", "Processing", "Submitted", status]
+    assert (ended.status.value, ended.cause, ended.exit_code, ended.dest_id, ended.reason) == (status, cause, exit_code, "7", "fine")
+    assert (ended.started_at, ended.result_sha256, ended.result_size) == (5.0, SHA256, len(RESULT))
+    assert short.data.result(job.mark).read_bytes() == RESULT
+    assert (short.link.confirmed_ids, short.link.ended, short.link.accepted, short.link.sending) == (["7"], {}, {}, set())
+    assert [(asked.path, asked.headers.get("X-Joborch-Wait")) for asked in peer.asked] == [("/submit", "100")]
+    assert short.quiet()
+
+
+LIES: list[tuple[Any, str]] = [
+    ({"uuid": "another"}, "another payload"),
+    ({"attempt": 2}, "another payload"),
+    ({"id": 8}, "another payload"),
+    ({"status": "Running"}, "says Running"),
+    ({"status": "Killed", "cause": "cancelled"}, "says Killed"),
+    ({"status": "Failed", "cause": "infrastructure"}, "says Failed"),
+    ({"status": "Fine"}, "not the description"),
+    ({"sha256": "0" * 64}, "does not fit its digest"),
+    ({"sha256": None}, "does not fit its digest"),
+    ({"archive": None}, "is missing"),
+    ({"archive": "A" * 300_000}, "is missing"),
+    ({"archive": base64.b64encode(RESULT[:-1]).decode()}, "does not fit its digest"),
+]
+
+
+@pytest.mark.parametrize(("lie", "words"), LIES)
+def test_an_end_that_lies_is_asked_again(
+    lie: dict[str, Any], words: str, short: Desk, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The job is Submitted as without it, the log says why, and what the client says when it is asked counts."""
+    job = short.upload()
+    peer.says["/submit"] = [with_end(job, **lie)]
+    peer.says["/retrieve/7"] = [zip_reply(b"PK what it really was")]
+    assert short.send()
+    assert (short[job].status, short[job].dest_id) == (Status.SUBMITTED, "7")
+    assert words in caplog.text
+    assert fetch_tick(short.server, short.link)
+    assert moves_of(short, job) == ["Queued", "Processing", "Submitted", "Completed"]
+    assert short.data.result(job.mark).read_bytes() == b"PK what it really was"
+    assert short.quiet()
+
+
+@pytest.mark.parametrize("end", [[], "x", 7, True, {"end": {}}, {"status": 7}])
+def test_an_end_that_is_none(end: Any, short: Desk, peer: Peer) -> None:
+    job = short.upload()
+    peer.says["/submit"] = [reply(200, {"id": 7, "end": end})]
+    assert short.send()
+    assert (short[job].status, list(short.link.ended)) == (Status.SUBMITTED, [job.id])
+
+
+def test_an_end_that_was_not_asked_for_is_left_alone(desk: Desk, peer: Peer) -> None:
+    """Nobody knows yet how long runs of this service take."""
+    job = desk.upload()
+    peer.says["/submit"] = [with_end(job)]
+    desk.link.heard()
+    assert desk.send()
+    assert (desk[job].status, desk.link.ended, "X-Joborch-Wait" in peer.asked[0].headers) == (Status.SUBMITTED, {}, False)
+
+
+def test_for_whom_a_client_waits(short: Desk) -> None:
+    """Only where runs are short; not for what is to be killed or was sent before; and one sender is kept for others."""
+    job = short.with_client(Status.PROCESSING)
+    link = short.link
+    link.sending.add(job.id)
+    assert joborch.end_wait_ms(short.server, link, job) == 100
+    assert joborch.end_wait_ms(short.server, link, changed(job, kill_requested_at=1.0)) == 0
+    assert joborch.end_wait_ms(short.server, link, changed(job, status=Status.UNKNOWN)) == 0
+    link.sending.update((98, 99))
+    assert joborch.end_wait_ms(short.server, link, job) == 0
+    link.sending.clear()
+    short.store.write(lambda db: short.store.set_pace(db, "example", joborch.Pace(9, 0.03)))
+    assert joborch.end_wait_ms(short.server, link, job) == 0
+
+
+def test_an_end_that_cannot_be_stored(short: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails when the result is brought to it: the job is Submitted, and its client is asked later."""
+    job = short.upload()
+    peer.says["/submit"] = [with_end(job)]
+    peer.says["/retrieve/7"] = [zip_reply(RESULT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(OSError(28, "No space left on device")))
+        assert short.send()
+    assert (short[job].status, short.quiet()) == (Status.SUBMITTED, True)
+    assert fetch_tick(short.server, short.link)
+    assert short[job].status is Status.COMPLETED
+
+
+def test_a_commit_that_fails_when_an_end_came_with_the_answer(short: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the two moves is made; what was sent is sorted out, and the client asked."""
+    job = short.upload()
+    peer.says["/submit"] = [with_end(job)]
+    peer.says["/retrieve/7"] = [zip_reply(RESULT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(short.store, "tell_dependents", failing(joborch.StorageError("disk I/O error")))
+        with pytest.raises(joborch.StorageError):
+            short.send()
+    assert moves_of(short, job) == ["Queued", "Processing"]
+    watch_tick(short.server)
+    assert short[job].status is Status.SUBMITTED
+    assert fetch_tick(short.server, short.link)
+    assert moves_of(short, job) == ["Queued", "Processing", "Submitted", "Completed"]
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    """A function that always fails."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_poll_waits_less_after_ends_that_came_with_answers(short: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one confirms them, before the client would bring their results to its disk."""
+    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 10.0)
+    assert joborch.poll_wait_s(short.server, short.link) == 10.0
+    short.link.ended_at = short.clock.monotonic()
+    assert joborch.poll_wait_s(short.server, short.link) == joborch.CONFIRM_WITHIN_S < joborch.SYNC_AFTER_S
+    short.clock.pass_s(11)
+    assert joborch.poll_wait_s(short.server, short.link) == 10.0
+    short.link.confirmed_ids[:] = ["7"] * (joborch.DONE_AT_ONCE + 1)
+    assert joborch.poll_wait_s(short.server, short.link) == 0.0
+
+
 # == Hearing ==
 
 

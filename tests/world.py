@@ -606,7 +606,7 @@ class Yard:
     def __getitem__(self, job: Job | int) -> Job:
         found = self.store.get(job if isinstance(job, int) else job.id)
         assert found is not None
-        return found
+        return joborch.with_handle(self.client, found)
 
     def folder(self, job: Job) -> Path:
         """Where a payload's files are."""
