@@ -2607,17 +2607,17 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str], at_once: bool) -> ServiceQueue | None:
-    """Return the queue of a service, or None if it is empty or the service is at its limit.
+    """Return the queue of a service, or None if it is empty, the service is at its limit, or no client can get its jobs.
 
     `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
     """
-    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1)
+    clients = {names[address.name] for address in service.addresses if address.name in names}
+    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1) if clients else []
     if not first:
         return None
     busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
     if busy >= service.max_runs:
         return None
-    clients = {names[address.name] for address in service.addresses if address.name in names}
     return ServiceQueue(
         service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0], at_once)
     )
@@ -8893,8 +8893,7 @@ class Core:
         with self.inside():
             if not message.done:
                 following = self.commit_waiting()
-        for follow in following:
-            follow()
+        self.carry_out(following)
         if message.error is not None:
             raise message.error
         return cast(T, message.value)
@@ -8904,8 +8903,16 @@ class Core:
         with self.inside():
             self.undecided = True
             following = self.commit_waiting()
+        self.carry_out(following)
+
+    @staticmethod
+    def carry_out(following: Iterable[Callable[[], object]]) -> None:
+        """Do what follows from a COMMIT, all of it: none of it is the caller's alone."""
         for follow in following:
-            follow()
+            try:
+                follow()
+            except Exception:
+                log.exception("an error in what follows from a transaction")
 
     def after(self, done: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
         """Call `done` outside the core after the COMMIT of the current transaction, or `failed` if it is rolled back."""

@@ -128,6 +128,20 @@ def test_a_fault_in_a_decision_costs_nobody_his_work(desk: Desk, monkeypatch: py
     assert "an error in deciding" in caplog.text
 
 
+def test_a_fault_in_what_follows_keeps_back_nothing_else(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where no thread can be started: the caller is answered, and the next claim gets to its sender."""
+    jobs = [desk.upload() for _ in range(2)]
+    monkeypatch.setattr(desk.server, "wake", lambda name: 1 / 0)
+    decide_at_once(desk)
+    desk.link.heard()
+    desk.link.slots = 9
+    last = desk.upload()
+    assert [job.id for job in desk.link.outbox] == [job.id for job in (*jobs, last)]
+    assert "an error in what follows" in caplog.text
+
+
 def test_a_sender_that_still_has_a_job_keeps_it(desk: Desk) -> None:
     """It is queued again, and the sender lets it go a moment later: a claim by then would be taken for lost."""
     job = desk.with_client(Status.PROCESSING)
