@@ -12,10 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from world import RESULT, Desk, Peer, Yard, event, events, new_job, reply, zip_reply
+from harness import wait_for
+from world import RESULT, Desk, Peer, Yard, ask, event, events, file_part, new_job, reply, submit_payload, zip_reply
 
 import joborch
 from joborch import BUSY, Cause, DataFolder, Job, Status, StorageError, Store, fetch_tick, get_tick, watch_tick
@@ -322,6 +325,47 @@ def test_those_who_share_a_commit_that_fails_all_hear_of_it(desk: Desk) -> None:
     assert len(got) == 4 and all("cannot be written" in str(each) for each in got)
     assert desk.store.jobs(EVERYTHING) == []
     compare(desk)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_client_runs_each_payload_once_whichever_commit_fails(seed: int, data: DataFolder, tmp_path: Path) -> None:
+    """A submit is answered with 503 and leaves nothing, or there is its payload; a handle that could not be stored is kept until it is."""
+    yard, dice, starts = Yard(data), random.Random(seed), tmp_path / "starts"
+    faults, taken, refused = Faults(yard.store), list[int](), 0
+    script = file_part("run.sh", f"basename $(dirname $PWD) >> {starts}".encode())
+
+    def submit() -> None:
+        nonlocal refused
+        said = submit_payload(yard.client, [script])
+        if said.status == 200:
+            taken.append(said.json["id"])
+        else:
+            assert said.status == 503, said
+            refused += 1
+
+    ticks = [functools.partial(tick, yard.client) for tick in (joborch.run_tick, joborch.sync_tick, joborch.clean_tick, joborch.limit_tick)]
+    confirm = functools.partial(ask, yard.client, "GET", f"/events?since=1&instance={yard.client.instance}&done=1,2,3")
+    try:
+        for _ in range(60):
+            faults.arm(dice.random() < 0.4)
+            with suppress(StorageError):
+                dice.choice([submit, submit, *ticks, ticks[0], confirm])()
+        faults.arm(False)
+
+        def all_are_over() -> bool:
+            joborch.run_tick(yard.client)
+            return all(job.status in joborch.OVER for job in yard.store.jobs(EVERYTHING))
+
+        wait_for(all_are_over, what="the end of all payloads")
+        jobs = yard.store.jobs(EVERYTHING)
+        assert [job.id for job in jobs] == taken and taken and refused
+        assert {job.status for job in jobs} == {Status.COMPLETED}
+        assert sorted(starts.read_text().split()) == sorted(job.mark for job in jobs)
+        assert yard.store.last_change >= max(job.changed or 0 for job in jobs)
+        assert not yard.client.unsaved and not yard.client.ending and not yard.client.notes
+    finally:
+        faults.arm(False)
+        yard.close()
 
 
 # == Inside ==
