@@ -572,8 +572,9 @@ def explained(evidence: Evidence) -> Iterator[Fault]:
 
 def explanation_problem(row: Row, moves: Sequence[Move], end: Move | None, wanted: Expected, asked: bool) -> str:
     """What an end leaves unexplained; an empty text where nothing, or where there is no end yet."""
-    if moves and moves[-1].reason != row.reason:
-        return f"its row gives the reason {row.reason!r}, its last move {moves[-1].reason!r}"
+    last = end if row.status == "Cleaned" else moves[-1] if moves else None  # what was cleaned keeps the reason of its end
+    if last is not None and last.reason != row.reason:
+        return f"its row gives the reason {row.reason!r}, its last move {last.reason!r}"
     if end is None:
         return ""
     if not end.reason.strip():

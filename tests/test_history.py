@@ -239,7 +239,7 @@ class World:
         if self.folder:
             (self.folder / "results" / f"{job.mark}.zip").unlink(missing_ok=True)
         self.zips.pop(job.id, None)
-        self.must_move(job, Status.CLEANED, "2 days after it ended")
+        self.must_move(job, Status.CLEANED, "2 days after it ended", row_reason=job.reason)
 
     # -- how it goes on --
 
