@@ -128,7 +128,7 @@ def test_a_fault_in_a_decision_costs_nobody_his_work(desk: Desk, monkeypatch: py
     monkeypatch.setattr(desk.store, "claim", claim)
     job = desk.upload()
     assert desk[job].status is Status.QUEUED and not desk.link.sending and not desk.link.outbox
-    assert "an error in deciding" in caplog.text
+    assert "an error while deciding" in caplog.text
 
 
 def test_a_fault_in_what_follows_keeps_back_nothing_else(
