@@ -413,6 +413,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "admin": "joborch_plugins.admin",
     "caller": "joborch_plugins.caller",
     "compat22": "joborch_plugins.compat22",
+    "commands": "joborch_plugins.commands",
 }
 # The only names of this module that plug-ins may use; a test checks that.
 PLUGIN_API: tuple[str, ...] = (
@@ -12839,17 +12840,6 @@ def forgotten_executor(config: Config) -> list[str]:
 # == 42. Commands ==  The commands. Each has an example, and its errors name the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-EXAMPLES = {
-    "server": "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
-    "client": "  joborch client --slots 4\n  joborch client --executor slurm\n"
-    "  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
-    "backup": "  joborch backup /backups/joborch-monday.db",
-    "restore": "  joborch restore /backups/joborch-monday.db",
-    "demo": "  joborch demo --keep",
-    "config": "  joborch config server\n  joborch config client --json",
-    "doctor": "  joborch doctor server\n  joborch doctor client --executor slurm",
-    "version": "  joborch version --json",
-}
 
 
 class JsonLines(logging.Formatter):
@@ -13092,60 +13082,13 @@ def command_version(as_json: bool) -> int:
 # -- the command line --
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line with the mistake and the remedy, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
-
-    def plain(self, message: str) -> str:
-        """Return a message of argparse in plain words, with the nearest known word or flag."""
-        wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
-        if wrong:
-            known = [word.strip(" '") for word in wrong[3].split(",")]
-            what = "no command" if wrong[1] == "COMMAND" else "none of " + ", ".join(known)
-            return f"{one_line(wrong[2], 80)!r} is {what}{nearest(wrong[2], known)}"
-        missing = re.match(r"argument ([^:]+): expected one argument", message)
-        if missing:
-            switch = any(setting.flag == missing[1] and setting.read is read_switch for setting in SETTINGS)
-            return f"{missing[1]} needs a value" + (f", as in {missing[1]} 1" if switch else "")
-        return message
-
-    def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
-        """Exit with an error for a word or flag that the command does not know."""
-        flag = word.partition("=")[0]
-        if word.startswith("-"):
-            self.error(f"{one_line(flag, 80)} is not a flag{nearest(flag, known)}")
-        self.error(f"{one_line(word, 80)!r} is one word too many")
-
-
-def make_parser(argv: Sequence[str] | None = None) -> Parser:
-    """Return the parser of the command line: the commands with their examples, and a flag for each setting.
+def make_parser(argv: Sequence[str] | None = None) -> Any:
+    """Return the parser of the command line, with a flag for each setting of the commands that run here.
 
     Commands that `argv` lacks get no flags: adding them all would slow down every start.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        "joborch",
-        description="Turns any machine into a job server or a compute client.",
-        formatter_class=raw,
-        epilog="first time: joborch demo",
-    )
-    parser.add_argument("--version", action="version", version=f"joborch {__version__}")
-    words = parser.add_subparsers(dest="command", metavar="COMMAND")
-    helps = {
-        "server": "run a server until INT or TERM",
-        "client": "run a client until INT or TERM; its payloads keep running, and the next start recovers them",
-        "backup": "copy the server's database to FILE, also while the server runs",
-        "restore": "replace the server's database by a backup; stop the server first; nothing is deleted",
-        "demo": "start both in a temporary folder and run the example",
-        "config": "print the effective settings and the source of each; secrets are masked",
-        "doctor": "check these settings and this machine, and print problems with their remedies; nothing is changed",
-        "version": "print the versions of joborch, Python, SQLite and the bundled packages",
-    }
-    for name, text in helps.items():
-        what = text[0].upper() + text[1:] + "."
-        word = words.add_parser(name, help=text, description=what, formatter_class=raw, epilog=f"example:\n{EXAMPLES[name]}")
+    parser, words = load_plugin("commands").make_parser(__version__)
+    for name, word in words.items():
         if argv is not None and name not in argv:
             continue
         if name in ("backup", "restore"):
@@ -13169,14 +13112,12 @@ def add_setting_flags(word: argparse.ArgumentParser, mode: str) -> None:
         if storage or mode in ("config", "doctor") or mode in setting.modes.split():
             default = "" if not setting.default or "(default" in setting.help else f" (default: {setting.default})"
             text = f"{setting.help}{default} [{setting.name}]".replace("%", "%%")
-            word.add_argument(setting.flag, dest=setting.field, metavar="VALUE", help=text)
+            flag: Any = word.add_argument(setting.flag, dest=setting.field, metavar="VALUE", help=text)
+            flag.example = "1" if setting.read is read_switch else ""  # for the error if the value is missing
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run a command, or print the help if none is given; return the exit status."""
-    if not arguments.command:
-        make_parser().print_help()
-        return EXIT_USAGE
+    """Run a command; return the exit status."""
     if arguments.command == "version":
         return command_version(arguments.json)
     if arguments.command == "demo":
@@ -13197,30 +13138,28 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line. Exits with one line on stderr if it is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv)
+    arguments: argparse.Namespace
     arguments, rest = parser.parse_known_args(argv)
     if not arguments.command:
         if rest:
             parser.unknown(rest[0], ("--version", "--help"))
     elif rest:
         (words,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-        word: Parser = words.choices[arguments.command]
+        word: Any = words.choices[arguments.command]
         word.unknown(rest[0], word._option_string_actions)
     return arguments
-
-
-def use_utf8() -> None:
-    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch handles file names as UTF-8."""
-    if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
-        return
-    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not keep its own flags
-    os.execv(sys.executable, [sys.executable, "-X", "utf8", *arguments])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `joborch --help`."""
     if argv is None:  # as a program; before all else, because the environment may contain a token
         hide_from_payloads()
-        use_utf8()
+    commands = load_plugin("commands")
+    if argv is None:
+        commands.use_utf8()
+    words = sys.argv[1:] if argv is None else argv
+    if commands.takes(words):
+        return int(commands.main(words))
     try:
         try:
             return run_command(parse_command(argv))

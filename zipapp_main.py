@@ -311,6 +311,12 @@ def main() -> int:
     archive = choose_copy(path) if os.path.isfile(path) else None  # else it was unpacked by hand
     sys.dont_write_bytecode = True  # on a full disk Python would write half a file and fail on it at every later start
     gc.disable()  # an import creates almost no garbage; collecting would take a tenth of the time
+    from joborch_plugins import commands
+
+    if commands.takes(sys.argv[1:]):  # a command for people with jobs does without the program
+        gc.enable()
+        commands.use_utf8()
+        return commands.main(sys.argv[1:])
     import joborch
 
     gc.enable()

@@ -26,7 +26,23 @@ from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
 
 sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
-from joborch_plugins import documents
+from joborch_plugins import commands, documents
+
+
+def commands_text() -> str:
+    """The commands for people with jobs, each with its flags and examples."""
+    parts = []
+    for name, word in commands.WORDS.items():
+        if word.here:
+            rows = [
+                f"| `{', '.join(names) if names[0][0] == '-' else how['metavar']}` | {how['help']} |" for names, how in commands.FLAGS[name]
+            ]
+            said = f"{word.help[0].upper()}{word.help[1:]}."
+            table = "\n".join(["", "| | |", "|---|---|", *rows]) if rows else ""
+            examples = "\n".join(line.strip() for line in word.examples.splitlines())
+            parts.append(f"### joborch {name}\n\n{said}\n{table}\n\n```text\n{examples}\n```".replace("\n\n\n", "\n\n"))
+    return "\n\n".join(parts)
+
 
 README = ROOT / "README.md"
 README_LINES = 250
@@ -34,6 +50,7 @@ REFERENCE = ROOT / "docs" / "reference.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 GENERATED: Mapping[str, Callable[[], str]] = {
     "diagram": lambda: f"```mermaid\n{joborch.diagram()}\n```",
+    "commands": commands_text,
     "settings": joborch.settings_table,
     "routes server": lambda: documents.routes_table("server"),
     "routes client": lambda: documents.routes_table("client"),
@@ -234,7 +251,7 @@ def test_every_setting_and_command_is_named() -> None:
     settings = [setting.name for setting in joborch.SETTINGS]
     settings += [f"SERVICE_<NAME>_{setting.name}" for setting in joborch.SERVICE_SETTINGS]
     assert [name for name in settings if f"`{name}`" not in reference] == []
-    assert [name for name in joborch.EXAMPLES if not re.search(rf"`python3 joborch.pyz {name}( FILE)?`", readme)] == []
+    assert [name for name in commands.WORDS if not re.search(rf"`python3 joborch.pyz {name}( [^`]+)?`", readme)] == []
 
 
 def test_every_name_in_capitals_exists() -> None:

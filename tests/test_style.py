@@ -228,6 +228,7 @@ MAY_REMOVE = {  # no files of jobs
     "make_links": "while an output sandbox is unpacked",
     "unpack_outputs": "while an output sandbox is unpacked",
     "unpack": "what a caller fetched, once it is unpacked",
+    "save_files": "a caller's partial copy of a file",
     "unpack_as": "a caller's own folder, if unpacking fails",
 }
 

@@ -1,0 +1,1067 @@
+"""The command line: all its words with their helps and examples, and the commands for people with jobs.
+
+A command for people with jobs runs here, without the rest of joborch, so that it starts quickly. What it does goes to standard
+output: to a terminal with colour and as wide as that is, to a pipe as plain lines with tabs, with --json as JSON. What it says
+meanwhile, and errors, go to standard error. It ends with 0; 1 if a job failed; 2 for wrong use; 3 if the server cannot be reached or
+cannot do it now; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import calendar
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Callable, NamedTuple, NoReturn
+
+from joborch_plugins.caller import (
+    ENDED,
+    Damaged,
+    Files,
+    Job,
+    JobFailed,
+    Jobs,
+    JobsError,
+    Refused,
+    ServerUnreachable,
+    files_of,
+    refuse_filled,
+)
+
+DONE, FAILED, USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
+PATIENCE_S = 10.0  # how long a command asks again that could be repeated by hand
+WAITING_PATIENCE_S = 24 * 3600.0  # of one that waits anyway
+ASK_ABOVE = 10  # jobs that are ended or run again without a question
+TAIL_LINES = 20  # that `why` shows
+RANGE_MOST = 100_000
+SAY_AFTER_S = 1.0  # a transfer that takes longer shows how far it is
+
+
+# == 1. Words ==  Every word of the command line, with what `--help` says of it.
+
+
+class Word(NamedTuple):
+    """One command: its help, its examples, and whether it runs here (else in joborch.py)."""
+
+    help: str
+    examples: str
+    here: bool = False
+
+
+WORDS = {
+    "submit": Word(
+        "send files or a folder as a job, and print its id",
+        "  joborch submit run.sh 2oob.pdb --wait --get out\n  joborch submit folder --name dock --timeout 90m\n"
+        "  joborch submit data.csv -- python3 -c 'print(open(\"data.csv\").read())'\n  joborch submit folder --array 1-20",
+        here=True,
+    ),
+    "list": Word(
+        "list jobs, newest first, with what each waits for or why it failed",
+        "  joborch list --today\n  joborch list --status Failed,Killed --since 2d --json",
+        here=True,
+    ),
+    "wait": Word("wait until jobs have ended", "  joborch wait 41 42\n  joborch wait 5-9", here=True),
+    "logs": Word("print what a job wrote", "  joborch logs 42 --follow\n  joborch logs 42 --stderr", here=True),
+    "get": Word(
+        "fetch results, or single files of one; an interrupted fetch continues where it was",
+        "  joborch get 42 -o out\n  joborch get 42 summary.txt\n  joborch get 41 42 --zip",
+        here=True,
+    ),
+    "why": Word("explain what happened to a job, and what to do", "  joborch why 42", here=True),
+    "cancel": Word("end jobs", "  joborch cancel 41 5-9\n  joborch cancel --name dock", here=True),
+    "quota": Word("show what you use of what you may use, by service", "  joborch quota", here=True),
+    "server": Word(
+        "run a server until INT or TERM",
+        "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
+    ),
+    "client": Word(
+        "run a client until INT or TERM; its payloads keep running, and the next start recovers them",
+        "  joborch client --slots 4\n  joborch client --executor slurm\n"
+        "  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
+    ),
+    "backup": Word("copy the server's database to FILE, also while the server runs", "  joborch backup /backups/joborch-monday.db"),
+    "restore": Word(
+        "replace the server's database by a backup; stop the server first; nothing is deleted",
+        "  joborch restore /backups/joborch-monday.db",
+    ),
+    "demo": Word("start both in a temporary folder and run the example", "  joborch demo --keep"),
+    "config": Word(
+        "print the effective settings and the source of each; secrets are masked", "  joborch config server\n  joborch config client --json"
+    ),
+    "doctor": Word(
+        "check these settings and this machine, and print problems with their remedies; nothing is changed",
+        "  joborch doctor server\n  joborch doctor client --executor slurm",
+    ),
+    "version": Word("print the versions of joborch, Python, SQLite and the bundled packages", "  joborch version --json"),
+}
+ALIASES = {"ls": "list"}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the mistake and the remedy; usage is left to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print why the command line is refused, and exit with status 2."""
+        self.exit(USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
+
+    def plain(self, message: str) -> str:
+        """Return a message of argparse in plain words, with the nearest known word or flag."""
+        wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
+        if wrong:
+            known = [word.strip(" '") for word in wrong[3].split(",")]
+            what = "no command" if wrong[1] == "COMMAND" else "none of " + ", ".join(known)
+            return f"{printable(wrong[2])[:80]!r} is {what}{nearest(wrong[2], known)}"
+        missing = re.match(r"argument ([^:]+): expected one argument", message)
+        if missing:
+            flag = missing[1].split("/")[-1]
+            example = getattr(self._option_string_actions.get(flag), "example", "")
+            return f"{flag} needs a value" + (f", as in {flag} {example}" if example else "")
+        return re.sub(r"^argument (\S+): ", r"\1: ", message)
+
+    def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
+        """Refuse a word or flag that the command does not know."""
+        flag = word.partition("=")[0]
+        if word.startswith("-"):
+            self.error(f"{printable(flag)[:80]} is not a flag{nearest(flag, known)}")
+        self.error(f"{printable(word)[:80]!r} is one word too many")
+
+
+def make_parser(version: str = "") -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the whole command line, and those of its words, which have no flags yet."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        "joborch",
+        description="Turns any machine into a job server or a compute client, and sends jobs to one.",
+        formatter_class=raw,
+        epilog="first time: joborch demo",
+    )
+    parser.add_argument("--version", action="version", version=f"joborch {version}")
+    group = parser.add_subparsers(dest="command", metavar="COMMAND")
+    made = {}
+    for name, word in WORDS.items():
+        what = word.help[0].upper() + word.help[1:] + "."
+        made[name] = group.add_parser(name, help=word.help, description=what, formatter_class=raw, epilog=f"example:\n{word.examples}")
+    return parser, made
+
+
+def takes(argv: Sequence[str]) -> bool:
+    """Tell whether a command line is for this module: one of its words, or the help of the program."""
+    first = argv[0] if argv else "--help"
+    return first in ("-h", "--help", *ALIASES) or (first in WORDS and WORDS[first].here)
+
+
+def use_utf8() -> None:
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch takes file names as UTF-8."""
+    if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
+        return
+    arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not keep its own flags
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *arguments])
+
+
+def start() -> int:
+    """Run `joborch` as pip installs it: a command of this module without loading the rest of the program."""
+    if not takes(sys.argv[1:]):
+        return int(importlib.import_module("joborch").main())
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: the environment may hold a token
+    return main(sys.argv[1:])
+
+
+# == 2. Screen ==  What a person sees: colour, columns, one line that changes, and questions.
+
+COLOURS = {"Completed": 32, "Failed": 31, "Invalid": 31, "Killed": 33, "Unknown": 35, "Running": 36, "Cleaned": 2, "Queued": 2}
+
+
+def printable(text: str) -> str:
+    """Return a text without what would move the cursor or change the terminal."""
+    return "".join(each if each.isprintable() else "�" for each in text.replace("\n", " "))
+
+
+class Screen:
+    """Standard output and standard error, each a terminal or not."""
+
+    def __init__(self) -> None:
+        self.is_terminal, self.is_live = sys.stdout.isatty(), sys.stderr.isatty()
+        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.has_colour = self.is_terminal and wanted
+        self.shown, self.began_at = False, time.monotonic()
+        self.troubled = False
+        self.hint = ""  # how to go on after Ctrl-C
+
+    @property
+    def width(self) -> int:
+        """The columns of the terminal."""
+        if os.environ.get("COLUMNS", "").isdecimal():
+            return max(20, int(os.environ["COLUMNS"]))
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                return os.get_terminal_size(stream.fileno()).columns or 80
+            except (OSError, ValueError):
+                continue
+        return 80
+
+    def paint(self, text: str, code: int) -> str:
+        """Return a text in a colour, if there are colours."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self.has_colour and code else text
+
+    def say(self, text: str = "") -> None:
+        """Print a line of what was asked for."""
+        self.clear()
+        print(text)
+
+    def note(self, text: str) -> None:
+        """Print a line beside what was asked for."""
+        self.clear()
+        print(text, file=sys.stderr)
+
+    def live(self, text: str) -> None:
+        """Show a line in place of the last one, on a terminal."""
+        if self.is_live:
+            print(f"\r\x1b[K{printable(text)[: self.width - 1]}", end="", file=sys.stderr, flush=True)
+            self.shown = True
+
+    def clear(self) -> None:
+        """Take the changing line away."""
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.shown = False
+
+    def trouble(self, text: str) -> None:
+        """Say once why a call is repeated."""
+        if not self.troubled:
+            self.note(f"joborch: {printable(text)}; trying again")
+        self.troubled = True
+
+    def progress(self, what: str, done: int, size: int) -> None:
+        """Show how far a transfer is, if it takes long."""
+        if done == size or time.monotonic() - self.began_at < SAY_AFTER_S:
+            return
+        self.live(f"{what} {size_text(done)} of {size_text(size)} ({100 * done // max(1, size)}%)")
+
+    def confirm(self, question: str, yes: bool) -> None:
+        """Ask, unless --yes was given. Raises JobsError if the answer is no, or nobody can be asked."""
+        if yes:
+            return
+        if not (sys.stdin.isatty() and self.is_live):
+            raise JobsError(f"{question} Say so with --yes")
+        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise JobsError("nothing was done")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print rows in columns that fit the terminal, the last one cut; to a pipe with tabs and without the head."""
+        rows = [[printable(cell) for cell in row] for row in rows]
+        if not self.is_terminal:
+            for row in rows:
+                self.say("\t".join(row))
+            return
+        widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head) - 1)]
+        room = max(10, self.width - sum(widths) - 2 * len(widths))
+        self.say(self.paint(cut("  ".join([*(text.ljust(width) for text, width in zip(head, widths)), head[-1]]), self.width), 1))
+        for row in rows:
+            cells = [self.paint(text.ljust(width), COLOURS.get(text, 0)) for text, width in zip(row, widths)]
+            self.say("  ".join([*cells, cut(row[-1], room)]).rstrip())
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text of `width` characters at most, with a sign where it is cut."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes for people."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def seconds_at(text: str | None) -> float | None:
+    """Return the wall time of a time as the server writes it."""
+    if not text:
+        return None
+    return calendar.timegm((*(int(part) for part in re.split("[-T:]", text[:19])), 0, 0, 0)) + float(text[19:-1] or 0)
+
+
+def span_text(seconds: float) -> str:
+    """Return a span of time for people, as in 5s, 12m, 3h, 2d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size or (unit == "m" and seconds >= 90):
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
+
+
+def age_text(facts: dict[str, Any]) -> str:
+    """Return how long ago a job was submitted."""
+    created = seconds_at(facts["created_at"])
+    return "" if created is None else span_text(time.time() - created)
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a number with its noun, as in `1 job` or `3 jobs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+# == 3. Jobs of a command ==  Which server and whose jobs a command means, and which jobs its words name.
+
+
+class Given(NamedTuple):
+    """What a command works with."""
+
+    options: argparse.Namespace
+    jobs: Jobs
+    screen: Screen
+
+
+def patient(given: Given) -> None:
+    """Have a command that waits go on over restarts of the server, now that it has answered once."""
+    given.jobs.server.patience_s = WAITING_PATIENCE_S
+
+
+def ids_of(words: Sequence[str]) -> list[int | range]:
+    """Return the job ids and ranges that words name. Raises JobsError for anything else."""
+    found: list[int | range] = []
+    for word in words:
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
+        if not match:
+            raise JobsError(f"{printable(word)[:80]!r} is not a job: give its id, as in 42, or several, as in 5-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= RANGE_MOST:
+            raise JobsError(f"{word} is no range of jobs: give the smaller id first, and {RANGE_MOST:,} at most")
+        found.append(first if match[2] is None else range(first, last + 1))
+    return found
+
+
+def named_jobs(given: Given, words: Sequence[str]) -> list[Job]:
+    """Return the jobs that words name: those with these ids, and of ranges those of the user."""
+    found: dict[int, Job] = {}
+    for each in ids_of(words):
+        if isinstance(each, int):
+            found[each] = given.jobs.job(each)
+            continue
+        for job in given.jobs.list(limit=None, before=each.stop):
+            if job.id < each.start:
+                break
+            found.setdefault(job.id, job)
+    return sorted(found.values(), key=lambda job: job.id)
+
+
+def chosen_jobs(given: Given, status: Sequence[str]) -> list[Job]:
+    """Return the jobs that a command's words name, or its flags: of the user's, those in `status` whose name begins so."""
+    options = given.options
+    if bool(options.jobs) == bool(options.name or options.by_status):
+        raise JobsError("name the jobs: give ids, as in 41 5-9, or --name or a status")
+    if options.jobs:
+        return named_jobs(given, options.jobs)
+    wanted = options.by_status or status
+    return [
+        job
+        for job in given.jobs.list(limit=None, status=wanted[0] if len(wanted) == 1 else None)
+        if (job.status in wanted or job.facts.get("ended_as") in wanted) and (job.facts["name"] or "").startswith(options.name or "")
+    ]
+
+
+def read_since(text: str) -> float:
+    """Return the wall time that a person means by `2d`, `2026-11-28` or `2026-11-28T14:30`."""
+    age = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if age:
+        return time.time() - int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[age[2]]
+    date = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d))?)?", text)
+    if not date:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give an age or a date, as in 2d or 2026-11-28")
+    return time.mktime((*(int(part or 0) for part in date.groups()), 0, 0, -1))  # type: ignore[arg-type]
+
+
+def read_status(text: str) -> list[str]:
+    """Return the statuses that a person names."""
+    known = [*ENDED, "Queued", "Processing", "Submitted", "Running", "Unknown"]
+    found = [word.strip().capitalize() for word in text.split(",") if word.strip()]
+    for word in found:
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"{printable(word)!r} is no status{nearest(word, known)}: give one of {', '.join(known)}")
+    return found
+
+
+def story(facts: dict[str, Any]) -> str:
+    """Return what a job waits for, where it runs, or why it ended so."""
+    if facts["status"] in ("Running", "Submitted", "Processing"):
+        return f"on {facts['client']}" if facts["client"] else ""
+    if facts["status"] == "Queued":
+        return str(facts.get("waiting_for") or "")
+    if facts["status"] == "Completed":
+        return ""
+    return str(facts["reason"] or "")
+
+
+def print_jobs(given: Given, jobs: Sequence[Job]) -> None:
+    """Print jobs: as JSON, or one a line."""
+    if given.options.json:
+        print(json.dumps([job.facts for job in jobs]))
+        return
+    rows = [[str(job.id), job.facts["name"] or "", job.status, age_text(job.facts), story(job.facts)] for job in jobs]
+    if rows or not given.screen.is_terminal:
+        given.screen.table(("ID", "NAME", "STATUS", "AGE", ""), rows)
+
+
+def failed(jobs: Iterable[Job]) -> int:
+    """Return the exit status for jobs that have ended: 1 if one has no result."""
+    return DONE if all((job.facts.get("ended_as") or job.status) == "Completed" for job in jobs) else FAILED
+
+
+# == 4. Sending and waiting ==  submit, list, wait, logs, cancel.
+
+
+def files_to_send(paths: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+    """Return the files of a job by the path that each gets; run.sh is made of `command`, or is the first path. Raises JobsError."""
+    files: dict[str, Any] = files_of(list(paths))
+    if command:
+        if "run.sh" in files:
+            raise JobsError("there are a run.sh and a command after --: send only one of them")
+        files["run.sh"] = f"#!/bin/bash\n{shlex.join(command)}\n"
+    elif not paths:
+        raise JobsError("there is nothing to send: name files or a folder, or a command, as in joborch submit -- echo hello")
+    elif "run.sh" not in files:
+        first = os.path.basename(paths[0])
+        if first not in files or not first.endswith((".sh", ".bash")):
+            names = ", ".join(sorted(files)[:5])
+            raise JobsError(f"there is no run.sh among {names}: name the script first, as in joborch submit dock.sh 2oob.pdb")
+        files["run.sh"] = files.pop(first)
+    return files
+
+
+def with_index(script: Any, index: int) -> str:
+    """Return a script that knows its JOBORCH_ARRAY_INDEX; its lines keep their numbers."""
+    if not isinstance(script, str):
+        with open(script, encoding="utf-8", errors="surrogateescape") as file:
+            script = file.read()
+    first, newline, rest = script.partition("\n")
+    line = f"export JOBORCH_ARRAY_INDEX={index};"
+    return f"{first}{newline or chr(10)}{line}{rest}" if first.startswith("#!") else f"{line}{script}"
+
+
+def read_indexes(text: str) -> list[int]:
+    """Return the numbers of an array, as in 1-20 or 1,3,5-9."""
+    try:
+        return sorted({number for each in ids_of(text.split(",")) for number in ([each] if isinstance(each, int) else each)})
+    except JobsError:
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no list of numbers: give one, as in 1-20 or 1,3,5-9") from None
+
+
+def command_submit(given: Given) -> int:
+    """Send one job, or one for each number of an array."""
+    options, screen = given.options, given.screen
+    files = files_to_send(options.paths, options.script)
+    if options.get:
+        refuse_filled(os.path.abspath(options.get))  # now, and not when the job has run
+    options.service = options.service or given.jobs.default_service()
+    given.jobs.server.read("GET", "/")  # it is there: from now on, a lost answer is asked for again
+    given.jobs.server.patience_s = PATIENCE_S
+    names = ("name", "priority", "timeout", "retries", "cpus", "memory", "after")
+    fields = {name: getattr(options, name) for name in names}
+    jobs = send_array(given, files, fields) if options.array else [send_one(given, files, fields)]
+    for job in jobs:
+        for warning in job.facts.get("warnings", []):
+            screen.note(f"joborch: job {job.id}: {printable(warning)}")
+    ids = ids_text(jobs)
+    screen.hint = f"job {ids} is queued: `joborch wait {ids}` waits for it, `joborch cancel {ids}` ends it"
+    if not options.json and not screen.is_terminal:
+        print(*(job.id for job in jobs), sep="\n", flush=True)
+    elif not options.json:
+        screen.say(f"{count_text(len(jobs), 'job')} queued for service {jobs[0].facts['service']}: {ids}")
+    return finish_submit(given, jobs)
+
+
+def finish_submit(given: Given, jobs: Sequence[Job]) -> int:
+    """Wait for jobs that were submitted and fetch their results, if that was asked for; return the exit status."""
+    options, screen = given.options, given.screen
+    if options.wait or options.get or options.pass_status:
+        watch(given, jobs, tell=screen.is_terminal and not options.json)
+        for job in [job for job in jobs if failed([job]) and not options.get and not screen.is_terminal]:
+            screen.note(f"joborch: {JobFailed(job)}; see joborch why {job.id}")
+    if options.json:
+        print(json.dumps([job.facts for job in jobs]))
+    if options.get:
+        fetch_all(given, jobs, options.get)
+    if options.pass_status and jobs[-1].status != "Completed":
+        return int(max(job.facts["exit_code"] or 0 for job in jobs)) or FAILED
+    return failed(jobs) if jobs[-1].ended else DONE
+
+
+def send_one(given: Given, files: Files, fields: dict[str, Any]) -> Job:
+    """Send one job. Says what became of it if the user interrupts."""
+    server, screen = given.jobs.server, given.screen
+    sent_all = False
+
+    def progress(what: str, done: int, size: int) -> None:
+        nonlocal sent_all
+        sent_all = done == size
+        screen.progress(what, done, size)
+
+    server.on_progress = progress
+    screen.hint = "`joborch list` shows whether the job was queued"
+    try:
+        return given.jobs.submit(files, given.options.service, key=given.options.key, **fields)
+    except KeyboardInterrupt:
+        server.close()
+        raise
+    finally:
+        screen.clear()
+        server.on_progress = screen.progress
+
+
+def send_array(given: Given, files: dict[str, Any], fields: dict[str, Any]) -> list[Job]:
+    """Send one job for each number, several at once. What was sent when the user interrupts is said."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    options, screen, jobs = given.options, given.screen, []
+    name = options.name or os.path.basename(os.path.abspath((options.paths or options.script)[0]))
+
+    def send(index: int) -> Job:
+        own = {**files, "run.sh": with_index(files["run.sh"], index)}
+        key = f"{options.key}-{index}" if options.key else None
+        return given.jobs.submit(own, options.service, key=key, **{**fields, "name": f"{name[:180]}[{index}]"})
+
+    pool = ThreadPoolExecutor(8)
+    sending = [pool.submit(send, index) for index in options.array]
+    try:
+        for number, future in enumerate(sending, 1):
+            jobs.append(future.result())
+            screen.live(f"sent {number} of {len(sending)} jobs")
+    except BaseException as error:
+        pool.shutdown(cancel_futures=True)
+        jobs = [future.result() for future in sending if future.done() and not future.cancelled() and future.exception() is None]
+        if jobs:
+            how = f"{len(jobs)} of {len(sending)} jobs are queued: `joborch cancel {ids_text(jobs)}` ends them"
+            screen.hint = how
+            if not isinstance(error, KeyboardInterrupt):
+                screen.note(f"joborch: {how}")
+        raise
+    finally:
+        screen.clear()
+        pool.shutdown()
+    return jobs
+
+
+def ids_text(jobs: Sequence[Job]) -> str:
+    """Return the ids of jobs as a command takes them, as in `41 50-60`."""
+    runs: list[list[int]] = []
+    for number in sorted(job.id for job in jobs):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return " ".join("-".join(map(str, run)) for run in runs)
+
+
+def watch(given: Given, jobs: Sequence[Job], tell: bool) -> None:
+    """Wait for all of these jobs; print each one's end if `tell`. On a terminal one line says how it stands."""
+    patient(given)
+    left, screen = {job.id: job for job in jobs}, given.screen
+    while left:
+        for job in given.jobs.take_ended(left):
+            if tell:
+                told(screen, job)
+        if left:
+            screen.live(standing(jobs, left))
+            left[min(left)].glance(45.0 if len(left) == 1 and not screen.is_live else 2.0)
+    screen.clear()
+
+
+def told(screen: Screen, job: Job) -> None:
+    """Print the end of one job."""
+    if screen.is_terminal:
+        name = f" ({printable(job.facts['name'])})" if job.facts["name"] else ""
+        screen.say(f"job {job.id}{name} {screen.paint(job.status, COLOURS[job.status])}" + (f": {job.reason}" if job.reason else ""))
+    else:
+        screen.say(f"{job.id}\t{job.status}\t{printable(job.reason)}")
+        sys.stdout.flush()
+
+
+def standing(jobs: Sequence[Job], left: dict[int, Job]) -> str:
+    """Return how jobs stand, in one line."""
+    if len(jobs) == 1:
+        facts = jobs[0].facts
+        started = seconds_at(facts["started_at"])
+        since = f" for {span_text(time.time() - started)}" if started is not None and facts["status"] == "Running" else ""
+        return f"job {facts['id']} {facts['status']}{since} {story(facts)}"
+    counts = Counter(job.status for job in jobs)
+    return f"{len(jobs) - len(left)} of {len(jobs)} have ended: " + ", ".join(f"{count} {status}" for status, count in counts.most_common())
+
+
+def command_wait(given: Given) -> int:
+    """Wait for jobs."""
+    given.screen.hint = f"the jobs go on; `joborch wait {' '.join(given.options.jobs)}` waits again"
+    jobs = named_jobs(given, given.options.jobs)
+    watch(given, jobs, tell=not given.options.json)
+    if given.options.json:
+        print(json.dumps([job.facts for job in jobs]))
+    return failed(jobs)
+
+
+def command_list(given: Given) -> int:
+    """List jobs."""
+    options = given.options
+    since = max([*([options.since] if options.since is not None else []), *([midnight()] if options.today else [])], default=None)
+    wanted: list[str] = options.by_status or []
+    found: list[Job] = []
+    limit = None if options.limit == 0 else options.limit or (None if since is not None else 50)
+    # The server gives newer jobs first, and one status at a time.
+    filters = {"status": wanted[0] if len(wanted) == 1 else None, "service": options.service}
+    for job in given.jobs.list(limit=None if since is not None or len(wanted) > 1 else limit, all_users=options.all, **filters):
+        if (since is not None and (seconds_at(job.facts["created_at"]) or 0) < since) or (limit is not None and len(found) >= limit):
+            break
+        if not wanted or job.status in wanted or job.facts.get("ended_as") in wanted:
+            found.append(job)
+    for job in [job for job in found if job.status == "Queued"][:10]:
+        job.refresh()  # the list does not say what a job waits for
+    print_jobs(given, found)
+    if not found and given.screen.is_terminal and not options.json:
+        given.screen.note("no jobs" + (" that fit" if wanted or since else f" of user {given.jobs.user}; --all shows those of all users"))
+    return DONE
+
+
+def midnight() -> float:
+    """Return when today began."""
+    return time.mktime((*time.localtime()[:3], 0, 0, 0, 0, 0, -1))
+
+
+def command_logs(given: Given) -> int:
+    """Print what a job wrote; with --follow until it has ended."""
+    (job,) = named_jobs(given, given.options.jobs[:1])
+    stream = "stderr" if given.options.stderr else "stdout"
+    if not given.options.follow:
+        for part in job.output(stream):
+            sys.stdout.buffer.write(part)
+        return DONE
+    patient(given)
+    given.screen.hint = f"the job goes on; `joborch logs {job.id} --follow` follows it again"
+    for text in job.follow(stream):
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
+    if job.status != "Completed":
+        given.screen.note(f"joborch: job {job.id} is {job.status}: {printable(job.reason)}")
+    return failed([job])
+
+
+def command_cancel(given: Given) -> int:
+    """End jobs."""
+    open_states = ["Queued", "Processing", "Submitted", "Running", "Unknown"]
+    jobs = chosen_jobs(given, open_states)
+    live = [job for job in jobs if not job.ended]
+    if len(live) > ASK_ABOVE:
+        given.screen.confirm(f"End {count_text(len(live), 'job')} ({ids_text(live)})?", given.options.yes)
+    for_all(given, live, lambda job: job.cancel(), "ended")
+    if not given.options.json:
+        for job in jobs:
+            said = job.reason if job.ended else str(job.facts.get("message") or "it is ended as soon as its client answers")
+            told_state(given.screen, job, said)
+    else:
+        print(json.dumps([job.facts for job in jobs]))
+    return DONE
+
+
+def told_state(screen: Screen, job: Job, said: str) -> None:
+    """Print how a job stands now."""
+    if screen.is_terminal:
+        screen.say(f"job {job.id} {screen.paint(job.status, COLOURS.get(job.status, 0))}" + (f": {printable(said)}" if said else ""))
+    else:
+        screen.say(f"{job.id}\t{job.status}\t{printable(said)}")
+
+
+def for_all(given: Given, jobs: Sequence[Job], work: Callable[[Job], Any], what: str) -> list[Any]:
+    """Do something for several jobs at once; return what came of each. After Ctrl-C those that were begun are finished."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(8)
+    futures, found = [pool.submit(work, job) for job in jobs], []
+    try:
+        for number, future in enumerate(futures, 1):
+            given.screen.hint = f"{number - 1} of {len(jobs)} were {what}; the same command does the rest"
+            found.append(future.result())
+            if len(jobs) > 1:
+                given.screen.live(f"{what} {number} of {len(jobs)}")
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        given.screen.clear()
+        pool.shutdown()
+    return found
+
+
+# == 5. Results ==  get and why: what a job left, and what happened to it.
+
+
+def command_get(given: Given) -> int:
+    """Fetch results, or single files of one."""
+    options, screen = given.options, given.screen
+    count = next((at for at, word in enumerate(options.words) if not re.fullmatch(r"[0-9]+(-[0-9]+)?", word)), len(options.words))
+    words, paths = options.words[:count], options.words[count:]
+    jobs = named_jobs(given, words)
+    if not jobs:
+        raise JobsError(
+            "name the job first, as in joborch get 42 summary.txt" if paths else "there are no such jobs of yours: see joborch list"
+        )
+    if (paths or options.list) and len(jobs) > 1:
+        raise JobsError("give one job with files of it, as in joborch get 42 summary.txt")
+    screen.hint = f"the same command goes on where it was: joborch get {' '.join(options.words)}"
+    if not options.partial:
+        watch(given, jobs, tell=False)
+    given.jobs.server.patience_s = PATIENCE_S
+    if options.list:
+        return list_files(given, jobs[0])
+    if paths:
+        return save_files(given, jobs[0], paths)
+    return fetch_all(given, jobs, options.output)
+
+
+def fetch_all(given: Given, jobs: Sequence[Job], output: str | None) -> int:
+    """Fetch the results of jobs: of one to `output`, of several into it. Return 1 if one has none."""
+    options, screen, places = given.options, given.screen, []
+    as_zip, partial = getattr(options, "zip", False), getattr(options, "partial", False)
+    for job in jobs:
+        name = f"job-{job.id}.zip" if as_zip else f"job-{job.id}"
+        target = (output or name) if len(jobs) == 1 else os.path.join(output or ".", name)
+        if len(jobs) == 1 and as_zip and output and os.path.isdir(output):
+            target = os.path.join(output, name)
+        if job.status != "Completed" and not partial:
+            screen.note(f"joborch: {JobFailed(job)}; see joborch why {job.id}")
+            continue
+        if len(jobs) > 1 and os.path.exists(target):
+            places.append({"id": job.id, "path": target})  # it appeared in one step
+            continue
+        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+        screen.began_at = time.monotonic()
+        place = job.result(target, partial) if as_zip else job.unpack(target, partial)
+        screen.clear()
+        places.append({"id": job.id, "path": str(place)})
+        if not options.json:
+            screen.say(f"job {job.id}: {place}" if screen.is_terminal else str(place))
+    if options.json and "script" not in options:
+        print(json.dumps(places))
+    return DONE if partial else failed(jobs)
+
+
+def list_files(given: Given, job: Job) -> int:
+    """List the files of a result with their sizes."""
+    found = job.files(given.options.partial)
+    if given.options.json:
+        print(json.dumps([{"path": entry.filename, "size": entry.file_size} for entry in found]))
+        return DONE
+    for entry in found:
+        on_terminal = f"{size_text(entry.file_size):>12}  {printable(entry.filename)}"
+        given.screen.say(on_terminal if given.screen.is_terminal else f"{entry.file_size}\t{printable(entry.filename)}")
+    return DONE
+
+
+def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
+    """Save files of a result, each in one step; with `-o -` print them."""
+    import shutil
+
+    options, saved = given.options, []
+    with job.archive(options.partial) as archive:
+        known = {entry.filename for entry in archive.infolist() if not entry.is_dir()}
+        for path in paths:
+            if path not in known:
+                raise JobsError(f"job {job.id} has no file {printable(path)!r}{nearest(path, known)}: see joborch get {job.id} --list")
+        for path in paths:
+            with archive.open(path) as source:
+                if options.output == "-":
+                    shutil.copyfileobj(source, sys.stdout.buffer)
+                    continue
+                base = os.path.basename(path)
+                into = options.output is not None and (len(paths) > 1 or options.output.endswith("/") or os.path.isdir(options.output))
+                target = os.path.join(options.output, base) if into else options.output or base
+                os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+                partial = os.path.join(os.path.dirname(os.path.abspath(target)), f".{os.path.basename(target)}.{os.getpid()}.part")
+                try:
+                    with open(partial, "wb") as file:
+                        shutil.copyfileobj(source, file)
+                    os.replace(partial, target)
+                finally:
+                    if os.path.exists(partial):
+                        os.unlink(partial)
+            saved.append({"id": job.id, "path": target})
+            if not options.json:
+                given.screen.say(target)
+    if options.json and options.output != "-":
+        print(json.dumps(saved))
+    return DONE
+
+
+ADVICE = {
+    "user": ("the script or what it was sent", "correct it and submit it again; `joborch get {id} --partial` fetches what it left"),
+    "limit": ("a limit was reached", "ask for more (--timeout, --memory, --cpus) or make the job smaller"),
+    "infrastructure": ("a machine, not your script", "submit it again; if that fails too, tell who runs the server"),
+    "cancelled": ("somebody ended it", "nothing, if that was meant"),
+}
+
+
+def command_why(given: Given) -> int:
+    """Explain a job to a person."""
+    (job,) = named_jobs(given, given.options.jobs)
+    facts, screen = job.refresh().facts, given.screen
+    if given.options.json:
+        print(json.dumps(facts))
+        return DONE
+    name = f" ({printable(facts['name'])})" if facts["name"] else ""
+    status = facts.get("ended_as") or facts["status"]
+    where = f" on {facts['client']}" if facts["client"] else ""
+    screen.say(
+        f"job {job.id}{name} of service {facts['service']}: {screen.paint(status, COLOURS.get(status, 0))}{where}{times_text(facts)}"
+    )
+    facts_of = [("why", facts["reason"] if job.ended else ""), ("waits for", facts.get("waiting_for")), ("cause", cause_text(facts))]
+    for what, said in facts_of:
+        if said:
+            screen.say(f"  {what + ':':<11}{printable(str(said))}")
+    if len(facts.get("attempts") or []) > 1:
+        for attempt in facts["attempts"][:-1]:
+            screen.say(f"  attempt {attempt['attempt']}: {printable(attempt['reason'] or 'it was lost')}")
+    tail = last_lines(job)
+    if tail:
+        screen.say("  last lines of its output:")
+        for line in tail:
+            screen.say(f"    | {printable(line)}")
+    for text in advice(facts):
+        screen.say(f"  {'to do:':<11}{text}")
+    return DONE
+
+
+def times_text(facts: dict[str, Any]) -> str:
+    """Return how long a job ran or runs, and when it ended."""
+    started, ended = seconds_at(facts["started_at"]), seconds_at(facts["ended_at"])
+    ran = f", ran {span_text((ended or time.time()) - started)}" if started is not None else ""
+    return ran + (f", ended {span_text(time.time() - ended)} ago" if ended is not None else "")
+
+
+def cause_text(facts: dict[str, Any]) -> str:
+    """Return a job's cause in words."""
+    return f"{facts['cause']} ({ADVICE[facts['cause']][0]})" if facts["cause"] in ADVICE else ""
+
+
+def advice(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield what a person can do now."""
+    number, status = facts["id"], facts["status"]
+    if status == "Cleaned":
+        yield "its files are deleted: submit it again if you need them"
+    elif facts["cause"] in ADVICE:
+        yield ADVICE[facts["cause"]][1].format(id=number)
+    elif status == "Completed":
+        yield f"`joborch get {number}` fetches its result"
+    elif status == "Running":
+        yield f"`joborch logs {number} --follow` shows what it writes"
+    elif status == "Unknown":
+        yield "nothing: the server keeps trying"
+    else:
+        yield f"`joborch wait {number}` waits for it, `joborch quota` shows what you use"
+
+
+def last_lines(job: Job) -> list[str]:
+    """Return the last lines of standard error, or of standard output if there are none; none if the output is not to be had."""
+    if job.status == "Cleaned" or (job.status == "Completed"):
+        return []
+    for stream in ("stderr", "stdout"):
+        tail = b""
+        try:
+            for part in job.output(stream):
+                tail = (tail + part)[-65536:]
+        except Refused:
+            return []
+        if tail.strip():
+            return tail.decode("utf-8", "replace").rstrip("\n").split("\n")[-TAIL_LINES:]
+    return []
+
+
+# == 6. Use ==  quota: what a user uses of what there is.
+
+
+def command_quota(given: Given) -> int:
+    """Show what the user uses of what may be used."""
+    server, screen = given.jobs.server, given.screen
+    user, services = server.ask("GET", f"/users/{given.jobs.user}"), server.ask("GET", "/services")["services"]
+    used = {service["name"]: service for service in user["services"]}
+    rows = []
+    for service in services:
+        own = used.get(service["name"], {"running": 0, "used_slot_s": 0.0, "runs": 0, "turns_before": None})
+        rows.append({
+            "service": service["name"], "running": own["running"], "runs_per_user": service["runs_per_user"],
+            "left": max(0, min(service["runs_per_user"] - own["running"], service["max_runs"] - service["running"])),
+            "running_of_all": service["running"], "max_runs": service["max_runs"], "runs": own["runs"],
+            "used_slot_s": own["used_slot_s"], "turns_before": own["turns_before"],
+        })  # fmt: skip
+    if given.options.json:
+        print(json.dumps({"user_id": user["user_id"], "weight": user["weight"], "queued": user["queued"], "services": rows}))
+        return DONE
+    if screen.is_terminal:
+        screen.say(f"user {user['user_id']}: {count_text(user['queued'], 'job')} queued")
+    screen.table(
+        ("SERVICE", "YOU RUN", "ALL RUN", "FREE FOR YOU", "SO FAR", "YOUR TURN"),
+        [
+            (
+                row["service"], f"{row['running']} of {row['runs_per_user']}",
+                f"{row['running_of_all']} of {row['max_runs']}", str(row["left"]),
+                f"{count_text(row['runs'], 'run')}, {span_text(row['used_slot_s'])}", turn_text(row["turns_before"]),
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    return DONE
+
+
+def turn_text(turns_before: int | None) -> str:
+    """Return when a user's turn is."""
+    if turns_before is None:
+        return "nothing of yours waits"
+    return "next" if turns_before == 0 else f"after {count_text(turns_before, 'other user')}"
+
+
+# == 7. Start ==  A command line is read, run, and ends with one line if it cannot be done.
+
+COMMANDS: dict[str, Callable[[Given], int]] = {
+    "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
+    "cancel": command_cancel, "quota": command_quota,
+}  # fmt: skip
+
+
+def flag(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return a flag or word as argparse declares it."""
+    return names, how
+
+
+SWITCH = {"action": "store_true"}
+SOME_JOBS = flag("jobs", nargs="+", metavar="ID", help="ids of jobs, or ranges such as 5-9")
+ONE_JOB = flag("jobs", nargs=1, metavar="ID", help="id of a job")
+FLAGS = {
+    "submit": [
+        flag("paths", nargs="*", metavar="PATH", help="files or folders; without a run.sh, the first is the script; after --, a command"),
+        flag("--wait", **SWITCH, help="wait for the end; exit status 1 if the job failed"),
+        flag("--get", metavar="DIR", help="wait, and unpack the result as DIR"),
+        flag("--pass-status", **SWITCH, help="wait, and exit with the script's own status"),
+        flag("--name", help="a name of your choice"),
+        flag("--timeout", help="run time limit, as in 90m"),
+        flag("--cpus", help="cores that the script needs"),
+        flag("--memory", help="memory that it needs, as in 8G"),
+        flag("--priority", help="among your own jobs the highest goes first: -100 to 100"),
+        flag("--after", metavar="IDS", help="jobs that must be Completed first, as in 41,42"),
+        flag("--retries", help="further attempts after an infrastructure failure"),
+        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, which it finds in JOBORCH_ARRAY_INDEX"),
+        flag("--key", help="a text of your choice: the same key gives the same job, however often you send it"),
+        flag("-s", "--service", help="which service runs it (default: the only one there is)"),
+    ],
+    "list": [
+        flag("-s", "--service", help="jobs of this service"),
+        flag("--today", **SWITCH, help="jobs of today"),
+        flag("--since", type=read_since, metavar="TIME", help="jobs since then: 2d, or a date such as 2026-11-28"),
+        flag("--status", dest="by_status", type=read_status, help="jobs in these states, with commas between"),
+        flag("-n", "--limit", type=int, default=None, help="how many at most; 0: all (default: 50, or all since a time)"),
+        flag("--all", **SWITCH, help="jobs of all users"),
+    ],
+    "wait": [SOME_JOBS],
+    "logs": [
+        ONE_JOB,
+        flag("-f", "--follow", **SWITCH, help="until the job has ended"),
+        flag("--stderr", **SWITCH, help="standard error instead of standard output"),
+    ],
+    "get": [
+        flag("words", nargs="+", metavar="ID", help="ids of jobs; or the id of one, and files of its result"),
+        flag("-o", "--output", metavar="PLACE", help="folder for the result (default: job-ID); for one file its name, or - to print it"),
+        flag("--zip", **SWITCH, help="keep the ZIP"),
+        flag("--partial", **SWITCH, help="what there is now, also of a job that runs or failed"),
+        flag("--list", **SWITCH, help="list the files with their sizes instead"),
+    ],
+    "why": [ONE_JOB],
+    "cancel": [
+        flag("jobs", nargs="*", metavar="ID", help="ids of jobs, or ranges such as 5-9"),
+        flag("--name", metavar="PREFIX", help="your jobs whose name begins so"),
+        flag("--status", dest="by_status", type=read_status, help="your jobs in these states, with commas between"),
+        flag("-y", "--yes", **SWITCH, help=f"do not ask before ending more than {ASK_ABOVE}"),
+    ],
+    "quota": [],
+}
+ALL_TAKE = [
+    flag("--user", type=int, metavar="N", help="whose jobs (default: JOBORCH_USER, else your user id)"),
+    flag("--server", metavar="URL", help="the server (default: JOBORCH_SERVER, else http://127.0.0.1:5000); unix:PATH for a socket"),
+    flag("--json", **SWITCH, help="print JSON"),
+]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line of one of COMMANDS. Exits with one line on stderr if it is wrong."""
+    name = ALIASES.get(argv[0], argv[0])
+    words, script = list(argv[1:]), []
+    if name == "submit" and "--" in words:
+        at = words.index("--")
+        words, script = words[:at], words[at + 1 :]
+    what = WORDS[name]
+    raw = argparse.RawDescriptionHelpFormatter
+    text = what.help[0].upper() + what.help[1:] + "."
+    parser = Parser(f"joborch {name}", description=text, formatter_class=raw, epilog=f"example:\n{what.examples}", allow_abbrev=False)
+    for names, how in [*FLAGS[name], *ALL_TAKE]:
+        parser.add_argument(*names, **how)
+    options, rest = parser.parse_known_intermixed_args(words)
+    if rest:
+        parser.unknown(rest[0], parser._option_string_actions)
+    options.command = name
+    if name == "submit":
+        options.script = script
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line that `takes` accepts; return the exit status."""
+    screen = Screen()
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            make_parser()[0].print_help()
+            return DONE if argv else USAGE
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        options = parse(argv)
+        jobs = Jobs(options.server, user=options.user, patience_s=0)
+        jobs.server.on_trouble, jobs.server.on_progress = screen.trouble, screen.progress
+        status = COMMANDS[options.command](Given(options, jobs, screen))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as in `joborch list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        screen.note(f"joborch: interrupted{': ' + screen.hint if screen.hint else ''}")
+        return INTERRUPTED
+    except (JobsError, OSError) as error:
+        screen.note(f"joborch: {printable(error_text(error))}")
+        return status_of(error)
+
+
+def error_text(error: Exception) -> str:
+    """Return what an error says to a person."""
+    if isinstance(error, Refused) and error.status in (401, 403):
+        return f"{error} (a command takes the token from JOBORCH_TOKEN or JOBORCH_TOKEN_FILE)"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return str(error)
+
+
+def status_of(error: Exception) -> int:
+    """Return the exit status for an error."""
+    if isinstance(error, ServerUnreachable) or (isinstance(error, Refused) and error.status >= 500):
+        return NO_SERVER
+    return FAILED if isinstance(error, (JobFailed, Damaged)) else USAGE
