@@ -128,9 +128,7 @@ def test_one_line_for_the_whole_way(shell: Shell) -> None:
     assert number[1] == "out/deep"
     assert "36 residue pairs" in (shell.folder / "out/deep/summary.txt").read_text()
     before = shell("list", "-n", "0").count("\n")
-    assert "out/deep already exists: give the name of a new or empty folder" in shell(
-        "submit", str(EXAMPLE), "--get", "out/deep", status=2
-    )
+    assert "out/deep already exists: give the name of a new or empty folder" in shell("submit", str(EXAMPLE), "--get", "out/deep", status=2)
     assert shell("list", "-n", "0").count("\n") == before, "that is said before anything is sent"
 
 

@@ -590,6 +590,9 @@ def test_the_whole_way_of_a_job(way: str, make_pair: MakePair, request: pytest.F
     done = run_to_end(own.server, (ROOT / "example" / "run.sh").read_text(), files)
     assert done["status"] == "Completed"
     assert download(own.server, done["id"]).text("summary.txt").startswith("2oob: 36 residue pairs")
+    command = [*program, "list", "--user", "1", "--server", own.server.url]
+    listed = subprocess.run(command, env=clean_environment(own.folder), capture_output=True, text=True, timeout=60)
+    assert (listed.returncode, listed.stderr, listed.stdout.split("\t")[:3]) == (0, "", [str(done["id"]), "", "Completed"])
     for process in (own.server, own.client):
         assert process.health()["restart_needed"] is None
         page = process.get("/swagger-ui/").text
