@@ -68,7 +68,7 @@ def test_a_folder_that_is_full_or_not_ours(tmp_path: Path) -> None:
     assert (code, "free space, or set DATA_PATH" in problems(found)[0]) == (1, True)
     (tmp_path / "file").touch()
     code, found = doctor("client", tmp_path, DATA_PATH=str(tmp_path / "file" / "data"))
-    assert (code, "cannot be written" in problems(found)[0]) == (1, True)
+    assert (code, "is not writable" in problems(found)[0]) == (1, True)
 
 
 def test_dirac_without_url_or_login(tmp_path: Path) -> None:

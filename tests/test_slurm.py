@@ -875,11 +875,11 @@ def test_doctor_knows_slurm(cluster: Cluster, executor: slurm.SlurmExecutor, mon
     executor.config = dataclasses.replace(executor.config, batch=wrong)
     texts = [finding.text for finding in executor.examine() if not finding.good]
     refused = "sbatch would refuse jobs of docking: sbatch: invalid partition specified: nowhere"
-    assert texts == [f"{refused}; look at SERVICE_DOCKING_SLURM_PARTITION"]
+    assert texts == [f"{refused}; check SERVICE_DOCKING_SLURM_PARTITION"]
     odd = {"docking": BatchOptions(slurm_partition="main", slurm_args=("--nonsense",))}
     executor.config = dataclasses.replace(executor.config, batch=odd)
     (text,) = [finding.text for finding in executor.examine() if not finding.good]
-    assert "unrecognized option '--nonsense'; look at SERVICE_DOCKING_SLURM_PARTITION, SERVICE_DOCKING_SLURM_ARGS" in text
+    assert "unrecognized option '--nonsense'; check SERVICE_DOCKING_SLURM_PARTITION, SERVICE_DOCKING_SLURM_ARGS" in text
     executor.config = dataclasses.replace(executor.config, batch={})
     cluster.lie("squeue", "garbage")
     assert [finding.good for finding in executor.examine()] == [True, False]
