@@ -104,4 +104,4 @@ def test_as_another_user(open_folder: Path, pyz: Path, root: None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **identity)
     assert done.returncode == 1
     assert "PROBLEM " in done.stdout
-    assert "cannot be written (Permission denied)" in done.stdout
+    assert "is not writable (Permission denied)" in done.stdout
