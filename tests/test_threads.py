@@ -98,7 +98,7 @@ def least_tries(proxy: Proxy) -> int:
 
 def has_tried_all(pair: Pair) -> bool:
     """Whether each client that does not answer has been called."""
-    return sum(client["trouble"] not in ("", "was not asked yet") for client in clients_of(pair.server).values()) == SILENT
+    return sum(client["trouble"] not in ("", "has not been called yet") for client in clients_of(pair.server).values()) == SILENT
 
 
 @pytest.mark.parametrize("way", WAYS)

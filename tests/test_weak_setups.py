@@ -90,7 +90,7 @@ def silent(machine: Machine, process: Process) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o2777])
 def test_a_data_folder_of_another_user_is_refused(role: str, mode: int, machine: Machine) -> None:
     data = machine.make("scratch", STRANGER_UID, mode)
-    refused(machine, machine.process(role, DATA_PATH=str(data)), f"DATA_PATH is '{data}'", f"belongs to user {STRANGER_UID}", "of your own")
+    refused(machine, machine.process(role, DATA_PATH=str(data)), f"DATA_PATH is '{data}'", f"belongs to user {STRANGER_UID}", "your own")
     assert list(data.iterdir()) == []
 
 
@@ -119,7 +119,7 @@ def test_what_others_have_put_there_is_not_taken(name: str, mode: int, machine: 
     """Even if the folder is closed to them now. It is left as it was."""
     data = machine.make("data", OWN_UID, mode)
     machine.make(f"data/{name}", STRANGER_UID, 0o777, None if name == "jobs" else "echo evil")
-    refused(machine, machine.process(DATA_PATH=str(data)), f"holds '{name}' of user {STRANGER_UID}", "of your own")
+    refused(machine, machine.process(DATA_PATH=str(data)), f"contains '{name}' of user {STRANGER_UID}", "your own")
     assert stat.S_IMODE(data.stat().st_mode) == mode
     assert [path.name for path in data.iterdir()] == [name]
 
