@@ -7121,6 +7121,40 @@ def is_orphan(process: Process) -> bool:
     return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
 
 
+class ProcessTable:
+    """All processes, each with the marks of payloads below `jobs`. Threads that ask at the same time share one look at /proc."""
+
+    def __init__(self, jobs: Path) -> None:
+        self.jobs, self.changed, self.begun, self.done = jobs, threading.Condition(), 0, 0
+        self.found: list[tuple[Process, list[bytes]]] = []
+
+    def look(self) -> list[tuple[Process, list[bytes]]]:
+        """Return what was found by a look that began after this call."""
+        with self.changed:
+            next_look = self.begun + 1
+            while self.done < next_look and self.begun > self.done:
+                self.changed.wait()
+            if self.done >= next_look:
+                return self.found
+            self.begun += 1
+        found: list[tuple[Process, list[bytes]]] | None = None
+        try:
+            # Process 1 and kernel threads may have session and group 0, which belong to no payload.
+            everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
+            found = [(process, marks_of(process, self.jobs)) for process in everything]
+            return found
+        finally:
+            with self.changed:
+                if found is None:
+                    self.begun = self.done  # those who wait look themselves
+                else:
+                    self.done, self.found = self.begun, found
+                self.changed.notify_all()
+
+
+process_table = functools.lru_cache(maxsize=8)(ProcessTable)
+
+
 def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
     """Return all running processes of an attempt, including those `known` from an earlier call: their parents may be gone."""
     return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
@@ -7128,13 +7162,12 @@ def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process]
 
 def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
     """Return all processes of these attempts: by mark (see `marks_of`) or session, and then by parent and group."""
-    # Process 1 and kernel threads may have session and group 0, which belong to no payload.
-    everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
-    before = {(process.pid, process.start) for process in known}
+    looked = process_table(jobs).look()
+    everything, before = [process for process, _ in looked], {(process.pid, process.start) for process in known}
     found = {
         process.pid
-        for process in everything
-        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(marks_of(process, jobs))
+        for process, its_marks in looked
+        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(its_marks)
     }
     grown = -1
     while grown != len(found):
@@ -7528,7 +7561,8 @@ class LocalExecutor:
         deadline = time.monotonic() + self.kill_grace_s
         while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
             known = found
-            time.sleep(0.02 * len(self.cancelled))
+            pause_s = min(0.2, 0.02 * len(self.cancelled))
+            time.sleep(pause_s - time.monotonic() % pause_s)  # all at the same time, to share a look
         for _ in range(200):
             if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
                 self.forget(job)

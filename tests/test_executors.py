@@ -556,6 +556,54 @@ def test_a_tree_is_all_that_hangs_together(bench: Bench, monkeypatch: pytest.Mon
 # == Processes ==
 
 
+def test_threads_share_a_look_at_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Thirty kills at once must not read /proc thirty times; but no look is shared that began before somebody asked."""
+    looks, begun, go = list[int](), threading.Semaphore(0), threading.Semaphore(0)
+
+    def look() -> list[Process]:
+        looks.append(len(looks) + 1)
+        number = looks[-1]
+        begun.release()
+        assert go.acquire(timeout=20)
+        return [Process(10 + number, 2, 2, 2, "1")]
+
+    monkeypatch.setattr(joborch, "all_processes", look)
+    table, got = joborch.ProcessTable(tmp_path), list[int]()
+
+    def ask() -> None:
+        got.append(table.look()[0][0].pid)
+
+    first, others = threading.Thread(target=ask), [threading.Thread(target=ask) for _ in range(30)]
+    first.start()
+    assert begun.acquire(timeout=20)
+    for thread in others:
+        thread.start()
+    wait_for(lambda: len(table.changed._waiters) == 30, what="all to wait for the next look")  # type: ignore[attr-defined]
+    go.release()
+    assert begun.acquire(timeout=20)
+    go.release()
+    for thread in (first, *others):
+        thread.join(20)
+    assert got == [11] + [12] * 30
+    assert looks == [1, 2]
+
+
+def test_a_look_that_failed_is_taken_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers: list[Any] = [OSError(24, "too many open files"), [Process(7, 2, 2, 2, "1")]]
+
+    def look() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(joborch, "all_processes", look)
+    table = joborch.ProcessTable(tmp_path)
+    with pytest.raises(OSError, match="too many open files"):
+        table.look()
+    assert [process.pid for process, _ in table.look()] == [7]
+
+
 def test_processes_are_known_by_number_and_start() -> None:
     own = next(process for process in joborch.all_processes() if process.pid == os.getpid())
     assert own == Process(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0), joborch.process_start(os.getpid()) or "")
