@@ -133,7 +133,7 @@ def test_a_folder_such_as_tmp(machine: Machine) -> None:
     process.kill()
     (data / "joborch.lock").unlink()
     machine.make("tmp-like/joborch.lock", STRANGER_UID, 0o666, "")
-    refused(machine, machine.process(DATA_PATH=str(data)), "holds 'joborch.lock' of user")
+    refused(machine, machine.process(DATA_PATH=str(data)), "contains 'joborch.lock' of user")
 
 
 def test_a_folder_of_root_that_all_may_write(machine: Machine) -> None:
