@@ -1,9 +1,9 @@
-"""The command line: all its words with their helps and examples, and the commands for people with jobs.
+"""The command line: all commands with their help texts and examples, and the commands for users.
 
-A command for people with jobs runs here, without the rest of joborch, so that it starts quickly. What it does goes to standard
-output: to a terminal with colour and as wide as that is, to a pipe as plain lines with tabs, with --json as JSON. What it says
-meanwhile, and errors, go to standard error. It ends with 0; 1 if a job failed; 2 for wrong use; 3 if the server cannot be reached or
-cannot do it now; 130 after Ctrl-C.
+A command for users runs here, without the rest of joborch, so that it starts quickly. Its output goes to standard output: to a
+terminal in colour and fitted to its width, to a pipe as plain lines with tabs, with --json as JSON. Progress and errors go to
+standard error. The exit status is 0; 1 if a job failed; 2 for wrong usage; 3 if the server cannot be reached or cannot do it now;
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from joborch_plugins.caller import (
 )
 
 DONE, FAILED, USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
-PATIENCE_S = 10.0  # how long a command asks again that could be repeated by hand
-WAITING_PATIENCE_S = 24 * 3600.0  # of one that waits anyway
-ASK_ABOVE = 10  # jobs that are ended or run again without a question
+PATIENCE_S = 10.0  # how long a command repeats calls if the user could repeat the command
+WAITING_PATIENCE_S = 24 * 3600.0  # for a command that waits anyway
+ASK_ABOVE = 10  # jobs that are stopped or run again without a question
 TAIL_LINES = 20  # that `why` shows
 RANGE_MOST = 100_000
 SAY_AFTER_S = 1.0  # a transfer that takes longer shows how far it is
 
 
-# == 1. Words ==  Every word of the command line, with what `--help` says of it.
+# == 1. Words ==  Every command, with its help text.
 
 
 class Word(NamedTuple):
@@ -71,13 +71,13 @@ WORDS = {
     "wait": Word("wait until jobs have ended", "  joborch wait 41 42\n  joborch wait 5-9", here=True),
     "logs": Word("print what a job wrote", "  joborch logs 42 --follow\n  joborch logs 42 --stderr", here=True),
     "get": Word(
-        "fetch results, or single files of one; an interrupted fetch continues where it was",
+        "fetch results, or single files of one; an interrupted fetch resumes",
         "  joborch get 42 -o out\n  joborch get 42 summary.txt\n  joborch get 41 42 --zip",
         here=True,
     ),
     "why": Word("explain what happened to a job, and what to do", "  joborch why 42", here=True),
-    "cancel": Word("end jobs", "  joborch cancel 41 5-9\n  joborch cancel --name dock", here=True),
-    "quota": Word("show what you use of what you may use, by service", "  joborch quota", here=True),
+    "cancel": Word("stop jobs", "  joborch cancel 41 5-9\n  joborch cancel --name dock", here=True),
+    "quota": Word("show your use and your limits, by service", "  joborch quota", here=True),
     "server": Word(
         "run a server until INT or TERM",
         "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"^argument (\S+): ", r"\1: ", message)
 
     def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
-        """Refuse a word or flag that the command does not know."""
+        """Exit with an error for a word or flag that the command does not know."""
         flag = word.partition("=")[0]
         if word.startswith("-"):
             self.error(f"{printable(flag)[:80]} is not a flag{nearest(flag, known)}")
@@ -167,7 +167,7 @@ def takes(argv: Sequence[str]) -> bool:
 
 
 def use_utf8() -> None:
-    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch takes file names as UTF-8."""
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding: joborch handles file names as UTF-8."""
     if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode:
         return
     arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # Python 3.9 does not keep its own flags
@@ -190,7 +190,7 @@ COLOURS = {"Completed": 32, "Failed": 31, "Invalid": 31, "Killed": 33, "Unknown"
 
 
 def printable(text: str) -> str:
-    """Return a text without what would move the cursor or change the terminal."""
+    """Return a text without characters that would move the cursor or change the terminal."""
     return "".join(each if each.isprintable() else "�" for each in text.replace("\n", " "))
 
 
@@ -203,7 +203,7 @@ class Screen:
         self.has_colour = self.is_terminal and wanted
         self.shown, self.began_at = False, time.monotonic()
         self.troubled = False
-        self.hint = ""  # how to go on after Ctrl-C
+        self.hint = ""  # how to continue after Ctrl-C
 
     @property
     def width(self) -> int:
@@ -222,23 +222,23 @@ class Screen:
         return f"\x1b[{code}m{text}\x1b[0m" if self.has_colour and code else text
 
     def say(self, text: str = "") -> None:
-        """Print a line of what was asked for."""
+        """Print a line of the requested output."""
         self.clear()
         print(text)
 
     def note(self, text: str) -> None:
-        """Print a line beside what was asked for."""
+        """Print a line to standard error."""
         self.clear()
         print(text, file=sys.stderr)
 
     def live(self, text: str) -> None:
-        """Show a line in place of the last one, on a terminal."""
+        """On a terminal, replace the last line."""
         if self.is_live:
             print(f"\r\x1b[K{printable(text)[: self.width - 1]}", end="", file=sys.stderr, flush=True)
             self.shown = True
 
     def clear(self) -> None:
-        """Take the changing line away."""
+        """Remove the line that `live` shows."""
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = False
@@ -256,7 +256,7 @@ class Screen:
         self.live(f"{what} {size_text(done)} of {size_text(size)} ({100 * done // max(1, size)}%)")
 
     def confirm(self, question: str, yes: bool) -> None:
-        """Ask, unless --yes was given. Raises JobsError if the answer is no, or nobody can be asked."""
+        """Ask, unless --yes was given. Raises JobsError if the answer is no, or without a terminal."""
         if yes:
             return
         if not (sys.stdin.isatty() and self.is_live):
@@ -281,7 +281,7 @@ class Screen:
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text of `width` characters at most, with a sign where it is cut."""
+    """Return a text of at most `width` characters, with an ellipsis if it was cut."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
@@ -319,11 +319,11 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-# == 3. Jobs of a command ==  Which server and whose jobs a command means, and which jobs its words name.
+# == 3. Jobs of a command ==  The server, the user, and the jobs that a command line names.
 
 
 class Given(NamedTuple):
-    """What a command works with."""
+    """The options, jobs and screen of a command."""
 
     options: argparse.Namespace
     jobs: Jobs
@@ -331,12 +331,12 @@ class Given(NamedTuple):
 
 
 def patient(given: Given) -> None:
-    """Have a command that waits go on over restarts of the server, now that it has answered once."""
+    """Let a command that waits survive restarts of the server, now that the server has answered once."""
     given.jobs.server.patience_s = WAITING_PATIENCE_S
 
 
 def ids_of(words: Sequence[str]) -> list[int | range]:
-    """Return the job ids and ranges that words name. Raises JobsError for anything else."""
+    """Return the job ids and ranges in these words. Raises JobsError for anything else."""
     found: list[int | range] = []
     for word in words:
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
@@ -350,7 +350,7 @@ def ids_of(words: Sequence[str]) -> list[int | range]:
 
 
 def named_jobs(given: Given, words: Sequence[str]) -> list[Job]:
-    """Return the jobs that words name: those with these ids, and of ranges those of the user."""
+    """Return the jobs that these words name: those with these ids, and the user's jobs in ranges."""
     found: dict[int, Job] = {}
     for each in ids_of(words):
         if isinstance(each, int):
@@ -364,7 +364,7 @@ def named_jobs(given: Given, words: Sequence[str]) -> list[Job]:
 
 
 def chosen_jobs(given: Given, status: Sequence[str]) -> list[Job]:
-    """Return the jobs that a command's words name, or its flags: of the user's, those in `status` whose name begins so."""
+    """Return the jobs that a command names by ids, or the user's jobs by the flags for name and status."""
     options = given.options
     if bool(options.jobs) == bool(options.name or options.by_status):
         raise JobsError("name the jobs: give ids, as in 41 5-9, or --name or a status")
@@ -400,7 +400,7 @@ def read_status(text: str) -> list[str]:
 
 
 def story(facts: dict[str, Any]) -> str:
-    """Return what a job waits for, where it runs, or why it ended so."""
+    """Return what a job waits for, where it runs, or why it ended in its state."""
     if facts["status"] in ("Running", "Submitted", "Processing"):
         return f"on {facts['client']}" if facts["client"] else ""
     if facts["status"] == "Queued":
@@ -411,7 +411,7 @@ def story(facts: dict[str, Any]) -> str:
 
 
 def print_jobs(given: Given, jobs: Sequence[Job]) -> None:
-    """Print jobs: as JSON, or one a line."""
+    """Print jobs as JSON, or one per line."""
     if given.options.json:
         print(json.dumps([job.facts for job in jobs]))
         return
@@ -429,7 +429,7 @@ def failed(jobs: Iterable[Job]) -> int:
 
 
 def files_to_send(paths: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
-    """Return the files of a job by the path that each gets; run.sh is made of `command`, or is the first path. Raises JobsError."""
+    """Return the files of a job by their paths there. run.sh is made from `command`, or is the first path. Raises JobsError."""
     files: dict[str, Any] = files_of(list(paths))
     if command:
         if "run.sh" in files:
@@ -447,7 +447,7 @@ def files_to_send(paths: Sequence[str], command: Sequence[str]) -> dict[str, Any
 
 
 def with_index(script: Any, index: int) -> str:
-    """Return a script that knows its JOBORCH_ARRAY_INDEX; its lines keep their numbers."""
+    """Return a script that sets its JOBORCH_ARRAY_INDEX. Its line numbers do not change."""
     if not isinstance(script, str):
         with open(script, encoding="utf-8", errors="surrogateescape") as file:
             script = file.read()
@@ -471,7 +471,7 @@ def command_submit(given: Given) -> int:
     if options.get:
         refuse_filled(os.path.abspath(options.get))  # now, and not when the job has run
     options.service = options.service or given.jobs.default_service()
-    given.jobs.server.read("GET", "/")  # it is there: from now on, a lost answer is asked for again
+    given.jobs.server.read("GET", "/")  # it answers: from now on, repeat calls without an answer
     given.jobs.server.patience_s = PATIENCE_S
     names = ("name", "priority", "timeout", "retries", "cpus", "memory", "after")
     fields = {name: getattr(options, name) for name in names}
@@ -480,7 +480,7 @@ def command_submit(given: Given) -> int:
         for warning in job.facts.get("warnings", []):
             screen.note(f"joborch: job {job.id}: {printable(warning)}")
     ids = ids_text(jobs)
-    screen.hint = f"job {ids} is queued: `joborch wait {ids}` waits for it, `joborch cancel {ids}` ends it"
+    screen.hint = f"job {ids} is queued: `joborch wait {ids}` waits for it, `joborch cancel {ids}` stops it"
     if not options.json and not screen.is_terminal:
         print(*(job.id for job in jobs), sep="\n", flush=True)
     elif not options.json:
@@ -489,7 +489,7 @@ def command_submit(given: Given) -> int:
 
 
 def finish_submit(given: Given, jobs: Sequence[Job]) -> int:
-    """Wait for jobs that were submitted and fetch their results, if that was asked for; return the exit status."""
+    """Wait for submitted jobs and fetch their results, if the options say so; return the exit status."""
     options, screen = given.options, given.screen
     if options.wait or options.get or options.pass_status:
         watch(given, jobs, tell=screen.is_terminal and not options.json)
@@ -505,7 +505,7 @@ def finish_submit(given: Given, jobs: Sequence[Job]) -> int:
 
 
 def send_one(given: Given, files: Files, fields: dict[str, Any]) -> Job:
-    """Send one job. Says what became of it if the user interrupts."""
+    """Send one job. If the user interrupts, say what happened to it."""
     server, screen = given.jobs.server, given.screen
     sent_all = False
 
@@ -527,7 +527,7 @@ def send_one(given: Given, files: Files, fields: dict[str, Any]) -> Job:
 
 
 def send_array(given: Given, files: dict[str, Any], fields: dict[str, Any]) -> list[Job]:
-    """Send one job for each number, several at once. What was sent when the user interrupts is said."""
+    """Send one job for each number, several at once. If the user interrupts, say which jobs were sent."""
     from concurrent.futures import ThreadPoolExecutor
 
     options, screen, jobs = given.options, given.screen, []
@@ -548,7 +548,7 @@ def send_array(given: Given, files: dict[str, Any], fields: dict[str, Any]) -> l
         pool.shutdown(cancel_futures=True)
         jobs = [future.result() for future in sending if future.done() and not future.cancelled() and future.exception() is None]
         if jobs:
-            how = f"{len(jobs)} of {len(sending)} jobs are queued: `joborch cancel {ids_text(jobs)}` ends them"
+            how = f"{len(jobs)} of {len(sending)} jobs are queued: `joborch cancel {ids_text(jobs)}` stops them"
             screen.hint = how
             if not isinstance(error, KeyboardInterrupt):
                 screen.note(f"joborch: {how}")
@@ -560,7 +560,7 @@ def send_array(given: Given, files: dict[str, Any], fields: dict[str, Any]) -> l
 
 
 def ids_text(jobs: Sequence[Job]) -> str:
-    """Return the ids of jobs as a command takes them, as in `41 50-60`."""
+    """Return the ids of jobs as for a command, as in `41 50-60`."""
     runs: list[list[int]] = []
     for number in sorted(job.id for job in jobs):
         if runs and runs[-1][-1] == number - 1:
@@ -571,7 +571,7 @@ def ids_text(jobs: Sequence[Job]) -> str:
 
 
 def watch(given: Given, jobs: Sequence[Job], tell: bool) -> None:
-    """Wait for all of these jobs; print each one's end if `tell`. On a terminal one line says how it stands."""
+    """Wait for all of these jobs; print each end if `tell`. On a terminal one line shows the progress."""
     patient(given)
     left, screen = {job.id: job for job in jobs}, given.screen
     while left:
@@ -595,7 +595,7 @@ def told(screen: Screen, job: Job) -> None:
 
 
 def standing(jobs: Sequence[Job], left: dict[int, Job]) -> str:
-    """Return how jobs stand, in one line."""
+    """Return the states of jobs in one line."""
     if len(jobs) == 1:
         facts = jobs[0].facts
         started = seconds_at(facts["started_at"])
@@ -607,7 +607,7 @@ def standing(jobs: Sequence[Job], left: dict[int, Job]) -> str:
 
 def command_wait(given: Given) -> int:
     """Wait for jobs."""
-    given.screen.hint = f"the jobs go on; `joborch wait {' '.join(given.options.jobs)}` waits again"
+    given.screen.hint = f"the jobs continue; `joborch wait {' '.join(given.options.jobs)}` waits again"
     jobs = named_jobs(given, given.options.jobs)
     watch(given, jobs, tell=not given.options.json)
     if given.options.json:
@@ -630,7 +630,7 @@ def command_list(given: Given) -> int:
         if not wanted or job.status in wanted or job.facts.get("ended_as") in wanted:
             found.append(job)
     for job in [job for job in found if job.status == "Queued"][:10]:
-        job.refresh()  # the list does not say what a job waits for
+        job.refresh()  # the list lacks what a job waits for
     print_jobs(given, found)
     if not found and given.screen.is_terminal and not options.json:
         given.screen.note("no jobs" + (" that fit" if wanted or since else f" of user {given.jobs.user}; --all shows those of all users"))
@@ -638,7 +638,7 @@ def command_list(given: Given) -> int:
 
 
 def midnight() -> float:
-    """Return when today began."""
+    """Return the wall time at which today began."""
     return time.mktime((*time.localtime()[:3], 0, 0, 0, 0, 0, -1))
 
 
@@ -651,7 +651,7 @@ def command_logs(given: Given) -> int:
             sys.stdout.buffer.write(part)
         return DONE
     patient(given)
-    given.screen.hint = f"the job goes on; `joborch logs {job.id} --follow` follows it again"
+    given.screen.hint = f"the job continues; `joborch logs {job.id} --follow` follows it again"
     for text in job.follow(stream):
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
@@ -661,16 +661,16 @@ def command_logs(given: Given) -> int:
 
 
 def command_cancel(given: Given) -> int:
-    """End jobs."""
+    """Stop jobs."""
     open_states = ["Queued", "Processing", "Submitted", "Running", "Unknown"]
     jobs = chosen_jobs(given, open_states)
     live = [job for job in jobs if not job.ended]
     if len(live) > ASK_ABOVE:
-        given.screen.confirm(f"End {count_text(len(live), 'job')} ({ids_text(live)})?", given.options.yes)
-    for_all(given, live, lambda job: job.cancel(), "ended")
+        given.screen.confirm(f"Stop {count_text(len(live), 'job')} ({ids_text(live)})?", given.options.yes)
+    for_all(given, live, lambda job: job.cancel(), "stopped")
     if not given.options.json:
         for job in jobs:
-            said = job.reason if job.ended else str(job.facts.get("message") or "it is ended as soon as its client answers")
+            said = job.reason if job.ended else str(job.facts.get("message") or "it is stopped as soon as its client answers")
             told_state(given.screen, job, said)
     else:
         print(json.dumps([job.facts for job in jobs]))
@@ -678,7 +678,7 @@ def command_cancel(given: Given) -> int:
 
 
 def told_state(screen: Screen, job: Job, said: str) -> None:
-    """Print how a job stands now."""
+    """Print the present state of a job."""
     if screen.is_terminal:
         screen.say(f"job {job.id} {screen.paint(job.status, COLOURS.get(job.status, 0))}" + (f": {printable(said)}" if said else ""))
     else:
@@ -686,7 +686,7 @@ def told_state(screen: Screen, job: Job, said: str) -> None:
 
 
 def for_all(given: Given, jobs: Sequence[Job], work: Callable[[Job], Any], what: str) -> list[Any]:
-    """Do something for several jobs at once; return what came of each. After Ctrl-C those that were begun are finished."""
+    """Call `work` for several jobs at once; return the results. After Ctrl-C, finish the calls that have started."""
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(8)
@@ -706,7 +706,7 @@ def for_all(given: Given, jobs: Sequence[Job], work: Callable[[Job], Any], what:
     return found
 
 
-# == 5. Results ==  get and why: what a job left, and what happened to it.
+# == 5. Results ==  get and why: a job's result, and what happened to it.
 
 
 def command_get(given: Given) -> int:
@@ -721,7 +721,7 @@ def command_get(given: Given) -> int:
         )
     if (paths or options.list) and len(jobs) > 1:
         raise JobsError("give one job with files of it, as in joborch get 42 summary.txt")
-    screen.hint = f"the same command goes on where it was: joborch get {' '.join(options.words)}"
+    screen.hint = f"the same command resumes: joborch get {' '.join(options.words)}"
     if not options.partial:
         watch(given, jobs, tell=False)
     given.jobs.server.patience_s = PATIENCE_S
@@ -807,10 +807,10 @@ def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
 
 
 ADVICE = {
-    "user": ("the script or what it was sent", "correct it and submit it again; `joborch get {id} --partial` fetches what it left"),
-    "limit": ("a limit was reached", "ask for more (--timeout, --memory, --cpus) or make the job smaller"),
-    "infrastructure": ("a machine, not your script", "submit it again; if that fails too, tell who runs the server"),
-    "cancelled": ("somebody ended it", "nothing, if that was meant"),
+    "user": ("the script or its input", "correct it and submit it again; `joborch get {id} --partial` fetches its files"),
+    "limit": ("a limit was reached", "request more (--timeout, --memory, --cpus) or make the job smaller"),
+    "infrastructure": ("a machine, not your script", "submit it again; if that fails, too, tell the operator of the server"),
+    "cancelled": ("it was stopped on request", "nothing, if that was intended"),
 }
 
 
@@ -866,7 +866,7 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
     elif status == "Completed":
         yield f"`joborch get {number}` fetches its result"
     elif status == "Running":
-        yield f"`joborch logs {number} --follow` shows what it writes"
+        yield f"`joborch logs {number} --follow` shows its output"
     elif status == "Unknown":
         yield "nothing: the server keeps trying"
     else:
@@ -874,7 +874,7 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def last_lines(job: Job) -> list[str]:
-    """Return the last lines of standard error, or of standard output if there are none; none if the output is not to be had."""
+    """Return the last lines of standard error, or else of standard output; none if the output is not available."""
     if job.status == "Cleaned" or (job.status == "Completed"):
         return []
     for stream in ("stderr", "stdout"):
@@ -889,11 +889,11 @@ def last_lines(job: Job) -> list[str]:
     return []
 
 
-# == 6. Use ==  quota: what a user uses of what there is.
+# == 6. Use ==  quota: a user's use and limits.
 
 
 def command_quota(given: Given) -> int:
-    """Show what the user uses of what may be used."""
+    """Show the user's use and limits."""
     server, screen = given.jobs.server, given.screen
     user, services = server.ask("GET", f"/users/{given.jobs.user}"), server.ask("GET", "/services")["services"]
     used = {service["name"]: service for service in user["services"]}
@@ -928,11 +928,11 @@ def command_quota(given: Given) -> int:
 def turn_text(turns_before: int | None) -> str:
     """Return when a user's turn is."""
     if turns_before is None:
-        return "nothing of yours waits"
+        return "no job of yours waits"
     return "next" if turns_before == 0 else f"after {count_text(turns_before, 'other user')}"
 
 
-# == 7. Start ==  A command line is read, run, and ends with one line if it cannot be done.
+# == 7. Start ==  Parses and runs a command line. Errors are one line.
 
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
@@ -958,19 +958,19 @@ FLAGS = {
         flag("--timeout", help="run time limit, as in 90m"),
         flag("--cpus", help="cores that the script needs"),
         flag("--memory", help="memory that it needs, as in 8G"),
-        flag("--priority", help="among your own jobs the highest goes first: -100 to 100"),
+        flag("--priority", help="-100 to 100: of your own jobs, the highest priority runs first"),
         flag("--after", metavar="IDS", help="jobs that must be Completed first, as in 41,42"),
         flag("--retries", help="further attempts after an infrastructure failure"),
-        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, which it finds in JOBORCH_ARRAY_INDEX"),
-        flag("--key", help="a text of your choice: the same key gives the same job, however often you send it"),
-        flag("-s", "--service", help="which service runs it (default: the only one there is)"),
+        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, with the number in JOBORCH_ARRAY_INDEX"),
+        flag("--key", help="a text of your choice: the same key always gives the same job"),
+        flag("-s", "--service", help="the service that runs it (default: the only one there is)"),
     ],
     "list": [
         flag("-s", "--service", help="jobs of this service"),
         flag("--today", **SWITCH, help="jobs of today"),
         flag("--since", type=read_since, metavar="TIME", help="jobs since then: 2d, or a date such as 2026-11-28"),
-        flag("--status", dest="by_status", type=read_status, help="jobs in these states, with commas between"),
-        flag("-n", "--limit", type=int, default=None, help="how many at most; 0: all (default: 50, or all since a time)"),
+        flag("--status", dest="by_status", type=read_status, help="jobs in these states, separated by commas"),
+        flag("-n", "--limit", type=int, default=None, help="the most jobs to list; 0: all (default: 50, or all with --since)"),
         flag("--all", **SWITCH, help="jobs of all users"),
     ],
     "wait": [SOME_JOBS],
@@ -983,20 +983,20 @@ FLAGS = {
         flag("words", nargs="+", metavar="ID", help="ids of jobs; or the id of one, and files of its result"),
         flag("-o", "--output", metavar="PLACE", help="folder for the result (default: job-ID); for one file its name, or - to print it"),
         flag("--zip", **SWITCH, help="keep the ZIP"),
-        flag("--partial", **SWITCH, help="what there is now, also of a job that runs or failed"),
+        flag("--partial", **SWITCH, help="the present files, also of a job that runs or failed"),
         flag("--list", **SWITCH, help="list the files with their sizes instead"),
     ],
     "why": [ONE_JOB],
     "cancel": [
         flag("jobs", nargs="*", metavar="ID", help="ids of jobs, or ranges such as 5-9"),
-        flag("--name", metavar="PREFIX", help="your jobs whose name begins so"),
-        flag("--status", dest="by_status", type=read_status, help="your jobs in these states, with commas between"),
-        flag("-y", "--yes", **SWITCH, help=f"do not ask before ending more than {ASK_ABOVE}"),
+        flag("--name", metavar="PREFIX", help="your jobs whose name begins with PREFIX"),
+        flag("--status", dest="by_status", type=read_status, help="your jobs in these states, separated by commas"),
+        flag("-y", "--yes", **SWITCH, help=f"do not ask before stopping more than {ASK_ABOVE}"),
     ],
     "quota": [],
 }
 ALL_TAKE = [
-    flag("--user", type=int, metavar="N", help="whose jobs (default: JOBORCH_USER, else your user id)"),
+    flag("--user", type=int, metavar="N", help="the user of the jobs (default: JOBORCH_USER, else your user id)"),
     flag("--server", metavar="URL", help="the server (default: JOBORCH_SERVER, else http://127.0.0.1:5000); unix:PATH for a socket"),
     flag("--json", **SWITCH, help="print JSON"),
 ]
@@ -1040,7 +1040,7 @@ def main(argv: Sequence[str]) -> int:
         status = COMMANDS[options.command](Given(options, jobs, screen))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has seen enough, as in `joborch list | head`
+    except BrokenPipeError:  # as in `joborch list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -1052,7 +1052,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def error_text(error: Exception) -> str:
-    """Return what an error says to a person."""
+    """Return the message of an error."""
     if isinstance(error, Refused) and error.status in (401, 403):
         return f"{error} (a command takes the token from JOBORCH_TOKEN or JOBORCH_TOKEN_FILE)"
     if isinstance(error, OSError) and error.filename is not None:

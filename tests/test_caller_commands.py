@@ -199,7 +199,7 @@ def test_jobs_are_ended_by_id_range_name_and_state(pair: Pair, shell: Shell) -> 
 def test_more_than_ten_are_not_ended_without_a_question(pair: Pair, shell: Shell) -> None:
     numbers = sorted(map(int, shell("submit", "--array", "1-12", "--name", "crowd", "--", "sleep", "300").split()))
     said = shell("cancel", "--name", "crowd", status=2)
-    assert f"End 12 jobs ({numbers[0]}-{numbers[-1]})? Say so with --yes" in said
+    assert f"Stop 12 jobs ({numbers[0]}-{numbers[-1]})? Say so with --yes" in said
     status, written = shell.terminal(80, "cancel", "--name", "crowd", typed=b"n\n")
     assert (status, "nothing was done" in written) == (2, True)
     status, written = shell.terminal(80, "cancel", "--name", "crowd", typed=b"y\n")
@@ -272,11 +272,11 @@ ID  NAME  STATUS  AGE
 WHY = """\
 job #1 (2oob) of service example: Failed on HOST, ran TIME, ended TIME ago
   why:  run.sh ended with exit status 3 after TIME; last line of standard error: "no such chain in the structure"
-  cause:  user (the script or what it was sent)
+  cause:  user (the script or its input)
   last lines of its output:
     | half a line
     | no such chain in the structure
-  to do:  correct it and submit it again; `joborch get #1 --partial` fetches what it left
+  to do:  correct it and submit it again; `joborch get #1 --partial` fetches its files
 """
 WHY_WAITS = """\
 job #1 of service example: Queued
@@ -286,7 +286,7 @@ job #1 of service example: Queued
 QUOTA = """\
 user 77: 0 jobs queued
 SERVICE  YOU RUN  ALL RUN  FREE FOR YOU  SO FAR  YOUR TURN
-example  0 of 5  0 of 10  5  0 runs, TIME  nothing of yours waits
+example  0 of 5  0 of 10  5  0 runs, TIME  no job of yours waits
 """
 
 
@@ -381,7 +381,7 @@ def test_a_wait_that_is_interrupted_says_how_to_go_on(shell: Shell) -> None:
     waiting.send_signal(signal.SIGINT)
     _, said = waiting.communicate(timeout=30)
     assert waiting.returncode == 130
-    assert f"interrupted: the jobs go on; `joborch wait {number}` waits again" in said
+    assert f"interrupted: the jobs continue; `joborch wait {number}` waits again" in said
     shell("cancel", number)
 
 
@@ -394,7 +394,7 @@ def test_an_array_that_is_interrupted_names_what_was_sent(pair: Pair, tmp_path: 
         sending.send_signal(signal.SIGINT)
         out, said = sending.communicate(timeout=30)
     assert (sending.returncode, out) == (130, "")
-    (count, ids) = re.findall(r"(\d+) of 500 jobs are queued: `joborch cancel ([\d -]+)` ends them", said)[0]
+    (count, ids) = re.findall(r"(\d+) of 500 jobs are queued: `joborch cancel ([\d -]+)` stops them", said)[0]
     listed = [job["id"] for job in pair.server.jobs(user_id=42) if (job["name"] or "").startswith("cutoff")]
     assert len(listed) == int(count) < 500
     own = Shell(tmp_path / "own", pair.server.url)
@@ -433,7 +433,7 @@ def test_a_get_that_is_cut_goes_on(pair: Pair, tmp_path: Path) -> None:
         fetching.send_signal(signal.SIGINT)
         _, said = fetching.communicate(timeout=30)
         assert fetching.returncode == 130
-        assert f"interrupted: the same command goes on where it was: joborch get {number}" in said
+        assert f"interrupted: the same command resumes: joborch get {number}" in said
         assert not (shell.folder / f"job-{number}").exists()
         assert shell("get", number) == f"job-{number}\n"
         assert int(line.find("GET /download")[-1].headers["range"][6:-1]) > 1_000_000
