@@ -1985,21 +1985,9 @@ def upload(server: Server, request: Request) -> Answer:
         form = request.read_form(folder)
         new = new_job(server, form, job_uuid, key)
         crash_point("upload.received")
-        earlier = earlier_job(server, new)
-        if earlier is None:
-            fsync_tree(folder, [file.path for file in form.files])
-            crash_point("upload.synced")
-            server.store.check_identity()
-            try:
-                job = stored(server, new)
-                crash_point("upload.stored")
-            except sqlite3.IntegrityError:
-                earlier = earlier_job(server, new)
-                if earlier is None:
-                    raise
-    if earlier is not None:
-        discard(folder)
-        return Answer(job_json(server, earlier), 201, {"Location": f"/jobs/{earlier.id}"})
+        job, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
+    if not is_new:
+        return Answer(job_json(server, job), 201, {"Location": f"/jobs/{job.id}"})
     known = [FORM_FILE.name, *FORM_FIELDS]
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
@@ -2007,6 +1995,28 @@ def upload(server: Server, request: Request) -> Answer:
     claimed = server.store.read(JOB_STATUS, id=job.id)[0]["status"] != job.status.value  # in the same transaction: it waits for nothing
     said = {**job_json(server, job, NEXT if claimed else None), "warnings": warnings}
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
+
+
+def keep_upload(server: Server, new: NewJob, folder: Path, paths: Sequence[str]) -> tuple[Job, bool]:
+    """Store a new job with its files `paths` in `folder` durably; return it, and True.
+
+    If a request with the same Idempotency-Key was stored earlier, remove the folder and return that request's job, and False.
+    """
+    earlier = earlier_job(server, new)
+    if earlier is None:
+        fsync_tree(folder, paths)
+        crash_point("upload.synced")
+        server.store.check_identity()
+        try:
+            job = stored(server, new)
+            crash_point("upload.stored")
+            return job, True
+        except sqlite3.IntegrityError:
+            earlier = earlier_job(server, new)
+            if earlier is None:
+                raise
+    discard(folder)
+    return earlier, False
 
 
 def stored(server: Server, new: NewJob) -> Job:
@@ -2028,6 +2038,70 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     if job and job.request_digest != new.request_digest:
         raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
     return job
+
+
+INPUTS_GONE = {"message": "the files of job 42 are deleted: upload them again"}
+RETRY_GIVES = {
+    201: Gives("the new job, stored durably", JSON_TYPE, EXAMPLE_JOB),
+    400: BAD,
+    404: NOT_FOUND,
+    410: Gives("its files are deleted", JSON_TYPE, INPUTS_GONE),
+    422: KEY_USED,
+    429: UPLOAD_GIVES[429],
+    503: NO_STORAGE,
+}
+
+
+@route("POST", "/jobs/<job_id>/retry", "server", who="caller", slow=True, takes=(ID, IDEMPOTENCY_KEY), gives=RETRY_GIVES)
+def retry(server: Server, request: Request, job_id: int) -> Answer:
+    """Queue a new job with the files and fields of this one, which stays as it is."""
+    job, job_uuid = known_job(server, request, job_id), new_uuid()
+    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
+    kept = ("user_id", "service", "name", "priority", "after_ids", "cpus", "memory", "timeout", "retries", "return_inputs", "inputs_sha256")
+    named_service(server, job.service or "")  # it may not be configured any more
+    digest = hashlib.sha256(f"retry {job.id}".encode()).hexdigest() if key else None
+    new = NewJob(job_uuid, idempotency_key=key or None, request_digest=digest, **{name: getattr(job, name) for name in kept})
+    folder = server.data.job(job_uuid)
+    with receiving(server, folder, job_uuid):
+        try:
+            paths = link_files(server.folder(job), folder)
+        except FileNotFoundError:
+            paths = []
+        # Judged afterwards: the cleaner may have begun to delete them meanwhile.
+        if are_files_due(server, known_job(server, request, job_id)) or "run.sh" not in paths:
+            raise HttpError(410, f"the files of job {job.id} are deleted: upload them again")
+        made, is_new = keep_upload(server, new, folder, paths)
+    log.info("job %d has the files of job %d, which was retried", made.id, job.id)
+    return Answer(job_json(server, made), 201, {"Location": f"/jobs/{made.id}", **({"X-Job-Status": made.status.value} if is_new else {})})
+
+
+def are_files_due(server: Server, job: Job) -> bool:
+    """Tell whether the cleaner may be deleting the files of a job now, or has done so."""
+    return job.status in OVER and (job.status is Status.CLEANED or job.moved_at <= server.store.steady() - server.config.max_age_s)
+
+
+def link_files(source: Path, target: Path) -> list[str]:
+    """Give all files below `source` a second name below `target`, which exists; return their paths. The server never changes such files.
+
+    Raises FileNotFoundError if one is removed meanwhile.
+    """
+    paths = []
+    for folder, _, names in os.walk(source, onerror=raise_error):
+        below = os.path.relpath(folder, source)
+        os.makedirs(target / below, exist_ok=True)
+        for name in names:
+            path = os.path.normpath(os.path.join(below, name))
+            try:
+                os.link(source / path, target / path, follow_symlinks=False)
+            except PermissionError:  # a file system without hard links
+                shutil.copy2(source / path, target / path, follow_symlinks=False)
+            paths.append(path)
+    return paths
+
+
+def raise_error(error: OSError) -> NoReturn:
+    """Raise what os.walk would ignore."""
+    raise error
 
 
 # == 8. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.

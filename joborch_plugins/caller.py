@@ -464,6 +464,13 @@ class Job:
                 raise
         return self.refresh()
 
+    def retry(self, key: str | None = None) -> Job:
+        """Queue a new job with the files and fields of this one; return it. Raises Refused (410) if its files are deleted.
+
+        The same `key` gives the same new job.
+        """
+        return Job(self.server, self.server.ask("POST", f"/jobs/{self.id}/retry", {"Idempotency-Key": key or os.urandom(16).hex()}))
+
     def logs(self, stream: str = "stdout") -> str:
         """Return what the script wrote so far to "stdout" or "stderr"."""
         return b"".join(self.output(stream)).decode("utf-8", "replace")

@@ -77,6 +77,9 @@ WORDS = {
     ),
     "why": Word("explain what happened to a job, and what to do", "  joborch why 42", here=True),
     "cancel": Word("stop jobs", "  joborch cancel 41 5-9\n  joborch cancel --name dock", here=True),
+    "retry": Word(
+        "run jobs again, as new jobs with the same files and fields", "  joborch retry 41 5-9\n  joborch retry --failed", here=True
+    ),
     "quota": Word("show your use and your limits, by service", "  joborch quota", here=True),
     "server": Word(
         "run a server until INT or TERM",
@@ -677,6 +680,22 @@ def command_cancel(given: Given) -> int:
     return DONE
 
 
+def command_retry(given: Given) -> int:
+    """Queue jobs again, as new ones; print the new ids."""
+    options, screen = given.options, given.screen
+    options.by_status = ["Failed", "Invalid"] if options.failed else None
+    jobs = chosen_jobs(given, ENDED)
+    if len(jobs) > ASK_ABOVE:
+        screen.confirm(f"Run {count_text(len(jobs), 'job')} again ({ids_text(jobs)})?", options.yes)
+    given.jobs.server.patience_s = PATIENCE_S
+    made = for_all(given, jobs, lambda job: job.retry(), "queued again")
+    if options.json:
+        print(json.dumps([job.facts for job in made]))
+    for old, new in [] if options.json else zip(jobs, made):
+        screen.say(f"job {old.id} is queued again as job {new.id}" if screen.is_terminal else str(new.id))
+    return DONE
+
+
 def told_state(screen: Screen, job: Job, said: str) -> None:
     """Print the present state of a job."""
     if screen.is_terminal:
@@ -809,7 +828,10 @@ def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
 ADVICE = {
     "user": ("the script or its input", "correct it and submit it again; `joborch get {id} --partial` fetches its files"),
     "limit": ("a limit was reached", "request more (--timeout, --memory, --cpus) or make the job smaller"),
-    "infrastructure": ("a machine, not your script", "submit it again; if that fails, too, tell the operator of the server"),
+    "infrastructure": (
+        "a machine, not your script",
+        "`joborch retry {id}` runs it again; if that fails, too, tell the operator of the server",
+    ),
     "cancelled": ("it was stopped on request", "nothing, if that was intended"),
 }
 
@@ -936,7 +958,7 @@ def turn_text(turns_before: int | None) -> str:
 
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
-    "cancel": command_cancel, "quota": command_quota,
+    "cancel": command_cancel, "retry": command_retry, "quota": command_quota,
 }  # fmt: skip
 
 
@@ -992,6 +1014,12 @@ FLAGS = {
         flag("--name", metavar="PREFIX", help="your jobs whose name begins with PREFIX"),
         flag("--status", dest="by_status", type=read_status, help="your jobs in these states, separated by commas"),
         flag("-y", "--yes", **SWITCH, help=f"do not ask before stopping more than {ASK_ABOVE}"),
+    ],
+    "retry": [
+        flag("jobs", nargs="*", metavar="ID", help="ids of jobs, or ranges such as 5-9"),
+        flag("--failed", **SWITCH, help="your jobs that are Failed or Invalid"),
+        flag("--name", metavar="PREFIX", help="your jobs that have ended and whose name begins so"),
+        flag("-y", "--yes", **SWITCH, help=f"do not ask before running more than {ASK_ABOVE} again"),
     ],
     "quota": [],
 }

@@ -59,6 +59,7 @@ SERVER_ROUTES = [
     ("HEAD", "/download/1"),
     ("GET", "/download_partial/1"),
     ("POST", "/terminate/1"),
+    ("POST", "/jobs/1/retry"),
     ("GET", "/services"),
 ]
 CLIENT_ROUTES = [

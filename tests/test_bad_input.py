@@ -441,6 +441,7 @@ ID_ROUTES = [
     ("HEAD", "/download/{}"),
     ("GET", "/download_partial/{}"),
     ("POST", "/terminate/{}"),
+    ("POST", "/jobs/{}/retry"),
     ("GET", "/jobs/{}"),
 ]
 

@@ -19,7 +19,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import EXAMPLE, LIMIT_S, ROOT, Pair, Process, clean_environment, free_port, wait_for, wait_status
+from conftest import MakePair
+from harness import EXAMPLE, LIMIT_S, ROOT, Pair, Process, clean_environment, free_port, nothing_left, wait_for, wait_status
 from proxy import Fault, Proxy
 from pythons import pythons
 from world import gated
@@ -323,6 +324,60 @@ def test_waiting_and_following_go_on_over_a_restart_of_the_server(own_pair: Pair
     restarted.join()
     assert (job.status, ended) == ("Completed", ["Completed"])
     assert any("no server answers at" in trouble for trouble in troubles)
+
+
+# == Once more ==
+
+
+def test_a_job_is_run_again_with_the_same_files_and_fields(jobs: Jobs, pair: Pair) -> None:
+    """Whatever state it is in; the first one stays as it is, and the files of both go their own ways."""
+    files = {"a": b"1", "deep/er/b": b"2", "tool": b"#!/bin/sh\necho used\n"}
+    script = "cat a deep/er/b >out; ./tool; echo changed >a; exit 3"
+    job = jobs.submit(files, script=script, name="first", priority=7, timeout="10m", cpus=2, memory="1G", retries=0).wait()
+    before = dict(job.refresh().facts)
+    again = job.retry()
+    assert again.id != job.id
+    for name in ("user_id", "service", "name", "priority", "timeout", "cpus", "memory", "retries", "after"):
+        assert again.facts[name] == before[name], name
+    assert (again.wait().status, again.read("out", partial=True), again.logs()) == ("Failed", b"12", "used\n")
+    assert job.refresh().facts == before
+    third = again.retry("key")
+    assert (third.id, again.retry("key").id) == (third.id, third.id)
+    with pytest.raises(Refused, match="was used for job") as caught:
+        job.retry("key")
+    assert caught.value.status == 422
+    assert third.wait().read("out", partial=True) == b"12"
+    running = jobs.submit({}, script="echo $JOBORCH_JOB_ID; sleep 300")
+    other = running.retry()
+    running.cancel()
+    wait_for(lambda: other.logs() == f"{other.id}\n")
+    other.cancel()
+    with pytest.raises(Refused, match="no job has the id") as caught:
+        caller.Job(jobs.server, {"id": 10**9, "status": "Failed"}).retry()
+    assert caught.value.status == 404
+
+
+def test_a_job_whose_files_are_gone_is_not_run_again(make_pair: MakePair, tmp_path: Path) -> None:
+    own = make_pair(server={"MAX_AGE": "1", "JOBORCH_CLEAN_INTERVAL": "0.2"}).start()
+    jobs = Jobs(own.server.url, user=7)
+    job = jobs.submit({}, script="true").wait()
+    wait_for(lambda: own.server.job(job.id)["status"] == "Cleaned")
+    with nothing_left(own.server), pytest.raises(Refused, match="are deleted: upload them again") as caught:
+        job.retry()
+    assert caught.value.status == 410
+
+
+def test_a_job_that_was_queued_again_is_on_the_disk(own_pair: Pair) -> None:
+    """What was answered is on the disk."""
+    jobs = Jobs(own_pair.server.url, user=7)
+    own_pair.client.stop()
+    job = jobs.submit({"a": b"kept"}, script="cat a >out")
+    again = job.retry()
+    job.cancel()
+    own_pair.server.kill()
+    own_pair.server.start()
+    own_pair.client.start()
+    assert again.refresh().read("out") == b"kept"
 
 
 # == Results ==

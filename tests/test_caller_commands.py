@@ -209,6 +209,24 @@ def test_more_than_ten_are_not_ended_without_a_question(pair: Pair, shell: Shell
     assert shell("cancel", "--name", "crowd", "--yes") == ""
 
 
+def test_jobs_are_run_again(shell: Shell) -> None:
+    """By id, and all that failed; the new ids are printed."""
+    numbers = [shell("submit", "--wait", "--user", "44", "--name", name, "--", name, status=status).split()[0]
+               for name, status in (("true", 0), ("false", 1), ("false", 1))]  # fmt: skip
+    (again,) = shell("retry", numbers[0]).split()
+    assert shell("wait", again).startswith(f"{again}\tCompleted")
+    several = shell("retry", "--user", "44", "--failed").split()
+    assert len(several) == 2
+    assert all("Failed" in line for line in shell("wait", *several, status=1).splitlines())
+    (said,) = json.loads(shell("retry", numbers[1], "--json"))
+    assert (said["name"], said["user_id"]) == ("false", 44)
+    shell("wait", str(said["id"]), status=1)
+    status, written = shell.terminal(80, "retry", numbers[0])
+    assert status == 0
+    assert re.fullmatch(rf"job {numbers[0]} is queued again as job \d+\n", seen(written))
+    assert "name the jobs" in shell("retry", status=2)
+
+
 def test_lists_are_chosen_by_state_and_time(shell: Shell) -> None:
     good = shell("submit", "--wait", "--", "true").strip()
     bad = shell("submit", "--", "false").strip()

@@ -26,6 +26,7 @@ SERVER_ROUTES = {
     ("post", "/terminate/{}"),
     ("get", "/jobs"),
     ("get", "/jobs/{}"),
+    ("post", "/jobs/{}/retry"),
     ("get", "/services"),
     ("get", "/health"),
     ("get", "/"),
