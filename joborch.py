@@ -2802,7 +2802,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         returned = server.service(job).return_inputs
         dest_id, end = link.submit(job, folder, paths, returned, end_wait_ms(server, link, job))
         crash_point("send.answered")
-        link.accepted[job.mark] = dest_id
+        link.accepted[job.mark] = (dest_id, end is not None)
     except NothingSent as error:
         send_again(server, link, job, error)
         return
@@ -3375,7 +3375,7 @@ class Link:
         self.kill_due: dict[int, float] = {}  # by job id, monotonic
         self.outbox: deque[Job] = deque()  # claimed for it, and not yet taken by a sender
         self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
-        self.accepted: dict[str, str] = {}  # payload ids by mark, until they are stored
+        self.accepted: dict[str, tuple[str, bool]] = {}  # by mark, until they are stored: payload ids, and whether an end came along
         self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server replaced, but that still run here
         self.may_have_kills = self.may_have_pinned = True  # jobs to kill; jobs tied to it by a lost answer, or by a crash at their submit
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
@@ -5050,11 +5050,11 @@ def judge(server: Server, job: Job) -> None:
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
     """Continue with a job that was sent while the database could not be written."""
-    dest_id = link.accepted.pop(job.mark, None)
-    if dest_id is not None:
+    dest_id, has_ended = link.accepted.pop(job.mark, ("", False))
+    if dest_id:
         store_accepted(server, link, job, dest_id)
-        if link.protocol.has_events:
-            ask_for_end(server, link, job)  # it may have come with the answer
+        if has_ended:
+            ask_for_end(server, link, job)
         return
     server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
     link.may_have_pinned = True
@@ -5841,6 +5841,7 @@ def prefers_html(accept: str) -> bool:
 
 BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
 SUBMIT_WAITERS = 6  # submits that wait for the end of their payloads at once: half of the threads for small forms
+LOOK_S = 10.0  # between two looks at payloads whose ends are told by a signal
 LATE_START_S = 1.0  # a payload that starts this long after it was marked has its start time stored
 ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
 
@@ -5872,10 +5873,11 @@ class Client(Node):
         self.measurers = threading.BoundedSemaphore(PACKERS)
         # Whether payloads run or wait, and whether some that run are to be killed; set by `run_tick`.
         self.has_payloads = self.has_kills = True
+        self.needs_looks, self.looked_at = True, float("-inf")  # set by `run_tick`: see `needs_look`; monotonic
         self.holes = True  # the file system can punch holes, as far as we know
         self.troubled_at: float | None = None  # wall: since when nothing can be started for some service
         for name, tick, period_s, options in (
-            ("run", run_tick, config.run_interval_s, {"wanted": lambda: self.has_payloads or self.executor.is_batch}),
+            ("run", run_tick, config.run_interval_s, {"wanted": functools.partial(needs_look, self)}),
             ("end", end_tick, config.run_interval_s, {"most_runs": ENDING_THREADS, "wanted": lambda: self.has_kills}),
             ("limit", limit_tick, config.run_interval_s, {"wanted": lambda: self.has_payloads}),
             ("sync", sync_tick, SYNC_AFTER_S, {}),
@@ -5901,10 +5903,17 @@ class Client(Node):
         super().stop()
 
 
+def needs_look(client: Client) -> bool:
+    """Tell whether `run_tick` may find something that nobody wakes it for. The end of our own child is a signal (SIGCHLD)."""
+    late = client.clock.monotonic() - client.looked_at > LOOK_S
+    return client.executor.is_batch or (client.has_payloads and (client.needs_looks or late))
+
+
 def run_tick(client: Client) -> bool:
     """Finish payloads that ended, and start others on free slots. While stopping, leave both to the next start of the client."""
     if client.stopping.is_set():
         return False
+    client.looked_at = client.clock.monotonic()
     save_handles(client)
     noted = {*client.notes, *client.tried, *client.stubborn, *client.handles}  # before the rows: what is started now is in neither
     everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
@@ -5936,6 +5945,8 @@ def run_tick(client: Client) -> bool:
     client.lingering = lingering
     start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
     start_what_fits(client)
+    local = client.local
+    client.needs_looks = bool(waiting or lingering or client.holds.held) or not (local and all(map(local.is_child, running)))
     return False
 
 
@@ -6188,15 +6199,6 @@ def save_handles(client: Client) -> None:
         client.unsaved.pop(job_id, None)
 
 
-def why_not_runnable(script: Path) -> str:
-    """Return why a payload's run.sh cannot be run, or an empty text."""
-    if not script.is_file():
-        return Reason.NO_SCRIPT
-    if script.stat().st_size == 0:
-        return Reason.EMPTY_SCRIPT
-    return ""
-
-
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> bool:
     """Move an ended payload to its end state, with a reason; return whether it was moved.
 
@@ -6300,12 +6302,17 @@ def take_for_ending(client: Client) -> Job | None:
 
 def limit_tick(client: Client) -> bool:
     """Enforce the limits of running payloads: run time, and the size of their output streams."""
-    for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000):
-        over = job.timeout and not client.executor.is_batch and client.store.steady() - job.moved_at > job.timeout
-        if over and client.store.request_kill(job.id, Cause.LIMIT):
+    now, limit_bytes, jobs = client.store.steady(), client.config.log_limit_bytes, str(client.data.jobs)
+    for job_id, uuid, attempt, timeout, moved_at in client.store.read(RUNNING_LIMITS):
+        over = timeout and not client.executor.is_batch and now - moved_at > timeout
+        if over and client.store.request_kill(job_id, Cause.LIMIT):
             client.wake("end")
         for stream in OUTPUT_STREAMS:
-            bound_output(client, client.data.job(job.mark) / stream)
+            path = f"{jobs}/{uuid}.{attempt}/{stream}"
+            with contextlib.suppress(OSError):  # a first look is cheap: there may be thousands
+                if os.lstat(path).st_size <= limit_bytes:
+                    continue
+            bound_output(client, Path(path))
     return False
 
 
@@ -7102,6 +7109,15 @@ def read_exit(folder: Path) -> Outcome | None:
         return None  # missing, incomplete, or replaced by the script
 
 
+def why_not_runnable(script: Path) -> str:
+    """Return why a payload's run.sh cannot be run, or an empty text."""
+    if not script.is_file():
+        return Reason.NO_SCRIPT
+    if script.stat().st_size == 0:
+        return Reason.EMPTY_SCRIPT
+    return ""
+
+
 def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
     """Return when a payload started and ended: the times of the wrapper's files, or of the clock if they are gone.
 
@@ -7428,6 +7444,7 @@ class LocalExecutor:
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
         self.cancelled: set[str] = set()  # marks of attempts that are being killed now
         self.awaited: set[int] = set()  # process ids of wrappers that `wait` waits for
+        self.unseen = False  # one that nobody waited for has ended since `is_end_awaited` was asked
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
@@ -7470,9 +7487,17 @@ class LocalExecutor:
             self.awaited.discard(pid)
             os.close(descriptor)
 
+    def is_child(self, job: Job) -> bool:
+        """Tell whether a payload's wrapper is a child of this process that has not ended, as far as it knows."""
+        return int((job.handle or "0").split(" ")[0]) in self.children
+
     def is_end_awaited(self) -> bool:
-        """Tell whether somebody waits for each payload that this process has started, so that the end of a child is no news."""
-        return set(self.children) <= self.awaited
+        """Tell whether somebody waits for each payload that this process has started, so that the end of a child is no news.
+
+        Asked after each end of a child: whichever thread has taken in that of another payload meanwhile, it is news.
+        """
+        unseen, self.unseen = self.unseen, False
+        return not unseen and set(self.children) <= self.awaited
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         handles = {}
@@ -7518,7 +7543,10 @@ class LocalExecutor:
         The main thread starts only payloads, so any other child of it was orphaned by one.
         """
         for child in list(self.children.values()):
-            if child.poll() is not None:  # reap only known ids: waitpid(-1) would steal those of other threads
+            if child.poll() is not None:
+                self.unseen = (
+                    self.unseen or child.pid not in self.awaited
+                )  # first: see is_end_awaited  # reap only known ids: waitpid(-1) would steal those of other threads
                 self.children.pop(child.pid, None)  # another thread may have been quicker
         if not self.reaps_orphans:
             return True  # there may be some
@@ -8870,6 +8898,7 @@ WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Complete
 TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
 TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
 PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
+RUNNING_LIMITS = "SELECT id, uuid, attempt, timeout, moved_at FROM jobs INDEXED BY jobs_status WHERE status = 'Running' ORDER BY id"
 RUNNING_NEEDS = (
     "SELECT count(*), coalesce(sum(cpus), 0), coalesce(sum(memory), 0) FROM jobs INDEXED BY jobs_status WHERE status = 'Running'"
 )

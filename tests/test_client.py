@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +177,12 @@ def test_a_database_that_cannot_be_written_leaves_no_files(yard: Yard) -> None:
 
 
 @pytest.fixture
-def quick_yard(yard: Yard) -> Yard:
+def quick_yard(yard: Yard) -> Iterator[Yard]:
     """A client that starts a payload when it is submitted, as one does whose loops run."""
     yard.client.starts_at_once = True
-    return yard
+    yield yard
+    for job in yard.store.jobs(joborch.PAYLOADS_IN, status="Running", limit=99):  # only a wrapper in its folder can be ended
+        wait_for(functools.partial(joborch.read_claim, yard.folder(job), job.attempt), what="the claim of the wrapper")
 
 
 def submitted(yard: Yard, script: str = "exec sleep 1000", **headers: str) -> Job:
@@ -355,12 +359,35 @@ def test_a_payload_that_waits_for_a_slot_is_answered_at_once(quick_yard: Yard) -
 
 
 def test_the_end_of_one_child_among_others_is_news(quick_yard: Yard) -> None:
+    """Also if it was taken in by a thread that waits for another one."""
     local = quick_yard.client.local
     assert local
-    job = submitted(quick_yard)
+    first, second = submitted(quick_yard), submitted(quick_yard, "exit 0")
+    pids = [int((job.handle or "").split()[0]) for job in (first, second)]
+    local.awaited.add(pids[0])
     assert not local.is_end_awaited()
-    local.awaited.add(int((job.handle or "").split()[0]))
-    assert local.is_end_awaited()
+    quick_yard.wait(second)
+    local.poll([first])
+    assert pids[1] not in local.children
+    assert not local.is_end_awaited()
+    assert local.is_end_awaited(), "it was said once"
+
+
+def test_payloads_that_only_run_are_not_looked_at(quick_yard: Yard) -> None:
+    """The end of a child is a signal; what a client before this one has started must be looked at, as what waits must."""
+    client, clock = quick_yard.client, quick_yard.clock
+    job = submitted(quick_yard)
+    run_tick(client)
+    assert not joborch.needs_look(client)
+    clock.pass_s(joborch.LOOK_S + 1)
+    assert joborch.needs_look(client)
+    submitted(quick_yard, X_Joborch_Cpus="2")
+    run_tick(client)
+    assert joborch.needs_look(client)
+    wait_for(lambda: joborch.read_claim(quick_yard.folder(job), 1), what="the claim of the wrapper")
+    quick_yard.restart()
+    run_tick(quick_yard.client)
+    assert joborch.needs_look(quick_yard.client)
 
 
 # == Running ==
@@ -429,10 +456,10 @@ def test_an_idle_client_ticks_only_when_woken(yard: Yard) -> None:
     assert wanted() == {"run", "limit"}
     yard.ready(job)
     run_tick(yard.client)
-    assert wanted() == {"run", "limit"}
+    assert wanted() == {"limit"}
     yard.store.request_kill(job.id, Cause.CANCELLED)
     run_tick(yard.client)
-    assert wanted() == {"run", "limit", "end"}
+    assert wanted() == {"limit", "end"}
     while end_tick(yard.client):
         pass
     run_tick(yard.client)
