@@ -154,6 +154,8 @@ def test_the_archive_hides_before_it_imports_joborch(pyz: Path, tmp_path: Path) 
     stub = "import ctypes\ndumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\nclass Program:\n    pass\n"
     stub += "def main():\n    print(dumpable)\n    return 0\n"
     (tmp_path / "joborch.py").write_text(stub)
+    (tmp_path / "joborch_plugins").mkdir()
+    (tmp_path / "joborch_plugins" / "commands.py").write_text("def takes(argv):\n    return False\n")
     done = subprocess.run([sys.executable, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
 
