@@ -1056,18 +1056,10 @@ def main(argv: Sequence[str]) -> int:
     """Run a command line that `takes` accepts; return the exit status."""
     screen = Screen()
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            make_parser()[0].print_help()
-            return DONE if argv else USAGE
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-        options = parse(argv)
-        jobs = Jobs(options.server, user=options.user, patience_s=0)
-        jobs.server.on_trouble, jobs.server.on_progress = screen.trouble, screen.progress
-        status = COMMANDS[options.command](Given(options, jobs, screen))
-        sys.stdout.flush()
-        return status
+        try:
+            return run(argv, screen)
+        finally:
+            sys.stdout.flush()  # here, where an error is still caught
     except BrokenPipeError:  # as in `joborch list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -1077,6 +1069,20 @@ def main(argv: Sequence[str]) -> int:
     except (JobsError, OSError) as error:
         screen.note(f"joborch: {printable(error_text(error))}")
         return status_of(error)
+
+
+def run(argv: Sequence[str], screen: Screen) -> int:
+    """Run a command, or print the help; return the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        make_parser()[0].print_help()
+        return DONE if argv else USAGE
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    options = parse(argv)
+    jobs = Jobs(options.server, user=options.user, patience_s=0)
+    jobs.server.on_trouble, jobs.server.on_progress = screen.trouble, screen.progress
+    return COMMANDS[options.command](Given(options, jobs, screen))
 
 
 def error_text(error: Exception) -> str:

@@ -341,7 +341,7 @@ def test_a_word_that_is_not_known(line: str, said: str, tmp_path: Path) -> None:
     assert "--help" in errors
 
 
-@pytest.mark.parametrize("command", ["config", "--help", "server --help"])
+@pytest.mark.parametrize("command", ["config", "--help", "server --help", "submit --help"])
 def test_output_that_nobody_reads(command: str, tmp_path: Path) -> None:
     """As in `joborch config | head -n 0`: no traceback."""
     reading, writing = os.pipe()
