@@ -948,9 +948,8 @@ def test_a_database_that_is_locked_while_a_job_is_sent(own_pair: Pair, marks: Pa
             assert_error(answer, 503)
             assert int(answer.headers["Retry-After"]) > 0
             assert server.job(number)["status"] == "Processing", "reading goes on"
-            wait_for(
-                lambda: "send:" in server.log and "get:" in server.log and server.log.count("it is tried again") > 1, 40, "both have tried"
-            )
+            # The poll has nothing to store where the end of the payload came with the answer to its submit.
+            wait_for(lambda: "send:" in server.log and "it is tried again" in server.log, 40, "the sender has tried")
     finally:
         os.kill(client.pid, signal.SIGCONT)
     check_once(server, number, marks)
