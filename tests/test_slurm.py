@@ -578,7 +578,9 @@ def test_the_client_is_killed_while_it_submits(point: str, slurm: Callable[..., 
 
 def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pair], cluster: Cluster) -> None:
     """sbatch outlives it, and Slurm does not know the job yet: that is waited for, and the job is submitted once."""
-    pair = slurm().start()
+    pair, old = slurm(), cluster.calls.read_text().split()
+    pair.start()
+    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], 20, "the end of its look at Slurm")
     cluster.lie("sbatch", "slow")
     before = cluster.calls.read_text().split().count("sbatch")
     number = submit(pair.server, "echo done > result")
@@ -688,7 +690,7 @@ def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster)
     before, begin = cluster.calls.read_text().split(), time.monotonic()
     numbers = [submit(pair.server, "sleep 0.2") for _ in range(12)]
     cluster.lie("squeue", "garbage")
-    assert "garbage" in wait_for(lambda: pair.client.health()["problem"], 30, "the problem")
+    assert "invalid answer" in wait_for(lambda: pair.client.health()["problem"], 30, "the problem")
     cluster.lie("squeue", "")
     for number in numbers:
         assert wait_status(pair.server, number, "Completed", limit_s=60)["attempt"] == 1
