@@ -179,6 +179,7 @@ def do_everything(pair: Pair) -> None:
     assert pair.server.get(f"/jobs/{done['id']}/logs?follow=1").text == "in"
     assert run_to_end(pair.server, "exit 3")["reason"].startswith("run.sh ended with exit status 3")
     number = ready(pair, "READY; sleep 1000")
+    wait_status(pair.server, number, "Running")  # after short runs, the answer to a submit waits a moment for the end
     assert ".joborch/stdout" in partial(pair.server, number).names()
     assert pair.server.post(f"/terminate/{number}").status_code == 200
     assert post_form(pair.server, [b"no part"]).status_code == 400
