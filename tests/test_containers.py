@@ -162,7 +162,7 @@ def stack(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
         stack.docker("compose", "down", "-v", "--remove-orphans")
 
 
-def test_the_readmes_lines_run_word_for_word(stack: Stack) -> None:
+def test_the_readmes_lines_run_word_for_word(stack: Stack, pyz: Path) -> None:
     """What the quick start types after its two processes are up; the first test here, because job 1 is the first of a new server."""
     blocks = [
         [line for line in block if not STARTS.match(line)]
@@ -170,6 +170,7 @@ def test_the_readmes_lines_run_word_for_word(stack: Stack) -> None:
     ]
     folder = stack.folder / "newcomer"
     shutil.copytree(EXAMPLE, folder / "example")
+    shutil.copy(pyz, folder)
     typed = list(Newcomer(folder).type_all(blocks))
     assert len([each for each in typed if each.line.startswith(("curl", "echo"))]) >= 8, typed
     for line, status, outputs in typed:
