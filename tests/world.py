@@ -585,9 +585,13 @@ class Yard:
 
     def close(self) -> None:
         """End all."""
-        end_payloads(self.data.path)
-        for child in [*self.children, *self.client.executor.children.values()]:  # type: ignore[attr-defined]
-            child.wait(30)
+        children = [*self.children, *self.client.executor.children.values()]  # type: ignore[attr-defined]
+
+        def ended() -> bool:
+            end_payloads(self.data.path)  # a wrapper that has only just been started is not below the folder yet
+            return all(child.poll() is not None for child in children)
+
+        wait_for(ended, 30, "the end of all wrappers")
         self.store.close()
 
     def submit(self, script: str | None = "true", files: dict[str, bytes] | None = None, **headers: str) -> Job:
