@@ -34,7 +34,7 @@ from harness import (
     raw_exchange,
     wait_for,
 )
-from world import HandClock
+from world import HandClock, close_connections
 
 import joborch
 from joborch import CLOSE_WAIT, ROUTES
@@ -967,9 +967,7 @@ def waitress_of(config: joborch.Config) -> Iterator[tuple[Any, list[Any]]]:
     try:
         yield server, callers
     finally:
-        from waitress import wasyncore
-
-        server.trigger.pull_trigger(lambda: wasyncore.close_all(server._map))
+        close_connections(server)
         thread.join(20)
         server.task_dispatcher.shutdown(timeout=20)
         store.close()

@@ -530,6 +530,12 @@ def submit_payload(node: joborch.Node, parts: list[bytes], **headers: str) -> Sa
     return ask(node, "POST", "/submit", form(parts), Content_Type=f"multipart/form-data; boundary={BOUNDARY}", **headers)
 
 
+def close_connections(http: Any) -> None:
+    """Have waitress close all that it has open, and so end its loop."""
+    with contextlib.suppress(OSError):  # a worker woke the loop first, which has closed its end of the trigger by now
+        http.trigger.pull_trigger(lambda: wasyncore.close_all(http._map))
+
+
 @contextlib.contextmanager
 def serving(node: joborch.Node) -> Iterator[str]:
     """Serve a node on its port by waitress, in this process."""
@@ -541,7 +547,7 @@ def serving(node: joborch.Node) -> Iterator[str]:
     finally:
         node.stopping.set()
         node.store.core.wake_all()
-        http.trigger.pull_trigger(lambda: wasyncore.close_all(http._map))
+        close_connections(http)
         thread.join(20)
         http.task_dispatcher.shutdown(timeout=20)
         assert not thread.is_alive()
