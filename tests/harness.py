@@ -127,10 +127,15 @@ def end_all_below(folder: Path) -> None:
             continue
 
 
+def paths_below(folder: Path) -> list[Path]:
+    """All files and folders below a folder, also while others remove some of them."""
+    return [Path(here, name) for here, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
 def disk_bytes(folder: Path) -> int:
     """What the files below `folder` take on the disk (holes do not count)."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in paths_below(folder):
         try:
             total += path.lstat().st_blocks * 512
         except FileNotFoundError:
@@ -347,7 +352,7 @@ class Process:
         """What stands below the data folder, without the database's own files and the certificates out of the .pyz."""
         return {
             str(path.relative_to(self.data))
-            for path in self.data.rglob("*")
+            for path in paths_below(self.data)
             if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$|cacert\.pem$", path.name)
         }
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import MakePair
-from harness import ENDED, Pair, Process, submit, wait_for, wait_status
+from harness import ENDED, Pair, Process, paths_below, submit, wait_for, wait_status
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from world import BOUNDED, Desk, Peer, Yard, ask, digest_of, new_folder, packed, reply, zip_reply
@@ -189,7 +189,7 @@ def test_callers_who_leave_do_not_stop_a_client(whom: str, own_pair: Pair) -> No
     server, client = own_pair.server, own_pair.client
     job = submit(server, SLOW.format("slow") + "; echo ready > ready; sleep 100")
     wait_status(server, job, "Running")
-    wait_for(lambda: list(client.data.rglob("ready")), what="the file to be there")
+    wait_for(lambda: [path for path in paths_below(client.data) if path.name == "ready"], what="the file to be there")
     asked = client if whom == "client" else server
     links = ask_and_leave(asked.port, f"/retrieve_partial/{1}" if whom == "client" else f"/download_partial/{job}", 24)
     wait_for(lambda: thread_count(client, "pack-") == 1, what="one packing")
