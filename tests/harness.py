@@ -65,9 +65,13 @@ def wait_for(condition: Callable[[], T], limit_s: float = LIMIT_S, what: str = "
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses on 127.0.0.1 or ::1, below the range from which the kernel gives out ports by itself."""
+    """A loopback port that nobody uses on 127.0.0.1 or ::1, below the range from which the kernel gives out ports by itself.
+
+    Tests that run beside each other draw from different ports: one whose process is being restarted shall not lose its port.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     for _ in range(200):
-        port = random.randrange(12_000, 32_000)
+        port = 10 * random.SystemRandom().randrange(1_200, 3_200) + worker % 10  # Hypothesis gives `random` the same seed everywhere
         if all(can_be_bound(family, host, port) for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))):
             return port
     raise AssertionError("no free port found")
