@@ -294,6 +294,7 @@ def test_a_crash_after_an_attempt_was_given_up(make_run: Callable[..., Run]) -> 
         Expected(ends=["Completed"], most_attempts=2, members={"out": sha256(b"small\n")}),
     )
     run.job(number, lambda job: job["status"] == "Running")
+    wait_for(lambda: read_marks(run.marks), what="the start of the script")
     run.client.held = True
     run.pair.client.close()
     run.pair.client.data.rename(run.pair.folder / "lost")
