@@ -2871,7 +2871,7 @@ def end_as_answered(server: Server, link: Link, job: Job, said: Any) -> bool:
 
 
 def ask_for_end(server: Server, link: Link, job: Job) -> None:
-    """Have a client asked for the end of a payload, of which it tells no more by itself."""
+    """Have the fetch loop ask a client for the end of a payload: the client will not report it again by itself."""
     note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
 
 
@@ -5723,7 +5723,7 @@ class News:
         self.client, self.since = client, since
 
     def look(self) -> list[Job]:
-        """Return them in the order of their changes; those that come first and are told elsewhere are not read again."""
+        """Return the changed payloads, the earliest change first, without quiet ones; quiet ones at the start are not read again."""
         found, quiet = self.client.store.jobs(CHANGED_SINCE, since=self.since), self.client.store.core.quiet
         kept = [job for job in found if job.id not in quiet]
         for job in found:
@@ -5841,7 +5841,7 @@ def prefers_html(accept: str) -> bool:
 
 BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
 SUBMIT_WAITERS = 6  # submits that wait for the end of their payloads at once: half of the threads for small forms
-LOOK_S = 10.0  # between two looks at payloads whose ends are told by a signal
+LOOK_S = 10.0  # between two looks at payloads whose end a signal (SIGCHLD) reports
 LATE_START_S = 1.0  # a payload that starts this long after it was marked has its start time stored
 ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
 
@@ -9013,7 +9013,7 @@ class Core:
         self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
         self.inbox, self.waiters = deque[Message](), set[Waiter]()
         self.moved: set[int] = set()  # the jobs that the current transaction moves
-        self.quiet: set[int] = set()  # jobs whose moves are told in another way: nobody who waits for any job is woken by them
+        self.quiet: set[int] = set()  # jobs whose moves the answer to a submit reports: they do not wake callers that wait for any job
         self.synchronous = ""
         self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
         self.undecided = False  # the rows have changed, so a new decision may be possible

@@ -77,8 +77,8 @@ def health_caller(found: Probe, go_on: Callable[[], bool]) -> Script:
 def job_caller(users: Iterator[int], found: Probe, go_on: Callable[[], bool]) -> Script:
     """Upload a small job of another user, look at it until it has ended, and note when it was started; then the next.
 
-    It does not use `?wait`, of which the waiting callers have taken all places, and never has two jobs: what is measured is how
-    long a job waits, not how a queue grows that gets more jobs than two busy cores can run.
+    It does not use `?wait`, because the waiting callers have taken all places there. It has one job at a time: the probe measures
+    how long a job waits, not how a queue grows if jobs arrive faster than two busy cores can run them.
     """
     while go_on():
         begin = time.perf_counter()
@@ -182,7 +182,7 @@ class BadLine:
         self.send_jobs(caller, lambda: self.proxy.counts()[kind] > times, KIND_S)
 
     def send_jobs(self, caller: Caller, seen: Callable[[], bool], least_s: float) -> None:
-        """Upload jobs for the client, at least for so long and until something was seen; raises Enough at a word."""
+        """Upload jobs for the client for `least_s` seconds, and until `seen` returns True; raises Enough if the pipe has a message."""
         begin = time.monotonic()
         while time.monotonic() < begin + least_s or (not seen() and time.monotonic() < begin + KIND_LIMIT_S):
             caller.ask(upload_request(NOOP, user=HANG_USER, service="hang")).json()

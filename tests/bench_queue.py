@@ -69,7 +69,7 @@ def multiply_job(site: Site, count: int) -> None:
 
 
 def restart(place: Place, size: int) -> Iterator[Measure]:
-    """A server's start with many ended jobs, and a client's with many running payloads, of which one ended meanwhile."""
+    """The start of a server with many ended jobs, and of a client with many running payloads; one of these ended meanwhile."""
     with running_site(place) as site:
         with Caller(site.port) as caller:
             wait_until_completed(caller, caller.ask(upload_request(NOOP)).json())
