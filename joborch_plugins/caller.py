@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Callable, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Union
 from urllib.parse import quote, urlencode, urlsplit
 
 if TYPE_CHECKING:  # imported where it is used, because it is slow
@@ -136,6 +136,42 @@ def token_of_environment() -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise JobsError(f"JOBORCH_TOKEN_FILE {path} cannot be read ({error}): give a file with the token") from error
     return token.split(",")[0].strip()
+
+
+class Login(NamedTuple):
+    """What `joborch login` stored: the server, its token, and the number of the user or None."""
+
+    server: str
+    token: str = ""
+    user: int | None = None
+
+
+def login_file() -> str:
+    """Return the path of the file of `joborch login`, in the user's config folder (XDG); an empty string if there is no such folder."""
+    folder = os.environ.get("XDG_CONFIG_HOME", "").strip() or os.path.expanduser("~/.config")
+    return os.path.join(folder, "joborch", "login.json") if os.path.isabs(folder) else ""
+
+
+def stored_login(url: str) -> Login:
+    """Return the login for the server at `url`, or, if that is empty, for the one that is stored. Raises JobsError for an unsafe file.
+
+    A token goes only to the server that it was stored for.
+    """
+    path = login_file()
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = os.fstat(file.fileno())
+            said = json.load(file)
+        if state.st_uid not in (0, os.geteuid()) or state.st_mode & 0o077:
+            raise JobsError(f"{path} is open to other users: delete it, get a new token, and run joborch login again")
+        found = Login(str(said["server"]), str(said["token"]), None if said["user"] is None else int(said["user"]))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # none, or it is another user's: HOME may be that of another
+        return Login(url or DEFAULT_SERVER)
+    except OSError as error:
+        raise JobsError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobsError(f"{path} is damaged: run joborch login again") from error
+    return found if url in ("", found.server) else Login(url)
 
 
 class Server:
@@ -277,7 +313,7 @@ class Answer:
 def unreachable_text(url: str, error: Exception) -> str:
     """Say in one sentence why a server gave no answer, and what to do."""
     if isinstance(error, ConnectionRefusedError) or (isinstance(error, FileNotFoundError) and url.startswith(("unix:", "/"))):
-        return f"no server answers at {url}: start one with `joborch server`, or give its URL with --server or JOBORCH_SERVER"
+        return f"no server answers at {url}: start one with `joborch server`, or name another with `joborch login URL`"
     if isinstance(error, socket.gaierror):
         return f"the name in {url} is not known here ({error.strerror}): check the URL"
     if isinstance(error, TimeoutError):
@@ -778,9 +814,10 @@ def events(response: IO[bytes]) -> Iterator[dict[str, str]]:
 class Jobs:
     """The jobs of one user at one server.
 
-    `server` is a URL or unix:PATH (default: JOBORCH_SERVER, else http://127.0.0.1:5000), `token` the caller's token (default:
-    JOBORCH_TOKEN or JOBORCH_TOKEN_FILE), `user` a number (default: JOBORCH_USER, else the user id of this process), `service` the
-    service (default: the only one there is). A call that gets no answer is repeated for `patience_s` seconds. Raises JobsError.
+    `server` is a URL or unix:PATH (default: JOBORCH_SERVER, else that of `joborch login`, else http://127.0.0.1:5000), `token` the
+    caller's token (default: JOBORCH_TOKEN or JOBORCH_TOKEN_FILE, else that of the login), `user` a number (default: JOBORCH_USER, else
+    that of the login, else the user id of this process), `service` the service (default: the only one there is). A call that gets no
+    answer is repeated for `patience_s` seconds. Raises JobsError.
     """
 
     def __init__(
@@ -792,12 +829,12 @@ class Jobs:
         service: str | None = None,
         patience_s: float = 60.0,
     ) -> None:
-        url = server or os.environ.get("JOBORCH_SERVER") or DEFAULT_SERVER
-        self.server = Server(url, token_of_environment() if token is None else token, patience_s)
+        login = stored_login(server or os.environ.get("JOBORCH_SERVER", ""))
+        self.server = Server(login.server, (token_of_environment() or login.token) if token is None else token, patience_s)
         said = os.environ.get("JOBORCH_USER", "")
         if user is None and said and not said.lstrip("-").isdecimal():
             raise JobsError(f"JOBORCH_USER is {said!r}: give the whole number of a user")
-        self.user = user if user is not None else int(said or os.getuid())
+        self.user = next(each for each in (user, int(said) if said else None, login.user, os.getuid()) if each is not None)
         self.service = service
 
     def default_service(self) -> str:

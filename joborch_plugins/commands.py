@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import calendar
+import functools
 import importlib
 import json
 import os
@@ -33,7 +34,10 @@ from joborch_plugins.caller import (
     Refused,
     ServerUnreachable,
     files_of,
+    login_file,
     refuse_filled,
+    stored_login,
+    token_of_environment,
 )
 
 DONE, FAILED, USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
@@ -81,6 +85,12 @@ WORDS = {
         "run jobs again, as new jobs with the same files and fields", "  joborch retry 41 5-9\n  joborch retry --failed", here=True
     ),
     "quota": Word("show your use and your limits, by service", "  joborch quota", here=True),
+    "login": Word(
+        "store the server and its token for all further commands and scripts",
+        "  joborch login https://jobs.example.org\n  joborch login http://127.0.0.1:5000 --user 7 <token-file",
+        here=True,
+    ),
+    "logout": Word("delete what login stored", "  joborch logout", here=True),
     "server": Word(
         "run a server until INT or TERM",
         "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
@@ -325,12 +335,22 @@ def count_text(count: int, noun: str) -> str:
 # == 3. Jobs of a command ==  The server, the user, and the jobs that a command line names.
 
 
-class Given(NamedTuple):
+class Given:
     """The options, jobs and screen of a command."""
 
-    options: argparse.Namespace
-    jobs: Jobs
-    screen: Screen
+    def __init__(self, options: argparse.Namespace, screen: Screen) -> None:
+        self.options, self.screen = options, screen
+
+    @functools.cached_property
+    def jobs(self) -> Jobs:
+        """The jobs of the user at the server. A call without an answer is not repeated. Raises JobsError."""
+        return self.jobs_at(self.options.server, None)
+
+    def jobs_at(self, url: str | None, token: str | None) -> Jobs:
+        """Return the jobs of the user at the server at `url`. Raises JobsError."""
+        jobs = Jobs(url, token, user=self.options.user, patience_s=0)
+        jobs.server.on_trouble, jobs.server.on_progress = self.screen.trouble, self.screen.progress
+        return jobs
 
 
 def patient(given: Given) -> None:
@@ -954,11 +974,91 @@ def turn_text(turns_before: int | None) -> str:
     return "next" if turns_before == 0 else f"after {count_text(turns_before, 'other user')}"
 
 
-# == 7. Start ==  Parses and runs a command line. Errors are one line.
+# == 7. Login ==  The server and token that commands and scripts of this user take from then on.
+
+
+def command_login(given: Given) -> int:
+    """Check that a server answers this user, and store it with its token."""
+    options, token, path = given.options, token_of_environment(), login_file()
+    try:
+        stored_login("")
+    except JobsError:
+        forget_login()  # it is of no use, and another one takes its place
+    jobs = given.jobs_at(options.url, token)
+    try:
+        jobs.server.ask("GET", "/services")
+    except Refused as error:
+        if error.status not in (401, 403) or token:
+            raise
+        token = ask_token(options.url)
+        jobs = given.jobs_at(options.url, token)
+        jobs.server.ask("GET", "/services")
+    url = f"unix:{jobs.server.path}" if not hasattr(jobs.server, "host") else options.url.rstrip("/")
+    user = None if jobs.user == os.getuid() else jobs.user
+    if not path:
+        raise JobsError("there is no home folder to store it in: set JOBORCH_SERVER and JOBORCH_TOKEN_FILE instead")
+    write_private(path, json.dumps({"server": url, "token": token, "user": user}) + "\n")
+    if token and url.startswith("http:") and jobs.server.host not in ("127.0.0.1", "::1", "localhost"):
+        given.screen.note(f"joborch: {url} is not encrypted, so others on the way can read the token: use https:// if the server has it")
+    if options.json:
+        print(json.dumps({"server": url, "user_id": jobs.user, "path": path}))
+    else:
+        given.screen.say(f"commands and scripts now call {url} as user {jobs.user} ({path})")
+    return DONE
+
+
+def ask_token(url: str) -> str:
+    """Return the token that the user types, or pipes in. Raises JobsError for none."""
+    if sys.stdin.isatty():
+        import getpass
+
+        token = getpass.getpass(f"token for {printable(url)}: ")
+    else:
+        token = sys.stdin.readline()
+    if not token.strip():
+        raise JobsError(f"the server wants a token: pipe it in, as in joborch login {printable(url)} <token-file")
+    return token.strip()
+
+
+def write_private(path: str, text: str) -> None:
+    """Replace a file that only this user can read, in one step."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    partial = f"{path}.{os.urandom(8).hex()}"
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def command_logout(given: Given) -> int:
+    """Delete what login stored."""
+    path, stored = login_file(), forget_login()
+    if given.options.json:
+        print(json.dumps({"path": path, "deleted": stored}))
+    else:
+        given.screen.say(f"{path} is deleted" if stored else "no login was stored")
+    return DONE
+
+
+def forget_login() -> bool:
+    """Delete the file of login; return whether there was one."""
+    try:
+        os.unlink(login_file())
+    except FileNotFoundError:
+        return False
+    return True
+
+
+# == 8. Start ==  Parses and runs a command line. Errors are one line.
 
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
-    "cancel": command_cancel, "retry": command_retry, "quota": command_quota,
+    "cancel": command_cancel, "retry": command_retry, "quota": command_quota, "login": command_login, "logout": command_logout,
 }  # fmt: skip
 
 
@@ -1022,12 +1122,21 @@ FLAGS = {
         flag("-y", "--yes", **SWITCH, help=f"do not ask before running more than {ASK_ABOVE} again"),
     ],
     "quota": [],
+    "login": [flag("url", metavar="URL", help="the server, as in https://jobs.example.org; unix:PATH for a socket")],
+    "logout": [],
 }
+SERVER_FLAG = flag(
+    "--server", metavar="URL", help="the server (default: JOBORCH_SERVER, that of login, else http://127.0.0.1:5000), or unix:PATH"
+)
 ALL_TAKE = [
-    flag("--user", type=int, metavar="N", help="the user of the jobs (default: JOBORCH_USER, else your user id)"),
-    flag("--server", metavar="URL", help="the server (default: JOBORCH_SERVER, else http://127.0.0.1:5000); unix:PATH for a socket"),
+    flag("--user", type=int, metavar="N", help="the user of the jobs (default: JOBORCH_USER, that of login, else your user id)"),
     flag("--json", **SWITCH, help="print JSON"),
 ]
+
+
+def flags_of(name: str) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Return all flags and words of a command."""
+    return [*FLAGS[name], *([] if name in ("login", "logout") else [SERVER_FLAG]), *ALL_TAKE]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -1041,7 +1150,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     text = what.help[0].upper() + what.help[1:] + "."
     parser = Parser(f"joborch {name}", description=text, formatter_class=raw, epilog=f"example:\n{what.examples}", allow_abbrev=False)
-    for names, how in [*FLAGS[name], *ALL_TAKE]:
+    for names, how in flags_of(name):
         parser.add_argument(*names, **how)
     options, rest = parser.parse_known_intermixed_args(words)
     if rest:
@@ -1080,15 +1189,13 @@ def run(argv: Sequence[str], screen: Screen) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     options = parse(argv)
-    jobs = Jobs(options.server, user=options.user, patience_s=0)
-    jobs.server.on_trouble, jobs.server.on_progress = screen.trouble, screen.progress
-    return COMMANDS[options.command](Given(options, jobs, screen))
+    return COMMANDS[options.command](Given(options, screen))
 
 
 def error_text(error: Exception) -> str:
     """Return the message of an error."""
     if isinstance(error, Refused) and error.status in (401, 403):
-        return f"{error} (a command takes the token from JOBORCH_TOKEN or JOBORCH_TOKEN_FILE)"
+        return f"{error} (`joborch login URL` stores a token; JOBORCH_TOKEN and JOBORCH_TOKEN_FILE override it)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
     return str(error)

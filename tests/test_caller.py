@@ -31,8 +31,9 @@ from joborch_plugins.caller import Damaged, JobFailed, Jobs, JobsError, Refused,
 
 
 @pytest.fixture(name="jobs")
-def jobs_fixture(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+def jobs_fixture(pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jobs:
     """The jobs of user 7 at the server of the session's pair."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in [name for name in os.environ if name.startswith("JOBORCH_")]:
         monkeypatch.delenv(name)
     return Jobs(pair.server.url, user=7, patience_s=10)

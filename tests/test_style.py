@@ -228,6 +228,8 @@ MAY_REMOVE = {  # no files of jobs
     "make_links": "while an output sandbox is unpacked",
     "unpack_outputs": "while an output sandbox is unpacked",
     "unpack": "what a caller fetched, once it is unpacked",
+    "write_private": "the partial file of a login",
+    "forget_login": "the login",
     "save_files": "a caller's partial copy of a file",
     "unpack_as": "a caller's own folder, if unpacking fails",
 }

@@ -1,0 +1,85 @@
+"""A person's shell: types commands into a pipe or a terminal, and reads what is on the screen."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
+
+from harness import clean_environment, from_source
+
+
+class Shell:
+    """A person's shell in a folder of its own: user 42 at one server."""
+
+    def __init__(self, folder: Path, url: str, program: list[str] | None = None) -> None:
+        self.folder, self.program = folder, program or from_source()
+        folder.mkdir(exist_ok=True)
+        self.environment = {**clean_environment(folder), "JOBORCH_SERVER": url, "JOBORCH_USER": "42", "TERM": "xterm"}
+
+    def __call__(self, *words: str, status: int = 0, **settings: str) -> str:
+        """Type a command into a pipe; return what it printed, after checking how it ended and that nothing else was said."""
+        done = self.run(*words, **settings)
+        assert done.returncode == status, (words, done)
+        assert "\x1b" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert status or not done.stderr, done.stderr
+        return done.stdout if not status else done.stdout + done.stderr
+
+    def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        command = [*self.program, *words]
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**self.environment, **settings},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+
+    def spawn(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command."""
+        return subprocess.Popen(
+            [*self.program, *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def terminal(self, columns: int, *words: str, typed: bytes = b"", answers: str = "", **settings: str) -> tuple[int, str]:
+        """Type a command into a terminal; return how it ended and all that it wrote there. What is typed answers this question."""
+        outer, inner = pty.openpty()
+        fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        environment = {**self.environment, **settings}
+        process = subprocess.Popen([*self.program, *words], cwd=self.folder, env=environment, stdin=inner, stdout=inner, stderr=inner)
+        os.close(inner)
+        written = b""
+        while True:
+            if typed and answers.encode() in written:
+                os.write(outer, typed)
+                typed = b""
+            try:
+                written += os.read(outer, 65536)
+            except OSError:  # EIO: the other end is closed
+                break
+        os.close(outer)
+        return process.wait(60), written.decode().replace("\r\n", "\n")
+
+
+def seen(written: str) -> str:
+    """What stands on the screen in the end: a line that was taken away is gone, and colours are not seen."""
+    lines = [line.rpartition("\r\x1b[K")[2] for line in written.split("\n")]
+    return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(lines))
+
+
+def steady(text: str, *numbers: int) -> str:
+    """A text with these job ids as #1, #2..., and times and places as they are in every run."""
+    for place, number in enumerate(numbers, 1):
+        text = re.sub(rf"\b{number}\b", f"#{place}", text)
+    text = re.sub(r"127\.0\.0\.1:\d+", "HOST", text)
+    text = re.sub(r"\b\d+(\.\d+)?( s\b|s\b|m\b)", "TIME", text)
+    return re.sub(r" +\n", "\n", re.sub(r"(?<=\S) {2,}", "  ", text))
