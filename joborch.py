@@ -414,6 +414,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "caller": "joborch_plugins.caller",
     "compat22": "joborch_plugins.compat22",
     "commands": "joborch_plugins.commands",
+    "top": "joborch_plugins.top",
 }
 # The only names of this module that plug-ins may use; a test checks that.
 PLUGIN_API: tuple[str, ...] = (

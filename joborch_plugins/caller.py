@@ -23,6 +23,7 @@ import socket
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Union
@@ -183,6 +184,8 @@ class Server:
         self.on_progress: Progress = lambda *_: None
         self.headers = {"User-Agent": "joborch", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.kept = threading.local()  # a connection for each thread
+        self.connections: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
+        self.aborted = False
         self.path, self.prefix, self.secure = "", "", False
         if url.startswith(("unix:", "/")):
             self.path = os.path.abspath(url.removeprefix("unix:"))
@@ -231,6 +234,13 @@ class Server:
             self.kept.connection = None
             connection.close()
 
+    def abort(self) -> None:
+        """Make the calls of all threads fail, now and later."""
+        self.aborted = True
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError, AttributeError):  # it is closed already
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
     def once(self, method: str, target: str, headers: Mapping[str, str], body: Upload | None) -> http.client.HTTPResponse:
         """Send one request and return its answer. If that is read to its end, the connection is kept. Raises OSError, HTTPException."""
         used = getattr(self.kept, "connection", None)
@@ -238,6 +248,9 @@ class Server:
             self.close()  # the last answer was not read to its end
             used = None
         connection = self.kept.connection = used or self.connect()
+        self.connections.add(connection)
+        if self.aborted:
+            raise ConnectionAbortedError("the program ends")
         self.kept.response = None
         try:
             try:

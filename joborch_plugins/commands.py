@@ -85,6 +85,9 @@ WORDS = {
         "run jobs again, as new jobs with the same files and fields", "  joborch retry 41 5-9\n  joborch retry --failed", here=True
     ),
     "quota": Word("show your use and your limits, by service", "  joborch quota", here=True),
+    "top": Word(
+        "watch services, clients and jobs; keys follow a log, cancel and filter", "  joborch top --all\n  joborch top --json", here=True
+    ),
     "login": Word(
         "store the server and its token for all further commands and scripts",
         "  joborch login https://jobs.example.org\n  joborch login http://127.0.0.1:5000 --user 7 <token-file",
@@ -974,6 +977,11 @@ def turn_text(turns_before: int | None) -> str:
     return "next" if turns_before == 0 else f"after {count_text(turns_before, 'other user')}"
 
 
+def command_top(given: Given) -> int:
+    """Watch the site."""
+    return int(importlib.import_module("joborch_plugins.top").run_top(given))
+
+
 # == 7. Login ==  The server and token that commands and scripts of this user take from then on.
 
 
@@ -1058,7 +1066,8 @@ def forget_login() -> bool:
 
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
-    "cancel": command_cancel, "retry": command_retry, "quota": command_quota, "login": command_login, "logout": command_logout,
+    "cancel": command_cancel, "retry": command_retry, "quota": command_quota, "top": command_top, "login": command_login,
+    "logout": command_logout,
 }  # fmt: skip
 
 
@@ -1122,6 +1131,7 @@ FLAGS = {
         flag("-y", "--yes", **SWITCH, help=f"do not ask before running more than {ASK_ABOVE} again"),
     ],
     "quota": [],
+    "top": [flag("--all", **SWITCH, help="jobs of all users")],
     "login": [flag("url", metavar="URL", help="the server, as in https://jobs.example.org; unix:PATH for a socket")],
     "logout": [],
 }

@@ -6,12 +6,18 @@ import fcntl
 import os
 import pty
 import re
+import shlex
+import shutil
 import struct
 import subprocess
+import tempfile
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from harness import clean_environment, from_source
+import pytest
+from harness import clean_environment, from_source, wait_for
 
 
 class Shell:
@@ -68,6 +74,69 @@ class Shell:
                 break
         os.close(outer)
         return process.wait(60), written.decode().replace("\r\n", "\n")
+
+
+class Screen:
+    """A terminal that a program runs in, as tmux shows it."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+    def tmux(self, *words: str) -> str:
+        """Run a command of tmux."""
+        command = ["tmux", "-S", str(self.socket), "-f", "/dev/null", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    def type(self, *keys: str) -> None:
+        """Press keys, as tmux names them."""
+        self.tmux("send-keys", *keys)
+
+    def text(self) -> str:
+        """What is on the screen now."""
+        return self.tmux("capture-pane", "-p").rstrip("\n")
+
+    def until(self, *texts: str, without: str = "\0") -> str:
+        """Wait until all these texts are on the screen; return the screen."""
+        shown = ""
+
+        def complete() -> bool:
+            nonlocal shown
+            shown = self.text()
+            return all(text in shown for text in texts) and without not in shown
+
+        try:
+            wait_for(complete)
+        except BaseException:
+            print(shown)
+            raise
+        return shown
+
+    def flags(self) -> str:
+        """Whether the other screen is used, the cursor shown, and lines are wrapped."""
+        return self.tmux("display-message", "-p", "#{alternate_on} #{cursor_flag} #{wrap_flag}").strip()
+
+
+# Says how the program ended, and whether the terminal is in its usual modes.
+MODES = """stty -a | tr -d ';' | tr ' ' '\\n' | grep -Ex -- '-?(icanon|echo)' | tr '\\n' ' '"""
+REPORT = f'trap : INT; "$@"; echo "status=$? $({MODES})"; exec sleep 1000'
+
+
+@contextmanager
+def screen(shell: Shell, size: tuple[int, int], *words: str, program: list[str] | None = None, **settings: str) -> Iterator[Screen]:
+    """Run a command in a terminal of this many columns and lines. When it has ended, `status=...` is on the screen."""
+    if shutil.which("tmux") is None:
+        pytest.skip("a terminal to look at needs tmux")
+    folder = Path(tempfile.mkdtemp(prefix="jt-", dir="/tmp"))  # the path of a socket is short
+    shown = Screen(folder / "s")
+    environment = {**shell.environment, "TERM": "screen", **settings}
+    command = ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), "sh", "-c", REPORT, "-"]
+    typed = shlex.join(["cd", str(shell.folder)]) + " && exec " + shlex.join([*command, *(program or shell.program), *words])
+    try:
+        shown.tmux("new-session", "-d", "-x", str(size[0]), "-y", str(size[1]), typed)
+        yield shown
+    finally:
+        subprocess.run(["tmux", "-S", str(shown.socket), "kill-server"], capture_output=True)
+        shutil.rmtree(folder)
 
 
 def seen(written: str) -> str:

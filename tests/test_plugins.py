@@ -31,11 +31,11 @@ def imports_of(source: str) -> list[tuple[str, str]]:
 def interface_faults(source: str, plugin: str = "") -> list[str]:
     """What a plug-in takes of joborch that PLUGIN_API does not offer, and what it takes of other plug-ins.
 
-    The commands are made of the library.
+    The commands are made of the library, and `top` of both.
     """
     faults = []
     for module, name in imports_of(source):
-        if (plugin, module) == ("commands", "joborch_plugins.caller"):
+        if (plugin, module.removeprefix("joborch_plugins.")) in (("commands", "caller"), ("top", "caller"), ("top", "commands")):
             continue
         if module.partition(".")[0] == "joborch_plugins":
             faults.append(f"it imports {module}")
