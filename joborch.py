@@ -415,22 +415,26 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "compat22": "joborch_plugins.compat22",
     "commands": "joborch_plugins.commands",
     "top": "joborch_plugins.top",
+    "page": "joborch_plugins.page",
 }
+ROUTE_PLUGINS = ("documents", "page")  # they declare routes
 # The only names of this module that plug-ins may use; a test checks that.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
-    "become_unknown", "below", "BUSY", "CannotRun", "Cause", "CHUNK_BYTES", "client_token_file", "ClientProtocol", "Clock",
-    "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "damage_of", "DataFolder", "decided_restore",
-    "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "FilesBody", "Finding", "finish_restore", "first_file_limit",
-    "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes", "fsync_path", "GIB", "Gives", "Gone",
-    "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job", "JoborchError", "JSON_TYPE", "KIB",
-    "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor", "marked_below", "MIB",
-    "new_attempt", "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "on_network", "one_line", "open_listeners",
+    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown",
+    "below", "BUSY", "CannotRun", "Cause", "check_site", "CHUNK_BYTES", "client_token_file", "ClientProtocol", "Clock",
+    "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of",
+    "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "FilesBody", "find_route",
+    "Finding", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes",
+    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
+    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
+    "make_executor", "marked_below", "MIB", "new_attempt", "new_session", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED",
+    "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "OLDEST_QUEUED", "on_network", "one_line", "open_listeners",
     "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "payload_gone", "peer_uid", "plural", "queue_info_of",
-    "read_answer", "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits",
-    "Route", "route", "ROUTES", "Server", "Service", "SERVICE_SETTINGS", "SETTINGS", "size_text", "socket_path", "Status",
-    "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp", "token_names", "token_place", "token_remedy",
-    "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
+    "read_all", "read_answer", "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request",
+    "ResultLimits", "route", "Route", "ROUTES", "routes_of", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S",
+    "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp",
+    "token_names", "token_place", "token_remedy", "USERS_WITH_JOBS", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
+    "write_atomic",
 )  # fmt: skip
 
 
@@ -1674,9 +1678,10 @@ def route(
 
 @functools.lru_cache(maxsize=2)
 def routes_of(mode: str) -> tuple[Route, ...]:
-    """Return the routes of one mode."""
-    load_plugin("documents")  # it declares routes
-    return tuple(found for found in ROUTES if mode in found.mode.split())
+    """Return the routes of one mode, in an order that does not depend on which plug-in was imported first."""
+    order = {load_plugin(name).__name__: number for number, name in enumerate(ROUTE_PLUGINS)}
+    sorted_routes = sorted(ROUTES, key=lambda found: order.get(found.handler.__module__, -1))
+    return tuple(found for found in sorted_routes if mode in found.mode.split())
 
 
 def find_route(mode: str, method: str, path: str) -> Route:
@@ -5824,11 +5829,11 @@ def health(node: Node, request: Request) -> Answer:
 PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
 
 
-@route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to the documentation")})
+@route("GET", "/", "server client", who="anyone", gives={200: PONG, 302: Gives("a browser is sent to a page")})
 def ping(node: Node, request: Request) -> Answer:
     """Tell that the process answers."""
     if prefers_html(request.header("Accept")):
-        return Answer(None, 302, {"Location": "/swagger-ui/"})
+        return Answer(None, 302, {"Location": "/dashboard" if node.config.mode == "server" else "/swagger-ui/"})
     return Answer({"message": "pong"})
 
 
@@ -8471,9 +8476,9 @@ PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=
 
 
 @functools.lru_cache(maxsize=64)
-def link_key(token: str) -> bytes:
-    """Derive the key of server and client from their token. It is slow on purpose: nobody must guess a token from MACs."""
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"joborch link 1", 10_000)
+def link_key(token: str, purpose: bytes = b"joborch link 1") -> bytes:
+    """Derive a key from a token: that of server and client, or of sessions. It is slow on purpose: nobody must guess a token from MACs."""
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), purpose, 10_000)
 
 
 class Proof(NamedTuple):
@@ -8941,6 +8946,33 @@ SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_a
    AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
 """
 JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
+# For the charts of the web page. They examine the newest 20,000 jobs, so that they take as long whatever the number of jobs.
+NEWEST_SUBMITTED = """
+SELECT CAST((created_at - :since) / :step_s AS INTEGER) AS step, count(*) AS jobs, avg(started_at - created_at) AS wait_s
+  FROM (SELECT created_at, started_at FROM jobs ORDER BY id DESC LIMIT 20000) WHERE created_at >= :since GROUP BY step
+"""
+NEWEST_ENDED = """
+SELECT CAST((at - :since) / :step_s AS INTEGER) AS step, ended, count(*) AS jobs
+  FROM (SELECT coalesce(ended_as, status) AS ended, CASE status WHEN 'Cleaned' THEN ended_at ELSE moved_at + :steady_began END AS at
+          FROM jobs ORDER BY id DESC LIMIT 20000)
+ WHERE ended IN ('Completed', 'Failed', 'Invalid', 'Killed') AND at >= :since GROUP BY step, ended
+"""
+NEWEST_FAILURES = """
+SELECT reason, count(*) AS jobs, max(id) AS newest
+  FROM (SELECT id, reason, coalesce(ended_as, status) AS ended,
+               CASE status WHEN 'Cleaned' THEN ended_at ELSE moved_at + :steady_began END AS at
+          FROM jobs ORDER BY id DESC LIMIT 20000)
+ WHERE ended IN ('Failed', 'Invalid') AND at >= :since GROUP BY reason ORDER BY jobs DESC, newest DESC LIMIT 20
+"""
+OLDEST_QUEUED = """
+SELECT service, min(created_at) AS created_at
+  FROM (SELECT service, created_at FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 10000) GROUP BY service
+"""
+USERS_WITH_JOBS = """
+SELECT user_id FROM (SELECT user_id, max(used) AS most FROM usage INDEXED BY usage_user GROUP BY user_id ORDER BY most DESC LIMIT :limit)
+ UNION
+SELECT user_id FROM (SELECT user_id FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 1000) LIMIT 2 * :limit
+"""
 UNSYNCED = """
 SELECT * FROM jobs INDEXED BY jobs_unsynced
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -11322,7 +11354,7 @@ PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added wh
 
 
 class Caller(NamedTuple):
-    """Who calls, and how that was proven: token, unix socket, same user, anonymous or link."""
+    """Who calls, and how that was proven: token, session, unix socket, same user, anonymous or link."""
 
     name: str
     proof: str
@@ -11347,6 +11379,9 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
     """
     shown = headers.get("AUTHORIZATION", "")
     if node.tokens and (shown or peer.address):
+        if not shown and csrf_token_of(node, headers.get("COOKIE", "")):
+            check_site(headers)
+            return Caller("default", "session")
         return check_token(node, shown, peer)
     check_site(headers)
     if peer.address:
@@ -11373,6 +11408,53 @@ def check_token(node: Node, shown: str, peer: Peer) -> Caller:
         node.refused.note(peer.address)
     what = "the token is wrong" if token else "a token is needed"
     raise HttpError(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+
+
+# -- sessions: a browser keeps a cookie in place of the token, for the web page --
+
+SESSION_S = 12 * 3600.0
+CSRF_HEADER = "X-CSRF-Token"
+
+
+def session_cookie(node: Node) -> str:
+    """Return the name of the cookie. Cookies are the same for all ports of a host, so that servers need different names."""
+    return f"joborch-session-{node.config.port}"
+
+
+def session_mac(token: str, text: str) -> str:
+    """Return the MAC of a text about sessions, by a key that comes from `token`."""
+    return hmac.new(link_key(token, b"joborch session 1"), text.encode(), "sha256").hexdigest()
+
+
+def new_session(node: Node, token: str) -> str | None:
+    """Return the value of a cookie that stands for `token` for SESSION_S, or None if the token is wrong.
+
+    Nothing is stored: the value is its own end and a MAC. It is valid as long as the token is.
+    """
+    fits = [known for known in node.tokens if hmac.compare_digest(token.strip().encode("utf-8", "replace"), known.encode())]
+    if not fits:
+        return None
+    text = f"{node.clock.wall() + SESSION_S:.0f}.{secrets.token_hex(8)}"
+    return f"{text}.{session_mac(fits[0], 'cookie ' + text)}"
+
+
+def csrf_token_of(node: Node, cookies: str) -> str | None:
+    """Return the CSRF token of the session in a Cookie header, or None if it has no valid session. A client has no sessions."""
+    shape = rf"(?:^|; *){session_cookie(node)}=(([0-9]{{1,15}})\.[0-9a-f]{{16}})\.([0-9a-f]{{64}}) *(?:;|$)"
+    found = re.search(shape, cookies) if node.config.mode == "server" else None
+    if found is None or int(found[2]) <= node.clock.wall():
+        return None
+    fits = [token for token in node.tokens if hmac.compare_digest(session_mac(token, "cookie " + found[1]), found[3])]
+    return session_mac(fits[0], "csrf " + found[1]) if fits else None
+
+
+def check_csrf(node: Node, declared: Route, caller: Caller | None, headers: Mapping[str, str]) -> None:
+    """Raise HttpError 403 for a change in a session without its CSRF token, which only our own pages know."""
+    if caller is None or caller.proof != "session" or declared.method == "GET" or declared.who == "anyone":
+        return
+    shown = headers.get(CSRF_HEADER.upper().replace("-", "_"), "").encode("latin-1", "replace")
+    if not hmac.compare_digest(shown, (csrf_token_of(node, headers.get("COOKIE", "")) or "").encode()):
+        raise HttpError(403, f"the header {CSRF_HEADER} is missing or out of date: load the page again", CSRF_HEADER)
 
 
 def check_site(headers: Mapping[str, str]) -> None:
@@ -11660,6 +11742,7 @@ class Judge:
             self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length, self.channel)
             found = self.route = find_route(self.node.config.mode, parser.command, parser.path)
             self.caller = identify(self.node, found.who, self.proof, parser.headers, self.channel)
+            check_csrf(self.node, found, self.caller, parser.headers)
             if self.caller is not None:
                 self.proven = self.channel.proven = True
             self.promise = check_size(self.node, found, parser.content_length, parser.chunked)

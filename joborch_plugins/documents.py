@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from joborch import BAD, JSON_TYPE, ROUTES, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route
+from joborch import BAD, JSON_TYPE, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route, routes_of
 
 # == Page and documents ==  They are made from the declared routes, and need no other machine.
 
@@ -42,15 +42,14 @@ PAGE_HEADERS = {
 def openapi(mode: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 description of the routes of one mode."""
     paths: dict[str, dict[str, Any]] = {}
-    for declared in ROUTES:
-        if mode in declared.mode.split():
-            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
-            paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
-            if declared.method == "GET":
-                head = openapi_operation(declared)
-                head["operationId"] += "_head"
-                head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
-                paths[path]["head"] = head
+    for declared in routes_of(mode):
+        path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
+        paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
+        if declared.method == "GET":
+            head = openapi_operation(declared)
+            head["operationId"] += "_head"
+            head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
+            paths[path]["head"] = head
     return {
         "openapi": "3.1.0",
         "info": {"title": f"joborch {mode}", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
@@ -135,22 +134,20 @@ def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
 def routes_table(mode: str) -> str:
     """Return the table of routes for docs/reference.md, in Markdown."""
     rows = ["| method and path | what it does | answers |", "|---|---|---|"]
-    for declared in ROUTES:
-        if mode in declared.mode.split():
-            path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
-            codes = ", ".join(str(code) for code in sorted(declared.gives))
-            rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
+    for declared in routes_of(mode):
+        path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
+        codes = ", ".join(str(code) for code in sorted(declared.gives))
+        rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
     return "\n".join(rows)
 
 
 def routes_page(mode: str) -> str:
     """Return the page that lists the routes, for a copy of joborch without Swagger UI."""
     rows = []
-    for declared in ROUTES:
-        if mode in declared.mode.split():
-            path = escape(re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path))
-            shown = f'<a href="{path}">{path}</a>' if declared.method == "GET" and "{" not in path else path
-            rows.append(f"<tr><td>{declared.method}</td><td>{shown}</td><td>{escape(declared.summary)}</td></tr>")
+    for declared in routes_of(mode):
+        path = escape(re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path))
+        shown = f'<a href="{path}">{path}</a>' if declared.method == "GET" and "{" not in path else path
+        rows.append(f"<tr><td>{declared.method}</td><td>{shown}</td><td>{escape(declared.summary)}</td></tr>")
     return ROUTES_PAGE.format(mode=mode, rows="\n".join(rows))
 
 

@@ -59,6 +59,8 @@ CHUNKED = [b"Content-Type: " + TYPE, b"Transfer-Encoding: chunked"]
 BASES = [
     *(posted(path, body) for path in (b"/upload", b"/submit") for body in (NO_USER, NO_USER, FORM)),
     *(request(b"POST", path, CHUNKED, in_chunks(NO_USER, [7, 100])) for path in (b"/upload", b"/submit")),
+    request(b"GET", b"/dashboard/jobs?user_id=1&status=&before=", []),
+    request(b"POST", b"/session", [b"Content-Type: application/x-www-form-urlencoded", b"Content-Length: 15"], b"token=%78&to=%2f"),
     request(b"GET", b"/jobs?limit=3&user_id=1", [b"Connection: close"]),
     request(b"GET", b"/health", [b"Range: bytes=0-1"]),
     request(b"HEAD", b"/download/1", []),

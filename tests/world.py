@@ -507,13 +507,18 @@ class Said:
         return json.loads(self.body)
 
 
-def ask(node: joborch.Node, method: str, path: str, body: bytes = b"", **headers: str) -> Said:
+KNOWN_CALLER = joborch.Caller("default", "token")
+
+
+def ask(
+    node: joborch.Node, method: str, path: str, body: bytes = b"", caller: joborch.Caller | None = KNOWN_CALLER, **headers: str
+) -> Said:
     """One request to a node's application; headers are named with underscores."""
     path, _, query = path.partition("?")
     path = path.encode().decode("latin-1")  # WSGI has bytes in texts (PEP 3333)
     environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "wsgi.input": io.BytesIO(body)}
     environ["CONTENT_LENGTH"] = str(len(body))
-    environ["joborch.caller"] = joborch.Caller("default", "token")
+    environ["joborch.caller"] = caller
     for name, value in headers.items():
         environ[name.upper() if name == "Content_Type" else "HTTP_" + name.upper()] = value
     wsgiref.util.setup_testing_defaults(environ)

@@ -1,0 +1,696 @@
+"""The web page at /dashboard: what GET routes answer, as HTML that needs no JavaScript; page.js keeps it live and sends what changes.
+
+Every page asks the handlers of the API in this process, as its caller, and so shows what the caller may see. Text becomes HTML
+in `tag` and `fill` alone, which escape it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from typing import Any, Callable, NamedTuple, Union
+from urllib.parse import parse_qsl, quote, urlencode
+
+from joborch import (
+    CSRF_HEADER,
+    JSON_TYPE,
+    NEWEST_ENDED,
+    NEWEST_FAILURES,
+    NEWEST_SUBMITTED,
+    OLDEST_QUEUED,
+    OVER,
+    ROUTES,
+    SESSION_S,
+    USERS_WITH_JOBS,
+    Answer,
+    Gives,
+    HttpError,
+    Parameter,
+    Request,
+    Server,
+    Status,
+    __version__,
+    check_site,
+    csrf_token_of,
+    find_route,
+    format_duration,
+    new_session,
+    one_line,
+    own_file,
+    plural,
+    read_all,
+    route,
+    session_cookie,
+    size_text,
+)
+
+FOLDER = "joborch_plugins/page/"
+HTML_TYPE = "text/html; charset=utf-8"
+# Read at the import: the file of the program may be replaced while it runs.
+FILES = {name: (kind, own_file(FOLDER + name)) for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript; charset=utf-8"))}
+PARTS = {
+    name: string.Template(text.strip())
+    for name, text in re.findall(r"<!-- part: (\w+) -->\n(.*?)(?=<!-- part: |\Z)", own_file(FOLDER + "page.html").decode(), re.DOTALL)
+}
+HEADERS = {
+    "Content-Type": HTML_TYPE,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+NAVIGATION = (("/dashboard", "Overview"), ("/dashboard/jobs", "Jobs"), ("/dashboard/submit", "Submit"), ("/dashboard/users", "Users"))
+NONE = "-"  # what a table shows where there is nothing
+JOBS_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 50, 64
+HOURS, STEP_S = 12, 1800.0  # of the charts, and of one of their bars
+LOG_TAIL_BYTES, LOG_PARTS = 64 * 1024, 32  # of an output, its end; it is read in parts of at most 1 MiB
+NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ids", "format", "by")  # of GET /jobs
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+# == HTML ==
+
+
+class Html(str):
+    """A text that is HTML already."""
+
+    __slots__ = ()
+
+
+Content = Union[str, int, float, None, Iterable["Content"]]  # type: ignore[misc, unused-ignore]
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters and marks of direction as signs that can be seen: a log or a name must not hide anything."""
+    return INVISIBLE.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def html(content: Content) -> Html:
+    """Return content as HTML: text is escaped, None is nothing, and parts of a sequence follow each other."""
+    if isinstance(content, Html):
+        return content
+    if content is None:
+        return Html("")
+    if isinstance(content, (str, int, float)):
+        return Html(escape(visible(str(content))))
+    return Html("".join(map(html, content)))
+
+
+def tag(name: str, /, *content: Content, **attributes: Any) -> Html:
+    """Return an element. Attributes are named with underscores (`class_`, `data_post`); False and None leave one out."""
+    shown = "".join(
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(visible(str(value)))}"')
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    )
+    end = "" if name in ("input", "br", "col") else f"</{name}>"
+    return Html(f"<{name}{shown}>{html(content)}{end}")
+
+
+def fill(part: str, **values: Content) -> Html:
+    """Return a part of page.html with its gaps filled."""
+    return Html(PARTS[part].substitute({name: html(value) for name, value in values.items()}))
+
+
+def name_of(text: Content) -> Html:
+    """Return a name that somebody chose; the direction of its script does not change that of the text around it."""
+    return tag("bdi", text, class_="long" if len(str(text)) > 24 else None)
+
+
+def prose(text: str) -> Html:
+    """Return a sentence, in a column that is wide enough for it."""
+    return tag("span", text, class_="long")
+
+
+def time_of(stamp: str | None) -> Html:
+    """Return a time of the API; page.js shows it in the reader's time zone and language."""
+    return tag("time", f"{stamp[:10]} {stamp[11:19]} UTC", datetime=stamp) if stamp else html(NONE)
+
+
+def status_of(status: str) -> Html:
+    """Return a state as a sign with its name."""
+    return tag("span", status, class_=f"status {status.lower()}")
+
+
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Content]], empty: str) -> Html:
+    """Return a table whose cells know the title of their column: a narrow screen shows each row as a card."""
+    body = [tag("tr", *(tag("td", tag("div", cell), data_label=title) for title, cell in zip(head, row))) for row in rows]
+    if not body:
+        return tag("p", empty, class_="quiet")
+    titles = tag("thead", tag("tr", *(tag("th", title, scope="col") for title in head)))
+    return tag("table", tag("caption", caption, class_="unseen"), titles, tag("tbody", *body))
+
+
+def section(key: str, title: str, *content: Content) -> Html:
+    """Return a part of a page that page.js replaces when the server has news."""
+    return tag("section", tag("h2", title, id=f"{key}-title"), *content, id=key, data_live=True, aria_labelledby=f"{key}-title")
+
+
+def button(text: str, post: str, question: str = "", then: str = "") -> Html:
+    """Return a button with which page.js sends a POST, after a question if there is one. Without JavaScript it is hidden."""
+    return tag("button", text, type="button", data_post=post, data_question=question or None, data_then=then or None, hidden=True)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration as people say it; a sign for one that is not known."""
+    return NONE if seconds is None else format_duration(max(0.0, seconds))
+
+
+def moment(stamp: str) -> float:
+    """Return a time of the API as wall time."""
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+# == Pages ==
+
+ONE_PAGE = {
+    200: Gives("the page", "text/html"),
+    400: Gives("a filter cannot be used", "text/html"),
+    401: Gives("the page that asks for a token", "text/html"),
+    403: Gives("this server has no token, and answers its own user alone", "text/html"),
+}
+
+
+def answer_of(server: Server, request: Request, path: str, **query: str) -> Answer:
+    """Return what GET `path` answers to the caller of `request`. Raises HttpError as that route does."""
+    declared = find_route("server", "GET", path)
+    found = declared.pattern.match(path)
+    texts = {"path": found.groupdict() if found else {}, "query": query}
+    values = {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
+    return declared.handler(server, request, **values)
+
+
+def ask(server: Server, request: Request, path: str, **query: str) -> Any:
+    """Return the JSON that GET `path` answers. Raises HttpError as that route does."""
+    return answer_of(server, request, path, **query).body
+
+
+def has_route(path: str) -> bool:
+    """Tell whether the server has this route."""
+    try:
+        return find_route("server", "GET", path) is not None
+    except HttpError:
+        return False
+
+
+def whole_page(server: Server, request: Request, title: str, content: Content, status: int = 200) -> Answer:
+    """Return a page with everything around its content."""
+    path = request.environ.get("PATH_INFO", "")
+    here = max((place for place, _ in NAVIGATION if path.startswith(place)), key=len, default="")
+    links = [tag("a", text, href=place, aria_current="page" if place == here else None) for place, text in NAVIGATION]
+    csrf = csrf_token_of(server, request.header("Cookie"))
+    end = fill("sign_out") if request.caller and request.caller.proof == "session" else None
+    page = fill(
+        "page", title=title, links=links if request.caller else None, content=content, version=__version__, sign_out=end,
+        csrf=csrf or "", csrf_header=CSRF_HEADER, events="/changes" if has_route("/changes") else "",
+    )  # fmt: skip
+    return Answer(page.encode("utf-8", "replace"), status, dict(HEADERS))
+
+
+def sign_in_page(server: Server, request: Request, trouble: str = "", to: str = "") -> Answer:
+    """Return the page that asks for a token, or says that there is none."""
+    if not server.tokens:
+        text = "This server has no token, and answers only the user who runs it. Set JOBORCH_TOKEN for it, and load this page again."
+        return whole_page(server, request, "Not allowed", tag("p", text, class_="large"), 403)
+    return whole_page(server, request, "Sign in", fill("sign_in", trouble=trouble, to=to or request.environ.get("PATH_INFO", "")), 401)
+
+
+def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Declare the route of a page. An error is a page too, and so is the question for a token: no handler runs without a caller."""
+
+    def declare(content: Callable[..., Answer]) -> Callable[..., Answer]:
+        @functools.wraps(content)
+        def handler(server: Server, request: Request, **values: Any) -> Answer:
+            if request.caller is None:
+                return sign_in_page(server, request)
+            try:
+                return content(server, request, **values)
+            except HttpError as refusal:
+                text = tag("p", refusal.message, class_="large", role="alert")
+                return whole_page(server, request, "That does not work", text, refusal.status)
+
+        gives = {**ONE_PAGE, 404: Gives("no such job", "text/html")} if "<" in path else ONE_PAGE
+        return route("GET", path, "server", who="anyone", takes=takes, gives=gives, quick=not slow, slow=slow)(handler)
+
+    return declare
+
+
+# == Overview ==
+
+
+def problems(health: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> Html:
+    """Return what is wrong now."""
+    found = health.get("problems")
+    if found is None:
+        found = [{"what": client["trouble"], "client": client["name"]} for client in clients if client["trouble"]]
+    if not found:
+        return section("problems", "Problems", tag("p", "All is well.", class_="well"))
+    shown = []
+    for each in found:
+        about = [f"{word} {each[word]}" for word in ("service", "client") if each.get(word)]
+        since = ["since ", time_of(each["since"])] if each.get("since") else None
+        remedy = tag("p", each["remedy"]) if each.get("remedy") else None
+        shown.append(tag("li", tag("strong", each["what"]), " ", tag("span", ", ".join(about), " ", since, class_="quiet"), remedy))
+    return section("problems", plural(len(found), "problem", "problems"), tag("ul", *shown, class_="problems"))
+
+
+def services_table(services: Sequence[Mapping[str, Any]], oldest_s: Mapping[str, float]) -> Html:
+    """Return the services, with what runs and waits, and their limits."""
+    head = ("Service", "Running", "Queued", "Oldest wait", "Users waiting", "Limit a user", "Mean run")
+    rows = [
+        (
+            tag("a", name_of(each["name"]), href="/dashboard/jobs?" + urlencode({"service": each["name"]})),
+            f"{each['running']} of {each['max_runs']}", f"{each['queued']:,}", duration(oldest_s.get(each["name"])),
+            f"{each['users_queued']:,}", each["runs_per_user"], duration(each["mean_run_s"]),
+        )
+        for each in services
+    ]  # fmt: skip
+    return section("services", "Services", table("Services", head, rows, "No service is configured."))
+
+
+def squares(client: Mapping[str, Any]) -> Html:
+    """Return a client's slots as squares, those in use filled."""
+    slots, free = client["slots"], client["free"]
+    if slots is None:
+        return html("unknown")
+    used, text = slots - free, f"{slots - free} of {slots} in use"
+    if slots > SLOTS_DRAWN:
+        return html(text)
+    drawn = [
+        tag("rect", x=12 * (number % 16) + 1, y=12 * (number // 16) + 1, width=9, height=9, class_="used" if number < used else "free")
+        for number in range(slots)
+    ]
+    width, height = 12 * min(16, slots), 12 * math.ceil(slots / 16)
+    return tag("svg", *drawn, class_="slots", width=width, height=height, viewBox=f"0 0 {width} {height}", role="img", aria_label=text)
+
+
+def clients_table(clients: Sequence[Mapping[str, Any]]) -> Html:
+    """Return the clients, with their slots and why one gets no jobs."""
+    rows = []
+    for each in clients:
+        state = "drained" if each["drained"] else "gets jobs" if not each["trouble"] else each["trouble"]
+        path = f"/clients/{quote(each['name'], safe=':')}/{'resume' if each['drained'] else 'drain'}"
+        load = NONE if each["load"] is None else f"{each['load']:.0f} %"
+        action = button("Resume" if each["drained"] else "Drain", path)
+        rows.append(
+            (name_of(each["name"]), ", ".join(each["services"]), squares(each), load, prose(state), time_of(each["last_seen"]), action)
+        )
+    head = ("Client", "Services", "Slots", "CPU", "State", "Last heard", "Action")
+    return section("clients", "Clients", table("Clients", head, rows, "No client is configured."))
+
+
+def chart(title: str, values: Sequence[float], text: str, kind: str) -> Html:
+    """Return a bar chart of the last hours, the present at its right."""
+    most = max(values, default=0.0) or 1.0
+    bars = [
+        tag("rect", x=10 * number + 1, y=f"{48 - 46 * value / most:.1f}", width=8, height=f"{46 * value / most:.1f}")
+        for number, value in enumerate(values)
+        if value
+    ]
+    line = tag("line", x1=0, x2=10 * len(values), y1=49, y2=49)
+    drawing = tag(
+        "svg", line, *bars, viewBox=f"0 0 {10 * len(values)} 50", preserveAspectRatio="none", role="img", aria_label=f"{title}: {text}"
+    )
+    return tag("figure", tag("figcaption", tag("strong", title), " ", text), drawing, class_=f"chart of-{kind}")
+
+
+def charts(server: Server, began: float) -> Html:
+    """Return what the last hours brought, from the newest 20,000 jobs."""
+    steps = int(HOURS * 3600 / STEP_S)
+    moments = {"since": server.clock.wall() - HOURS * 3600, "step_s": STEP_S}
+    series: dict[str, list[float]] = {name: [0.0] * steps for name in ("submitted", "completed", "failed", "wait")}
+    for row in server.store.read(NEWEST_SUBMITTED, **moments):
+        at = min(row["step"], steps - 1)
+        series["submitted"][at] += row["jobs"]
+        series["wait"][at] = max(row["wait_s"] or 0.0, 0.0)
+    for row in server.store.read(NEWEST_ENDED, **moments, steady_began=began):
+        if row["ended"] != Status.KILLED:
+            series["completed" if row["ended"] == Status.COMPLETED else "failed"][min(row["step"], steps - 1)] += row["jobs"]
+    sums = {name: f"{sum(values):,.0f}" for name, values in series.items()}
+    sums["wait"] = f"{duration(max(series['wait']))} at most on average"
+    drawn = [chart(name.capitalize(), values, sums[name], name) for name, values in series.items()]
+    return section("charts", f"The last {HOURS} hours", tag("div", *drawn, class_="charts"))
+
+
+def failures(server: Server, began: float) -> Html:
+    """Return the failures of the last day, those with the same reason together."""
+    rows = [
+        (f"{row['jobs']:,}", prose(row["reason"]), tag("a", f"job {row['newest']}", href=f"/dashboard/jobs/{row['newest']}"))
+        for row in server.store.read(NEWEST_FAILURES, since=server.clock.wall() - 86400, steady_began=began)
+    ]
+    shown = table("Failures of the last day by their reason", ("Jobs", "Reason", "Newest"), rows, "No job has failed.")
+    return section("failures", "Failures of the last day", shown)
+
+
+@page("/dashboard")
+def overview_page(server: Server, request: Request) -> Answer:
+    """Show what is going on: problems, services, clients, the last hours, and failures."""
+    clients = ask(server, request, "/clients")["clients"]
+    now, began = server.clock.wall(), server.clock.wall() - server.store.steady()
+    oldest_s = {row["service"]: now - row["created_at"] for row in server.store.read(OLDEST_QUEUED)}
+    content = [
+        problems(ask(server, request, "/health"), clients),
+        services_table(ask(server, request, "/services")["services"], oldest_s),
+        clients_table(clients),
+        charts(server, began),
+        failures(server, began),
+    ]
+    return whole_page(server, request, "Overview", content)
+
+
+# == Jobs ==
+
+
+def lenient(parameter: Parameter) -> Parameter:
+    """Return a filter of GET /jobs as a form sends it: it may be empty. What is wrong with it is said by a page, not here."""
+    return Parameter(parameter.name, "query", "string", parameter.help, str(parameter.example), default="")
+
+
+LISTING = next(each for each in ROUTES if (each.method, each.path) == ("GET", "/jobs"))  # find_route would miss the routes below
+FILTERS = tuple(each for each in LISTING.taken("query") if each.name not in NOT_IN_THE_FORM)
+BEFORE = Parameter("before", "query", "string", "the cursor of the page", "42", default="")
+
+
+def filter_field(server: Server, parameter: Parameter, value: str) -> Html:
+    """Return the field of a form for one filter."""
+    choices: Sequence[str] = [*server.services] if parameter.name == "service" else parameter.choices
+    key, title = f"filter-{parameter.name}", "user" if parameter.name == "user_id" else parameter.name
+    if choices:
+        options = [tag("option", name, value=name, selected=name == value) for name in choices]
+        field = tag("select", tag("option", "any", value=""), *options, id=key, name=parameter.name)
+    else:
+        kind = "numeric" if parameter.kind == "integer" else None
+        field = tag("input", id=key, name=parameter.name, value=value, inputmode=kind, placeholder=f"as in {parameter.example}")
+    return tag("div", tag("label", title.capitalize(), for_=key), field, title=parameter.help)
+
+
+def run_time(job: Mapping[str, Any], now: float) -> str:
+    """Return how long a job has run."""
+    if not job["started_at"]:
+        return NONE
+    return duration((moment(job["ended_at"]) if job["ended_at"] else now) - moment(job["started_at"]))
+
+
+def jobs_table(server: Server, jobs: Iterable[Mapping[str, Any]]) -> Html:
+    """Return jobs as a table."""
+    now = server.clock.wall()
+    rows = [
+        (
+            tag("a", f"{each['id']}", href=f"/dashboard/jobs/{each['id']}"), status_of(each["status"]), name_of(each["service"]),
+            each["user_id"], name_of(each["name"]), prose(one_line(each["message"], 160)), time_of(each["created_at"]), run_time(each, now),
+        )
+        for each in jobs
+    ]  # fmt: skip
+    head = ("Job", "State", "Service", "User", "Name", "Reason", "Submitted", "Run time")
+    return table("Jobs, the newest first", head, rows, "No job matches.")
+
+
+@page("/dashboard/jobs", takes=(*map(lenient, FILTERS), BEFORE))
+def jobs_page(server: Server, request: Request, before: str, **filters: str) -> Answer:
+    """List jobs, newest first, with the filters of GET /jobs."""
+    given = {name: value for name, value in filters.items() if value.strip()}
+    found = ask(server, request, "/jobs", limit=str(JOBS_A_PAGE), **given, **({"before": before} if before else {}))
+    older = "/dashboard/jobs?" + urlencode({**given, "before": found["next"]})
+    newest = "/dashboard/jobs" + ("?" + urlencode(given) if given else "")
+    links = [
+        tag("a", "Newest jobs", href=newest, class_="button") if before else None,
+        tag("a", "Older jobs", href=older, class_="button", rel="next") if found["next"] else None,
+    ]
+    fields = [filter_field(server, each, filters[each.name]) for each in FILTERS]
+    return whole_page(server, request, "Jobs", [
+        fill("filters", fields=fields),
+        tag("div", jobs_table(server, found["jobs"]), id="jobs", data_live=not before),
+        tag("nav", *links, aria_label="More jobs", class_="actions"),
+    ])  # fmt: skip
+
+
+# == One job ==
+
+
+def is_over(job: Mapping[str, Any]) -> bool:
+    """Tell whether a job has ended."""
+    return job["status"] in [status.value for status in OVER]
+
+
+class Span(NamedTuple):
+    """A time that a job spent in one state."""
+
+    status: str
+    since: str
+    seconds: float
+    reason: str
+
+
+def spans(job: Mapping[str, Any], now: float) -> list[Span]:
+    """Return the states of a job in order. A final state takes no time."""
+    moves = job["history"]
+    ends = [moment(move["at"]) for move in moves[1:]] + [now]
+    final = [status.value for status in OVER]
+    return [
+        Span(move["to"], move["at"], 0.0 if move["to"] in final else max(0.0, end - moment(move["at"])), move["reason"])
+        for move, end in zip(moves, ends)
+    ]
+
+
+def timeline(found: Sequence[Span]) -> Html:
+    """Return the states of a job, drawn to scale in time."""
+    total, at, drawn = sum(span.seconds for span in found) or 1.0, 0.0, []
+    for span in found:
+        width = 1000 * span.seconds / total
+        text = tag("title", f"{span.status}: {duration(span.seconds)}")
+        drawn.append(tag("rect", text, x=f"{at:.2f}", y=0, width=f"{max(width, 2.0):.2f}", height=30, class_=span.status.lower()))
+        at += width
+    spoken = ", then ".join(f"{span.status} for {duration(span.seconds)}" for span in found if span.seconds)
+    drawing = tag(
+        "svg", *drawn, class_="timeline", viewBox="0 0 1002 30", preserveAspectRatio="none", role="img", aria_label=spoken or "no time yet"
+    )
+    rows = [
+        (status_of(span.status), time_of(span.since), duration(span.seconds) if span.seconds else NONE, prose(span.reason))
+        for span in found
+    ]
+    return section("history", "States", drawing, table("States of the job", ("State", "Since", "For", "Reason"), rows, ""))
+
+
+def facts(job: Mapping[str, Any]) -> Html:
+    """Return what the job was submitted with, and how it ended."""
+    shown: dict[str, Content] = {
+        "Service": name_of(job["service"]), "User": job["user_id"], "Name": job["name"] and name_of(job["name"]),
+        "Submitted": time_of(job["created_at"]), "Started": job["started_at"] and time_of(job["started_at"]),
+        "Ended": job["ended_at"] and time_of(job["ended_at"]), "Client": job["client"] and name_of(job["client"]),
+        "Exit status": job["exit_code"], "Signal": job["signal"], "Cause": job["cause"], "Cores": job["cpus"],
+        "Memory": job["memory"] and f"{job['memory']:,} MiB", "Time limit": job["timeout"] and duration(job["timeout"]),
+        "Priority": job["priority"] or None, "Place in the queue": job["queue_position"],
+        "Likely start": job["estimated_start"] and time_of(job["estimated_start"]), "Attempt": job["attempt"],
+        "Follows": job["after"] and ", ".join(map(str, job["after"])), "Result": job["result"] and size_text(job["result"]["size"]),
+    }  # fmt: skip
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in shown.items() if value is not None and value != []]
+    return tag("dl", *rows, class_="facts")
+
+
+def attempts_table(job: Mapping[str, Any]) -> Html | None:
+    """Return the attempts of a job, if there were several."""
+    rows = [
+        (
+            each["attempt"],
+            name_of(each["client"]),
+            time_of(each["started_at"]),
+            time_of(each["ended_at"]),
+            each["exit_code"],
+            prose(each["reason"] or ""),
+        )
+        for each in job["attempts"]
+    ]
+    head = ("Attempt", "Client", "Started", "Ended", "Exit status", "Reason")
+    return section("attempts", "Attempts", table("Attempts", head, rows, "")) if len(rows) > 1 else None
+
+
+def tail_of(server: Server, request: Request, job: Mapping[str, Any], stream: str) -> str:
+    """Return the end of an output stream of a job that has ended."""
+    path, tail, offset = f"/jobs/{job['id']}/logs", b"", "0"
+    for _ in range(LOG_PARTS):
+        part = answer_of(server, request, path, stream=stream, offset=offset)
+        if not part.body:
+            break
+        tail, offset = (tail + part.body)[-LOG_TAIL_BYTES:], part.headers["X-Next-Offset"]
+    return tail.decode("utf-8", "replace")
+
+
+def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> Html:
+    """Return the output of a job. While it runs, page.js follows it."""
+    path = f"/jobs/{job['id']}/logs"
+    over = is_over(job)
+    parts = []
+    for stream, title in (("stdout", "Standard output"), ("stderr", "Standard error")):
+        try:
+            text = tail_of(server, request, job, stream) if over else ""
+        except HttpError as refusal:
+            return tag("section", tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
+        whole = tag("a", "whole", href=f"{path}?stream={stream}")
+        box = tag("pre", tag("code", text), tabindex="0", data_log=f"{path}?stream={stream}&follow=1", data_over=over, aria_label=title)
+        parts.append(tag("div", tag("h3", title, " (", whole, ")"), box, class_="log"))
+    return tag("section", fill("search"), *parts, id="output")
+
+
+def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool) -> Html | None:
+    """Return the files of a job, with links. Those of a running job come from its client, which takes time, so only if `wanted`."""
+    path = f"/jobs/{job['id']}/files"
+    if not has_route(path):
+        return None
+    over = is_over(job)
+    if not (over or wanted):
+        shown: Content = tag("p", tag("a", "Show its files as they are now", href=f"/dashboard/jobs/{job['id']}?files=1", class_="button"))
+    else:
+        try:
+            found = ask(server, request, path, limit="1000")
+        except HttpError as refusal:
+            shown = tag("p", refusal.message, class_="quiet")
+        else:
+            rows = [
+                (tag("a", name_of(each["path"]), href=f"{path}/{quote(each['path'])}", data_size=each["size"], data_file=True),
+                 size_text(each["size"]))
+                for each in found["files"]
+            ]  # fmt: skip
+            more = tag("p", "The first 1,000 files are shown.", class_="quiet") if found["next"] else None
+            shown = [table("Files", ("File", "Size"), rows, "It left no file."), more]
+    return tag("section", tag("h2", "Files"), shown, fill("preview"), id="files")
+
+
+def actions(job: Mapping[str, Any]) -> Html:
+    """Return what can be done with a job."""
+    number, over = job["id"], is_over(job)
+    cleaned = job["status"] == Status.CLEANED
+    question = f"Stop job {number}? Its processes are killed, and it has no result."
+    return tag(
+        "div",
+        tag("a", "Download the result", href=f"/download/{number}", class_="button main") if job["status"] == Status.COMPLETED else None,
+        tag("a", "Download its files", href=f"/download_partial/{number}", class_="button")
+        if not cleaned and job["status"] != Status.COMPLETED
+        else None,
+        button("Run it again", f"/jobs/{number}/retry", then="/dashboard/jobs/{id}") if over and not cleaned else None,
+        None if over else button("Cancel the job", f"/terminate/{number}", question),
+        class_="actions",
+    )
+
+
+JOB_ID = Parameter("job_id", "path", "string", "the id of a job", "42", required=True)
+SHOW_FILES = Parameter("files", "query", "string", "1: also the files of a running job", "1", default="")
+
+
+@page("/dashboard/jobs/<job_id>", takes=(JOB_ID, SHOW_FILES), slow=True)
+def job_page(server: Server, request: Request, job_id: str, files: str) -> Answer:
+    """Show a job: its states in time, why it waits or failed, attempts, output and files."""
+    job = ask(server, request, f"/jobs/{job_id}")
+    name = [" ", name_of(job["name"])] if job["name"] else None
+    lead = tag(
+        "div",
+        tag("p", status_of(job["status"]), name),
+        tag("p", job["message"] or f"It is {job['status'].lower()}.", class_="large", role="status"),
+        actions(job),
+        facts(job),
+    )
+    return whole_page(server, request, f"Job {job['id']}", [
+        tag("div", lead, id="job", data_live=True, data_status=job["status"]),
+        timeline(spans(job, server.clock.wall())),
+        attempts_table(job),
+        output_section(server, request, job),
+        files_section(server, request, job, files == "1"),
+    ])  # fmt: skip
+
+
+# == Submit and users ==
+
+
+def form_field(parameter: Parameter) -> Html:
+    """Return the field of a form for one field of an upload."""
+    key, required = f"field-{parameter.name}", parameter.name == "user_id"
+    numeric = {"type": "number", "min": parameter.least, "max": parameter.most} if parameter.kind == "integer" else {}
+    bounds = {name: f"{value:.0f}" if isinstance(value, float) else value for name, value in numeric.items()}
+    if parameter.name == "user_id":
+        bounds = {"inputmode": "numeric", "pattern": "-?[0-9]+"}
+    field = tag("input", id=key, name=parameter.name, required=required, aria_describedby=f"{key}-help", **bounds)
+    title = parameter.name.replace("_id", "").capitalize()
+    return tag("div", tag("label", title, for_=key), field, tag("small", parameter.help, id=f"{key}-help"))
+
+
+@page("/dashboard/submit")
+def submit_page(server: Server, request: Request) -> Answer:
+    """Send a job: drop its files, or choose them."""
+    fields = [each for each in find_route("server", "POST", "/upload").taken("form") if each.kind != "file" and each.name != "service"]
+    services = [tag("option", name, value=name) for name in server.services]
+    first, rest = ([form_field(each) for each in fields if (each.name in ("user_id", "name")) is wanted] for wanted in (True, False))
+    return whole_page(server, request, "Submit a job", fill("submit", services=services, fields=first, more=rest))
+
+
+USER = Parameter("user_id", "query", "string", "only this user", "7", default="")
+
+
+@page("/dashboard/users", takes=(USER,))
+def users_page(server: Server, request: Request, user_id: str) -> Answer:
+    """Show users: their share, what they have used, and what they wait for."""
+    wanted = (
+        [user_id.strip()] if user_id.strip() else [str(row["user_id"]) for row in server.store.read(USERS_WITH_JOBS, limit=USERS_SHOWN)]
+    )
+    rows = []
+    for user in (ask(server, request, f"/users/{quote(each, safe='')}") for each in wanted):
+        link = tag("a", user["user_id"], href=f"/dashboard/jobs?user_id={user['user_id']}")
+        for each in user["services"] or [{}]:
+            used = each.get("used_slot_s")
+            rows.append((used or 0.0, (
+                link, name_of(each.get("name", NONE)), f"{user['weight']:g}", duration(used), f"{each.get('runs', 0):,}",
+                each.get("running", 0), f"{user['queued']:,}", each.get("turns_before"),
+            )))  # fmt: skip
+    rows.sort(key=lambda row: -row[0])
+    head = ("User", "Service", "Weight", "Slot time used", "Runs", "Running", "Queued", "Users before")
+    shown = table("Users", head, [row for _, row in rows], "Nobody has sent a job.")
+    return whole_page(server, request, "Users", [fill("user", user_id=user_id), tag("div", shown, id="users", data_live=True)])
+
+
+# == Files and sessions ==
+
+FILE_NAME = Parameter("name", "path", "string", "a file of the page", "page.css", required=True)
+FILE_GIVES = {
+    200: Gives("the file", "text/css"),
+    304: Gives("you have it already (If-None-Match)"),
+    404: Gives("no such file", JSON_TYPE, {"message": "the page has no such file"}),
+}
+
+
+@route("GET", "/dashboard/files/<name>", "server", who="anyone", takes=(FILE_NAME,), gives=FILE_GIVES)
+def page_file(server: Server, request: Request, name: str) -> Answer:
+    """Serve the style or the script of the web page."""
+    if name not in FILES:
+        raise HttpError(404, "the page has no such file")
+    kind, content = FILES[name]
+    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
+    if request.header("If-None-Match") == headers["ETag"]:
+        return Answer(None, 304, headers)
+    return Answer(content, 200, {"Content-Type": kind, **headers})
+
+
+SESSION_GIVES = {
+    303: Gives("to the web page, with a cookie that stands for the token for 12 hours; without a token, one that ends the session"),
+    401: Gives("the token is wrong", "text/html"),
+    403: Gives("a page of another site may not do this", JSON_TYPE, {"message": "a page of another site may not call this server"}),
+}
+
+
+@route("POST", "/session", "server", who="anyone", gives=SESSION_GIVES)
+def session(server: Server, request: Request) -> Answer:
+    """Turn the token in the field `token` of an HTML form into a cookie for the web page; an empty field ends the session."""
+    check_site({name: request.header(name.replace("_", "-")) for name in ("ORIGIN", "HOST", "SEC_FETCH_SITE") if request.header(name)})
+    given = dict(parse_qsl(request.stream.read(request.length).decode("latin-1"), keep_blank_values=True))
+    token, to = given.get("token", ""), given.get("to", "")
+    value = new_session(server, token) if token else ""
+    if value is None:
+        server.refused.note(request.environ.get("REMOTE_ADDR", ""))
+        return sign_in_page(server, request, "The token is wrong.", to)
+    over_tls = request.header("Origin").startswith("https://")
+    cookie = f"{session_cookie(server)}={value}; Path=/; Max-Age={SESSION_S if value else 0:.0f}; HttpOnly; SameSite=Strict"
+    target = to if re.fullmatch(r"/dashboard[/A-Za-z0-9]*", to) else "/dashboard"
+    return Answer(None, 303, {"Location": target, "Set-Cookie": cookie + ("; Secure" if over_tls else ""), "Cache-Control": "no-store"})

@@ -1,0 +1,284 @@
+"use strict";
+// What the web page does beyond HTML: times in the reader's language, news from the server, buttons, output, previews, uploads.
+// The server renders everything, and this script asks it for the page again, so that nothing is drawn in two ways.
+
+const POLL_MS = 3000, NEWS_MS = 1000; // without events: how often to ask; with them: the shortest pause between two pages
+const LOG_CHARS = 1 << 20; // of an output kept on the page
+const PREVIEW_BYTES = 4 << 20;
+const IMAGES = { png: "image/png", jpg: "image/jpeg", jpeg: "image/jpeg", gif: "image/gif", webp: "image/webp", svg: "image/svg+xml" };
+const byId = (id) => document.getElementById(id);
+
+// -- Text: times, and signs for what cannot be seen, as page.py has them --
+
+const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const visible = (text) => text.replace(INVISIBLE, (char) => {
+  const code = char.charCodeAt(0);
+  return code < 32 ? String.fromCharCode(0x2400 + code) : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+});
+
+const clock = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
+function localize(root) {
+  for (const each of root.querySelectorAll("time")) {
+    each.title = each.textContent;
+    each.textContent = clock.format(new Date(each.dateTime));
+  }
+  for (const each of root.querySelectorAll("button[data-post]")) each.hidden = false;
+}
+
+function say(text) {
+  byId("trouble").textContent = text;
+  byId("trouble").hidden = !text;
+}
+
+// -- News: the server's page again, and in it the parts that have changed --
+
+const parts = new Map([...document.querySelectorAll("[data-live]")].map((part) => [part.id, part.innerHTML]));
+let refreshing = false, again = false;
+
+function replacePart(part, fresh) {
+  const active = part.contains(document.activeElement) ? document.activeElement : null;
+  const same = (each) => ["href", "data-post", "id"].every((name) => each.getAttribute(name) === active.getAttribute(name));
+  for (const { name, value } of fresh.attributes) part.setAttribute(name, value);
+  part.replaceChildren(...fresh.childNodes);
+  localize(part);
+  if (active) [...part.querySelectorAll("a, button")].find(same)?.focus({ preventScroll: true });
+}
+
+async function refresh() {
+  if (refreshing) { again = true; return; }
+  refreshing = true;
+  try {
+    const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+    if (answer.status === 401) { location.reload(); return; }
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const [id, before] of parts) {
+      const part = byId(id), now = fresh.getElementById(id);
+      if (!answer.ok || !now || now.innerHTML === before) continue;
+      parts.set(id, now.innerHTML);
+      const ended = part.dataset.status !== now.dataset.status && fresh.querySelector("[data-log][data-over]");
+      replacePart(part, now);
+      if (ended) for (const name of ["files", "output"]) showEnd(name, fresh);
+    }
+    byId("live").textContent = answer.ok ? "live" : "";
+  } catch {
+    byId("live").textContent = "The server does not answer.";
+  } finally {
+    refreshing = false;
+    setTimeout(() => { if (again) { again = false; refresh(); } }, NEWS_MS);
+  }
+}
+
+// A job has ended: its files and the end of its output are on the server now.
+function showEnd(name, fresh) {
+  const part = byId(name), now = fresh.getElementById(name);
+  if (!part || !now) return;
+  for (const source of follows) source.close();
+  part.replaceWith(document.adoptNode(now));
+  if (name === "output") startSearch();
+}
+
+function listen() {
+  let timer = 0;
+  const poll = () => { timer ||= setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS); };
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+  poll(); // until events come
+  if (!document.body.dataset.events) return;
+  const news = new EventSource(document.body.dataset.events);
+  news.onopen = () => { clearInterval(timer); timer = 0; refresh(); };
+  news.onmessage = refresh;
+  news.onerror = poll; // the browser connects again by itself, unless the server has no place for one more listener
+}
+
+// -- Buttons --
+
+function send(method, url) {
+  const csrf = document.querySelector("meta[name=csrf]");
+  return fetch(url, { method, headers: { [csrf.dataset.header]: csrf.content } });
+}
+
+function confirmed(question) {
+  const dialog = byId("question");
+  byId("question-text").textContent = question;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
+}
+
+async function press(button) {
+  const { post, question, then } = button.dataset;
+  if (question && !await confirmed(question)) return;
+  button.disabled = true;
+  say("");
+  try {
+    const answer = await send("POST", post), said = await answer.json();
+    if (!answer.ok && answer.status !== 409) say(said.message);
+    else if (then) { location.href = then.replace("{id}", said.id); return; }
+  } catch {
+    say("The server does not answer: try again.");
+  }
+  button.disabled = false;
+  refresh();
+}
+
+// -- Output: followed while the job runs, and searched --
+
+const follows = [];
+function follow(box) {
+  const source = new EventSource(box.dataset.log), code = box.firstElementChild;
+  follows.push(source);
+  source.onmessage = (event) => {
+    const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
+    const text = code.textContent + visible(event.data);
+    code.textContent = text.length > LOG_CHARS ? text.slice(-LOG_CHARS) : text;
+    if (atEnd) box.scrollTop = box.scrollHeight;
+    if (byId("search-text").value) search(0);
+  };
+  source.addEventListener("end", () => { source.close(); refresh(); });
+}
+
+let found = [], at = -1;
+function search(step) {
+  const wanted = byId("search-text").value.toLowerCase();
+  for (const code of document.querySelectorAll("#output code")) {
+    const text = code.textContent, lower = text.toLowerCase(), pieces = [];
+    let from = 0;
+    for (let hit = wanted ? lower.indexOf(wanted) : -1; hit >= 0 && pieces.length < 2000; hit = lower.indexOf(wanted, from)) {
+      const mark = document.createElement("mark");
+      mark.textContent = text.slice(hit, hit + wanted.length);
+      pieces.push(text.slice(from, hit), mark);
+      from = hit + wanted.length;
+    }
+    if (pieces.length || code.children.length) code.replaceChildren(...pieces, text.slice(from));
+  }
+  found = [...document.querySelectorAll("#output mark")];
+  at = found.length ? (Math.max(at, 0) + step) % found.length : -1;
+  byId("search-count").textContent = !wanted ? "" : found.length ? `${at + 1} of ${found.length}` : "not found";
+  if (step || at === 0) found[at]?.scrollIntoView({ block: "nearest" });
+  found[at]?.classList.add("here");
+}
+
+function startSearch() {
+  byId("search").hidden = false;
+  byId("search-text").addEventListener("input", () => { at = -1; search(0); });
+  byId("search-text").addEventListener("keydown", (event) => { if (event.key === "Enter") search(1); });
+  byId("search-next").addEventListener("click", () => search(1));
+}
+
+// -- Files: text and images shown on the page; everything else is downloaded --
+
+async function preview(link) {
+  const name = link.textContent, kind = IMAGES[name.split(".").pop().toLowerCase()];
+  const answer = await fetch(link.href), bytes = await answer.arrayBuffer();
+  let shown;
+  if (!answer.ok) {
+    say(`${name} cannot be read now.`);
+    return;
+  } else if (kind) {
+    shown = document.createElement("img");
+    shown.alt = name;
+    shown.src = URL.createObjectURL(new Blob([bytes], { type: kind }));
+  } else {
+    let text;
+    try { text = new TextDecoder("utf-8", { fatal: true }).decode(bytes); } catch { location.href = link.href; return; }
+    shown = document.createElement("pre");
+    shown.tabIndex = 0;
+    shown.textContent = visible(text);
+  }
+  byId("preview-name").textContent = name;
+  byId("preview-content").replaceChildren(shown);
+  byId("preview").hidden = false;
+  byId("preview").focus();
+  byId("preview").scrollIntoView({ block: "nearest" });
+}
+
+// -- Submit: files or a folder, dropped or chosen; the folder's own name is left out --
+
+const chosen = new Map(); // by path
+async function entriesOf(entry, path) {
+  if (entry.isFile) return [[path + entry.name, await new Promise((resolve, reject) => entry.file(resolve, reject))]];
+  const reader = entry.createReader(), all = [];
+  for (let some; (some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length;) all.push(...some);
+  return (await Promise.all(all.map((each) => entriesOf(each, `${path}${entry.name}/`)))).flat();
+}
+
+function choose(files) {
+  const tops = new Set(files.map(([path]) => path.includes("/") ? path.slice(0, path.indexOf("/") + 1) : ""));
+  const [top] = tops.size === 1 ? tops : [""];
+  for (const [path, file] of files) chosen.set(path.slice(top.length), file);
+  showChosen();
+}
+
+function showChosen() {
+  byId("chosen").replaceChildren(...[...chosen].slice(0, 1000).map(([path, file]) => {
+    const item = document.createElement("li"), name = document.createElement("bdi"), drop = document.createElement("button");
+    name.textContent = visible(path);
+    drop.type = "button";
+    drop.className = "link";
+    drop.textContent = "remove";
+    drop.setAttribute("aria-label", `remove ${path}`);
+    drop.addEventListener("click", () => { chosen.delete(path); showChosen(); });
+    item.append(name, ` ${(file.size / 1024).toLocaleString(undefined, { maximumFractionDigits: 1 })} KiB `, drop);
+    return item;
+  }));
+  byId("own-script").hidden = chosen.has("run.sh");
+}
+
+function sendJob(form) {
+  const body = new FormData(), script = byId("script").value;
+  for (const [name, value] of new FormData(form)) if (typeof value === "string" && value) body.append(name, value);
+  if (!chosen.has("run.sh") && script) body.append("file", new Blob([script]), "run.sh");
+  for (const [path, file] of chosen) body.append("file", file, path);
+  const call = new XMLHttpRequest(), csrf = document.querySelector("meta[name=csrf]"), button = form.querySelector("button.main");
+  const over = (text) => { say(text); button.disabled = false; byId("progress-label").hidden = true; };
+  call.open("POST", form.action);
+  call.setRequestHeader(csrf.dataset.header, csrf.content);
+  call.responseType = "json";
+  call.upload.onprogress = ({ loaded, total }) => {
+    byId("progress").value = 100 * loaded / total;
+    byId("progress-text").textContent = `${Math.round(100 * loaded / total)} %`;
+  };
+  call.onload = () => {
+    if (call.status === 201) { location.href = `/dashboard/jobs/${call.response.id}`; return; }
+    over(call.response?.message ?? `The server answered with status ${call.status}.`);
+    byId(`field-${call.response?.field}`)?.focus();
+  };
+  call.onerror = () => over("The server does not answer: try again.");
+  button.disabled = true;
+  say("");
+  byId("progress-label").hidden = false;
+  call.send(body);
+}
+
+function startSubmit(form) {
+  const drop = byId("drop");
+  for (const name of ["files", "folder"]) {
+    byId(name).addEventListener("change", (event) => {
+      choose([...event.target.files].map((file) => [file.webkitRelativePath || file.name, file]));
+      event.target.value = "";
+    });
+  }
+  for (const name of ["dragenter", "dragover"]) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+  for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("over"));
+  drop.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    choose((await Promise.all(entries.map((entry) => entriesOf(entry, "")))).flat());
+  });
+  form.addEventListener("submit", (event) => { event.preventDefault(); sendJob(form); });
+}
+
+// -- Start --
+
+localize(document);
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-post]"), link = event.target.closest("a[data-file]");
+  if (button) press(button);
+  if (link && Number(link.dataset.size) <= PREVIEW_BYTES && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    preview(link);
+  }
+});
+if (parts.size) listen();
+if (byId("search")) startSearch();
+if (byId("submit")) startSubmit(byId("submit"));
+for (const box of document.querySelectorAll("[data-log]:not([data-over])")) follow(box);
