@@ -416,25 +416,27 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "commands": "joborch_plugins.commands",
     "top": "joborch_plugins.top",
     "page": "joborch_plugins.page",
+    "uploads": "joborch_plugins.uploads",
 }
 ROUTE_PLUGINS = ("documents", "page")  # they declare routes
 # The only names of this module that plug-ins may use; a test checks that.
 PLUGIN_API: tuple[str, ...] = (
-    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown",
-    "below", "BUSY", "CannotRun", "Cause", "check_site", "CHUNK_BYTES", "client_token_file", "ClientProtocol", "Clock",
-    "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of",
-    "DataFolder", "decided_restore", "DEFAULT_HOSTS", "discard", "EXIT_DONE", "EXIT_FAILED", "file_chunks", "FilesBody", "find_route",
-    "Finding", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "free_bytes",
-    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "is_own_user", "Job",
-    "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "marked_below", "MIB", "new_attempt", "new_session", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED",
-    "NO_LOCKS", "NoAnswer", "Node", "node_environment", "NothingSent", "OLDEST_QUEUED", "on_network", "one_line", "open_listeners",
-    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "passed_on", "payload_gone", "peer_uid", "plural", "queue_info_of",
-    "read_all", "read_answer", "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request",
-    "ResultLimits", "route", "Route", "ROUTES", "routes_of", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S",
-    "SETTINGS", "size_text", "socket_path", "Status", "StillRunning", "Store", "SubmitRefused", "sync_file_system", "T", "time_stamp",
-    "token_names", "token_place", "token_remedy", "USERS_WITH_JOBS", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic",
+    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
+    "become_unknown", "below", "BUSY", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "ClientProtocol",
+    "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER",
+    "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "DIRECTORY_LIMIT_BYTES", "discard", "EXIT_DONE",
+    "EXIT_FAILED", "FilesBody", "file_chunks", "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of",
+    "forgotten_executor", "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S",
+    "helper_environment", "host_of", "HttpError", "is_own_user", "Job", "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out",
+    "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor", "marked_below", "member_chunks", "MIB", "NEWEST_ENDED",
+    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_attempt", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment",
+    "NothingSent", "NO_LOCKS", "OLDEST_QUEUED", "one_line", "on_network", "open_listeners", "Outcome", "OVER", "own_file", "Parameter",
+    "parse_json", "PARTS_LIMIT", "passed_on", "payload_gone", "peer_uid", "plural", "queue_info_of", "read_all", "read_answer",
+    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "Route", "route",
+    "ROUTES", "routes_of", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
+    "socket_path", "Status", "StillRunning", "Store", "StoredFile", "SubmitRefused", "sync_file_system", "T", "time_stamp", "token_names",
+    "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
+    "write_atomic", "zip_directory", "zip_records",
 )  # fmt: skip
 
 
@@ -780,6 +782,7 @@ class Job(NamedTuple):
     arrived_at: float  # steady time of its upload: its place in the queue through all attempts
     charged: float  # server: slot-seconds charged to its user for this attempt
     ended_as: str | None  # the status that a Cleaned job ended with; see `end`
+    retry_of: int | None  # server: the job that it repeats
 
     @property
     def mark(self) -> str:
@@ -821,6 +824,7 @@ class NewJob:
     inputs_sha256: str | None = None
     after_ids: str = ""
     blocked: int = 0
+    retry_of: int | None = None
 
     @property
     def after(self) -> list[int]:
@@ -1591,11 +1595,27 @@ class Request:
     def length(self) -> int:
         return int(self.environ.get("CONTENT_LENGTH") or 0)
 
-    def read_form(self, folder: Path, by_name: bool = False) -> Form:
-        """Read the form of this request and write its files to `folder`. They use up the disk space reserved for the request."""
+    def read_form(self, folder: Path, by_name: bool = False, unpack_limit_bytes: int = 0) -> Form:
+        """Read the form of this request and write its files to `folder`. They use up the disk space reserved for the request.
+
+        With `unpack_limit_bytes`, archives are unpacked, and all files may have so many bytes. Raises HttpError, also if the body
+        is not the one of its Content-Digest.
+        """
         promise: Promise | None = self.environ.get("joborch.promise")
-        account = (promise.more_for_file, promise.wrote) if promise is not None else ()
-        return FormReader(folder, by_name, *account).read(self.stream, self.header("Content-Type"), self.length)
+        account = (promise.more_for_file, promise.wrote, promise.more) if promise is not None else ()
+        reader, stream = FormReader(folder, by_name, *account), self.stream
+        reader.unpack_limit_bytes = unpack_limit_bytes
+        digest = self.header("Content-Digest")
+        if not digest:
+            return reader.read(stream, self.header("Content-Type"), self.length)
+        checked = load_plugin("uploads").DigestedBody(stream, digest)
+        try:
+            form = reader.read(cast("IO[bytes]", checked), self.header("Content-Type"), self.length)
+        except HttpError:
+            checked.check()  # the true reason
+            raise
+        checked.check()
+        return form
 
     def header(self, name: str) -> str:
         key = name.upper().replace("-", "_")
@@ -1645,6 +1665,10 @@ class Route:
     @property
     def takes_form(self) -> bool:
         return bool(self.taken("form"))
+
+    @property
+    def needs_form(self) -> bool:
+        return any(parameter.required for parameter in self.taken("form"))
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -1764,7 +1788,7 @@ PARTS = {
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
-    "timeout": None, "retries": 2, "after": [], "attempt": 1, "client": None, "dest_id": "",
+    "timeout": None, "retries": 2, "after": [], "retry_of": None, "attempt": 1, "client": None, "dest_id": "",
     "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free slot at a client for example",
     "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
     "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
@@ -1862,7 +1886,13 @@ def read_after(text: str) -> str:
 
 
 RUN_TIME, MEMORY = r"^[0-9]+(\.[0-9]+)?[smhd]?$", r"^[0-9]+([KMGkmg]i?[Bb]?)?$"
-FORM_FILE = Parameter("file", "form", "file", "one or more files; a filename may be a relative path; run.sh is the script", required=True)
+FORM_FILE = Parameter("file", "form", "file", "one or more files; a filename may be a relative path; run.sh is the script")
+ARCHIVE_HELP = "a zip, tar or tar.gz with files of the job; a folder around all of them is left out if run.sh is in it"
+FORM_ARCHIVE = Parameter("archive", "form", "file", ARCHIVE_HELP)
+CONTENT_DIGEST = Parameter(
+    "Content-Digest", "header", "string", "SHA-256 of the body (RFC 9530); another body is refused",
+    "sha-256=:X48E9qOokqqrvdts8nOJRJN3OWDUoyWxBf7kbu9DBPE=:",
+)  # fmt: skip
 FORM_FIELDS = {
     field.name: field
     for field in (
@@ -1882,6 +1912,10 @@ FORM_FIELDS = {
         Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
         Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000, default=1),
         Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
+        Parameter(
+            "crlf", "form", "string", "Windows line ends in run.sh: `fix` changes them, `keep` leaves them; else they are refused", "fix",
+            choices=("fix", "keep"),
+        ),
     )
 }  # fmt: skip
 
@@ -1905,8 +1939,8 @@ def named_service(server: Server, text: str) -> Service:
     return service
 
 
-def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
-    """Return the row for a received form. Raises HttpError 400 for the first invalid field."""
+def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
+    """Return the row for a received form; `more` are further columns. Raises HttpError 400 for the first invalid field."""
     given = read_all(FORM_FIELDS.values(), form.fields)
     if not given["service"]:
         known = ", ".join(sorted(server.services))
@@ -1920,8 +1954,6 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
     limit_s, most_s = given["timeout"], service.timeout_s
     if limit_s is not None and most_s is not None and limit_s > most_s:
         raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
-    files = sorted((file.path, file.size, file.sha256) for file in form.files)
-    said = json.dumps([sorted(form.fields.items()), files]).encode()  # independent of the form's boundary and order
     return NewJob(
         uuid=job_uuid,
         user_id=given["user_id"],
@@ -1934,10 +1966,26 @@ def new_job(server: Server, form: Form, job_uuid: str, key: str) -> NewJob:
         timeout=most_s if limit_s is None else limit_s,
         retries=service.retries if given["retries"] is None else given["retries"],
         return_inputs=int(service.return_inputs),
-        idempotency_key=key or None,
-        request_digest=hashlib.sha256(said).hexdigest() if key else None,
-        inputs_sha256=inputs_digest({file.path: file.sha256 for file in form.files}),
+        **more,
     )
+
+
+def key_columns(request: Request, form: Form, *more: str) -> dict[str, str | None]:
+    """Return the columns by which a repeat of this request is known: independent of the form's boundary and order."""
+    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
+    files = sorted((file.path, file.size, file.sha256) for file in form.files)
+    said = json.dumps([sorted(form.fields.items()), files, *more]).encode()
+    return {"idempotency_key": key or None, "request_digest": hashlib.sha256(said).hexdigest() if key else None}
+
+
+def receive_form(server: Server, request: Request, folder: Path) -> Form:
+    """Receive the form of a job, and its files in `folder`. Raises HttpError, also for a run.sh with Windows line ends."""
+    form = request.read_form(folder, unpack_limit_bytes=server.config.max_upload_bytes)
+    crlf = FORM_FIELDS["crlf"].value(form.fields.get("crlf"))
+    for number, file in enumerate(form.files):
+        if file.path == "run.sh" and crlf != "keep":
+            form.files[number] = load_plugin("uploads").without_crlf(file, folder / "run.sh", may_fix=crlf == "fix")
+    return form
 
 
 BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
@@ -1981,20 +2029,28 @@ UPLOAD_GIVES = {
 }
 
 
-@route("POST", "/upload", "server", who="caller", slow=True, takes=(FORM_FILE, *FORM_FIELDS.values(), IDEMPOTENCY_KEY), gives=UPLOAD_GIVES)
+FORM = (FORM_FILE, FORM_ARCHIVE, *FORM_FIELDS.values())
+
+
+@route("POST", "/upload", "server", who="caller", slow=True, takes=(*FORM, IDEMPOTENCY_KEY, CONTENT_DIGEST), gives=UPLOAD_GIVES)
 def upload(server: Server, request: Request) -> Answer:
     """Queue a job: send its files, its user and its service."""
-    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
     job_uuid = new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
-        form = request.read_form(folder)
-        new = new_job(server, form, job_uuid, key)
+        form = receive_form(server, request, folder)
+        digest = inputs_digest({file.path: file.sha256 for file in form.files})
+        new = new_job(server, form, job_uuid, inputs_sha256=digest, **key_columns(request, form))
         crash_point("upload.received")
         job, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
+    return upload_answer(server, job, form, folder, is_new)
+
+
+def upload_answer(server: Server, job: Job, form: Form, folder: Path, is_new: bool) -> Answer:
+    """Return the answer to an upload, with warnings about its fields and its run.sh unless it is a repeat."""
     if not is_new:
         return Answer(job_json(server, job), 201, {"Location": f"/jobs/{job.id}"})
-    known = [FORM_FILE.name, *FORM_FIELDS]
+    known = [parameter.name for parameter in FORM]
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
     warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
@@ -2048,37 +2104,80 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
 
 INPUTS_GONE = {"message": "the files of job 42 are deleted: upload them again"}
 RETRY_GIVES = {
-    201: Gives("the new job, stored durably", JSON_TYPE, EXAMPLE_JOB),
+    201: Gives("the new job, stored durably", JSON_TYPE, {**EXAMPLE_JOB, "id": 43, "retry_of": 42}),
     400: BAD,
     404: NOT_FOUND,
     410: Gives("its files are deleted", JSON_TYPE, INPUTS_GONE),
     422: KEY_USED,
     429: UPLOAD_GIVES[429],
-    503: NO_STORAGE,
+    **RECEIVING,
 }
+RETRY_FORM = tuple(parameter._replace(required=False) for parameter in FORM if parameter.name != "user_id")
 
 
-@route("POST", "/jobs/<job_id>/retry", "server", who="caller", slow=True, takes=(ID, IDEMPOTENCY_KEY), gives=RETRY_GIVES)
+@route(
+    "POST",
+    "/jobs/<job_id>/retry",
+    "server",
+    who="caller",
+    slow=True,
+    takes=(ID, *RETRY_FORM, IDEMPOTENCY_KEY, CONTENT_DIGEST),
+    gives=RETRY_GIVES,
+)
 def retry(server: Server, request: Request, job_id: int) -> Answer:
-    """Queue a new job with the files and fields of this one, which stays as it is."""
+    """Queue a new job with the files and fields of this one, which stays as it is. A form may replace some of them."""
     job, job_uuid = known_job(server, request, job_id), new_uuid()
-    key = IDEMPOTENCY_KEY.value(request.header("Idempotency-Key"))
-    kept = ("user_id", "service", "name", "priority", "after_ids", "cpus", "memory", "timeout", "retries", "return_inputs", "inputs_sha256")
-    named_service(server, job.service or "")  # it may not be configured any more
-    digest = hashlib.sha256(f"retry {job.id}".encode()).hexdigest() if key else None
-    new = NewJob(job_uuid, idempotency_key=key or None, request_digest=digest, **{name: getattr(job, name) for name in kept})
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
-        try:
-            paths = link_files(server.folder(job), folder)
-        except FileNotFoundError:
-            paths = []
+        form = receive_form(server, request, folder) if request.length else Form()
+        own = key_columns(request, form, f"retry {job.id}")
+        if form.fields.setdefault("user_id", str(job.user_id)).strip() != str(job.user_id):
+            raise HttpError(400, f"user_id is another: job {job.id} and its retries belong to user {job.user_id}", "user_id")
+        form.fields = {**fields_of(server, job, form.fields), **form.fields}
+        digest = inherit_files(server, job, form, folder)
         # Judged afterwards: the cleaner may have begun to delete them meanwhile.
-        if are_files_due(server, known_job(server, request, job_id)) or "run.sh" not in paths:
-            raise HttpError(410, f"the files of job {job.id} are deleted: upload them again")
-        made, is_new = keep_upload(server, new, folder, paths)
+        if are_files_due(server, known_job(server, request, job_id)):
+            raise files_gone(job)
+        new = new_job(server, form, job_uuid, inputs_sha256=digest, retry_of=job.id, **own)
+        made, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
     log.info("job %d has the files of job %d, which was retried", made.id, job.id)
-    return Answer(job_json(server, made), 201, {"Location": f"/jobs/{made.id}", **({"X-Job-Status": made.status.value} if is_new else {})})
+    return upload_answer(server, made, form, folder, is_new)
+
+
+def files_gone(job: Job) -> HttpError:
+    """Return the error about a job that cannot be retried."""
+    return HttpError(410, f"the files of job {job.id} are deleted: upload them again")
+
+
+def fields_of(server: Server, job: Job, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields of a job as texts of a form; `given` are those that replace some. The service's own time limit is left out."""
+    service = server.services.get(given.get("service", job.service or "").strip().lower())
+    most_s = service.timeout_s if service else None
+    limit_s = None if job.timeout is None or (most_s is not None and job.timeout >= most_s) else f"{job.timeout:.3f}"
+    texts = {"service": job.service, "name": job.name, "after": job.after_ids, "timeout": limit_s}
+    numbers = {name: getattr(job, name) for name in ("priority", "retries", "cpus", "memory")}
+    return {name: str(value) for name, value in {**texts, **numbers}.items() if value not in (None, "")}
+
+
+def inherit_files(server: Server, job: Job, form: Form, folder: Path) -> str | None:
+    """Link the files of a job into `folder`, and add them to `form`, unless that has others of these names.
+
+    Returns the digest of all files. Raises HttpError 410 if some are gone, 400 if the names do not fit together.
+    """
+    source, new, tree = server.folder(job), {file.path: file.sha256 for file in form.files}, Tree()
+    old = files_below(source)
+    kept = [path for path in old if path not in new]
+    for path in [*new, *kept]:
+        tree.add(path)
+    try:
+        link_files(source, folder, kept)
+        digests = {path: file_sha256(source / path) for path in old} if new else {}
+    except FileNotFoundError as error:
+        raise files_gone(job) from error
+    if "run.sh" not in old or (new and job.inputs_sha256 not in (None, inputs_digest(digests))):
+        raise files_gone(job)
+    form.files += [StoredFile(path, 0, digests.get(path, "")) for path in kept]
+    return inputs_digest({**digests, **new}) if new else job.inputs_sha256
 
 
 def are_files_due(server: Server, job: Job) -> bool:
@@ -2086,28 +2185,26 @@ def are_files_due(server: Server, job: Job) -> bool:
     return job.status in OVER and (job.status is Status.CLEANED or job.moved_at <= server.store.steady() - server.config.max_age_s)
 
 
-def link_files(source: Path, target: Path) -> list[str]:
-    """Give all files below `source` a second name below `target`, which exists; return their paths. The server never changes such files.
+def link_files(source: Path, target: Path, paths: Iterable[str]) -> None:
+    """Give files below `source` a second name below `target`, which exists. The server never changes such files.
 
     Raises FileNotFoundError if one is removed meanwhile.
     """
-    paths = []
-    for folder, _, names in os.walk(source, onerror=raise_error):
-        below = os.path.relpath(folder, source)
-        os.makedirs(target / below, exist_ok=True)
-        for name in names:
-            path = os.path.normpath(os.path.join(below, name))
-            try:
-                os.link(source / path, target / path, follow_symlinks=False)
-            except PermissionError:  # a file system without hard links
-                shutil.copy2(source / path, target / path, follow_symlinks=False)
-            paths.append(path)
-    return paths
+    for path in paths:
+        os.makedirs(os.path.dirname(target / path), exist_ok=True)
+        try:
+            os.link(source / path, target / path, follow_symlinks=False)
+        except PermissionError:  # a file system without hard links
+            shutil.copy2(source / path, target / path, follow_symlinks=False)
 
 
-def raise_error(error: OSError) -> NoReturn:
-    """Raise what os.walk would ignore."""
-    raise error
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 # == 8. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.
@@ -7850,7 +7947,8 @@ class FilesBody:
         self.boundary = secrets.token_hex(16)
         self.folder, self.with_digests = folder, with_digests
         self.digests: dict[str, str] = {}
-        self.parts = [(path, self.part_head(path), os.path.getsize(folder / path)) for path in paths]
+        states = [(path, os.stat(folder / path)) for path in paths]
+        self.parts = [(path, self.part_head(path, state.st_mode), state.st_size) for path, state in states]
         digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
         self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
         self.digest_room = digest_bytes if with_digests else 0
@@ -7862,13 +7960,14 @@ class FilesBody:
         """Start from the beginning, to send the body again."""
         self.chunks, self.rest = self.generate(), b""
 
-    def part_head(self, path: str) -> bytes:
+    def part_head(self, path: str, mode: int) -> bytes:
         """Return the header of one part. `name` is the path with HTML 5 escapes; joborch reads the exact path from X-Joborch-Path."""
         escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
         base = escaped.rpartition(b"/")[2]
         exact = quote(os.fsencode(path)).encode()
         disposition = b'Content-Disposition: form-data; name="' + escaped + b'"; filename="' + base + b'"'
-        lines = (b"--" + self.boundary.encode(), disposition, b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact)
+        kind, place = b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact
+        lines = (b"--" + self.boundary.encode(), disposition, kind, place, b"X-Joborch-Mode: %03o" % (mode & 0o777))
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def generate(self) -> Iterator[bytes]:
@@ -8034,6 +8133,9 @@ class ZipRecord(NamedTuple):
     packed_bytes: int
     size: int
     begin: int  # of its local header
+    crc: int
+    flags: int
+    mode: int  # type and permissions, if it was packed on Unix
 
 
 def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
@@ -8099,7 +8201,8 @@ def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
             wide = [value for (value,) in struct.iter_unpack("<Q", known[: len(known) // 8 * 8])]
             size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
         at += 4 + length
-    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin)
+    mode = fields[17] >> 16 if fields[2] in (3, 19) else 0  # packed on Unix, on macOS
+    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin, fields[9], fields[5], mode)
 
 
 def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
@@ -8107,12 +8210,7 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
 
     Raises ValueError if the member does not match its directory entry.
     """
-    length = file.seek(0, os.SEEK_END)
-    file.seek(min(record.begin, length))
-    head = file.read(ZIP_LOCAL.size)
-    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("no member")
-    place = record.begin + len(head) + sum(ZIP_LOCAL.unpack(head)[-2:])
+    length, place = file.seek(0, os.SEEK_END), member_place(file, record)
     if record.method == zipfile.ZIP_STORED:
         file.seek(min(place + begin, length))
         return file.read(max(0, min(count, record.packed_bytes - begin)))
@@ -8131,6 +8229,48 @@ def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> b
         if len(said) >= count or unpacker.eof:
             break
     return bytes(said[:count])
+
+
+def member_place(file: IO[bytes], record: ZipRecord) -> int:
+    """Return where the data of a ZIP's member begins. Raises ValueError if there is none that can be read."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(min(record.begin, length))
+    head = file.read(ZIP_LOCAL.size)
+    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("no member")
+    name, extra = ZIP_LOCAL.unpack(head)[-2:]
+    return record.begin + len(head) + int(name) + int(extra)
+
+
+def member_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
+    """Yield the content of a ZIP's member. Raises ValueError or zlib.error if it is not what its directory entry says."""
+    size = crc = 0
+    for piece in unpacked_chunks(file, record):
+        size, crc = size + len(piece), zlib.crc32(piece, crc)
+        if size > record.size:
+            break
+        yield piece
+    if (size, crc) != (record.size, record.crc):
+        raise ValueError(f"{size} bytes with the checksum {crc:08x} instead of {record.size} with {record.crc:08x}")
+
+
+def unpacked_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
+    """Yield what the data of a ZIP's member unpacks to, unchecked, in pieces of at most 256 KiB."""
+    file.seek(member_place(file, record))
+    unpacker = zlib.decompressobj(-15)
+    for chunk in file_chunks(file, record.packed_bytes):
+        if record.method == zipfile.ZIP_STORED:
+            yield chunk
+            continue
+        ahead = chunk
+        while ahead and not unpacker.eof:
+            yield unpacker.decompress(ahead, 256 * KIB)
+            ahead = unpacker.unconsumed_tail
+    while record.method == zipfile.ZIP_DEFLATED and not unpacker.eof:
+        piece = unpacker.decompress(b"", 256 * KIB)
+        if not piece:
+            return
+        yield piece
 
 
 # == 25. Identity ==  The kernel or a token proves who the peer of a connection is; a port proves nothing.
@@ -8618,7 +8758,7 @@ CREATE TABLE jobs (
     created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
     moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
     inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT, retry_of INTEGER
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -8683,6 +8823,7 @@ MIGRATIONS = {
     3: """
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
+ALTER TABLE jobs ADD COLUMN retry_of INTEGER;
 DROP TABLE contenders;
 CREATE TABLE runnable_users (
     service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
@@ -10004,7 +10145,8 @@ def multipart_boundary(content_type: str) -> str:
 class FormReader:
     """Streams a multipart form: files to disk below `folder`, text fields to memory.
 
-    `before_file` may refuse a further file; `after_write` gets the number of bytes written. Both serve the disk account.
+    `before_file` may refuse a further file; `after_write` gets the number of bytes written, and `reserve` that of bytes which an
+    archive unpacks to. They serve the disk account.
     """
 
     def __init__(
@@ -10013,10 +10155,12 @@ class FormReader:
         by_name: bool = False,
         before_file: Callable[[], None] = lambda: None,
         after_write: Callable[[int], None] = lambda _: None,
+        reserve: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.folder, self.root, self.by_name = folder, str(folder), by_name
-        self.before_file, self.after_write = before_file, after_write
+        self.before_file, self.after_write, self.reserve = before_file, after_write, reserve
         self.form, self.tree, self.folders = Form(), Tree(), {""}
+        self.unpack_limit_bytes = 0  # of all files together, if archives are unpacked
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
         """Read the whole form. Raises HttpError; the caller must then remove the folder."""
@@ -10043,10 +10187,14 @@ class FormReader:
     def part(self, segment: Any, events: Iterator[Any]) -> None:
         """Read one part from the event stream, up to the None that ends it."""
         path = part_path(segment, self.by_name)
+        chunks = iter(lambda: next(events), None)
         if path is None:
             self.text(segment, events)
+        elif self.unpack_limit_bytes and segment.name == "archive":
+            self.archive(path, chunks)
         else:
-            self.file(check_path(path), events)
+            mode = segment.header("X-Joborch-Mode", "") if self.by_name else ""
+            self.file(check_path(path), chunks, int(mode, 8) if re.fullmatch("[0-7]{3}", mode) else None)
 
     def text(self, segment: Any, events: Iterator[Any]) -> None:
         limit = 32 * MIB if self.by_name and segment.name == DIGESTS_FIELD else FIELD_LIMIT_BYTES
@@ -10062,20 +10210,31 @@ class FormReader:
         except UnicodeDecodeError as error:
             raise HttpError(400, f"field {name} is not UTF-8", name) from error
 
-    def file(self, path: str, events: Iterator[Any]) -> None:
+    def archive(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Store the files in an archive, once it has arrived: the directory of a ZIP is at its end."""
+        with tempfile.TemporaryFile() as spool:
+            for chunk in chunks:
+                spool.write(chunk)
+                self.after_write(len(chunk))
+            load_plugin("uploads").unpack(self, name, spool)
+
+    def file(self, path: str, chunks: Iterable[bytes], mode: int | None = None) -> None:
+        """Store one file. If its permissions are not known, a program gets the right to be executed: a script may call ./tool."""
         self.tree.add(path)
         self.before_file()
         self.make_folders(path)
         digest, size, head = hashlib.sha256(), 0, b""
         descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb", buffering=0) as target:
-            for chunk in iter(lambda: next(events), None):
+            for chunk in chunks:
                 write_all(target, chunk)
                 self.after_write(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
                 head += chunk[: 4 - len(head)]
-            if head.startswith((b"#!", b"\x7fELF")):  # forms have no file modes, but a script may call ./tool
+            if mode is not None:
+                os.fchmod(descriptor, mode & 0o777 | 0o600)
+            elif head.startswith((b"#!", b"\x7fELF")):
                 os.fchmod(descriptor, 0o700)
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
@@ -10460,7 +10619,7 @@ def no_script_text(paths: Sequence[str]) -> str:
     if len(scripts) != 1:
         return f"{text}: send a bash script of that name, as in -F file=@run.sh"
     if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
-        return f"{text}: an archive is not unpacked; send the files in it, as in -F file=@run.sh"
+        return f"{text}: send it as an archive, as in -F archive=@tree.tar.gz, and it is unpacked; zip, tar and tar.gz can be"
     which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
     return f"{text}: rename {which}{example_part(scripts[0])}"
 
@@ -11557,6 +11716,8 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
     if not found.takes_form:
         if length > (ANYONES_BODY_BYTES if found.who == "anyone" else MIB) or chunked:
             raise HttpError(413, "no body is expected here")
+        return promise
+    if not length and not chunked and not found.needs_form:
         return promise
     if not length and not chunked:
         raise HttpError(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
@@ -13167,6 +13328,8 @@ def import_what_will_be_needed(config: Config) -> None:
     """Import everything before listening: a newer release may replace these files while the process runs."""
     for name in ["difflib", "multipart", "uuid", *(["tarfile", "requests"] if config.executor == "dirac" else [])]:
         importlib.import_module(name)
+    if config.mode == "server":
+        load_plugin("uploads")
     if config.compat == "2.2" or any(service.peer == "2.2" for service in config.services.values()):
         load_plugin("compat22")
 

@@ -128,7 +128,7 @@ def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
         if parameter.example is not None:
             properties[parameter.name]["examples"] = [parameter.example]
     schema = {"type": "object", "properties": properties, "required": [parameter.name for parameter in parameters if parameter.required]}
-    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    return {"required": bool(schema["required"]), "content": {"multipart/form-data": {"schema": schema}}}
 
 
 def routes_table(mode: str) -> str:

@@ -88,7 +88,7 @@ def test_upload_is_described_with_its_fields(document: dict[str, Any]) -> None:
     """Fields and codes of the most important route."""
     upload = operations(document)["post", "/upload"]
     text = json.dumps(upload["requestBody"]["content"]["multipart/form-data"]) + json.dumps(document.get("components"))
-    for field in ("user_id", "service", "timeout", "retries", "name", "cpus", "memory"):
+    for field in ("user_id", "service", "timeout", "retries", "name", "cpus", "memory", "archive", "crlf"):
         assert f'"{field}"' in text, field
     assert {"201", "400", "413", "422", "507"} <= set(upload["responses"])
 
@@ -124,7 +124,7 @@ def api(fuzzed: Process) -> Any:
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 WITHOUT_PARAMETERS = {"/", "/health", "/services"}
 # Which services there are stands in no document: a string that fits the schema may be refused there.
-NEEDS_A_KNOWN_SERVICE = {"/upload", "/jobs"}
+NEEDS_A_KNOWN_SERVICE = {"/upload", "/jobs", "/jobs/{}/retry"}
 
 
 @pytest.mark.parametrize(

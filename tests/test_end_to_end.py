@@ -218,7 +218,7 @@ def test_an_empty_script_is_invalid(pair: Pair) -> None:
 
 def test_crlf_script_fails_and_says_why(pair: Pair) -> None:
     """A script from Windows fails, and the reason names its line endings."""
-    job = run_to_end(pair.server, "#!/bin/bash\r\nif true; then\r\n  echo hello\r\nfi\r\n")
+    job = run_to_end(pair.server, "#!/bin/bash\r\nif true; then\r\n  echo hello\r\nfi\r\n", crlf="keep")
     assert job["status"] == "Failed", job
     assert "CRLF" in job["reason"]
 

@@ -120,8 +120,8 @@ def test_a_head_is_described_without_bodies() -> None:
 
 def test_uploads_are_described_as_a_form() -> None:
     schema = openapi("server")["paths"]["/upload"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(schema["required"]) == {"file", "user_id", "service"}
-    assert set(schema["properties"]) == {"file", *joborch.FORM_FIELDS}
+    assert set(schema["required"]) == {"user_id", "service"}
+    assert set(schema["properties"]) == {"file", "archive", *joborch.FORM_FIELDS}
     assert schema["properties"]["file"]["items"] == {"type": "string", "format": "binary"}
 
 

@@ -174,8 +174,8 @@ def test_since_that_cannot_be_meant(pair: Pair, since: str, words: list[str]) ->
         (["a/run.sh", "b.txt"], ["rename a/run.sh"]),
         (["Run.sh", "a.txt"], ["rename Run.sh", "filename=run.sh"]),
         (["run.sh.txt", "a.txt"], ["rename run.sh.txt"]),
-        (["tree.tar.gz"], ["among tree.tar.gz", "not unpacked"]),
-        (["job.zip"], ["among job.zip", "not unpacked"]),
+        (["tree.tar.gz"], ["among tree.tar.gz", "-F archive=@tree.tar.gz"]),
+        (["job.zip"], ["among job.zip", "-F archive="]),
         (["a.txt", "b.txt", "c.txt", "d.txt"], ["among a.txt, b.txt, c.txt and 1 more: send a bash script of that name"]),
         (["it's;odd.sh"], ["rename it"]),
         (["run.sh/inner"], ["among run.sh/inner"]),
@@ -214,7 +214,7 @@ PYTHON = b"#!/usr/bin/env python3\nimport os\nprint('hi')\n"
 )
 def test_a_script_that_bash_will_not_take_as_meant(pair: Pair, script: bytes, words: list[str]) -> None:
     """The answer to the upload says so, whatever becomes of it."""
-    answer = upload(pair.server, {"run.sh": script})
+    answer = upload(pair.server, {"run.sh": script}, crlf="keep")
     assert answer.status_code == 201
     said = " ".join(answer.json()["warnings"])
     for word in words:
@@ -237,7 +237,7 @@ def test_the_reason_of_a_python_script_says_it_too(pair: Pair) -> None:
 
 def test_crlf_is_said_of_a_script_that_succeeds(pair: Pair) -> None:
     """bash ends with status 0 all the same, where no line of it is a command."""
-    answer = upload(pair.server, {"run.sh": b"#!/bin/bash\r\ntrue #\r\n"})
+    answer = upload(pair.server, {"run.sh": b"#!/bin/bash\r\ntrue #\r\n"}, crlf="keep")
     assert "CRLF" in answer.json()["warnings"][0]
     wait_status(pair.server, answer.json()["id"], "Completed")
 

@@ -1,0 +1,286 @@
+"""What an upload may bring besides plain files: archives, a Content-Digest, and Windows line ends that are to be changed."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import hmac
+import itertools
+import os
+import re
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from joborch import (
+    CHUNK_BYTES,
+    DIRECTORY_LIMIT_BYTES,
+    KIB,
+    MIB,
+    PARTS_LIMIT,
+    FormReader,
+    HttpError,
+    StoredFile,
+    Tree,
+    check_path,
+    discard,
+    file_chunks,
+    member_chunks,
+    new_uuid,
+    shown,
+    size_text,
+    zip_directory,
+    zip_records,
+)
+
+# == 1. Archives ==  They are unpacked with little memory, whatever their headers say, and under the rules for names in forms.
+
+HEADER_LIMIT_BYTES = MIB  # of one member of a tar, with its extended headers
+OTHER_FORMATS = ((b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z\xbc\xaf", "7-Zip"), (b"Rar!", "RAR"))
+NOT_KEPT = {stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+Member = tuple[str, int, Iterator[bytes]]  # its path, its permissions, its content
+
+
+def unpack(reader: FormReader, name: str, file: IO[bytes]) -> None:
+    """Store the files in a ZIP, tar or tar.gz in the folder of `reader`, without a folder around all of them that has run.sh.
+
+    Folders are made for the files in them. Raises HttpError 400 for an archive with anything else, DiskFull, and OSError.
+    """
+    first = len(reader.form.files)
+    try:
+        for path, mode, chunks in members(file):
+            reader.file(path, within_limit(reader, chunks), mode)
+        strip_top(reader, first)
+    except HttpError as error:
+        raise HttpError(400, f"archive {shown(name)}: {error.message}", "archive") from error
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
+        text = f"archive {shown(name)} is damaged or incomplete: make it again, and send it as it is"
+        raise HttpError(400, text, "archive") from error
+
+
+def within_limit(reader: FormReader, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the content of a file while all files together are small enough, and the disk has room."""
+    size, most = sum(file.size for file in reader.form.files), reader.unpack_limit_bytes
+    for chunk in chunks:
+        size += len(chunk)
+        if size > most:
+            raise HttpError(400, f"its files have more than {size_text(most)} in all, which is the limit (JOBORCH_MAX_UPLOAD)")
+        reader.reserve(len(chunk))
+        yield chunk
+
+
+def members(file: IO[bytes]) -> Iterator[Member]:
+    """Return an iterator over the files in an archive. Raises HttpError if it is of another kind."""
+    file.seek(0)
+    head = file.read(8)
+    file.seek(0)
+    if head.startswith(b"PK"):
+        return zip_members(file)
+    for magic, kind in OTHER_FORMATS:
+        if head.startswith(magic):
+            raise HttpError(400, f"it is made by {kind}: send a zip, tar or tar.gz")
+    return tar_members(TarSource(gzip.GzipFile(fileobj=file) if head.startswith(b"\x1f\x8b") else file))
+
+
+def member_path(name: str) -> str:
+    """Return the path of a member. Raises HttpError for a name that cannot be used."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise HttpError(400, f"file name {shown(name)} is not UTF-8: rename the file") from error
+    return check_path(name)
+
+
+def check_count(count: int) -> None:
+    """Raise HttpError if an archive has more members than a job may have files."""
+    if count > PARTS_LIMIT:
+        raise HttpError(400, f"it has more than {PARTS_LIMIT:,} files and folders: send fewer, or an archive that run.sh unpacks")
+
+
+def zip_members(file: IO[bytes]) -> Iterator[Member]:
+    """Yield the files in a ZIP."""
+    _, size, count = zip_directory(file)
+    check_count(count)
+    records = list(zip_records(file)) if size <= DIRECTORY_LIMIT_BYTES else []
+    check_count(len(records))
+    if len(records) != count:
+        raise ValueError("its directory is damaged")
+    for record in records:
+        try:
+            name = record.name.decode()
+        except UnicodeDecodeError:
+            name = record.name.decode("cp437")  # APPNOTE 6.3.10, D.1
+        if name.startswith("__MACOSX/"):
+            continue  # what macOS adds for its own use
+        path, kind = member_path(name.rstrip("/") or name), stat.S_IFMT(record.mode)
+        if name.endswith("/") or kind == stat.S_IFDIR:
+            continue
+        if kind not in (0, stat.S_IFREG):
+            raise HttpError(400, f"{shown(path)} is {NOT_KEPT.get(kind, 'no file')}: send files and folders only")
+        if record.flags & 0x41:  # encrypted, in one way or another
+            raise HttpError(400, f"{shown(path)} is encrypted: send it without a password")
+        if record.method not in (0, 8):
+            raise HttpError(400, f"{shown(path)} is compressed by method {record.method}: use deflate, as zip does unless told otherwise")
+        yield path, record.mode or 0o644, member_chunks(file, record)
+
+
+class TarSource:
+    """A tar as tarfile reads it. It would keep headers of any size in memory, so reading fails when they are too large."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.left = file, HEADER_LIMIT_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes of the tar. Raises HttpError if too many are read for one header."""
+        data = bytes(self.file.read(size))
+        self.left -= len(data)
+        if self.left < 0:
+            raise HttpError(400, f"the header of a file has more than {size_text(HEADER_LIMIT_BYTES)}: make the archive again")
+        return data
+
+
+class TarHeader(tarfile.TarInfo):
+    """A header of a tar. tarfile takes a broken one for the end of the archive; here it is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
+        """Return the header in a block. Raises EOFError if it is broken or missing, HeaderError at the end of the archive."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise EOFError(str(error)) from error
+
+
+def tar_members(source: TarSource) -> Iterator[Member]:
+    """Yield the files in a tar."""
+    archive: Any = tarfile.TarFile.open(fileobj=source, mode="r|", bufsize=64 * KIB, tarinfo=TarHeader)  # type: ignore[call-overload]
+    count = 0
+    while (found := archive.next()) is not None:
+        count += 1
+        check_count(count)
+        archive.members, archive.pax_headers = [], {}  # it would keep them all
+        if not (found.isdir() and found.name in ("", ".")):
+            path = member_path(found.name)
+            if found.issym() or found.islnk():
+                raise HttpError(400, f"{shown(path)} is a link: send the file itself, as in tar --dereference --hard-dereference")
+            if found.issparse():
+                raise HttpError(400, f"{shown(path)} is sparse: make the archive without --sparse")
+            if not (found.isreg() or found.isdir()):
+                raise HttpError(400, f"{shown(path)} is neither a file nor a folder: send only these")
+            if found.isreg():
+                yield path, found.mode, tar_content(source, archive, found)
+        source.left = HEADER_LIMIT_BYTES
+    while source.read(64 * KIB):
+        pass  # gzip compares its checksum at the end
+
+
+def tar_content(source: TarSource, archive: Any, found: Any) -> Iterator[bytes]:
+    """Yield the content of a file in a tar."""
+    source.left = 2 * CHUNK_BYTES
+    for chunk in file_chunks(archive.extractfile(found), found.size):
+        yield chunk
+        source.left = 2 * CHUNK_BYTES
+
+
+def strip_top(reader: FormReader, first: int) -> None:
+    """Move the files from number `first` on out of the one folder that they are all in, if run.sh lies in it."""
+    files = reader.form.files
+    top = files[first].path.partition("/")[0] if len(files) > first else ""
+    if not any(file.path == f"{top}/run.sh" for file in files[first:]):
+        return
+    if not all(file.path.startswith(top + "/") for file in files[first:]):
+        return
+    inner = [file._replace(path=file.path[len(top) + 1 :]) for file in files[first:]]
+    tree = Tree()
+    for file in [*files[:first], *inner]:
+        tree.add(file.path)
+    aside = reader.folder / new_uuid()
+    os.rename(reader.folder / top, aside)
+    reader.tree, reader.folders = tree, {""}
+    others = [file for file in files[:first] if file.path.startswith(top + "/")]
+    for old, file in [*((file.path[len(top) + 1 :], file) for file in others), *((file.path, file) for file in inner)]:
+        reader.make_folders(file.path)
+        os.rename(aside / old, reader.folder / file.path)
+    discard(aside)
+    files[first:] = inner
+
+
+# == 2. Digest ==  A body is compared with its Content-Digest while it is read.
+
+
+class DigestedBody:
+    """The body of a request with a Content-Digest (RFC 9530). Raises HttpError 400 if the header has no digest that is known here."""
+
+    def __init__(self, file: IO[bytes], header: str) -> None:
+        self.file = file
+        found = re.findall(r"(?:^|,)\s*(sha-256|sha-512)\s*=\s*:([A-Za-z0-9+/]+={0,2}):", header)
+        if not found:
+            raise HttpError(400, "Content-Digest has no SHA-256: send it as in Content-Digest: sha-256=:BASE64:", "Content-Digest")
+        self.wanted = [(name, hashlib.new(name.replace("-", "")), value) for name, value in found]
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes of the body."""
+        data = self.file.read(size)
+        for _, digest, _ in self.wanted:
+            digest.update(data)
+        return data
+
+    def check(self) -> None:
+        """Read the rest of the body. Raises HttpError 400 if it is not what was sent."""
+        while self.read(CHUNK_BYTES):
+            pass
+        for name, digest, value in self.wanted:
+            if not hmac.compare_digest(base64.b64encode(digest.digest()).decode().rstrip("="), value.rstrip("=")):
+                text = f"the body does not match its Content-Digest ({name}): it was damaged on the way, so send it again"
+                raise HttpError(400, text, "Content-Digest")
+
+
+# == 3. Line ends ==  bash takes the CR of a Windows line end for a part of the line.
+
+
+CRLF = "run.sh has Windows line ends (CRLF), which bash does not understand"
+
+
+def without_crlf(stored: StoredFile, path: Path, may_fix: bool) -> StoredFile:
+    """Return a stored file as it is, or with its line ends changed to LF. Raises HttpError 400 if it has others and may not be changed."""
+    if not has_crlf(path):
+        return stored
+    if not may_fix:
+        raise HttpError(
+            400, f"{CRLF}: convert it, for example with dos2unix, or have it done by the field crlf=fix, as in -F crlf=fix", "crlf"
+        )
+    return fix_line_ends(stored, path)
+
+
+def has_crlf(path: Path) -> bool:
+    """Tell whether a file has lines that end with CR and LF."""
+    last = b""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            if b"\r\n" in last + chunk:
+                return True
+            last = chunk[-1:]
+    return False
+
+
+def fix_line_ends(stored: StoredFile, path: Path) -> StoredFile:
+    """Change all line ends of a stored file from CR and LF to LF; return what it is now."""
+    fixed, digest, last = path.with_name(new_uuid()), hashlib.sha256(), b""
+    with open(path, "rb") as source, open(fixed, "xb") as target:
+        os.fchmod(target.fileno(), stat.S_IMODE(os.fstat(source.fileno()).st_mode))
+        for chunk in itertools.chain(iter(lambda: source.read(CHUNK_BYTES), b""), (b"",)):
+            data = last + chunk
+            last = b"\r" if chunk and data.endswith(b"\r") else b""  # an LF may follow
+            data = data[: len(data) - len(last)].replace(b"\r\n", b"\n")
+            target.write(data)
+            digest.update(data)
+        size = target.tell()
+    os.replace(fixed, path)
+    return StoredFile(stored.path, size, digest.hexdigest())
