@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -87,7 +88,7 @@ import types
 import weakref
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -170,6 +171,8 @@ DIGESTS_FIELD = ".joborch-digests"  # the last field of a joborch server's submi
 
 log = logging.getLogger("joborch")
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
@@ -783,6 +786,11 @@ class Job(NamedTuple):
     charged: float  # server: slot-seconds charged to its user for this attempt
     ended_as: str | None  # the status that a Cleaned job ended with; see `end`
     retry_of: int | None  # server: the job that it repeats
+
+    @property
+    def pair(self) -> tuple[str, int]:
+        """Return the service and the user, whose share it is: see Shares."""
+        return self.service or "", self.user_id or 0
 
     @property
     def mark(self) -> str:
@@ -2529,7 +2537,6 @@ WEIGHT = Parameter(
 
 def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     """Return clients in JSON. `trouble` says why a client gets no jobs now."""
-    busy = {row["client"]: row["jobs"] for row in server.store.read(BUSY_BY_CLIENT)}
     said = []
     for link, place in zip(links, server.capacities_of(links)):
         silent_s = None if link.heard_at is None else server.clock.monotonic() - link.heard_at
@@ -2538,7 +2545,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
-            "memory": link.memory, "load": link.load if known else None, "jobs": busy.get(link.name, 0),
+            "memory": link.memory, "load": link.load if known else None, "jobs": server.store.load(link.name).jobs,
             "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
             "held_for_s": round(held_for_s, 1),
@@ -2554,8 +2561,8 @@ def show_services(server: Server, request: Request) -> Answer:
         mean_s, name = mean_run_s(server, service), service.name
         said.append({
             "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
-            "running": server.store.number(BUSY_OF_SERVICE, service=name), "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
-            "users_queued": server.store.number(RUNNABLE_COUNT, service=name), "mean_run_s": mean_s and round(mean_s, 3),
+            "running": server.store.line(name).busy, "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
+            "users_queued": server.store.users_queued(name), "mean_run_s": mean_s and round(mean_s, 3),
             "clients": clients_json(server, server.links_of(service)),
         })  # fmt: skip
     return Answer({"services": said})
@@ -2592,18 +2599,18 @@ def resume(server: Server, request: Request, name: str) -> Answer:
 
 def user_answer(server: Server, user_id: int) -> Answer:
     """Return what decides when a user's jobs run."""
+    store = server.store
+    names = {row["service"] for row in store.read(USAGE_OF_USER, user_id=user_id)}
+    names.update(name for name in server.services if store.share(name, user_id).runs)
     services = []
-    for row in server.store.read(USAGE_OF_USER, user_id=user_id):
-        pair = {"service": row["service"], "user_id": user_id}
-        turn = server.store.read(RUNNABLE_GET, **pair)
-        before = server.store.number(RUNNABLE_BEFORE, service=row["service"], rank=turn[0]["rank"], head=turn[0]["head"]) if turn else None
+    for name in sorted(names):
+        share = store.share(name, user_id)
         services.append({
-            "name": row["service"], "used_slot_s": round(server.store.used_slot_s(row["service"], user_id), 3),
-            "runs": row["runs"], "mean_run_s": round(row["mean_s"], 3) if row["runs"] else None,
-            "running": server.store.number(BUSY_OF_USER, **pair), "turns_before": before,
+            "name": name, "used_slot_s": round(store.used_slot_s(name, user_id), 3), "runs": share.usage.runs,
+            "mean_run_s": round(share.usage.mean_s, 3) if share.usage.runs else None, "running": len(share.runs),
+            "turns_before": None if share.turn is None else store.turns_before(name, share.turn),
         })  # fmt: skip
-    weights = server.store.read(WEIGHT_GET, user_id=user_id)
-    weight = weights[0]["weight"] if weights else server.config.weights.get(user_id, 1.0)
+    weight = store.weight(user_id)
     queued = server.store.number(QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
     return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
 
@@ -2663,15 +2670,14 @@ class Server(Node):
 
     def capacities_of(self, links: Iterable[Link]) -> list[ClientCapacity]:
         """Return clients as the scheduler sees them now. Two URLs of one client share its slots."""
-        # Read before what has ended: see count_no_more.
-        busy = {row["client"]: (row["cpus"], row["memory"], row["jobs"]) for row in self.store.read(BUSY_BY_CLIENT)}
         by_client: dict[str, list[Link]] = {}
         for link in self.links.values():
             by_client.setdefault(link.client, []).append(link)
         places = []
         for link in links:
             others = [other for other in by_client.get(link.client, ()) if other is not link]
-            cpus, memory, jobs = (sum(share) for share in zip(*(busy.get(each.name, (0, 0, 0)) for each in (link, *others))))
+            # Read before what has ended: see count_no_more.
+            jobs, cpus, memory = map(sum, zip(*(self.store.load(each.name) for each in (link, *others))))
             places.append(link.capacity(cpus, memory, jobs, others))
         return places
 
@@ -2698,28 +2704,19 @@ class Server(Node):
             each.drained = drained
 
 
-class NotAtOnce(Exception):
-    """A decision needs more reading than a transaction may do, so the dispatch loop makes it."""
-
-
 def dispatch_tick(server: Server) -> bool:
     """Claim the next job for the client that the scheduler chose. Return whether there was one.
 
-    Most claims are made by `propose`, in the transaction that made them possible. This tick makes those that need a longer
-    look, and those that failed. Each client has separate senders and gets a job only if one of them is free, so a client
-    that hangs delays no other.
+    Most claims are made in the transaction that made them possible; this tick makes those that failed. Each client has separate
+    senders and gets a job only if one of them is free, so a client that hangs delays no other.
     """
-    chosen = next_placement(server)
-    return chosen is not None and server.store.write(lambda db: place(server, *chosen))
+    step = propose(server)
+    return step is not None and server.store.write(lambda db: step())
 
 
 def propose(server: Server) -> Callable[[], bool] | None:
-    """Return how to claim the next job inside a transaction, or None if there is none or finding it takes too long."""
-    try:
-        chosen = next_placement(server, at_once=True)
-    except NotAtOnce:
-        server.store.core.after(functools.partial(server.wake, "dispatch"))
-        return None
+    """Return how to claim the next job inside a transaction, or None if there is none."""
+    chosen = next_placement(server)
     return None if chosen is None else functools.partial(place, server, *chosen)
 
 
@@ -2750,18 +2747,15 @@ def hand_to_sender(server: Server, link: Link, job: Job) -> None:
     server.wake(f"send:{link.name}")
 
 
-def next_placement(server: Server, at_once: bool = False) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the next job and the client that gets it, or None if nothing can be sent now.
-
-    With `at_once` it raises NotAtOnce if the first job of a queue cannot be sent, and a longer look is needed.
-    """
+def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
+    """Return the next job and the client that gets it, or None if nothing can be sent now."""
     free = [link for link in server.links.values() if can_be_sent_to(link)]
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
-    lines = [line for line in (service_queue_of(server, service, names, at_once) for service in server.services.values()) if line]
+    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
     if not lines:
         return None
-    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server, at_once), server.store.steady())
+    return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
 
 
 def can_be_sent_to(link: Link) -> bool:
@@ -2784,54 +2778,30 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
     return next((link for link in links if link.client == chosen.client and can_be_sent_to(link)), chosen)
 
 
-def service_queue_of(server: Server, service: Service, names: Mapping[str, str], at_once: bool) -> ServiceQueue | None:
+def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
     """Return the queue of a service, or None if it is empty, the service is at its limit, or no client can get its jobs.
 
     `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
     """
     clients = {names[address.name] for address in service.addresses if address.name in names}
-    first = server.store.read(RUNNABLE_NEXT, service=service.name, limit=1) if clients else []
-    if not first:
+    busy, turns = server.store.line(service.name).busy, server.store.turns(service.name)
+    first = next(turns, None) if clients else None
+    if first is None or busy >= service.max_runs:
         return None
-    busy = server.store.number(BUSY_OF_SERVICE, service=service.name)
-    if busy >= service.max_runs:
-        return None
-    return ServiceQueue(
-        service.name, clients, busy / service.max_runs, mean_run_s(server, service), candidates_of(server, service.name, first[0], at_once)
-    )
-
-
-def candidates_of(server: Server, service: str, first: sqlite3.Row, at_once: bool) -> Iterator[Candidate]:
-    """Yield each user's next job, in the order of their turns. Read the others only if the first cannot be sent."""
-    yield candidate_of(service, first)
-    if at_once:
-        raise NotAtOnce
-    for row in server.store.read(RUNNABLE_NEXT, service=service, limit=CANDIDATES_LOOKED_AT)[1:]:
-        yield candidate_of(service, row)
-
-
-def candidate_of(service: str, row: sqlite3.Row) -> Candidate:
-    """Return a row of RUNNABLE_NEXT as the scheduler sees it."""
-    return Candidate(service, row["head"], row["cpus"], row["memory"], row["timeout"])
+    heads = (turn.candidate(service.name) for turn in itertools.islice(itertools.chain([first], turns), CANDIDATES_LOOKED_AT))
+    return ServiceQueue(service.name, clients, busy / service.max_runs, mean_run_s(server, service), heads)
 
 
 def mean_run_s(server: Server, service: Service) -> float | None:
     """Return the mean length of a service's last runs in seconds, or None if there were none."""
-    rows = server.store.read(PACE_GET, service=service.name)
-    return float(rows[0]["mean_s"]) if rows and rows[0]["runs"] else None
+    pace = server.store.line(service.name).pace
+    return pace.mean_s if pace.runs else None
 
 
-def runs_at(server: Server, at_once: bool, client: str) -> list[Run]:
-    """Return what runs at a client. A time limit counts from the start of the run."""
-    if at_once:
-        raise NotAtOnce
-    runs = []
-    for link in server.names_of(server.links[client]):
-        for job in server.store.jobs(AT_CLIENT, client=link.name):
-            if job.id not in link.ended:
-                begun = job.moved_at if job.status is Status.RUNNING else server.store.steady()
-                runs.append(Run(job.cpus, job.memory or 0, float("inf") if job.timeout is None else begun + job.timeout))
-    return runs
+def runs_at(server: Server, client: str) -> list[Run]:
+    """Return what runs at a client."""
+    links = {link.name: link for link in server.names_of(server.links[client])}
+    return [run for run in server.store.runs() if run.client in links and run.job_id not in links[run.client].ended]
 
 
 def send_tick(server: Server, link: Link) -> bool:
@@ -3083,7 +3053,6 @@ NO_USE = float("-inf")  # log2(0)
 CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
 UNKNOWN_RUN_S = 60.0  # charged in advance for a run when the service has no earlier runs
 TURN_S = 0.001  # the least cost of a turn: even jobs that take no time must not pass users who had no turn yet
-TURNS_VERSION = 2  # of the ranking rules: stored ranks of another version are recomputed
 TURNING_S = 1.0  # no job is sent ahead to a client that finished no run for this long
 HANDOVER_S = 0.2  # how much work may queue at a client, so that its slots do not idle between two jobs
 FULL_QUEUE_RETRY_S = 60
@@ -3109,8 +3078,7 @@ class Waiting(NamedTuple):
     timeout: float | None  # seconds
 
 
-@dataclass
-class Usage:
+class Usage(NamedTuple):
     """A user's past use of a service, as the base-2 logarithm of slot-seconds, and the mean length of the user's runs.
 
     It covers finished runs only. Running ones are added on the fly (`with_open_runs`), so nothing is ever refunded.
@@ -3123,26 +3091,81 @@ class Usage:
     mean_s: float = 0.0
 
 
-@dataclass
-class Pace:
+class Pace(NamedTuple):
     """The mean length of a service's runs."""
 
     runs: int = 0
     mean_s: float = 0.0
 
 
-def with_run(known: Usage | Pace, run_s: float) -> None:
-    """Add a run to a moving mean of about the last twenty."""
-    known.runs += 1
-    known.mean_s += (run_s - known.mean_s) / min(known.runs, 20)
+Mean = TypeVar("Mean", Usage, Pace)
 
 
-class OpenRun(NamedTuple):
-    """A job that was sent to a client: what its user is charged for it, and how long it has run."""
+def with_run(known: Mean, run_s: float) -> Mean:
+    """Return a moving mean of about the last twenty runs, with one more run."""
+    runs = known.runs + 1
+    return known._replace(runs=runs, mean_s=known.mean_s + (run_s - known.mean_s) / min(runs, 20))
 
+
+class Run(NamedTuple):
+    """A job at a client: what its user is charged for it, and what it takes there."""
+
+    job_id: int
     cpus: int
-    charged: float  # slot-seconds, in advance; more if it runs longer than that
-    run_s: float  # 0 before it starts
+    charged: float = 0.0  # slot-seconds, in advance; more if it runs longer than that
+    since: float | None = None  # steady; None before it starts
+    memory: int = 0  # MiB
+    timeout: float | None = None  # seconds
+    client: str = ""
+
+    def run_s(self, now: float) -> float:
+        return 0.0 if self.since is None else max(0.0, now - self.since)
+
+    def ends_at(self, now: float) -> float:
+        """Return when it will have ended: infinity without a time limit, which counts from the start of the run."""
+        return float("inf") if self.timeout is None else (now if self.since is None else self.since) + self.timeout
+
+
+class Turn(NamedTuple):
+    """When a user is next in a service: turns sort in this order. Who has no free run left comes last."""
+
+    at_quota: bool
+    rank: float
+    head: Waiting
+    user_id: int
+
+    def candidate(self, service: str) -> Candidate:
+        return Candidate(service, self.head.job_id, self.head.cpus, self.head.memory, self.head.timeout)
+
+
+class Share(NamedTuple):
+    """A user's part in a service. `waiting` are the queued jobs that the rank depends on (see `rank_of`)."""
+
+    usage: Usage = Usage()
+    runs: tuple[Run, ...] = ()  # by job id
+    waiting: tuple[Waiting, ...] = ()
+    turn: Turn | None = None  # None if no job could run
+
+    def run(self, job_id: int) -> Run | None:
+        return next((run for run in self.runs if run.job_id == job_id), None)
+
+
+class Line(NamedTuple):
+    """The load of a service: how many of its jobs are at clients, and how long they take."""
+
+    busy: int = 0
+    pace: Pace = Pace()
+
+
+class Load(NamedTuple):
+    """What the server's jobs take at a client."""
+
+    jobs: int = 0
+    cpus: int = 0
+    memory: int = 0  # MiB
+
+    def plus(self, run: Run, count: int = 1) -> Load:
+        return Load(self.jobs + count, self.cpus + count * run.cpus, self.memory + count * run.memory)
 
 
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
@@ -3160,10 +3183,10 @@ def counted_s(run_s: float, half_life_s: float) -> float:
     return float(step_s * (1 - fade**whole) / (1 - fade) + (run_s - whole * step_s) * fade**whole)
 
 
-def with_open_runs(use: float, runs: Collection[OpenRun], now: float, half_life_s: float, in_advance: bool = True) -> float:
+def with_open_runs(use: float, runs: Collection[Run], now: float, half_life_s: float, in_advance: bool = True) -> float:
     """Return a use plus its open runs: everything that was charged in advance, or only the time they have run."""
-    had = sum(run.cpus * counted_s(run.run_s, half_life_s) for run in runs)
-    ahead = sum(max(0.0, run.charged - run.cpus * run.run_s) for run in runs) if in_advance else 0.0
+    had = sum(run.cpus * counted_s(run.run_s(now), half_life_s) for run in runs)
+    ahead = sum(max(0.0, run.charged - run.cpus * run.run_s(now)) for run in runs) if in_advance else 0.0
     return used(use, had + ahead, now, half_life_s)
 
 
@@ -3202,6 +3225,14 @@ def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s
         return first.arrived_at / ageing_s - first.priority, first
     highest = min(waiting, key=lambda job: (-job.priority, job.job_id))
     return min(job.arrived_at for job in waiting) if policy == "fifo" else share_rank, highest
+
+
+def run_of_job(job: Job) -> Run | None:
+    """Return what is kept in memory of a job at a client; None of another job."""
+    if job.status not in BUSY:
+        return None
+    since = job.moved_at if job.status is Status.RUNNING else None
+    return Run(job.id, job.cpus, job.charged, since, job.memory or 0, job.timeout, job.client or "")
 
 
 # -- which client gets a job --
@@ -3267,14 +3298,6 @@ class ClientCapacity(NamedTuple):
         return (-self.free, self.load, -self.failed_s_ago, self.name)
 
 
-class Run(NamedTuple):
-    """A running job, for estimating when its slots become free."""
-
-    cpus: int
-    memory: int
-    ends_at: float  # steady; infinity without a time limit
-
-
 class Reservation(NamedTuple):
     """A client that is reserved for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
 
@@ -3288,17 +3311,17 @@ class Reservation(NamedTuple):
         return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
 
 
-def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run]) -> Reservation:
+def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run], now: float) -> Reservation:
     """Return the latest time at which a client will have room for a job, and what else will be free then.
 
     If that depends on a run without a time limit, nothing else is free: everything that becomes free is kept for the job.
     """
     wanted, free, until = client.wanted(candidate.cpus), client.free, 0.0
     memory = float("inf") if client.free_memory is None else float(client.free_memory)
-    for run in sorted(runs, key=lambda run: run.ends_at):
+    for run in sorted(runs, key=lambda run: run.ends_at(now)):
         if free >= wanted and memory >= (candidate.memory or 0):
             break
-        free, memory, until = free + client.wanted(run.cpus), memory + run.memory, run.ends_at
+        free, memory, until = free + client.wanted(run.cpus), memory + run.memory, run.ends_at(now)
     if until == float("inf") or free < wanted:
         return Reservation(float("inf"), 0, 0)
     return Reservation(until, free - wanted, memory - (candidate.memory or 0))
@@ -3334,7 +3357,7 @@ def choose(
             large = [each for each in able if each.could_run(candidate.cpus, candidate.memory) and each.name not in reserved]
             if large and not one_waits:
                 one_waits = True
-                starts = {client.name: reserve(candidate, client, runs_at(client.name)) for client in large}
+                starts = {client.name: reserve(candidate, client, runs_at(client.name), now) for client in large}
                 best = min(large, key=lambda client: (starts[client.name].until, *client.preference()))
                 reserved[best.name] = starts[best.name]
     return None
@@ -5276,19 +5299,12 @@ def follows_text(server: Server, job: Job) -> str:
 
 def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
     """Return the figures that decide when a queued job runs."""
-    pair = {"service": job.service, "user_id": job.user_id}
-    turn = server.store.read(RUNNABLE_GET, **pair)
-    ahead = {"rank": turn[0]["rank"], "head": turn[0]["head"]} if turn else {}
-    return QueueFacts(
-        server.store.number(BUSY_OF_USER, **pair),
-        service.runs_per_user,
-        server.store.number(BUSY_OF_SERVICE, service=job.service),
-        service.max_runs,
-        server.store.number(QUEUED_BEFORE, **pair, priority=job.priority, id=job.id),
-        server.store.number(RUNNABLE_BEFORE, service=job.service, **ahead) if ahead else 0,
-        job.cpus,
-        job.memory,
-    )
+    store, name = server.store, service.name
+    share = store.share(*job.pair)
+    before = store.number(QUEUED_BEFORE, service=name, user_id=job.user_id, priority=job.priority, id=job.id)
+    others = 0 if share.turn is None else store.turns_before(name, share.turn)
+    busy = store.line(name).busy
+    return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, before, others, job.cpus, job.memory)
 
 
 def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -> int | None:
@@ -5300,7 +5316,7 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
     if service.policy == "share":
         before = facts.users_before
         if facts.queued_before:
-            before += facts.queued_before * server.store.number(RUNNABLE_COUNT, service=service.name)
+            before += facts.queued_before * server.store.users_queued(service.name)
             before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
     else:
         point_s = server.config.ageing_s if service.policy == "priority" else 0.0
@@ -8767,7 +8783,6 @@ CREATE INDEX jobs_service ON jobs(service, id);
 CREATE INDEX jobs_status ON jobs(status, id);
 CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
-CREATE INDEX jobs_busy ON jobs(service, user_id) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
 CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
  WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
 CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
@@ -8789,12 +8804,6 @@ CREATE TABLE attempts (
     exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
     PRIMARY KEY (job_id, attempt)
 ) WITHOUT ROWID;
-CREATE TABLE runnable_users (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
-    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
 CREATE TABLE usage (
     service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
     PRIMARY KEY (service, user_id)
@@ -8808,7 +8817,7 @@ CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
 CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
 CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL);
+CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL); -- rules: not used any more
 INSERT INTO turns_made VALUES ('', 0);
 CREATE TABLE heartbeat (
     at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
@@ -8825,13 +8834,7 @@ BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
 ALTER TABLE jobs ADD COLUMN retry_of INTEGER;
 DROP TABLE contenders;
-CREATE TABLE runnable_users (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, at_quota INTEGER NOT NULL, rank REAL NOT NULL,
-    head INTEGER NOT NULL, cpus INTEGER NOT NULL, memory INTEGER, timeout REAL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX runnable_users_rank ON runnable_users(service, at_quota, rank, head);
-UPDATE turns_made SET rules = '';
+DROP INDEX jobs_busy;
 UPDATE jobs
    SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
        reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
@@ -8882,22 +8885,6 @@ SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id 
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
 ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
 ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
-BUSY_OF_USER = """
-SELECT count(*) FROM jobs INDEXED BY jobs_busy WHERE service = :service AND user_id = :user_id
-   AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_OF_SERVICE = """
-SELECT count(*) FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_OF_CLIENT = """
-SELECT coalesce(sum(cpus), 0) FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-BUSY_BY_CLIENT = """
-SELECT client, count(*) AS jobs, sum(cpus) AS cpus, coalesce(sum(memory), 0) AS memory FROM jobs INDEXED BY jobs_client
- WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') GROUP BY client
-"""
 AT_CLIENT = """
 SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
@@ -8987,48 +8974,18 @@ SELECT * FROM jobs INDEXED BY jobs_queued
  ORDER BY user_id, priority DESC, id LIMIT 1000
 """
 DELAYED_DUE = """
-SELECT id, service, user_id FROM jobs INDEXED BY jobs_delayed
+SELECT id FROM jobs INDEXED BY jobs_delayed
  WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
 """
-RUNNABLE_SET = """
-INSERT OR REPLACE INTO runnable_users (service, user_id, at_quota, rank, head, cpus, memory, timeout)
-VALUES (:service, :user_id, :at_quota, :rank, :head, :cpus, :memory, :timeout)
-"""
-RUNNABLE_GET = "SELECT at_quota, rank, head FROM runnable_users WHERE service = :service AND user_id = :user_id"
-RUNNABLE_CLEAR = "DELETE FROM runnable_users WHERE service = :service AND user_id = :user_id"
-RUNNABLE_EMPTY = "DELETE FROM runnable_users"
-RUNNABLE_NEXT = """
-SELECT head, user_id, rank, cpus, memory, timeout FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 ORDER BY rank, head LIMIT :limit
-"""
-RUNNABLE_BEFORE = """
-SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 AND (rank, head) < (:rank, :head) LIMIT 10000)
-"""
-RUNNABLE_COUNT = "SELECT count(*) FROM (SELECT 1 FROM runnable_users INDEXED BY runnable_users_rank WHERE service = :service LIMIT 10000)"
-OPEN_RUNS = """
-SELECT cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND user_id = :user_id AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-"""
-OPEN_RUNS_OF_OTHERS = """
-SELECT user_id, cpus, charged, CASE status WHEN 'Running' THEN max(0, :now - moved_at) ELSE 0.0 END AS run_s
-  FROM jobs INDEXED BY jobs_busy
- WHERE service = :service AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND user_id <> :user_id
-"""
-LEAST_RANK_OF_OTHERS = """
-SELECT rank FROM runnable_users INDEXED BY runnable_users_rank
- WHERE service = :service AND at_quota = 0 AND user_id <> :user_id ORDER BY rank LIMIT 1
-"""
 USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
-USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :used, :runs, :mean_s)"
+USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :use, :runs, :mean_s)"
 USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
 USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
-PACE_GET = "SELECT runs, mean_s FROM pace WHERE service = :service"
+PACE_ALL = "SELECT service, runs, mean_s FROM pace"
 PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
 JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
-JOB_CHARGED = "SELECT charged FROM jobs WHERE id = :id"
 JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
-WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
+WEIGHT_ALL = "SELECT user_id, weight FROM users"
 WEIGHT_SET = "INSERT OR REPLACE INTO users (user_id, weight) VALUES (:user_id, :weight)"
 DRAINED_ALL = "SELECT client, at FROM drained"
 DRAINED_SET = "INSERT OR IGNORE INTO drained (client, at) VALUES (:client, :at)"
@@ -9042,8 +8999,8 @@ DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
 DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
 JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
 WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Completed' LIMIT 1"
-TURNS_MADE = "SELECT rules, half_life_s FROM turns_made"
-TURNS_MADE_BY = "UPDATE turns_made SET rules = :rules, half_life_s = :half_life_s"
+TURNS_MADE = "SELECT half_life_s FROM turns_made"
+TURNS_MADE_BY = "UPDATE turns_made SET half_life_s = :half_life_s"
 PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
 RUNNING_LIMITS = "SELECT id, uuid, attempt, timeout, moved_at FROM jobs INDEXED BY jobs_status WHERE status = 'Running' ORDER BY id"
 RUNNING_NEEDS = (
@@ -9173,6 +9130,64 @@ def is_fatal(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
 
 
+class Shares:
+    """What turns depend on and who has one, in memory: it always follows from the rows.
+
+    Each map has two layers: what the current transaction changes, which only that transaction sees, and what is committed.
+    A COMMIT brings the changes down, a rollback drops them. Records are never changed, only replaced, so readers need no lock.
+    """
+
+    def __init__(self) -> None:
+        self.users: ChainMap[tuple[str, int], Share] = ChainMap({}, {})  # by service and user; only those with jobs that run or could
+        self.lines: ChainMap[str, Line] = ChainMap({}, {})  # by service
+        self.loads: ChainMap[str, Load] = ChainMap({}, {})  # by client
+        self.weights: ChainMap[int, float] = ChainMap({}, {})  # by user; others have 1
+        self.maps: tuple[ChainMap[Any, Any], ...] = (self.users, self.lines, self.loads, self.weights)
+        self.order: dict[str, list[Turn]] = {}  # by service: all turns, sorted
+        self.running: dict[str, set[int]] = {}  # by service: users with jobs at clients
+
+    def changes(self) -> list[dict[Any, Any]]:
+        """Return what the transaction has changed so far."""
+        return [dict(known.maps[0]) for known in self.maps]
+
+    def back_to(self, changes: Sequence[dict[Any, Any]] = ({}, {}, {}, {})) -> None:
+        """Forget what the transaction has changed, or all but some earlier changes."""
+        for known, kept in zip(self.maps, changes):
+            known.maps[0] = dict(kept)
+
+    def commit(self) -> None:
+        """Let everybody see the changes of the transaction."""
+        changed, known = self.users.maps
+        for pair, share in changed.items():
+            before = known.get(pair, NO_SHARE)
+            if share.turn != before.turn:
+                self.move_turn(pair[0], before.turn, share.turn)
+            running = self.running.setdefault(pair[0], set())
+            (running.add if share.runs else running.discard)(pair[1])
+        for layers in self.maps:
+            layers.maps[1].update(layers.maps[0])
+        for pair, share in changed.items():
+            if not (share.runs or share.waiting):
+                del known[pair]
+        self.back_to()
+
+    def move_turn(self, service: str, before: Turn | None, after: Turn | None) -> None:
+        order = self.order.setdefault(service, [])
+        if before is not None:
+            del order[bisect.bisect_left(order, before)]
+        if after is not None:
+            bisect.insort(order, after)
+
+    def turns(self, service: str) -> Iterator[Turn]:
+        """Yield the turns of all users who have a free run, as the current transaction sees them."""
+        changed = {pair[1]: share.turn for pair, share in self.users.maps[0].items() if pair[0] == service}
+        kept = (turn for turn in self.order.get(service, ()) if turn.user_id not in changed)
+        return heapq.merge(kept, sorted(turn for turn in changed.values() if turn is not None))
+
+
+NO_SHARE, NO_LINE, NO_LOAD = Share(), Line(), Load()
+
+
 class Core:
     """Runs all changes of rows, one transaction after another, and afterwards looks for callers that wait.
 
@@ -9192,6 +9207,7 @@ class Core:
         self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
         self.undecided = False  # the rows have changed, so a new decision may be possible
         self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what to call after a COMMIT, and after a failure
+        self.shares = Shares()
 
     def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
         """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
@@ -9306,6 +9322,7 @@ class Core:
             self.beat(self.db)
         crash_point("commit.begun")
         self.db.execute("COMMIT")
+        self.shares.commit()
         crash_point("commit.done")
 
     def begin(self, level: str) -> None:
@@ -9338,7 +9355,7 @@ class Core:
     def savepoint(self, work: Callable[[], T]) -> T:
         """Run work, and roll its part back if it raises."""
         self.db.execute("SAVEPOINT part")
-        known = len(self.outcomes)
+        known, changes = len(self.outcomes), self.shares.changes()
         try:
             value = work()
         except Exception as error:
@@ -9346,6 +9363,7 @@ class Core:
                 self.db.execute("ROLLBACK TO part")
                 self.db.execute("RELEASE part")
                 self.forget_outcomes(known)
+                self.shares.back_to(changes)
             raise
         self.db.execute("RELEASE part")
         return value
@@ -9359,6 +9377,7 @@ class Core:
     def roll_back(self, is_storage: bool) -> None:
         self.moved.clear()
         self.forget_outcomes(0)
+        self.shares.back_to()
         self.undecided = False  # the changes of rows are undone
         with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
             if self.db.in_transaction:
@@ -9659,7 +9678,7 @@ class Store(Database):
             return self.row(db, job_id)
         if self.mode == "server":  # servers need no news of a payload that is only Prepared
             self.core.moved.add(job_id)
-        self.update_rank(db, job.service, job.user_id)
+        self.update_rank(db, job)
         return job
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
@@ -9732,10 +9751,10 @@ class Store(Database):
             cause = Cause.INFRASTRUCTURE.value
             db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
         self.add_history(db, job.id, now, job.status, to, reason)
-        if self.mode == "server" and (job.status in BUSY) != (to in BUSY):
-            self.account(db, job, to, run_s)
+        if self.mode == "server" and (job.status in BUSY or to in BUSY):
+            self.account(db, job, to, run_s, values["moved_at"], values["client"])
         if not (job.status in BUSY and to in BUSY):
-            self.update_rank(db, job.service, job.user_id)
+            self.update_rank(db, job, is_queue=Status.QUEUED in (job.status, to))
         return True
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
@@ -9750,7 +9769,7 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.update_rank(db, job.service, job.user_id)
+                    self.update_rank(db, job)
             db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
@@ -9774,7 +9793,14 @@ class Store(Database):
     def take_along(self, job: Job, client: str) -> bool:
         """Store that a job's client has another name. Return False if the job has moved meanwhile."""
         values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
-        return self.write(lambda db: db.execute(JOB_CLIENT, values).rowcount == 1)
+
+        def rename(db: sqlite3.Connection) -> bool:
+            if db.execute(JOB_CLIENT, values).rowcount != 1:
+                return False
+            self.set_run(self.row(db, job.id))
+            return True
+
+        return self.write(rename)
 
     def note(self, sql: str, **values: Any) -> None:
         """Write a column that is not a status, without waiting for the disk."""
@@ -9811,140 +9837,177 @@ class Store(Database):
 
     # -- turns --
 
-    def usage_of(self, db: sqlite3.Connection, service: str | None, user_id: int | None) -> Usage:
-        row = db.execute(USAGE_GET, {"service": service, "user_id": user_id}).fetchone()
-        return Usage(*row) if row else Usage()
+    def seen(self, known: ChainMap[K, V]) -> Mapping[K, V]:
+        """Return a map of Shares as this thread may see it: only the current transaction sees its changes."""
+        return known if self.core.is_inside() else known.maps[1]
 
-    def pace_of(self, db: sqlite3.Connection, service: str | None) -> Pace:
-        row = db.execute(PACE_GET, {"service": service}).fetchone()
-        return Pace(*row) if row else Pace()
+    def share(self, service: str, user_id: int) -> Share:
+        """Return a user's part in a service, from memory or, if nothing is going on there, from the rows."""
+        share = self.seen(self.core.shares.users).get((service, user_id))
+        if share is None:
+            rows = self.read(USAGE_GET, service=service, user_id=user_id)
+            share = Share(Usage(*rows[0])) if rows else NO_SHARE
+        return share
 
-    def weight_of(self, db: sqlite3.Connection, user_id: int | None) -> float:
+    def line(self, service: str) -> Line:
+        return self.seen(self.core.shares.lines).get(service, NO_LINE)
+
+    def load(self, client: str) -> Load:
+        return self.seen(self.core.shares.loads).get(client, NO_LOAD)
+
+    def weight(self, user_id: int) -> float:
         """Return a user's weight: the stored one, else that of the settings, else 1."""
-        row = db.execute(WEIGHT_GET, {"user_id": user_id}).fetchone()
-        return float(row[0]) if row else self.sharing.weights.get(user_id or 0, 1.0)
+        return self.seen(self.core.shares.weights).get(user_id, 1.0)
 
-    def set_usage(self, db: sqlite3.Connection, service: str | None, user_id: int | None, usage: Usage) -> None:
-        pair = {"service": service, "user_id": user_id}
-        db.execute(USAGE_SET, {**pair, "used": usage.use, "runs": usage.runs, "mean_s": usage.mean_s})
+    def turns(self, service: str) -> Iterator[Turn]:
+        """Yield the turns of users whose next job may be sent, the first turn first."""
+        shares = self.core.shares
+        turns = shares.turns(service) if self.core.is_inside() else iter(shares.order.get(service, [])[:CANDIDATES_LOOKED_AT])
+        return itertools.takewhile(lambda turn: not turn.at_quota, turns)
 
-    def set_pace(self, db: sqlite3.Connection, service: str | None, pace: Pace) -> None:
+    def users_queued(self, service: str) -> int:
+        """Return how many users have a job that could run, counted up to 10,000."""
+        return min(len(self.core.shares.order.get(service, ())), 10_000)
+
+    def turns_before(self, service: str, turn: Turn) -> int:
+        """Return how many users with a free run have their turn before this one, counted up to 10,000."""
+        return min(bisect.bisect_left(self.core.shares.order.get(service, []), turn._replace(at_quota=False)), 10_000)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield all jobs at clients."""
+        users = self.seen(self.core.shares.users)
+        return (run for share in list(users.values()) for run in share.runs)
+
+    def set_pace(self, db: sqlite3.Connection, service: str, pace: Pace) -> None:
         db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
+        self.core.shares.lines[service] = self.line(service)._replace(pace=pace)
 
-    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None) -> None:
-        """Charge a user in advance for a run that starts, or its real length when it is over."""
-        usage, pace = self.usage_of(db, job.service, job.user_id), self.pace_of(db, job.service)
-        if to in BUSY:
-            charged = charge_in_advance(job, usage, pace, self.sharing.half_life_s)
+    def set_run(self, job: Job) -> None:
+        """Keep what is known of a job at a client as it is now, inside a transaction; forget it if it is at none any more."""
+        run, shares, share, line = run_of_job(job), self.core.shares, self.share(*job.pair), self.line(job.pair[0])
+        old = share.run(job.id)
+        for each, count in ((old, -1), (run, 1)):
+            if each is not None:
+                shares.loads[each.client] = self.load(each.client).plus(each, count)
+                line = line._replace(busy=line.busy + count)
+        shares.lines[job.pair[0]] = line
+        runs = [each for each in (*share.runs, run) if each is not None and each is not old]
+        shares.users[job.pair] = share._replace(runs=tuple(sorted(runs)))
+
+    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, moved_at: float, client: str) -> None:
+        """Charge a user in advance for a job that goes to a client, or its real length when it is over."""
+        share = self.share(*job.pair)
+        run = share.run(job.id)
+        if run is None:
+            charged = charge_in_advance(job, share.usage, self.line(job.pair[0]).pace, self.sharing.half_life_s)
         else:
-            charged = float(
-                db.execute(JOB_CHARGED, {"id": job.id}).fetchone()[0]
-            )  # charge_longer may have raised it since the row was read
-            now = self.steady()
-            if run_s is None:
-                run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else charged / job.cpus
-            elif to in (Status.COMPLETED, Status.FAILED):
-                with_run(usage, run_s)
-                with_run(pace, run_s)
-                self.set_pace(db, job.service, pace)
-            if run_s > TURN_S:
-                usage.use = self.without_old_credit(db, job, usage.use)
-            charged = job.cpus * max(run_s, TURN_S)
-            usage.use = used(usage.use, job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s), now, self.sharing.half_life_s)
-        db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
-        self.set_usage(db, job.service, job.user_id, usage)
+            charged = run.charged if to in BUSY else self.charge_run(db, job, to, run_s, run)
+        if run is None or to not in BUSY:
+            db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
+        self.set_run(job._replace(status=to, charged=charged, client=client, moved_at=moved_at))
 
-    def without_old_credit(self, db: sqlite3.Connection, job: Job, use: float) -> float:
+    def charge_run(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, run: Run) -> float:
+        """Add a run that is over to its user's use. Return its charge."""
+        now, share = self.steady(), self.share(*job.pair)
+        usage = share.usage
+        if run_s is None:
+            run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else run.charged / job.cpus
+        elif to in (Status.COMPLETED, Status.FAILED):
+            usage = with_run(usage, run_s)
+            self.set_pace(db, job.pair[0], with_run(self.line(job.pair[0]).pace, run_s))
+        use = self.without_old_credit(job, share) if run_s > TURN_S else usage.use
+        counted = job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s)
+        usage = usage._replace(use=used(use, counted, now, self.sharing.half_life_s))
+        db.execute(USAGE_SET, {"service": job.service, "user_id": job.user_id, **usage._asdict()})
+        self.core.shares.users[job.pair] = share._replace(usage=usage)
+        return job.cpus * max(run_s, TURN_S)
+
+    def without_old_credit(self, job: Job, share: Share) -> float:
         """Return the use of a job's user, capped by the use of the service's other active users: see `cap_idle_credit`.
 
         It is not capped if the user has no more jobs waiting. What the others were charged in advance does not count, because
         they may not use it.
         """
-        service, weight = self.limits.get(job.service or ""), self.weight_of(db, job.user_id)
-        now, others = self.steady(), {"service": job.service, "user_id": job.user_id}
-        waiting = db.execute(LEAST_RANK_OF_OTHERS, others).fetchone()
-        level = float("inf") if waiting is None else float(waiting["rank"])
-        if service is None or service.policy != "share" or cap_idle_credit(use, weight, level) == use:
+        (name, user_id), use, now, shares = job.pair, share.usage.use, self.steady(), self.core.shares
+        service, weight = self.limits.get(name), self.weight(user_id)
+        level = next((turn.rank for turn in self.turns(name) if turn.user_id != user_id), float("inf"))
+        if service is None or service.policy != "share" or share.turn is None or cap_idle_credit(use, weight, level) == use:
             return use
-        if db.execute(RUNNABLE_GET, others).fetchone() is None:
-            return use
-        open_runs: dict[int, list[OpenRun]] = {}
-        for row in db.execute(OPEN_RUNS_OF_OTHERS, {**others, "now": now}):
-            open_runs.setdefault(row["user_id"], []).append(OpenRun(row["cpus"], row["charged"], row["run_s"]))
-        for user_id, runs in open_runs.items():
-            theirs = self.usage_of(db, job.service, user_id).use
-            had = with_open_runs(theirs, runs, now, self.sharing.half_life_s, in_advance=False)
-            level = min(level, had - math.log2(self.weight_of(db, user_id)))
+        changed = {other for service_name, other in shares.users.maps[0] if service_name == name}
+        for other in (shares.running.get(name, set()) | changed) - {user_id}:
+            theirs = self.share(name, other)
+            if theirs.runs:
+                had = with_open_runs(theirs.usage.use, theirs.runs, now, self.sharing.half_life_s, in_advance=False)
+                level = min(level, had - math.log2(self.weight(other)))
         return use if level == float("inf") else cap_idle_credit(use, weight, level)
 
     def used_slot_s(self, service: str, user_id: int) -> float:
         """Return a user's use of a service as it counts now, in slot-seconds. Running jobs count with the time they have run."""
-        now, half_life_s = self.steady(), self.sharing.half_life_s
-        rows = self.read(USAGE_GET, service=service, user_id=user_id)
-        runs = [OpenRun(*row) for row in self.read(OPEN_RUNS, service=service, user_id=user_id, now=now)]
-        use = with_open_runs(rows[0]["used"] if rows else NO_USE, runs, now, half_life_s, in_advance=False)
-        return use_now(use, now, half_life_s)
+        now, half_life_s, share = self.steady(), self.sharing.half_life_s, self.share(service, user_id)
+        return use_now(with_open_runs(share.usage.use, share.runs, now, half_life_s, in_advance=False), now, half_life_s)
 
     def charge_longer(self, job: Job) -> None:
         """Charge more for a run that takes longer than expected: double the charge, but never far more than the run has used."""
-        more = min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
+        charged = job.charged + min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
 
         def charge(db: sqlite3.Connection) -> None:
-            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": job.charged + more}
+            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": charged}
             if db.execute(JOB_CHARGE, values).rowcount:
-                self.update_rank(db, job.service, job.user_id)
+                self.set_run(self.row(db, job.id))
+                self.update_rank(db, job, is_queue=False)
 
         self.write(charge, durable=False)
 
-    def update_rank(self, db: sqlite3.Connection, name: str | None, user_id: int | None) -> None:
-        """Update a user's row of `runnable_users`, which has a row for each user and service with a job that could run."""
-        service = self.limits.get(name or "")
-        if self.mode != "server" or service is None:
-            return
-        self.core.undecided = True
-        pair = {"service": name, "user_id": user_id}
-        sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
-        waiting = [Waiting(*row) for row in db.execute(sql, pair)]
-        if not waiting:
-            db.execute(RUNNABLE_CLEAR, pair)
-            return
-        now = self.steady()
-        runs = [OpenRun(*row) for row in db.execute(OPEN_RUNS, {**pair, "now": now})]
-        use = with_open_runs(self.usage_of(db, name, user_id).use, runs, now, self.sharing.half_life_s)
-        rank, head = rank_of(service.policy, waiting, use - math.log2(self.weight_of(db, user_id)), self.sharing.ageing_s)
-        at_quota = len(runs) >= service.runs_per_user
-        values = {"at_quota": int(at_quota), "rank": rank, "head": head.job_id, "cpus": head.cpus, "memory": head.memory}
-        db.execute(RUNNABLE_SET, {**pair, **values, "timeout": head.timeout})
+    def update_rank(self, db: sqlite3.Connection, job: Job, is_queue: bool = True) -> None:
+        """Update the turn of a job's user. If `is_queue` is False, the user's queued jobs are the same as before."""
+        if self.mode == "server" and job.service in self.limits:
+            self.core.undecided = True
+            self.update_turn(db, job.pair, is_queue)
+
+    def update_turn(self, db: sqlite3.Connection, pair: tuple[str, int], is_queue: bool) -> None:
+        """Update a user's turn in a service, inside a transaction."""
+        service, share, turn = self.limits[pair[0]], self.share(*pair), None
+        if is_queue:
+            sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
+            rows = db.execute(sql, {"service": pair[0], "user_id": pair[1]})
+            share = share._replace(waiting=tuple(Waiting(*row) for row in rows))
+        if share.waiting:
+            use = with_open_runs(share.usage.use, share.runs, self.steady(), self.sharing.half_life_s)
+            rank, head = rank_of(service.policy, share.waiting, use - math.log2(self.weight(pair[1])), self.sharing.ageing_s)
+            turn = Turn(len(share.runs) >= service.runs_per_user, rank, head, pair[1])
+        self.core.shares.users[pair] = share._replace(turn=turn)
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Use these services and rules. If `runnable_users` was computed with others, compute it again."""
+        """Use these services and rules, and compute all turns."""
         self.limits, self.sharing = services, sharing or self.sharing
-        made = json.dumps([
-            TURNS_VERSION, sorted((name, service.runs_per_user, service.policy) for name, service in services.items()),
-            self.sharing.half_life_s, self.sharing.ageing_s, sorted(self.sharing.weights.items()),
-        ])  # fmt: skip
-        rules, half_life_s = self.read(TURNS_MADE)[0]
-        if rules != made:
-            self.write(lambda db: self.make_turns(db, made, half_life_s))
+        if self.mode == "server":
+            self.write(self.make_turns)
 
-    def make_turns(self, db: sqlite3.Connection, rules: str, half_life_s: float) -> None:
-        """Compute `runnable_users` again. Convert uses that were counted with another half-life to their present value."""
-        now = self.steady()
-        shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
-        for row in db.execute(USAGE_ALL).fetchall() if shift else ():
-            db.execute(USAGE_SET, {**dict(row), "used": row["used"] + shift})
-        db.execute(RUNNABLE_EMPTY)
+    def make_turns(self, db: sqlite3.Connection) -> None:
+        """Fill the memory from the rows. Convert uses that were counted with another half-life to their present value."""
+        (half_life_s,), now = db.execute(TURNS_MADE).fetchone(), self.steady()
+        if half_life_s != self.sharing.half_life_s:
+            shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
+            for row in db.execute(USAGE_ALL).fetchall() if shift else ():
+                db.execute(USAGE_SET, {**dict(row), "use": row["used"] + shift})
+            db.execute(TURNS_MADE_BY, {"half_life_s": self.sharing.half_life_s})
+        shares = self.core.shares = Shares()
+        shares.weights.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(WEIGHT_ALL)}})
+        shares.lines.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(PACE_ALL)})
+        for job in map(as_job, db.execute(ALL_BUSY)):
+            self.set_run(job)
         for service in self.limits:
             for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
-                self.update_rank(db, service, user_id)
-        db.execute(TURNS_MADE_BY, {"rules": rules, "half_life_s": self.sharing.half_life_s})
+                self.update_turn(db, (service, user_id), is_queue=True)
 
     def set_weight(self, user_id: int, weight: float) -> None:
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
+            self.core.shares.weights[user_id] = weight
             for service in self.limits:
-                self.update_rank(db, service, user_id)
+                self.update_turn(db, (service, user_id), is_queue=False)
+            self.core.undecided = True
 
         self.write(store)
 
@@ -9959,14 +10022,13 @@ class Store(Database):
         def take(db: sqlite3.Connection) -> Job | None:
             job = self.row(db, job_id)
             service = self.limits[job.service or ""]
-            pair = {"service": job.service, "user_id": job.user_id}
             if job.status is Status.QUEUED and job.kill_requested_at is not None:
                 self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
                 return None
             full = (
-                db.execute(BUSY_OF_CLIENT, {"client": client}).fetchone()[0] + job.cpus > room
-                or db.execute(BUSY_OF_SERVICE, {"service": job.service}).fetchone()[0] >= service.max_runs
-                or db.execute(BUSY_OF_USER, pair).fetchone()[0] >= service.runs_per_user
+                self.load(client).cpus + job.cpus > room
+                or self.line(job.pair[0]).busy >= service.max_runs
+                or len(self.share(*job.pair).runs) >= service.runs_per_user
             )
             if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
                 return None
@@ -9982,7 +10044,7 @@ class Store(Database):
         def admit(db: sqlite3.Connection) -> None:
             for row in due:
                 db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.update_rank(db, row["service"], row["user_id"])
+                self.update_rank(db, self.row(db, row["id"]))
 
         if due:
             self.write(admit, durable=False)

@@ -111,7 +111,7 @@ class User:
     """What the Store keeps of one user of one service."""
 
     queues: dict[int, deque[Job]] = field(default_factory=lambda: defaultdict(deque))  # by priority
-    running: dict[int, joborch.OpenRun] = field(default_factory=dict)
+    running: dict[int, joborch.Run] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
 
@@ -161,7 +161,7 @@ class Site:
         user.queues[job.priority].remove(job)
         row: Any = job
         self.charged[job.number] = joborch.charge_in_advance(row, user.usage, self.pace, self.sharing.half_life_s)
-        user.running[job.number] = joborch.OpenRun(job.cpus, self.charged[job.number], 0.0)
+        user.running[job.number] = joborch.Run(job.number, job.cpus, self.charged[job.number])
         self.running[client][job.number] = (job, now)
         self.waits[job.number] = now - job.at
         self.order.append(job.number)
@@ -171,12 +171,13 @@ class Site:
         """A run is over: Store.account."""
         user = self.users[job.user]
         del self.charged[job.number]
-        joborch.with_run(user.usage, job.run_s)
-        joborch.with_run(self.pace, job.run_s)
+        user.usage = joborch.with_run(user.usage, job.run_s)
+        self.pace = joborch.with_run(self.pace, job.run_s)
         del user.running[job.number]
         del self.running[client][job.number]
         slot_s = job.cpus * joborch.counted_s(max(job.run_s, joborch.TURN_S), self.sharing.half_life_s)
-        user.usage.use = joborch.used(self.measured(job, now), slot_s, EPOCH_S + now, self.sharing.half_life_s)
+        use = joborch.used(self.measured(job, now), slot_s, EPOCH_S + now, self.sharing.half_life_s)
+        user.usage = user.usage._replace(use=use)
         self.refresh(job.user, now)
 
     def measured(self, job: Job, now: float) -> float:
@@ -214,7 +215,7 @@ class Site:
 
     def runs_at(self, client: str) -> list[Run]:
         return [
-            Run(job.cpus, job.memory or 0, math.inf if job.timeout is None else begun + job.timeout)
+            Run(job.number, job.cpus, since=begun, memory=job.memory or 0, timeout=job.timeout)
             for job, begun in self.running[client].values()
         ]
 

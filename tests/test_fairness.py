@@ -18,7 +18,7 @@ from conftest import MakePair
 from harness import Pair, Process, submit, wait_for, wait_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import Desk, HandClock, Peer, Yard, a_service, event, new_job, reply
+from world import Desk, HandClock, Peer, Yard, a_service, event, heads, new_job, reply
 
 import joborch
 from joborch import Cause, Job, Sharing, Status, Store, counted_s
@@ -63,10 +63,10 @@ class Flood:
     def fill(self) -> None:
         """Send what fits, by turn."""
         while len(self.ends) < self.slots:
-            rows = self.store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
-            if not rows:
+            waiting = heads(self.store, "s", 1)
+            if not waiting:
                 return
-            job = self.store.claim(rows[0]["head"], "a", 999)
+            job = self.store.claim(waiting[0].job_id, "a", 999)
             assert job is not None
             assert self.store.move(job, Status.SUBMITTED, "", dest_id="1")
             took_s = self.queue_s + self.run_s * self.chance.uniform(0.5, 1.0)
@@ -171,8 +171,7 @@ def test_a_restart_changes_no_turn(when: int, tmp_path: Path) -> None:
     flood.store.close()
     flood.open(str(tmp_path / "db"))
     newcomer = flood.upload(2)
-    (row,) = flood.store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
-    assert row["head"] == newcomer
+    assert [head.job_id for head in heads(flood.store, "s", 1)] == [newcomer]
     flood.step()
     flood.step()
     assert newcomer in flood.began
@@ -184,8 +183,8 @@ def test_what_is_charged_in_advance_is_no_use() -> None:
     flood = Flood(1, 1, 0.4, 400.0, random.Random(1), ("ends",))
     flood.upload(1, 3)
     flood.fill()
-    (row,) = flood.store.read("SELECT rank FROM runnable_users")
-    assert joborch.use_now(row["rank"], flood.clock.now, HALF_LIFE_S) == pytest.approx(400.0)
+    turn = flood.store.share("s", 1).turn
+    assert turn and joborch.use_now(turn.rank, flood.clock.now, HALF_LIFE_S) == pytest.approx(400.0)
     assert flood.store.used_slot_s("s", 1) == 0.0
     flood.step()
     assert 0.2 <= flood.store.used_slot_s("s", 1) <= 0.4

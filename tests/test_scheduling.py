@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from world import BOUNDED, HandClock, a_service, new_job
+from world import BOUNDED, HandClock, a_service, heads, new_job
 
 import joborch
 from joborch import (
@@ -197,8 +197,13 @@ def test_the_service_of_whose_limit_the_least_is_in_use_goes_first() -> None:
     assert chosen([line(Candidate("s", 1)), line(Candidate("t", 2), service="t")], [place()]) == (1, "a")
 
 
+def run(cpus: int, ends_at: float, memory: int = 0) -> Run:
+    """A job at a client that ends then at the latest."""
+    return Run(0, cpus, since=0.0, memory=memory, timeout=None if ends_at == FOREVER else ends_at)
+
+
 WIDE = Candidate("s", 1, cpus=4)
-RUNNING = [Run(1, 0, NOW + 100), Run(1, 0, NOW + 200), Run(1, 0, NOW + 300)]
+RUNNING = [run(1, NOW + 100), run(1, NOW + 200), run(1, NOW + 300)]
 
 
 @pytest.mark.parametrize(
@@ -217,13 +222,13 @@ def test_a_narrow_job_goes_before_a_wide_one_only_where_it_does_not_delay_it(nar
 
 def test_what_is_to_spare_beside_a_wide_job_is_free_for_all() -> None:
     wide = Candidate("s", 1, cpus=3)
-    assert reserve(wide, place(slots=6, free=2), RUNNING) == joborch.Reservation(NOW + 100, 0, FOREVER)
-    assert reserve(wide, place(slots=6, free=1), [Run(4, 0, NOW + 9)]) == joborch.Reservation(NOW + 9, 2, FOREVER)
-    assert chosen([line(wide, Candidate("s", 2))], [place(slots=6, free=1)], {"a": [Run(4, 0, NOW + 9)]}) == (2, "a")
+    assert reserve(wide, place(slots=6, free=2), RUNNING, NOW) == joborch.Reservation(NOW + 100, 0, FOREVER)
+    assert reserve(wide, place(slots=6, free=1), [run(4, NOW + 9)], NOW) == joborch.Reservation(NOW + 9, 2, FOREVER)
+    assert chosen([line(wide, Candidate("s", 2))], [place(slots=6, free=1)], {"a": [run(4, NOW + 9)]}) == (2, "a")
 
 
 def test_where_nobody_knows_when_runs_end_all_that_becomes_free_is_kept() -> None:
-    endless = [Run(1, 0, FOREVER)] * 3
+    endless = [run(1, FOREVER)] * 3
     assert chosen([line(WIDE, Candidate("s", 2, timeout=1.0))], [place(free=1)], {"a": endless}) is None
     assert chosen([line(WIDE, Candidate("s", 2))], [place(free=1), place("b", 4, 2)], {"a": endless, "b": endless}) == (2, "a"), "b is kept"
 
@@ -231,7 +236,7 @@ def test_where_nobody_knows_when_runs_end_all_that_becomes_free_is_kept() -> Non
 def test_a_wide_job_is_not_passed_by_another_service() -> None:
     """Once the turn of its service has come: the slots are kept against all."""
     lines = [line(WIDE), line(Candidate("t", 2), service="t", busy=0.5)]
-    assert chosen(lines, [place(free=1)], {"a": [Run(1, 0, FOREVER)] * 3}) is None
+    assert chosen(lines, [place(free=1)], {"a": [run(1, FOREVER)] * 3}) is None
 
 
 def test_what_no_client_here_could_run_holds_up_nobody() -> None:
@@ -269,7 +274,7 @@ PLACES = st.lists(
     max_size=3,
     unique_by=lambda place: place.name,
 )  # fmt: skip
-RUNS = st.lists(st.builds(Run, st.integers(1, 3), st.integers(0, 500), st.just(FOREVER) | st.floats(NOW, NOW + 1000)), max_size=4)
+RUNS = st.lists(st.builds(run, st.integers(1, 3), st.just(FOREVER) | st.floats(NOW, NOW + 1000), st.integers(0, 500)), max_size=4)
 
 
 @BOUNDED
@@ -298,10 +303,10 @@ def test_a_choice_fits_is_the_same_again_and_leaves_no_slot_idle(
 def test_a_reservation_is_not_put_off_by_who_goes_first(cpus: int, free: int, runs: list[Run], other: Candidate) -> None:
     """Whoever it lets pass, there is room for the wide job at the time for which it is kept."""
     at, wide = ClientCapacity("a", 20, free, 5000, 2000), Candidate("s", 1, cpus, 500)
-    kept = reserve(wide, at, runs)
+    kept = reserve(wide, at, runs, NOW)
     if kept.until < FOREVER and kept.lets(other, NOW) and joborch.fits(other, at, None, None, NOW):
         other_ends = FOREVER if other.timeout is None else NOW + other.timeout
-        ended = [run for run in [*runs, Run(other.cpus, other.memory or 0, other_ends)] if run.ends_at <= kept.until]
+        ended = [each for each in [*runs, run(other.cpus, other_ends, other.memory or 0)] if each.ends_at(NOW) <= kept.until]
         assert free - other.cpus + sum(run.cpus for run in ended) >= cpus
         assert 2000 - (other.memory or 0) + sum(run.memory for run in ended) >= 500
 
@@ -347,9 +352,8 @@ class Site(RuleBasedStateMachine):
         """Claim as the dispatcher does, until nothing can be sent."""
         while True:
             busy = Counter(job.user_id for job in self.jobs() if job.status in BUSY)
-            rows = self.store.read(joborch.RUNNABLE_NEXT, service="s", limit=100)
-            heads = [Candidate("s", row["head"], row["cpus"]) for row in rows] if sum(busy.values()) < 3 else []
-            found = choose([line(*heads, run_s=None)], [place("a", self.slots, self.slots - sum(busy.values()))], no_runs, 0.0)
+            candidates = [Candidate("s", head.job_id, head.cpus) for head in heads(self.store, "s")] if sum(busy.values()) < 3 else []
+            found = choose([line(*candidates, run_s=None)], [place("a", self.slots, self.slots - sum(busy.values()))], no_runs, 0.0)
             if found is None:
                 return
             own = [job for job in self.jobs() if job.status is Status.QUEUED]
@@ -396,8 +400,8 @@ def served(weights: dict[int, float], run_s: float, rounds: int, slots: int = 2)
     for _ in range(rounds):
         running = []
         for _ in range(slots):
-            (row,) = store.read(joborch.RUNNABLE_NEXT, service="s", limit=1)
-            job = store.claim(row["head"], "a", 99)
+            (head,) = heads(store, "s", 1)
+            job = store.claim(head.job_id, "a", 99)
             assert job is not None and job.user_id is not None
             running.append(job)
             got[job.user_id] += 1

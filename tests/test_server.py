@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from harness import free_port, wait_for
-from world import RESULT, Asked, Desk, Peer, changed, digest_of, event, events, new_job, reply, zip_reply
+from world import RESULT, Asked, Desk, Peer, changed, digest_of, event, events, heads, new_job, reply, zip_reply
 
 import joborch
 from joborch import (
@@ -209,8 +209,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     while desk.send():
         pass
     assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
-    with desk.store.core.inside():
-        desk.store.db.execute(joborch.PACE_SET, {"service": "example", "runs": 5, "mean_s": 0.01})
+    desk.store.write(lambda db: desk.store.set_pace(db, "example", joborch.Pace(5, 0.01)))
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
@@ -916,7 +915,7 @@ def test_attempts_come_to_an_end(desk: Desk, peer: Peer) -> None:
         again = desk.settle(desk[job], status="Failed", cause="infrastructure", reason="reboot")
         assert (again.status, again.attempt) == (Status.QUEUED, attempt + 1)
         pauses.append((again.not_before or 0) - desk.clock.wall())
-        assert not desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1), "not before its time"
+        assert not heads(desk.store, "example"), "not before its time"
         desk.clock.pass_s(60)
         watch_tick(desk.server)
         assert desk.store.claim(job.id, desk.link.name, 9)
@@ -1215,10 +1214,10 @@ def test_new_attempts_come_of_age(desk: Desk) -> None:
     job = desk.with_client(Status.RUNNING)
     joborch.new_attempt(desk.server, job, "reboot")
     watch_tick(desk.server)
-    assert desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1) == []
+    assert heads(desk.store, "example") == []
     desk.clock.pass_s(2)
     watch_tick(desk.server)
-    assert [row["head"] for row in desk.store.read(joborch.RUNNABLE_NEXT, service="example", limit=1)] == [job.id]
+    assert [head.job_id for head in heads(desk.store, "example")] == [job.id]
 
 
 # == Starting ==

@@ -11,7 +11,7 @@ import pytest
 import simulate
 from simulate import POLICIES, Job, Site
 from simulate import simulate as play
-from world import HandClock, a_service, new_job
+from world import HandClock, a_service, heads, new_job
 
 import joborch
 from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing, Status, Store
@@ -56,17 +56,14 @@ def claimed_by_a_store(trace: list[Job], policy: str, weights: dict[int, float])
             places = [
                 ClientCapacity(name, count, count - sum(job.cpus for job in busy if job.client == name)) for name, count in slots.items()
             ]
-            rows = store.read(joborch.RUNNABLE_NEXT, service="s", limit=100)
-            heads = [Candidate("s", row["head"], row["cpus"], None, row["timeout"]) for row in rows]
+            candidates = [Candidate("s", head.job_id, head.cpus, None, head.timeout) for head in heads(store, "s")]
             runs = {
                 name: [
-                    Run(job.cpus, 0, float("inf") if job.timeout is None else job.moved_at - simulate.EPOCH_S + job.timeout)
-                    for job in busy
-                    if job.client == name
+                    Run(job.id, job.cpus, since=job.moved_at - simulate.EPOCH_S, timeout=job.timeout) for job in busy if job.client == name
                 ]
                 for name in slots
             }
-            found = joborch.choose([ServiceQueue("s", slots, 0.0, None, heads)], places, runs.__getitem__, now)
+            found = joborch.choose([ServiceQueue("s", slots, 0.0, None, candidates)], places, runs.__getitem__, now)
             if found is None:
                 break
             job = store.claim(found[0].job_id, found[1].name, 999)  # type: ignore[assignment]

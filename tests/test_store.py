@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 import shutil
 import sqlite3
@@ -20,13 +19,13 @@ from harness import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
-from world import BOUNDED, FIRST, HandClock, a_service, new_job, together
+from sql_turns import SqlStore
+from world import BOUNDED, FIRST, HandClock, a_service, heads, new_job, together
 
 import joborch
 from joborch import BUSY, ENDED, MOVES, OVER, Cause, ConfigError, IllegalMove, Job, Service, Status, StorageError, Store
 
 EVERYTHING = "SELECT * FROM jobs ORDER BY id"
-RUNNABLE_ALL = "SELECT service, user_id, at_quota, rank, head, cpus, memory, timeout FROM runnable_users"
 
 
 @pytest.fixture
@@ -89,12 +88,13 @@ class StoreMachine(RuleBasedStateMachine):
     """A store with a real file below a folder of its own."""
 
     mode = "server"
+    make: type[Store] = Store
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="joborch-test-"))
         self.clock = HandClock()
-        self.store = Store(str(self.folder / "joborch.db"), self.mode, self.clock)
+        self.store = self.make(str(self.folder / "joborch.db"), self.mode, self.clock)
 
     def teardown(self) -> None:
         """Close and remove it."""
@@ -178,7 +178,7 @@ class Moves(StoreMachine):
             assert claimed == self.store.get(job_id)
             self.note(job_id, Status.PROCESSING)
             row.client = client
-        elif claimed is not None:  # a new attempt before its time: not by way of `runnable_users`, which does not list it
+        elif claimed is not None:  # a new attempt before its time: not by its user's turn, which does not list it
             self.note(job_id, Status.PROCESSING)
             row.client = client
 
@@ -356,44 +356,12 @@ def completed(store: Store, job: Job) -> bool:
     return any(row["target"] == "Completed" for row in store.read(joborch.HISTORY_GET, id=job.id))
 
 
-def rank_with_runs(store: Store, pair: tuple[str, int | None], rank: float) -> float:
-    """The rank that is stored for a user who has runs: what they were charged counted when it was made, so it lies between two bounds."""
-    rows = [row for row in store.read(RUNNABLE_ALL) if (row["service"], row["user_id"]) == pair]
-    jobs = [job for job in store.jobs(EVERYTHING) if (job.service, job.user_id) == pair and job.status in BUSY]
-    slot_s = sum(job.charged + job.cpus * (store.clock.wall() - job.moved_at) for job in jobs)
-    most = joborch.used(rank, 100 * slot_s, store.clock.wall(), store.sharing.half_life_s)  # a weight of 0.01 at the least
-    assert [row for row in rows if rank <= row["rank"] <= most], (rows, rank, most)
-    return float(rows[0]["rank"])
-
-
-def scanned_runnable_users(store: Store) -> list[tuple[Any, ...]]:
-    """What `runnable_users` has to hold, by a look at every row."""
-    jobs, found = store.jobs(EVERYTHING), []
-    busy = Counter((job.service, job.user_id) for job in jobs if job.status in BUSY)
-    free = [job for job in jobs if job.status is Status.QUEUED and job.not_before is None and not job.blocked]
-    for pair in {(job.service or "", job.user_id) for job in free if job.service in store.limits}:
-        service = store.limits[pair[0]]
-        own = [job for job in free if (job.service, job.user_id) == pair]
-        head = min(own, key=lambda job: (-job.priority, job.id))
-        if service.policy == "fifo":
-            rank = min(job.arrived_at for job in own)
-        elif service.policy == "priority":
-            head = min(own, key=lambda job: (job.arrived_at / store.sharing.ageing_s - job.priority, job.id))
-            rank = head.arrived_at / store.sharing.ageing_s - head.priority
-        else:
-            rows = store.read(joborch.USAGE_GET, service=pair[0], user_id=pair[1])
-            weight = store.sharing.weights.get(pair[1] or 0, 1.0)
-            rank = (rows[0]["used"] if rows else joborch.NO_USE) - math.log2(weight)
-            if busy[pair]:
-                rank = rank_with_runs(store, pair, rank)
-        found.append((*pair, int(busy[pair] >= service.runs_per_user), rank, head.id, head.cpus, head.memory, head.timeout))
-    return sorted(found, key=str)
-
-
 class Quotas(StoreMachine):
-    """Users, services and clients at random: the limits hold after every step, and `runnable_users` is what a scan says."""
+    """Users, services and clients at random: the limits hold after every step, and the memory is what SQL says."""
 
     jobs = Bundle("jobs")
+    store: SqlStore
+    make = SqlStore
 
     @initialize(figures=LIMITS)
     def begin(self, figures: Figures) -> None:
@@ -433,12 +401,11 @@ class Quotas(StoreMachine):
         if service not in self.services:
             return
         self.room[client] = room
-        head = next(iter(self.store.read(joborch.RUNNABLE_NEXT, service=service, limit=1)), None)
-        if head is not None:
-            claimed = self.store.claim(head["head"], client, room)
-            cpus = must(self.store.get(head["head"])).cpus
-            full = self.before["service", service] >= self.services[service].max_runs or self.before["client", client] + cpus > room
-            assert (claimed is None) == full
+        for head in heads(self.store, service, 1):
+            claimed = self.store.claim(head.job_id, client, room)
+            job = must(self.store.get(head.job_id))
+            full = self.before["service", service] >= self.services[service].max_runs or self.before["client", client] + job.cpus > room
+            assert (claimed is None) == (full or job.kill_requested_at is not None)
 
     @rule(job_id=jobs, client=st.sampled_from(CLIENTS), room=st.integers(0, 4))
     def claim_any(self, job_id: int, client: str, room: int) -> None:
@@ -475,11 +442,28 @@ class Quotas(StoreMachine):
         if job.status is Status.RUNNING and job.service in self.services:
             self.store.charge_longer(job)
 
+    @rule(user_id=st.integers(-1, 2), weight=st.floats(0.01, 100))
+    def weigh(self, user_id: int, weight: float) -> None:
+        """A user gets another weight."""
+        self.store.set_weight(user_id, weight)
+
+    @rule(job_id=jobs)
+    def request_kill(self, job_id: int) -> None:
+        """Somebody wants a job stopped; if it is queued, the next claim kills it."""
+        self.store.request_kill(job_id, Cause.CANCELLED)
+
+    @rule(job_id=jobs, client=st.sampled_from(CLIENTS))
+    def take_along(self, job_id: int, client: str) -> None:
+        """The client of a job turns out to be another."""
+        job = must(self.store.get(job_id))
+        if self.store.take_along(job, client):
+            self.before["client", client] += job.cpus  # whatever room there is
+
     @rule(figures=LIMITS, gone=st.sampled_from([None, *SERVICES]))
     def reopen(self, figures: Figures, gone: str | None) -> None:
         """The server is started again with other limits, or without one of its services."""
         self.store.close()
-        self.store = Store(self.store.path, "server", self.clock)
+        self.store = SqlStore(self.store.path, "server", self.clock)
         self.services = limits_of({name: figures[name] for name in SERVICES if name != gone})
         self.store.set_limits(self.services)
 
@@ -500,10 +484,9 @@ class Quotas(StoreMachine):
         self.before = now
 
     @invariant()
-    def contenders_are_what_a_scan_says(self) -> None:
-        """One row for each user who has work that could run, with the rank of his turn and the job that takes it."""
-        stored = [tuple(row) for row in self.store.read(RUNNABLE_ALL)]
-        assert sorted(stored, key=str) == scanned_runnable_users(self.store)
+    def memory_is_what_sql_says(self) -> None:
+        """One turn for each user who has work that could run, with its rank and the job that takes it."""
+        self.store.compare()
 
     @invariant()
     def who_follows_waits_for_all_of_them(self) -> None:
@@ -540,8 +523,8 @@ def test_quotas_hold_when_many_claim_at_once(make_store: Callable[..., Store]) -
 
     def claim(number: int) -> None:
         for _ in range(30):
-            for row in store.read(joborch.RUNNABLE_NEXT, service="example", limit=4):
-                store.claim(row["head"], f"client{number % 2}", 3)
+            for head in heads(store, "example", 4):
+                store.claim(head.job_id, f"client{number % 2}", 3)
 
     for _ in range(3):
         together(8, claim)
@@ -912,7 +895,7 @@ def test_a_database_of_0_1_0_is_brought_on(tmp_path: Path, store: Store) -> None
     for table, were in rows.items():
         assert [tuple(row) for row in old.read(f"SELECT * FROM {table}")] == were
     old.set_limits({"example": a_service()})
-    assert [row["head"] for row in old.read(joborch.RUNNABLE_NEXT, service="example", limit=9)] == [6]
+    assert [head.job_id for head in heads(old, "example")] == [6]
     assert [row["client"] for row in old.read(joborch.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
     moved(old, jobs[5], Status.PROCESSING, Status.SUBMITTED, Status.COMPLETED)
     follower = old.get(7)
@@ -956,11 +939,11 @@ STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupp
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
 # What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `drained` one a client;
-# `runnable_users` is made anew and `usage` set to another half-life where a setting changed; a restore reads
+# a start reads all of `usage`, `pace` and `users`; a restore reads
 # all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
 SCANS_MEANT.update(
-    RUNNABLE_EMPTY="runnable_users", QUEUED_USERS="waiting", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
+    QUEUED_USERS="waiting", PACE_ALL="pace", WEIGHT_ALL="users", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
 )
 SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", DRAINED_ALL="drained")
 SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
@@ -1004,7 +987,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 def test_the_statements_are_found() -> None:
     assert len(STATEMENTS) > 40
-    assert {"jobs_queued", "jobs_busy", "jobs_ended"} <= PARTIAL
+    assert {"jobs_queued", "jobs_client", "jobs_ended"} <= PARTIAL
     assert not {"jobs_status", "jobs_user", "jobs_service"} & PARTIAL
     assert set(SCANS_MEANT) | LIMITED <= set(STATEMENTS)
     assert {"JOB_GET", "JOB_MOVE", "QUEUED_USERS", "JOBS_PAGE_OF_USER", "FORGET_HISTORY"} <= set(STATEMENTS)
@@ -1026,7 +1009,7 @@ def test_no_statement_reads_a_whole_table(name: str, store: Store, filled: Store
 @pytest.mark.parametrize("name", [name for name, sql in STATEMENTS.items() if "INDEXED BY" in sql])
 def test_indexes_that_are_named_are_used(name: str, filled: Store) -> None:
     named = set(re.findall(r"INDEXED BY (\w+)", STATEMENTS[name]))
-    used = set(re.findall(r"INDEX ((?:jobs|runnable_users|usage)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
+    used = set(re.findall(r"INDEX ((?:jobs|usage)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
     assert named == used
 
 

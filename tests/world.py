@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -75,6 +76,11 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 BOUNDED = settings(deadline=None, max_examples=100)  # machines are slow now and then: no test fails by its time
 FIRST = {"server": Status.QUEUED, "client": Status.PREPARED}
+
+
+def heads(store: joborch.Store, service: str, limit: int = 100) -> list[joborch.Waiting]:
+    """The next jobs of those users who have a free run, in the order of their turns."""
+    return [turn.head for turn in itertools.islice(store.turns(service), limit)]
 
 
 class HandClock(joborch.Clock):
