@@ -38,8 +38,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
-SOURCES = ("joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb")
+VERSION_FILE = "joborch_base/vocabulary.py"
+SOURCES = ("joborch.py", VERSION_FILE, "LICENSE", "example/run.sh", "example/2oob.pdb")
 PLUGINS = "joborch_plugins"  # all modules of this package, and the files of the page
+BASE = "joborch_base"  # all modules of this package
 MAIN = "zipapp_main.py"  # __main__.py of the archive
 LOCK = "requirements.lock"  # the packages that joborch needs
 BUILD_LOCK = "build.lock"  # the package with the files of Swagger UI, which `pip install joborch` does not need
@@ -196,18 +198,20 @@ def source_file(source: Path, name: str) -> bytes:
 
 def source_members(source: Path) -> Iterator[Member]:
     """Yield joborch's own files below `source`, without hidden ones. Raises BuildError if one of SOURCES is missing."""
-    plugins = source / PLUGINS
-    files = [path.relative_to(source) for path in (*plugins.rglob("*.py"), *plugins.glob("page/**/*")) if path.is_file()]
+    plugins, base = source / PLUGINS, source / BASE
+    files = [
+        path.relative_to(source) for path in (*base.glob("*.py"), *plugins.rglob("*.py"), *plugins.glob("page/**/*")) if path.is_file()
+    ]
     names = {file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)}
-    for name in (*SOURCES, *names):
+    for name in dict.fromkeys((*SOURCES, *sorted(names))):
         yield stored(name, source_file(source, name))
 
 
 def main_module(source: Path) -> bytes:
     """Return `__main__.py` of the archive with the version in it, so `--version` need not import the program."""
-    version = re.search(r'^__version__ = "[^"]+"$', source_file(source, "joborch.py").decode("utf-8"), re.MULTILINE)
+    version = re.search(r'^__version__ = "[^"]+"$', source_file(source, VERSION_FILE).decode("utf-8"), re.MULTILINE)
     if version is None:
-        raise BuildError("joborch.py has no line '__version__ = \"...\"'")
+        raise BuildError(f"{VERSION_FILE} has no line '__version__ = \"...\"'")
     main, count = re.subn(rb"(?m)^VERSION = .*$", version[0].replace("__version__", "VERSION").encode("ascii"), source_file(source, MAIN))
     if count != 1:
         raise BuildError(f"{MAIN} must have exactly one line 'VERSION = ...'")

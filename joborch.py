@@ -19,411 +19,312 @@ Files are written before rows, rows before answers. What a crash leaves between 
 or done again without harm. Threads share the Store, what is known of each client (`Link`), and wake-up calls. A tick moves
 jobs on according to the Store; it may run at any time, twice, or after a crash.
 
-The sections go from the outside in: the server and a job's way through it, the client, what runs payloads, and then what they
-are built on: the store, files, HTTP, cleaning. Words, values, states and routes come first, settings and commands last:
+The sections go from the outside in: the server and a job's way through it, the client, and at the end what both do at times.
+What they are built on lies in the package `joborch_base`: settings, states and reasons, scheduling, files, HTTP, executors, the
+store. Features that only some sites use are plug-ins, in the package `joborch_plugins`.
 
-     1. Vocabulary            15. Ends                  29. Restore
-     2. Values                16. Waiting               30. Files
-     3. States                17. Client routes         31. Folders
-     4. Reasons               18. Client                32. Trust
-     5. Loops                 19. Logs                  33. Data folder
-     6. Routes                20. Results               34. Archives
-     7. Server routes         21. Executors             35. Access
-     8. Jobs                  22. Local executor        36. HTTP
-     9. Site routes           23. Inheritance           37. Connections
-    10. Server                24. Transfers             38. Cleaning
-    11. Scheduling            25. Identity              39. Settings
-    12. Links                 26. Statements            40. Configuration
-    13. Answers               27. Database              41. Weak set-ups
-    14. News                  28. Store                 42. Commands
+     1. Plug-ins              8. Client protocol      15. Recovery
+     2. Node                  9. Answers              16. Logs
+     3. Server routes        10. News                 17. Results
+     4. Jobs                 11. Ends                 18. Cleaning
+     5. Site routes          12. Waiting              19. Restore
+     6. Server               13. Client routes        20. Weak set-ups
+     7. Links                14. Client               21. Commands
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import bisect
 import codecs
 import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
-import fnmatch
 import functools
-import grp
 import hashlib
-import heapq
 import hmac
 import http.client
 import importlib
 import io
-import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
-import pwd
 import re
 import reprlib
-import resource
 import secrets
 import select
-import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
-import stat
-import struct
-import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import types
-import weakref
-import zipfile
-import zlib
-from collections import ChainMap, Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from enum import Enum
 from pathlib import Path
-from random import uniform
-from typing import IO, TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from typing import IO, Any, Callable, ClassVar, NamedTuple, cast
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
-    sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")
-
-if TYPE_CHECKING:  # imported where they are used, so that `joborch version` starts fast
-    import bottle
+from joborch_base import statements
+from joborch_base.archives import (
+    STREAM_COMMENT,
+    ZIP_CENTRAL,
+    Archive,
+    FilesBody,
+    Losses,
+    ResultLimits,
+    Stream,
+    Transfer,
+    ZipPacker,
+    ZipRecord,
+    below,
+    file_chunks,
+    kept_output,
+    measure,
+    member_chunks,
+    packed,
+    path_of,
+    punch_middle,
+    read_member,
+    repr_digest,
+    unchanged_inputs,
+    zip_directory,
+    zip_records,
+)
+from joborch_base.connections import make_http_server, remove_socket_file
+from joborch_base.data_folder import (
+    STOP_NOTE,
+    DataFolder,
+    DiskFull,
+    Promise,
+    Spool,
+    examine_place,
+    examine_secret_file,
+    is_strangers,
+    owner_name,
+)
+from joborch_base.database import damage_of, on_network
+from joborch_base.executors import (
+    Outcome,
+    first_file_limit,
+    fits_one,
+    left_out,
+    marked_below,
+    node_environment,
+    passed_on,
+    raise_file_limit,
+    read_claim,
+    read_exit,
+    run_times,
+    scratch_bases,
+    scratch_name,
+    why_not_runnable,
+    with_first_file_limit,
+    wrapper_text,
+)
+from joborch_base.files import (
+    LOCK_HELD,
+    NO_LOCKS,
+    Form,
+    FormReader,
+    StoredFile,
+    Tree,
+    bytes_below,
+    check_path,
+    discard,
+    files_below,
+    free_bytes,
+    fsync_path,
+    fsync_tree,
+    give_rights,
+    has_work,
+    helper_environment,
+    hints_for,
+    inputs_digest,
+    last_line,
+    libc,
+    lock_trouble,
+    no_script_text,
+    open_folder,
+    open_regular,
+    opened_folder,
+    remove_tree,
+    shown,
+    sync_file_system,
+    walk,
+    write_atomic,
+)
+from joborch_base.identity import (
+    ProofReader,
+    RefusedTokens,
+    Session,
+    client_token_file,
+    far_uid,
+    is_own_user,
+    open_listeners,
+    peer_uid,
+    socket_path,
+    token_place,
+    token_remedy,
+)
+from joborch_base.local import LocalExecutor, make_executor, run_seconds
+from joborch_base.routes import (
+    BAD,
+    CLIENT_AWAY,
+    CSRF_HEADER,
+    KEY_USED,
+    MISSING_USER,
+    NOT_FOUND,
+    PARTS,
+    RECEIVING,
+    ROUTES,
+    SESSION_S,
+    Answer,
+    Gives,
+    Parameter,
+    Request,
+    Route,
+    check_site,
+    csrf_token_of,
+    file_answer,
+    find_route,
+    make_app,
+    new_session,
+    read_all,
+    route,
+    routes_of,
+    session_cookie,
+)
+from joborch_base.scheduling import (
+    CANDIDATES_LOOKED_AT,
+    FULL_QUEUE_RETRY_S,
+    TURNING_S,
+    Candidate,
+    ClientCapacity,
+    QueueFacts,
+    Run,
+    ServiceQueue,
+    Sharing,
+    attempts_left,
+    choose,
+    too_large_text,
+    wait_estimate_s,
+    why_waiting,
+)
+from joborch_base.settings import (
+    SERVICE_SETTINGS,
+    SETTINGS,
+    Address,
+    BatchOptions,
+    Config,
+    Service,
+    beyond_loopback,
+    check_certificates,
+    is_loopback,
+    load_config,
+    make_service,
+    read_mib,
+    read_run_time,
+    read_switch,
+    read_weight,
+    url_host,
+)
+from joborch_base.statements import AT_CLIENT, NEWEST_ENDED, NEWEST_FAILURES, NEWEST_SUBMITTED, OLDEST_QUEUED, USERS_WITH_JOBS
+from joborch_base.states import (
+    ATTEMPT,
+    BUSY,
+    ENDED,
+    OVER,
+    Cause,
+    Job,
+    NewJob,
+    Reason,
+    Status,
+    failure_reason,
+    ids_in,
+    is_signalled,
+    left_out_text,
+    limit_reason,
+    signal_name,
+)
+from joborch_base.store import Store
+from joborch_base.threads import SILENT_THREADS, Loop, Pool, WaiterLimit, WorkerLimit, keep_time, stop_pools
+from joborch_base.vocabulary import (
+    CHUNK_BYTES,
+    CLOCK_TOLERANCE_S,
+    COME_AGAIN_S,
+    CONNECT_TIMEOUT_S,
+    DEFAULT_HOSTS,
+    DIGESTS_FIELD,
+    DIRECTORY_LIMIT_BYTES,
+    EVENTS_PLACES,
+    GIB,
+    HELLO_TIMEOUT_S,
+    JSON_TYPE,
+    KIB,
+    MAC_HEADER,
+    MIB,
+    NONCE_HEADER,
+    OURS_HEADER,
+    PARTS_LIMIT,
+    READ_TIMEOUT_S,
+    WAITER_PLACES,
+    WORKER_THREADS,
+    ZIP_TYPE,
+    BackendUnavailable,
+    Backoff,
+    BadAnswer,
+    CannotRun,
+    Clock,
+    ConfigError,
+    Finding,
+    GivenUp,
+    Gone,
+    HttpError,
+    InputsChanged,
+    JoborchError,
+    NoAnswer,
+    NothingSent,
+    NotPacked,
+    QueueFull,
+    Refused,
+    Rejected,
+    ResultTooLarge,
+    StillRunning,
+    StorageError,
+    SubmitRefused,
+    T,
+    UnknownJob,
+    __version__,
+    backoff_s,
+    crash_point,
+    each,
+    format_duration,
+    host_of,
+    load_plugin,
+    log,
+    nearest,
+    new_uuid,
+    one_line,
+    parse_json,
+    plural,
+    rfc3339,
+    size_text,
+    time_stamp,
+)
 
 sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
 
-__version__ = "0.2.0"
+# == 1. Plug-ins ==  The names that plug-ins may use.
 
-# == 1. Vocabulary ==  Constants, exceptions and small functions that several sections share. Numbers have their unit in their name.
-
-CHUNK_BYTES = 1 << 20
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-FIELD_LIMIT_BYTES = 64 * KIB  # a text field of a form
-PARTS_LIMIT = 20_000  # parts of a form
-PART_HEADER_LIMIT_BYTES = 16 * KIB  # a path of 1,024 bytes may be percent-encoded, twice
-NAME_LIMIT_BYTES, PATH_LIMIT_BYTES, DEPTH_LIMIT = 255, 1024, 16
-WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
-EVENTS_WAIT_S = 10.0  # of a long poll at a client; a client that hangs is noticed 10 s later
-EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are over by then
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
-HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identity
-KILL_TIMEOUT_S = 10.0  # for a client's answer to a kill request; the kill itself may take longer
-NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only accepted the request
-TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer, and the pause between later tries
-FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then it may be a 2.2 client
-BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
-SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
-CHECK_PATIENCE_S = 0.5  # how long a start waits for the database check, which then goes on in the background
-RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
-HEARTBEAT_S = 60.0  # how often steady time is saved: after a reboot it continues from the last saved value
-SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is written to the disk
-CLOCK_TOLERANCE_S = 5.0  # doctor reports clocks that differ by more
-TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again
-FIND_AGAIN_S = 2.0  # wait before retrying a payload that the batch system rejected or could not report on
-COME_AGAIN_S = 5  # Retry-After if too many callers wait
-BATCH_SLOTS = 100  # jobs that a batch system gets at once, unless JOBORCH_SLOTS is set
-DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else another user could listen on the one that `localhost` resolves to first
-BACKLOG = 1024  # connections that wait to be accepted
-WAITER_PLACES = 32  # callers that may wait in `?wait=` at once
-ANYONES_BODY_BYTES = 16 * KIB  # limit for requests without a token: strangers must not fill the memory
-MEMORY_SPOOL_BYTES = 1 * MIB  # a ZIP below this size never touches the disk
-UNREADABLE_LIMIT = 20  # unreadable files that an archive may leave out; if there are more, the disk is at fault
-PACK_PATIENCE_S = 20.0  # how long a caller waits for a result to be packed
-PACK_GLANCE_S = 0.5  # how long a joborch server waits for it: it fetches other results and asks again
-PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing continues until a caller asks again: a result; a folder in use
-PACK_ASKED_MOST = 1000  # requests for a result that is still being packed before its job becomes Unknown: over an hour
-PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
-PACKERS = 2  # large results that are packed at once
-QUICK_MEASURE_FILES = 2000  # work folders with up to this many files are measured directly, larger ones in a thread
-PACKED_KEPT_S = 600.0  # how long a packed result is kept for repeated requests
-LEFT_OUT_LINES = 1000  # at most, in .joborch/left-out.txt
-WALK_DESCRIPTORS = 64  # folders that a walk keeps open at once
-PACKING_HEADER = "X_Joborch_Packing"  # in a client's 503: the result is being packed, nothing is wrong
-DIRECTORY_LIMIT_BYTES = 32 * MIB  # limit for a ZIP's directory that is searched for an output stream
-RESERVE_BYTES = 4 * MIB  # kept free for the database on the data folder's disk
-INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # limits for results that are sent along with the report of their end
-LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
-EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # limits for one answer of /events: payloads, and bytes of JSON
-EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that may wait at once
-WORKER_THREADS = 4
-SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
-JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
-DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-EPOCH_ZIP = (1980, 1, 1, 0, 0, 0)
-OUTPUT_STREAMS = ("stdout", "stderr")
-OURS_HEADER = "X-Joborch"  # in every answer of joborch; a gateway's own answers lack it
-NONCE_HEADER, MAC_HEADER = "X-Joborch-Nonce", "X-Joborch-Mac"  # a client's new nonce; the proof of an answer
-DIGESTS_FIELD = ".joborch-digests"  # the last field of a joborch server's submit: the SHA-256 of each file before it
-
-log = logging.getLogger("joborch")
-T = TypeVar("T")
-K = TypeVar("K")
-V = TypeVar("V")
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
-
-class JoborchError(Exception):
-    """What went wrong, as one sentence for a person: the thing, the fact, the remedy."""
-
-
-class ConfigError(JoborchError):
-    """A setting is invalid; the program stops with exit status 2."""
-
-
-class StorageError(JoborchError):
-    """The database or the disk cannot be written now; callers get a 503 and should try again."""
-
-
-class IllegalMove(JoborchError):
-    """A status change is not in the table of legal moves: a bug in joborch."""
-
-
-class NothingSent(JoborchError):
-    """The client certainly received nothing of the job, so it may be sent again, to any client."""
-
-
-class Refused(NothingSent):
-    """The client answers, but accepts no job now: it is full, or expects another token."""
-
-
-class NoAnswer(JoborchError):
-    """Bytes were sent and no answer came: it is unknown whether the client has the job."""
-
-
-class NotPacked(NoAnswer):
-    """The client is still packing the result. Nothing is wrong; the server asks again."""
-
-
-class BadAnswer(NoAnswer):
-    """The answer does not fit the request. This says nothing about the other jobs at that client."""
-
-
-class ResultTooLarge(JoborchError):
-    """A result exceeds a limit, so trying again will not help; the text names the limit."""
-
-
-class GivenUp(JoborchError):
-    """Packing was stopped because nobody waits for the result."""
-
-
-class InputsChanged(JoborchError):
-    """A job's files differ from those that were uploaded; the request that was sending them is left incomplete."""
-
-
-class Rejected(JoborchError):
-    """The client refuses this payload for good."""
-
-
-class Gone(JoborchError):
-    """The client answers, but does not know the payload."""
-
-
-class UnknownJob(JoborchError):
-    """The job to wait for does not exist, or belongs to another user."""
-
-
-class QueueFull(JoborchError):
-    """The user already has the largest number of queued jobs that is allowed."""
-
-
-class StillRunning(JoborchError):
-    """A process of a payload still runs after the kill."""
-
-
-class BackendUnavailable(JoborchError):
-    """The batch system does not answer. This fails no job: before joborch repeats a start, it asks whether the first one arrived."""
-
-
-class SubmitRefused(BackendUnavailable):
-    """The batch system answers, but accepts no payload of this service now; the text says why."""
-
-
-class CannotRun(JoborchError):
-    """The executor will never accept this payload; the text says why."""
-
-
-class HttpError(JoborchError):
-    """An error answer: status code, message, and the field that it is about."""
-
-    def __init__(self, status: int, message: str, field: str = "", **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.message, self.field = status, message, field
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-
-class Finding(NamedTuple):
-    """One finding of `joborch doctor`: fine (True), works for now (None) or broken (False), and a text with the remedy."""
-
-    good: bool | None
-    text: str
-
-
-class Clock:
-    """Wall time (seconds since 1970) for display, monotonic time (seconds) for durations. Tests pass their own clock."""
-
-    def wall(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def boot(self) -> tuple[str, float]:
-        """Return the id of this boot (random(4)), and the seconds since it began, including sleep."""
-        return kernel_boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-@functools.lru_cache(maxsize=1)
-def kernel_boot_id() -> str:
-    """Return the unique id of this boot of the machine (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-CRASH_AT = os.environ.get("JOBORCH_TEST_CRASH", "")  # in tests: the name of a crash point, or NAME:3 for its third pass
-crash_passes: Counter[str] = Counter()
-
-
-def crash_point(name: str) -> None:
-    """Mark a point between two writes where a test can kill the process with SIGKILL. Does nothing outside tests."""
-    if CRASH_AT:
-        crash_passes[name] += 1
-        wanted, _, number = CRASH_AT.partition(":")
-        if name == wanted and crash_passes[name] == int(number or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def backoff_s(failures: int) -> float:
-    """Return how long to wait after the n-th failure in a row: 1 s doubling to 30 s, with jitter."""
-    doubled: float = BACKOFF_FIRST_S * 2 ** min(max(failures, 1) - 1, 10)
-    return min(BACKOFF_LAST_S, doubled) * uniform(0.75, 1.0)
-
-
-@dataclass
-class Backoff:
-    """A pause after failures, longer after each failure in a row. It knows why it waits, since when, and until when."""
-
-    clock: Clock
-    reason: str = ""
-    failures: int = 0  # in a row
-    since: float = 0.0  # wall: the first of them
-    until: float = float("-inf")  # monotonic
-
-    def failed(self, reason: object, pause_s: float | None = None) -> bool:
-        """Count a failure and start a pause of `pause_s`, or of backoff_s() by default. Return whether the reason is new."""
-        before, self.reason = self.reason, str(reason)
-        self.since = self.since if self.failures else self.clock.wall()
-        self.failures += 1
-        self.until = self.clock.monotonic() + (backoff_s(self.failures) if pause_s is None else pause_s)
-        return self.reason != before
-
-    def worked(self) -> None:
-        self.reason, self.failures, self.until = "", 0, float("-inf")
-
-    def waits(self) -> bool:
-        return self.clock.monotonic() < self.until
-
-
-def rfc3339(wall: float | None) -> str | None:
-    """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
-    if wall is None:
-        return None
-    moment = datetime.fromtimestamp(wall, timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
-
-
-def time_stamp() -> str:
-    """Return the time in UTC as part of a file's name: 20261125-093000."""
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as people say it: `0.3 s`, `12 s`, `3 min`, `5 h`, `2 days`."""
-    for unit_s, unit in ((86400 * 2, "days"), (3600 * 2, "h"), (120, "min")):
-        if seconds >= unit_s:
-            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def size_text(size_bytes: int) -> str:
-    """Return a size as people write it: `300 bytes`, `1.5 MiB`, `10 GiB`."""
-    for unit_bytes, unit in ((1 << 40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size_bytes >= unit_bytes:
-            size = size_bytes / unit_bytes
-            return f"{size:.1f} {unit}" if size < 10 else f"{size:.0f} {unit}"
-    return f"{size_bytes} bytes"
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Return `text` with every control character replaced, cut to `limit` characters: safe in logs and headers."""
-    clean = "".join(char if char.isprintable() else " " for char in text).strip()
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
-
-
-def parse_json(text: bytes | str) -> Any:
-    """Parse JSON from an untrusted source. Raises ValueError if it is invalid, has NaN or Infinity, or is nested too deeply."""
-    try:
-        return json.loads(text, parse_constant=refuse_constant, parse_int=read_integer)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """Refuse NaN, Infinity and -Infinity, which Python's parser accepts although JSON has no such numbers."""
-    raise ValueError(f"{name} is no number")
-
-
-def read_integer(text: str) -> int:
-    """Parse an integer of a JSON text, of at most 40 digits: Python before 3.10.7 takes hours for a million digits."""
-    if len(text) > 40:
-        raise ValueError("a number has too many digits")
-    return int(text)
-
-
-def host_of(url: str) -> tuple[str, str]:
-    """Return (host with port, host name) of a URL; both are empty if it is not a URL."""
-    try:
-        parts = urlsplit(url)
-        return parts.netloc, parts.hostname or ""
-    except ValueError:
-        return "", ""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
-    import difflib
-
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTOR=package.module:Class
-    "slurm": "joborch_plugins.slurm:SlurmExecutor",
-    "dirac": "joborch_plugins.dirac:DiracExecutor",
-    "documents": "joborch_plugins.documents",
-    "admin": "joborch_plugins.admin",
-    "caller": "joborch_plugins.caller",
-    "compat22": "joborch_plugins.compat22",
-    "commands": "joborch_plugins.commands",
-    "top": "joborch_plugins.top",
-    "page": "joborch_plugins.page",
-    "uploads": "joborch_plugins.uploads",
-}
-ROUTE_PLUGINS = ("documents", "page")  # they declare routes
-# The only names of this module that plug-ins may use; a test checks that.
-PLUGIN_API: tuple[str, ...] = (
+__all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
     "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
     "become_unknown", "below", "BUSY", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "ClientProtocol",
     "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER",
@@ -443,24 +344,10 @@ PLUGIN_API: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def new_uuid() -> str:
-    """Return a random UUID."""
-    import uuid
-
-    return str(uuid.uuid4())
-
-
 def own_file(name: str) -> bytes:
     """Return the content of a file next to this module, also inside joborch.pyz. Raises OSError if it does not exist."""
     loader: Any = __loader__  # type: ignore[name-defined]
     return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), name)))
-
-
-def load_plugin(reference: str) -> Any:
-    """Import `package.module` or `package.module:Name`, or a short name in PLUGINS. Raises ImportError or AttributeError."""
-    module, _, name = PLUGINS.get(reference, reference).partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
 
 
 def __getattr__(name: str) -> Any:
@@ -470,913 +357,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# == 2. Values ==  Readers of what people write in settings and requests: each returns the value, or raises ValueError with the remedy.
-
-
-def read_text(text: str) -> str:
-    """Accept any text."""
-    return text
-
-
-def read_line(text: str) -> str:
-    """Accept any single line of text."""
-    if not text.isprintable():
-        raise ValueError("give one line of printable characters")
-    return text
-
-
-def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
-    """Return a reader that accepts texts that match `pattern` as a whole."""
-
-    def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(remedy)
-        return text
-
-    return read
-
-
-read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several separated by commas
-read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
-read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
-
-
-def read_whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
-    """Return a whole number from `least` to `most`."""
-    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise ValueError(f"give a whole number from {least} to {most}")
-    return int(text)
-
-
-def read_port(text: str) -> int:
-    """Return a TCP port; 0 means a free one."""
-    return read_whole(text, 0, 65535)
-
-
-def read_positive(text: str) -> int:
-    """Return a whole number from 1."""
-    return read_whole(text, 1)
-
-
-def read_seconds(text: str) -> float:
-    """Return seconds: a plain number, or one with s, m, h or d."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhd]?)", text)
-    if not match:
-        raise ValueError("give seconds, or a number with s, m, h or d, as in 90 or 24h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def read_period(text: str) -> float:
-    """Return a period or a time limit in seconds."""
-    if read_seconds(text) < 0.01:
-        raise ValueError("give at least 0.01 seconds")
-    return read_seconds(text)
-
-
-def read_bytes(text: str) -> int:
-    """Return bytes: a plain number, or one with K, M or G (powers of 1,024)."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMGkmg]?)(?:i?[Bb])?", text)
-    if not match:
-        raise ValueError("give bytes, or a number with K, M or G, as in 512M")
-    return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2].upper()]
-
-
-def read_run_time(text: str) -> float:
-    """Return a run time limit of a job, in seconds."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?[smhd]?", text) or not 0 < read_seconds(text) < 1e9:
-        raise ValueError("give seconds above 0, or a number with s, m, h or d, as in 3600, 90m or 2d")
-    return read_seconds(text)
-
-
-def read_mib(text: str) -> int:
-    """Return memory in MiB, rounded up: a plain number (MiB), or one with K, M or G."""
-    if not re.fullmatch(r"[0-9]{1,10}([KMGkmg]i?[Bb]?)?", text):
-        raise ValueError("give MiB, or a number with M or G, as in 8192 or 8G")
-    mib = -(-read_bytes(text + "M" if text.isdecimal() else text) // MIB)
-    if not 1 <= mib <= 2**31:
-        raise ValueError(f"give at least 1 and at most {2**31} MiB")
-    return mib
-
-
-def read_weight(text: str) -> float:
-    """Return a weight: how large a user's share is. The default is 1."""
-    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0.001 <= float(text) <= 1_000_000:
-        raise ValueError("give a number from 0.001 to 1000000, as in 2 or 0.5")
-    return float(text)
-
-
-def read_weights(text: str) -> dict[int, float]:
-    """Return weights by user: pairs separated by commas, as in 7=2,8=0.5."""
-    weights = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        user, equals, weight = pair.partition("=")
-        if not equals or not re.fullmatch(r"-?[0-9]{1,18}", user.strip()):
-            raise ValueError("give USER=WEIGHT, separated by commas, as in 7=2,8=0.5")
-        weights[int(user)] = read_weight(weight.strip())
-    return weights
-
-
-def read_url(text: str) -> str:
-    """Accept an http or https URL with a host."""
-    try:
-        parts = urlsplit(text)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and re.fullmatch(r"[!-~]+", text)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError("give a URL, as in https://dirac.example.org")
-    return text
-
-
-def read_networks(text: str) -> tuple[Network, ...]:
-    """Return IP addresses and networks, separated by commas; IPv4 addresses in IPv6 form (::ffff:) become IPv4."""
-    networks: list[Network] = []
-    for part in filter(None, (each.strip() for each in text.split(","))):
-        try:
-            network = ipaddress.ip_network(part)
-        except ValueError as error:
-            raise ValueError(f"{error}: give addresses and networks separated by commas, as in 192.0.2.7,10.0.0.0/8") from None
-        mapped = getattr(network.network_address, "ipv4_mapped", None)
-        if mapped is not None and network.prefixlen >= 96:
-            network = ipaddress.ip_network((mapped, network.prefixlen - 96))
-        networks.append(network)
-    if not networks:
-        raise ValueError("give at least one address or network")
-    return tuple(networks)
-
-
-def read_names(text: str) -> tuple[str, ...]:
-    """Return names of variables, separated by commas, as in PGHOST,MYLAB_*; `*` matches any characters."""
-    names = tuple(filter(None, (part.strip() for part in text.split(","))))
-    if not all(re.fullmatch(r"[!-<>-~]+", name) for name in names):
-        raise ValueError("give names of variables separated by commas, as in PGHOST,MYLAB_*")
-    return names
-
-
-def read_switch(text: str) -> bool:
-    """Return whether a switch is on: 1 or 0."""
-    if text not in ("0", "1"):
-        raise ValueError("give 1 or 0")
-    return text == "1"
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """Return a reader that accepts one of `words`, in any case."""
-
-    def read(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError("give one of " + ", ".join(words))
-        return text.lower()
-
-    return read
-
-
-def read_executor(text: str) -> str:
-    """Return the name of an executor: a built-in one, in any case, or `package.module:Class` for a third-party one."""
-    if text.lower() in ("local", "slurm", "dirac"):
-        return text.lower()
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", text):
-        raise ValueError("give one of local, slurm, dirac, or package.module:Class")
-    return text
-
-
-def read_by_plugin(reference: str) -> Callable[[str], Any]:
-    """Return a reader that a plug-in defines as `package.module:name`; it is imported when there is a value to read."""
-
-    def read(text: str) -> Any:
-        return load_plugin(reference)(text)
-
-    return read
-
-
-# == 3. States ==  The tables of legal moves, and the row that moves. No status changes in a way that is not listed here.
-
-
-class Status(str, Enum):
-    """The states of a job on the server, and of a payload on a client; the names are those of job-orchestrator 2.2."""
-
-    QUEUED = "Queued"
-    PROCESSING = "Processing"
-    SUBMITTED = "Submitted"
-    PREPARED = "Prepared"
-    RUNNING = "Running"
-    COMPLETED = "Completed"
-    FAILED = "Failed"
-    INVALID = "Invalid"
-    KILLED = "Killed"
-    UNKNOWN = "Unknown"
-    CLEANED = "Cleaned"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Cause(str, Enum):
-    """What made a job end: its script, a limit, the infrastructure, or a request."""
-
-    USER = "user"
-    LIMIT = "limit"
-    INFRASTRUCTURE = "infrastructure"
-    CANCELLED = "cancelled"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-BUSY = (Status.PROCESSING, Status.SUBMITTED, Status.RUNNING, Status.UNKNOWN)  # at a client; quotas count these
-ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
-OVER = (*ENDED, Status.CLEANED)
-
-SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
-    (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a client had room"),
-    (Status.QUEUED, Status.KILLED, "terminated before dispatch"),
-    (Status.QUEUED, Status.FAILED, "no client of the service answered for too long"),
-    (Status.QUEUED, Status.INVALID, "a job that it was to follow ended otherwise than Completed"),
-    (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
-    (Status.PROCESSING, Status.QUEUED, "the client certainly has nothing of it"),
-    (Status.PROCESSING, Status.UNKNOWN, "bytes were sent and no answer came"),
-    (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
-    (Status.PROCESSING, Status.KILLED, "terminated"),
-    (Status.PROCESSING, Status.FAILED, "its input files are missing or were changed on the server"),
-    (Status.SUBMITTED, Status.RUNNING, "the client reports it"),
-    *((source, to, why) for source in (Status.SUBMITTED, Status.RUNNING) for to, why in (
-        (Status.COMPLETED, "result fetched, verified, on disk"),
-        (Status.FAILED, "the payload ended badly, or no attempt is left"),
-        (Status.INVALID, "the payload cannot be run"),
-        (Status.UNKNOWN, "the client does not answer, or the result could not be fetched"),
-        (Status.QUEUED, "a new attempt after an infrastructure failure"),
-        (Status.KILLED, "terminated"),
-    )),
-    (Status.UNKNOWN, Status.SUBMITTED, "a retry got through"),
-    (Status.UNKNOWN, Status.RUNNING, "a retry got through"),
-    (Status.UNKNOWN, Status.COMPLETED, "a retry got through"),
-    (Status.UNKNOWN, Status.FAILED, "a retry got through, or no attempt is left"),
-    (Status.UNKNOWN, Status.INVALID, "a retry got through"),
-    (Status.UNKNOWN, Status.QUEUED, "a new attempt: the client lost it or was silent too long"),
-    (Status.UNKNOWN, Status.KILLED, "terminated"),
-    *((source, Status.CLEANED, "older than MAX_AGE since it ended") for source in ENDED),
-)  # fmt: skip
-
-CLIENT_MOVES: tuple[tuple[Status, Status, str], ...] = (
-    (Status.PREPARED, Status.RUNNING, "a slot is free; the row is written before the start"),
-    (Status.PREPARED, Status.INVALID, "it has no usable run.sh"),
-    (Status.PREPARED, Status.FAILED, "it could not be started"),
-    (Status.PREPARED, Status.KILLED, "stopped on request"),
-    (Status.RUNNING, Status.COMPLETED, "exit status 0"),
-    (Status.RUNNING, Status.FAILED, "another exit status, a signal, a limit, or a lost machine"),
-    (Status.RUNNING, Status.KILLED, "stopped on request"),
-    *((source, Status.CLEANED, "its files are old enough") for source in ENDED),
-)
-
-MOVES: Mapping[str, frozenset[tuple[Status, Status]]] = {
-    "server": frozenset((source, to) for source, to, _ in SERVER_MOVES),
-    "client": frozenset((source, to) for source, to, _ in CLIENT_MOVES),
-}
-
-
-def diagram(moves: Sequence[tuple[Status, Status, str]] = SERVER_MOVES) -> str:
-    """Return a table of moves as a Mermaid state diagram, for docs/reference.md."""
-    lines = [f"    {source} --> {to}" for source, to, _ in moves]
-    return "\n".join(["stateDiagram-v2", "    [*] --> " + str(moves[0][0]), *lines])
-
-
-class Job(NamedTuple):
-    """One row: a job of the server, or a payload of a client (a job that may have no user and no service)."""
-
-    id: int
-    uuid: str
-    user_id: int | None
-    service: str | None
-    name: str | None
-    status: Status
-    reason: str
-    cause: str | None
-    exit_code: int | None
-    signal: int | None
-    priority: int
-    cpus: int
-    memory: int | None  # MiB
-    timeout: float | None  # seconds of run time
-    retries: int
-    return_inputs: int
-    attempt: int
-    client: str | None  # server: the name of its Address
-    dest_id: str | None  # server: the payload's id at its client
-    remote_id: str | None  # client: the job's id at its server
-    handle: str | None  # client: what the executor calls it
-    idempotency_key: str | None
-    request_digest: str | None
-    result_size: int | None  # bytes
-    result_sha256: str | None
-    created_at: float
-    started_at: float | None
-    ended_at: float | None
-    not_before: float | None  # steady time: a new attempt waits until then
-    fetched_at: float | None  # client: a server has the result
-    kill_requested_at: float | None  # wall time; a request to stop a job is a column, not a state
-    kill_cause: str | None
-    moves: int
-    changed: int | None  # client: the number of its last change, for /events
-    moved_at: float  # steady time of its last change of status
-    synced: int  # client: 1 if its files are safely on the disk, 2 if a server has confirmed that it holds the result
-    inputs_sha256: str | None  # server: digest of the list of its files and their digests
-    after_ids: str  # server: ids of the jobs that must be Completed first, separated by commas
-    blocked: int  # server: how many of those have not ended
-    arrived_at: float  # steady time of its upload: its place in the queue through all attempts
-    charged: float  # server: slot-seconds charged to its user for this attempt
-    ended_as: str | None  # the status that a Cleaned job ended with; see `end`
-    retry_of: int | None  # server: the job that it repeats
-
-    @property
-    def pair(self) -> tuple[str, int]:
-        """Return the service and the user, whose share it is: see Shares."""
-        return self.service or "", self.user_id or 0
-
-    @property
-    def mark(self) -> str:
-        """The attempt key: unique among all attempts of all jobs."""
-        return f"{self.uuid}.{self.attempt}"
-
-    @property
-    def end(self) -> str | None:
-        """The status that it ended with, also after its files were cleaned; None until it ends."""
-        return self.status.value if self.status in ENDED else self.ended_as
-
-
-STATUS_AT = Job._fields.index("status")
-ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # the columns of an attempt
-MOVABLE = (  # what a move may change besides status and reason
-    *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
-    *("not_before", "result_size", "result_sha256"),
-)
-
-
-@dataclass(frozen=True)
-class NewJob:
-    """The columns of a new row that its creator chooses."""
-
-    uuid: str
-    user_id: int | None = None
-    service: str | None = None
-    name: str | None = None
-    priority: int = 0
-    cpus: int = 1
-    memory: int | None = None
-    timeout: float | None = None
-    retries: int = 0
-    return_inputs: int = 1
-    attempt: int = 1
-    remote_id: str | None = None
-    idempotency_key: str | None = None
-    request_digest: str | None = None
-    inputs_sha256: str | None = None
-    after_ids: str = ""
-    blocked: int = 0
-    retry_of: int | None = None
-
-    @property
-    def after(self) -> list[int]:
-        return ids_in(self.after_ids)
-
-
-NEW_COLUMNS = (
-    *(item.name for item in dataclasses.fields(NewJob)),
-    *("status", "reason", "created_at", "moves", "changed", "moved_at", "arrived_at"),
-)
-
-
-def ids_in(text: str) -> list[int]:
-    """Return the ids in a text that separates them by commas."""
-    return [int(part) for part in text.split(",") if part]
-
-
-def as_job(row: sqlite3.Row) -> Job:
-    """Return a row of jobs as a Job."""
-    values = list(row)
-    values[STATUS_AT] = Status(values[STATUS_AT])
-    return Job._make(values)
-
-
-# == 4. Reasons ==  Every reason why a job fails, is killed or becomes Unknown is worded here; errors and plug-ins add their facts.
-
-
-class Reason:
-    """Templates of reasons; facts are in braces: `Reason.REFUSED.format(client=..., error=...)`.
-
-    `{error}` is the text of a Rejected, Gone, NothingSent, NoAnswer or CannotRun. Reasons that only Slurm or DIRAC can give
-    are worded by functions of their plug-ins.
-    """
-
-    # The server sends a job.
-    CLAIMED = "claimed for {client}"
-    ACCEPTED = "accepted by {client}"
-    FOUND_THERE = "{client} has it"
-    FILES_REMOVED = "its files were removed from the {where}'s disk"
-    REFUSED = "{client} refuses it: {error}"
-    NOT_SENT = "{client} {error}"
-    ANSWER_LOST = "{client} {error}: the job is sent there again under the same key"
-    ANSWER_LOST_22 = "{client} {error}, and cannot say whether it has the job"
-    CANNOT_SAY = "{client} cannot say whether it has the job"
-    BEGAN_ANEW = "{client} was restarted and has lost it"
-    ANSWER_NOT_STORED = "the client's answer could not be stored: the job is sent there again under the same key"
-    SERVER_RESTARTED = "the server was restarted while sending it to {client}: it is sent there again under the same key"
-    CHAIN_BROKEN = "job {job}, which it follows, ended as {status}"
-
-    # A client is silent, or its answer cannot be used.
-    TRIED_AGAIN = "{reason}; it is tried again"
-    ANSWERS_AGAIN = "{client} answers again"
-    NOT_CONFIGURED = "{client} is no longer configured"
-    SILENT = "{trouble}; no answer for {duration}"
-    SILENT_AND_KILLED = "{trouble}; no answer for {duration}; if it comes back, the job is stopped there"
-    UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
-    CLIENT_FAILED = "{client} failed"
-
-    # An attempt is over.
-    ATTEMPT = "attempt {attempt}: {reason}"
-    NO_ATTEMPT_LEFT = "{reason}; no attempt is left of {attempt}"
-    NO_ATTEMPT_KILLED = "{reason}; terminate was requested"
-    KILLED = "terminated on request"
-    KILLED_AND_GONE = "terminated on request; {reason}"
-    KILLED_UNSENT = "terminated before it was sent"
-    COMPLETED = "run.sh ended with exit status 0"
-    COMPLETED_CHILDREN = "run.sh ended with exit status 0; processes that it left running were killed"
-    CLIENT_SAYS = "the client says {status}"
-
-    # The result is lost, too large, or cannot be fetched.
-    RESULT_HAS = "the result has {too_much}"
-    RESULT_HAS_EXIT = "the result has {too_much}; run.sh ended with exit status {status}"
-    NOT_KEPT = "{reason}; its files were not kept: {error}"
-    NOT_FETCHED = "the result could not be fetched from {client}: {error}"
-    NOT_STORED = "the result could not be stored: {error}"
-    CLIENT_HAS_NOTHING = "{client} no longer has its files"
-    CLIENT_CLEANED = "{client} no longer has its files: {reason}"
-    FAILED_AND_CLEANED = "{reason}; {cleaned}"
-    RUN_FAILED = "run.sh failed"
-    WORK_REMOVED = "its work folder was removed from the client's disk"
-    CLEANED = "{duration} after it ended"
-
-    # The client cannot start a payload, or loses it.
-    NO_SCRIPT = "there is no run.sh: upload a bash script of that name"
-    EMPTY_SCRIPT = "run.sh is empty: it has 0 bytes"
-    NOT_STARTED = "the client could not start it: {error}"
-    DISK_FULL = "the client's disk is full: the script was not started"
-    NO_WRAPPER = "the wrapper could not be started, or stopped too early: the script was not started"
-    REBOOTED = "the machine or the container was restarted while the script ran"
-    REBOOTED_UNSYNCED = "the machine was restarted, and what had reached its disk is not known"
-    FOLDER_REMOVED = "the payload's folder was removed while the script ran"
-    WORK_GONE = "its work folder was removed or replaced while run.sh ran, and its files are missing"
-    WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
-    ENDED_WITH_CLIENT = "the script's processes were stopped together with the client, or while it did not run, and left no exit status"
-    WRAPPER_KILLED = "the wrapper was killed and left no exit status: the script killed it, or the kernel did because memory was short"
-    STOPPED_WITH_CLIENT = (
-        "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
-        "if a service manager did it, set KillMode=process for the client"
-    )
-    STOPPED_WITH_WRAPPER = (
-        "it was stopped from outside joborch, together with its wrapper: run.sh ended with exit status {status}; "
-        "if a service manager did it, set KillMode=process for the client"
-    )
-
-
-def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
-    """Say how a script failed: exit status or signal, run time, the last line of its standard error, and a known remedy."""
-    signalled = f" (as by signal {signal_name(exit_status - 128)})" if is_signalled(exit_status) else ""
-    text = f"run.sh ended with exit status {exit_status}{signalled} after {format_duration(run_s)}{last_words(folder)}"
-    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
-
-
-def limit_reason(folder: Path, limit_s: float) -> str:
-    """Say that a script was stopped at its time limit."""
-    return f"run.sh was stopped at its time limit of {format_duration(limit_s)}{last_words(folder)}"
-
-
-def last_words(folder: Path) -> str:
-    """Return the last line of a script's standard error as the end of a sentence; empty if there is none."""
-    words = last_line(folder / "stderr")
-    return f'; last line of standard error: "{words}"' if words else ""
-
-
-def left_out_text(count: int) -> str:
-    """Return the end of a sentence about files that no archive can hold; empty for none."""
-    return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
-
-
-def is_signalled(exit_status: int) -> bool:
-    """Tell whether an exit status means that a signal killed the script: 128 plus the signal's number, as in a shell."""
-    return 128 < exit_status < 193
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number if it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
-
-
-LOGIN_COMMANDS = re.compile(
-    rb"(?<![\w-])(module|ml|spack|conda|mamba|micromamba): command not found|(Conda|Mamba)\w*Error: Run '(conda|mamba) init'"
-)
-
-
-def shell_hint(folder: Path) -> str:
-    """Return the remedy if the begin or end of standard error shows that a command of login shells was missing."""
-    try:
-        with open_regular(folder, "stderr") as file:
-            said = file.read(4 * KIB)
-            file.seek(max(len(said), os.fstat(file.fileno()).st_size - 4 * KIB))
-            missing = LOGIN_COMMANDS.search(said + file.read(4 * KIB))
-    except OSError:
-        return ""
-    name = (missing[1] or missing[3]).decode() if missing else ""
-    remedy = "begin run.sh with #!/bin/bash -l, or set SERVICE_<NAME>_PRELUDE at the client"
-    return f"; {name} is often defined only for login shells: {remedy}" if name else ""
-
-
-# == 5. Loops ==  A loop calls its tick, a plain function, when woken or when its period ends, in a thread of a pool.
-
-
-SILENT_THREADS = 40  # for clients that do not answer: a call to each takes up to 10 s, every 30 s
-
-
-class Pool:
-    """A pool of threads that start when they are needed and stop after they were idle for a while.
-
-    The thread that became idle last gets the next work, so that few threads stay awake.
-    """
-
-    IDLE_S = 30.0
-
-    def __init__(self, name: str, threads: int = sys.maxsize, waiting: int = sys.maxsize) -> None:
-        """At most `threads` work at once, and at most `waiting` pieces of work wait for a thread."""
-        self.name, self.most, self.most_waiting = name, threads, waiting
-        self.lock, self.waiting = threading.Lock(), deque[Callable[[], object]]()
-        self.threads, self.number, self.short, self.stopping = 0, 1, False, False
-        self.ended = threading.Condition(self.lock)
-        self.idle: list[threading.Lock] = []  # bells of threads that sleep
-
-    def add(self, work: Callable[[], object]) -> bool:
-        """Queue a piece of work. Return False if too many wait already, or if there is no thread and none can be started."""
-        with self.lock:
-            if len(self.waiting) >= self.most_waiting:
-                return False
-            self.waiting.append(work)
-            if self.idle:
-                self.idle.pop().release()
-            elif self.threads < self.most and not self.stopping and not self.start_thread() and not self.threads:
-                self.waiting.pop()
-                return False
-        return True
-
-    def start_thread(self) -> bool:
-        """Return whether a thread could be started. The caller holds the lock."""
-        try:
-            threading.Thread(target=self.work, name=f"{self.name}-{self.number}", daemon=True).start()
-        except RuntimeError as error:
-            if not self.short:
-                log.error("%s: work waits, because no thread can be started: %s", self.name, error)
-            self.short = True
-            return False
-        self.threads, self.number, self.short = self.threads + 1, self.number + 1, False
-        return True
-
-    def work(self) -> None:
-        bell = threading.Lock()  # released only to wake this thread
-        while True:
-            with self.lock:
-                bell.acquire(blocking=False)
-                unused = bell in self.idle
-                if unused:
-                    self.idle.remove(bell)
-                work = self.waiting.popleft() if self.waiting else None
-                if work is None and (unused or self.stopping):
-                    self.threads -= 1
-                    return self.ended.notify_all()
-                if work is None:
-                    self.idle.append(bell)
-            try:
-                work() if work is not None else bell.acquire(timeout=self.IDLE_S)
-            except Exception:
-                log.exception("a request ended in an error")
-
-    def stop(self, timeout_s: float = 0.0) -> None:
-        """Stop the threads once no work waits. Do not wait more than `timeout_s` for busy ones."""
-        with self.lock:
-            self.stopping = True
-            while self.idle:
-                self.idle.pop().release()
-            self.ended.wait_for(lambda: not self.threads, timeout_s)
-
-
-def stop_pools(pools: Collection[Pool], timeout_s: float) -> None:
-    """Stop pools all at once. Do not wait more than `timeout_s` for busy threads."""
-    deadline = time.monotonic() + timeout_s
-    for pool in pools:
-        pool.stop()
-    for pool in pools:
-        pool.stop(max(0.0, deadline - time.monotonic()))
-
-
-@dataclass
-class Loop:
-    """Runs `tick` in a thread of a pool: at once when woken or while a tick returns True (more to do), else every `period_s`.
-
-    If a tick raises, the error is logged and the next tick runs a period later.
-    """
-
-    name: str
-    tick: Callable[[], bool]
-    pool: Callable[[], Pool]  # asked before each tick, because a client that hangs moves to another pool
-    period_s: float
-    most_runs: int = 1  # ticks at once; a further one starts if the loop is woken while all others are busy
-    wanted: Callable[[], bool] = lambda: True  # whether to tick after a period; the timer calls it, so it must not block
-
-    def __post_init__(self) -> None:
-        self.lock, self.calls, self.runs, self.started, self.trouble = threading.Lock(), 0, 0, False, ""
-
-    def start(self) -> None:
-        self.started = True
-        self.wake()
-
-    def stop(self) -> None:
-        self.started = False
-
-    def wake(self) -> None:
-        """Tick now. If `most_runs` ticks run already, one of them runs again afterwards."""
-        with self.lock:
-            self.calls = min(self.calls + 1, self.most_runs)
-            if self.runs == self.most_runs or not self.started:
-                return
-            self.runs += 1
-        self.go_on(self.pool())
-
-    def look(self) -> None:
-        """Tick after a period, if no tick is running and there may be something to do."""
-        if not self.runs and (self.calls or self.trouble or self.wanted()):
-            self.wake()
-
-    def go_on(self, pool: Pool) -> None:
-        if not pool.add(functools.partial(self.run, pool)):
-            with self.lock:
-                self.runs -= 1  # the next `look` tries again
-
-    def run(self, pool: Pool) -> None:
-        """Tick in a thread of `pool` while there is something to do, or until another pool has to take over."""
-        while self.pool() is pool:
-            with self.lock:
-                self.calls = max(0, self.calls - 1)
-            more = self.started and self.tick_once()
-            with self.lock:
-                if not self.started or not (more or self.calls):
-                    self.runs -= 1
-                    return
-        self.go_on(self.pool())
-
-    def tick_once(self) -> bool:
-        """Return whether there may be more to do. Errors are logged."""
-        try:
-            more = self.tick()
-            self.trouble = ""
-        except Exception as error:  # noqa: BLE001 - logged; the loop goes on
-            self.complain(error)
-            return False
-        return more
-
-    def complain(self, error: Exception) -> None:
-        """Log an error of a tick, once as long as it stays the same; a bug is logged with its traceback."""
-        text = one_line(f"{type(error).__name__}: {error}")
-        if text == self.trouble or not self.started:  # when stopping, the store may close before the last tick is done
-            return
-        self.trouble = text
-        known = isinstance(error, (StorageError, OSError))
-        said = str(error) if known else text
-        log.error("%s: %s; it is tried again every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
-
-
-def keep_time(loops: Iterable[Loop], stopping: threading.Event) -> None:
-    """The timer of all loops of a process: look at each loop after each of its periods, until `stopping`."""
-    due = [(time.monotonic() + loop.period_s, number, loop) for number, loop in enumerate(loops)]
-    heapq.heapify(due)
-    while not stopping.wait(max(0.0, due[0][0] - time.monotonic()) if due else None):
-        now = time.monotonic()
-        while due[0][0] <= now:
-            at, number, loop = due[0]
-            loop.look()
-            heapq.heapreplace(due, (max(at + loop.period_s, now), number, loop))
-
-
-def each(items: Iterable[T], work: Callable[[T], object]) -> None:
-    """Call `work` for every item, even if it fails for some; raise the first failure at the end."""
-    failure: Exception | None = None
-    for item in items:
-        try:
-            work(item)
-        except Exception as error:  # noqa: BLE001 - raised below
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-class WorkerLimit:
-    """Limits how many threads work at once, because more would only contend for the GIL. A waiting thread gives up its place."""
-
-    def __init__(self, places: int) -> None:
-        self.free, self.mine = threading.Semaphore(places), threading.local()
-
-    def __enter__(self) -> None:
-        self.free.acquire()
-        self.mine.inside = True
-
-    def __exit__(self, *_: object) -> None:
-        self.mine.inside = False
-        self.free.release()
-
-    @contextlib.contextmanager
-    def stepped_out(self) -> Iterator[None]:
-        """Give up this thread's place during the block, if it has one."""
-        inside = getattr(self.mine, "inside", False)
-        if inside:
-            self.__exit__()
-        try:
-            yield
-        finally:
-            if inside:
-                self.__enter__()
-
-
-FRESH_S = 1.0  # a connection this new is not closed: its request may have arrived, unread
-UNPROVEN_BYTES = 32 * MIB  # limit of the memory for all unproven connections together
-
-
-class House:
-    """Limits the connections of one process. If the limit is reached, the connection that has been idle longest is closed.
-
-    Connections without a complete request for a second are closed first, then those that called only open routes, then new
-    ones, then idle callers. A peer with more than half of the connections loses one before others do. A connection with a
-    request under way is never closed.
-    """
-
-    def __init__(self, places: int) -> None:
-        self.places, self.lock = places, threading.RLock()
-        self.peers: dict[Any, str] = {}  # by connection
-        self.counts: Counter[str] = Counter()
-        self.idle: tuple[dict[Any, None], ...] = ({}, {}, {})  # by rank, the longest idle one first
-        self.held: dict[Any, int] = {}  # bytes in memory, by unproven connection
-        self.held_bytes = 0
-        self.evicted = self.turned_away = 0
-        self.told_at = float("-inf")
-
-    def enter(self, connection: Any, address: Any) -> None:
-        with self.lock:
-            self.peers[connection] = peer = peer_of(address)
-            self.counts[peer] += 1
-            self.idle[0][connection] = None
-
-    def leave(self, connection: Any) -> None:
-        with self.lock:
-            self.hold(connection, 0)
-            for rank in self.idle:
-                rank.pop(connection, None)
-            peer = self.peers.pop(connection, None)
-            if peer is not None:
-                self.counts[peer] -= 1
-                if not self.counts[peer]:
-                    del self.counts[peer]
-
-    def busy(self, connection: Any) -> None:
-        with self.lock:
-            for rank in self.idle:
-                rank.pop(connection, None)
-
-    def rest(self, connection: Any) -> None:
-        with self.lock:
-            if connection in self.peers:
-                self.busy(connection)
-                self.idle[2 if connection.proven else 1][connection] = None
-
-    def hold(self, connection: Any, size: int) -> None:
-        with self.lock:
-            self.held_bytes += size - self.held.pop(connection, 0)
-            if size:
-                self.held[connection] = size
-
-    def shrink(self) -> None:
-        """Close unproven connections that use memory, while they exceed the limit together."""
-        with self.lock:
-            holders = list(self.held) if self.held_bytes > UNPROVEN_BYTES else []
-        for connection in holders:
-            if self.held_bytes > UNPROVEN_BYTES and not connection.requests:
-                self.evicted += 1
-                connection.handle_close()
-
-    def is_full(self) -> bool:
-        return len(self.peers) >= self.places
-
-    def victim(self) -> Any:
-        """Return the connection to close next, or None if all have a request under way."""
-        with self.lock:
-            heaviest = max(self.counts, key=self.counts.__getitem__, default="")
-            owners = [{heaviest}] if self.counts[heaviest] > self.places // 2 else []
-            before = time.monotonic() - FRESH_S
-            for ranks, until in ((self.idle[:1], before), (self.idle[1:2], math.inf), (self.idle[:1], math.inf), (self.idle[2:], math.inf)):
-                for chosen in (*owners, self.counts.keys()):
-                    for rank in ranks:
-                        for connection in rank:
-                            if connection.since > until:
-                                break
-                            if self.peers[connection] in chosen and not connection.is_under_way():
-                                return connection
-        return None
-
-    def make_room(self) -> bool:
-        """Close a connection for a new one. Return False if none can be closed."""
-        victim = self.victim()
-        if victim is None:
-            self.turned_away += 1
-            return False
-        self.evicted += 1
-        victim.handle_close()
-        return True
-
-    def tell(self, now: float) -> None:
-        """Log, at most once a minute, that the limit was reached."""
-        if (self.evicted or self.turned_away) and now - self.told_at >= 60:
-            log.warning(
-                "connections: no place was free of %d (%d files may be open): %d idle ones were closed, new ones had to wait %d times",
-                self.places,
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-                self.evicted,
-                self.turned_away,
-            )
-            self.evicted, self.turned_away, self.told_at = 0, 0, now
-
-
-def peer_of(address: Any) -> str:
-    """Return the peer that a connection counts for: an IPv4 address, or the 64-bit network of an IPv6 address."""
-    host = str(address[0])
-    try:
-        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex() if ":" in host else host
-    except OSError:
-        return host
-
-
-class Watch:
-    """Waits for the sockets of a process with epoll(7). It replaces waitress's loop, which asks every socket at each turn.
-
-    This one asks the sockets that had an event or that a worker serves, and all of them once a second.
-    """
-
-    def __init__(self) -> None:
-        self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: its connection, and the events
-        self.touched = deque[Any]()  # by other threads
-        self.again: set[Any] = set()
-        self.next_sweep = 0.0  # monotonic
-
-    def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
-        """Serve all sockets of `map` until it is empty."""
-        while map:
-            try:
-                self.turn(map, timeout)
-            except Exception:
-                log.exception("an error in the loop of connections")
-                time.sleep(0.2)  # so that an error that repeats does not fill the log
-
-    def turn(self, sockets: dict[int, Any], timeout_s: float) -> None:
-        from waitress import wasyncore
-
-        due, now = self.again, time.monotonic()
-        while self.touched:
-            due.add(self.touched.popleft())
-        if now >= self.next_sweep:
-            self.next_sweep = now + 1
-            due.update(list(sockets.values()))
-            self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
-        for each in due:
-            self.register(each)
-        self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
-        for descriptor, flags in self.epoll.poll(timeout_s):
-            found = sockets.get(descriptor)
-            if found is not None:  # else another event has closed it
-                wasyncore.readwrite(found, flags)
-                self.again.add(found)
-
-    def register(self, each: Any) -> None:
-        """Register with the kernel the events that a connection or listener waits for now."""
-        descriptor = each._fileno
-        if descriptor is None:
-            return
-        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
-        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
-        if each._fileno is None or self.known.get(descriptor) == (each, flags):
-            return
-        with contextlib.suppress(FileNotFoundError):  # it was closed, so the kernel has removed it
-            if descriptor in self.known:
-                self.epoll.unregister(descriptor)
-        self.known.pop(descriptor, None)
-        if flags:
-            self.epoll.register(descriptor, flags)
-            self.known[descriptor] = (each, flags)
-
+# == 2. Node ==  One process, server or client: its settings, its store, its folders, its loops.
 
 DAY_S = 24 * 3600.0
 
@@ -1418,6 +399,9 @@ class Program:
                 log.warning("%s", trouble)
             self.seen, self.trouble = seen, trouble
             return trouble
+
+
+PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
 
 
 class Node:
@@ -1494,304 +478,7 @@ class Node:
         return found
 
 
-# == 6. Routes ==  A route is declared once: who may call it, what it takes, and what it answers.
-
-
-class Parameter(NamedTuple):
-    """One parameter of a route: the declaration makes both the OpenAPI entry and the check."""
-
-    name: str
-    place: str  # path, query, header or form
-    kind: str  # string, integer, number, boolean or file
-    help: str
-    example: Any = None
-    required: bool = False
-    least: float | None = None
-    most: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str = ""  # of a string; shown in OpenAPI, and checked by `read`
-    default: Any = None  # the value if it is absent
-    longest: int | None = None  # characters of a string, all of them printable
-    missing: str = ""  # the remedy if it is required and absent
-    read: Callable[[str], Any] | None = None  # makes the value from a text, or raises ValueError with the remedy
-
-    def value(self, text: str | None) -> Any:
-        """Return the value of the `text` in a request, or the default for None. Raises HttpError 400 with the remedy.
-
-        In forms and headers, white space around the text is ignored, and an empty text counts as absent.
-        """
-        shown = text
-        if text is not None and self.place in ("form", "header"):
-            text = text.strip()
-            shown = text if text or self.missing else None
-        if shown is None:
-            if self.missing:
-                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
-            return self.default
-        try:
-            return self.checked((self.read or self.plain)(shown))
-        except ValueError as error:
-            raise HttpError(400, f"{self.name} is {one_line(shown, 40)!r}: {error}", self.name) from error
-
-    def plain(self, text: str) -> Any:
-        """Convert a text to this kind. Raises ValueError with the remedy."""
-        if self.kind != "integer":
-            return text
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
-            raise ValueError(self.whole_number)
-        return int(text)
-
-    def checked(self, value: Any) -> Any:
-        """Return `value` if it is within the bounds. Raises ValueError that names them."""
-        if self.choices and value not in self.choices:
-            raise ValueError(f"give {' or '.join(self.choices)}" if len(self.choices) == 2 else f"give one of {', '.join(self.choices)}")
-        if self.longest is not None and (len(value) > self.longest or not value.isprintable()):
-            raise ValueError(f"give at most {self.longest} printable characters")
-        below_least = self.least is not None and value < self.least
-        if self.kind in ("integer", "number") and (below_least or (self.most is not None and value > self.most)):
-            raise ValueError(self.whole_number)
-        return value
-
-    @property
-    def whole_number(self) -> str:
-        """The remedy if a whole number is required."""
-        bounds = (("from", self.least), ("to", self.most))
-        return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
-
-
-def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the value of each parameter by its name. Raises HttpError for the first that is invalid."""
-    return {parameter.name: parameter.value(texts.get(parameter.name)) for parameter in parameters}
-
-
-class Gives(NamedTuple):
-    """One answer of a route: what it means, its content type ("" for none) and a real example."""
-
-    meaning: str
-    content: str = ""
-    example: Any = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a handler sees of a request."""
-
-    environ: Mapping[str, Any]
-
-    @property
-    def caller(self) -> Caller | None:
-        """Who calls; None on a route for anyone, if nothing was proven."""
-        return cast("Caller | None", self.environ.get(CALLER_KEY))
-
-    @functools.cached_property
-    def query_pairs(self) -> list[tuple[str, str]]:
-        return parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
-
-    @functools.cached_property
-    def query(self) -> dict[str, str]:
-        return dict(self.query_pairs)
-
-    @property
-    def method(self) -> str:
-        return str(self.environ["REQUEST_METHOD"])
-
-    @property
-    def stream(self) -> IO[bytes]:
-        return cast("IO[bytes]", self.environ["wsgi.input"])
-
-    @property
-    def length(self) -> int:
-        return int(self.environ.get("CONTENT_LENGTH") or 0)
-
-    def read_form(self, folder: Path, by_name: bool = False, unpack_limit_bytes: int = 0) -> Form:
-        """Read the form of this request and write its files to `folder`. They use up the disk space reserved for the request.
-
-        With `unpack_limit_bytes`, archives are unpacked, and all files may have so many bytes. Raises HttpError, also if the body
-        is not the one of its Content-Digest.
-        """
-        promise: Promise | None = self.environ.get("joborch.promise")
-        account = (promise.more_for_file, promise.wrote, promise.more) if promise is not None else ()
-        reader, stream = FormReader(folder, by_name, *account), self.stream
-        reader.unpack_limit_bytes = unpack_limit_bytes
-        digest = self.header("Content-Digest")
-        if not digest:
-            return reader.read(stream, self.header("Content-Type"), self.length)
-        checked = load_plugin("uploads").DigestedBody(stream, digest)
-        try:
-            form = reader.read(cast("IO[bytes]", checked), self.header("Content-Type"), self.length)
-        except HttpError:
-            checked.check()  # the true reason
-            raise
-        checked.check()
-        return form
-
-    def header(self, name: str) -> str:
-        key = name.upper().replace("-", "_")
-        return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
-
-    def left(self) -> bool:
-        """Tell whether the caller has closed the connection."""
-        gone = self.environ.get("waitress.client_disconnected")
-        return bool(gone and gone())
-
-
-@dataclass
-class Answer:
-    """What a handler returns: a JSON value, bytes, an open file, or nothing; a status; further headers."""
-
-    body: Any = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, refusal: HttpError) -> Answer:
-        said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
-        return cls(said, refusal.status, dict(refusal.headers))
-
-
-Handler = Callable[..., Answer]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One declaration, which makes the Bottle route, the OpenAPI entry, the access rule and a test."""
-
-    method: str
-    path: str  # with <name> for its variable parts
-    mode: str  # "server", "client" or "server client"
-    who: str  # anyone; caller; or server: one that proved itself by the link's MAC, or any caller if no token is set
-    summary: str
-    takes: tuple[Parameter, ...]
-    gives: Mapping[int, Gives]
-    handler: Handler
-    quick: bool  # only reads the database: a WorkerLimit lets few run at once
-    slow: bool  # its duration depends on others: on what a script wrote, a client's answer, the size of an upload
-
-    def taken(self, place: str) -> list[Parameter]:
-        return [parameter for parameter in self.takes if parameter.place == place]
-
-    @property
-    def takes_form(self) -> bool:
-        return bool(self.taken("form"))
-
-    @property
-    def needs_form(self) -> bool:
-        return any(parameter.required for parameter in self.taken("form"))
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        part = re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path)
-        return re.compile("^" + re.sub(r"<(\w+):path>", r"(?P<\1>.+)", part) + "$")
-
-
-ROUTES: list[Route] = []
-
-
-def route(
-    method: str,
-    path: str,
-    mode: str,
-    *,
-    who: str,
-    takes: Sequence[Parameter] = (),
-    gives: Mapping[int, Gives],
-    quick: bool = False,
-    slow: bool = False,
-) -> Callable[[Handler], Handler]:
-    """Declare a route. The first sentence of the handler's docstring is its summary."""
-
-    def declare(handler: Handler) -> Handler:
-        summary = (handler.__doc__ or "").strip().split("\n")[0]
-        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow))
-        return handler
-
-    return declare
-
-
-@functools.lru_cache(maxsize=2)
-def routes_of(mode: str) -> tuple[Route, ...]:
-    """Return the routes of one mode, in an order that does not depend on which plug-in was imported first."""
-    order = {load_plugin(name).__name__: number for number, name in enumerate(ROUTE_PLUGINS)}
-    sorted_routes = sorted(ROUTES, key=lambda found: order.get(found.handler.__module__, -1))
-    return tuple(found for found in sorted_routes if mode in found.mode.split())
-
-
-def find_route(mode: str, method: str, path: str) -> Route:
-    """Return the route of a request. Raises HttpError 404 or 405."""
-    wanted = "GET" if method == "HEAD" else method
-    here = [found for found in routes_of(mode) if found.pattern.match(path)]
-    for found in here:
-        if found.method == wanted:
-            return found
-    if here:
-        allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
-        raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
-    raise HttpError(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
-
-
-def nearest_path(mode: str, path: str) -> str:
-    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
-    first, *rest = path.strip("/").split("/")
-    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
-    import difflib
-
-    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
-        meant = "/" + "/".join([close, *rest])
-        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
-            return f" (did you mean {one_line(meant)}?)"
-    return ""
-
-
-def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of the declared parameters in path and query. Raises HttpError 400 or 404."""
-    refuse_unknown(node, request, declared)
-    texts = {"path": path, "query": request.query}
-    return {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
-
-
-def refuse_unknown(node: Node, request: Request, declared: Route) -> None:
-    """Raise HttpError 400 for a query parameter that the route does not declare, or that is given twice.
-
-    If a filter were silently ignored, the caller would misread the answer. A server may send its client any parameter: it may
-    be newer than the client.
-    """
-    if not request.query_pairs or (node.config.mode == "client" and request.header(OURS_HEADER)):
-        return
-    known = [parameter.name for parameter in declared.taken("query")]
-    for name, times in Counter(name for name, _ in request.query_pairs).items():
-        shown = one_line(name, 80)
-        if name not in known and any(parameter.name == name for parameter in declared.taken("form")):
-            raise HttpError(400, f"{shown} does not belong in the URL: send it in the form, as in -F {shown}=...", shown)
-        if name not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
-            raise HttpError(400, f"{shown!r} is not a parameter of {declared.method} {path}{nearest(name, known)}: {takes}", shown)
-        if times > 1:
-            raise HttpError(400, f"{shown} is in the URL {times} times: give it once", shown)
-
-
-MISSING_USER = "give the whole number of a user, as in -F user_id=1"
-EXAMPLE_ERROR = {"message": f"user_id is missing: {MISSING_USER}", "field": "user_id"}
-BAD = Gives("the request cannot be understood; `field` is what to change", JSON_TYPE, EXAMPLE_ERROR)
-NOT_FOUND = Gives("no job has this id", JSON_TYPE, {"message": "no job has the id 42"})
-NO_LENGTH = Gives("no length", JSON_TYPE, {"message": "the request has no body: send a form with Content-Length, as curl -F does"})
-TOO_LARGE = Gives("too large", JSON_TYPE, {"message": "the request is 20000000000 bytes large: at most 10737418240 (JOBORCH_MAX_UPLOAD)"})
-NOT_A_FORM = Gives("not a form", JSON_TYPE, {"message": "send a form as multipart/form-data, as curl -F does"})
-KEY_USED = Gives(
-    "the Idempotency-Key was used before with other content", JSON_TYPE, {"message": "this Idempotency-Key was used for job 42"}
-)
-NO_STORAGE = Gives("storage cannot be written now", JSON_TYPE, {"message": "the database cannot be used now: try again soon"})
-DISK_FULL = Gives("disk full", JSON_TYPE, {"message": "the disk of this server is too full for 1000000 bytes more: try again later"})
-CLIENT_AWAY = Gives("its client does not answer now", JSON_TYPE, {"message": "gpu1:9000 cannot be reached: connection refused"})
-RECEIVING = {411: NO_LENGTH, 413: TOO_LARGE, 415: NOT_A_FORM, 503: NO_STORAGE, 507: DISK_FULL}
-PARTS = {
-    206: Gives("the part that Range requested", ZIP_TYPE),
-    304: Gives("you have it already (If-None-Match)"),
-    416: Gives("the Range is outside the file", JSON_TYPE, {"message": "there are 1234 bytes: ask for a part of them"}),
-}
-
-
-# == 7. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
+# == 3. Server routes ==  The HTTP contract of the server; each route is declared once, with real examples.
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
@@ -1864,13 +551,13 @@ def job_json(server: Server, job: Job, outlook: QueueInfo | None = None) -> dict
     said["message"] = outlook.waiting_for or job.reason
     if outlook.wait_s is not None:
         said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
-    rows = [dict(row) for row in server.store.read(ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
+    rows = [dict(row) for row in server.store.read(statements.ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
         rows.append({name: getattr(job, name) for name in ATTEMPT})
     said["attempts"] = [{**row, "started_at": rfc3339(row["started_at"]), "ended_at": rfc3339(row["ended_at"])} for row in rows]
     said["history"] = [
         {"at": rfc3339(row["at"]), "from": row["source"], "to": row["target"], "reason": row["reason"], "attempt": row["attempt"]}
-        for row in server.store.read(HISTORY_GET, id=job.id)[: job.moves]
+        for row in server.store.read(statements.HISTORY_GET, id=job.id)[: job.moves]
     ]
     return said
 
@@ -2062,7 +749,9 @@ def upload_answer(server: Server, job: Job, form: Form, folder: Path, is_new: bo
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
     warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
-    claimed = server.store.read(JOB_STATUS, id=job.id)[0]["status"] != job.status.value  # in the same transaction: it waits for nothing
+    claimed = (
+        server.store.read(statements.JOB_STATUS, id=job.id)[0]["status"] != job.status.value
+    )  # in the same transaction: it waits for nothing
     said = {**job_json(server, job, NEXT if claimed else None), "warnings": warnings}
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
@@ -2104,7 +793,7 @@ def earlier_job(server: Server, new: NewJob) -> Job | None:
     """Return the job of an Idempotency-Key that was used before. Raises HttpError 422 if that was another request."""
     if not new.idempotency_key:
         return None
-    job = server.store.job(JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
+    job = server.store.job(statements.JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
     if job and job.request_digest != new.request_digest:
         raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
     return job
@@ -2215,7 +904,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# == 8. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.
+# == 4. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.
 
 
 def stored_archive(server: Server, job: Job) -> Archive:
@@ -2296,6 +985,9 @@ def inputs_archive(server: Server, request: Request, job: Job) -> Archive:
             raise HttpError(503, str(error), Retry_After="5") from error
 
 
+PACK_GLANCE_S = 0.5  # how long a joborch server waits for it: it fetches other results and asks again
+
+
 def running_archive(server: Server, request: Request, link: Link, job: Job) -> Archive:
     """Fetch the current files of a running job from its client. Raises HttpError 503 if that is not possible now."""
     spool, deadline = server.data.spool(), time.monotonic() + READ_TIMEOUT_S
@@ -2333,6 +1025,7 @@ def calling(server: Server, request: Request, link: Link) -> Iterator[Callable[[
 
 
 STATUS_NAMES = tuple(status.value for status in Status)
+WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
 
 
 def read_wait(text: str) -> float:
@@ -2401,7 +1094,7 @@ def show_job(server: Server, request: Request, job_id: int, wait: float, since: 
 
 def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
     """Return a job's status if it is not in `known`, else None; an empty text if the row is gone."""
-    rows = server.store.read(JOB_STATUS, id=job_id)
+    rows = server.store.read(statements.JOB_STATUS, id=job_id)
     if not rows:
         return ""
     return None if rows[0]["status"] in known else str(rows[0]["status"])
@@ -2465,6 +1158,9 @@ def terminate(server: Server, request: Request, job_id: int) -> Answer:
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
+NOTED_PATIENCE_S = 10.0  # how long a terminate waits for a batch system that has only accepted the request
+
+
 def wait_for_end(server: Server, request: Request, job: Job) -> None:
     """Ask a client to stop a job, and wait for that as long as the client answers. A client that does not is tried once."""
     with server.places.place() as parked:
@@ -2483,6 +1179,9 @@ def wait_for_end(server: Server, request: Request, job: Job) -> None:
         server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
 
 
+TERMINATE_TRY_S = 2.0  # how long a terminate waits for a client that did not answer, and the pause between later tries
+
+
 def try_now(server: Server, request: Request, link: Link) -> None:
     """Call a client now, despite its back-off, and wait briefly for the outcome."""
     failed_at, deadline = link.failed_at, time.monotonic() + TERMINATE_TRY_S
@@ -2499,7 +1198,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 9. Site routes ==  Routes for operators: services, clients, and the weights of users.
+# == 5. Site routes ==  Routes for operators: services, clients, and the weights of users.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -2561,7 +1260,7 @@ def show_services(server: Server, request: Request) -> Answer:
         mean_s, name = mean_run_s(server, service), service.name
         said.append({
             "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
-            "running": server.store.line(name).busy, "queued": server.store.number(QUEUED_IN_SERVICE, service=name),
+            "running": server.store.line(name).busy, "queued": server.store.number(statements.QUEUED_IN_SERVICE, service=name),
             "users_queued": server.store.users_queued(name), "mean_run_s": mean_s and round(mean_s, 3),
             "clients": clients_json(server, server.links_of(service)),
         })  # fmt: skip
@@ -2600,7 +1299,7 @@ def resume(server: Server, request: Request, name: str) -> Answer:
 def user_answer(server: Server, user_id: int) -> Answer:
     """Return what decides when a user's jobs run."""
     store = server.store
-    names = {row["service"] for row in store.read(USAGE_OF_USER, user_id=user_id)}
+    names = {row["service"] for row in store.read(statements.USAGE_OF_USER, user_id=user_id)}
     names.update(name for name in server.services if store.share(name, user_id).runs)
     services = []
     for name in sorted(names):
@@ -2611,7 +1310,7 @@ def user_answer(server: Server, user_id: int) -> Answer:
             "turns_before": None if share.turn is None else store.turns_before(name, share.turn),
         })  # fmt: skip
     weight = store.weight(user_id)
-    queued = server.store.number(QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
+    queued = server.store.number(statements.QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
     return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
 
 
@@ -2628,7 +1327,7 @@ def set_user(server: Server, request: Request, user_id: int, weight: float) -> A
     return user_answer(server, user_id)
 
 
-# == 10. Server ==  The server claims jobs and sends them. Its ticks move jobs on by the Store and by what clients answer.
+# == 6. Server ==  The server claims jobs and sends them. Its ticks move jobs on by the Store and by what clients answer.
 
 
 class Server(Node):
@@ -2648,7 +1347,7 @@ class Server(Node):
                     link = Link(address, data, self.clock, config.ca_file)
                     self.links[address.name] = link
                 link.services.append(service)
-        for row in store.read(DRAINED_ALL):
+        for row in store.read(statements.DRAINED_ALL):
             if row["client"] in self.links:
                 self.links[row["client"]].drained = True
 
@@ -2698,10 +1397,10 @@ class Server(Node):
     def drain(self, link: Link, drained: bool) -> None:
         """Store that a client, under all its names, gets no more jobs, or gets jobs again."""
         links = self.names_of(link)
-        sql, values = (DRAINED_SET, {"at": self.clock.wall()}) if drained else (DRAINED_CLEAR, {})
+        sql, values = (statements.DRAINED_SET, {"at": self.clock.wall()}) if drained else (statements.DRAINED_CLEAR, {})
         self.store.write(lambda db: [db.execute(sql, {"client": each.name, **values}).rowcount for each in links])
-        for each in links:
-            each.drained = drained
+        for link in links:
+            link.drained = drained
 
 
 def dispatch_tick(server: Server) -> bool:
@@ -2847,7 +1546,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
         return link.outbox.popleft()
     if not link.ready():
         return None
-    pinned = server.store.jobs(PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
+    pinned = server.store.jobs(statements.PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
     link.may_have_pinned = bool(pinned)
     for job in pinned:
         if not link.protocol.knows_keys:
@@ -2903,7 +1602,7 @@ def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) ->
         crash_point("send.stored")
         if end is not None:
             ask_for_end(server, link, job)
-        if server.store.number(KILLS_COUNT, client=link.name):
+        if server.store.number(statements.KILLS_COUNT, client=link.name):
             server.wake(f"kill:{link.name}")
     link.accepted.pop(job.mark, None)
 
@@ -3047,420 +1746,13 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
         server.store.move(job, Status.FAILED, text.format(reason=reason, attempt=job.attempt), cause=Cause.INFRASTRUCTURE.value)
 
 
-# == 11. Scheduling ==  Pure functions of rows and a clock: whose turn it is, which client gets the job, and why a job waits.
-
-NO_USE = float("-inf")  # log2(0)
-CANDIDATES_LOOKED_AT = 100  # of one service, when its first jobs are too wide for the free slots
-UNKNOWN_RUN_S = 60.0  # charged in advance for a run when the service has no earlier runs
-TURN_S = 0.001  # the least cost of a turn: even jobs that take no time must not pass users who had no turn yet
-TURNING_S = 1.0  # no job is sent ahead to a client that finished no run for this long
-HANDOVER_S = 0.2  # how much work may queue at a client, so that its slots do not idle between two jobs
-FULL_QUEUE_RETRY_S = 60
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What turns depend on, apart from the rows and the services."""
-
-    half_life_s: float = 6 * 3600.0
-    ageing_s: float = 60.0
-    weights: Mapping[int, float] = field(default_factory=dict)  # by user; weights in the store take precedence
-
-
-class Waiting(NamedTuple):
-    """A queued job, as the ranking sees it."""
-
-    job_id: int
-    priority: int
-    arrived_at: float  # steady
-    cpus: int
-    memory: int | None  # MiB
-    timeout: float | None  # seconds
-
-
-class Usage(NamedTuple):
-    """A user's past use of a service, as the base-2 logarithm of slot-seconds, and the mean length of the user's runs.
-
-    It covers finished runs only. Running ones are added on the fly (`with_open_runs`), so nothing is ever refunded.
-    A use u at time `now` is stored as log2(u) + now / half-life. Stored values never need an update: after one half-life a
-    new slot-second counts twice as much as an old one, and the order of users does not change as time passes.
-    """
-
-    use: float = NO_USE
-    runs: int = 0
-    mean_s: float = 0.0
-
-
-class Pace(NamedTuple):
-    """The mean length of a service's runs."""
-
-    runs: int = 0
-    mean_s: float = 0.0
-
-
-Mean = TypeVar("Mean", Usage, Pace)
-
-
-def with_run(known: Mean, run_s: float) -> Mean:
-    """Return a moving mean of about the last twenty runs, with one more run."""
-    runs = known.runs + 1
-    return known._replace(runs=runs, mean_s=known.mean_s + (run_s - known.mean_s) / min(runs, 20))
-
-
-class Run(NamedTuple):
-    """A job at a client: what its user is charged for it, and what it takes there."""
-
-    job_id: int
-    cpus: int
-    charged: float = 0.0  # slot-seconds, in advance; more if it runs longer than that
-    since: float | None = None  # steady; None before it starts
-    memory: int = 0  # MiB
-    timeout: float | None = None  # seconds
-    client: str = ""
-
-    def run_s(self, now: float) -> float:
-        return 0.0 if self.since is None else max(0.0, now - self.since)
-
-    def ends_at(self, now: float) -> float:
-        """Return when it will have ended: infinity without a time limit, which counts from the start of the run."""
-        return float("inf") if self.timeout is None else (now if self.since is None else self.since) + self.timeout
-
-
-class Turn(NamedTuple):
-    """When a user is next in a service: turns sort in this order. Who has no free run left comes last."""
-
-    at_quota: bool
-    rank: float
-    head: Waiting
-    user_id: int
-
-    def candidate(self, service: str) -> Candidate:
-        return Candidate(service, self.head.job_id, self.head.cpus, self.head.memory, self.head.timeout)
-
-
-class Share(NamedTuple):
-    """A user's part in a service. `waiting` are the queued jobs that the rank depends on (see `rank_of`)."""
-
-    usage: Usage = Usage()
-    runs: tuple[Run, ...] = ()  # by job id
-    waiting: tuple[Waiting, ...] = ()
-    turn: Turn | None = None  # None if no job could run
-
-    def run(self, job_id: int) -> Run | None:
-        return next((run for run in self.runs if run.job_id == job_id), None)
-
-
-class Line(NamedTuple):
-    """The load of a service: how many of its jobs are at clients, and how long they take."""
-
-    busy: int = 0
-    pace: Pace = Pace()
-
-
-class Load(NamedTuple):
-    """What the server's jobs take at a client."""
-
-    jobs: int = 0
-    cpus: int = 0
-    memory: int = 0  # MiB
-
-    def plus(self, run: Run, count: int = 1) -> Load:
-        return Load(self.jobs + count, self.cpus + count * run.cpus, self.memory + count * run.memory)
-
-
-def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
-    """Return a use (see Usage) increased by `slot_s` slot-seconds at time `now`."""
-    if slot_s <= 0:
-        return use
-    term = now / half_life_s + math.log2(slot_s)
-    return max(use, term) + math.log2(1 + 2.0 ** (min(use, term) - max(use, term)))
-
-
-def counted_s(run_s: float, half_life_s: float) -> float:
-    """Return how many seconds of a run count now: each eighth of a half-life counts less than the one after it."""
-    step_s, fade = half_life_s / 8, 2.0 ** (-1 / 8)
-    whole = min(run_s // step_s, 1000.0)
-    return float(step_s * (1 - fade**whole) / (1 - fade) + (run_s - whole * step_s) * fade**whole)
-
-
-def with_open_runs(use: float, runs: Collection[Run], now: float, half_life_s: float, in_advance: bool = True) -> float:
-    """Return a use plus its open runs: everything that was charged in advance, or only the time they have run."""
-    had = sum(run.cpus * counted_s(run.run_s(now), half_life_s) for run in runs)
-    ahead = sum(max(0.0, run.charged - run.cpus * run.run_s(now)) for run in runs) if in_advance else 0.0
-    return used(use, had + ahead, now, half_life_s)
-
-
-def use_now(use: float, now: float, half_life_s: float) -> float:
-    """Convert a use (see Usage) to slot-seconds at time `now`."""
-    return float(2.0 ** min(use - now / half_life_s, 1000.0))
-
-
-def charge_in_advance(job: Job, usage: Usage, pace: Pace, half_life_s: float) -> float:
-    """Return the slot-seconds that a job is charged when it starts, so that running jobs count at once.
-
-    The estimate is the mean run of the user, else of the service. Longer runs are charged as they go on.
-    """
-    expected = usage.mean_s if usage.runs else pace.mean_s if pace.runs else UNKNOWN_RUN_S
-    return job.cpus * min(expected, job.timeout or expected, half_life_s / 8)
-
-
-def cap_idle_credit(use: float, weight: float, level: float) -> float:
-    """Return the use of a user who comes back after a pause: at most one half-life of credit over the other active users.
-
-    `level` is the least use by weight among those. The cap is applied when a run ends and the user has more jobs, not when a
-    job arrives: a newcomer goes ahead of everyone with more use until the first run has been charged.
-    """
-    return max(use, level - 1 + math.log2(weight))
-
-
-def rank_of(policy: str, waiting: Sequence[Waiting], share_rank: float, ageing_s: float) -> tuple[float, Waiting]:
-    """Return a user's rank for a service (the lowest goes next), and the job to run.
-
-    `waiting` holds the first job of each priority; the policy `share` needs only the highest. Ranks do not change as time
-    passes. The policy `priority` is one queue for all users, in which a point of priority is worth `ageing_s` seconds of
-    waiting. So only jobs that arrive within (100 - priority) * `ageing_s` of a job can overtake it: 200 minutes at most.
-    """
-    if policy == "priority":
-        first = min(waiting, key=lambda job: (job.arrived_at / ageing_s - job.priority, job.job_id))
-        return first.arrived_at / ageing_s - first.priority, first
-    highest = min(waiting, key=lambda job: (-job.priority, job.job_id))
-    return min(job.arrived_at for job in waiting) if policy == "fifo" else share_rank, highest
-
-
-def run_of_job(job: Job) -> Run | None:
-    """Return what is kept in memory of a job at a client; None of another job."""
-    if job.status not in BUSY:
-        return None
-    since = job.moved_at if job.status is Status.RUNNING else None
-    return Run(job.id, job.cpus, job.charged, since, job.memory or 0, job.timeout, job.client or "")
-
-
-# -- which client gets a job --
-
-
-class Candidate(NamedTuple):
-    """The first queued job of a user who is below the quota: what a service could run next."""
-
-    service: str
-    job_id: int
-    cpus: int = 1
-    memory: int | None = None  # MiB
-    timeout: float | None = None  # seconds
-
-
-class ServiceQueue(NamedTuple):
-    """The candidates of one service in the order of their turns, its clients, and its load."""
-
-    service: str
-    clients: Collection[str]
-    busy: float  # the part of its max_runs that is in use, 0 to 1
-    run_s: float | None  # the mean run, if known
-    heads: Iterable[Candidate]
-
-
-class ClientCapacity(NamedTuple):
-    """A client that takes jobs now, as the scheduler sees it."""
-
-    name: str
-    slots: int
-    free: int  # slots; negative if jobs queue there
-    memory: int | None = None  # MiB; None if the client does not say
-    free_memory: int | None = None
-    load: float = 0.0  # percent
-    failed_s_ago: float = float("inf")
-    turning: bool = False  # a run ended there less than TURNING_S ago
-    queues: bool = False  # a 2.2 client: it does not report its slots, and queues jobs by itself
-    taken: int = 0  # slots of all its jobs, including those that have ended
-    job_slots: bool = False  # it feeds a batch system: one slot holds one job, whatever number of cores it needs
-
-    def wanted(self, cpus: int) -> int:
-        """Return how many slots a job occupies here."""
-        return 1 if self.job_slots else cpus
-
-    def could_run(self, cpus: int, memory: int | None) -> bool:
-        """Tell whether a job of this size would fit on an idle client."""
-        return self.queues or (self.wanted(cpus) <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
-
-    def room(self, run_s: float | None, cpus: int = 1) -> int:
-        """Return how many slots a job may use: the free ones, and for short runs a few more, so that no slot idles.
-
-        Jobs sent ahead amount to at most HANDOVER_S of work, so they delay a newcomer's job no longer. Nothing is sent ahead if
-        no run ended lately, nor a job that needs several slots at once: both could wait there for long.
-        """
-        if self.queues:
-            return 1 << 30
-        if not self.turning or run_s is None or cpus > 1:
-            return self.free
-        return self.free + min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3)))
-
-    def preference(self) -> tuple[float, float, float, str]:
-        """Return a sort key, best client first: most free slots, lowest load, longest time since a failure."""
-        return (-self.free, self.load, -self.failed_s_ago, self.name)
-
-
-class Reservation(NamedTuple):
-    """A client that is reserved for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
-
-    until: float  # steady; the latest start of the wide job, infinity if unknown
-    cpus: int
-    memory: float
-
-    def lets(self, head: Candidate, now: float) -> bool:
-        """Tell whether another job may run first: it ends before `until`, or fits into the spare part (EASY backfilling)."""
-        ends_before = head.timeout is not None and now + head.timeout <= self.until < float("inf")
-        return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
-
-
-def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run], now: float) -> Reservation:
-    """Return the latest time at which a client will have room for a job, and what else will be free then.
-
-    If that depends on a run without a time limit, nothing else is free: everything that becomes free is kept for the job.
-    """
-    wanted, free, until = client.wanted(candidate.cpus), client.free, 0.0
-    memory = float("inf") if client.free_memory is None else float(client.free_memory)
-    for run in sorted(runs, key=lambda run: run.ends_at(now)):
-        if free >= wanted and memory >= (candidate.memory or 0):
-            break
-        free, memory, until = free + client.wanted(run.cpus), memory + run.memory, run.ends_at(now)
-    if until == float("inf") or free < wanted:
-        return Reservation(float("inf"), 0, 0)
-    return Reservation(until, free - wanted, memory - (candidate.memory or 0))
-
-
-def fits(candidate: Candidate, client: ClientCapacity, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
-    """Tell whether a job can be sent to a client now."""
-    memory_fits = candidate.memory is None or client.free_memory is None or candidate.memory <= client.free_memory
-    wanted = client.wanted(candidate.cpus)
-    if wanted > client.room(run_s, wanted) or not (memory_fits or client.queues):
-        return False
-    return reserved is None or reserved.lets(candidate, now)
-
-
-def choose(
-    queues: Sequence[ServiceQueue], clients: Sequence[ClientCapacity], runs_at: Callable[[str], Iterable[Run]], now: float
-) -> tuple[Candidate, ClientCapacity] | None:
-    """Return the next job and the client that gets it, or None if nothing can be sent now.
-
-    The service that uses the smallest part of its limit goes first; within a service, turns decide. The first job that is too
-    wide for the free slots reserves the client that can start it earliest; other jobs pass it only if they do not delay it.
-    """
-    reserved: dict[str, Reservation] = {}
-    for queue in sorted(queues, key=lambda queue: queue.busy):
-        able = [client for client in clients if client.name in queue.clients]
-        if not any(client.room(queue.run_s) > 0 for client in able):
-            continue
-        one_waits = False
-        for candidate in queue.heads:
-            fitting = [client for client in able if fits(candidate, client, queue.run_s, reserved.get(client.name), now)]
-            if fitting:
-                return candidate, min(fitting, key=ClientCapacity.preference)
-            large = [each for each in able if each.could_run(candidate.cpus, candidate.memory) and each.name not in reserved]
-            if large and not one_waits:
-                one_waits = True
-                starts = {client.name: reserve(candidate, client, runs_at(client.name), now) for client in large}
-                best = min(large, key=lambda client: (starts[client.name].until, *client.preference()))
-                reserved[best.name] = starts[best.name]
-    return None
-
-
-# -- why a job waits --
-
-
-class QueueFacts(NamedTuple):
-    """The figures that decide when a queued job runs."""
-
-    runs_of_user: int
-    runs_per_user: int
-    runs_of_service: int
-    max_runs: int
-    queued_before: int  # of the same user
-    users_before: int = 0  # whose turn comes first
-    cpus: int = 1
-    memory: int | None = None  # MiB
-
-    def before(self, with_others: bool = True) -> str:
-        """Return what is ahead of the job, as a clause; empty if nothing is."""
-        jobs = plural(self.queued_before, "of your jobs", "of your jobs")
-        users = plural(self.users_before if with_others else 0, "other user's turn", "other users' turns")
-        parts = [part for part in (jobs, users) if part]
-        verb = "is" if len(parts) == 1 and parts[0].startswith("1 ") else "are"
-        return f"{' and '.join(parts)} {verb} ahead of it" if parts else ""
-
-
-def join_clauses(text: str, more: str) -> str:
-    """Join two clauses with "and"; `more` may be empty."""
-    return f"{text} and {more}" if more else text
-
-
-def plural(count: int, one: str, many: str) -> str:
-    """Return `1 job` or `5 jobs`, an empty text for 0, and `10,000 or more jobs` where counting stops."""
-    return "" if not count else f"1 {one}" if count == 1 else f"{count:,}{' or more' if count == 10_000 else ''} {many}"
-
-
-def attempts_left(job: Job) -> bool:
-    """Tell whether the job may be tried again after an infrastructure failure."""
-    return job.attempt <= job.retries and job.kill_requested_at is None
-
-
-def needs(cpus: int, memory: int | None) -> str:
-    """Return a job's size in words: `2 slots and 4,096 MiB of memory`."""
-    return plural(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
-
-
-def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[ClientCapacity]) -> str:
-    """Return why no client of a service could ever run a job of this size; empty if one could, or if none is known."""
-    if not places or any(place.could_run(cpus, memory) for place in places):
-        return ""
-    largest = max(places, key=lambda place: (place.slots >= cpus, place.slots, place.memory or 0))
-    has = needs(largest.slots, largest.memory if memory else None)
-    return f"no client for {service} is large enough: it needs {needs(cpus, memory)}, and the largest, {largest.name}, has {has}"
-
-
-def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], places: Collection[ClientCapacity]) -> str:
-    """Return what a queued job waits for, as one sentence.
-
-    `troubles` says, by client, why it takes no jobs now (empty if it does); `places` are the clients that do.
-    """
-    if facts.runs_of_user >= facts.runs_per_user:
-        text = f"{facts.runs_of_user} of your {facts.runs_per_user} runs for {service} are in use"
-        return join_clauses(text, facts.before(with_others=False))
-    if facts.runs_of_service >= facts.max_runs:
-        return join_clauses(f"all {facts.max_runs} runs of {service} are in use", facts.before())
-    if troubles and all(troubles.values()):
-        said = [f"{name} {why}" for name, why in troubles.items()]
-        more = [f"and {plural(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
-        return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
-    too_large = too_large_text(service, facts.cpus, facts.memory, places)
-    if too_large:
-        return too_large
-    if places and all(place.free <= 0 and not place.queues for place in places):
-        slots, names = sum(place.slots for place in places), sorted(place.name for place in places)
-        where, taken = names[0] if len(names) == 1 else f"{len(names)} clients", "the only slot" if slots == 1 else f"all {slots} slots"
-        return join_clauses(f"{taken} of {where} {'is' if slots == 1 else 'are'} in use", facts.before())
-    if facts.before():
-        return f"it waits for its turn: {facts.before()}"
-    if places and not any(place.queues or place.free >= place.wanted(facts.cpus) for place in places):
-        best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory), place.free))
-        has = f"{best.name} has {max(0, best.free)} of {best.slots} free and reserves freed slots for it"
-        return f"it needs {needs(facts.cpus, None)} at once: {has}"
-    return f"it is next for a free slot at a client for {service}"
-
-
-def wait_estimate_s(position: int, facts: QueueFacts, slots: int, run_s: float) -> float:
-    """Estimate the seconds until a queued job starts, in rounds of `run_s`, the mean of past runs.
-
-    `position` is the job's place in the service's queue, from 1. It waits for the longer of two: the rounds that the jobs
-    ahead take with `slots` and max_runs, and the rounds that its user's own jobs take with runs_per_user.
-    """
-    at_once = max(1, min(slots, facts.max_runs))
-    free = max(0, at_once - facts.runs_of_service)
-    rounds = max(0, position - free + at_once - 1) // at_once
-    own_free = max(0, facts.runs_per_user - facts.runs_of_user)
-    own_rounds = max(0, facts.queued_before + 1 - own_free + facts.runs_per_user - 1) // facts.runs_per_user
-    return max(rounds, own_rounds) * run_s
-
-
-# == 12. Links ==  The server's calls to a client. Every call has time-outs, and its error says what the client may have received.
+# == 7. Links ==  The server's calls to a client. Every call has time-outs, and its error says what the client may have received.
+
+FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then it may be a 2.2 client
+SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
+PACKING_HEADER = "X_Joborch_Packing"  # in a client's 503: the result is being packed, nothing is wrong
+LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
+SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 
 
 class Link:
@@ -4010,6 +2302,11 @@ class Link:
         return answer.status == 200
 
 
+# == 8. Client protocol ==  What a client can do, and how a server calls it. A plug-in has the subclass for 2.2 clients.
+
+KILL_TIMEOUT_S = 10.0  # for a client's answer to a kill request; the kill itself may take longer
+
+
 class ClientProtocol:
     """How a server and one of our clients work together. The plug-in compat22 has a subclass for 2.2 clients.
 
@@ -4058,7 +2355,7 @@ def named(job: Job) -> dict[str, str]:
     return {"X-Joborch-Mark": job.mark}
 
 
-# == 13. Answers ==  A client's answers are limited in size and time, and checked before they are used.
+# == 9. Answers ==  A client's answers are limited in size and time, and checked before they are used.
 
 
 @dataclass
@@ -4099,7 +2396,9 @@ class EndReport:
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
 ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, a "100 Continue" before them, chunk framing
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
+EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # limits for one answer of /events: payloads, and bytes of JSON
 EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
+INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # limits for results that are sent along with the report of their end
 INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
 SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is abandoned
 WANTED_LOOK_S = 1.0  # between two checks that a caller still waits for an answer
@@ -4220,11 +2519,6 @@ def refused_text(status: int, body: bytes) -> str:
     if status in (401, 403):
         return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
     return f"answered {status}" + (f": {one_line(message)}" if message and isinstance(message, str) else "")
-
-
-def repr_digest(sha256_hex: str) -> str:
-    """Return a Repr-Digest header (RFC 9530)."""
-    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
 def read_hello(status: int, text: bytes) -> dict[str, Any]:
@@ -4486,23 +2780,6 @@ def take_rest(answer: Reply, into: Transfer) -> None:
         raise NoAnswer("the transfer broke: what arrived does not match its digest")
 
 
-class WaiterLimit:
-    """Limits how many callers may wait at once, so that uploads never starve."""
-
-    def __init__(self, places: int) -> None:
-        self.free = threading.BoundedSemaphore(places)
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[bool]:
-        """Take a place for the block. Yields False if all are taken."""
-        taken = self.free.acquire(blocking=False)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.free.release()
-
-
 class Allowance:
     """Allows as many polls as a busy client needs, and slows down a client that always answers at once."""
 
@@ -4523,12 +2800,13 @@ SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are not killed
 INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
 RESTLESS_MOVES = 100  # of one job
 SMALL_PIECES = 20  # of one transfer that broke before 64 KiB had arrived
+SYNC_AFTER_S = 5.0  # a result that nobody has fetched by then is written to the disk
 CONFIRM_WITHIN_S = SYNC_AFTER_S / 2  # a client need not fsync results that are confirmed by then
 DONE_AT_ONCE = 500  # payloads that one poll confirms
 CALLS_A_CLIENT, CALLS_IN_ALL = 4, 12  # calls to clients at once on behalf of HTTP callers: to one client, to all
 
 
-# == 14. News ==  Jobs move on by what clients report. A client is identified by its instance, whatever its URL.
+# == 10. News ==  Jobs move on by what clients report. A client is identified by its instance, whatever its URL.
 
 
 def may_be_asked(link: Link) -> bool:
@@ -4574,6 +2852,9 @@ def hear(server: Server, link: Link) -> bool:
     return True
 
 
+EVENTS_WAIT_S = 10.0  # of a long poll at a client; a client that hangs is noticed 10 s later
+
+
 def poll_wait_s(server: Server, link: Link) -> float:
     """Return how long a poll may wait for news: not long after ends that came with submits, which the next poll confirms."""
     if len(link.confirmed_ids) > DONE_AT_ONCE:
@@ -4586,7 +2867,7 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
     link.since = 0  # its first answer will list all its payloads
     link.failed(error)
     link.try_at = float("inf")
-    if server.store.number(KILLS_COUNT, client=link.name):
+    if server.store.number(statements.KILLS_COUNT, client=link.name):
         link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
     if link.outage.failures == 1:
         decide_again(server)
@@ -4599,7 +2880,7 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     """
     if link.instance not in ("", heard.instance):
         link.note("has a new database: its list of jobs is requested again", logging.INFO)
-        for job in server.store.jobs(AT_CLIENT, client=link.name):
+        for job in server.store.jobs(statements.AT_CLIENT, client=link.name):
             goes_on_elsewhere(server, link, job)
         link.instance, link.met, link.copy_of, link.since = heard.instance, False, "", 0
         return  # the next tick requests the whole list
@@ -4613,7 +2894,7 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     link.since = max(heard.next, link.since)
     if link.listed is not None and not heard.more:
         listed, link.listed = link.listed, None
-        for job in server.store.jobs(AT_CLIENT, client=link.name):
+        for job in server.store.jobs(statements.AT_CLIENT, client=link.name):
             if job.dest_id and job.id not in listed:  # it should be there: ask about it
                 note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
@@ -4655,7 +2936,7 @@ def forget_others(server: Server, link: Link) -> None:
     noted: tuple[dict[int, Any], ...] = (link.notes, link.kill_due, link.resend_due)
     if max(len(known) for known in noted) <= EVENTS_PAGE:
         return
-    here = {job.id for job in server.store.jobs(AT_CLIENT, client=link.name)}
+    here = {job.id for job in server.store.jobs(statements.AT_CLIENT, client=link.name)}
     with link.lock:
         for known in noted:
             for job_id in known.keys() - here:
@@ -4668,7 +2949,7 @@ def report(server: Server, link: Link, said: Any) -> None:
     if payload is None or not payload["uuid"] or not payload["attempt"] or not payload["id"]:
         link.note(f"reports an invalid payload: {one_line(reprlib.repr(said))}")
         return
-    job = server.store.job(JOB_BY_UUID, uuid=payload["uuid"])
+    job = server.store.job(statements.JOB_BY_UUID, uuid=payload["uuid"])
     if job is not None and job.client != link.name and job.attempt == payload["attempt"] and job.status in BUSY:
         job = with_its_client(server, link, job, payload)
     if job is None:
@@ -4829,7 +3110,7 @@ def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) 
     server.wake(f"kill:{link.name}")
 
 
-# == 15. Ends ==  Fetches results, carries out requested kills, and starts jobs of lost clients again.
+# == 11. Ends ==  Fetches results, carries out requested kills, and starts jobs of lost clients again.
 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -4980,6 +3261,9 @@ def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
     return take_along(server, other, job) is not None
 
 
+PACK_ASKED_MOST = 1000  # requests for a result that is still being packed before its job becomes Unknown: over an hour
+
+
 def is_being_packed(found: EndReport, error: Exception) -> bool:
     """Tell whether the client is still packing a result; if so, schedule the next request, for about an hour."""
     if not isinstance(error, NotPacked) or found.asked >= PACK_ASKED_MOST:
@@ -5044,6 +3328,9 @@ def result_transfer(config: Config, target: IO[bytes], promise: Promise | None =
     """Return a Transfer that accepts a result: the largest ZIP within the limits, with output streams, names and headers."""
     largest = config.max_result_bytes * 33 // 32 + 2 * config.log_limit_bytes + config.max_result_files * KIB + MIB
     return Transfer(target, promise, largest, ResultLimits(config.max_result_bytes))
+
+
+OUTPUT_STREAMS = ("stdout", "stderr")
 
 
 def check_result(config: Config, part: Transfer) -> None:
@@ -5112,7 +3399,7 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone:
             log.info("job %d: %s no longer has attempt %d", superseded.id, link.name, superseded.attempt)
         link.superseded_attempts.pop(superseded.mark, None)
-    jobs = server.store.jobs(KILLS_AT_CLIENT, client=link.name)
+    jobs = server.store.jobs(statements.KILLS_AT_CLIENT, client=link.name)
     link.may_have_kills = bool(jobs)
     for job_id in set(link.kill_due).difference(job.id for job in jobs):
         link.kill_due.pop(job_id, None)
@@ -5136,7 +3423,7 @@ def kill_tick(server: Server, link: Link) -> bool:
 def watch_tick(server: Server) -> bool:
     """Handle what no event reports: silent clients, unreachable services, attempts that are due."""
     server.store.admit_due()
-    busy = server.store.jobs(ALL_BUSY)
+    busy = server.store.jobs(statements.ALL_BUSY)
     for name in {job.client or "" for job in busy if job.kill_requested_at is not None}.intersection(server.links):
         server.links[name].may_have_kills = True
     each(busy, functools.partial(judge, server))
@@ -5206,7 +3493,7 @@ def fail_unreachable(server: Server, service: Service) -> None:
     if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
-    for job in server.store.jobs(QUEUED_OF_SERVICE, service=service.name, before=before):
+    for job in server.store.jobs(statements.QUEUED_OF_SERVICE, service=service.name, before=before):
         reason = Reason.UNREACHABLE.format(service=service.name, duration=format_duration(service.unreachable_after_s))
         server.store.move(job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
 
@@ -5241,7 +3528,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     return loops
 
 
-# == 16. Waiting ==  Why a job waits, its place in the queue, and when it may start.
+# == 12. Waiting ==  Why a job waits, its place in the queue, and when it may start.
 
 
 class QueueInfo(NamedTuple):
@@ -5301,7 +3588,7 @@ def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
     """Return the figures that decide when a queued job runs."""
     store, name = server.store, service.name
     share = store.share(*job.pair)
-    before = store.number(QUEUED_BEFORE, service=name, user_id=job.user_id, priority=job.priority, id=job.id)
+    before = store.number(statements.QUEUED_BEFORE, service=name, user_id=job.user_id, priority=job.priority, id=job.id)
     others = 0 if share.turn is None else store.turns_before(name, share.turn)
     busy = store.line(name).busy
     return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, before, others, job.cpus, job.memory)
@@ -5317,13 +3604,13 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
         before = facts.users_before
         if facts.queued_before:
             before += facts.queued_before * server.store.users_queued(service.name)
-            before = min(before, server.store.number(QUEUED_IN_SERVICE, service=service.name) - 1)
+            before = min(before, server.store.number(statements.QUEUED_IN_SERVICE, service=service.name) - 1)
     else:
         point_s = server.config.ageing_s if service.policy == "priority" else 0.0
         before = 0
-        for row in server.store.read(QUEUED_PRIORITIES, service=service.name):
+        for row in server.store.read(statements.QUEUED_PRIORITIES, service=service.name):
             earlier = job.arrived_at + (row["priority"] - job.priority) * point_s
-            before += server.store.number(QUEUED_EARLIER, service=service.name, priority=row["priority"], before=earlier)
+            before += server.store.number(statements.QUEUED_EARLIER, service=service.name, priority=row["priority"], before=earlier)
     return max(0, before) + 1 if before < 9_999 else None
 
 
@@ -5336,6 +3623,9 @@ class Held(Backoff):
 
     tried_at: float = float("-inf")  # monotonic
     passed: bool = False  # others were accepted after it was refused: the problem is this payload
+
+
+TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again
 
 
 class Holds:
@@ -5427,7 +3717,7 @@ class Holds:
             self.hold(due[0].service or "-", refused[1].reason)
 
 
-# == 17. Client routes ==  The HTTP contract of the client, and the routes of both modes.
+# == 13. Client routes ==  The HTTP contract of the client, and the routes of both modes.
 
 
 def payload_json(client: Client, job: Job) -> dict[str, Any]:
@@ -5445,7 +3735,7 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
     if job.status is Status.RUNNING:
         said["reason"] = client.notes.get(job.id, "")
     if job.status is Status.CLEANED:  # `reason` says now why it was cleaned
-        for row in client.store.read(HISTORY_GET, id=job.id):
+        for row in client.store.read(statements.HISTORY_GET, id=job.id):
             if row["target"] in ENDED:
                 said.update(ended_as=row["target"], ended_reason=row["reason"])
     return said
@@ -5542,7 +3832,7 @@ def submit(client: Client, request: Request) -> Answer:
     said = submit_headers(request)
     new, wait_s = new_payload(said), said["X-Joborch-Wait"] / 1000
     mark = f"{new.uuid}.{new.attempt}"
-    job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+    job = client.store.job(statements.JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
     if job is not None:
         tell_in_events(client, job.id)  # the answer that had its end was lost
         return Answer(payload_json(client, job))
@@ -5634,7 +3924,7 @@ def place_payload(client: Client, folder: Path, new: NewJob, is_quiet: bool) -> 
     """
     place = client.data.job(f"{new.uuid}.{new.attempt}")
     with client.placing:  # files and row together
-        job = client.store.job(JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
+        job = client.store.job(statements.JOB_BY_MARK, uuid=new.uuid, attempt=new.attempt)
         if job is not None:
             discard(folder)
             return job, False
@@ -5646,6 +3936,9 @@ def place_payload(client: Client, folder: Path, new: NewJob, is_quiet: bool) -> 
         except BaseException:
             discard(place)
             raise
+
+
+PACK_PATIENCE_S = 20.0  # how long a caller waits for a result to be packed
 
 
 def asked_archive(client: Client, request: Request, job: Job) -> Archive:
@@ -5684,7 +3977,7 @@ def send_archive(client: Client, request: Request, job: Job, filename: str) -> A
     """Answer with a payload's archive, and note that it was fetched if the caller cannot confirm it."""
     archive = asked_archive(client, request, job)
     if job.status in ENDED and not request.header("X-Joborch-Mark"):  # a joborch server confirms it in /events, a 2.2 server cannot
-        client.store.note(JOB_FETCHED, id=job.id, now=client.clock.wall())
+        client.store.note(statements.JOB_FETCHED, id=job.id, now=client.clock.wall())
     return file_answer(request, archive, filename, {})
 
 
@@ -5793,6 +4086,7 @@ OLD_SERVER = Gives(
     JSON_TYPE,
     {"message": "this server cannot prove its identity: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
 )
+EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are over by then
 
 
 @route(
@@ -5811,8 +4105,8 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
         since, wait = 0, 0.0
     news = News(client, since)
     if since == 0 or more == "1":
-        last = client.store.number(CHANGED_LAST)  # before the list: a change in between is reported twice, but never lost
-        found = client.store.jobs(CHANGED_ALL, since=since)
+        last = client.store.number(statements.CHANGED_LAST)  # before the list: a change in between is reported twice, but never lost
+        found = client.store.jobs(statements.CHANGED_ALL, since=since)
         client.store.core.quiet.difference_update(job.id for job in found if job.status in ENDED)
         inline = 0
     else:
@@ -5843,7 +4137,7 @@ class News:
 
     def look(self) -> list[Job]:
         """Return the changed payloads, the earliest change first, without quiet ones; quiet ones at the start are not read again."""
-        found, quiet = self.client.store.jobs(CHANGED_SINCE, since=self.since), self.client.store.core.quiet
+        found, quiet = self.client.store.jobs(statements.CHANGED_SINCE, since=self.since), self.client.store.core.quiet
         kept = [job for job in found if job.id not in quiet]
         for job in found:
             if job.id not in quiet:
@@ -5880,7 +4174,9 @@ def confirm(client: Client, done: str) -> None:
     ids = [int(text) for text in done.split(",") if re.fullmatch(r"[0-9]{1,18}", text)]
     if ids:
         now = client.clock.wall()
-        client.store.write(lambda db: [db.execute(JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False)
+        client.store.write(
+            lambda db: [db.execute(statements.JOB_CONFIRMED, {"id": job_id, "now": now}).rowcount for job_id in ids], durable=False
+        )
         crash_point("events.confirmed")
         client.store.core.quiet.difference_update(ids)
         drop_packings(client, ids)
@@ -5910,10 +4206,12 @@ UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status
 
 def counts_json(client: Client) -> dict[str, int]:
     """Return how many payloads run, are queued here, and wait in the queue of a batch system."""
-    handed, queued = (client.store.number(COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
+    handed, queued = (client.store.number(statements.COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
     waiting = 0
     if client.executor.is_batch:
-        waiting = sum(job.started_at is None for job in client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000))
+        waiting = sum(
+            job.started_at is None for job in client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+        )
     return {"running": handed - waiting, "queued": queued, "waiting": waiting}
 
 
@@ -5955,14 +4253,14 @@ def prefers_html(accept: str) -> bool:
     return accept.split(",")[0].split(";")[0].strip() == "text/html"
 
 
-# == 18. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
-
+# == 14. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
 SUBMIT_WAITERS = 6  # submits that wait for the end of their payloads at once: half of the threads for small forms
 LOOK_S = 10.0  # between two looks at payloads whose end a signal (SIGCHLD) reports
 LATE_START_S = 1.0  # a payload that starts this long after it was marked has its start time stored
 ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
+PACKERS = 2  # large results that are packed at once
 
 
 class Client(Node):
@@ -5976,7 +4274,7 @@ class Client(Node):
         self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end although they were killed
         self.tried: dict[int, Backoff] = {}  # by payload id: those whose start may or may not have succeeded
         # A new database has a new instance: it tells servers that the payload ids they know are invalid.
-        self.instance = str(store.read(INSTANCE)[0]["instance"])
+        self.instance = str(store.read(statements.INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # tells servers whether two clients of this instance are one process
         self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
         self.lingering: set[int] = set()  # payloads that ended, but are still Running because not all is known of their end
@@ -6035,8 +4333,8 @@ def run_tick(client: Client) -> bool:
     client.looked_at = client.clock.monotonic()
     save_handles(client)
     noted = {*client.notes, *client.tried, *client.stubborn, *client.handles}  # before the rows: what is started now is in neither
-    everything = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    waiting = client.store.number(COUNT_IN, status=Status.PREPARED.value)
+    everything = client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    waiting = client.store.number(statements.COUNT_IN, status=Status.PREPARED.value)
     with client.lock:  # a submit may have started a payload since the rows were read
         client.has_payloads = bool(everything or waiting or client.ending or client.handles)
     client.has_kills = any(job.kill_requested_at is not None for job in everything)
@@ -6108,7 +4406,7 @@ def problem_since(client: Client, problem: str) -> float | None:
 
 def start_what_fits(client: Client) -> None:
     """Start payloads in the order of their arrival, as slots and memory allow. None overtakes one that must wait."""
-    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=client.config.slots):
+    for job in client.store.jobs(statements.PAYLOADS_IN, status=Status.PREPARED.value, limit=client.config.slots):
         if not begin(client, job):
             break
     if client.executor.is_batch:
@@ -6117,9 +4415,9 @@ def start_what_fits(client: Client) -> None:
 
 def has_room(client: Client, db: sqlite3.Connection, job: Job) -> bool:
     """Tell inside a transaction whether slots and memory are free for a payload. One that asks for more than there is runs alone."""
-    count, cpus, memory = db.execute(RUNNING_NEEDS).fetchone()
+    count, cpus, memory = db.execute(statements.RUNNING_NEEDS).fetchone()
     for job_id in list(client.lingering):
-        row = db.execute(JOB_GET, {"id": job_id}).fetchone()
+        row = db.execute(statements.JOB_GET, {"id": job_id}).fetchone()
         if row is not None and row["status"] == Status.RUNNING.value:
             count, cpus, memory = count - 1, cpus - row["cpus"], memory - (row["memory"] or 0)
     if client.executor.is_batch:  # it counts the cores
@@ -6207,7 +4505,7 @@ def add_payload(client: Client, new: NewJob, is_quiet: bool) -> tuple[Job, bool]
 
     def add(db: sqlite3.Connection) -> tuple[Job, bool]:
         job = store.add(new, "submitted")
-        first = db.execute(FIRST_PREPARED).fetchone()[0] == job.id
+        first = db.execute(statements.FIRST_PREPARED).fetchone()[0] == job.id
         if not (can_start and first and has_room(client, db, job)) or client.stopping.is_set() or has_others_before(client, job):
             return job, False
         store.core.after(lambda: None, functools.partial(forget_start, client, job.id))
@@ -6249,9 +4547,12 @@ def take_end(client: Client, job: Job, wait_s: float) -> None:
         return
     outcome = client.executor.poll([job])[job.id]
     crash_point("end.seen")
-    if outcome.alive or not finish(client, job, outcome) or client.store.read(FIRST_PREPARED)[0][0] is not None:
+    if outcome.alive or not finish(client, job, outcome) or client.store.read(statements.FIRST_PREPARED)[0][0] is not None:
         client.wake("run")
     crash_point("end.stored")
+
+
+FIND_AGAIN_S = 2.0  # wait before retrying a payload that the batch system rejected or could not report on
 
 
 def start_on_executor(client: Client, job: Job) -> bool:
@@ -6314,7 +4615,7 @@ def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
 def save_handles(client: Client) -> None:
     """Store the handles of started payloads. A StorageError stops the tick, so no payload is judged before that."""
     for job_id, (handle, now) in list(client.unsaved.items()):
-        client.store.note(JOB_STARTED, id=job_id, handle=handle, now=now)
+        client.store.note(statements.JOB_STARTED, id=job_id, handle=handle, now=now)
         client.unsaved.pop(job_id, None)
 
 
@@ -6404,7 +4705,7 @@ def end_tick(client: Client) -> bool:
 def take_for_ending(client: Client) -> Job | None:
     """Return a payload to kill that no other thread is killing and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
-        for job in client.store.jobs(PAYLOADS_IN, status=status.value, limit=1_000_000):
+        for job in client.store.jobs(statements.PAYLOADS_IN, status=status.value, limit=1_000_000):
             with client.lock:
                 lately = job.id in client.stubborn and client.stubborn[job.id].waits()
                 if job.kill_requested_at is None or job.id in client.ending or lately:
@@ -6422,7 +4723,7 @@ def take_for_ending(client: Client) -> Job | None:
 def limit_tick(client: Client) -> bool:
     """Enforce the limits of running payloads: run time, and the size of their output streams."""
     now, limit_bytes, jobs = client.store.steady(), client.config.log_limit_bytes, str(client.data.jobs)
-    for job_id, uuid, attempt, timeout, moved_at in client.store.read(RUNNING_LIMITS):
+    for job_id, uuid, attempt, timeout, moved_at in client.store.read(statements.RUNNING_LIMITS):
         over = timeout and not client.executor.is_batch and now - moved_at > timeout
         if over and client.store.request_kill(job_id, Cause.LIMIT):
             client.wake("end")
@@ -6433,66 +4734,6 @@ def limit_tick(client: Client) -> bool:
                     continue
             bound_output(client, Path(path))
     return False
-
-
-def check_executor(client: Client) -> None:
-    """Raise ConfigError if payloads run that another executor started: this one would lose them."""
-    note = client.data.path / "executor"
-    before = note.read_text(encoding="utf-8").strip() if note.exists() else "local"
-    running = client.store.number(COUNT_IN, status=Status.RUNNING.value)
-    if before != client.config.executor and running:
-        remedy = f"start it with --executor {one_line(before, 40)} until they have ended, or give another DATA_PATH"
-        raise ConfigError(
-            f"JOBORCH_EXECUTOR is {client.config.executor!r}, but {running} payloads here were started by {before!r}: {remedy}"
-        )
-    write_atomic(note, client.config.executor.encode())
-
-
-def recover_payloads(client: Client) -> None:
-    """When a client starts: find the payloads that it started before, and start those that certainly never ran."""
-    if client.store.is_new:
-        end_orphans(client)
-    if client.store.rebooted:
-        distrust(client)
-    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
-    if running:
-        log.info("%d payloads were running when the client stopped: recovered", len(running))
-
-
-def start_again(client: Client, cut_off: Sequence[Job]) -> None:
-    """Find payloads that were started before a crash or a lost answer. Start those that certainly never were."""
-    held = client.holds.held
-    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
-    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
-    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
-    if not asked or client.holds.of_all():
-        return
-    try:
-        handles = client.executor.find(asked)
-    except BackendUnavailable as error:
-        client.holds.hold("", str(error))
-        for job in asked:
-            set_wait_reason(client, job.id, str(error))
-        return
-    for job in asked:
-        handle = handles.get(job.mark)
-        if handle:
-            held.pop(job.id, None)
-            if client.local:
-                client.handles[job.id] = handle
-            else:
-                client.store.note(JOB_HANDLE, id=job.id, handle=handle)
-        elif handle is not None:
-            held.pop(job.id, None)
-            text = "its submission was interrupted: the client waits to learn whether it succeeded"
-            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
-            set_wait_reason(client, job.id, text)
-        elif job.id not in held:
-            if job.id not in client.tried:
-                log.warning("payload %d was stored as Running but never started: it is started now", job.id)
-            held[job.id] = Held(client.clock)
-    start_held(client)
 
 
 def start_held(client: Client) -> None:
@@ -6526,27 +4767,90 @@ def start_now(client: Client, job: Job) -> bool:
     return taken
 
 
-def distrust(client: Client) -> None:
-    """After a reboot, discard files and results that may not have reached the disk. The server tries those jobs again."""
-    for job in client.store.jobs(UNSYNCED, before=client.store.steady()):
-        if job.status is Status.COMPLETED:  # a failed script remains a failure, even if its files are lost
-            client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
-    for job in client.store.jobs(PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
-        client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
-    running = client.store.jobs(PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    for job in running if client.local else ():  # whatever its files say: they may not have reached the disk
-        if job.handle is None and job.kill_requested_at is None:
-            client.store.move(job, Status.FAILED, Reason.REBOOTED, cause=Cause.INFRASTRUCTURE.value)
-
-
 def sync_tick(client: Client) -> bool:
     """Flush results that no server has fetched yet to the disk, with one call for all."""
-    jobs = client.store.jobs(UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
+    jobs = client.store.jobs(statements.UNSYNCED, before=client.store.steady() - SYNC_AFTER_S)
     if jobs:
         sync_file_system(client.data.jobs)
         crash_point("sync.done")
-        client.store.write(lambda db: [db.execute(JOB_SYNCED, {"id": job.id}).rowcount for job in jobs])
+        client.store.write(lambda db: [db.execute(statements.JOB_SYNCED, {"id": job.id}).rowcount for job in jobs])
     return False
+
+
+# == 15. Recovery ==  After a restart, or an answer that was lost, every payload is found again before anything is started a second time.
+
+
+def check_executor(client: Client) -> None:
+    """Raise ConfigError if payloads run that another executor started: this one would lose them."""
+    note = client.data.path / "executor"
+    before = note.read_text(encoding="utf-8").strip() if note.exists() else "local"
+    running = client.store.number(statements.COUNT_IN, status=Status.RUNNING.value)
+    if before != client.config.executor and running:
+        remedy = f"start it with --executor {one_line(before, 40)} until they have ended, or give another DATA_PATH"
+        raise ConfigError(
+            f"JOBORCH_EXECUTOR is {client.config.executor!r}, but {running} payloads here were started by {before!r}: {remedy}"
+        )
+    write_atomic(note, client.config.executor.encode())
+
+
+def recover_payloads(client: Client) -> None:
+    """When a client starts: find the payloads that it started before, and start those that certainly never ran."""
+    if client.store.is_new:
+        end_orphans(client)
+    if client.store.rebooted:
+        distrust(client)
+    running = client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])
+    if running:
+        log.info("%d payloads were running when the client stopped: recovered", len(running))
+
+
+def start_again(client: Client, cut_off: Sequence[Job]) -> None:
+    """Find payloads that were started before a crash or a lost answer. Start those that certainly never were."""
+    held = client.holds.held
+    refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
+    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
+    if not asked or client.holds.of_all():
+        return
+    try:
+        handles = client.executor.find(asked)
+    except BackendUnavailable as error:
+        client.holds.hold("", str(error))
+        for job in asked:
+            set_wait_reason(client, job.id, str(error))
+        return
+    for job in asked:
+        handle = handles.get(job.mark)
+        if handle:
+            held.pop(job.id, None)
+            if client.local:
+                client.handles[job.id] = handle
+            else:
+                client.store.note(statements.JOB_HANDLE, id=job.id, handle=handle)
+        elif handle is not None:
+            held.pop(job.id, None)
+            text = "its submission was interrupted: the client waits to learn whether it succeeded"
+            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
+            set_wait_reason(client, job.id, text)
+        elif job.id not in held:
+            if job.id not in client.tried:
+                log.warning("payload %d was stored as Running but never started: it is started now", job.id)
+            held[job.id] = Held(client.clock)
+    start_held(client)
+
+
+def distrust(client: Client) -> None:
+    """After a reboot, discard files and results that may not have reached the disk. The server tries those jobs again."""
+    for job in client.store.jobs(statements.UNSYNCED, before=client.store.steady()):
+        if job.status is Status.COMPLETED:  # a failed script remains a failure, even if its files are lost
+            client.store.move(job, Status.CLEANED, Reason.REBOOTED_UNSYNCED)
+    for job in client.store.jobs(statements.PAYLOADS_IN, status=Status.PREPARED.value, limit=1_000_000):
+        client.store.move(job, Status.FAILED, Reason.REBOOTED_UNSYNCED, cause=Cause.INFRASTRUCTURE.value)
+    running = client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    for job in running if client.local else ():  # whatever its files say: they may not have reached the disk
+        if job.handle is None and job.kill_requested_at is None:
+            client.store.move(job, Status.FAILED, Reason.REBOOTED, cause=Cause.INFRASTRUCTURE.value)
 
 
 def end_orphans(client: Client) -> None:
@@ -6555,7 +4859,7 @@ def end_orphans(client: Client) -> None:
     discard_payloads(client.data)
 
 
-# == 19. Logs ==  A script's output can be read while it runs and as long as its files are kept.
+# == 16. Logs ==  A script's output can be read while it runs and as long as its files are kept.
 
 TEXT_TYPE, EVENT_TYPE = "text/plain; charset=utf-8", "text/event-stream"
 COMMENT_EVERY_S = 15.0  # in a quiet event stream: gateways give up after 60 s of silence
@@ -6758,34 +5062,7 @@ def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[b
         yield f"event: end\ndata: {ended.status}\n\n".encode()
 
 
-# == 20. Results ==  A payload's files are packed once for all callers that request them.
-
-
-class ResultLimits(NamedTuple):
-    """The limits of a result: bytes (including holes), files and links (without run.sh), and half as many folders."""
-
-    size_bytes: int = 2**62
-    files: int = 2**62
-
-    @property
-    def folders(self) -> int:
-        return self.files // 2 + 16
-
-    @property
-    def entries(self) -> int:
-        """How many directory entries to read: if there are more, one of the limits is exceeded."""
-        return self.files + self.folders + 1
-
-    def broken_by(self, size_bytes: int, files: int) -> str:
-        """Return what exceeds a limit, as the end of a sentence; empty if nothing does."""
-        if size_bytes > self.size_bytes:
-            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
-            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
-            return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
-        if files > self.files:
-            return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
-        return ""
-
+# == 17. Results ==  A payload's files are packed once for all callers that request them.
 
 QUICK_PACK = ResultLimits(16 * MIB, 1000)  # results up to this size do not wait behind larger ones
 
@@ -6880,6 +5157,9 @@ def work_path(client: Client, job: Job) -> bytes:
     return os.fsencode(os.path.abspath(client.folder(job) / "work"))
 
 
+QUICK_MEASURE_FILES = 2000  # work folders with up to this many files are measured directly, larger ones in a thread
+
+
 def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
     """Like `excess`, but if not `patient`, the text is None while measuring takes longer than a tick may."""
     if job.id in client.measurings and not patient:
@@ -6889,6 +5169,9 @@ def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> 
     if found[0] is None:
         client.measurings[job.id] = Measuring(client, job, outcome)
     return found
+
+
+PACKED_KEPT_S = 600.0  # how long a packed result is kept for repeated requests
 
 
 class Packing:
@@ -7012,6 +5295,9 @@ def not_packed(why: str) -> HttpError:
     return HttpError(503, f"{why}: try again", Retry_After="5", **{PACKING_HEADER: "1"})
 
 
+PACK_LEASE_S, PACK_LIVE_LEASE_S = 30.0, 5.0  # how long packing continues until a caller asks again: a result; a folder in use
+
+
 def packed_result(client: Client, job: Job, patience_s: float, left: Callable[[], bool]) -> Archive:
     """Return the archive of a payload; `left` tells whether the caller has closed the connection.
 
@@ -7062,5428 +5348,7 @@ def is_small(folder: int) -> bool:
     return size <= INLINE_LIMIT_BYTES
 
 
-# == 21. Executors ==  Every executor starts an attempt at most once, finds it after a crash, and kills all of its processes.
-
-# The same wrapper runs a payload everywhere. $1 is the payload's folder, $2 the attempt. If the batch system does not enforce
-# the time limit, $3 is that limit and $4 the time from TERM to KILL, both in seconds.
-# It claims the attempt with a file that only one process can create, and starts run.sh in a separate process group, so that
-# `kill 0` in run.sh does not reach the wrapper (bash has job control without a terminal, dash does not). Afterwards it writes
-# exit.json next to the work folder: the exit status, and whether the wrapper got a signal to stop (run.sh may have got it, too).
-# Everything that a full disk could break is done before `ready` is written to the claim: without `ready` the script never began.
-WRAPPER = r"""#!/bin/bash
-# joborch: runs one attempt of one payload. Usage: bash wrapper.sh FOLDER ATTEMPT [LIMIT_S GRACE_S]
-@FIRST@umask @UMASK@@FILES@
-cd "$1" || exit 1
-here=$PWD                                          # $1 may be relative
-set -C                                             # > fails if the file exists (O_EXCL): a second wrapper stops here
-echo $$ 2>/dev/null >"started.$2" || { : 2>/dev/null >"again.$2"; exit 0; }
-set +C
-set -m
-told=0 over=0
-trap told=1 TERM INT HUP                           # a handler, not '': children inherit ignored signals
-trap : ALRM USR1 USR2 QUIT PIPE XCPU               # a batch system's warnings (sbatch --signal=B:USR1@60) must not kill the wrapper
-[ -z "$3" ] || trap over=1 ALRM
-@SCRATCH@printf '%80s' '' >exit.json || exit 1               # reserve its disk space before the script can fill the disk,
-exec 9<>exit.json 7>>stdout 8>>stderr || exit 1    # and open it: the script may remove the permissions of its folders
-cd work || exit 1
-prelude=$JOBORCH_PRELUDE login=
-unset JOBORCH_PRELUDE
-IFS= read -r -n 250 first 2>/dev/null <run.sh
-case $first in '#!'*bash*[[:space:]]-*)
-    pattern='^#!.*bash([[:space:]].*)?[[:space:]](-[[:alpha:]]*l[[:alpha:]]*|--login)([[:space:]]|$)'
-    [[ $first =~ $pattern ]] && login=--login
-esac
-echo ready >>"../started.$2" || exit 1
-if [ -n "$prelude" ]; then                          # in the script's own shell: it may define functions
-    then='eval "$1"; [ $? -eq 0 ] || echo "joborch: the line before the script (SERVICE_..._PRELUDE) failed: $1" >&2; shift; . ./run.sh'
-    { @BEFORE@exec bash --login -c "$then" ./run.sh "$prelude"; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
-else
-    { @BEFORE@exec bash $login ./run.sh; } </dev/null >&7 2>&8 7>&- 8>&- 9>&- &
-fi
-pid=$!
-if [ -n "$3" ]; then
-    { sleep "$3"; kill -ALRM $$; kill -TERM -- -$pid; sleep "$4"; kill -KILL -- -$pid; } >/dev/null 2>&1 7>&- 8>&- 9>&- &
-    timer=$!
-fi
-set +m                                             # else wait also returns when run.sh is suspended
-while :; do
-    wait $pid; status=$?
-    kill -0 $pid 2>/dev/null || break              # still alive: a signal to the wrapper interrupted the wait
-done
-wait $pid 2>/dev/null; last=$?                     # it may have exited between an interrupted wait and the check
-[ $last -eq 127 ] || [ $last -lt 0 ] || status=$last  # -1: bash 5.2 loses the status if a signal arrives as the child exits
-[ -z "$3" ] || kill -KILL -- -$timer 2>/dev/null
-runs() {                                           # is a process of run.sh's group alive? Zombies do not count
-    local file line
-    for file in /proc/[0-9]*/stat; do
-        { read -r line <"$file"; } 2>/dev/null || continue
-        set -- ${line##*) }
-        [ "$3" != $pid ] || [ "$1" = Z ] || [ "$1" = X ] || return 0
-    done
-    return 1
-}
-rest() {                                           # let remaining processes exit by themselves, for these seconds
-    for pause; do
-        runs && [ $told$over = 00 ] || return 0
-        sleep $pause 7>&- 8>&- 9>&-
-    done
-}
-left=0
-if kill -0 -- -$pid 2>/dev/null; then              # filters as in `exec > >(tee log)`, and background processes
-    rest 0.02 0.05 0.1 0.2 0.3 0.3 0.3 0.3 0.43
-    runs && left=1 && kill -TERM -- -$pid && rest 0.1 0.2 0.2
-    kill -KILL -- -$pid
-fi 2>/dev/null
-[ $status -le 128 ] || [ $told$over != 00 ] || sleep 0.3  # a signal to the whole session may reach run.sh before the wrapper
-gone=                                              # set if the work folder was removed or replaced
-there() { [ "$here/work" -ef /proc/$$/cwd ]; }
-there || { [ -x "$here" ] || chmod u+x "$here"; there; } 2>/dev/null || gone=', "gone": 1'
-printf '{"status": %d, "left": %d, "told": %d, "limit": %d%s}' $status $left $told $over "$gone" >&9
-shopt -s nullglob dotglob
-set -- "$TMPDIR"/*                                 # if TMPDIR is empty, the client removes it: that saves a process here
-case $TMPDIR in */jo-*) [ $# -eq 0 ] || rm -rf -- "$TMPDIR";; esac
-exit $status
-"""
-# On another machine, the wrapper creates TMPDIR: a short path on the node, or else `tmp` in the payload's folder.
-NODE_SCRATCH = r"""name=${JOBORCH_MARK//-/} scratch=$PWD/tmp
-name=jo-${name:0:12}.$2
-for base in "${TMPDIR%/}" /tmp; do
-    [ "${base:0:1}" = / ] && [ ${#base} -le @LONGEST@ ] && mkdir -m 700 "$base/$name" 2>/dev/null && scratch=$base/$name && break
-done
-if [ "$scratch" = "$PWD/tmp" ]; then mkdir -p tmp; else ln -sfn "$scratch" tmp; fi 2>/dev/null
-export TMPDIR=$scratch
-"""
-SCRATCH_BASE_BYTES = 40  # a socket's path has at most 107 bytes (unix(7)); Python's multiprocessing adds 32, other programs more
-
-CHILDREN_FILE = f"/proc/self/task/{os.getpid()}/children"  # of the main thread, which gets the orphans (proc(5))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The state of a started payload: `alive`, perhaps with `waits`, or how it ended."""
-
-    alive: bool
-    exit_status: int | None = None  # as in the shell: 128 plus the signal's number if a signal killed it
-    children_left: bool = False
-    cause: Cause | None = None  # set if there is no exit status, or if the script did not cause the end
-    reason: str = ""
-    told: bool = False  # the wrapper got a signal to stop, and perhaps run.sh, too
-    waits: str = ""  # why it has not started, in the batch system's words; constant while nothing changes
-
-
-class Executor(Protocol):
-    """The interface of everything that runs payloads. Several threads call it. A handle is a text that outlives the client's process."""
-
-    is_batch: bool
-    """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""
-
-    def start(self, job: Job) -> str:
-        """Start the attempt and return its handle. The row says Running before this is called.
-
-        Raises OSError if it cannot be started now, CannotRun if it never can, and BackendUnavailable if that is unknown: then
-        the client calls `find` before it starts the attempt again.
-        """
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return the handles, by mark, of attempts whose start was interrupted. Attempts that are missing never ran.
-
-        An empty handle means: not known yet. Raises BackendUnavailable if nothing is known about any attempt.
-        """
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcome of these payloads, by id, with one call to a batch system. If that does not answer, all count as alive."""
-
-    def cancel(self, job: Job) -> None:
-        """Kill the payload; return when none of its processes runs, or raise StillRunning. May be repeated."""
-
-    def collect(self, job: Job) -> None:
-        """Fetch the outputs into the payload's folder, unless it is shared. After BackendUnavailable the caller tries again."""
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        """Kill attempts that are no longer in any database."""
-
-    def problem(self) -> str:
-        """Return why it cannot work now and since when; an empty text if all is well."""
-
-    def examine(self) -> Iterator[Finding]:
-        """Yield findings for `joborch doctor`, without starting a job."""
-
-
-def read_exit(folder: Path) -> Outcome | None:
-    """Return the outcome in the wrapper's exit file, or None if the file is missing or incomplete."""
-    try:
-        with open_regular(folder, "exit.json") as file:
-            said = parse_json(file.read(400))
-        status, cause = said["status"], Cause.LIMIT if said.get("limit") else None
-        fits = type(status) is int and 0 <= status < 256
-        reason = one_line(str(said.get("reason", "")), 200)
-        if said.get("gone") and cause is None and fits:
-            cause, reason = Cause.INFRASTRUCTURE, Reason.WORK_GONE_EXIT.format(status=status)
-        return Outcome(False, status, bool(said["left"]), cause, reason, told=bool(said.get("told"))) if fits else None
-    except PermissionError:
-        with contextlib.suppress(OSError):
-            give_rights(folder)  # the script removed the folder's permissions; the next call succeeds
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # missing, incomplete, or replaced by the script
-
-
-def why_not_runnable(script: Path) -> str:
-    """Return why a payload's run.sh cannot be run, or an empty text."""
-    if not script.is_file():
-        return Reason.NO_SCRIPT
-    if script.stat().st_size == 0:
-        return Reason.EMPTY_SCRIPT
-    return ""
-
-
-def run_times(folder: Path, job: Job) -> tuple[float | None, float]:
-    """Return when a payload started and ended: the times of the wrapper's files, or of the clock if they are gone.
-
-    The start is None if it never started: its claim is missing, or empty because it only fences the attempt.
-    """
-    if job.started_at is None and not read_claim(folder, job.attempt):
-        return None, time.time()
-    times = []
-    for name in (f"started.{job.attempt}", "exit.json"):
-        try:
-            times.append(state_below(folder, name).st_mtime)
-        except OSError:
-            times.append(job.started_at or time.time() if not times else time.time())
-    return times[0], max(times)
-
-
-def boot_id() -> str:
-    """Return a unique id of this boot and of this container (by the start of its process 1)."""
-    return f"{kernel_boot_id()}.{process_start(1) or 0}"
-
-
-def process_start(pid: int) -> str | None:
-    """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None if it is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process, as /proc shows it."""
-
-    pid: int
-    parent: int
-    group: int
-    session: int
-    start: str
-    terminal: int = 0  # 0: none
-
-
-def all_processes() -> list[Process]:
-    """Return every process that is not a zombie."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        fields = text.rpartition(")")[2].split()
-        if fields[0] not in ("Z", "X"):
-            found.append(Process(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19], int(fields[4])))
-    return found
-
-
-def bears_mark(pid: int, mark: str) -> bool:
-    """Tell whether a process has an attempt's key in its environment."""
-    try:
-        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False  # it ended, or belongs to another user
-
-
-def marks_of(process: Process, jobs: Path) -> list[bytes]:
-    """Return the marks of the payloads below `jobs` that a process belongs to, judged by this process alone; mostly none.
-
-    A mark in its environment is proof. A working folder below `jobs` is not: a person may be there with a shell or an
-    editor. It counts only for an orphan without a terminal whose environment was emptied.
-    """
-    try:
-        environment = b"\0" + Path(f"/proc/{process.pid}/environ").read_bytes()
-        marks = re.findall(rb"\0JOBORCH_MARK=([^\0]+)(?=\0)", environment)
-        # People's processes have a HOME, systemd's services an INVOCATION_ID.
-        others = re.search(rb"\0(HOME|INVOCATION_ID)=", environment) and b"\0JOBORCH_ATTEMPT=" not in environment
-        if marks or others or process.terminal:
-            return marks
-        where, place = os.readlink(f"/proc/{process.pid}/cwd".encode()), os.fsencode(jobs) + b"/"
-        return [where[len(place) :].split(b"/")[0]] if where.startswith(place) and is_orphan(process) else []
-    except OSError:
-        return []  # it ended, or belongs to another user
-
-
-def is_orphan(process: Process) -> bool:
-    """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
-    if process.parent in (1, os.getpid()):
-        return True
-    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
-
-
-class ProcessTable:
-    """All processes, each with the marks of payloads below `jobs`. Threads that ask at the same time share one look at /proc."""
-
-    def __init__(self, jobs: Path) -> None:
-        self.jobs, self.changed, self.begun, self.done = jobs, threading.Condition(), 0, 0
-        self.found: list[tuple[Process, list[bytes]]] = []
-
-    def look(self) -> list[tuple[Process, list[bytes]]]:
-        """Return what was found by a look that began after this call."""
-        with self.changed:
-            next_look = self.begun + 1
-            while self.done < next_look and self.begun > self.done:
-                self.changed.wait()
-            if self.done >= next_look:
-                return self.found
-            self.begun += 1
-        found: list[tuple[Process, list[bytes]]] | None = None
-        try:
-            # Process 1 and kernel threads may have session and group 0, which belong to no payload.
-            everything = [process for process in all_processes() if process.pid != 1 and process.group != 0]
-            found = [(process, marks_of(process, self.jobs)) for process in everything]
-            return found
-        finally:
-            with self.changed:
-                if found is None:
-                    self.begun = self.done  # those who wait look themselves
-                else:
-                    self.done, self.found = self.begun, found
-                self.changed.notify_all()
-
-
-process_table = functools.lru_cache(maxsize=8)(ProcessTable)
-
-
-def tree_of(job: Job, folder: Path, wrapper_pid: int, known: Collection[Process] = ()) -> list[Process]:
-    """Return all running processes of an attempt, including those `known` from an earlier call: their parents may be gone."""
-    return belonging({os.fsencode(job.mark)}, folder.parent, wrapper_pid, known)
-
-
-def belonging(marks: set[bytes], jobs: Path, session: int = 0, known: Collection[Process] = ()) -> list[Process]:
-    """Return all processes of these attempts: by mark (see `marks_of`) or session, and then by parent and group."""
-    looked = process_table(jobs).look()
-    everything, before = [process for process, _ in looked], {(process.pid, process.start) for process in known}
-    found = {
-        process.pid
-        for process, its_marks in looked
-        if process.session == session != 0 or (process.pid, process.start) in before or not marks.isdisjoint(its_marks)
-    }
-    grown = -1
-    while grown != len(found):
-        grown = len(found)
-        groups = {process.group for process in everything if process.pid in found}
-        found |= {process.pid for process in everything if process.parent in found or process.group in groups}
-    return [process for process in everything if process.pid in found and process.pid != os.getpid()]
-
-
-def marked_below(jobs: Path) -> set[str]:
-    """Return the marks of all payloads below `jobs` that have a running process, with one pass over /proc."""
-    return {os.fsdecode(mark) for process in all_processes() for mark in marks_of(process, jobs)}
-
-
-def become_subreaper() -> bool:
-    """Adopt the processes that payloads orphan (prctl(2)), to find them without reading all of /proc. Return whether that works."""
-    pr_set_child_subreaper = 36
-    return bool(libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0 and os.path.exists(CHILDREN_FILE))
-
-
-def signal_all(processes: Iterable[Process], number: int) -> None:
-    """Send a signal to each of these processes; one that has ended is fine."""
-    for process in processes:
-        # ProcessLookupError: it has ended. PermissionError: it has changed its user.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process.pid, number)
-
-
-OOM_HANDICAP = 500  # in thousandths of all memory: if that runs out, the kernel kills a script before the client or server
-
-
-def handicap() -> str:
-    """Return a shell line that makes the kernel kill the script first if memory runs out (proc(5)). It needs no privilege."""
-    own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
-    return f"echo {min(1000, own + OOM_HANDICAP)} 2>/dev/null >/proc/self/oom_score_adj; "
-
-
-def wrapper_text(data: DataFolder, first: str = "", before_script: str = "", file_limit: str = "", here: bool = False) -> bytes:
-    """Return the wrapper with this process's original umask and, if `file_limit` is given, a soft limit of open files.
-
-    It runs `first` at its start and `before_script` just before the script. Unless it runs `here`, it makes TMPDIR itself.
-    """
-    scratch = "" if here else NODE_SCRATCH.replace("@LONGEST@", str(SCRATCH_BASE_BYTES))
-    files = f"; ulimit -Sn {file_limit}" if file_limit else ""
-    text = WRAPPER.replace("@UMASK@", f"{data.umask:04o}").replace("@FILES@", files).replace("@FIRST@", first)
-    return text.replace("@BEFORE@", before_script).replace("@SCRATCH@", scratch).encode()
-
-
-# -- scratch: what a script's TMPDIR is --
-
-
-def scratch_bases(environment: Mapping[str, str]) -> list[str]:
-    """Return the folders in which TMPDIR may be created: the site's TMPDIR, and /tmp."""
-    bases = (environment.get("TMPDIR", "").rstrip("/"), "/tmp")
-    return [base for base in bases if base.startswith("/") and len(os.fsencode(base)) <= SCRATCH_BASE_BYTES]
-
-
-def scratch_name(mark: str) -> str:
-    """Return the unique name of an attempt's TMPDIR."""
-    job_uuid, _, attempt = mark.partition(".")
-    return f"jo-{job_uuid.replace('-', '')[:12]}.{attempt}"
-
-
-def make_scratch(folder: Path, bases: Sequence[str]) -> str:
-    """Create an attempt's TMPDIR in one of `bases` and link `tmp` in the payload's folder to it. If that fails, use `tmp` itself."""
-    note = folder / "tmp"
-    for base in bases:
-        place = f"{base}/{scratch_name(folder.name)}"
-        try:
-            if not is_own_scratch(place):
-                os.mkdir(place, 0o700)
-            if note.is_symlink():
-                note.unlink()  # from before a crash; the site's TMPDIR may have changed since
-            os.symlink(place, note)
-            return place
-        except OSError as error:
-            log.debug("no TMPDIR in %s: %s", base, error)
-    if note.is_symlink():
-        note.unlink()
-    note.mkdir(exist_ok=True)
-    return str(note)
-
-
-def is_own_scratch(place: str) -> bool:
-    """Tell whether this is a folder that belongs to this user, not a link."""
-    try:
-        state = os.lstat(place)
-    except OSError:
-        return False
-    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
-
-
-def read_claim(folder: Path, attempt: int) -> str | None:
-    """Return the wrapper's claim: its process id, and `ready` once the script can start. None if there is no claim."""
-    try:
-        with open_regular(folder, f"started.{attempt}") as file:
-            return file.read(40).decode("ascii", "replace")
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return ""  # the script replaced it
-
-
-# == 22. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
-
-
-class Engines:
-    """The container engines of this machine. Their containers are not children of the payload and outlive its processes."""
-
-    NAMES = ("docker", "podman")
-    CALL_S, STOP_S = 5.0, 2  # limit of a call, plus the time it asks for; from TERM to KILL in a container
-    AWAY_S = 60.0  # how long an engine that failed is not called again
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment, path = environment, environment.get("PATH")
-        self.engines = [found for found in (shutil.which(name, path=path) for name in self.NAMES) if found]
-        self.away_until: dict[str, float] = {}  # monotonic, by engine
-
-    def stop_mounting(self, folder: Path) -> None:
-        """Stop the containers that mount a payload's folder or something in it."""
-        for engine in self.engines:
-            if self.away_until.get(engine, 0.0) > time.monotonic():
-                continue
-            try:
-                self.stop_in(engine, folder)
-            except (OSError, subprocess.SubprocessError) as error:
-                self.away_until[engine] = time.monotonic() + self.AWAY_S
-                words = getattr(error, "stderr", None) or str(error).encode()
-                log.info("%s cannot list containers of payloads: %s", engine, one_line(words.decode("utf-8", "replace"), 200))
-
-    def stop_in(self, engine: str, folder: Path) -> None:
-        """Stop those of one engine. Raises OSError or SubprocessError."""
-        running = self.call(engine, "ps", "--quiet", "--no-trunc").split()
-        if not running:
-            return
-        places = {str(folder), os.path.realpath(folder)}
-        chosen = []
-        for line in self.call(engine, "inspect", "--format", "{{.Id}}{{range .Mounts}}|{{.Source}}{{end}}", *running).splitlines():
-            name, *sources = line.split("|")
-            if any(source == place or source.startswith(f"{place}/") for source in sources for place in places):
-                chosen.append(name)
-        if chosen:
-            log.info("containers that mount %s are stopped by %s: %s", folder.name, engine, ", ".join(chosen))
-            self.call(engine, "stop", "-t", str(self.STOP_S), *chosen, more_s=self.STOP_S * len(chosen))
-
-    def call(self, engine: str, *words: str, more_s: float = 0.0) -> str:
-        done = subprocess.run(
-            [engine, *words],
-            env=dict(self.environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=self.CALL_S + more_s,
-            check=True,
-        )
-        return done.stdout.decode("utf-8", "replace")
-
-
-REST_S, TERM_S = 2.0, 0.5  # processes that a script left may exit by themselves, then get TERM, then KILL; the wrapper does the same
-STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
-STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
-
-
-class LocalExecutor:
-    """Runs payloads as processes of this machine. A handle is `pid start boot`: process ids are reused, boot ids are not."""
-
-    is_batch = False
-
-    def __init__(
-        self,
-        data: DataFolder,
-        kill_grace_s: float,
-        pass_env: Sequence[str] = (),
-        options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
-    ) -> None:
-        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
-        self.scratch_bases = scratch_bases(os.environ)
-        self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
-        self.children: dict[int, subprocess.Popen[bytes]] = {}
-        self.seen: set[str] = set()  # marks of attempts that this process saw running and that have no exit file yet
-        self.own: set[str] = set()  # marks of attempts that this process started: their orphans become its children
-        self.untidy: set[str] = set()  # marks of attempts that left processes running, which were killed
-        self.resting: dict[str, float] = {}  # by mark, monotonic: since when the processes that an attempt left may exit by themselves
-        self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
-        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
-        self.cancelled: set[str] = set()  # marks of attempts that are being killed now
-        self.awaited: set[int] = set()  # process ids of wrappers that `wait` waits for
-        self.unseen = False  # one that nobody waited for has ended since `is_end_awaited` was asked
-
-    def start(self, job: Job) -> str:
-        folder = self.data.job(job.mark)
-        environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
-        environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
-        crash_point("run.prepared")
-        # close_fds=False: all are close-on-exec (close_at_exec), and subprocess can use vfork.
-        # The wrapper's text, not its path, so nobody can replace the file.
-        child = subprocess.Popen(
-            ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            close_fds=False,
-            start_new_session=True,
-        )
-        self.children[child.pid] = child
-        self.seen.add(job.mark)
-        self.own.add(job.mark)
-        return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
-
-    def wait(self, job: Job, patience_s: float) -> bool:
-        """Wait for the end of a payload that this process started; tell whether it has ended. Kernels before 5.3 cannot say."""
-        pid = int((job.handle or "0").split(" ")[0])
-        if not pid:
-            return False  # it could not be started
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return True
-        except (OSError, AttributeError):
-            return False
-        self.awaited.add(pid)
-        try:
-            poller = select.poll()
-            poller.register(descriptor, select.POLLIN)
-            return bool(poller.poll(patience_s * 1000))
-        finally:
-            self.awaited.discard(pid)
-            os.close(descriptor)
-
-    def is_child(self, job: Job) -> bool:
-        """Tell whether a payload's wrapper is a child of this process that has not ended, as far as it knows."""
-        return int((job.handle or "0").split(" ")[0]) in self.children
-
-    def is_end_awaited(self) -> bool:
-        """Tell whether somebody waits for each payload that this process has started, so that the end of a child is no news.
-
-        Asked after each end of a child: whichever thread has taken in that of another payload meanwhile, it is news.
-        """
-        unseen, self.unseen = self.unseen, False
-        return not unseen and set(self.children) <= self.awaited
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        handles = {}
-        for job in jobs:
-            pid = self.claimed_pid(job)
-            if pid is not None:
-                ours = pid and bears_mark(pid, job.mark)
-                handles[job.mark] = f"{pid} {process_start(pid) or 0} {self.boot}" if ours else f"0 0 {self.boot}"
-        return handles
-
-    def claimed_pid(self, job: Job) -> int | None:
-        """Return the process id in the wrapper's claim; 0 if it has none, None if there is no claim."""
-        said = read_claim(self.data.job(job.mark), job.attempt)
-        first = (said or "").split("\n")[0]
-        return None if said is None else int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
-
-    def poll(self, jobs: Sequence[Job]) -> dict[int, Outcome]:
-        """Return the outcomes. Processes that an ended payload left are killed first; until then it counts as alive."""
-        orphans = self.reap()
-        outcomes = {job.id: self.outcome(job) for job in jobs}
-        ended = [job for job in jobs if not outcomes[job.id].alive]
-        for job in self.left_running(ended, orphans):
-            outcomes[job.id] = Outcome(True)
-        for job in ended:
-            if not outcomes[job.id].alive:
-                outcomes[job.id] = dataclasses.replace(
-                    outcomes[job.id], children_left=outcomes[job.id].children_left or job.mark in self.untidy
-                )
-                self.forget(job)
-                if outcomes[job.id].children_left and self.engines.engines:
-                    place = self.data.job(job.mark)
-                    threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
-        return outcomes
-
-    def forget(self, job: Job) -> None:
-        for marks in (self.seen, self.own, self.untidy):
-            marks.discard(job.mark)
-        self.resting.pop(job.mark, None)
-
-    def reap(self) -> bool:
-        """Reap children and orphans that have ended. Return whether other orphans are alive.
-
-        The main thread starts only payloads, so any other child of it was orphaned by one.
-        """
-        for child in list(self.children.values()):
-            if child.poll() is not None:
-                self.unseen = (
-                    self.unseen or child.pid not in self.awaited
-                )  # first: see is_end_awaited  # reap only known ids: waitpid(-1) would steal those of other threads
-                self.children.pop(child.pid, None)  # another thread may have been quicker
-        if not self.reaps_orphans:
-            return True  # there may be some
-        alive = 0
-        for pid in map(int, Path(CHILDREN_FILE).read_text(encoding="ascii").split()):
-            if pid not in self.children:
-                with contextlib.suppress(ChildProcessError):  # another thread was quicker
-                    alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
-        return alive > 0
-
-    def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
-        """Kill processes that these payloads left running. Return the payloads that had such processes.
-
-        Processes in the script's session may exit by themselves for REST_S, then get TERM: they may still write output.
-        """
-        suspects = [job for job in ended if orphans or job.mark not in self.own]
-        marked = marked_below(self.data.jobs) if suspects else set()
-        left = []
-        for job in suspects:
-            wrapper = int((job.handle or "0").split(" ")[0])  # it may still be exiting
-            processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
-            processes = [process for process in processes if process.pid != wrapper]
-            if not processes:
-                continue
-            left.append(job)
-            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
-            if rested_s < REST_S and any(process.session == wrapper for process in processes):
-                continue
-            self.untidy.add(job.mark)
-            if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
-                signal_all(processes, signal.SIGTERM)
-                continue
-            signal_all(processes, signal.SIGSTOP)  # stopped processes cannot fork faster than we look
-            signal_all(processes, signal.SIGKILL)
-        return left
-
-    def outcome(self, job: Job) -> Outcome:
-        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:  # an exit file proves nothing: the script's files may not have reached the disk
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
-        if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
-            self.seen.add(job.mark)
-            return Outcome(True)  # whatever the exit file says: the script may have forged it
-        return self.outcome_without_wrapper(job, self.data.job(job.mark))
-
-    def outcome_without_wrapper(self, job: Job, folder: Path) -> Outcome:
-        """Judge a payload if the wrapper in its handle is gone."""
-        claimed = self.claimed_pid(job)
-        # The handle may name a second wrapper, which stopped because the first has the claim.
-        if claimed and bears_mark(claimed, job.mark):
-            return Outcome(True)
-        ended = read_exit(folder)
-        if ended:
-            return self.stopped_by_others(job, folder, ended) or ended
-        if not folder.is_dir() or folder.is_symlink():
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
-        if "ready" not in (read_claim(folder, job.attempt) or ""):
-            if job.mark in marked_below(self.data.jobs):
-                return Outcome(True)  # its wrapper is about to claim it, or a process outlived the wrapper
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
-        if job.mark not in self.seen:
-            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
-        return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
-
-    def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
-        """Return the outcome of a payload that was stopped from outside joborch, as by a service manager; else None.
-
-        The exit status does not matter, not even 0: a script that handles TERM leaves an incomplete result.
-        """
-        alone = not ended.told
-        if (alone and ended.exit_status not in STOP_STATUSES) or (folder / f"ending.{job.attempt}").exists():
-            return None  # not stopped, or stopped by the client
-        if alone and not self.ended_with_client(folder):
-            return None  # the script sent the signal to itself
-        how = Reason.STOPPED_WITH_CLIENT if alone else Reason.STOPPED_WITH_WRAPPER
-        return dataclasses.replace(ended, cause=Cause.INFRASTRUCTURE, reason=how.format(status=ended.exit_status))
-
-    def ended_with_client(self, folder: Path) -> bool:
-        """Tell whether a script ended just when a client on this data folder was stopped."""
-        try:
-            stopped_at = os.stat(self.data.path / STOP_NOTE).st_mtime
-            return abs(state_below(folder, "exit.json").st_mtime - stopped_at) <= STOP_NEAR_S
-        except OSError:
-            return False  # no client was ever stopped here
-
-    def own_wrapper(self, job: Job) -> int:
-        """Return the process id (and session) of an attempt's wrapper; 0 if it is unknown or another process has that id now."""
-        pid, start, boot = (job.handle or f"0 0 {self.boot}").split(" ")
-        if boot != self.boot:
-            return 0
-        if pid == "0":
-            claimed = self.claimed_pid(job) or 0
-            return claimed if claimed and bears_mark(claimed, job.mark) else 0
-        # The kernel reuses no id while its session has members: if the leader is gone, the rest belongs to the attempt.
-        return int(pid) if process_start(int(pid)) in (None, start) else 0
-
-    def cancel(self, job: Job) -> None:
-        with self.cancelling(job.mark):
-            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
-
-    @contextlib.contextmanager
-    def cancelling(self, mark: str) -> Iterator[None]:
-        """Count a kill under way: the more there are, the less often each of them reads all of /proc."""
-        self.cancelled.add(mark)
-        try:
-            yield
-        finally:
-            self.cancelled.discard(mark)
-
-    def end_tree(self, job: Job, folder: Path, pid: int) -> None:
-        """Send TERM to all processes of a payload, and KILL after the grace time. Return when none is left, or raise StillRunning."""
-        known = tree_of(job, folder, pid)
-        signal_all(known, signal.SIGTERM)
-        deadline = time.monotonic() + self.kill_grace_s
-        while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
-            known = found
-            pause_s = min(0.2, 0.02 * len(self.cancelled))
-            time.sleep(pause_s - time.monotonic() % pause_s)  # all at the same time, to share a look
-        for _ in range(200):
-            if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
-                self.forget(job)
-                self.engines.stop_mounting(folder)
-                return
-            # Stop them first, or they could fork faster than we look.
-            known = tree_of(job, folder, pid, known)
-            signal_all(known, signal.SIGSTOP)
-            known = tree_of(job, folder, pid, known)
-            signal_all(known, signal.SIGKILL)
-            time.sleep(0.01)
-        raise StillRunning(f"payload {job.id}: its processes do not end after KILL")
-
-    def still_there(self, job: Job, folder: Path, pid: int, known: Collection[Process]) -> list[Process]:
-        self.reap()
-        return tree_of(job, folder, pid, known)
-
-    def collect(self, job: Job) -> None:
-        """Do nothing: the outputs are on this machine."""
-
-    def end_orphans(self, marks: Sequence[str]) -> None:
-        signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
-
-    def problem(self) -> str:
-        return ""
-
-    def examine(self) -> Iterator[Finding]:
-        bash = shutil.which("bash")
-        yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
-
-
-def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
-    """Return how long a script ran in seconds, by the times of its files; `passed_s` if the clock was set meanwhile."""
-    return ended - started if started is not None and 0 <= ended - started <= passed_s + 1 else max(0.0, passed_s)
-
-
-def make_executor(data: DataFolder, config: Config) -> Executor:
-    """Return the executor of a client. Raises ConfigError if JOBORCH_EXECUTOR does not name a usable one."""
-    if config.executor == "local":
-        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
-    try:
-        made: Executor = load_plugin(config.executor)(data, config)
-    except (ImportError, AttributeError) as error:
-        if config.executor in PLUGINS:
-            raise
-        remedy = "give local, slurm, dirac, or the package.module:Class of a class that Python can import (see PYTHONPATH)"
-        raise ConfigError(f"JOBORCH_EXECUTOR is {config.executor!r}: {error}: {remedy}") from error
-    return made
-
-
-# == 23. Inheritance ==  A script gets only the listed variables of its client, so no secret reaches it by accident.
-
-# Passed on to every script. JOBORCH_PASS_ENV adds names; joborch's own settings are never passed on.
-PASSED_ON = (
-    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "HOSTNAME", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LOCPATH", "LOCALE_ARCHIVE"),
-    *("XDG_*_HOME", "XDG_*_DIRS", "XDG_RUNTIME_DIR", "SCRATCH", "WORK", "PROJECT"),
-    # Environment Modules and Lmod, and what loaded modules have set
-    *("MODULE*PATH", "MODULE*HOME", "MODULERCFILE", "MODULES_*", "__MODULES_*", "*_modshare", "*_modquar", "__modquar_*"),
-    *("LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "_ModuleTable*", "BASH_ENV", "ENV", "FPATH", "BASH_FUNC_*"),
-    *("EASYBUILD_*", "EBROOT*", "EBVERSION*", "EBDEVEL*", "EBEXTS*", "SPACK_*", "CRAY*", "PE_*", "PE_ENV", "GUIX_*"),
-    *("CONDA_*", "_CE_*", "MAMBA_*", "VIRTUAL_ENV", "NIX_PATH", "NIX_PROFILES"),
-    # libraries, and packages of programming languages
-    *("LD_LIBRARY_PATH", "LD_RUN_PATH", "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "*_INCLUDE_PATH", "MANPATH", "INFOPATH", "PKG_CONFIG_PATH"),
-    *("CC", "CXX", "FC", "F77", "F90", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PERL5LIB", "PERLLIB"),
-    *("R_LIBS*", "R_HOME", "JULIA_*", "CLASSPATH", "GEM_HOME", "GEM_PATH", "RUBYLIB", "LUA_PATH", "LUA_CPATH", "TCLLIBPATH"),
-    # accelerators, threads, MPI
-    *("CUDA_*", "NVIDIA_*", "NCCL_*", "ROCR_*", "ROCM_*", "HIP_*", "HSA_*", "ZE_*", "ONEAPI_*", "SYCL_*", "GPU_DEVICE_ORDINAL"),
-    *("OMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "KMP_*", "GOMP_*", "NUMEXPR_*", "I_MPI_*", "OMPI_*", "PRTE_*", "MPICH_*", "UCX_*", "FI_*"),
-    # batch systems and containers
-    *("SLURM_*", "SBATCH_*", "PBS_*", "LSB_*", "APPTAINER_*", "SINGULARITY_*"),
-    # the network
-    *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "X509_CERT_DIR"),
-)
-PLACES = re.compile(r"\w+_(HOME|ROOT|DIR|PATH|PREFIX|BIN|LIB|INC|INCLUDE)")  # environment modules use such names; passed on if it is a path
-# A family such as CONDA_* may include secrets, and the URL of a proxy a password: these are passed on only by JOBORCH_PASS_ENV.
-SECRET_NAMES = re.compile(
-    r"PASS|SECRET|TOKEN|CREDENTIAL|AUTH|LOGIN|USERNAME|COOKIE|JWT|_KEY$|(API|ACCESS|PRIVATE)_?KEY|^(APPTAINER|SINGULARITY)_ENV$",
-    re.IGNORECASE,
-)
-LOGIN_IN_URL = re.compile(r"//[^/\s@]*@|^[^/\s@]*:[^/\s@]*@")
-
-
-def fits_one(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a name matches one of these patterns, in which `*` matches any text."""
-    rule = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
-    return lambda name: bool(rule.match(name))
-
-
-def is_own_setting(name: str) -> bool:
-    """Tell whether a variable is a setting of joborch: the client's PORT and tokens are not for scripts."""
-    return name.startswith(("JOBORCH_", "SERVICE_")) or any(name == setting.name for setting in SETTINGS)
-
-
-def passed_on(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
-    """Return the part of the client's environment that scripts get: what PASSED_ON and `more` (JOBORCH_PASS_ENV) list."""
-    listed, wanted, plain = fits_one(PASSED_ON), fits_one(more), {name for name in PASSED_ON if "*" not in name}
-
-    def is_passed(name: str, value: str) -> bool:
-        if is_own_setting(name) or wanted(name):
-            return not is_own_setting(name)
-        if name in plain or name.startswith("BASH_FUNC_"):
-            return not ("proxy" in name.lower() and LOGIN_IN_URL.search(value))
-        known = listed(name) or (PLACES.fullmatch(name) and value.startswith("/"))
-        return bool(known) and not SECRET_NAMES.search(name) and not LOGIN_IN_URL.search(value)
-
-    return {name: value for name, value in environment.items() if is_passed(name, value)}
-
-
-def left_out(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """Return the sorted names of the variables that scripts do not get, without joborch's own."""
-    kept = passed_on(environment, more)
-    return sorted(name for name in environment if name not in kept and not is_own_setting(name))
-
-
-def payload_environment(job: Job, folder: Path, inherited: Mapping[str, str], prelude: str = "") -> dict[str, str]:
-    """Return the wrapper's environment: inherited variables, those of the job, and the commands to run before the script."""
-    ours = {
-        "JOBORCH_JOB_ID": job.remote_id or str(job.id),
-        "JOBORCH_ATTEMPT": str(job.attempt),
-        "JOBORCH_SERVICE": job.service or "",
-        "JOBORCH_USER_ID": "" if job.user_id is None else str(job.user_id),
-        "JOBORCH_CPUS": str(job.cpus),
-        "JOBORCH_MEMORY": "" if job.memory is None else str(job.memory),
-        "JOBORCH_MARK": job.mark,
-        "TMPDIR": str(folder / "tmp"),
-    }
-    return {**inherited, **ours, **({"JOBORCH_PRELUDE": prelude} if prelude else {})}
-
-
-def node_environment(job: Job, inherited: Mapping[str, str], prelude: str) -> dict[str, str]:
-    """Return the wrapper's environment on another machine, without TMPDIR, which the wrapper sets there."""
-    words = payload_environment(job, Path(), {}, prelude)
-    del words["TMPDIR"]
-    return {**inherited, **words}
-
-
-@functools.lru_cache(maxsize=1)
-def first_file_limit() -> tuple[int, int]:
-    """Return the soft and hard limit of open files at the start of this process; payloads get the same."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files, usually 1,024, to the hard one: each connection needs a file."""
-    most = 65_536  # even without a hard limit, because some programs loop over all possible descriptors
-    soft, hard = first_file_limit()
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:
-            log.warning("the limit of open files stays at %d: it cannot be raised to %d (%s)", soft, wanted, error)
-
-
-def first_file_limit_text() -> str:
-    """Return the first soft limit of open files for `ulimit -Sn`; empty if it was not raised."""
-    soft = first_file_limit()[0]
-    return "" if soft == resource.getrlimit(resource.RLIMIT_NOFILE)[0] else str(soft)
-
-
-def with_first_file_limit(command: Sequence[str]) -> list[str]:
-    """Return a command that runs with the first limit of open files: sbatch(1) passes its limit on to jobs."""
-    limit = first_file_limit_text()
-    return ["sh", "-c", f'ulimit -Sn {limit}; exec "$0" "$@"', *command] if limit else list(command)
-
-
-# == 24. Transfers ==  Files are streamed and verified by digests. After a break, only the rest is sent again.
-
-
-class FilesBody:
-    """A multipart body that is read from the files while it is sent. Its length is known beforehand."""
-
-    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
-        """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
-        self.inputs_sha256 = inputs_sha256
-        self.boundary = secrets.token_hex(16)
-        self.folder, self.with_digests = folder, with_digests
-        self.digests: dict[str, str] = {}
-        states = [(path, os.stat(folder / path)) for path in paths]
-        self.parts = [(path, self.part_head(path, state.st_mode), state.st_size) for path, state in states]
-        digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
-        self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
-        self.digest_room = digest_bytes if with_digests else 0
-        ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
-        self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Start from the beginning, to send the body again."""
-        self.chunks, self.rest = self.generate(), b""
-
-    def part_head(self, path: str, mode: int) -> bytes:
-        """Return the header of one part. `name` is the path with HTML 5 escapes; joborch reads the exact path from X-Joborch-Path."""
-        escaped = os.fsencode(path).replace(b'"', b"%22").replace(b"\r", b"%0D").replace(b"\n", b"%0A")
-        base = escaped.rpartition(b"/")[2]
-        exact = quote(os.fsencode(path)).encode()
-        disposition = b'Content-Disposition: form-data; name="' + escaped + b'"; filename="' + base + b'"'
-        kind, place = b"Content-Type: application/octet-stream", b"X-Joborch-Path: " + exact
-        lines = (b"--" + self.boundary.encode(), disposition, kind, place, b"X-Joborch-Mode: %03o" % (mode & 0o777))
-        return b"\r\n".join(lines) + b"\r\n\r\n"
-
-    def generate(self) -> Iterator[bytes]:
-        for path, head, size in self.parts:
-            yield head
-            digest, missing = hashlib.sha256(), size
-            with open(self.folder / path, "rb", buffering=0) as source:
-                for chunk in file_chunks(source, size):
-                    digest.update(chunk)
-                    missing -= len(chunk)
-                    yield chunk
-            if missing:  # the length was sent already, so anything else would be read as the rest of this file
-                raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
-            self.digests[path] = digest.hexdigest()
-            yield b"\r\n"
-        if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
-            raise InputsChanged("its files on the server's disk are not those that were uploaded: some were changed or removed")
-        if self.with_digests:
-            yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
-        yield f"--{self.boundary}--\r\n".encode()
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __bool__(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next part of the body, at most `size` bytes."""
-        size = size if size > 0 else CHUNK_BYTES
-        pieces, have = [self.rest], len(self.rest)
-        while have < size:
-            chunk = next(self.chunks, b"")
-            if not chunk:
-                break
-            pieces.append(chunk)
-            have += len(chunk)
-        data = b"".join(pieces)
-        self.rest = data[size:]
-        return data[:size] if self.rest else data
-
-
-class Transfer:
-    """A file that arrives over the network, in several pieces if a transfer breaks: the part that arrived, and the file's ETag."""
-
-    def __init__(
-        self, target: IO[bytes], promise: Promise | None = None, limit_bytes: int = 2**62, limits: ResultLimits | None = None
-    ) -> None:
-        """With a `promise` of disk space, writing raises DiskFull if the data does not fit.
-
-        It raises ResultTooLarge above `limit_bytes`; the message names `limits`.
-        """
-        self.target, self.promise, self.limit_bytes, self.limits = target, promise, limit_bytes, limits or ResultLimits(limit_bytes)
-        self.size, self.tag, self.digest = 0, "", hashlib.sha256()
-
-    def expect(self, size: int) -> None:
-        """Reserve space for `size` more bytes. Raises ResultTooLarge or DiskFull if they are too many."""
-        self.check_limit(size)
-        if self.promise is not None:
-            self.promise.more(size)
-
-    def check_limit(self, size: int) -> None:
-        if self.size + size > self.limit_bytes:
-            raise ResultTooLarge(Reason.RESULT_HAS.format(too_much=self.limits.broken_by(self.size + size, 0)))
-
-    def write(self, data: bytes) -> None:
-        self.check_limit(len(data))
-        if self.promise is not None:
-            if len(data) > self.promise.left:
-                self.promise.more(len(data) - self.promise.left)
-            self.promise.wrote(len(data))
-        write_all(self.target, data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def begin(self, tag: str = "") -> None:
-        """Drop the part that arrived: a whole file with the ETag `tag` follows."""
-        self.target.seek(0)
-        self.target.truncate()
-        self.size, self.tag, self.digest = 0, tag, hashlib.sha256()
-
-    def wanted(self) -> dict[str, str]:
-        """Return the headers that request the missing rest of exactly this file (RFC 9110, If-Range)."""
-        return {"Range": f"bytes={self.size}-", "If-Range": self.tag} if self.size and self.tag else {}
-
-
-class Stream(NamedTuple):
-    """An output stream as it is kept: whole up to `limit` bytes, else the first and last `limit / 2` bytes."""
-
-    size: int
-    limit: int
-
-    @property
-    def gap(self) -> tuple[int, int]:
-        """The first byte that was left out, and the first one kept after it; equal if everything is kept."""
-        half = self.limit // 2
-        return (half, self.size - half) if self.size > self.limit else (self.size, self.size)
-
-    def line(self, begin: int) -> bytes:
-        """Return the line that replaces the bytes left out, from `begin` on."""
-        return f"\n[joborch: {self.gap[1] - begin} bytes left out]\n".encode()
-
-    def part(self, read_at: Callable[[int, int], bytes], offset: int, room: int) -> tuple[bytes, int]:
-        """Return about `room` bytes from `offset` on, and the offset after them. `read_at` takes an offset and a count."""
-        first, second = self.gap
-        said = read_at(offset, min(room, first - offset)) if offset < first else b""
-        offset += len(said)
-        if first <= offset < second and len(said) < room:
-            said, offset = said + self.line(offset), second
-        if offset >= second and len(said) < room:
-            more = read_at(offset, min(room - len(said), self.size - offset)) if offset < self.size else b""
-            said, offset = said + more, offset + len(more)
-        return said, offset
-
-
-def kept_output(folder: Path | int, name: str, limit_bytes: int) -> tuple[Stream, Iterator[bytes]]:
-    """Return how an output stream is kept, and its chunks: all, or head, one line and tail. Raises OSError if it is unreadable."""
-    source = open_regular(folder, name)
-    stream = Stream(os.fstat(source.fileno()).st_size, limit_bytes)
-
-    def chunks() -> Iterator[bytes]:
-        first, second = stream.gap
-        with source:
-            yield from file_chunks(source, first)
-            if second > first:
-                yield stream.line(first)
-                source.seek(second)
-                yield from file_chunks(source, stream.size - second)
-
-    return stream, chunks()
-
-
-def punch_middle(path: Path, limit_bytes: int) -> None:
-    """Free the disk blocks between the head and tail that `kept_output` shows. Offsets do not change.
-
-    Raises OSError if the file system does not support holes.
-    """
-    keep_size, punch_hole, block = 1, 2, 4096
-    state = state_below(path.parent, path.name)
-    size = state.st_size
-    begin = -(-(limit_bytes // 2) // block) * block
-    end = (size - limit_bytes // 2) // block * block
-    if not stat.S_ISREG(state.st_mode) or size <= limit_bytes or end <= begin:
-        return
-    with opened_folder(path.parent) as folder:
-        descriptor = os.open(path.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return
-        arguments = (ctypes.c_int(punch_hole | keep_size), ctypes.c_int64(begin), ctypes.c_int64(end - begin))
-        if libc().fallocate64(descriptor, *arguments) != 0:
-            raise OSError(ctypes.get_errno(), "fallocate failed", str(path))
-    finally:
-        os.close(descriptor)
-
-
-class ZipRecord(NamedTuple):
-    """A member of a ZIP by its directory. The values are untrusted."""
-
-    name: bytes
-    comment: bytes
-    method: int
-    packed_bytes: int
-    size: int
-    begin: int  # of its local header
-    crc: int
-    flags: int
-    mode: int  # type and permissions, if it was packed on Unix
-
-
-def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
-    """Return the offset, size and number of members of a ZIP's directory. Raises ValueError if there is none."""
-    length = file.seek(0, os.SEEK_END)
-    for room in (ZIP_END.size, 66 * KIB):  # most have no comment at their end
-        file.seek(max(0, length - room - ZIP64_LOCATOR.size))
-        tail = file.read()
-        at = tail.rfind(b"PK\5\6", 0, len(tail) - ZIP_END.size + 4)
-        if at >= 0:
-            break
-    else:
-        raise ValueError("no ZIP")
-    if at + ZIP_END.size > len(tail):
-        raise ValueError("no ZIP")
-    count, size, begin = ZIP_END.unpack_from(tail, at)[4:7]
-    if at >= ZIP64_LOCATOR.size and tail[at - ZIP64_LOCATOR.size :].startswith(b"PK\6\7"):
-        file.seek(min(ZIP64_LOCATOR.unpack_from(tail, at - ZIP64_LOCATOR.size)[2], length))
-        wide = file.read(ZIP64_END.size)
-        if len(wide) < ZIP64_END.size or not wide.startswith(b"PK\6\6"):
-            raise ValueError("no ZIP")
-        count, size, begin = ZIP64_END.unpack(wide)[7:10]
-    if begin + size > length:
-        raise ValueError("no ZIP")
-    return begin, size, count
-
-
-def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
-    """Yield the entries of a ZIP's directory while reading it, with little memory, up to DIRECTORY_LIMIT_BYTES.
-
-    With `commented`, only members with a comment. Raises ValueError if there is no directory.
-    """
-    begin, left, _ = zip_directory(file)
-    left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
-    file.seek(begin)
-    while left:
-        chunk = file.read(min(left, step))
-        if not chunk:
-            return
-        left, step, rest, at = left - len(chunk), 256 * KIB, rest + chunk, 0
-        while len(rest) - at >= ZIP_CENTRAL.size:
-            fields = ZIP_CENTRAL.unpack_from(rest, at)
-            name, extra, comment = fields[12:15]
-            end = at + ZIP_CENTRAL.size + name + extra + comment
-            if fields[0] != b"PK\1\2":
-                return
-            if end > len(rest):
-                break
-            if comment or not commented:
-                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end])
-            at = end
-        rest = rest[at:]
-
-
-def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
-    """Return a record of a ZIP's directory, from its fixed fields and the bytes after them (name, extra fields, comment)."""
-    method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
-    more, at = words[name : name + extra], 0
-    while at + 4 <= len(more):
-        kind, length = struct.unpack_from("<2H", more, at)
-        if kind == 1:  # ZIP64: what does not fit above, in this order
-            known = more[at + 4 : at + 4 + min(length, 24)]
-            wide = [value for (value,) in struct.iter_unpack("<Q", known[: len(known) // 8 * 8])]
-            size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
-        at += 4 + length
-    mode = fields[17] >> 16 if fields[2] in (3, 19) else 0  # packed on Unix, on macOS
-    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin, fields[9], fields[5], mode)
-
-
-def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
-    """Return up to `count` bytes of a ZIP's member from `begin` on. The work is bounded by `begin + count` bytes.
-
-    Raises ValueError if the member does not match its directory entry.
-    """
-    length, place = file.seek(0, os.SEEK_END), member_place(file, record)
-    if record.method == zipfile.ZIP_STORED:
-        file.seek(min(place + begin, length))
-        return file.read(max(0, min(count, record.packed_bytes - begin)))
-    file.seek(min(place, length))
-    unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
-    # Real programs never deflate data to much more than its size; a forged stream could be endless and contain nothing.
-    for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
-        ahead = chunk
-        while ahead and len(said) < count:
-            try:
-                piece = unpacker.decompress(ahead, 256 * KIB)
-            except zlib.error as error:
-                raise ValueError(str(error)) from error
-            said += piece[max(0, begin - passed) :]
-            passed, ahead = passed + len(piece), unpacker.unconsumed_tail
-        if len(said) >= count or unpacker.eof:
-            break
-    return bytes(said[:count])
-
-
-def member_place(file: IO[bytes], record: ZipRecord) -> int:
-    """Return where the data of a ZIP's member begins. Raises ValueError if there is none that can be read."""
-    length = file.seek(0, os.SEEK_END)
-    file.seek(min(record.begin, length))
-    head = file.read(ZIP_LOCAL.size)
-    if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("no member")
-    name, extra = ZIP_LOCAL.unpack(head)[-2:]
-    return record.begin + len(head) + int(name) + int(extra)
-
-
-def member_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
-    """Yield the content of a ZIP's member. Raises ValueError or zlib.error if it is not what its directory entry says."""
-    size = crc = 0
-    for piece in unpacked_chunks(file, record):
-        size, crc = size + len(piece), zlib.crc32(piece, crc)
-        if size > record.size:
-            break
-        yield piece
-    if (size, crc) != (record.size, record.crc):
-        raise ValueError(f"{size} bytes with the checksum {crc:08x} instead of {record.size} with {record.crc:08x}")
-
-
-def unpacked_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
-    """Yield what the data of a ZIP's member unpacks to, unchecked, in pieces of at most 256 KiB."""
-    file.seek(member_place(file, record))
-    unpacker = zlib.decompressobj(-15)
-    for chunk in file_chunks(file, record.packed_bytes):
-        if record.method == zipfile.ZIP_STORED:
-            yield chunk
-            continue
-        ahead = chunk
-        while ahead and not unpacker.eof:
-            yield unpacker.decompress(ahead, 256 * KIB)
-            ahead = unpacker.unconsumed_tail
-    while record.method == zipfile.ZIP_DEFLATED and not unpacker.eof:
-        piece = unpacker.decompress(b"", 256 * KIB)
-        if not piece:
-            return
-        yield piece
-
-
-# == 25. Identity ==  The kernel or a token proves who the peer of a connection is; a port proves nothing.
-
-ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LISTEN = 1, 4, 5, 8, 10  # TCP states, as the kernel numbers them
-HALF_CLOSED = (FIN_WAIT1, FIN_WAIT2)
-SOCKET_PATH_LIMIT_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them for the end
-
-
-class SeenSocket(NamedTuple):
-    """A TCP socket of this machine, as the kernel describes it."""
-
-    state: int
-    uid: int
-    inode: int  # 0: no process holds it, and the uid means nothing
-
-    @property
-    def proves(self) -> bool:
-        """Whether its uid is that of a caller: a process holds it, and it has been connected.
-
-        A socket that is still connecting (SYN_SENT) may have the same ends as one that is gone.
-        """
-        return self.inode != 0 and self.state in (ESTABLISHED, *HALF_CLOSED)
-
-
-def peer_uid(connection: socket.socket) -> int | None:
-    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
-
-    TCP: look up the peer's socket, then check ours. If ours is still connected, no other socket can have had the same two ends
-    meanwhile. Unix sockets: SO_PEERCRED.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        if connection.family == socket.AF_UNIX:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
-            return int(struct.unpack("=iII", credentials)[1])
-        peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
-        for _ in range(2):  # again if the peer half-closes its end between the two steps
-            seen = find_socket(peer, here)
-            if seen is None or not seen.proves:
-                return None
-            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-            if state == ESTABLISHED or (state == CLOSE_WAIT and seen.state in HALF_CLOSED):
-                return seen.uid
-    return None
-
-
-def is_half_closed(connection: socket.socket) -> bool:
-    """Tell whether a local process has finished sending and keeps its end open to read the answer."""
-    with contextlib.suppress(OSError):
-        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return state == CLOSE_WAIT and not connection.recv(1, socket.MSG_PEEK) and peer_uid(connection) is not None
-    return False
-
-
-def tcp_uid(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
-    """Return the user id of the process that holds the socket with these ends. This does not prove the caller: see `peer_uid`."""
-    seen = find_socket(peer, here)
-    return seen.uid if seen is not None and seen.proves else None
-
-
-def find_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
-    """Return the socket of this machine that has `peer` as its own end and `here` as the other, or None.
-
-    It asks sock_diag(7) for this one socket or, if that is denied, reads the list of all in /proc/net/tcp (proc(5)).
-    """
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, struct.error):
-            return diagnosed_socket(family, peer, here)
-    return None if sock_diag_works() else listed_socket(peer, here)
-
-
-def diagnosed_socket(family: int, peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket:
-    """Ask the kernel for the socket with these two ends. Raises OSError if there is none."""
-    sock_diag, by_family, request, error, any_value = 4, 20, 1, 2, 0xFFFFFFFF
-    ends = [packed_address(family, host).ljust(16, b"\0") for host in (peer[0], here[0])]
-    wanted = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, any_value, any_value)
-    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, any_value) + wanted
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag) as kernel:
-        kernel.settimeout(1)
-        kernel.send(struct.pack("=IHHII", 16 + len(body), by_family, request, 1, 0) + body)
-        answer = kernel.recv(8192)
-    if struct.unpack_from("=IHHII", answer)[1] == error:
-        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag failed")
-    # A header of 16 bytes; family, state and two more; both ends (48); expires, rqueue, wqueue, uid and inode.
-    uid, inode = struct.unpack_from("=II", answer, 16 + 4 + 48 + 12)
-    return SeenSocket(answer[17], uid, inode)
-
-
-@functools.lru_cache(maxsize=1)
-def sock_diag_works() -> bool:
-    """Tell whether sock_diag works here. If it does, "no such socket" is an answer, and /proc/net need not be read."""
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
-            return diagnosed_socket(socket.AF_INET, near.getsockname(), near.getpeername()).inode != 0
-    except (OSError, struct.error):
-        return False
-
-
-def packed_address(family: int, host: str) -> bytes:
-    """Return an IP address in network order; an IPv4 address is mapped to IPv6 if the family is IPv6."""
-    return socket.inet_pton(family, "::ffff:" + host if family == socket.AF_INET6 and ":" not in host else host)
-
-
-def listed_sockets(family: int) -> Iterator[tuple[str, str, SeenSocket]]:
-    """Yield the TCP sockets in /proc/net: their own and their other end as written there, and the socket."""
-    table = "tcp" if family == socket.AF_INET else "tcp6"
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
-            fields = line.split()
-            yield fields[1], fields[2], SeenSocket(int(fields[3], 16), int(fields[7]), int(fields[9]))
-
-
-def listed_socket(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
-    """Return the socket with these two ends from the lists in /proc/net, or None."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):  # no address of this family
-            wanted = (tcp_hex(family, *peer), tcp_hex(family, *here))
-            for near, far, seen in listed_sockets(family):
-                if (near, far) == wanted:
-                    return seen
-    return None
-
-
-def tcp_hex(family: int, host: str, port: int) -> str:
-    """Return an address as /proc/net/tcp writes it: 32-bit words in the byte order of the machine."""
-    packed = packed_address(family, host)
-    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
-    return "".join(word[::-1].hex() if sys.byteorder == "little" else word.hex() for word in words).upper() + f":{port:04X}"
-
-
-def is_own_user(uid: int | None) -> bool:
-    """Tell whether a user id is certainly that of this process, or root's."""
-    numbers = user_numbers()
-    return uid is not None and uid != numbers.unmapped and (uid == os.getuid() or (uid == 0 and numbers.root))
-
-
-@functools.lru_cache(maxsize=1)
-def machine_names() -> frozenset[str]:
-    """Return this machine's names in lower case: host name, its first part, and names in /etc/hosts. It does not ask DNS."""
-    name = socket.gethostname().lower()
-    names = {name, name.partition(".")[0]}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in Path("/etc/hosts").read_text(encoding="utf-8").lower().splitlines():
-            words = line.partition("#")[0].split()[1:]
-            names.update(words if name in words else ())
-    return frozenset(names - {""})
-
-
-@functools.lru_cache(maxsize=256)
-def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address, and turn IPv4-mapped IPv6 into IPv4. Return None for anything else."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def is_here(text: str) -> bool:
-    """Tell whether an IP address belongs to this machine: loopback, or an address that a socket can bind to."""
-    address = plain_address(text)
-    if address is None or address.is_loopback:
-        return address is not None
-    zone = text.partition("%")[1:] if address.version == 6 else ()  # a link-local address needs its interface
-    try:
-        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
-            probe.bind((str(address) + "".join(zone), 0))
-    except OSError as error:
-        return error.errno != errno.EADDRNOTAVAIL  # if in doubt, yes: then only this user may call
-    return True
-
-
-class RefusedTokens:
-    """Counts wrong tokens and logs, at most once a period, how many there were and where the last came from."""
-
-    def __init__(self, clock: Clock, period_s: float = 60.0) -> None:
-        self.clock, self.period_s, self.lock = clock, period_s, threading.Lock()
-        self.count, self.last, self.quiet_until = 0, "", float("-inf")
-
-    def note(self, address: str) -> None:
-        with self.lock:
-            self.count, self.last = self.count + 1, address or "the Unix socket"
-        self.report()
-
-    def report(self) -> None:
-        """Log the count, unless the period has not passed yet."""
-        with self.lock:
-            now = self.clock.monotonic()
-            if not self.count or now < self.quiet_until:
-                return
-            count, self.count, self.quiet_until = self.count, 0, now + self.period_s
-        log.warning("refused %s with a wrong token; the last came from %s", plural(count, "request", "requests"), self.last)
-
-
-# -- listeners --
-
-
-def listener_uid(host: str, port: int) -> int | None:
-    """Return the user id of the process that listens on this address, or on all addresses; None if there is none."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):  # no address of this family
-            wanted = tcp_hex(family, host, port)
-            every = "0" * len(wanted.partition(":")[0]) + f":{port:04X}"
-            for near, _, seen in listed_sockets(family):
-                if seen.state == LISTEN and near in (wanted, every):
-                    return seen.uid
-    return None
-
-
-def open_listeners(hosts: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on each of `hosts` (separated by commas), all on one port. Port 0 picks one that is free on all.
-
-    Raises ConfigError that names the address that cannot be used. With the default hosts, ::1 may be missing.
-    """
-    for last in (*[False] * 20, True):
-        listeners: list[socket.socket] = []
-        try:
-            for host in filter(None, dict.fromkeys(each.strip().strip("[]") for each in hosts.split(","))):
-                taken = port or (listeners[0].getsockname()[1] if listeners else 0)
-                try:
-                    listeners += open_host(host, taken)
-                except (OSError, ValueError) as error:
-                    if hosts == DEFAULT_HOSTS and host == "::1" and getattr(error, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        log.debug("this machine has no address ::1: listening only on 127.0.0.1")
-                        continue
-                    raise ConfigError(cannot_listen(host, taken, error)) from error
-            if not listeners:
-                raise ConfigError(f"JOBORCH_HOST is {hosts!r}: give an address to listen on, as in 127.0.0.1")
-            return listeners
-        except ConfigError:
-            for listener in listeners:
-                listener.close()
-            if port or last or not listeners:
-                raise
-    raise AssertionError("the last try returns or raises")
-
-
-def open_host(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on all addresses of one host. None stays open if it raises OSError or ValueError."""
-    listeners: list[socket.socket] = []
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
-        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)  # at once: another process can take a port that is only bound
-    except OSError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-def cannot_listen(host: str, port: int, error: Exception) -> str:
-    """Return why listening on an address failed, who holds it, and what to do."""
-    why = os.strerror(error.errno or 0).lower() if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
-    uid = listener_uid(host, port) if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else None
-    holder = "" if uid is None else f"; a process of user {uid} listens there"
-    return f"PORT is {port}: cannot listen on {url_host(host)}:{port} ({why}){holder}; give another PORT or JOBORCH_HOST"
-
-
-def socket_path(setting: str, port: int) -> Path | None:
-    """Return the path of the Unix socket of a server on `port` for this value of JOBORCH_SOCKET; None if it has none."""
-    if setting in ("0", "none"):
-        return None
-    if setting:
-        return Path(os.path.abspath(setting))
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
-    own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # after sudo it may be another user's folder
-    return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
-
-
-def folder_problem(folder: Path, by_default: bool) -> str:
-    """Return why another user could own a socket in this folder, or an empty string. A link does not count as a folder."""
-    try:
-        found = os.lstat(folder)
-    except OSError as error:
-        return f"{folder}: {os.strerror(error.errno or 0).lower()}"
-    if not stat.S_ISDIR(found.st_mode):
-        return f"{folder} is not a folder"
-    if found.st_uid not in ((os.getuid(),) if by_default else (os.getuid(), 0)):
-        return f"{folder} belongs to user {found.st_uid}"
-    sticky = not by_default and found.st_mode & stat.S_ISVTX
-    return f"other users may write to {folder}" if found.st_mode & 0o022 and not sticky else ""
-
-
-def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
-    """Return a Unix socket that listens at its path with this mode. Raises ConfigError if that is impossible."""
-    path, remedy = socket_path(setting, port), "set JOBORCH_SOCKET to another path, or to 0 for none"
-    if path is None or len(os.fsencode(path)) > SOCKET_PATH_LIMIT_BYTES:
-        raise ConfigError(f"{path} is too long for a Unix socket (at most {SOCKET_PATH_LIMIT_BYTES} bytes): {remedy}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if not setting:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path.parent, 0o700)
-        problem = folder_problem(path.parent, by_default=not setting) or remove_stale_socket(path)
-        if problem:
-            raise ConfigError(f"no Unix socket at {path}: {problem}; {remedy}")
-        umask = os.umask(0o077)  # bind(2) creates the file, which others must not use before its mode is set
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(umask)
-        os.chmod(path, mode)
-        listener.listen(BACKLOG)
-    except (OSError, ConfigError) as error:
-        listener.close()
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"no Unix socket at {path}: {os.strerror(error.errno or 0).lower()}; {remedy}") from error
-    return listener
-
-
-def remove_stale_socket(path: Path) -> str:
-    """Remove the socket of a server that no longer runs. Return what else is at the path, or an empty string."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return ""
-    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
-        return "something else is there"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-            return "another server listens there"
-    os.unlink(path)
-    return ""
-
-
-# -- the link between server and client: both prove that they have the same token, and never send it --
-
-LINK_VERSION = 1
-OLD_SERVER_LOG_S = 3600.0  # how often a client logs that a server of version 0.1.0 calls it
-SESSIONS_LIMIT = 1000  # for one client: each start and each token of a server makes one
-WINDOW = 4096  # requests of one session that may overtake each other
-SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Content-Range", "X-Next-Offset", "Retry-After")
-PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
-
-
-@functools.lru_cache(maxsize=64)
-def link_key(token: str, purpose: bytes = b"joborch link 1") -> bytes:
-    """Derive a key from a token: that of server and client, or of sessions. It is slow on purpose: nobody must guess a token from MACs."""
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), purpose, 10_000)
-
-
-class Proof(NamedTuple):
-    """The data that proves one request of a server and the answer to it."""
-
-    key: bytes
-    server: str  # nonces: random, one for each start of a process, not secret
-    client: str
-    number: int  # each is used once
-    method: str
-    target: str
-
-    def mac(self, kind: str, *said: Any) -> str:
-        """Return the MAC (HMAC-SHA-256, hex) of these values, encoded as JSON so that no two lists look alike."""
-        text = json.dumps([kind, LINK_VERSION, self.server, self.client, self.number, self.method, self.target, *said])
-        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
-
-    def of_request(self, headers: Mapping[str, str], length: int) -> str:
-        """Return the MAC of this request. It covers the headers named X-Joborch-... and the body's type."""
-        said = {name.lower().replace("_", "-"): value for name, value in headers.items()}
-        ours = sorted((name, value) for name, value in said.items() if name.startswith("x-joborch-"))
-        return self.mac("request", length, said.get("content-type", ""), ours)
-
-    def of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> str:
-        """Return the MAC of the answer to this request. It covers the body by the length and digest in the answer's headers."""
-        return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
-
-    def authorization(self, headers: Mapping[str, str], length: int) -> str:
-        mac = self.of_request(headers, length)
-        return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
-
-
-class Session:
-    """A server's side of the link to one start of a client: it numbers the requests."""
-
-    def __init__(self, token: str, client: str) -> None:
-        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
-        self.numbers = itertools.count(1)  # next() is atomic
-
-    def proof(self, method: str, target: str) -> Proof:
-        return Proof(self.key, self.server, self.client, next(self.numbers), method, target)
-
-
-class ProofReader:
-    """A client's side of the link: it recognises a server by the token and accepts each request once."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self.tokens, self.lock = tokens, threading.Lock()
-        self.nonce = secrets.token_hex(16)
-        self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server nonce and key: the highest number, a bit for each lower one
-
-    def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
-        """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
-        shown = PROOF_SHAPE.fullmatch(headers.get("AUTHORIZATION", "").strip())
-        if shown is None:
-            raise unproven("the proof is malformed")
-        server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
-        if client != self.nonce:
-            raise unproven("this client was restarted: call GET /hello again", self.nonce)
-        for token in self.tokens:
-            proof = Proof(link_key(token), server, client, number, method, target)
-            if hmac.compare_digest(proof.of_request(headers, length), mac):
-                self.take(proof)
-                return proof
-        raise unproven("the token is wrong, or the request was changed on its way")
-
-    def take(self, proof: Proof) -> None:
-        """Note a request's number in a sliding window (RFC 4303, 3.4.3). Raises HttpError 401 if the number was used before."""
-        session = (proof.server, proof.key)
-        with self.lock:
-            if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
-                self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
-                self.nonce = secrets.token_hex(16)
-                raise unproven("this client has too many sessions: call GET /hello again", self.nonce)
-            highest, bits = self.seen.get(session, (0, 0))
-            if proof.number > highest:
-                bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
-            bit = 1 << (highest - proof.number) if highest - proof.number < WINDOW else 0
-            if not bit or bits & bit:
-                raise unproven("this request was received before, or is far too late")
-            self.seen[session] = (highest, (bits | bit) & ((1 << WINDOW) - 1))
-
-
-def unproven(message: str, nonce: str = "") -> HttpError:
-    """Return the error for a server that has not proven its identity; it may use `nonce` to do so."""
-    return HttpError(401, message, WWW_Authenticate='Joborch realm="joborch"', **({"X_Joborch_Nonce": nonce} if nonce else {}))
-
-
-def far_uid(connection: socket.socket) -> int | None:
-    """Return the user id of the process that an outgoing connection has reached on this machine, or None if it is unknown.
-
-    Until the connection is accepted, no process holds the other end; then the user of the listening socket counts.
-    """
-    peer, here = connection.getpeername()[:2], connection.getsockname()[:2]
-    wild = "::" if ":" in peer[0] else "0.0.0.0"
-    uid = tcp_uid(peer, here)
-    for listener in (peer, (wild, peer[1]), ("::", peer[1])) if uid is None else ():
-        seen = find_socket(listener, ("::" if ":" in listener[0] else wild, 0))
-        if seen is not None and seen.state == LISTEN and seen.inode:
-            uid = seen.uid
-            break
-    # Only if the connection is still open: else this may be a later socket with the same ends.
-    return uid if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED else None
-
-
-def client_token_file() -> Path | None:
-    """Return the file in which this user's client on this machine keeps its token, or None if the user has no home."""
-    try:
-        return Path(default_folder("config")) / "client-token"
-    except ConfigError:
-        return None
-
-
-def token_place(config: Config) -> Path | None:
-    """Return the file of the token that a client created: JOBORCH_TOKEN_FILE, or a file in its user's home. None if there is neither."""
-    return Path(config.token_file) if config.token_file else client_token_file()
-
-
-def token_remedy(config: Config) -> str:
-    """Return what to do if a client cannot store its token in the usual place."""
-    return f"set JOBORCH_TOKEN_FILE={config.data_path}/token to create one there, or set JOBORCH_TOKEN"
-
-
-# == 26. Statements ==  All SQL of the program, as named constants. Every query uses an index.
-
-SCHEMA_VERSION = 4
-
-SCHEMA = """
-BEGIN;
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, user_id INTEGER, service TEXT, name TEXT,
-    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cause TEXT, exit_code INTEGER, signal INTEGER,
-    priority INTEGER NOT NULL DEFAULT 0, cpus INTEGER NOT NULL DEFAULT 1, memory INTEGER, timeout REAL,
-    retries INTEGER NOT NULL DEFAULT 0, return_inputs INTEGER NOT NULL DEFAULT 1, attempt INTEGER NOT NULL DEFAULT 1,
-    client TEXT, dest_id TEXT, remote_id TEXT, handle TEXT, idempotency_key TEXT, request_digest TEXT,
-    result_size INTEGER, result_sha256 TEXT,
-    created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
-    moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
-    inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT, retry_of INTEGER
-);
-CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
-CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE INDEX jobs_user ON jobs(user_id, id);
-CREATE INDEX jobs_service ON jobs(service, id);
-CREATE INDEX jobs_status ON jobs(status, id);
-CREATE INDEX jobs_changed ON jobs(changed) WHERE changed IS NOT NULL;
-CREATE INDEX jobs_delayed ON jobs(not_before) WHERE status = 'Queued' AND not_before IS NOT NULL;
-CREATE INDEX jobs_queued ON jobs(service, user_id, priority DESC, id)
- WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_line ON jobs(service, priority, arrived_at) WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0;
-CREATE INDEX jobs_waiting ON jobs(user_id) WHERE status = 'Queued';
-CREATE INDEX jobs_client ON jobs(client, id, cpus, memory) WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown');
-CREATE INDEX jobs_ended ON jobs(moved_at) WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_cleaned ON jobs(moved_at) WHERE status = 'Cleaned';
-CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetched_at IS NULL;
-CREATE INDEX jobs_unsynced ON jobs(id)
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
-CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-CREATE TABLE history (
-    job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
-    attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (job_id, number)
-) WITHOUT ROWID;
-CREATE TABLE attempts (
-    job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
-    exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
-    PRIMARY KEY (job_id, attempt)
-) WITHOUT ROWID;
-CREATE TABLE usage (
-    service TEXT NOT NULL, user_id INTEGER NOT NULL, used REAL NOT NULL, runs INTEGER NOT NULL, mean_s REAL NOT NULL,
-    PRIMARY KEY (service, user_id)
-) WITHOUT ROWID;
-CREATE INDEX usage_user ON usage(user_id);
-CREATE TABLE pace (
-    service TEXT PRIMARY KEY, level REAL NOT NULL, -- not used any more
-    runs INTEGER NOT NULL, mean_s REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
-CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
-CREATE INDEX dependencies_of ON dependencies(job_id);
-CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL); -- rules: not used any more
-INSERT INTO turns_made VALUES ('', 0);
-CREATE TABLE heartbeat (
-    at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
-);
-INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 4;
-COMMIT;
-"""
-
-# From each version of the schema that was released to the next. 0.1.0 made version 3.
-MIGRATIONS = {
-    3: """
-BEGIN;
-ALTER TABLE jobs ADD COLUMN ended_as TEXT;
-ALTER TABLE jobs ADD COLUMN retry_of INTEGER;
-DROP TABLE contenders;
-DROP INDEX jobs_busy;
-UPDATE jobs
-   SET ended_as = (SELECT source FROM history WHERE job_id = jobs.id AND target = 'Cleaned' ORDER BY number DESC LIMIT 1),
-       reason = coalesce((SELECT reason FROM history WHERE job_id = jobs.id AND target IN ('Completed', 'Failed', 'Invalid', 'Killed')
-                           ORDER BY number DESC LIMIT 1), reason)
- WHERE status = 'Cleaned';
-CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
-PRAGMA user_version = 4;
-COMMIT;
-""",
-}
-
-JOB_ADD = "INSERT INTO jobs (" + ", ".join(NEW_COLUMNS) + ") VALUES (:" + ", :".join(NEW_COLUMNS) + ")"
-JOB_MOVE = (
-    "UPDATE jobs SET status = :to, reason = :reason, ended_as = :ended_as, moves = moves + 1, changed = :changed, moved_at = :moved_at, "
-    + ", ".join(name + " = :" + name for name in MOVABLE)
-    + " WHERE id = :id AND status = :source AND attempt = :expected AND (:any_wish OR kill_requested_at IS :kill_requested_at)"
-)
-JOB_GET = "SELECT * FROM jobs WHERE id = :id"
-JOB_BY_UUID = "SELECT * FROM jobs WHERE uuid = :uuid ORDER BY attempt DESC LIMIT 1"
-JOB_BY_MARK = "SELECT * FROM jobs WHERE uuid = :uuid AND attempt = :attempt"
-JOB_BY_KEY = "SELECT * FROM jobs WHERE user_id = :user_id AND idempotency_key = :idempotency_key"
-JOB_STATUS = "SELECT status FROM jobs WHERE id = :id"
-JOB_HANDLE = "UPDATE jobs SET handle = :handle WHERE id = :id"
-JOB_STARTED = "UPDATE jobs SET handle = :handle, moved_at = :now WHERE id = :id"
-PAYLOAD_TOLD = "UPDATE jobs SET changed = :changed WHERE id = :id AND status NOT IN ('Prepared', 'Cleaned')"
-PAYLOAD_BEGUN = "UPDATE jobs SET changed = :changed, started_at = :started_at, moved_at = :now WHERE id = :id AND status = 'Running'"
-JOB_FETCHED = """
-UPDATE jobs SET fetched_at = :now
- WHERE id = :id AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
-"""
-JOB_CONFIRMED = """
-UPDATE jobs SET fetched_at = :now, synced = 2
- WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
-"""
-JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
-JOB_CLIENT = """
-UPDATE jobs SET client = :to
- WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
-"""
-KILL_WISH = """
-UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
- WHERE id = :id AND kill_requested_at IS NULL AND status IN ('Queued', 'Processing', 'Submitted', 'Prepared', 'Running', 'Unknown')
-"""
-HISTORY_ADD = """
-INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
-SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
-"""
-HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
-ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
-ATTEMPTS_GET = "SELECT " + ", ".join(ATTEMPT) + " FROM attempts WHERE job_id = :id ORDER BY attempt"
-AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY id
-"""
-ALL_BUSY = "SELECT * FROM jobs INDEXED BY jobs_client WHERE status IN ('Processing', 'Submitted', 'Running', 'Unknown') ORDER BY client, id"
-PINNED_AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND status = 'Unknown' AND dest_id IS NULL
- ORDER BY id
-"""
-KILLS_AT_CLIENT = """
-SELECT * FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
-   AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
-"""
-KILLS_COUNT = """
-SELECT count(*) FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
-"""
-CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
-WAITING_FIRST = """
-SELECT id, priority, arrived_at, cpus, memory, timeout FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
- ORDER BY priority DESC, id LIMIT 1
-"""
-WAITING_BY_PRIORITY = """
-WITH RECURSIVE level(priority, id) AS (
-    SELECT * FROM (SELECT priority, id FROM jobs INDEXED BY jobs_queued
-                    WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-                    ORDER BY priority DESC, id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1),
-           (SELECT j.id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.user_id = :user_id AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority < level.priority ORDER BY j.priority DESC, j.id LIMIT 1)
-      FROM level WHERE level.priority IS NOT NULL
-) SELECT jobs.id, jobs.priority, arrived_at, cpus, memory, timeout FROM level JOIN jobs ON jobs.id = level.id
-"""
-QUEUED_BEFORE = """
-SELECT (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
-         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-           AND priority > :priority LIMIT 10000))
-     + (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
-         WHERE service = :service AND user_id = :user_id AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-           AND priority = :priority AND id < :id LIMIT 10000))
-"""
-QUEUED_IN_SERVICE = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 LIMIT 10000)
-"""
-QUEUED_PRIORITIES = """
-WITH RECURSIVE level(priority) AS (
-    SELECT * FROM (SELECT priority FROM jobs INDEXED BY jobs_line
-                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-                    ORDER BY priority LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.priority FROM jobs j INDEXED BY jobs_line
-             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.priority > level.priority ORDER BY j.priority LIMIT 1)
-      FROM level WHERE level.priority IS NOT NULL
-) SELECT priority FROM level WHERE priority IS NOT NULL
-"""
-QUEUED_EARLIER = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
-   AND priority = :priority AND arrived_at < :before LIMIT 10000)
-"""
-QUEUED_OF_USER = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_waiting WHERE user_id = :user_id AND status = 'Queued' LIMIT :limit)
-"""
-QUEUED_USERS = """
-WITH RECURSIVE waiting(user_id) AS (
-    SELECT * FROM (SELECT user_id FROM jobs INDEXED BY jobs_queued
-                    WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 ORDER BY user_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.user_id FROM jobs j INDEXED BY jobs_queued
-             WHERE j.service = :service AND j.status = 'Queued' AND j.not_before IS NULL AND j.blocked = 0
-               AND j.user_id > waiting.user_id ORDER BY j.user_id LIMIT 1)
-      FROM waiting WHERE waiting.user_id IS NOT NULL
-) SELECT user_id FROM waiting WHERE user_id IS NOT NULL
-"""
-QUEUED_OF_SERVICE = """
-SELECT * FROM jobs INDEXED BY jobs_queued
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND moved_at < :before
- ORDER BY user_id, priority DESC, id LIMIT 1000
-"""
-DELAYED_DUE = """
-SELECT id FROM jobs INDEXED BY jobs_delayed
- WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
-"""
-USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
-USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :use, :runs, :mean_s)"
-USAGE_OF_USER = "SELECT service, used, runs, mean_s FROM usage INDEXED BY usage_user WHERE user_id = :user_id"
-USAGE_ALL = "SELECT service, user_id, used, runs, mean_s FROM usage"
-PACE_ALL = "SELECT service, runs, mean_s FROM pace"
-PACE_SET = "INSERT OR REPLACE INTO pace (service, level, runs, mean_s) VALUES (:service, 0, :runs, :mean_s)"
-JOB_CHARGE_SET = "UPDATE jobs SET charged = :charged WHERE id = :id"
-JOB_CHARGE = "UPDATE jobs SET charged = :charged WHERE id = :id AND attempt = :attempt AND status = :status AND charged < :charged"
-WEIGHT_ALL = "SELECT user_id, weight FROM users"
-WEIGHT_SET = "INSERT OR REPLACE INTO users (user_id, weight) VALUES (:user_id, :weight)"
-DRAINED_ALL = "SELECT client, at FROM drained"
-DRAINED_SET = "INSERT OR IGNORE INTO drained (client, at) VALUES (:client, :at)"
-DRAINED_CLEAR = "DELETE FROM drained WHERE client = :client"
-DEPENDENCY_ADD = "INSERT OR IGNORE INTO dependencies (on_id, job_id) VALUES (:on_id, :job_id)"
-DEPENDENTS = """
-SELECT jobs.* FROM dependencies JOIN jobs ON jobs.id = dependencies.job_id
- WHERE dependencies.on_id = :on_id AND jobs.status = 'Queued' ORDER BY dependencies.job_id
-"""
-DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
-DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
-JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
-WAS_COMPLETED = "SELECT 1 FROM history WHERE job_id = :id AND target = 'Completed' LIMIT 1"
-TURNS_MADE = "SELECT half_life_s FROM turns_made"
-TURNS_MADE_BY = "UPDATE turns_made SET half_life_s = :half_life_s"
-PAYLOADS_IN = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status ORDER BY id LIMIT :limit"
-RUNNING_LIMITS = "SELECT id, uuid, attempt, timeout, moved_at FROM jobs INDEXED BY jobs_status WHERE status = 'Running' ORDER BY id"
-RUNNING_NEEDS = (
-    "SELECT count(*), coalesce(sum(cpus), 0), coalesce(sum(memory), 0) FROM jobs INDEXED BY jobs_status WHERE status = 'Running'"
-)
-FIRST_PREPARED = "SELECT min(id) FROM jobs INDEXED BY jobs_status WHERE status = 'Prepared'"
-COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
-CHANGED_SINCE = """
-SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
- ORDER BY changed LIMIT 1001
-"""  # a page of /events, and one more that tells whether there is another page
-CHANGED_ALL = """
-SELECT * FROM jobs INDEXED BY jobs_unfetched
- WHERE changed IS NOT NULL AND changed > :since AND fetched_at IS NULL AND status <> 'Cleaned' ORDER BY changed LIMIT 1001
-"""
-CHANGED_LAST = "SELECT coalesce(max(changed), 1) FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL"
-ENDED_BEFORE = """
-SELECT * FROM jobs INDEXED BY jobs_ended
- WHERE status IN ('Completed', 'Failed', 'Invalid', 'Killed') AND moved_at < :before
-   AND (
-    moved_at < :unfetched_before
-    OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
-   ) ORDER BY moved_at LIMIT :limit
-"""  # moved_at is steady time, fetched_at that of the wall clock
-CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"
-FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
-FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
-FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
-JOBS_PAGE_OF_USER = """
-SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
-   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
- ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_IN_STATUS = """
-SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_CLEANED = """
-SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
-"""
-JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
-# For the charts of the web page. They examine the newest 20,000 jobs, so that they take as long whatever the number of jobs.
-NEWEST_SUBMITTED = """
-SELECT CAST((created_at - :since) / :step_s AS INTEGER) AS step, count(*) AS jobs, avg(started_at - created_at) AS wait_s
-  FROM (SELECT created_at, started_at FROM jobs ORDER BY id DESC LIMIT 20000) WHERE created_at >= :since GROUP BY step
-"""
-NEWEST_ENDED = """
-SELECT CAST((at - :since) / :step_s AS INTEGER) AS step, ended, count(*) AS jobs
-  FROM (SELECT coalesce(ended_as, status) AS ended, CASE status WHEN 'Cleaned' THEN ended_at ELSE moved_at + :steady_began END AS at
-          FROM jobs ORDER BY id DESC LIMIT 20000)
- WHERE ended IN ('Completed', 'Failed', 'Invalid', 'Killed') AND at >= :since GROUP BY step, ended
-"""
-NEWEST_FAILURES = """
-SELECT reason, count(*) AS jobs, max(id) AS newest
-  FROM (SELECT id, reason, coalesce(ended_as, status) AS ended,
-               CASE status WHEN 'Cleaned' THEN ended_at ELSE moved_at + :steady_began END AS at
-          FROM jobs ORDER BY id DESC LIMIT 20000)
- WHERE ended IN ('Failed', 'Invalid') AND at >= :since GROUP BY reason ORDER BY jobs DESC, newest DESC LIMIT 20
-"""
-OLDEST_QUEUED = """
-SELECT service, min(created_at) AS created_at
-  FROM (SELECT service, created_at FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 10000) GROUP BY service
-"""
-USERS_WITH_JOBS = """
-SELECT user_id FROM (SELECT user_id, max(used) AS most FROM usage INDEXED BY usage_user GROUP BY user_id ORDER BY most DESC LIMIT :limit)
- UNION
-SELECT user_id FROM (SELECT user_id FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 1000) LIMIT 2 * :limit
-"""
-UNSYNCED = """
-SELECT * FROM jobs INDEXED BY jobs_unsynced
- WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed')
-   AND moved_at <= :before ORDER BY id
-"""
-JOB_SYNCED = "UPDATE jobs SET synced = 1 WHERE id = :id AND synced = 0"
-HEARTBEAT = "UPDATE heartbeat SET at = :at, boot = :boot, boot_s = :boot_s, steady = :steady"
-LAST_HEARTBEAT = "SELECT at, boot, boot_s, steady FROM heartbeat"
-INSTANCE = "SELECT instance FROM heartbeat"
-NEW_INSTANCE = "UPDATE heartbeat SET instance = lower(hex(randomblob(8)))"
-LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-SKIP_IDS = "INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq) VALUES (1, 'jobs', :last)"
-ALL_UUIDS = "SELECT uuid FROM jobs"
-DAMAGE = "PRAGMA quick_check(1)"
-
-
-# == 27. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
-
-READERS_KEPT = 8  # idle read connections to keep
-DECISIONS_AT_ONCE = 8  # claims in one transaction, so that its callers wait for few
-
-
-class Message:
-    """A piece of work for the core, and its outcome."""
-
-    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
-        self.work, self.durable = work, durable
-        self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
-
-
-class Waiter:
-    """A caller that waits until `look` finds something in the rows of one job, or of any job if `job_id` is None."""
-
-    def __init__(self, look: Callable[[], Any], job_id: int | None) -> None:
-        self.look, self.job_id, self.bell = look, job_id, threading.Event()
-        self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
-
-    def look_again(self) -> None:
-        """Look, and wake the caller if that finds something or fails."""
-        try:
-            self.found = self.look()
-        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
-            self.error = error
-        if self.found is not None or self.error is not None:
-            self.bell.set()
-
-    def take(self) -> Any:
-        """Return what was found, or else look now. Raises the error of `look`."""
-        self.bell.clear()
-        if self.error is not None:
-            raise self.error
-        return self.look() if self.found is None else self.found
-
-
-def is_fatal(error: BaseException) -> bool:
-    """Tell whether an error ends the whole transaction: the disk, or a lock."""
-    return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
-
-
-class Shares:
-    """What turns depend on and who has one, in memory: it always follows from the rows.
-
-    Each map has two layers: what the current transaction changes, which only that transaction sees, and what is committed.
-    A COMMIT brings the changes down, a rollback drops them. Records are never changed, only replaced, so readers need no lock.
-    """
-
-    def __init__(self) -> None:
-        self.users: ChainMap[tuple[str, int], Share] = ChainMap({}, {})  # by service and user; only those with jobs that run or could
-        self.lines: ChainMap[str, Line] = ChainMap({}, {})  # by service
-        self.loads: ChainMap[str, Load] = ChainMap({}, {})  # by client
-        self.weights: ChainMap[int, float] = ChainMap({}, {})  # by user; others have 1
-        self.maps: tuple[ChainMap[Any, Any], ...] = (self.users, self.lines, self.loads, self.weights)
-        self.order: dict[str, list[Turn]] = {}  # by service: all turns, sorted
-        self.running: dict[str, set[int]] = {}  # by service: users with jobs at clients
-
-    def changes(self) -> list[dict[Any, Any]]:
-        """Return what the transaction has changed so far."""
-        return [dict(known.maps[0]) for known in self.maps]
-
-    def back_to(self, changes: Sequence[dict[Any, Any]] = ({}, {}, {}, {})) -> None:
-        """Forget what the transaction has changed, or all but some earlier changes."""
-        for known, kept in zip(self.maps, changes):
-            known.maps[0] = dict(kept)
-
-    def commit(self) -> None:
-        """Let everybody see the changes of the transaction."""
-        changed, known = self.users.maps
-        for pair, share in changed.items():
-            before = known.get(pair, NO_SHARE)
-            if share.turn != before.turn:
-                self.move_turn(pair[0], before.turn, share.turn)
-            running = self.running.setdefault(pair[0], set())
-            (running.add if share.runs else running.discard)(pair[1])
-        for layers in self.maps:
-            layers.maps[1].update(layers.maps[0])
-        for pair, share in changed.items():
-            if not (share.runs or share.waiting):
-                del known[pair]
-        self.back_to()
-
-    def move_turn(self, service: str, before: Turn | None, after: Turn | None) -> None:
-        order = self.order.setdefault(service, [])
-        if before is not None:
-            del order[bisect.bisect_left(order, before)]
-        if after is not None:
-            bisect.insort(order, after)
-
-    def turns(self, service: str) -> Iterator[Turn]:
-        """Yield the turns of all users who have a free run, as the current transaction sees them."""
-        changed = {pair[1]: share.turn for pair, share in self.users.maps[0].items() if pair[0] == service}
-        kept = (turn for turn in self.order.get(service, ()) if turn.user_id not in changed)
-        return heapq.merge(kept, sorted(turn for turn in changed.values() if turn is not None))
-
-
-NO_SHARE, NO_LINE, NO_LOAD = Share(), Line(), Load()
-
-
-class Core:
-    """Runs all changes of rows, one transaction after another, and afterwards looks for callers that wait.
-
-    The calling thread runs the transaction. Work that arrives meanwhile shares the next transaction, and so an fsync. A separate
-    thread would cost a hand-over for each call: see docs/benchmarks.md, "The hot path". Inside, work uses only SQLite and memory:
-    no file, no socket, no process, no sleep. Its reads see what the transaction has written.
-    """
-
-    def __init__(self, db: sqlite3.Connection, beat: Callable[[sqlite3.Connection], None], is_time: Callable[[], bool]) -> None:
-        """`beat` stores the time, in the first transaction for which `is_time` returns True."""
-        self.db, self.beat, self.is_time = db, beat, is_time
-        self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
-        self.inbox, self.waiters = deque[Message](), set[Waiter]()
-        self.moved: set[int] = set()  # the jobs that the current transaction moves
-        self.quiet: set[int] = set()  # jobs whose moves the answer to a submit reports: they do not wake callers that wait for any job
-        self.synchronous = ""
-        self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
-        self.undecided = False  # the rows have changed, so a new decision may be possible
-        self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what to call after a COMMIT, and after a failure
-        self.shares = Shares()
-
-    def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
-        """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
-
-        If `work` raises, only its own part is rolled back. Raises StorageError if the database cannot be written.
-        """
-        if self.is_inside():
-            return work(self.db)
-        message, following = Message(work, durable), list[Callable[[], object]]()
-        self.inbox.append(message)
-        with self.inside():
-            if not message.done:
-                following = self.commit_waiting()
-        self.carry_out(following)
-        if message.error is not None:
-            raise message.error
-        return cast(T, message.value)
-
-    def settle(self) -> None:
-        """Decide now, because something other than the rows has changed."""
-        with self.inside():
-            self.undecided = True
-            following = self.commit_waiting()
-        self.carry_out(following)
-
-    @staticmethod
-    def carry_out(following: Iterable[Callable[[], object]]) -> None:
-        """Do what follows from a COMMIT, all of it: none of it is the caller's alone."""
-        for follow in following:
-            try:
-                follow()
-            except Exception:
-                log.exception("an error in what follows from a transaction")
-
-    def after(self, done: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
-        """Call `done` outside the core after the COMMIT of the current transaction, or `failed` if it is rolled back."""
-        self.outcomes.append((done, failed))
-
-    def is_inside(self) -> bool:
-        """Tell whether this thread is inside the core now."""
-        return self.owner == threading.get_ident()
-
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """Enter the core for the block: one thread at a time."""
-        with self.lock:
-            self.owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self.owner = 0
-
-    @contextlib.contextmanager
-    def watching(self, look: Callable[[], Any], job_id: int | None) -> Iterator[Waiter]:
-        """During the block, look for a caller after each commit that moved the job; any job if `job_id` is None."""
-        waiter = Waiter(look, job_id)
-        self.waiters.add(waiter)
-        try:
-            yield waiter
-        finally:
-            self.waiters.discard(waiter)
-
-    def wake_all(self) -> None:
-        for waiter in list(self.waiters):
-            waiter.bell.set()
-
-    def commit_waiting(self) -> list[Callable[[], object]]:
-        """Run and commit all waiting work in one transaction, then look for waiting callers.
-
-        Decisions that are left over, or that need a durable transaction, get a separate one. Return what to call outside the core.
-        """
-        following = list[Callable[[], object]]()
-        while self.inbox or self.undecided:
-            batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
-            try:
-                self.transact(batch)
-            except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
-                log.debug("a transaction for %d callers failed: %s", len(batch), error)  # dispatch_tick repeats lost decisions
-                self.roll_back(is_storage=isinstance(error, sqlite3.Error))
-                for message in batch:
-                    message.error = self.why_not(error, alone=len(batch) == 1)
-            for message in batch:
-                message.done = True
-            following += [done for done, _ in self.outcomes]
-            self.outcomes.clear()
-            self.look_around()
-        return following
-
-    def look_around(self) -> None:
-        """Look for callers that wait for a job that has moved."""
-        moved, self.moved = self.moved, set()
-        is_news = not moved <= self.quiet
-        for waiter in list(self.waiters) if moved else ():
-            if waiter.job_id in moved or (waiter.job_id is None and is_news):
-                waiter.look_again()
-
-    def transact(self, batch: Sequence[Message]) -> None:
-        """Run all of this work in one transaction, and the decisions that it makes possible."""
-        durable = any(message.durable for message in batch)
-        if batch:
-            self.begin("FULL" if durable else "NORMAL")
-        if len(batch) == 1:
-            batch[0].value = batch[0].work(self.db)
-        else:
-            for message in batch:
-                self.run(message)
-        if self.undecided and (durable or not batch):
-            self.decide()
-        if not self.db.in_transaction:
-            return
-        if self.is_time():
-            self.beat(self.db)
-        crash_point("commit.begun")
-        self.db.execute("COMMIT")
-        self.shares.commit()
-        crash_point("commit.done")
-
-    def begin(self, level: str) -> None:
-        """Begin a transaction. With FULL it is on disk when its COMMIT returns."""
-        self.set_synchronous(level)
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def decide(self) -> None:
-        """Carry out what `propose` proposes, as long as that changes the rows.
-
-        An error here loses only the decisions of this transaction, not the callers' work.
-        """
-        try:
-            for _ in range(DECISIONS_AT_ONCE):
-                self.undecided = False
-                step = self.propose()
-                if step is None:
-                    return
-                if not self.db.in_transaction:
-                    self.begin("FULL")
-                self.savepoint(step)
-                if not self.undecided:  # it was refused
-                    return
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            self.undecided = False
-            log.exception("an error while deciding which job is sent")
-
-    def savepoint(self, work: Callable[[], T]) -> T:
-        """Run work, and roll its part back if it raises."""
-        self.db.execute("SAVEPOINT part")
-        known, changes = len(self.outcomes), self.shares.changes()
-        try:
-            value = work()
-        except Exception as error:
-            if not is_fatal(error):
-                self.db.execute("ROLLBACK TO part")
-                self.db.execute("RELEASE part")
-                self.forget_outcomes(known)
-                self.shares.back_to(changes)
-            raise
-        self.db.execute("RELEASE part")
-        return value
-
-    def forget_outcomes(self, known: int) -> None:
-        """Call the `failed` of all outcomes except the first `known`, and forget them."""
-        for _, failed in self.outcomes[known:]:
-            failed()
-        del self.outcomes[known:]
-
-    def roll_back(self, is_storage: bool) -> None:
-        self.moved.clear()
-        self.forget_outcomes(0)
-        self.shares.back_to()
-        self.undecided = False  # the changes of rows are undone
-        with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            if is_storage:
-                # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
-                self.beat(self.db)
-
-    @staticmethod
-    def why_not(error: BaseException, alone: bool) -> BaseException:
-        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
-        return error if alone and not is_fatal(error) else StorageError(f"the database cannot be written: {error}")
-
-    def run(self, message: Message) -> None:
-        """Run one of several pieces of work: if it raises, only its own part is rolled back."""
-        try:
-            message.value = self.savepoint(lambda: message.work(self.db))
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            message.error = error
-
-    def set_synchronous(self, level: str) -> None:
-        if level != self.synchronous:
-            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
-            self.synchronous = level
-
-
-class Database:
-    """The database of one process.
-
-    The core owns the connection that writes. Other threads read through a few more; the last one used is taken first, because it
-    has the statements prepared. A database in memory or on a network file system, where WAL has no shared memory, has only one.
-    """
-
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        self.path, self.mode, self.clock = path, mode, clock or Clock()
-        self.alone = path == ":memory:" or on_network(path)
-        self.readers: list[sqlite3.Connection] = []  # idle ones
-        self.damage = ""
-        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
-        try:
-            self.db = self.connect()
-            found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # whether the check finished in time
-            self.refuse_damaged(found)
-            self.migrate()
-            self.set_steady()
-            self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
-            self.last_change = int(self.db.execute(CHANGED_LAST).fetchone()[0])
-            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
-                self.refuse_damaged(str(error))
-            or_restore = ", or restore a backup: joborch restore BACKUP" if mode == "server" else ""
-            way = "give a file that joborch created, or a new one"
-            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
-
-    def refuse_damaged(self, damage: str | None) -> None:
-        if damage:
-            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
-
-    def way_out(self) -> str:
-        if self.mode == "server":
-            return "restore a backup with: joborch restore BACKUP"
-        return "move it away: the server starts new attempts of the jobs that ran here"
-
-    def look_for_damage(self) -> None:
-        """Check the whole database in the background, unless the start did. A damaged database accepts no more jobs."""
-        if self.checked:
-            return
-        with contextlib.closing(self.reader()) as db:
-            self.damage = damage_of(db) or ""
-        if self.damage:
-            log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
-
-    def connect(self, mode: str = "rwc") -> sqlite3.Connection:
-        address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
-        db = sqlite3.connect(address, uri=self.path != ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        if self.alone:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
-        return db
-
-    def migrate(self) -> None:
-        """Create the schema or bring it up to date. Raises ConfigError if this program does not know it."""
-        version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
-        self.is_new = version == 0
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"DB_PATH {self.path!r} was created by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
-                "run that version, or give another file"
-            )
-        if 0 < version < min(MIGRATIONS):
-            raise ConfigError(f"DB_PATH {self.path!r} was created by an unreleased joborch (schema {version}): give another file")
-        if self.is_new:
-            self.db.executescript(SCHEMA)
-        for older in range(version, SCHEMA_VERSION) if version else ():
-            self.db.executescript(MIGRATIONS[older])
-
-    def set_steady(self) -> None:
-        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
-        at, boot, boot_s, steady = self.db.execute(LAST_HEARTBEAT).fetchone()
-        now_boot, now_s = self.clock.boot()
-        self.rebooted = boot not in ("", now_boot)  # what was not synced before that may be lost
-        if boot != now_boot:
-            # It is 0 in a new database, so it begins as wall time. Moves can be later than the last heartbeat, at most by its period.
-            boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
-        self.steady_offset = float(steady - boot_s)
-        self.beat(self.db)
-
-    def steady(self) -> float:
-        """Return the time in seconds for ages and delays. It began as wall time, but setting the clock does not change it."""
-        return self.clock.boot()[1] + self.steady_offset
-
-    def beat(self, db: sqlite3.Connection) -> None:
-        """Store the value from which steady time continues after a reboot."""
-        boot, boot_s = self.clock.boot()
-        self.beaten_at = boot_s + self.steady_offset
-        db.execute(HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
-
-    def close(self) -> None:
-        """Close the writing connection. Readers keep theirs: closing one during a query crashes the process."""
-        with self.core.inside():
-            self.db.close()
-
-    def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
-        """Return all rows of a query. Raises StorageError if the database cannot be read."""
-        try:
-            if self.core.is_inside():
-                return self.db.execute(sql, values).fetchall()
-            if self.alone:
-                with self.core.inside():
-                    return self.db.execute(sql, values).fetchall()
-            try:
-                db = self.readers.pop()
-            except IndexError:
-                db = self.reader()
-            try:
-                return db.execute(sql, values).fetchall()
-            finally:
-                if len(self.readers) < READERS_KEPT:
-                    self.readers.append(db)
-                else:
-                    db.close()
-        except sqlite3.Error as error:
-            raise StorageError(f"the database cannot be read: {error}") from error
-
-    def reader(self) -> sqlite3.Connection:
-        db = self.connect("rw")  # rw: does not create a new file if the file was removed
-        db.execute("PRAGMA query_only = 1")
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
-        return db
-
-    def number(self, sql: str, **values: Any) -> int:
-        """Return the single number of a query; None counts as 0."""
-        return int(self.read(sql, **values)[0][0] or 0)
-
-    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
-        """Like Core.call, but on a full disk free space and try once more."""
-        try:
-            return self.core.call(work, durable)
-        except StorageError as error:
-            if "full" not in str(error) or not self.make_room():
-                raise
-            return self.core.call(work, durable)
-
-    def check(self) -> None:
-        """Raise StorageError if the database cannot be read and written, or its file was removed."""
-        self.write(self.beat, durable=False)
-        self.check_identity()
-
-    def check_identity(self) -> None:
-        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
-        if self.damage:
-            raise StorageError(f"the database is damaged: {self.damage}")
-        if self.identity is not None:
-            try:
-                gone = os.stat(self.path)[stat.ST_INO] != self.identity
-            except OSError:
-                gone = True
-            if gone:
-                raise StorageError("the database file was removed or replaced while the program ran: restart it")
-
-
-def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
-    """Return what is wrong with a database: empty if nothing is, None if the check took longer than `patience_s`."""
-    deadline = None if patience_s is None else time.monotonic() + patience_s
-    db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
-    try:
-        said = db.execute(DAMAGE).fetchone()[0]
-    except sqlite3.OperationalError as error:
-        if "interrupted" in str(error):
-            return None
-        raise
-    except sqlite3.DatabaseError as error:  # too damaged to be checked
-        return str(error)
-    finally:
-        db.set_progress_handler(None, 0)
-    return "" if said == "ok" else str(said)
-
-
-def on_network(path: str) -> bool:
-    """Tell whether a path is on a network file system, by the longest mount point in /proc/mounts."""
-    kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
-    real, best, kind = os.path.realpath(path), "", ""
-    try:
-        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in mounts:
-        _, point, found = line.split(" ")[:3]
-        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-            best, kind = point, found
-    return kind.startswith(kinds)
-
-
-# == 28. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
-
-
-class Store(Database):
-    """The jobs of one process. Every status changes here, and with it whose turn it is.
-
-    One class serves both modes: a payload of a client is a job that may have no user and no service.
-    """
-
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        super().__init__(path, mode, clock)
-        self.noun = "job" if mode == "server" else "payload"
-        self.limits: Mapping[str, Service] = {}
-        self.sharing, self.last_seq = Sharing(), 0
-
-    # -- reading --
-
-    def jobs(self, sql: str, **values: Any) -> list[Job]:
-        return [as_job(row) for row in self.read(sql, **values)]
-
-    def job(self, sql: str, **values: Any) -> Job | None:
-        rows = self.jobs(sql, **values)
-        return rows[0] if rows else None
-
-    def get(self, job_id: int) -> Job | None:
-        return self.job(JOB_GET, id=job_id)
-
-    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before` that match the filters, newest first.
-
-        A cleaned job also matches the status with which it ended.
-        """
-        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
-        if user_id is not None:
-            return self.jobs(JOBS_PAGE_OF_USER, **values)
-        if status is not None:
-            found = {job.id: job for sql in (JOBS_PAGE_IN_STATUS, JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)}
-            return sorted(found.values(), key=lambda job: -job.id)[:limit]
-        return self.jobs(JOBS_PAGE_OF_SERVICE if service is not None else JOBS_PAGE, **values)
-
-    @staticmethod
-    def row(db: sqlite3.Connection, job_id: int) -> Job:
-        """Return a job that exists, inside a transaction."""
-        return as_job(db.execute(JOB_GET, {"id": job_id}).fetchone())
-
-    # -- writing --
-
-    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
-        """Store a new job durably, as Queued or Prepared, or as Invalid if a job that it follows did not end Completed.
-
-        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, and
-        QueueFull if its user has `most_queued` jobs queued.
-        """
-
-        def insert(db: sqlite3.Connection) -> Job:
-            job = self.insert(db, new, reason, most_queued)
-            words = (self.noun, job.id, job.status, job.service, job.user_id)
-            self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words))
-            return job
-
-        return self.write(insert, durable=self.mode == "server")
-
-    def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
-        """Store a new job inside a transaction: see `add`."""
-        if most_queued and db.execute(QUEUED_OF_USER, {"user_id": new.user_id, "limit": most_queued}).fetchone()[0] >= most_queued:
-            raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
-        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
-        open_ids, broken = self.still_open(db, new)
-        now, steady = self.clock.wall(), self.steady()
-        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
-        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
-        job_id = cast(int, db.execute(JOB_ADD, values).lastrowid)
-        for on_id in open_ids:
-            db.execute(DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, now, None, status, reason)
-        job = self.row(db, job_id)
-        if broken:
-            self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
-            return self.row(db, job_id)
-        if self.mode == "server":  # servers need no news of a payload that is only Prepared
-            self.core.moved.add(job_id)
-        self.update_rank(db, job)
-        return job
-
-    def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
-        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
-        open_ids, broken = [], ""
-        for on_id in new.after:
-            row = db.execute(JOB_GET, {"id": on_id}).fetchone()
-            if row is None or row["user_id"] != new.user_id:
-                raise UnknownJob(f"user {new.user_id} has no job {on_id}")
-            earlier = as_job(row)
-            if earlier.status not in OVER:
-                open_ids.append(on_id)
-            elif earlier.status is not Status.COMPLETED and db.execute(WAS_COMPLETED, {"id": on_id}).fetchone() is None:
-                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
-        return ([], broken) if broken else (open_ids, "")
-
-    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
-        """Move `job` from the status it was read with to `to`, and write its history.
-
-        Return False if the row has left that status meanwhile, or if a kill of a payload was requested since it was read. Raises
-        IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` if the row keeps
-        another reason than its history. On the server an end is always durable.
-        """
-        durable = durable or (self.mode == "server" and to in ENDED)
-
-        def move(db: sqlite3.Connection) -> bool:
-            moved = self.move_in(db, job, to, reason, **changes)
-            if moved:
-                words = (self.noun, job.id, job.status, to, job.service, job.user_id, ": " + one_line(reason) if reason else "")
-                self.core.after(functools.partial(log.info, "%s %d %s -> %s (service=%s user=%s)%s", *words))
-            return moved
-
-        return self.write(move, durable)
-
-    def move_accepted(self, job: Job, accepted: str, dest_id: str, to: Status, reason: str, **changes: Any) -> bool:
-        """Move a Processing job to Submitted, for the reason `accepted`, and on to its end, durably and in one transaction.
-
-        Its history is that of two moves. Returns False if the row has left Processing meanwhile.
-        """
-
-        def both(db: sqlite3.Connection) -> bool:
-            return self.move(job, Status.SUBMITTED, accepted, dest_id=dest_id) and self.move(self.row(db, job.id), to, reason, **changes)
-
-        return self.write(both)
-
-    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        """Make one move inside a transaction, and update the jobs that wait for this one: see `move`."""
-        moved = self.move_row(db, job, to, reason, **changes)
-        if moved and self.mode == "server" and to in ENDED:
-            self.tell_dependents(db, job.id, to)
-        return moved
-
-    def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
-        if (job.status, to) not in MOVES[self.mode]:
-            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
-        now = self.clock.wall()
-        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
-        if to in ENDED and job.status not in ENDED:
-            changes.setdefault("ended_at", now)
-        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
-        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
-        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
-        values.update(changed=self.next_change(), moved_at=self.steady())
-        # Whether a kill was requested decides how a payload ended, so a row that was read before the request is not good enough.
-        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
-        if db.execute(JOB_MOVE, values).rowcount != 1:
-            return False
-        self.core.moved.add(job.id)
-        if values["attempt"] != job.attempt:
-            cause = Cause.INFRASTRUCTURE.value
-            db.execute(ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
-        self.add_history(db, job.id, now, job.status, to, reason)
-        if self.mode == "server" and (job.status in BUSY or to in BUSY):
-            self.account(db, job, to, run_s, values["moved_at"], values["client"])
-        if not (job.status in BUSY and to in BUSY):
-            self.update_rank(db, job, is_queue=Status.QUEUED in (job.status, to))
-        return True
-
-    def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
-        """Release the jobs that follow a Completed one. If it ended otherwise, make them Invalid, and those that follow them."""
-        ended = [(job_id, to)]
-        while ended:
-            on_id, how = ended.pop()
-            for row in db.execute(DEPENDENTS, {"on_id": on_id}).fetchall():
-                job = as_job(row)
-                if how is not Status.COMPLETED:
-                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
-                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
-                    ended.append((job.id, Status.INVALID))
-                elif db.execute(JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.update_rank(db, job)
-            db.execute(DEPENDENTS_FORGET, {"on_id": on_id})
-
-    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
-        """Store a move. `seq` orders all moves, whatever the clock says: unique microseconds of steady time."""
-        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
-        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
-        db.execute(HISTORY_ADD, values)
-
-    def next_change(self) -> int | None:
-        """Return the next number for a client's /events; called inside a transaction. The server has none."""
-        if self.mode == "server":
-            return None
-        self.last_change += 1
-        return self.last_change
-
-    def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Store durably that a job must be stopped. Return whether that is new."""
-        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
-        return self.write(lambda db: db.execute(KILL_WISH, values).rowcount == 1)
-
-    def take_along(self, job: Job, client: str) -> bool:
-        """Store that a job's client has another name. Return False if the job has moved meanwhile."""
-        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
-
-        def rename(db: sqlite3.Connection) -> bool:
-            if db.execute(JOB_CLIENT, values).rowcount != 1:
-                return False
-            self.set_run(self.row(db, job.id))
-            return True
-
-        return self.write(rename)
-
-    def note(self, sql: str, **values: Any) -> None:
-        """Write a column that is not a status, without waiting for the disk."""
-        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
-
-    def tell(self, job_id: int, **begun: float) -> None:
-        """Let /events report a payload again. If it has just started, give `started_at` (wall) and `now` (steady)."""
-
-        def say(db: sqlite3.Connection) -> None:
-            sql = PAYLOAD_BEGUN if begun else PAYLOAD_TOLD
-            if db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount:
-                self.core.moved.add(job_id)
-
-        self.write(say, durable=False)
-
-    def forget(self, job_ids: Sequence[int]) -> None:
-
-        def delete(db: sqlite3.Connection) -> None:
-            for job_id in job_ids:
-                for sql in (FORGET_HISTORY, FORGET_ATTEMPTS, DEPENDENCIES_FORGET, FORGET_JOB):
-                    db.execute(sql, {"id": job_id})
-
-        self.write(delete, durable=False)
-
-    def renew(self) -> None:
-        """After a restore: skip ids that may have been assigned since the backup, and become a new instance."""
-
-        def skip(db: sqlite3.Connection) -> None:
-            last = db.execute(LAST_ID).fetchone()
-            db.execute(SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
-            db.execute(NEW_INSTANCE)
-
-        self.write(skip)
-
-    # -- turns --
-
-    def seen(self, known: ChainMap[K, V]) -> Mapping[K, V]:
-        """Return a map of Shares as this thread may see it: only the current transaction sees its changes."""
-        return known if self.core.is_inside() else known.maps[1]
-
-    def share(self, service: str, user_id: int) -> Share:
-        """Return a user's part in a service, from memory or, if nothing is going on there, from the rows."""
-        share = self.seen(self.core.shares.users).get((service, user_id))
-        if share is None:
-            rows = self.read(USAGE_GET, service=service, user_id=user_id)
-            share = Share(Usage(*rows[0])) if rows else NO_SHARE
-        return share
-
-    def line(self, service: str) -> Line:
-        return self.seen(self.core.shares.lines).get(service, NO_LINE)
-
-    def load(self, client: str) -> Load:
-        return self.seen(self.core.shares.loads).get(client, NO_LOAD)
-
-    def weight(self, user_id: int) -> float:
-        """Return a user's weight: the stored one, else that of the settings, else 1."""
-        return self.seen(self.core.shares.weights).get(user_id, 1.0)
-
-    def turns(self, service: str) -> Iterator[Turn]:
-        """Yield the turns of users whose next job may be sent, the first turn first."""
-        shares = self.core.shares
-        turns = shares.turns(service) if self.core.is_inside() else iter(shares.order.get(service, [])[:CANDIDATES_LOOKED_AT])
-        return itertools.takewhile(lambda turn: not turn.at_quota, turns)
-
-    def users_queued(self, service: str) -> int:
-        """Return how many users have a job that could run, counted up to 10,000."""
-        return min(len(self.core.shares.order.get(service, ())), 10_000)
-
-    def turns_before(self, service: str, turn: Turn) -> int:
-        """Return how many users with a free run have their turn before this one, counted up to 10,000."""
-        return min(bisect.bisect_left(self.core.shares.order.get(service, []), turn._replace(at_quota=False)), 10_000)
-
-    def runs(self) -> Iterator[Run]:
-        """Yield all jobs at clients."""
-        users = self.seen(self.core.shares.users)
-        return (run for share in list(users.values()) for run in share.runs)
-
-    def set_pace(self, db: sqlite3.Connection, service: str, pace: Pace) -> None:
-        db.execute(PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
-        self.core.shares.lines[service] = self.line(service)._replace(pace=pace)
-
-    def set_run(self, job: Job) -> None:
-        """Keep what is known of a job at a client as it is now, inside a transaction; forget it if it is at none any more."""
-        run, shares, share, line = run_of_job(job), self.core.shares, self.share(*job.pair), self.line(job.pair[0])
-        old = share.run(job.id)
-        for each, count in ((old, -1), (run, 1)):
-            if each is not None:
-                shares.loads[each.client] = self.load(each.client).plus(each, count)
-                line = line._replace(busy=line.busy + count)
-        shares.lines[job.pair[0]] = line
-        runs = [each for each in (*share.runs, run) if each is not None and each is not old]
-        shares.users[job.pair] = share._replace(runs=tuple(sorted(runs)))
-
-    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, moved_at: float, client: str) -> None:
-        """Charge a user in advance for a job that goes to a client, or its real length when it is over."""
-        share = self.share(*job.pair)
-        run = share.run(job.id)
-        if run is None:
-            charged = charge_in_advance(job, share.usage, self.line(job.pair[0]).pace, self.sharing.half_life_s)
-        else:
-            charged = run.charged if to in BUSY else self.charge_run(db, job, to, run_s, run)
-        if run is None or to not in BUSY:
-            db.execute(JOB_CHARGE_SET, {"id": job.id, "charged": charged})
-        self.set_run(job._replace(status=to, charged=charged, client=client, moved_at=moved_at))
-
-    def charge_run(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, run: Run) -> float:
-        """Add a run that is over to its user's use. Return its charge."""
-        now, share = self.steady(), self.share(*job.pair)
-        usage = share.usage
-        if run_s is None:
-            run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else run.charged / job.cpus
-        elif to in (Status.COMPLETED, Status.FAILED):
-            usage = with_run(usage, run_s)
-            self.set_pace(db, job.pair[0], with_run(self.line(job.pair[0]).pace, run_s))
-        use = self.without_old_credit(job, share) if run_s > TURN_S else usage.use
-        counted = job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s)
-        usage = usage._replace(use=used(use, counted, now, self.sharing.half_life_s))
-        db.execute(USAGE_SET, {"service": job.service, "user_id": job.user_id, **usage._asdict()})
-        self.core.shares.users[job.pair] = share._replace(usage=usage)
-        return job.cpus * max(run_s, TURN_S)
-
-    def without_old_credit(self, job: Job, share: Share) -> float:
-        """Return the use of a job's user, capped by the use of the service's other active users: see `cap_idle_credit`.
-
-        It is not capped if the user has no more jobs waiting. What the others were charged in advance does not count, because
-        they may not use it.
-        """
-        (name, user_id), use, now, shares = job.pair, share.usage.use, self.steady(), self.core.shares
-        service, weight = self.limits.get(name), self.weight(user_id)
-        level = next((turn.rank for turn in self.turns(name) if turn.user_id != user_id), float("inf"))
-        if service is None or service.policy != "share" or share.turn is None or cap_idle_credit(use, weight, level) == use:
-            return use
-        changed = {other for service_name, other in shares.users.maps[0] if service_name == name}
-        for other in (shares.running.get(name, set()) | changed) - {user_id}:
-            theirs = self.share(name, other)
-            if theirs.runs:
-                had = with_open_runs(theirs.usage.use, theirs.runs, now, self.sharing.half_life_s, in_advance=False)
-                level = min(level, had - math.log2(self.weight(other)))
-        return use if level == float("inf") else cap_idle_credit(use, weight, level)
-
-    def used_slot_s(self, service: str, user_id: int) -> float:
-        """Return a user's use of a service as it counts now, in slot-seconds. Running jobs count with the time they have run."""
-        now, half_life_s, share = self.steady(), self.sharing.half_life_s, self.share(service, user_id)
-        return use_now(with_open_runs(share.usage.use, share.runs, now, half_life_s, in_advance=False), now, half_life_s)
-
-    def charge_longer(self, job: Job) -> None:
-        """Charge more for a run that takes longer than expected: double the charge, but never far more than the run has used."""
-        charged = job.charged + min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
-
-        def charge(db: sqlite3.Connection) -> None:
-            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": charged}
-            if db.execute(JOB_CHARGE, values).rowcount:
-                self.set_run(self.row(db, job.id))
-                self.update_rank(db, job, is_queue=False)
-
-        self.write(charge, durable=False)
-
-    def update_rank(self, db: sqlite3.Connection, job: Job, is_queue: bool = True) -> None:
-        """Update the turn of a job's user. If `is_queue` is False, the user's queued jobs are the same as before."""
-        if self.mode == "server" and job.service in self.limits:
-            self.core.undecided = True
-            self.update_turn(db, job.pair, is_queue)
-
-    def update_turn(self, db: sqlite3.Connection, pair: tuple[str, int], is_queue: bool) -> None:
-        """Update a user's turn in a service, inside a transaction."""
-        service, share, turn = self.limits[pair[0]], self.share(*pair), None
-        if is_queue:
-            sql = WAITING_FIRST if service.policy == "share" else WAITING_BY_PRIORITY
-            rows = db.execute(sql, {"service": pair[0], "user_id": pair[1]})
-            share = share._replace(waiting=tuple(Waiting(*row) for row in rows))
-        if share.waiting:
-            use = with_open_runs(share.usage.use, share.runs, self.steady(), self.sharing.half_life_s)
-            rank, head = rank_of(service.policy, share.waiting, use - math.log2(self.weight(pair[1])), self.sharing.ageing_s)
-            turn = Turn(len(share.runs) >= service.runs_per_user, rank, head, pair[1])
-        self.core.shares.users[pair] = share._replace(turn=turn)
-
-    def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
-        """Use these services and rules, and compute all turns."""
-        self.limits, self.sharing = services, sharing or self.sharing
-        if self.mode == "server":
-            self.write(self.make_turns)
-
-    def make_turns(self, db: sqlite3.Connection) -> None:
-        """Fill the memory from the rows. Convert uses that were counted with another half-life to their present value."""
-        (half_life_s,), now = db.execute(TURNS_MADE).fetchone(), self.steady()
-        if half_life_s != self.sharing.half_life_s:
-            shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
-            for row in db.execute(USAGE_ALL).fetchall() if shift else ():
-                db.execute(USAGE_SET, {**dict(row), "use": row["used"] + shift})
-            db.execute(TURNS_MADE_BY, {"half_life_s": self.sharing.half_life_s})
-        shares = self.core.shares = Shares()
-        shares.weights.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(WEIGHT_ALL)}})
-        shares.lines.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(PACE_ALL)})
-        for job in map(as_job, db.execute(ALL_BUSY)):
-            self.set_run(job)
-        for service in self.limits:
-            for (user_id,) in db.execute(QUEUED_USERS, {"service": service}).fetchall():
-                self.update_turn(db, (service, user_id), is_queue=True)
-
-    def set_weight(self, user_id: int, weight: float) -> None:
-
-        def store(db: sqlite3.Connection) -> None:
-            db.execute(WEIGHT_SET, {"user_id": user_id, "weight": weight})
-            self.core.shares.weights[user_id] = weight
-            for service in self.limits:
-                self.update_turn(db, (service, user_id), is_queue=False)
-            self.core.undecided = True
-
-        self.write(store)
-
-    # -- claims --
-
-    def claim(self, job_id: int, client: str, room: int) -> Job | None:
-        """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
-
-        One transaction decides, and it is durable: a restarted server must know where a job may be.
-        """
-
-        def take(db: sqlite3.Connection) -> Job | None:
-            job = self.row(db, job_id)
-            service = self.limits[job.service or ""]
-            if job.status is Status.QUEUED and job.kill_requested_at is not None:
-                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
-                return None
-            full = (
-                self.load(client).cpus + job.cpus > room
-                or self.line(job.pair[0]).busy >= service.max_runs
-                or len(self.share(*job.pair).runs) >= service.runs_per_user
-            )
-            if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
-                return None
-            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
-            return self.row(db, job_id)
-
-        return self.write(take)
-
-    def admit_due(self) -> int:
-        """Make new attempts claimable if their back-off is over; return how many."""
-        due = self.read(DELAYED_DUE, now=self.steady())
-
-        def admit(db: sqlite3.Connection) -> None:
-            for row in due:
-                db.execute(JOB_ADMIT, {"id": row["id"]})
-                self.update_rank(db, self.row(db, row["id"]))
-
-        if due:
-            self.write(admit, durable=False)
-        return len(due)
-
-
-# == 29. Restore ==  A prepared restore is completed at the next start, and no id is assigned twice.
-
-
-def folder_of(path: str) -> str:
-    """Return the real path of the folder that a file is in."""
-    return os.path.realpath(os.path.dirname(path))
-
-
-def decided_restore(db_path: str) -> Path | None:
-    """Return a restored database that is complete but not yet in place, or None."""
-    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
-    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
-
-
-def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
-    """Put a restored database in place and remove incomplete ones. Return the replaced database and the folder of files without a job.
-
-    Both are None if there was nothing to do. Each step may be repeated after a crash.
-    """
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        discard(Path(f"{db_path}.restoring{suffix}"))
-    ready = decided_restore(db_path)
-    if ready is None:
-        return None, None
-    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
-        known = {row[0] for row in db.execute(ALL_UUIDS)}
-    unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
-    crash_point("restore.files")
-    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
-    if os.path.exists(db_path) and not kept.exists():
-        os.link(db_path, kept)
-    crash_point("restore.kept")
-    for suffix in ("-wal", "-shm"):  # of the old database
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(db_path + suffix, f"{kept}{suffix}")
-    fsync_path(folder_of(db_path))
-    crash_point("restore.moved")
-    os.replace(ready, db_path)
-    fsync_path(folder_of(db_path))
-    return kept if kept.exists() else None, unclaimed
-
-
-# == 30. Files ==  Names are checked before anything is stored, and content is streamed in chunks.
-
-
-class StoredFile(NamedTuple):
-    """One received file: its relative POSIX path, its size in bytes and its SHA-256 (hex)."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass
-class Form:
-    """A received form: its files, already on disk, and its text fields."""
-
-    files: list[StoredFile] = field(default_factory=list)
-    fields: dict[str, str] = field(default_factory=dict)
-
-
-def shown(name: str) -> str:
-    """Return a file name for a message: quoted, printable and short."""
-    return repr(one_line(name, 80))
-
-
-def check_path(path: str) -> str:
-    """Return `path` without a leading `./`. Raises HttpError 400 unless it is a relative POSIX path that stays in its folder."""
-    name = re.sub(r"^(\./)+", "", path)
-    parts = name.split("/")
-    if not name:
-        raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
-    if any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise HttpError(400, f"file name {shown(name)} contains a control character: use printable ones", "file")
-    if name.startswith("/"):
-        raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
-    if ".." in parts:
-        raise HttpError(400, f"file name {shown(name)} contains '..': give a path that stays in its folder", "file")
-    if "" in parts or "." in parts:
-        raise HttpError(400, f"file name {shown(name)} has an empty part or a '.': write inputs/a.pdb", "file")
-    if len(parts) > DEPTH_LIMIT + 1:
-        raise HttpError(400, f"file name {shown(name)} is {len(parts) - 1} folders deep: at most {DEPTH_LIMIT}", "file")
-    sizes = [len(os.fsencode(part)) for part in parts]
-    if max(sizes) > NAME_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > PATH_LIMIT_BYTES:
-        limits = f"at most {NAME_LIMIT_BYTES} bytes for each part and {PATH_LIMIT_BYTES} in all"
-        raise HttpError(400, f"file name {shown(name)} is too long: {limits}", "file")
-    return name
-
-
-def inputs_digest(digests: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) for a set of files; `digests` has the SHA-256 of each, by path."""
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
-
-
-def parents_of(path: str) -> set[str]:
-    """Return all folders above a relative path: `a` and `a/b` for `a/b/c`."""
-    parts = path.split("/")
-    return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
-
-
-class Tree:
-    """The file names of one form so far: each is unique, and none is both a file and a folder."""
-
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.folders: set[str] = set()
-
-    def add(self, path: str) -> None:
-        """Add `path`. Raises HttpError 400 if it clashes with an earlier one."""
-        parents = parents_of(path)
-        if path in self.files:
-            raise HttpError(400, f"file name {path!r} is used twice: give each file a different name", "file")
-        if path in self.folders or parents & self.files:
-            raise HttpError(400, f"file name {path!r} is both a file and a folder", "file")
-        self.files.add(path)
-        self.folders |= parents
-
-
-def part_path(segment: Any, by_name: bool) -> str | None:
-    """Return the path of a part's file, or None if the part is a text field.
-
-    Callers of a server send the path as `filename`. Between machines (`by_name`), `name` is the path and `filename` the base
-    name. A 2.2 server writes `name*=utf-8''two%20words.txt`, which the multipart library ignores.
-    """
-    exact = segment.header("X-Joborch-Path")
-    if by_name and exact:
-        return os.fsdecode(unquote_to_bytes(exact))
-    name: str = segment.name or extended_parameter(segment.header("Content-Disposition", ""), "name")
-    filename: str | None = segment.filename
-    if filename is None:
-        filename = extended_parameter(segment.header("Content-Disposition", ""), "filename") or None
-    if not by_name or (filename is None and name == DIGESTS_FIELD):
-        return filename
-    return filename if name in ("", "file") and filename else name or None
-
-
-def extended_parameter(header: str, name: str) -> str:
-    """Return the value of `name*=utf-8''...` in a header (RFC 5987), or an empty string."""
-    match = re.search(rf";\s*{name}\*=(?:utf-8|UTF-8)''([^;\s]+)", header)
-    return unquote_to_bytes(match[1]).decode("utf-8", "replace") if match else ""
-
-
-def multipart_boundary(content_type: str) -> str:
-    """Return the boundary of a form. Raises HttpError 415 for another content type, 400 if the boundary is missing."""
-    kind, _, rest = content_type.partition(";")
-    if kind.strip().lower() != "multipart/form-data":
-        raise HttpError(415, "send a form as multipart/form-data, as curl -F does", "Content-Type")
-    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', rest)
-    if not match:
-        raise HttpError(400, "the Content-Type has no boundary: let your HTTP library write it", "Content-Type")
-    return match[1] or match[2]
-
-
-class FormReader:
-    """Streams a multipart form: files to disk below `folder`, text fields to memory.
-
-    `before_file` may refuse a further file; `after_write` gets the number of bytes written, and `reserve` that of bytes which an
-    archive unpacks to. They serve the disk account.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        by_name: bool = False,
-        before_file: Callable[[], None] = lambda: None,
-        after_write: Callable[[int], None] = lambda _: None,
-        reserve: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.folder, self.root, self.by_name = folder, str(folder), by_name
-        self.before_file, self.after_write, self.reserve = before_file, after_write, reserve
-        self.form, self.tree, self.folders = Form(), Tree(), {""}
-        self.unpack_limit_bytes = 0  # of all files together, if archives are unpacked
-
-    def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
-        """Read the whole form. Raises HttpError; the caller must then remove the folder."""
-        import multipart
-
-        parser = multipart.PushMultipartParser(
-            multipart_boundary(content_type),
-            content_length=length,
-            max_header_size=PART_HEADER_LIMIT_BYTES,
-            max_segment_count=PARTS_LIMIT,
-        )
-        try:
-            events = parser.parse_blocking(stream.read, chunk_size=CHUNK_BYTES)
-            for event in events:
-                self.part(event, events)
-        except multipart.ParserLimitReached as error:
-            if "segment count" in str(error).lower():
-                raise HttpError(413, f"the form has more than {PARTS_LIMIT} parts: send the files as one archive") from error
-            raise HttpError(413, f"a part's headers are too long: at most 8 lines of {PART_HEADER_LIMIT_BYTES} bytes") from error
-        except multipart.MultipartError as error:
-            raise HttpError(400, f"the form cannot be read: {error}") from error
-        return self.form
-
-    def part(self, segment: Any, events: Iterator[Any]) -> None:
-        """Read one part from the event stream, up to the None that ends it."""
-        path = part_path(segment, self.by_name)
-        chunks = iter(lambda: next(events), None)
-        if path is None:
-            self.text(segment, events)
-        elif self.unpack_limit_bytes and segment.name == "archive":
-            self.archive(path, chunks)
-        else:
-            mode = segment.header("X-Joborch-Mode", "") if self.by_name else ""
-            self.file(check_path(path), chunks, int(mode, 8) if re.fullmatch("[0-7]{3}", mode) else None)
-
-    def text(self, segment: Any, events: Iterator[Any]) -> None:
-        limit = 32 * MIB if self.by_name and segment.name == DIGESTS_FIELD else FIELD_LIMIT_BYTES
-        name, value = one_line(segment.name, 80), bytearray()
-        for chunk in iter(lambda: next(events), None):
-            value += chunk
-            if len(value) > limit:
-                raise HttpError(413, f"field {name} is over {limit // KIB} KiB: send long texts as files", name)
-        if name in self.form.fields:
-            raise HttpError(400, f"field {name} is given twice: give it once", name)
-        try:
-            self.form.fields[name] = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise HttpError(400, f"field {name} is not UTF-8", name) from error
-
-    def archive(self, name: str, chunks: Iterable[bytes]) -> None:
-        """Store the files in an archive, once it has arrived: the directory of a ZIP is at its end."""
-        with tempfile.TemporaryFile() as spool:
-            for chunk in chunks:
-                spool.write(chunk)
-                self.after_write(len(chunk))
-            load_plugin("uploads").unpack(self, name, spool)
-
-    def file(self, path: str, chunks: Iterable[bytes], mode: int | None = None) -> None:
-        """Store one file. If its permissions are not known, a program gets the right to be executed: a script may call ./tool."""
-        self.tree.add(path)
-        self.before_file()
-        self.make_folders(path)
-        digest, size, head = hashlib.sha256(), 0, b""
-        descriptor = os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "wb", buffering=0) as target:
-            for chunk in chunks:
-                write_all(target, chunk)
-                self.after_write(len(chunk))
-                digest.update(chunk)
-                size += len(chunk)
-                head += chunk[: 4 - len(head)]
-            if mode is not None:
-                os.fchmod(descriptor, mode & 0o777 | 0o600)
-            elif head.startswith((b"#!", b"\x7fELF")):
-                os.fchmod(descriptor, 0o700)
-        self.form.files.append(StoredFile(path, size, digest.hexdigest()))
-
-    def make_folders(self, path: str) -> None:
-        parent = path.rpartition("/")[0]
-        if parent not in self.folders:
-            (self.folder / parent).mkdir(parents=True, exist_ok=True)
-            self.folders |= parents_of(path)
-
-
-def write_all(target: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to an unbuffered file, whose write() may accept only a part."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
-
-
-# == 31. Folders ==  Makes files durable, and safely reads folders that a script can tamper with.
-
-
-def fsync_path(path: str | Path) -> None:
-    """Make a file's content or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def files_below(folder: Path) -> list[str]:
-    """Return the relative paths of all files below a folder, sorted."""
-    root = os.fsencode(folder)
-    return sorted(os.fsdecode(os.path.join(here, name)[len(root) + 1 :]) for here, _, names in walk(root) for name in names)
-
-
-def fsync_tree(folder: Path, paths: Sequence[str]) -> None:
-    """Make `folder`, the files `paths` in it, and its entry in its parent durable."""
-    if len(paths) > 32:  # one syncfs is cheaper than many fsyncs
-        sync_file_system(folder)
-        return
-    root = str(folder)
-    inner = set().union(*(parents_of(path) for path in paths))
-    for path in [*paths, *sorted(inner, key=lambda inner_path: -inner_path.count("/"))]:
-        fsync_path(f"{root}/{path}")
-    fsync_path(root)
-    fsync_path(folder.parent)
-
-
-def sync_file_system(path: Path) -> None:
-    """Write the whole file system of `path` to disk (syncfs(2))."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if libc().syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), "syncfs failed", str(path))
-    finally:
-        os.close(descriptor)
-
-
-@functools.lru_cache(maxsize=1)
-def libc() -> ctypes.CDLL:
-    """Return the C library, for system calls that Python does not wrap."""
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
-    """Return a descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
-
-    `path` may be a descriptor. `flags` apply to the last folder: O_PATH is enough to open what is in it.
-    """
-    names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
-    descriptor = owned = path if isinstance(path, int) else -1
-    for number, name in enumerate(names, 1):
-        how = (flags if number == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW
-        try:
-            further = os.open(name, how, dir_fd=None if descriptor < 0 else descriptor)
-        finally:
-            if descriptor != owned:
-                os.close(descriptor)
-        descriptor = further
-    return descriptor
-
-
-@contextlib.contextmanager
-def opened_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> Iterator[int]:
-    """Open a folder as `open_folder` does, and close it at the end."""
-    descriptor = open_folder(path, *inner, flags=flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def open_regular(path: str | Path | int, *inner: str) -> IO[bytes]:
-    """Open a file that a script could have replaced: follow no link, wait for no FIFO. Raises OSError if it is not a regular file.
-
-    With `inner`, `path` is a folder (or a descriptor of one) and `inner` the path below it; no folder on the way may be a link.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    if isinstance(path, int) and len(inner) == 1:
-        descriptor = os.open(inner[0], flags, dir_fd=path)
-    elif inner:
-        with opened_folder(path, *inner[:-1]) as folder:
-            descriptor = os.open(inner[-1], flags, dir_fd=folder)
-    else:
-        descriptor = os.open(cast("str | Path", path), flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return open(descriptor, "rb")
-
-
-def state_below(folder: Path, name: str) -> os.stat_result:
-    """Return the status of `name` in a folder that a script can change, following no link. Raises OSError."""
-    with opened_folder(folder) as descriptor:
-        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-
-
-def has_work(folder: Path) -> bool:
-    """Tell whether a payload has its work folder. True if that cannot be checked."""
-    try:
-        return stat.S_ISDIR(state_below(folder, "work").st_mode)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-def last_line(path: Path) -> str:
-    """Return the last non-blank line of a text file, safe to show; empty if the file cannot be read."""
-    try:
-        with open_regular(path.parent, path.name) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * KIB))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except OSError:
-        return ""
-    return next((one_line(line, 200) for line in reversed(lines) if line.strip()), "")
-
-
-def give_rights(folder: Path | int, *inner: str | bytes) -> None:
-    """Give this user full rights to a folder again if a script removed them. Raises OSError if it is not a folder."""
-    with opened_folder(folder, *inner) as descriptor:
-        path = f"/proc/self/fd/{descriptor}"
-        if not os.access(path, os.R_OK | os.X_OK):
-            os.chmod(path, 0o700)
-
-
-def open_unreadable(name: bytes | str, folder: int | None) -> int:
-    """Open a file whose mode denies reading even to its owner, and restore its mode. Raises PermissionError if another user owns it."""
-    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
-    try:
-        state, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
-        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        os.chmod(path, stat.S_IMODE(state.st_mode) | stat.S_IRUSR)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        finally:
-            os.chmod(path, stat.S_IMODE(state.st_mode))
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file atomically and durably: after a crash it has either its old or its new content."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(temporary, path)
-    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
-
-
-def is_full(folder: str | Path) -> bool:
-    """Tell whether the file system of `folder` is full: no blocks or no inodes left (some file systems have no inode limit)."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize < 64 * KIB or (state.f_files > 0 and state.f_favail < 8)
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Return how many bytes an ordinary user can still write to the file system of `folder`."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize
-
-
-def walk(root: bytes, on_error: Callable[[OSError], None] | None = None) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
-    """Yield each folder below `root` with its subfolders and its other entries, all sorted. Links are not followed.
-
-    Unlike os.walk() before Python 3.12, it works at any depth.
-    """
-    waiting = [root]
-    while waiting:
-        here = waiting.pop()
-        try:
-            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(here))
-        except OSError as error:
-            if on_error is not None:
-                on_error(error)
-            continue
-        folders = [name for name, is_folder in entries if is_folder]
-        yield here, folders, [name for name, is_folder in entries if not is_folder]
-        waiting += [os.path.join(here, name) for name in reversed(folders)]
-
-
-class Level:
-    """One folder on the path of a walk: its path, its descriptor (-1 if closed), and the subfolders still to visit."""
-
-    def __init__(self, path: bytes, descriptor: int) -> None:
-        self.path, self.descriptor, self.folders = path, descriptor, cast("list[bytes]", [])
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
-
-
-def walk_open(
-    root: int, room: int, note: Callable[[bytes, str], None], mend: bool = False
-) -> Iterator[tuple[int, bytes, list[bytes], int]]:
-    """Yield the open folder `root` and each folder below it: descriptor, path, sorted names of non-folders, number of entries.
-
-    Links are never followed, even if something is replaced by one during the walk. The walk ends after `room` entries; `note`
-    gets the path of each omitted entry, and why. With `mend`, folders of this user are made readable first. Deep trees need
-    few descriptors: upper folders are closed and reopened on the way back.
-    """
-    levels: list[Level] = []
-    entered: Level | None = Level(b"", os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root))
-    try:
-        while entered is not None or levels:
-            if entered is not None:
-                levels.append(entered)
-                files, entered.folders, count = read_folder(entered, room, note)
-                room -= count
-                yield entered.descriptor, entered.path, files, count
-                if room < 0:
-                    return
-                if len(levels) > WALK_DESCRIPTORS:
-                    levels[-WALK_DESCRIPTORS - 1].close()
-            while levels and not levels[-1].folders:
-                levels.pop().close()
-            entered = enter(root, levels[-1], note, mend) if levels else None
-    finally:
-        for level in [*levels, *([entered] if entered else [])]:
-            level.close()
-
-
-def enter(root: int, above: Level, note: Callable[[bytes, str], None], mend: bool) -> Level | None:
-    """Open the next subfolder of `above`. If that is impossible, note it and return None."""
-    name = above.folders.pop()
-    path = above.path + b"/" + name if above.path else name
-    try:
-        if len(path) > 4095:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        if above.descriptor < 0:
-            above.descriptor = open_folder(root, *above.path.split(b"/"), flags=os.O_RDONLY)
-        if mend:
-            with contextlib.suppress(PermissionError):  # another user's folder: read what its mode allows
-                give_rights(above.descriptor, name)
-        return Level(path, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above.descriptor))
-    except OSError as error:
-        note(path, os.strerror(error.errno or 0))
-        return None
-
-
-def read_folder(level: Level, room: int, note: Callable[[bytes, str], None]) -> tuple[list[bytes], list[bytes], int]:
-    """Return the names of non-folders (sorted), of folders (in reverse), and the number of entries, which may exceed `room`."""
-    names: list[list[bytes]] = [[], []]
-    count, prefix = 0, level.path + b"/" if level.path else b""
-    try:
-        with os.scandir(level.descriptor) as entries:
-            for entry in entries:
-                count += 1
-                if count > room + LEFT_OUT_LINES:
-                    break
-                names[entry.is_dir(follow_symlinks=False)].append(os.fsencode(entry.name))
-    except OSError as error:
-        note(level.path, os.strerror(error.errno or 0))
-    files, folders = sorted(names[0]), sorted(names[1])
-    if count > room:
-        for name in [*files[room:], *folders[max(0, room - len(files)) :]]:
-            note(prefix + name, "the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        note(level.path, "the rest was not read: the result would have too many files (JOBORCH_MAX_RESULT_FILES)")
-        files, folders = files[:room], folders[: max(0, room - len(files))]
-    return files, folders[::-1], count
-
-
-def helper_environment() -> dict[str, str]:
-    """Return the environment for rm, chmod and zstd, without secrets, because payloads could read it."""
-    return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-
-
-LOCK_HELD = (errno.EAGAIN, errno.EACCES)  # lockf(3): another process holds the lock; other errors come from the file system
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-def lock_trouble(error: OSError) -> str:
-    """Return why a file system refused a lock that no process holds, and the remedy."""
-    reason = os.strerror(error.errno or 0)
-    if error.errno not in NO_LOCKS:
-        return f"{reason}; is the file system healthy?"
-    return (
-        f"this file system has no locks ({reason}); use a folder on another one, such as a local disk, "
-        "or mount it with locks (Lustre: -o flock; NFS: with lockd)"
-    )
-
-
-def bytes_below(path: Path) -> int:
-    """Return the total size of the files below a folder that this user can see."""
-    total = 0
-    for here, _, names in walk(os.fsencode(path)):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(here, name)).st_size
-    return total
-
-
-def take_lock(file: IO[str], name: str, kind: str) -> None:
-    """Lock an open file until the process ends and write the process id to it. Raises ConfigError if that fails."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in LOCK_HELD:
-            raise ConfigError(f"{name} cannot be locked: {lock_trouble(error)}") from error
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        raise ConfigError(f"{name} is in use by process {owner}: stop it, or use another {kind}") from error
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-
-
-# -- run.sh --
-
-SHELLS = re.compile(r"r?(ba|da|a|k|mk|z)?sh[-0-9.]*|busybox")  # bash can run their scripts, too
-SCRIPT_NAMES = {"python": "your.py", "pypy": "your.py", "perl": "your.pl", "Rscript": "your.R", "node": "your.js", "julia": "your.jl"}
-
-
-def interpreter_of(first_line: bytes) -> str:
-    """Return the name of the program that a `#!` line calls, directly or through env; empty for any other line."""
-    words = first_line[2:].decode("utf-8", "replace").split() if first_line.startswith(b"#!") else []
-    if words and os.path.basename(words[0]) == "env":
-        words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-    return os.path.basename(words[0]) if words else ""
-
-
-def script_hints(head: bytes) -> list[str]:
-    """Return one sentence for each mistake in the first bytes of a run.sh that would make bash fail."""
-    hints = []
-    first_line = head[:500].partition(b"\n")[0]
-    name = interpreter_of(first_line)
-    if name and not SHELLS.fullmatch(name):
-        said, name = one_line(first_line.decode("utf-8", "replace"), 80), one_line(name, 40)
-        other = SCRIPT_NAMES.get(re.sub(r"[0-9.]+$", "", name), "your-script")
-        hints.append(f"run.sh begins with {said} but is run by bash: send it as {other}, and put `{name} {other}` into run.sh")
-    if head.startswith(b"\x7fELF"):
-        hints.append("run.sh is a program, not a script: send it as your-program, and put `./your-program` into run.sh")
-    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        hints.append("run.sh begins with a byte order mark, which bash does not understand: save it as UTF-8 without one")
-    if b"\r\n" in head:
-        hints.append("run.sh has Windows line endings (CRLF), which bash does not understand: convert it, for example with dos2unix")
-    return hints
-
-
-def hints_for(folder: Path, *inner: str) -> list[str]:
-    """Return the hints for a run.sh on disk; the arguments are those of `open_regular`."""
-    try:
-        with open_regular(folder, *inner) as file:
-            return script_hints(file.read(64 * KIB))
-    except OSError:
-        return []  # a missing run.sh is reported elsewhere
-
-
-def no_script_text(paths: Sequence[str]) -> str:
-    """Return what to do about an upload without run.sh, naming its files."""
-    below = [path for path in paths if path.endswith("/run.sh")]
-    top = paths[0].partition("/")[0]
-    if len(below) == 1 and all(path.startswith(top + "/") for path in paths):
-        inner, found = below[0].rpartition("/")[0], one_line(below[0], 80)
-        return f"there is no run.sh, but {found}: leave the folder {one_line(inner, 80)} out of the file names{example_part(below[0])}"
-    among = ", ".join(one_line(path, 80) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    text = f"there is no run.sh among {among}"
-    scripts = below or [path for path in paths if re.fullmatch(r"run\.sh\S*|.*\.(sh|bash)", path.lower())] or list(paths)
-    if len(scripts) != 1:
-        return f"{text}: send a bash script of that name, as in -F file=@run.sh"
-    if re.search(r"\.(zip|tar|tgz|t?[gx]z|bz2|7z|rar)$", scripts[0].lower()):
-        return f"{text}: send it as an archive, as in -F archive=@tree.tar.gz, and it is unpacked; zip, tar and tar.gz can be"
-    which = "it" if len(paths) == 1 else one_line(scripts[0], 80)
-    return f"{text}: rename {which}{example_part(scripts[0])}"
-
-
-def example_part(path: str) -> str:
-    """Return how curl sends `path` as run.sh, as the end of a sentence; empty for a name with special characters."""
-    return f", as in -F 'file=@{path};filename=run.sh'" if re.fullmatch(r"[\w./ +-]{1,80}", path) else ""
-
-
-# == 32. Trust ==  Folders, links and token files are not trusted if other users could replace them.
-
-
-def owner_name(uid: int) -> str:
-    """Return a user's name for a message."""
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"
-
-
-def made_as(folder: Path) -> int | None:
-    """Return the owner of a file that this process creates in `folder` (NFS may map root to nobody), or None if it cannot create one."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(probe.fileno()).st_uid
-    except OSError:
-        return None
-
-
-def is_strangers(uid: int, folder: Path) -> bool:
-    """Tell whether the owner of something in `folder` is neither root nor this user, as its file system maps them."""
-    return uid not in (0, os.geteuid()) and uid != made_as(folder)
-
-
-class UserNumbers(NamedTuple):
-    """What the user ids that this process sees mean."""
-
-    unmapped: int | None  # the id that stands for all users outside our user namespace; None if there is no namespace
-    root: bool  # id 0 is the root of the machine
-
-
-@functools.lru_cache(maxsize=1)
-def user_numbers() -> UserNumbers:
-    """Read the meaning of user ids (user_namespaces(7)): in a user namespace, all unknown users share the overflow id."""
-    try:
-        lines = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return UserNumbers(None, True)  # a kernel without user namespaces
-    if lines == [(0, 0, 2**32 - 1)]:
-        return UserNumbers(None, True)
-    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
-    return UserNumbers(overflow, any(inside == 0 and outside == 0 for inside, outside, _ in lines))
-
-
-def is_unmapped(uid: int) -> bool:
-    """Tell whether a user namespace shows all unknown users, including the machine's root, as this id."""
-    return uid == user_numbers().unmapped
-
-
-def is_private_group(gid: int) -> bool:
-    """Tell whether a group has no other members than this user and root. With one group per user, folders may be group-writable."""
-    if gid == 0 or gid != os.getegid():
-        return gid == 0
-    try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
-    except KeyError:
-        return gid == os.geteuid()
-    return user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
-
-
-def examine_place(path: str | Path, what: str, itself: bool = True) -> Iterator[Finding]:
-    """Yield who else can replace the content of a folder or, if not `itself`, only replace the folder through one of its parents.
-
-    A finding is False (refused) if it is about the folder. It is None (a warning) if it is about a group or a parent, as is
-    usual on clusters.
-    """
-    real, given = Path(os.path.realpath(path)), Path(os.path.abspath(path))
-    for folder in dict.fromkeys((*([real] if itself else []), *real.parents, *given.parents)):
-        try:
-            state = folder.stat()
-        except OSError:
-            continue
-        place, mode = f"{what}: {str(folder)!r}", stat.S_IMODE(state.st_mode)
-        if is_strangers(state.st_uid, folder) and not is_unmapped(state.st_uid):
-            good = False if folder == real else None
-            yield Finding(good, f"{place} belongs to {owner_name(state.st_uid)}, who can replace its content: use your own folder")
-        elif mode & 0o002 and not mode & stat.S_ISVTX:
-            good, who = False if folder == real else None, f"writable by every user (mode {mode:04o}), who can replace its content"
-            yield Finding(good, f"{place} is {who}: chmod o-w, or chmod +t")
-        elif mode & 0o020 and not mode & stat.S_ISVTX and not is_private_group(state.st_gid):
-            who = f"writable by a group (mode {mode:04o}), which can replace its content"
-            yield Finding(None, f"{place} is {who}: chmod g-w, or chmod +t")
-    for link in (given, *given.parents):
-        if link.is_symlink() and is_strangers(owner := link.lstat().st_uid, link.parent) and not is_unmapped(owner):
-            text = f"{what}: the link {str(link)!r} belongs to {owner_name(owner)}, who can point it elsewhere"
-            yield Finding(False, f"{text}: name the folder itself")
-
-
-def examine_secret_file(path: str, what: str, remedy: str = "") -> Iterator[Finding]:
-    """Yield who else can read or change a file with a token; nothing if the file does not exist."""
-    real = os.path.realpath(os.path.expanduser(path))
-    try:
-        state = os.stat(real)
-    except OSError:
-        return
-    if real.startswith(("/run/secrets/", "/var/run/secrets/")):
-        return  # a container's secrets: only root can put a file there
-    mode, name = stat.S_IMODE(state.st_mode), f"{what} {path}"
-    if is_strangers(state.st_uid, Path(real).parent) and not is_unmapped(state.st_uid):
-        yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who knows the token and can change it: use your own file")
-    elif mode & 0o002:
-        fix = f"chmod 600 {shlex.quote(path)}, and put a new token in it"
-        yield Finding(False, f"{name} is writable by every user (mode {mode:04o}): {fix}")
-    elif mode & 0o004 or (mode & (0o060 if state.st_uid == os.geteuid() else 0o020) and not is_private_group(state.st_gid)):
-        fix = remedy or f"chmod 600 {shlex.quote(path)}, and put a new token in it if others use this machine"
-        yield Finding(None, f"{name} is readable by others (mode {mode:04o}): {fix}")
-
-
-# == 33. Data folder ==  Only one process uses it, and no transfer takes disk space that was promised to another.
-
-
-class DiskFull(OSError):
-    """`needed` more bytes do not fit, because of other promises and of what must stay free. errno is ENOSPC."""
-
-    def __init__(self, needed: int) -> None:
-        super().__init__(errno.ENOSPC, f"no space left on device for {needed} bytes more (some is kept free: JOBORCH_MIN_FREE)")
-        self.needed = needed
-
-
-class DiskAccount:
-    """Reserves disk space for transfers: no transfer gets space that was promised to another.
-
-    At least `keep_bytes` stay free. Each process has a separate account and sees what others write with statvfs(2).
-    """
-
-    LOOK_AGAIN_S, MARGIN_BYTES = 0.2, 64 * MIB  # an older statvfs is good enough if it leaves more than this margin
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lock, self.keep_bytes = folder, threading.Lock(), 0
-        self.promised = 0  # to all transfers together, not written yet
-        self.free, self.looked_at = 0, float("-inf")  # the last statvfs less what was written since; its time (monotonic)
-
-    def take(self, size: int, promise: bool, keep_bytes: int | None = None) -> None:
-        """Promise `size` bytes or, if not `promise`, count them as written. Raises DiskFull if they do not fit."""
-        with self.lock:
-            needed = size + self.promised + (self.keep_bytes if keep_bytes is None else keep_bytes)
-            now = time.monotonic()
-            if now - self.looked_at > self.LOOK_AGAIN_S or self.free - needed < self.MARGIN_BYTES:
-                self.free, self.looked_at = free_bytes(self.folder), now
-            if self.free < needed:
-                raise DiskFull(size)
-            if promise:
-                self.promised += size
-            else:
-                self.free -= size
-
-    def check(self, size: int) -> None:
-        if size:
-            self.take(size, promise=True)
-            self.give_back(size)
-
-    def give_back(self, size: int, written: int = 0) -> None:
-        """Cancel a promise of `size` bytes of which `written` are now on the disk."""
-        with self.lock:
-            self.promised -= size
-            self.free -= written
-
-
-class Promise:
-    """Disk space promised to one transfer: writes use it up, and closing returns the rest."""
-
-    def __init__(self, account: DiskAccount) -> None:
-        self.account, self.left, self.lock = account, 0, threading.Lock()
-
-    def more(self, size: int) -> None:
-        """Get `size` more bytes promised. Raises DiskFull if they do not fit."""
-        self.account.take(size, promise=True)
-        with self.lock:
-            self.left += size
-
-    def more_for_file(self) -> None:
-        """Count the blocks of one more file: thousands of one-byte files fill a disk, too."""
-        self.more(4 * KIB)
-        self.wrote(4 * KIB)
-
-    def wrote(self, size: int) -> None:
-        with self.lock:
-            used = min(size, self.left)
-            self.left -= used
-            self.account.give_back(used, size)
-
-    def close(self) -> None:
-        """Return what was not written. The promise can be used again."""
-        with self.lock:
-            left, self.left = self.left, 0
-            self.account.give_back(left)
-
-
-class Spool:
-    """A nameless temporary file that stays in memory while small, so that it works on a full disk.
-
-    tempfile.SpooledTemporaryFile turns a full disk into an AttributeError before Python 3.12.
-    """
-
-    def __init__(self, folder: Path, claim: Callable[[int], None] = lambda _: None) -> None:
-        """`claim` is called with the number of bytes before they are written to the disk, and may raise DiskFull."""
-        self.folder, self.file, self.claim = folder, cast("IO[bytes]", io.BytesIO()), claim
-
-    def write(self, data: bytes) -> int:
-        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
-            self.claim(self.file.tell())
-            self.move_to_disk()
-        if not isinstance(self.file, io.BytesIO):
-            self.claim(len(data))
-        return self.file.write(data)
-
-    def move_to_disk(self) -> None:
-        larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the spool
-        try:
-            larger.write(cast(io.BytesIO, self.file).getvalue())
-        except BaseException:
-            larger.close()
-            raise
-        self.file = cast("IO[bytes]", larger)
-
-    def again(self) -> IO[bytes]:
-        """Return a second reader of the same bytes, with a separate position."""
-        if isinstance(self.file, io.BytesIO):
-            return io.BytesIO(self.file.getvalue())
-        return open(f"/proc/self/fd/{self.file.fileno()}", "rb")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-STOP_NOTE = "stopped"  # an empty file in a client's data folder; its time is that of the client's last stop
-
-
-class DataFolder:
-    """The folders of one process: `jobs/UUID` (inputs) or `jobs/UUID.ATTEMPT` (payloads), `results/UUID.ATTEMPT.zip`, `tmp`, the lock.
-
-    A second process on the same folder is refused. Files that belong to no job are removed, so a folder is also refused if
-    another program has created entries with these names.
-    """
-
-    LOCK = "joborch.lock"
-    NAMES = frozenset(("jobs", "results", "tmp", "reserve", "wrapper.sh", "executor", STOP_NOTE, LOCK))
-    NAMES |= {"joborch.db", "joborch.db-wal", "joborch.db-shm"}
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
-        self.receiving: set[str] = set()  # uuids of uploads in progress, which have no row yet
-        self.account, self.packs_below_minimum = DiskAccount(self.path), False
-
-    def open(self) -> None:
-        """Create the folders, take the lock, empty tmp. Raises ConfigError if the folder cannot be used or is not safe."""
-        self.umask = os.umask(0o077)  # uploads are private; scripts get the original umask back
-        try:
-            self.close_to_others()
-            self.refuse_foreign()
-            for folder in (self.jobs, self.results, self.tmp):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.close_to_others()  # again: another user may have created it first
-            self.lock = open(self.path / self.LOCK, "a+")  # noqa: SIM115 - held as long as the process lives
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"DATA_PATH is {str(self.path)!r}: {reason}; give a folder that joborch may write to") from error
-        take_lock(self.lock, f"DATA_PATH {str(self.path)!r}", "folder")
-        for leftover in self.tmp.iterdir():
-            discard(leftover)
-        # waitress spools bodies here: on the same file system, and emptied at each start.
-        tempfile.tempdir = str(self.tmp)
-
-    def weak_spots(self) -> Iterator[Finding]:
-        """Yield who else can replace the folder's content. A start refuses False findings and fixes the modes of our own folders."""
-        real, name, remedy = os.path.realpath(self.path), f"DATA_PATH is {str(self.path)!r}, which", "give your own folder"
-        yield from examine_place(self.path, "DATA_PATH", itself=False)
-        if not os.path.isdir(real):
-            return
-        state = os.stat(real)
-        mode, sticky = stat.S_IMODE(state.st_mode), state.st_mode & stat.S_ISVTX
-        if is_strangers(state.st_uid, Path(real)):
-            yield Finding(False, f"{name} belongs to {owner_name(state.st_uid)}, who can replace its content: {remedy}")
-            return
-        foreign = self.foreign_entry(Path(real), everything=bool(mode & 0o022 and not sticky))
-        who = f"writable by {'every user' if mode & 0o002 else 'a group'} (mode {mode:04o})"
-        if foreign:
-            yield Finding(False, f"{name} contains {foreign}, who can replace its content: {remedy}")
-        elif mode & 0o022 and not sticky and state.st_uid == 0 != os.geteuid():
-            in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and os.path.ismount(real)  # an emptyDir is private to its pod
-            yield Finding(False if mode & 0o002 and not in_pod else None, f"{name} belongs to root and is {who}: {remedy}")
-        elif mode & 0o022 and not sticky and (mode & 0o002 or not is_private_group(state.st_gid)):
-            yield Finding(None, f"{name} belongs to you and is {who}: joborch removes that permission when it starts")
-
-    def foreign_entry(self, real: Path, everything: bool) -> str:
-        """Return an entry of another user and its owner: only entries with our names count, or all if `everything` (as in /tmp)."""
-        for entry in real.iterdir() if os.access(real, os.R_OK | os.X_OK) else ():
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                if (everything or entry.name in self.NAMES) and is_strangers(owner := entry.lstat().st_uid, real):
-                    return f"{entry.name!r} of {owner_name(owner)}"
-        return ""
-
-    def close_to_others(self) -> None:
-        """Remove others' write permission from our own folders. Raises ConfigError if others can replace their content."""
-        for finding in self.weak_spots():
-            if finding.good is False:
-                raise ConfigError(finding.text)
-        for folder in (self.path, self.jobs, self.results, self.tmp):
-            with contextlib.suppress(FileNotFoundError):
-                mode = stat.S_IMODE(folder.stat().st_mode)
-                if mode & 0o022 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.geteuid():
-                    folder.chmod(mode & ~0o022)
-
-    def refuse_foreign(self) -> None:
-        """Raise ConfigError if joborch did not create `tmp`, `jobs` or `results` there: DATA_PATH=/var would empty /var/tmp."""
-        for folder in (self.jobs, self.results, self.tmp):
-            if folder.exists() and not (self.path / self.LOCK).exists():
-                raise ConfigError(f"DATA_PATH is {str(self.path)!r}, which has a {folder.name!r} not made by joborch: give an empty folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / self.LOCK).touch()
-
-    def keep_reserve(self) -> None:
-        """Reserve some disk space, if there is plenty, for the database to use once scripts have filled the disk."""
-        path = self.path / "reserve"
-        if not path.exists() and free_bytes(self.path) > 4 * RESERVE_BYTES:
-            with contextlib.suppress(OSError), open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-
-    def drop_reserve(self) -> bool:
-        """Free the reserve. Return False if there is none."""
-        try:
-            os.unlink(self.path / "reserve")
-        except OSError:
-            return False
-        log.warning("the disk is full: the database now uses its reserve of %d MiB", RESERVE_BYTES // MIB)
-        return True
-
-    def lock_database(self, path: str) -> None:
-        """Lock a database outside this folder. Raises ConfigError if another process uses it."""
-        if path != ":memory:" and os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
-            self.database_lock = open(f"{path}.lock", "a+")  # noqa: SIM115 - held as long as the process lives
-            take_lock(self.database_lock, f"DB_PATH {path!r}", "file")
-
-    def set_aside(self, known: Callable[[str], bool]) -> Path | None:
-        """Move the entries of `jobs` and `results` that are not `known` by name to a new folder; return it, or None."""
-        aside, moved = self.path / f"unclaimed-{time_stamp()}", False
-        for folder in (self.jobs, self.results):
-            for path in [path for path in folder.iterdir() if not known(path.name)]:
-                (aside / folder.name).mkdir(parents=True, exist_ok=True)
-                os.rename(path, aside / folder.name / path.name)
-                moved = True
-        return aside if moved else None
-
-    def job(self, name: str) -> Path:
-        return self.jobs / name
-
-    def result(self, mark: str) -> Path:
-        """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""
-        return self.results / f"{mark}.zip"
-
-    def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
-        """Set how many bytes of the disk stay free; with `packs_below_minimum`, archives may still use them."""
-        self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum
-
-    def spool(self) -> IO[bytes]:
-        """Return a nameless temporary file (see Spool) that disappears when closed."""
-        keep_bytes = 0 if self.packs_below_minimum else None
-        return cast("IO[bytes]", Spool(self.tmp, lambda size: self.account.take(size, promise=False, keep_bytes=keep_bytes)))
-
-
-# == 34. Archives ==  Packs a folder as a ZIP. No link is followed out of it, and whatever is omitted is listed.
-
-
-STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its size before its middle was cut, and the limit
-# The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
-ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
-ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
-ZEROS = bytes(MIB)
-
-
-class DigestWriter:
-    """Writes to another file and keeps size and SHA-256. Raises BrokenArchive if writing fails."""
-
-    def __init__(self, target: IO[bytes]) -> None:
-        self.target, self.digest, self.size = target, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.target.write(data)
-        except OSError as error:
-            raise BrokenArchive(error.errno or 0) from error
-        self.digest.update(data)
-        self.size += len(data)
-
-
-@dataclass
-class Archive:
-    """A finished ZIP: an open file at its start, its size in bytes and SHA-256 (hex). Not `whole` if a file could not be read."""
-
-    file: IO[bytes]
-    size: int
-    sha256: str
-    whole: bool = True
-    cut: bool = False  # something was left out because of a limit
-
-
-class Unreadable(JoborchError):
-    """A file could not be read to its end, so an archive with its first part is useless."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"{shown(name)} cannot be read: {why}")
-        self.name, self.why = name, why
-
-
-class BrokenArchive(JoborchError):
-    """An archive could not be written completely."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(os.strerror(number))
-        self.number = number
-
-
-class Losses:
-    """Counts the entries of an ended payload's work folder that cannot be packed; `places` are the paths of that folder."""
-
-    def __init__(self, places: Sequence[bytes] = ()) -> None:
-        self.places, self.count = places, 0
-
-    def note(self, path: bytes, why: str) -> None:
-        self.count += 1
-
-    def look(self, root: int, folder: int, path: bytes, name: bytes, state: os.stat_result) -> None:
-        """Count an entry if it cannot be packed. Raises OSError if it cannot be read."""
-        if stat.S_ISLNK(state.st_mode):
-            self.count += packed_target(root, path, os.readlink(name, dir_fd=folder), self.places) is None
-        elif not stat.S_ISREG(state.st_mode):
-            self.count += 1
-        elif state.st_uid != os.geteuid():
-            self.count += not os.access(name, os.R_OK, dir_fd=folder)
-
-
-def measure(root: int, limits: ResultLimits, skipped: Mapping[str, Sequence[int]], losses: Losses | None = None) -> tuple[int, int]:
-    """Return the bytes and the number of files and links below an open folder, not counting the unchanged inputs (`skipped`).
-
-    It stops as soon as a limit is exceeded; too many folders count as one file too many. `losses`, for a payload that has
-    ended, counts entries that cannot be packed.
-    """
-    size = count = folders = 0
-    for folder, path, names, entries in walk_open(root, limits.entries, losses.note if losses else lambda _, why: None, bool(losses)):
-        folders += entries - len(names)
-        for name in names:
-            with contextlib.suppress(OSError):  # removed meanwhile
-                state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if skipped and is_unchanged(state, os.fsdecode(path + b"/" + name if path else name), skipped):
-                    continue
-                size += state.st_size * stat.S_ISREG(state.st_mode)
-                count += bool(path) or name != b"run.sh"
-                if losses:
-                    losses.look(root, folder, path, name, state)
-            if size > limits.size_bytes or count > limits.files:
-                return size, count
-        if folders > limits.folders:
-            return size, limits.files + 1
-    return size, count
-
-
-def unchanged_inputs(folder: Path | int) -> dict[str, Sequence[int]]:
-    """Return the size and mtime (ns) of each input as it arrived; empty if the script damaged the list."""
-    noted: dict[str, Sequence[int]] = {}
-    try:
-        with open_regular(folder, "inputs.json") as file:
-            for line in itertools.islice(iter(lambda: file.readline(PART_HEADER_LIMIT_BYTES), b""), PARTS_LIMIT):
-                path, size, mtime_ns = parse_json(line)  # one list per line: a single forged document could fill the memory
-                noted[path] = (int(size), int(mtime_ns))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return noted
-
-
-def is_unchanged(state: os.stat_result, name: str, inputs: Mapping[str, Sequence[int]]) -> bool:
-    """Tell whether a file is an input with its original size and time."""
-    return list(inputs.get(name, ())) == [state.st_size, state.st_mtime_ns]
-
-
-def readable(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Yield the chunks of a file that is being packed. Raises Unreadable if its disk fails."""
-    try:
-        yield from chunks
-    except OSError as error:
-        raise Unreadable(name, os.strerror(error.errno or 0)) from error
-
-
-def content_of(source: IO[bytes], state: os.stat_result, name: str) -> Iterator[bytes | int]:
-    """Yield an open file's content: bytes, and each hole as its length. Data appended meanwhile is omitted."""
-    begin, size, descriptor = 0, state.st_size, source.fileno()
-    while state.st_blocks * 512 < size and begin < size:
-        try:
-            data = os.lseek(descriptor, begin, os.SEEK_DATA)
-            end = min(size, os.lseek(descriptor, data, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                break  # this file system does not report holes
-            data = end = max(begin, min(size, os.fstat(descriptor).st_size))  # no more data; the file may have been truncated
-            size = end
-        if data > begin:
-            yield min(data, size) - begin
-        if end > data:
-            os.lseek(descriptor, data, os.SEEK_SET)
-            yield from readable(file_chunks(source, end - data), name)
-        begin = end
-    if begin < size:
-        os.lseek(descriptor, begin, os.SEEK_SET)
-        yield from readable(file_chunks(source, size - begin), name)
-
-
-@functools.lru_cache(maxsize=1)
-def deflated_mebibyte() -> tuple[bytes, int, tuple[int, ...]]:
-    """Return 1 MiB of zeros as a piece of a deflate stream, its CRC-32, and how each bit of a preceding CRC-32 changes that.
-
-    The piece is byte-aligned and self-contained (Z_FULL_FLUSH), so a stream may contain it any number of times.
-    """
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    piece, nothing = packer.compress(ZEROS) + packer.flush(zlib.Z_FULL_FLUSH), zlib.crc32(ZEROS, 0)
-    return piece, nothing, tuple(zlib.crc32(ZEROS, 1 << bit) ^ nothing for bit in range(32))
-
-
-class Deflater:
-    """Compresses (or copies) what is written and keeps its size and CRC-32. Long runs of zeros cost almost nothing."""
-
-    def __init__(self, target: DigestWriter, method: int) -> None:
-        self.target, self.size, self.crc = target, 0, 0
-        self.packer = zlib.compressobj(1, zlib.DEFLATED, -15) if method == zipfile.ZIP_DEFLATED else None
-
-    def write(self, data: bytes) -> None:
-        self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
-        self.target.write(self.packer.compress(data) if self.packer else data)
-
-    def zeros(self, count: int) -> None:
-        if self.packer and count >= 2 * MIB:
-            piece, nothing, changes = deflated_mebibyte()
-            self.target.write(self.packer.flush(zlib.Z_FULL_FLUSH))
-            for _ in range(count // MIB):
-                self.target.write(piece)
-                self.crc = functools.reduce(lambda crc, bit: crc ^ changes[bit] * (self.crc >> bit & 1), range(32), nothing)
-            self.size, count = self.size + count // MIB * MIB, count % MIB
-        while count:
-            self.write(ZEROS[:count])
-            count -= min(count, MIB)
-
-    def finish(self) -> None:
-        if self.packer:
-            self.target.write(self.packer.flush())
-
-
-class ZipWriter:
-    """Writes a ZIP (APPNOTE 6.3.10) sequentially. The directory is collected in a second file, so memory use stays constant."""
-
-    def __init__(self, target: IO[bytes], directory: IO[bytes]) -> None:
-        self.target, self.directory, self.members = DigestWriter(target), DigestWriter(directory), 0
-
-    def add(self, name: str, mtime: float, mode: int, data: bytes, method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> None:
-        """Add a member from memory. It is stored if deflating does not make it smaller by a tenth."""
-        packed = zlib.compress(data, 1)[2:-4] if data and method == zipfile.ZIP_DEFLATED else data
-        if len(packed) >= 0.9 * len(data):  # also for an empty file, as empty data is not a valid deflate stream
-            packed, method = data, zipfile.ZIP_STORED
-        raw, begin, crc = name.encode(), self.target.size, zlib.crc32(data)
-        head = (20, 0 if raw.isascii() else ZIP_UTF8, method, *zip_moment(mtime), crc, len(packed), len(data), len(raw))
-        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0) + raw + packed)
-        self.note(raw, head, mode, begin, comment)
-
-    def stream(self, name: str, mtime: float, mode: int, chunks: Iterable[bytes | int], method: int, comment: bytes = b"") -> None:
-        """Add a member from a stream of bytes and of numbers of zeros."""
-        raw, begin = name.encode(), self.target.size
-        head = (45, ZIP_STREAMED | (0 if raw.isascii() else ZIP_UTF8), method, *zip_moment(mtime))
-        self.target.write(ZIP_LOCAL.pack(b"PK\3\4", *head, 0, 2**32 - 1, 2**32 - 1, len(raw), 20) + raw + struct.pack("<2H2Q", 1, 16, 0, 0))
-        body, before = Deflater(self.target, method), self.target.size
-        for chunk in chunks:
-            body.zeros(chunk) if isinstance(chunk, int) else body.write(chunk)
-        body.finish()
-        packed = self.target.size - before
-        self.target.write(struct.pack("<4sL2Q", b"PK\7\10", body.crc, packed, body.size))
-        self.note(raw, (*head, body.crc, packed, body.size, len(raw)), mode, begin, comment)
-
-    def note(self, raw: bytes, head: tuple[int, ...], mode: int, begin: int, comment: bytes) -> None:
-        """Write a member's directory record; `head` has the fields that it shares with the local header."""
-        version, flags, method, moment, day, crc, *sizes, length = head
-        wide = [value for value in (sizes[1], sizes[0], begin) if value >= 2**32 - 1]  # those that do not fit, in this order (4.5.3)
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        version = 45 if wide else version
-        values = (version, 3, version, 0, flags, method, moment, day, crc, *[min(size, 2**32 - 1) for size in sizes])
-        rest = (length, len(extra), len(comment), 0, 0, mode << 16, min(begin, 2**32 - 1))
-        self.directory.write(ZIP_CENTRAL.pack(b"PK\1\2", *values, *rest) + raw + extra + comment)
-        self.members += 1
-
-    def finish(self) -> None:
-        begin, size, count = self.target.size, self.directory.size, self.members
-        self.directory.target.seek(0)
-        for chunk in file_chunks(self.directory.target, size):
-            self.target.write(chunk)
-        if count >= 2**16 - 1 or begin >= 2**32 - 1 or size >= 2**32 - 1:
-            end = ZIP64_END.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
-            self.target.write(end + ZIP64_LOCATOR.pack(b"PK\6\7", 0, begin + size, 1))
-        counts = [min(count, 2**16 - 1)] * 2
-        self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
-
-
-class ZipPacker:
-    """Packs the current content of a folder as a ZIP in constant memory, and follows no link out of it.
-
-    Symbolic links that stay inside are stored as links, absolute ones as relative ones. Devices, FIFOs, sockets, unreadable
-    files, links that lead out, and whatever exceeds the limits are listed in `.joborch/left-out.txt`. A file that changes
-    meanwhile is packed as it was read.
-    """
-
-    def __init__(self, spool: IO[bytes], at: float | None = None, directory: IO[bytes] | None = None) -> None:
-        """`at` is the time of members that have none; if it is fixed, equal files give equal bytes. `directory` is a second spool."""
-        self.spool, self.at = spool, time.time() if at is None else at
-        self.directory = cast("IO[bytes]", io.BytesIO()) if directory is None else directory
-        self.zip = ZipWriter(spool, self.directory)
-        self.names: set[bytes] = set()
-        self.left_out: list[str] = []
-        self.unreadable: Mapping[str, str] = {}  # paths that could not be read before, and why
-        self.limits, self.size, self.count, self.further = ResultLimits(), 0, 0, 0
-        self.wanted: Callable[[], bool] = lambda: True
-        self.own, self.cut = ".joborch", False
-        self.places: Sequence[bytes] = ()  # other paths of the folder, which absolute links may use
-        self.mends = False  # the script has ended: read this user's files even if their mode forbids it
-
-    def add_folder(self, folder: Path, unchanged: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Pack everything below `folder` except the inputs that still have the size and mtime in `unchanged`."""
-        with opened_folder(folder, flags=os.O_RDONLY) as root:
-            self.choose_own(root)
-            self.add_open_folder(root, unchanged or {})
-
-    def choose_own(self, root: int) -> None:
-        """Choose a free name for the folder of our own files: a script may have a .joborch, too."""
-        with contextlib.suppress(FileNotFoundError):
-            while os.stat(self.own, dir_fd=root, follow_symlinks=False):
-                self.own = f".joborch-{int(self.own[9:] or 0) + 1}"
-
-    def add_open_folder(self, root: int, unchanged: Mapping[str, Sequence[int]]) -> None:
-        room, self.places = self.limits.entries, (*self.places, path_of(root))
-        for folder, path, names, entries in walk_open(root, room, self.note, self.mends):
-            room -= entries
-            self.cut = self.cut or room < 0
-            inside = os.fsdecode(path) + "/" if path else ""
-            for name in names:
-                self.check_wanted()
-                self.add_path(root, folder, name, inside + os.fsdecode(name), unchanged)
-            if path and not entries:
-                self.zip.add(self.member_name(inside), self.at, 0o040755, b"")
-
-    def check_wanted(self) -> None:
-        if not self.wanted():
-            raise GivenUp("no caller waits for the archive any more")
-
-    def note(self, path: bytes, why: str) -> None:
-        self.leave_out(f"{os.fsdecode(path) or '.'}: {why}")
-
-    def leave_out(self, line: str) -> None:
-        """List something that is not packed, and why."""
-        if len(self.left_out) < LEFT_OUT_LINES:
-            self.left_out.append(line)
-        else:
-            self.further += 1
-
-    def add_path(self, root: int, folder: int, name: bytes, path: str, unchanged: Mapping[str, Sequence[int]]) -> None:
-        try:
-            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISLNK(state.st_mode):
-                self.add_link(root, os.readlink(name, dir_fd=folder), path, state)
-            elif not stat.S_ISREG(state.st_mode):
-                self.leave_out(f"{path}: not a file, folder or link")
-            elif not unchanged or not is_unchanged(state, path, unchanged):
-                self.add_file(name, path, folder)
-        except FileNotFoundError:
-            return  # removed meanwhile
-        except OSError as error:
-            self.leave_out(f"{path}: {os.strerror(error.errno or 0)}")
-
-    def add_file(self, name: bytes, path: str, folder: int | None = None) -> None:
-        # O_NONBLOCK: a FIFO that replaced the file since the stat must not block us.
-        try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-        except PermissionError:
-            if not self.mends:
-                raise
-            descriptor = open_unreadable(name, folder)
-        with open(descriptor, "rb", buffering=0) as source:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode):
-                raise OSError(errno.EINVAL, "not a file")
-            too_much = self.limits.broken_by(self.size + state.st_size, self.count + (path != "run.sh"))
-            if too_much:
-                self.cut = True
-                self.leave_out(f"{path}: with it ({size_text(state.st_size)}) the result would have {too_much}")
-            elif path in self.unreadable:
-                self.leave_out(f"{path}: {self.unreadable[path]}")
-            else:
-                self.add_open_file(source, state, path)
-
-    def add_open_file(self, source: IO[bytes], state: os.stat_result, path: str) -> None:
-        """Pack an open file. Raises Unreadable or BrokenArchive if that fails half-way; then the archive is useless."""
-        mode, name = 0o100000 | stat.S_IMODE(state.st_mode), self.member_name(path)
-        self.count += path != "run.sh"
-        sparse = state.st_blocks * 512 < state.st_size > MIB
-        probe = b"" if sparse else b"".join(readable(file_chunks(source, min(256 * KIB, state.st_size)), path))
-        if len(probe) < 256 * KIB and not sparse:
-            self.zip.add(name, state.st_mtime, mode, probe, zipfile.ZIP_DEFLATED)
-            self.size += len(probe)
-            return
-        method = zipfile.ZIP_DEFLATED if sparse else worthwhile_compression(probe)
-        further = content_of(source, state, path) if sparse else readable(file_chunks(source, state.st_size - len(probe)), path)
-        self.zip.stream(name, state.st_mtime, mode, self.while_wanted(itertools.chain([probe], further)), method)
-        self.size += state.st_size
-
-    def while_wanted(self, chunks: Iterable[bytes | int]) -> Iterator[bytes | int]:
-        """Yield the chunks. Raises GivenUp as soon as no caller waits for them."""
-        for chunk in chunks:
-            self.check_wanted()
-            yield chunk
-
-    def add_link(self, root: int, target: bytes, name: str, state: os.stat_result) -> None:
-        too_much = self.limits.broken_by(0, self.count + 1)
-        stored = packed_target(root, os.path.dirname(os.fsencode(name)), target, self.places)
-        if too_much or stored is None:
-            self.cut = self.cut or bool(too_much)
-            why = f"with it the result would have {too_much}" if too_much else "a link that leads out of the folder, to "
-            self.leave_out(f"{name}: {why}{'' if too_much else os.fsdecode(target)}")
-            return
-        self.count += 1
-        self.zip.add(self.member_name(name), state.st_mtime, 0o120777, stored)
-
-    def add_chunks(self, name: str, chunks: Iterable[bytes], comment: str = "", size: int | None = None) -> None:
-        """Pack one of our own files, below `.joborch/`; `size` is its size, if known."""
-        method, path = zipfile.ZIP_DEFLATED, self.member_name(f"{self.own}/{name}")
-        if size is not None and size < 256 * KIB:
-            self.zip.add(path, self.at, 0o100644, b"".join(chunks), method, comment.encode())
-        else:
-            self.zip.stream(path, self.at, 0o100644, self.while_wanted(chunks), method, comment.encode())
-
-    def member_name(self, name: str) -> str:
-        """Return a file's name in the archive: unique, and percent-encoded if it is not UTF-8."""
-        safe = name
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
-        if "%" in safe or safe.startswith(self.own):  # all other names are unique already
-            while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
-                safe += "~"
-            self.names.add(known)
-        return safe
-
-    def abandon(self) -> None:
-        self.directory.close()
-        self.spool.close()
-
-    def finish(self) -> Archive:
-        """Write the list of what was omitted, and the directory; return the archive, ready to be read."""
-        if self.left_out:
-            lines = [one_line(line, 5000) + "\n" for line in self.left_out]
-            lines += [f"... and {self.further:,} more\n"] if self.further else []
-            self.add_chunks("left-out.txt", (line.encode("utf-8", "replace") for line in lines))
-        self.zip.finish()
-        self.directory.close()
-        self.spool.flush()
-        self.spool.seek(0)
-        return Archive(self.spool, self.zip.target.size, self.zip.target.digest.hexdigest(), not self.unreadable, self.cut)
-
-
-def path_of(folder: int) -> bytes:
-    """Return the real path of an open folder."""
-    return os.readlink(f"/proc/self/fd/{folder}".encode())
-
-
-def below(places: Sequence[bytes], path: bytes) -> bytes | None:
-    """Return an absolute path relative to the first of `places` that contains it, or None."""
-    plain = re.sub(rb"/+", b"/", path)
-    for place in places:
-        if (plain + b"/").startswith(place + b"/"):
-            return plain[len(place) + 1 :] or b"."
-    return None
-
-
-def packed_target(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bytes | None:
-    """Return the target to store for a link in `folder` (relative to the open folder `root`), or None if it leads out of `root`.
-
-    An absolute target below one of `places`, the paths of `root`, is made relative, so that it works on another machine.
-    """
-    if not target.startswith(b"/"):
-        return None if leads_out(root, folder, target, places) else target
-    inner = below(places, target)
-    if inner is None or leads_out(root, b"", inner, places):
-        return None
-    return b"../" * len([part for part in folder.split(b"/") if part]) + inner
-
-
-def leads_out(root: int, folder: bytes, target: bytes, places: Sequence[bytes]) -> bool:
-    """Tell whether a relative link in `folder` (relative to the open folder `root`) leads out of `root`, perhaps through other links.
-
-    Other links may be absolute if they lead below one of `places`.
-    """
-    lexical = os.path.normpath(os.path.join(folder, target))
-    if lexical == b".." or lexical.startswith(b"../"):
-        return True
-    here, ahead, links = [part for part in folder.split(b"/") if part], target.split(b"/")[::-1], 0
-    while ahead and links < 40:  # as in the kernel; with more, a link leads nowhere
-        part = ahead.pop()
-        if part == b"..":
-            if not here:
-                return True
-            here.pop()
-        elif part not in (b"", b"."):
-            try:
-                further = os.readlink(b"/".join([*here, part]), dir_fd=root)
-            except OSError:  # not a link, or missing
-                here.append(part)
-                continue
-            if further.startswith(b"/"):
-                inner = below(places, further)
-                if inner is None:
-                    return True
-                here, further = [], inner
-            links, ahead = links + 1, ahead + further.split(b"/")[::-1]
-    return False
-
-
-def packed(spool: Callable[[], IO[bytes]], at: float | None, fill: Callable[[ZipPacker], None]) -> Archive:
-    """Pack what `fill` adds. Raises OSError if the archive cannot be written, GivenUp if no caller waits for it.
-
-    A file that cannot be read at the third attempt is omitted and listed.
-    """
-    unreadable, tries = cast("dict[str, str]", {}), cast("Counter[str]", Counter())
-    while True:
-        packer = ZipPacker(spool(), at, spool())
-        packer.unreadable = unreadable
-        try:
-            fill(packer)
-            return packer.finish()
-        except Unreadable as error:
-            packer.abandon()
-            if len(unreadable) >= UNREADABLE_LIMIT:
-                raise OSError(errno.EIO, str(error)) from error
-            tries[error.name] += 1
-            if tries[error.name] == 3:
-                unreadable[error.name] = error.why
-        except BrokenArchive as error:
-            packer.abandon()
-            raise OSError(error.number, "the archive cannot be written") from error
-        except BaseException:
-            packer.abandon()
-            raise
-
-
-def zip_time(mtime: float) -> tuple[int, int, int, int, int, int]:
-    """Return a file's time as a ZIP can express it: local time, 1980 to 2107."""
-    try:
-        year, month, day, hour, minute, second = time.localtime(mtime)[:6]
-    except (OverflowError, OSError, ValueError):
-        return EPOCH_ZIP
-    return (year, month, day, hour, minute, second) if 1980 <= year <= 2107 else EPOCH_ZIP
-
-
-def zip_moment(mtime: float) -> tuple[int, int]:
-    """Return a file's time as the two MS-DOS numbers of a ZIP header: time and date."""
-    year, month, day, hour, minute, second = zip_time(mtime)
-    return hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day
-
-
-def worthwhile_compression(probe: bytes) -> int:
-    """Return STORED if the start of a file shrinks by less than a tenth, else DEFLATED."""
-    return zipfile.ZIP_STORED if len(zlib.compress(probe, 1)) > 0.9 * len(probe) else zipfile.ZIP_DEFLATED
-
-
-def file_chunks(source: IO[bytes], count: int) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a file, or fewer if it ends before."""
-    while count > 0:
-        chunk = source.read(min(count, CHUNK_BYTES))
-        if not chunk:
-            return
-        count -= len(chunk)
-        yield chunk
-
-
-# == 35. Access ==  A caller needs a token, or must be the same user on this machine. A refusal names the remedy.
-
-PROXY_HEADERS = ("FORWARDED", "X_FORWARDED_FOR", "VIA", "X_REAL_IP")  # added when a request is passed on
-
-
-class Caller(NamedTuple):
-    """Who calls, and how that was proven: token, session, unix socket, same user, anonymous or link."""
-
-    name: str
-    proof: str
-
-
-class Peer(Protocol):
-    """The other end of a connection."""
-
-    @property
-    def address(self) -> str:
-        """Return its IP address; empty on a Unix socket."""
-
-    def uid(self) -> int | None:
-        """Return its user on this machine, or None if that cannot be proven."""
-
-
-def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
-    """Return who calls. Raises HttpError 401 or 403 with what the caller needs.
-
-    `headers` are those of the request, in CGI spelling (AUTHORIZATION). A token is sufficient proof. A caller without one may be
-    a web page in the user's browser, so requests from other sites, or for another host name, are refused.
-    """
-    shown = headers.get("AUTHORIZATION", "")
-    if node.tokens and (shown or peer.address):
-        if not shown and csrf_token_of(node, headers.get("COOKIE", "")):
-            check_site(headers)
-            return Caller("default", "session")
-        return check_token(node, shown, peer)
-    check_site(headers)
-    if peer.address:
-        check_host(node, headers)
-    uid, proxied = None, next((name for name in PROXY_HEADERS if name in headers), "")
-    if not proxied and (not peer.address or is_here(peer.address)):
-        uid = peer.uid()
-    if not peer.address and uid is not None:  # the mode of the socket decides who may open it
-        return Caller(f"uid {uid}", "unix socket")
-    if is_own_user(uid):
-        return Caller(f"uid {uid}", "same user")
-    if node.config.allow_anonymous and is_allowed(node.config.allow_from, peer.address):
-        return Caller(peer.address, "anonymous")
-    raise HttpError(403, why_refused(node, peer, proxied, uid))
-
-
-def check_token(node: Node, shown: str, peer: Peer) -> Caller:
-    """Return the caller if it has one of our tokens, else raise HttpError 401, in a time that does not depend on the token."""
-    kind, _, token = shown.partition(" ")
-    fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
-    if kind.lower() == "bearer" and any(fits):
-        return Caller("default", "token")
-    if shown:
-        node.refused.note(peer.address)
-    what = "the token is wrong" if token else "a token is needed"
-    raise HttpError(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
-
-
-# -- sessions: a browser keeps a cookie in place of the token, for the web page --
-
-SESSION_S = 12 * 3600.0
-CSRF_HEADER = "X-CSRF-Token"
-
-
-def session_cookie(node: Node) -> str:
-    """Return the name of the cookie. Cookies are the same for all ports of a host, so that servers need different names."""
-    return f"joborch-session-{node.config.port}"
-
-
-def session_mac(token: str, text: str) -> str:
-    """Return the MAC of a text about sessions, by a key that comes from `token`."""
-    return hmac.new(link_key(token, b"joborch session 1"), text.encode(), "sha256").hexdigest()
-
-
-def new_session(node: Node, token: str) -> str | None:
-    """Return the value of a cookie that stands for `token` for SESSION_S, or None if the token is wrong.
-
-    Nothing is stored: the value is its own end and a MAC. It is valid as long as the token is.
-    """
-    fits = [known for known in node.tokens if hmac.compare_digest(token.strip().encode("utf-8", "replace"), known.encode())]
-    if not fits:
-        return None
-    text = f"{node.clock.wall() + SESSION_S:.0f}.{secrets.token_hex(8)}"
-    return f"{text}.{session_mac(fits[0], 'cookie ' + text)}"
-
-
-def csrf_token_of(node: Node, cookies: str) -> str | None:
-    """Return the CSRF token of the session in a Cookie header, or None if it has no valid session. A client has no sessions."""
-    shape = rf"(?:^|; *){session_cookie(node)}=(([0-9]{{1,15}})\.[0-9a-f]{{16}})\.([0-9a-f]{{64}}) *(?:;|$)"
-    found = re.search(shape, cookies) if node.config.mode == "server" else None
-    if found is None or int(found[2]) <= node.clock.wall():
-        return None
-    fits = [token for token in node.tokens if hmac.compare_digest(session_mac(token, "cookie " + found[1]), found[3])]
-    return session_mac(fits[0], "csrf " + found[1]) if fits else None
-
-
-def check_csrf(node: Node, declared: Route, caller: Caller | None, headers: Mapping[str, str]) -> None:
-    """Raise HttpError 403 for a change in a session without its CSRF token, which only our own pages know."""
-    if caller is None or caller.proof != "session" or declared.method == "GET" or declared.who == "anyone":
-        return
-    shown = headers.get(CSRF_HEADER.upper().replace("-", "_"), "").encode("latin-1", "replace")
-    if not hmac.compare_digest(shown, (csrf_token_of(node, headers.get("COOKIE", "")) or "").encode()):
-        raise HttpError(403, f"the header {CSRF_HEADER} is missing or out of date: load the page again", CSRF_HEADER)
-
-
-def check_site(headers: Mapping[str, str]) -> None:
-    """Raise HttpError 403 for a request that a browser sends for a page of another site."""
-    origin = headers.get("ORIGIN")
-    foreign = origin is not None and host_of(origin)[0] != headers.get("HOST", "")
-    if foreign or headers.get("SEC_FETCH_SITE", "").lower() == "cross-site":
-        raise HttpError(403, "a page of another site may not call this server: send a token")
-
-
-def check_host(node: Node, headers: Mapping[str, str]) -> None:
-    """Raise HttpError 403 for a host name that is not this server's: a web page could use one (DNS rebinding).
-
-    IP addresses are safe, and so are requests without Host, because browsers always send it.
-    """
-    if "HOST" not in headers:
-        return
-    name = host_of(f"//{headers['HOST']}")[1]
-    address = plain_address(name)
-    known = [each.strip().lower() for each in node.config.hosts.split(",") if each.strip()]
-    by_address = address is not None and not address.is_unspecified  # browsers accept 0.0.0.0 as this machine, too
-    if not by_address and name not in {*known, "localhost", *machine_names()}:
-        remedy = "use 127.0.0.1, list the name in JOBORCH_HOSTS, or send a token"
-        raise HttpError(403, f"this server is not called {one_line(name, 80)!r}: {remedy}")
-
-
-def is_allowed(networks: Sequence[Network], text: str) -> bool:
-    """Tell whether a caller at this address needs no token. This machine counts only if loopback is among the networks."""
-    address = plain_address(text)
-    if address is None:
-        return False
-    if not address.is_loopback and is_here(text):
-        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return any(address in network for network in networks)
-
-
-def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
-    """Return why a caller without a token is refused, and the remedy."""
-    remedy = f"set JOBORCH_TOKEN for the {node.config.mode} and send it"
-    if proxied:
-        header = proxied.replace("_", "-").title()
-        return f"the request has the header {header}, so it came through a proxy and its user is unknown: {remedy}"
-    if peer.address and not is_here(peer.address):
-        return f"callers at {peer.address} need a token: {remedy}, or list the address in JOBORCH_ALLOW_FROM"
-    if uid is None or uid == user_numbers().unmapped:
-        return f"joborch cannot tell which user of this machine is calling: {remedy}"
-    return f"another user of this machine needs a token: {remedy}"
-
-
-def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
-    """Return who calls a route that is open to `who`; None for an unauthenticated caller of an open route. Raises HttpError."""
-    if proof is not None:
-        return Caller("server", "link")
-    try:
-        caller = check_caller(node, headers, peer)
-    except HttpError:
-        if who != "anyone":
-            raise
-        return None
-    if who == "server" and caller.proof == "token":
-        refuse_old_server(node)
-    return caller
-
-
-def refuse_old_server(node: Node) -> NoReturn:
-    """Raise HttpError 426 for a server that sends its token instead of a proof, and log that from time to time."""
-    now = node.clock.monotonic()
-    if now - node.old_server_at > OLD_SERVER_LOG_S:
-        node.old_server_at = now
-        log.warning("a server sends its token, as joborch 0.1.0 does: replace its joborch.pyz with version %s; its jobs wait", __version__)
-    what = f"this client is joborch {__version__}, and this server does not prove its identity (joborch 0.1.0 cannot)"
-    raise HttpError(426, f"{what}: replace the server's joborch.pyz with version {__version__}; its jobs wait", Upgrade="joborch-link/1")
-
-
-def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int, peer: Peer) -> Proof | None:
-    """Return the proof in a request, or None if it has none. Raises HttpError 401 if the proof is wrong."""
-    if not (node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")):
-        return None
-    try:
-        return node.proofs.accept(headers, method, target, length)
-    except HttpError as refusal:
-        if "X-Joborch-Nonce" not in refusal.headers:  # with a new nonce, the server only needs to call /hello again
-            node.refused.note(peer.address)
-        raise
-
-
-# == 36. HTTP ==  A request is checked at the end of its headers: its caller, its size, its route.
-
-CALLER_KEY = "joborch.caller"  # in the WSGI environment, where request headers begin with HTTP_
-
-FULL_SAID_EVERY_S = 60.0
-
-
-def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
-    """Reserve the disk space that a body needs. Raises HttpError 411, 413 or 507, before the body is read.
-
-    A form needs its size twice: as it arrives, and as files. If its length is unknown, each part is reserved when it arrives.
-    """
-    promise = Promise(node.data.account)
-    if not found.takes_form:
-        if length > (ANYONES_BODY_BYTES if found.who == "anyone" else MIB) or chunked:
-            raise HttpError(413, "no body is expected here")
-        return promise
-    if not length and not chunked and not found.needs_form:
-        return promise
-    if not length and not chunked:
-        raise HttpError(411, "the request has no body: send a form with Content-Length, as curl -F does", "Content-Length")
-    limit = node.config.max_upload_bytes
-    if length > limit:
-        raise HttpError(413, f"the request is {length} bytes large: at most {limit} (JOBORCH_MAX_UPLOAD)", "Content-Length")
-    try:
-        promise.more(2 * length)
-    except DiskFull as error:
-        raise too_full(node, length) from error
-    return promise
-
-
-def too_full(node: Node, length: int) -> HttpError:
-    """Return the error for a body of `length` bytes that does not fit on the disk, and log that."""
-    say_full(node)
-    what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
-    return HttpError(507, f"{what}: try again later, or ask its operator to free space (JOBORCH_MIN_FREE)", Retry_After="60")
-
-
-def say_full(node: Node) -> None:
-    """Log that uploads are refused because the disk is full, at most once a minute."""
-    now = node.clock.monotonic()
-    if now - node.full_said_at >= FULL_SAID_EVERY_S:
-        node.full_said_at = now
-        free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
-        log.warning(
-            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: free space, or lower it", node.data.path, free, kept
-        )
-
-
-def make_app(node: Node) -> bottle.Bottle:
-    """Return the WSGI application of one node: a Bottle with the routes of its mode."""
-    import bottle
-
-    app = bottle.Bottle()
-    app.config["json.enable"] = False  # run_handler encodes answers
-    for declared in routes_of(node.config.mode):
-        app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
-    app.default_error_handler = plain_error
-    return app
-
-
-def plain_error(error: Any) -> bytes:
-    """Return the JSON body of an error that Bottle itself made."""
-    import bottle
-
-    bottle.response.content_type = JSON_TYPE
-    return json.dumps({"message": one_line(str(error.body or error.status_line))}).encode()
-
-
-def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPResponse:
-    """Run one handler. Whatever it raises becomes an answer without traceback and paths."""
-    import bottle
-
-    request = Request(bottle.request.environ)
-    try:
-        values = validate(node, request, declared, arguments)
-        with node.gate if declared.quick else contextlib.nullcontext():
-            answer = declared.handler(node, request, **values)
-    except HttpError as refusal:
-        answer = Answer.of(refusal)
-    except StorageError as error:
-        log.error("%s %s: %s", request.method, declared.path, error)
-        answer = Answer({"message": "the database cannot be used now: try again soon"}, 503, {"Retry-After": "5"})
-    except DiskFull as error:
-        answer = Answer.of(too_full(node, error.needed))
-    except OSError as error:
-        trouble = disk_refusal(node, error)
-        if trouble.status != 507:  # say_full has logged that
-            log.exception("%s %s: %s", request.method, declared.path, trouble.message)
-        answer = Answer.of(trouble)
-    except Exception:
-        trouble = internal_error(node)
-        log.exception("%s %s: %s", request.method, declared.path, trouble.message)
-        answer = Answer.of(trouble)
-    body, headers = answer.body, dict(answer.headers)
-    if isinstance(body, (dict, list, int, float, str)):
-        body = json.dumps(body, allow_nan=False).encode() + b"\n"
-        headers.setdefault("Content-Type", JSON_TYPE)
-    if isinstance(body, bytes):
-        headers.setdefault("Content-Length", str(len(body)))
-        if node.config.mode == "client" and body:
-            headers.setdefault("Repr-Digest", repr_digest(hashlib.sha256(body).hexdigest()))
-    headers.update({"X-Content-Type-Options": "nosniff", OURS_HEADER: __version__})
-    return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
-
-
-def internal_error(node: Node) -> HttpError:
-    """Return a 500 with a random number that is also in the log."""
-    return HttpError(500, f"internal error {secrets.token_hex(4)}: look for this number in the log of this {node.config.mode}")
-
-
-def disk_refusal(node: Node, error: OSError) -> HttpError:
-    """Return the answer for an error of the disk: 507 if it is full, 503 for other disk errors, else 500."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        say_full(node)
-        return HttpError(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
-    if error.errno in DISK_TROUBLES:
-        return HttpError(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")
-    return internal_error(node)
-
-
-def reason_phrase(status: int) -> str:
-    """Return HTTP's name of a status code."""
-    import http
-
-    return http.HTTPStatus(status).phrase
-
-
-def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
-    """Return an open file: all of it, a part (RFC 9110 Range, If-Range), or 304 if the caller has it."""
-    tag = f'"{archive.sha256}"'
-    said = {
-        "Content-Type": ZIP_TYPE,
-        "ETag": tag,
-        "Accept-Ranges": "bytes",
-        "Repr-Digest": repr_digest(archive.sha256),
-        "Content-Disposition": f'attachment; filename="{filename}"',
-        **headers,
-    }
-    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
-    if tag in known or "*" in known:
-        archive.file.close()
-        return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
-    wanted = request.method == "GET" and request.header("If-Range") in ("", tag)  # RFC 9110: only GET has ranges
-    span = byte_range(request.header("Range"), archive.size) if wanted else None
-    if span is None:
-        return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
-    begin, end = span
-    if begin >= end:
-        archive.file.close()
-        raise HttpError(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
-    archive.file.seek(begin)
-    return Answer(
-        archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
-    )
-
-
-def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """Return (begin, end) of a single byte range; empty if it is outside the file, None if the header is absent or invalid."""
-    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header.strip())
-    if not match or not (match[1] or match[2]):
-        return None
-    if not match[1]:
-        return (max(0, size - int(match[2])), size) if int(match[2]) else (size, size)
-    if match[2] and int(match[2]) < int(match[1]):
-        return None
-    return int(match[1]), min(int(match[2] or size) + 1, size)
-
-
-PIPELINED_MOST = 16  # requests on one connection that arrive before the first is answered
-CHUNKED_BYTES = 16 * KIB  # of a chunked body at once: the parser copies the rest for each chunk, which may be one byte
-CONTROL_LINE_BYTES, TRAILER_BYTES = 4 * KIB, 64 * KIB  # of a chunked body
-
-
-class Judge:
-    """Extends waitress's parser: checks a request as soon as its headers have arrived, and answers 400 if it is malformed."""
-
-    node: Node
-    route: Route | None = None
-    proof: Proof | None = None  # of the server that sent it
-    caller: Caller | None = None
-    proven = False  # its caller was authenticated
-
-    def attach(self, channel: Any) -> None:
-        self.its_channel = weakref.ref(channel)  # a cycle would keep a spool until the garbage collector runs
-        self.too_many = len(channel.requests) >= PIPELINED_MOST
-        self.promise = Promise(self.node.data.account)
-
-    @property
-    def channel(self) -> Any:
-        return self.its_channel()
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Parse the headers of a request and check it."""
-        import waitress.parser
-
-        parser: Any = self
-        try:
-            cast(Any, super()).parse_header(header_plus)
-            length = -1 if parser.chunked else parser.content_length
-            self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length, self.channel)
-            found = self.route = find_route(self.node.config.mode, parser.command, parser.path)
-            self.caller = identify(self.node, found.who, self.proof, parser.headers, self.channel)
-            check_csrf(self.node, found, self.caller, parser.headers)
-            if self.caller is not None:
-                self.proven = self.channel.proven = True
-            self.promise = check_size(self.node, found, parser.content_length, parser.chunked)
-        except HttpError as refusal:
-            self.refuse(refusal)
-        except (waitress.parser.ParsingError, waitress.parser.TransferEncodingNotImplemented):
-            raise  # waitress answers these
-        except Exception as error:  # noqa: BLE001 - strangers can cause it, so it is logged only for debugging
-            self.refuse_unread(error)
-
-    def received(self, data: bytes) -> int:
-        """Process received data. Every error becomes an answer, and strangers cannot fill the log."""
-        parser: Any = self
-        if self.too_many:
-            self.refuse(HttpError(400, f"more than {PIPELINED_MOST} requests arrived at once: wait for the answers before you send more"))
-            return len(data)
-        try:
-            in_body = parser.body_rcv is not None and not parser.completed
-            return self.received_body(data) if in_body else int(cast(Any, super()).received(data))
-        except DiskFull as error:
-            self.refuse(too_full(self.node, error.needed))
-        except OSError as error:  # of the file that a large body is spooled to
-            log.error("%s %s: the body cannot be kept: %s", parser.command, one_line(parser.path, 80), error)
-            self.refuse(disk_refusal(self.node, error))
-        except Exception as error:  # noqa: BLE001 - as above
-            self.refuse_unread(error)
-        return len(data)
-
-    def received_body(self, data: bytes) -> int:
-        """Process a part of the body and count it in the disk account."""
-        parser: Any = self
-        if parser.chunked:
-            data = data[:CHUNKED_BYTES]
-            self.promise.more(2 * len(data))
-        taken = int(cast(Any, super()).received(data))
-        self.promise.wrote(taken)
-        if parser.chunked and (len(parser.body_rcv.control_line) > CONTROL_LINE_BYTES or len(parser.body_rcv.trailer) > TRAILER_BYTES):
-            self.refuse(HttpError(400, "the request cannot be read: the head of a chunk, or what follows the last one, is too long"))
-        return taken
-
-    def refuse_unread(self, error: Exception) -> None:
-        log.debug("a request cannot be read: %s", one_line(repr(error), 200))
-        self.refuse(HttpError(400, "the request cannot be read: its first line or a header is malformed"))
-
-    def refuse(self, refusal: HttpError) -> None:
-        """Answer the request with this error and discard its body."""
-        import waitress.utilities
-
-        parser: Any = self
-        parser.error = waitress.utilities.Error(refusal.message)
-        parser.error.refusal = refusal
-        # With a length of 0, waitress's own limits do not replace this error.
-        parser.completed, parser.expect_continue, parser.content_length = True, False, 0
-        self.close()
-
-    def close(self) -> None:
-        """Release the body and the disk space that was promised for it."""
-        with contextlib.suppress(OSError):  # it may have buffered bytes that the disk does not accept
-            cast(Any, super()).close()
-        self.promise.close()
-
-
-# == 37. Connections ==  Every caller gets an answer or is dropped. No caller can keep the others out.
-
-
-REQUEST_LIMIT_S = 15.0  # for all headers of a request
-IDLE_LIMIT_S = 120.0  # between two requests
-PROGRESS_BYTES = 64 * KIB  # a body or an answer must advance by this much within IDLE_LIMIT_S
-LINGER_S = 2.0  # after a refusal, the rest of the request is read and discarded for this long: a reset would lose the answer
-MOST_CONNECTIONS = 4096
-ACCEPTS_AT_ONCE = 64
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-def make_task_class() -> Any:
-    """Return a waitress task that passes on what its parser knows: the caller, and the promise of disk space."""
-    import waitress.task
-
-    class Task(waitress.task.WSGITask):  # type: ignore[misc]
-        def get_environment(self) -> dict[str, Any]:
-            environ: dict[str, Any] = super().get_environment()
-            environ[CALLER_KEY] = self.request.caller
-            environ["joborch.promise"] = self.request.promise
-            return environ
-
-    return Task
-
-
-def make_error_task_class() -> Any:
-    """Return a waitress task that sends every error as JSON and closes the connection."""
-    import waitress.task
-
-    class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
-        def execute(self) -> None:
-            error = self.request.error
-            refusal = getattr(error, "refusal", None) or HttpError(error.code, one_line(f"{error.reason}: {error.body}".lower()))
-            answer = Answer.of(refusal)
-            body = json.dumps(answer.body).encode()
-            self.status = f"{answer.status} {reason_phrase(answer.status)}"
-            digest = repr_digest(hashlib.sha256(body).hexdigest())
-            head = [("Content-Type", JSON_TYPE), ("Repr-Digest", digest), (OURS_HEADER, __version__)]
-            self.response_headers.extend([*head, *answer.headers.items()])
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.channel.lingers = True
-            said = b"" if getattr(self.request, "command", "") == "HEAD" else body
-            # In one piece: a caller that half-closed its connection would otherwise get only the headers.
-            self.channel.write_soon(self.build_response_header() + said)
-            self.wrote_header, self.content_bytes_written = True, len(said)
-
-    return ErrorTask
-
-
-def make_signing(task_class: Any) -> Any:
-    """Return a waitress task that proves its answer to a server that has proven its request."""
-
-    class Signing(task_class):  # type: ignore[misc]
-        def build_response_header(self) -> bytes:
-            head = bytes(super().build_response_header())
-            # Not self.request: waitress replaces it if it fails.
-            asked = getattr(next(iter(self.channel.requests), None), "proof", None)
-            if asked is None:
-                return head
-            mac = asked.of_answer(int(self.status.split()[0]), FoldedHeaders(self.response_headers))
-            return head[:-2] + f"{MAC_HEADER}: {mac}\r\n\r\n".encode()
-
-    return Signing
-
-
-class FoldedHeaders(dict[str, str]):
-    """Headers by name, ignoring case."""
-
-    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        super().__init__((name.lower(), value) for name, value in pairs)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-
-class Turns:
-    """Extends waitress's connections: they know the user, send in turns, and have time limits."""
-
-    turn_bytes, lingers, linger_until, known_uid, writing, half_closed = 0, False, 0.0, cast("int | None", None), False, False
-    proven, serving, closed = False, False, False
-    moved_bytes, mark_bytes, mark_at = 0, 0, 0.0  # in and out; their number and the time (monotonic) of the last progress
-    since = 0.0  # monotonic: when it became idle, or the headers of its request began
-    waits_for_request = True  # for the first one
-
-    def uid(self) -> int | None:
-        connection: Any = self
-        if self.known_uid is None:
-            self.known_uid = peer_uid(connection.socket)
-        return self.known_uid
-
-    @property
-    def address(self) -> str:
-        connection: Any = self
-        return "" if connection.socket.family == socket.AF_UNIX else str(connection.addr[0])
-
-    # -- time limits --
-
-    def is_under_way(self) -> bool:
-        """Tell whether it is busy: with a complete request, or with the body of one whose caller was authenticated."""
-        connection: Any = self
-        request = connection.request
-        return bool(connection.requests) or (self.proven and bool(connection.total_outbufs_len or (request and request.proven)))
-
-    def is_overdue(self, now: float) -> bool:
-        """Tell whether to close it: it is silent, its headers take too long, or its transfer has stalled."""
-        connection: Any = self
-        if self.linger_until:
-            return now > self.linger_until
-        request = connection.request
-        if connection.total_outbufs_len or (not connection.requests and request is not None and request.proven):
-            return self.stands_still(now)
-        self.mark_at = 0.0
-        if connection.requests:
-            return False
-        return now - self.since > (REQUEST_LIMIT_S if request is not None or self.waits_for_request else IDLE_LIMIT_S)
-
-    def stands_still(self, now: float) -> bool:
-        """Tell whether a transfer made too little progress for too long. Bytes count once the other end has acknowledged them."""
-        moved = self.moved_bytes - unsent_bytes(cast(Any, self).socket)
-        if not self.mark_at or moved - self.mark_bytes >= PROGRESS_BYTES:
-            self.mark_at, self.mark_bytes = now, moved
-        return now - self.mark_at > IDLE_LIMIT_S
-
-    # -- receiving --
-
-    def readable(self) -> bool:
-        connection: Any = self
-        parent: Any = super()
-        return bool(self.linger_until or (parent.readable() and not (self.half_closed and connection.requests)))
-
-    def handle_read(self) -> None:
-        """Read; after a refusal, discard what the caller still sends."""
-        connection: Any = self
-        parent: Any = super()
-        if not self.linger_until:
-            # waitress would treat a half-closed connection as closed and drop the answer.
-            self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
-            if self.half_closed:
-                return
-            parent.handle_read()
-            connection.server.house.hold(self, held_bytes(connection))
-            connection.server.house.shrink()
-        elif time.monotonic() > self.linger_until or not connection.recv(MIB):
-            connection.handle_close()
-
-    def recv(self, size: int) -> bytes:
-        """Read. Only a little of a chunked body: chunks of one byte take a thousand times their size in memory."""
-        request = cast(Any, self).request
-        return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
-
-    def received(self, data: bytes) -> bool:
-        """Process received bytes. Incomplete headers do not extend a connection's time."""
-        connection: Any = self
-        parent: Any = super()
-        self.moved_bytes += len(data)
-        fresh = connection.request is None
-        taken = bool(parent.received(data))
-        if fresh and connection.request is not None and not self.waits_for_request:
-            self.since = time.monotonic()
-        if self.is_under_way():
-            connection.server.house.busy(self)
-        return taken
-
-    # -- serving --
-
-    def service(self) -> None:
-        """Serve one request. If the connection must close, wake the I/O thread at once instead of a second later."""
-        connection: Any = self
-        parent: Any = super()
-        with connection.requests_lock:
-            self.serving = True
-        connection.server.watch.touched.append(self)
-        try:
-            parent.service()
-        finally:
-            self.serving = False
-            connection.server.watch.touched.append(self)
-            self.since, self.waits_for_request = time.monotonic(), False
-            if self.closed:
-                self.drop_requests()
-            elif not self.is_under_way():
-                connection.server.house.rest(self)
-                connection.server.house.hold(self, held_bytes(connection))
-        if connection.close_when_flushed:
-            connection.server.pull_trigger()
-
-    def handle_close(self) -> None:
-        """Close it, and return the disk space of its unfinished requests at once."""
-        parent: Any = super()
-        self.closed = True
-        parent.handle_close()
-        cast(Any, self).server.house.leave(self)
-        self.drop_requests()
-
-    def drop_requests(self) -> None:
-        """Close requests that will get no answer, except one that a worker is serving: the worker closes that."""
-        connection: Any = self
-        if connection.requests_lock.acquire(blocking=False):  # else a worker is between two requests, and calls this later
-            try:
-                dropped = [*connection.requests[1 if self.serving else 0 :], *([connection.request] if connection.request else [])]
-                for request in dropped:
-                    request.close()
-            finally:
-                connection.requests_lock.release()
-
-    def handle_error(self) -> None:
-        """Close it after an error in joborch. Log that only for debugging, because strangers may be able to cause it."""
-        log.debug("a connection was closed after an error: %s", one_line(repr(sys.exc_info()[1]), 200))
-        self.handle_close()
-
-    # -- sending --
-
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send at most 4 MiB in one turn: a large download must not block the others."""
-        parent: Any = super()
-        sent = 0 if self.turn_bytes >= 4 * MIB else int(parent.send(data, do_close))
-        self.turn_bytes += sent
-        self.moved_bytes += sent
-        return sent
-
-    def write_soon(self, data: Any) -> int:
-        connection: Any = self
-        parent: Any = super()
-        self.writing = True
-        connection.server.watch.touched.append(self)
-        try:
-            return int(parent.write_soon(data))
-        finally:
-            self.writing = False
-            if connection.total_outbufs_len:
-                connection.server.pull_trigger()
-
-    def writable(self) -> bool:
-        """Tell whether the I/O thread should send: not while a worker does, or it would spin until the worker is done."""
-        connection: Any = self
-        parent: Any = super()
-        busy = self.writing and connection.total_outbufs_len <= connection.adj.outbuf_high_watermark
-        return not busy and bool(parent.writable())
-
-    def handle_write(self) -> None:
-        """Send the rest. After a refusal, half-close the connection and let the caller finish sending."""
-        connection: Any = self
-        parent: Any = super()
-        self.turn_bytes = 0
-        if self.lingers and connection.close_when_flushed and not connection.total_outbufs_len:
-            # Unread bytes would make TCP reset the connection, and the answer would be lost.
-            connection.close_when_flushed, self.linger_until = False, time.monotonic() + LINGER_S
-            with contextlib.suppress(OSError):
-                connection.socket.shutdown(socket.SHUT_WR)
-        else:
-            parent.handle_write()
-
-
-def unsent_bytes(connection: socket.socket) -> int:
-    """Return how many sent bytes the other end of a connection has not acknowledged (SIOCOUTQ)."""
-    try:
-        return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
-    except OSError:
-        return 0
-
-
-def held_bytes(connection: Any) -> int:
-    """Return the memory that an unproven caller occupies: the request so far, and the unsent part of the answer."""
-    request = connection.request
-    if connection.proven or connection.closed:
-        return 0
-    coming = len(request.header_plus) + request.body_bytes_received if request is not None else 0
-    return int(coming + connection.total_outbufs_len)
-
-
-def make_channel_class(node: Node) -> Any:
-    """Return the class of our connections for waitress."""
-    import waitress.channel
-    import waitress.parser
-
-    class Parser(Judge, waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-        pass
-
-    Parser.node = node
-
-    class Channel(Turns, waitress.channel.HTTPChannel):  # type: ignore[misc]
-        task_class, error_task_class = make_signing(make_task_class()), make_signing(make_error_task_class())
-
-        def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress's name
-            super().__init__(server, sock, addr, adj, map=map)
-            self.requests_lock = threading.RLock()  # a connection may be closed while it is being read
-            self.since = time.monotonic()
-            server.house.enter(self, addr)
-            server.watch.touched.append(self)
-
-        def parser_class(self, adj: Any) -> Any:
-            parser = Parser(adj)
-            parser.attach(self)
-            return parser
-
-    return Channel
-
-
-class Doors:
-    """Extends waitress's listeners: they obey the limits of a House."""
-
-    house: House
-    siblings: Sequence[Any] = ()  # the other listeners of the process
-    next_look = paused_until = 0.0  # monotonic
-
-    def readable(self) -> bool:
-        """Tell whether to accept connections; once a second, close overdue ones."""
-        now = time.monotonic()
-        if now >= self.next_look:
-            self.next_look = now + 1
-            self.close_overdue(now)
-        return bool(cast(Any, self).accepting and now >= self.paused_until)
-
-    def close(self) -> None:
-        siblings, self.siblings = self.siblings, ()
-        for listener in siblings:
-            listener.siblings = ()
-            listener.close()
-        cast(Any, super()).close()
-
-    def close_overdue(self, now: float) -> None:
-        """Close connections that are overdue, and unproven ones that occupy too much memory."""
-        for connection in list(cast(Any, self).active_channels.values()):
-            if connection.is_overdue(now):
-                connection.handle_close()
-        self.house.shrink()
-        self.house.tell(now)
-
-    def handle_accept(self) -> None:
-        """Accept waiting connections. If no place or no file is left, close idle ones."""
-        listener: Any = self
-        for _ in range(min(ACCEPTS_AT_ONCE, self.house.places // 4)):
-            if self.house.is_full() and not self.house.make_room():
-                break
-            try:
-                connection, address = listener.socket.accept()
-                listener.set_socket_options(connection)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in OUT_OF_FILES and not self.house.make_room():
-                    break
-            else:
-                listener.channel_class(self, connection, listener.fix_addr(address), listener.adj, map=listener._map)
-        else:
-            return
-        self.paused_until = time.monotonic() + 0.2  # let the requests in progress finish
-
-
-def connection_places(node: Node) -> int:
-    """Return the limit of connections: the limit of open files, less what database, links and requests need."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS
-    others = max(320 + 32 * len(getattr(node, "links", ())), files // 4)
-    return max(16, min(files - others, MOST_CONNECTIONS), files // 4)
-
-
-class Dispatcher:
-    """Gives each request to the pool of its class (waitress has a single one), so slow requests do not delay quick ones."""
-
-    def __init__(self, mode: str) -> None:
-        quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
-        forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
-        self.pools = {"quick": Pool("quick", quick), **forms, "slow": Pool("slow", 16, 64)}
-
-    def add_task(self, connection: Any) -> None:
-        """Queue the next request of a connection, or answer 503 if too many of its class wait."""
-        request = connection.requests[0]
-        if not self.pools[class_of(request)].add(connection.service):
-            request.refuse(HttpError(503, "too many requests of this kind are in progress: try again soon", Retry_After=str(COME_AGAIN_S)))
-            self.pools["quick"].add(connection.service)
-
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
-        """Stop the threads. Do not wait more than `timeout` seconds for busy ones."""
-        stop_pools(self.pools.values(), timeout)
-        return cancel_pending
-
-
-def class_of(request: Any) -> str:
-    """Return the pool of a request: `form` for small forms (most of the traffic), `large` for large ones, `slow` or `quick`.
-
-    `slow` is for routes that wait for other machines. Callers that follow a job's output are `quick`: they idle most of the
-    time, and a WaiterLimit applies to them.
-    """
-    found: Route | None = request.route
-    if found is None or request.error is not None or not found.slow:
-        return "quick"
-    if found.takes_form:
-        return "form" if int(request.headers.get("CONTENT_LENGTH") or 0) < MIB else "large"
-    follows = request.command == "GET" and dict(parse_qsl(request.query)).get("follow") == "1"
-    return "quick" if follows else "slow"
-
-
-def make_http_server(node: Node, app: Any) -> Any:
-    """Return a waitress server that listens for `node`. Raises ConfigError if an address cannot be used."""
-    import waitress.server
-
-    config = node.config
-    options: dict[str, Any] = {
-        "connection_limit": sys.maxsize,  # our listeners have their own limits
-        "channel_request_lookahead": 1,  # to notice callers that left while waiting
-        "recv_bytes": 256 * KIB,
-        "max_request_body_size": config.max_upload_bytes + 1,  # for chunked bodies; check_size refuses the others earlier
-        "max_request_header_size": 64 * KIB,
-        "backlog": BACKLOG,
-        "ident": "joborch",
-        "clear_untrusted_proxy_headers": False,  # nothing here trusts them
-    }
-    opened: dict[int, Any] = {}  # waitress's table of open sockets, by descriptor
-    sockets = open_listeners(config.host, config.port)
-    local = open_own_socket(config, sockets)
-    dispatcher = Dispatcher(config.mode)
-    waitress.server.create_server(app, map=opened, sockets=sockets, _dispatcher=dispatcher, **options)
-    if local is not None:  # waitress does not mix socket families: use a second server with the same threads
-        waitress.server.create_server(app, map=opened, sockets=[local], _dispatcher=dispatcher, **options)
-    listeners = [each for each in opened.values() if hasattr(each, "channel_class")]
-    house, watch = House(connection_places(node)), Watch()
-    for listener in listeners:
-        listener.watch = watch
-        listener.__class__ = type("Listener", (Doors, type(listener)), {})
-        listener.house, listener.channel_class = house, make_channel_class(node)
-    server = listeners[0]
-    server.siblings = listeners[1:]
-    server.asyncore = types.SimpleNamespace(loop=watch.loop)
-    server.socket_file = local and local.getsockname()
-    server.socket_inode = local and os.lstat(server.socket_file).st_ino
-    return server
-
-
-def open_own_socket(config: Config, listeners: Sequence[socket.socket]) -> socket.socket | None:
-    """Return the server's Unix socket, or None. A failure is logged, or raises ConfigError if JOBORCH_SOCKET is set."""
-    port = listeners[0].getsockname()[1]
-    if config.mode != "server" or socket_path(config.socket_file, port) is None:
-        return None
-    try:
-        return open_socket_file(config.socket_file, port, int(config.socket_mode, 8))
-    except ConfigError as error:
-        if config.socket_file:
-            for listener in listeners:
-                listener.close()
-            raise
-        log.warning("%s", error)
-        return None
-
-
-def remove_socket_file(server: Any) -> None:
-    """Remove the Unix socket of a stopping server, unless another server has replaced it."""
-    with contextlib.suppress(OSError):
-        if server.socket_file and os.lstat(server.socket_file).st_ino == server.socket_inode:
-            os.unlink(server.socket_file)
-
-
-# == 38. Cleaning ==  Files of jobs are deleted only here. Files that cannot be removed do not delay others.
+# == 18. Cleaning ==  Files of jobs are deleted only here. Files that cannot be removed do not delay others.
 
 
 def due_for_cleaning(node: Node, now: float) -> list[Job]:
@@ -12496,7 +5361,9 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "unfetched_before": now - (4 * age if is_client else age),
         "confirmed_before": node.clock.wall() - kept_s,
     }
-    jobs = node.store.jobs(ENDED_BEFORE, **moments, limit=500 + len(node.unremovable))  # the query returns unremovable ones first
+    jobs = node.store.jobs(
+        statements.ENDED_BEFORE, **moments, limit=500 + len(node.unremovable)
+    )  # the query returns unremovable ones first
     return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
@@ -12523,7 +5390,7 @@ def clean_tick(node: Node) -> bool:
         reason = Reason.CLEANED.format(duration=format_duration(max(0.0, now - job.moved_at)))
         more = node.store.move(job, Status.CLEANED, reason, row_reason=job.reason) or more
         crash_point("clean.stored")
-    old = [row["id"] for row in node.store.read(CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
+    old = [row["id"] for row in node.store.read(statements.CLEANED_BEFORE, before=now - node.config.keep_rows_s)]
     if old:
         node.store.forget(old)
         crash_point("clean.forgotten")
@@ -12555,8 +5422,8 @@ def row_of(node: Node, path: Path) -> Job | None:
     """Return the job whose files are at `path`: `UUID`, `UUID.ATTEMPT.zip` on a server, `UUID.ATTEMPT` on a client."""
     job_uuid, _, rest = path.name.partition(".")
     if node.config.mode == "client" and rest.isdigit():
-        return node.store.job(JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
-    return node.store.job(JOB_BY_UUID, uuid=job_uuid)
+        return node.store.job(statements.JOB_BY_MARK, uuid=job_uuid, attempt=int(rest))
+    return node.store.job(statements.JOB_BY_UUID, uuid=job_uuid)
 
 
 @dataclass
@@ -12596,14 +5463,6 @@ def unremovable_json(node: Node) -> dict[str, Any] | None:
     return {"count": len(found), "bytes": size, "message": f"{text}: {remedy}"}
 
 
-# -- removal --
-
-
-def discard(path: Path) -> None:
-    """Remove files without a row, of a failed upload, a second delivery, or a useless transfer. They may be missing."""
-    remove_tree(path)
-
-
 def discard_payloads(data: DataFolder) -> None:
     """Remove the payloads of an earlier database, with their TMPDIR."""
     for folder in data.jobs.iterdir():
@@ -12612,24 +5471,6 @@ def discard_payloads(data: DataFolder) -> None:
             remove_tree(folder)
         except OSError as error:
             log.warning("%s belongs to an earlier database and cannot be removed: %s", folder, error)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a file or folder, whatever permissions a script has set in it. It may be missing. Raises OSError if something remains."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
-        done = subprocess.run(
-            ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
-        )
-        if done.returncode != 0 and path.exists():
-            raise OSError(errno.EIO, one_line(done.stderr) or "rm failed", str(path)) from None
 
 
 def scratch_of(folder: Path) -> list[str]:
@@ -12669,543 +5510,49 @@ def drop_scratch(client: Client, job: Job) -> None:
         threading.Thread(target=remove_scratch, args=(folder,), name=f"scratch-{job.id}", daemon=True).start()
 
 
-# == 39. Settings ==  Each setting is declared once, as a field of one of three classes. Flags, environment, help and messages follow.
+# == 19. Restore ==  A prepared restore is completed at the next start, and no id is assigned twice.
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting: its environment name, the field that it fills, how it is read, and what it means."""
-
-    name: str
-    field: str
-    read: Callable[[str], Any]
-    default: str  # as a person writes it; "" means none
-    help: str
-    modes: str  # "server", "client" or both
-    plugin: str = ""  # the plug-in that uses it; "" means the program itself
-    secret: bool = False
-
-    @property
-    def flag(self) -> str:
-        """The command-line flag: JOBORCH_SEND_INTERVAL is --send-interval, PORT is --port."""
-        return "--" + self.name.replace("JOBORCH_", "").lower().replace("_", "-")
+def folder_of(path: str) -> str:
+    """Return the real path of the folder that a file is in."""
+    return os.path.realpath(os.path.dirname(path))
 
 
-BOTH = "server client"
+def decided_restore(db_path: str) -> Path | None:
+    """Return a restored database that is complete but not yet in place, or None."""
+    folder, start = Path(folder_of(db_path)), f"{os.path.basename(db_path)}.restored-"
+    return next((path for path in folder.iterdir() if path.name.startswith(start)), None) if folder.is_dir() else None
 
 
-def setting(
-    name: str, modes: str, read: Callable[[str], T], default: str, meaning: str, *, plugin: str = "", secret: bool = False, unset: Any = ""
-) -> T:
-    """Declare a field of a dataclass as a setting; `unset` is its value if it is not given and has no default."""
-    row = Setting(name, "", read, default, meaning, modes, plugin, secret)
-    return field(default_factory=lambda: read(default) if default else unset, metadata={"setting": row})
+def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | None]:
+    """Put a restored database in place and remove incomplete ones. Return the replaced database and the folder of files without a job.
 
-
-def settings_of(owner: type) -> tuple[Setting, ...]:
-    """Return the settings that are declared as fields of a dataclass."""
-    declared = ((item.name, item.metadata.get("setting")) for item in dataclasses.fields(owner))
-    return tuple(dataclasses.replace(row, field=name) for name, row in declared if row)
-
-
-@dataclass(frozen=True)
-class Address:
-    """The three URLs of a client, and their common base if they have one; only then can it have /events and /health."""
-
-    upload_url: str
-    download_url: str
-    terminate_url: str
-    base_url: str
-
-    @property
-    def name(self) -> str:
-        """What people call it: host and port, and the path of its base if there is one."""
-        parts = urlsplit(self.base_url or self.upload_url)
-        return parts.netloc + (parts.path if parts.path != "/" else "").rstrip("/")
-
-
-# fmt: off
-@dataclass(frozen=True)
-class Config:
-    """The effective settings of one process, and where each came from. Declared as: name, modes, reader, default, help."""
-
-    mode: str
-    port: int = setting("PORT", BOTH, read_port, "", "port to listen on; 0 picks a free one (default: server 5000, client 9000)", unset=-1)
-    host: str = setting("JOBORCH_HOST", BOTH, read_text, DEFAULT_HOSTS, "addresses to listen on, separated by commas")
-    data_path: str = setting("DATA_PATH", BOTH, read_text, "", "folder for files (default: the user's data folder)")
-    db_path: str = setting("DB_PATH", BOTH, read_text, "",
-        "database file (default: joborch.db in DATA_PATH); :memory: for a client that forgets")
-    max_age_s: float = setting("MAX_AGE", BOTH, read_seconds, "172800",
-        "seconds (or 90m, 48h, 2d) that files are kept after a job's end; a client keeps unfetched results four times as long")
-    token: str = setting("JOBORCH_TOKEN", BOTH, read_token, "",
-        "bearer token(s) that callers must send, separated by commas; visible in ps (client: created at first start)", secret=True)
-    token_file: str = setting("JOBORCH_TOKEN_FILE", BOTH, read_text, "", "file with the token; a client creates it if it is missing")
-    allow_anonymous: bool = setting("JOBORCH_ALLOW_ANONYMOUS", BOTH, read_switch, "0",
-        "1: callers from JOBORCH_ALLOW_FROM need no token; a client that has no token then serves the same user")
-    allow_from: tuple[Network, ...] = setting("JOBORCH_ALLOW_FROM", BOTH, read_networks, "",
-        "addresses and networks that JOBORCH_ALLOW_ANONYMOUS=1 admits, separated by commas, as in 192.0.2.7,10.0.0.0/8", unset=())
-    hosts: str = setting("JOBORCH_HOSTS", BOTH, read_text, "", "further host names of this server, separated by commas")
-    socket_file: str = setting("JOBORCH_SOCKET", "server", read_text, "",
-        "Unix socket for users of this machine; 0: none (default: joborch-PORT.sock in XDG_RUNTIME_DIR, else in /tmp/joborch-UID)")
-    socket_mode: str = setting("JOBORCH_SOCKET_MODE", "server", read_mode, "0600", "mode of the Unix socket: whoever may open it may call")
-    slots: int = setting("JOBORCH_SLOTS", "client", read_positive, "",
-        "local: cores that payloads may use at once (default: all); batch system: jobs that it gets at once (default: 100)", unset=0)
-    memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
-        "memory that payloads may request together (default: the machine's memory)", unset=0)
-    executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
-        "what runs the payloads: local, slurm, dirac, or package.module:Class for another executor")
-    pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
-        "further variables that scripts get from the client's environment: names separated by commas, * for any characters", unset=())
-    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
-        "seconds between two queries of a batch system (one query for all jobs)")
-    vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
-        "seconds to wait for the exit file of a batch job that ended or is no longer known")
-    dirac_url: str = setting("JOBORCH_DIRAC_URL", "client", read_url, "",
-        "URL of DiracX, as in https://dirac.example.org", plugin="dirac")
-    dirac_credentials: str = setting("JOBORCH_DIRAC_CREDENTIALS", "client", read_text, "~/.cache/diracx/credentials.json",
-        "the file that `dirac login` writes", plugin="dirac")
-    dirac_quiet_s: float = setting("JOBORCH_DIRAC_QUIET", "client", read_seconds, "45m",
-        "how long the pilot of a killed job may be silent before it counts as gone (pilots call every 30 minutes)", plugin="dirac")
-    kill_grace_s: float = setting("JOBORCH_KILL_GRACE", "client", read_seconds, "10", "seconds from TERM to KILL")
-    log_limit_bytes: int = setting("JOBORCH_LOG_LIMIT", BOTH, read_bytes, "64M",
-        "how much of each output stream is kept: half of it from the start, half from the end")
-    run_interval_s: float = setting("JOBORCH_RUN_INTERVAL", "client", read_period, "0.5",
-        "longest sleep of the runner, in seconds")
-    send_interval_s: float = setting("JOBORCH_SEND_INTERVAL", "server", read_period, "0.5",
-        "longest sleep of the sender, in seconds")
-    get_interval_s: float = setting("JOBORCH_GET_INTERVAL", "server", read_period, "0.5",
-        "longest sleep of the getter, in seconds")
-    share_half_life_s: float = setting("JOBORCH_SHARE_HALF_LIFE", "server", read_period, "6h",
-        "policy share: the time after which a past use counts half")
-    ageing_s: float = setting("JOBORCH_AGEING", "server", read_period, "60", "policy priority: seconds of waiting that count as one point")
-    weights: Mapping[int, float] = setting("JOBORCH_WEIGHTS", "server", read_weights, "",
-        "policy share: USER=WEIGHT, separated by commas, as in 7=2,8=0.5", unset={})
-    max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
-        "jobs of one user that may be queued at once")
-    clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "seconds between two runs of the cleaner")
-    keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
-        "how long a client keeps files after a server has confirmed that it has the result")
-    keep_rows_s: float = setting("JOBORCH_KEEP_ROWS", BOTH, read_seconds, "365d", "how long rows and history of cleaned jobs are kept")
-    max_upload_bytes: int = setting("JOBORCH_MAX_UPLOAD", BOTH, read_bytes, "10G", "largest request body")
-    max_result_bytes: int = setting("JOBORCH_MAX_RESULT", BOTH, read_bytes, "10G",
-        "largest result: total size of the files that a script leaves, including holes")
-    max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
-        "most files and links in a result, with half as many folders")
-    min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk space below which uploads are refused with 507")
-    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
-        "certificates (PEM) to check https clients with, instead of the system's")
-    compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
-        "2.2: GET /download/ID answers as the reference's 2.2 does", plugin="compat22")
-    log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
-        "log level: debug, info, warning or error")
-    log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object per line")
-    services: Mapping[str, Service] = field(default_factory=dict)
-    batch: Mapping[str, BatchOptions] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    env_file: str = ""
-
-    def batch_options(self, service: str | None) -> BatchOptions:
-        """Return the options for the jobs of a service in a batch system."""
-        return self.batch.get((service or "").lower(), BatchOptions())
-
-
-@dataclass(frozen=True)
-class Service:
-    """A service: its clients and limits. Each setting is SERVICE_<NAME>_..., as in SERVICE_EXAMPLE_CLIENTS."""
-
-    name: str
-    addresses: tuple[Address, ...]  # its clients, from the first four settings
-    upload_url: str = setting("UPLOAD_URL", "server", read_text, "", "where a client accepts payloads, as in http://host:9000/submit")
-    download_url: str = setting("DOWNLOAD_URL", "server", read_text, "", "where it serves results, as in http://host:9000/retrieve")
-    terminate_url: str = setting("TERMINATE_URL", "server", read_text, "", "where it kills payloads, as in http://host:9000/kill")
-    clients: str = setting("CLIENTS", "server", read_text, "",
-        "base URLs of clients, separated by commas; short for the three URLs")
-    token: str = setting("TOKEN", "server", read_token, "", "token for these clients", secret=True)
-    token_file: str = setting("TOKEN_FILE", "server", read_text, "", "file with the token for these clients")
-    peer: str = setting("PEER", "server", one_of("joborch", "2.2"), "",
-        "2.2: these may be 2.2 clients, which cannot prove their identity (default: joborch; 2.2 for the three URLs without a token)")
-    runs_per_user: int = setting("RUNS_PER_USER", "server", read_positive, "5", "jobs of one user that may be at clients at once")
-    max_runs: int = setting("MAX_RUNS", "server", read_positive, "10", "jobs of the service that may be at clients at once")
-    policy: str = setting("POLICY", "server", one_of("share", "fifo", "priority"), "share",
-        "who is next: least use; first come, first served; or highest priority with ageing")
-    timeout_s: float | None = setting("TIMEOUT", "server", read_period, "", "run time limit in seconds (default: none)", unset=None)
-    retries: int = setting("RETRIES", "server", read_whole, "2",
-        "further attempts after an infrastructure failure, never after a failure of the script")
-    return_inputs: bool = setting("RETURN_INPUTS", "server", read_switch, "1",
-        "0: the result omits inputs that the script left unchanged")
-    unreachable_after_s: float = setting("UNREACHABLE_AFTER", "server", read_period, "24h",
-        "how long jobs wait if no client of the service answers")
-    lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
-        "seconds that a client may be silent before its jobs get a new attempt")
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """A client's options for the jobs of one service in a batch system, and the line that runs before its scripts."""
-
-    prelude: str = setting("PRELUDE", "client", read_line, "",
-        "a line of bash that runs before each script, in a login shell, as in module load gcc")
-    slurm_partition: str = setting("SLURM_PARTITION", "client", read_word, "", "sbatch --partition", plugin="slurm")
-    slurm_account: str = setting("SLURM_ACCOUNT", "client", read_word, "", "sbatch --account", plugin="slurm")
-    slurm_qos: str = setting("SLURM_QOS", "client", read_word, "", "sbatch --qos", plugin="slurm")
-    slurm_constraint: str = setting("SLURM_CONSTRAINT", "client", read_word, "", "sbatch --constraint, as in gpu", plugin="slurm")
-    slurm_gres: str = setting("SLURM_GRES", "client", read_word, "", "sbatch --gres, as in gpu:1", plugin="slurm")
-    slurm_time_s: float | None = setting("SLURM_TIME", "client", read_period, "",
-        "time limit of jobs without a timeout, as in 90m or 24h", plugin="slurm", unset=None)
-    slurm_args: tuple[str, ...] = setting("SLURM_ARGS", "client", read_by_plugin("joborch_plugins.slurm:read_sbatch_words"), "",
-        "further options of sbatch, as in --nice=100 --exclusive", plugin="slurm", unset=())
-    dirac_site: str = setting("DIRAC_SITE", "client", read_text, "", "sites separated by commas, as in LCG.CERN.ch", plugin="dirac")
-    dirac_tags: str = setting("DIRAC_TAGS", "client", read_text, "", "tags separated by commas, as in GPU", plugin="dirac")
-    dirac_cpu_time_s: float | None = setting("DIRAC_CPU_TIME", "client", read_period, "",
-        "CPU time (default: a job's timeout times its cpus)", plugin="dirac", unset=None)
-    dirac_platform: str = setting("DIRAC_PLATFORM", "client", read_text, "", "platform, as DIRAC names it", plugin="dirac")
-    dirac_jdl: str = setting("DIRAC_JDL", "client", read_text, "",
-        'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
-# fmt: on
-
-
-SETTINGS = settings_of(Config)
-SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
-
-
-# == 40. Configuration ==  Reads the settings and services of one process from flags, environment and files, and refuses mistakes.
-
-QUOTED = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\')')  # at the beginning of a value in an environment file
-
-
-def env_value(text: str) -> str:
-    """Return the value after `NAME=`, as systemd and shells read it. Raises ValueError if a quote is not closed.
-
-    Quotes at its beginning are removed, with the backslashes that double quotes need; ` #` begins a comment. Other quotes and
-    backslashes are literal.
+    Both are None if there was nothing to do. Each step may be repeated after a crash.
     """
-    pieces, rest = "", text
-    while quoted := QUOTED.match(rest):
-        pieces += quoted[2] if quoted[1] is None else re.sub(r'\\(["\\$`])', r"\1", quoted[1])
-        rest = rest[quoted.end() :]
-    bare = re.split(r"\s#", rest, maxsplit=1)[0].strip()
-    if bare[:1] in ("'", '"'):
-        raise ValueError("a quote is not closed")
-    return pieces + bare
-
-
-def read_env_file(path: str) -> dict[str, str]:
-    """Return the NAME=VALUE lines of `path`, with comments, quotes and `export` as in systemd and shells."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
-    pairs = {}
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith(("#", ";")):
-            continue
-        found = re.fullmatch(r"(?:export\s+)?(\w+)\s*=(.*)", text)
-        if not found:
-            raise ConfigError(f"--env-file {path}, line {number}: write NAME=VALUE")
-        try:
-            pairs[found[1]] = env_value(found[2])
-        except ValueError as error:
-            raise ConfigError(f"--env-file {path}, line {number}: {found[1]}: {error}") from error
-    return pairs
-
-
-def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
-    """Return the value of one setting. Raises ConfigError with the setting, the value and what is allowed."""
-    try:
-        return setting.read(text)
-    except ValueError as error:
-        shown = "(hidden)" if setting.secret else repr(one_line(text, 80))
-        raise ConfigError(f"{shown_name} is {shown}: {error}") from error
-
-
-def split_service_name(name: str) -> tuple[str, Setting] | None:
-    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`, by the longest known suffix; None for other names."""
-    for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
-        suffix = "_" + setting.name
-        if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
-            return name[len("SERVICE_") : -len(suffix)].lower(), setting
-    return None
-
-
-def client_address(base_url: str) -> Address:
-    """Return the address of a client whose routes are below one base URL."""
-    base = base_url.rstrip("/")
-    return Address(base + "/submit", base + "/retrieve", base + "/kill", base)
-
-
-def reference_address(service: Service) -> Address | None:
-    """Return the address of the client that the three URLs of 2.2 name, or None if none is set."""
-    first, *others = [url.rstrip("/") for url in (service.upload_url, service.download_url, service.terminate_url)]
-    if not first:
-        if any(others):
-            raise ConfigError(f"SERVICE_{service.name.upper()}_UPLOAD_URL is missing: set it, as in http://host:9000/submit")
-        return None
-    base, _, last = first.rpartition("/")
-    base = base if last == "submit" else ""
-    if not base and not all(others):
-        raise ConfigError(
-            f"SERVICE_{service.name.upper()}_DOWNLOAD_URL and _TERMINATE_URL are needed if UPLOAD_URL does not end in /submit"
-        )
-    return Address(first, others[0] or base + "/retrieve", others[1] or base + "/kill", base)
-
-
-def check_url(url: str, shown_name: str) -> None:
-    """Raise ConfigError unless `url` is an http or https URL with a host and no password."""
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
-    except ValueError:
-        fits = False
-    if fits and "@" in parts.netloc:
-        raise ConfigError(f"{shown_name} contains a user or password: remove it, and set SERVICE_<NAME>_TOKEN to the client's token")
-    if not fits:
-        raise ConfigError(f"{shown_name} is {one_line(url, 80)!r}: give a URL, as in http://host:9000")
-
-
-def read_token_file(path: str, shown_name: str) -> str:
-    """Return the token in a file. Raises ConfigError if it cannot be read."""
-    try:
-        return read_token(Path(path).read_text(encoding="utf-8").strip())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
-
-
-EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # the client of `example` if none is set
-
-
-def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
-    """Return the values of one service's settings by field, from texts by suffix. Settings without a text are omitted."""
-    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
-    return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
-
-
-def make_service(name: str, texts: Mapping[str, str]) -> Service:
-    """Build one service from its settings, by suffix. Raises ConfigError if they do not fit together."""
-    prefix = f"SERVICE_{name.upper()}_"
-    service = Service(name, (), **read_settings(texts, prefix))
-    bases = [base.strip() for base in service.clients.split(",") if base.strip()]
-    first = reference_address(service)
-    for base in bases:
-        check_url(base, prefix + "CLIENTS")
-    for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
-        check_url(url, prefix + setting)
-    if not first and not bases and name == "example":
-        bases = [EXAMPLE_CLIENT_URL]
-    if not first and not bases:
-        raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
-    token = service.token
-    if not token and service.token_file:
-        token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
-    return dataclasses.replace(
-        service,
-        addresses=(*([first] if first else []), *map(client_address, bases)),
-        token=token,
-        peer=service.peer or ("2.2" if first and not bases and not token else "joborch"),
-    )
-
-
-def texts_of_services(environment: Mapping[str, str], mode: str) -> dict[str, dict[str, str]]:
-    """Return the `SERVICE_*` variables for one mode: texts by service and suffix."""
-    texts: dict[str, dict[str, str]] = {}
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        if found and found[1].modes == mode:
-            texts.setdefault(found[0], {})[found[1].name] = text
-    return texts
-
-
-def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions]:
-    """Return a client's options for a batch system, by service. Raises ConfigError."""
-    found = texts_of_services(environment, "client").items()
-    return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
-
-
-def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
-    """Return the services in the `SERVICE_*` variables, or else `example` on this machine. Raises ConfigError."""
-    texts = texts_of_services(environment, "server") or {"example": {}}
-    return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
-
-
-def nearest_suffix(name: str) -> str:
-    """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
-    suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
-    tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
-    import difflib
-
-    scores = {suffix: max(difflib.SequenceMatcher(None, tail, suffix).ratio() for tail in tails) for suffix in suffixes}
-    best = max(scores, key=lambda suffix: scores[suffix])
-    return f" (did you mean {best}?)" if scores[best] > 0.7 else ""
-
-
-def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each variable that has a prefix of joborch's settings but is not one."""
-    known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
-    for name in sorted(environment):
-        if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
-            plain = name.replace("JOBORCH_", "", 1)
-            yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
-        elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
-            yield f"{name} is not a setting of a service{nearest_suffix(name)}"
-
-
-LONG_TIME_S = 6 * 3600.0  # a setting with at least this default is rarely meant in seconds
-
-
-def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a question about each time that is set to a small number without a unit although hours or days are usual."""
-    given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
-    for name, text in environment.items():
-        found = split_service_name(name.upper())
-        given += [(found[1], text, name)] if found else []
-    for setting, text, name in given:
-        usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
-        if usual_s >= LONG_TIME_S and re.fullmatch(r"[0-9]{1,3}", text) and int(text):
-            yield f"{name} is {text}: did you mean {text} seconds? Write {text}s if you did, else {text}h or {text}d"
-
-
-def machine_memory_bytes() -> int:
-    """Return the memory of this machine, or of this process's control group if that has less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return memory
-
-
-def default_folder(kind: str) -> str:
-    """Return the user's `data` or `config` folder for joborch. Raises ConfigError if the user has no home."""
-    import platformdirs
-
-    folder = platformdirs.user_data_dir("joborch") if kind == "data" else platformdirs.user_config_dir("joborch")
-    if folder.startswith("~") or not os.path.isabs(folder):
-        raise ConfigError("this user has no home folder: set DATA_PATH to a writable folder")
-    return folder
-
-
-def token_of_file(config: Config) -> str:
-    """Return the token in JOBORCH_TOKEN_FILE; empty if it is not set, or if a client will create the file at its first start."""
-    path = config.token_file
-    waits = config.mode == "client" and not os.path.lexists(path)
-    return read_token_file(path, "JOBORCH_TOKEN_FILE") if path and not waits else ""
-
-
-def with_defaults(config: Config) -> Config:
-    """Fill in the values that depend on the machine, the mode or each other."""
-    data_path = os.path.abspath(config.data_path or os.path.join(default_folder("data"), config.mode))
-    db_path = config.db_path or os.path.join(data_path, "joborch.db")
-    return dataclasses.replace(
-        config,
-        port=config.port if config.port >= 0 else {"server": 5000}.get(config.mode, 9000),
-        data_path=data_path,
-        db_path=db_path if db_path == ":memory:" else os.path.abspath(db_path),
-        slots=config.slots or (os.cpu_count() or 1 if config.executor == "local" else BATCH_SLOTS),
-        memory_bytes=config.memory_bytes or machine_memory_bytes(),
-        token=config.token or token_of_file(config),
-    )
-
-
-def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
-    """Return the effective configuration of `mode`. A flag wins over the environment, that over --env-file, that over the default.
-
-    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
-    """
-    env_file = arguments.get("env_file") or ""
-    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
-    given = {name: text for name, text in environment.items() if text}
-    merged = {**from_file, **given}
-    found_in = {name: "environment" if name in given else "--env-file" for name in merged}
-    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
-    values: dict[str, Any] = {}
-    for setting in SETTINGS:
-        flag = arguments.get(setting.field)
-        sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
-        if flag or setting.name in merged:
-            values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
-    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
-    services = read_services(merged) if mode == "server" else {}
-    batch = read_batch_options(merged) if mode == "client" else {}
-    config = dataclasses.replace(config, services=services, batch=batch)
-    check_config(config)
-    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
-    return dataclasses.replace(config, warnings=warnings)
-
-
-def check_certificates(path: str) -> None:
-    """Raise ConfigError if JOBORCH_CA_FILE is set and has no certificates."""
-    import ssl
-
-    try:
-        if path:
-            ssl.create_default_context(cafile=path)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
-        raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
-
-
-def check_config(config: Config) -> None:
-    """Raise ConfigError for settings that contradict each other."""
-    if config.mode == "server" and config.db_path == ":memory:":
-        raise ConfigError("DB_PATH is ':memory:': a server must keep its jobs in a file; only a client may forget them")
-    beyond = beyond_loopback(config.host)
-    if (
-        beyond
-        and not config.token
-        and (config.allow_anonymous or config.mode == "server")
-        and not (config.allow_anonymous and config.allow_from)
-    ):
-        raise ConfigError(
-            f"JOBORCH_HOST is {config.host!r}, which others can reach: set JOBORCH_TOKEN (callers must send it), "
-            "or JOBORCH_ALLOW_ANONYMOUS=1 and JOBORCH_ALLOW_FROM=ADDRESS,NETWORK (callers from there need none)"
-        )
-
-
-def batch_warnings(config: Config) -> Iterator[str]:
-    """Yield a warning if services have settings of a plug-in that this client does not use."""
-    given = [setting for options in config.batch.values() for setting in settings_of(BatchOptions) if getattr(options, setting.field)]
-    if config.executor == "local" and any(setting.plugin for setting in given):
-        yield "settings for a batch system (SERVICE_..._SLURM_..., _DIRAC_...) have no effect: JOBORCH_EXECUTOR is local"
-
-
-def access_warnings(config: Config) -> Iterator[str]:
-    """Yield warnings about who is served without a token."""
-    if config.token and (config.allow_anonymous or config.allow_from):
-        yield "JOBORCH_ALLOW_ANONYMOUS and JOBORCH_ALLOW_FROM have no effect, because a token is set: every caller must send it"
-    elif config.allow_anonymous:
-        places = ", ".join(map(str, config.allow_from))
-        here = "this user's processes on this machine are served without a token"
-        yield "JOBORCH_ALLOW_ANONYMOUS is 1: " + (f"all callers at {places} are served without a token, and {here}" if places else here)
-    elif config.allow_from:
-        yield "JOBORCH_ALLOW_FROM has no effect: set JOBORCH_ALLOW_ANONYMOUS=1, too"
-    if int(config.socket_mode, 8) & 0o077 and not config.socket_file and config.mode == "server":
-        yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
-
-
-def beyond_loopback(hosts: str) -> list[str]:
-    """Return the addresses to listen on that other machines can reach."""
-    return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
-
-
-def url_host(host: str) -> str:
-    """Return a host as a URL writes it: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is loopback."""
-    return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
-
-
-def settings_table() -> str:
-    """Return the table of settings of docs/reference.md, in Markdown."""
-    rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
-    rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
-    return "\n".join(rows)
-
-
-# == 41. Weak set-ups ==  A set-up that lets other users in is refused, or gives a warning at every start.
-
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        discard(Path(f"{db_path}.restoring{suffix}"))
+    ready = decided_restore(db_path)
+    if ready is None:
+        return None, None
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(ready))}?immutable=1", uri=True)) as db:
+        known = {row[0] for row in db.execute(statements.ALL_UUIDS)}
+    unclaimed = data.set_aside(lambda name: name.partition(".")[0] in known)
+    crash_point("restore.files")
+    kept = Path(f"{db_path}.replaced-{ready.name.rpartition('.restored-')[2]}")
+    if os.path.exists(db_path) and not kept.exists():
+        os.link(db_path, kept)
+    crash_point("restore.kept")
+    for suffix in ("-wal", "-shm"):  # of the old database
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(db_path + suffix, f"{kept}{suffix}")
+    fsync_path(folder_of(db_path))
+    crash_point("restore.moved")
+    os.replace(ready, db_path)
+    fsync_path(folder_of(db_path))
+    return kept if kept.exists() else None, unclaimed
+
+
+# == 20. Weak set-ups ==  A set-up that lets other users in is refused, or gives a warning at every start.
 
 TOKEN_LEAST = 16  # characters; shorter tokens can be guessed
 NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' prints one"
@@ -13281,7 +5628,7 @@ def forgotten_executor(config: Config) -> list[str]:
     return ["this machine has sbatch, but payloads would run on it directly: did you mean JOBORCH_EXECUTOR=slurm? (else set local)"]
 
 
-# == 42. Commands ==  The commands. Each has an example, and its errors name the mistake and the remedy.
+# == 21. Commands ==  The commands. Each has an example, and its errors name the mistake and the remedy.
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -13377,7 +5724,7 @@ def open_node(config: Config) -> Node:
         log.warning("the database is new, but the data folder has files of jobs: they are kept in %s", unclaimed)
     server = Server(config, store, data)
     server.loops = make_server_loops(server)
-    for job in store.jobs(CUT_OFF_SENDING):  # the client is known, but not whether the job arrived there
+    for job in store.jobs(statements.CUT_OFF_SENDING):  # the client is known, but not whether the job arrived there
         store.move(job, Status.UNKNOWN, Reason.SERVER_RESTARTED.format(client=job.client))
         crash_point("start.asked")
     return server

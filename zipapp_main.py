@@ -26,7 +26,7 @@ if __name__ == "__main__":
     # PR_SET_DUMPABLE, before anything that takes time: the environment may hold a token.
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
 
-VERSION = "unknown"  # build_zipapp.py writes the version of joborch.py here
+VERSION = "unknown"  # build_zipapp.py writes the version of joborch here
 
 DAY_S = 24 * 60 * 60
 KEEP_S = 30 * DAY_S  # a copy that was not used for this long is removed

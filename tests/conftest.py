@@ -14,11 +14,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Pair, Process, end_all_below
+from harness import ROOT, Pair, Process, end_all_below, replace
 from world import Desk, Peer, Yard
 
-import joborch
 from joborch import DataFolder
+from joborch_base.executors import signal_all
 
 MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
@@ -185,13 +185,13 @@ def yard_fixture(data: DataFolder) -> Iterator[Yard]:
 @pytest.fixture
 def no_long_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick that would wait for news comes back at once."""
-    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 0.0)
+    replace(monkeypatch, "EVENTS_WAIT_S", 0.0)
 
 
 @pytest.fixture
 def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may signal a process that is not in a session of a payload's own, whatever fault it finds."""
-    real, own = joborch.signal_all, os.getsid(0)
+    real, own = signal_all, os.getsid(0)
 
     def guarded(processes: Iterable[Process], number: int) -> None:
         chosen = list(processes)
@@ -199,4 +199,4 @@ def strangers_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not strangers, f"signal {number} for processes that are no payload's: {strangers[:5]}"
         real(chosen, number)
 
-    monkeypatch.setattr(joborch, "signal_all", guarded)
+    replace(monkeypatch, "signal_all", guarded)

@@ -33,6 +33,7 @@ from pythons import pythons
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "joborch.py"
+BASE = sorted((ROOT / "joborch_base").glob("*.py"))
 PLUGINS = sorted((ROOT / "joborch_plugins").glob("*.py"))
 EXAMPLE = ROOT / "example"
 BOUNDARY = "----joborch-tests"
@@ -45,8 +46,17 @@ T = TypeVar("T")
 
 
 def program_text() -> str:
-    """The source of the whole program: the module and its plug-ins."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in (SOURCE, *PLUGINS))
+    """The source of the whole program: the module, what it is built on, and its plug-ins."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (SOURCE, *BASE, *PLUGINS))
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """Replace a global of the program during a test, in every module that has imported it."""
+    own = re.compile(r"joborch(_(base|plugins)\.\w+)?$")
+    modules = [module for known, module in list(sys.modules.items()) if own.match(known) and hasattr(module, name)]
+    assert modules, f"no module of the program has {name}"
+    for module in modules:
+        monkeypatch.setattr(module, name, value)
 
 
 # == Waiting ==

@@ -32,7 +32,8 @@ from typing import IO, Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command, only tests/ is searched
 
-from joborch import MOVES, Cause, Status, one_line, rfc3339
+from joborch import Cause, Status, one_line, rfc3339
+from joborch_base.states import MOVES
 
 # == Words ==  As the database has them: texts, since a Status hashes by its name and not by its value.
 

@@ -15,7 +15,10 @@ import joborch
 
 if __name__ == "__main__":
     while len(sys.argv) > 1 and (given := re.fullmatch(r"([A-Z_]+)=([0-9.]+)", sys.argv[1])):
-        assert isinstance(getattr(joborch, given[1]), float), given[1]
-        setattr(joborch, given[1], float(given[2]))
+        modules = [each for known, each in sys.modules.items() if known.startswith("joborch") and hasattr(each, given[1])]
+        assert modules, f"no module of the program has {given[1]}"
+        for module in modules:
+            assert isinstance(getattr(module, given[1]), float), given[1]
+            setattr(module, given[1], float(given[2]))
         del sys.argv[1]
     sys.exit(joborch.main())

@@ -31,7 +31,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import joborch  # noqa: E402
-from joborch import Candidate, ClientCapacity, Pace, Run, ServiceQueue, Sharing, Usage, Waiting  # noqa: E402
+from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing  # noqa: E402
+from joborch_base.scheduling import (  # noqa: E402
+    TURN_S,
+    Pace,
+    Usage,
+    Waiting,
+    cap_idle_credit,
+    charge_in_advance,
+    counted_s,
+    rank_of,
+    used,
+    with_open_runs,
+    with_run,
+)
 
 POLICIES = ("share", "fifo", "priority")
 EPOCH_S = 1.8e9  # what the server's clock would show: use is kept relative to it
@@ -142,9 +155,9 @@ class Site:
         user = self.users[user_id]
         waiting = [waiting_of(queue[0]) for queue in user.queues.values() if queue]
         if waiting and len(user.running) < self.quota:
-            use = joborch.with_open_runs(user.usage.use, [*user.running.values()], EPOCH_S + now, self.sharing.half_life_s)
+            use = with_open_runs(user.usage.use, [*user.running.values()], EPOCH_S + now, self.sharing.half_life_s)
             share = use - math.log2(self.sharing.weights.get(user_id, 1.0))
-            rank, head = joborch.rank_of(self.policy, waiting, share, self.sharing.ageing_s)
+            rank, head = rank_of(self.policy, waiting, share, self.sharing.ageing_s)
             self.turn[user_id] = (rank, head.job_id, user_id)
             insort(self.turns, self.turn[user_id])
 
@@ -160,7 +173,7 @@ class Site:
         user = self.users[job.user]
         user.queues[job.priority].remove(job)
         row: Any = job
-        self.charged[job.number] = joborch.charge_in_advance(row, user.usage, self.pace, self.sharing.half_life_s)
+        self.charged[job.number] = charge_in_advance(row, user.usage, self.pace, self.sharing.half_life_s)
         user.running[job.number] = joborch.Run(job.number, job.cpus, self.charged[job.number])
         self.running[client][job.number] = (job, now)
         self.waits[job.number] = now - job.at
@@ -171,26 +184,26 @@ class Site:
         """A run is over: Store.account."""
         user = self.users[job.user]
         del self.charged[job.number]
-        user.usage = joborch.with_run(user.usage, job.run_s)
-        self.pace = joborch.with_run(self.pace, job.run_s)
+        user.usage = with_run(user.usage, job.run_s)
+        self.pace = with_run(self.pace, job.run_s)
         del user.running[job.number]
         del self.running[client][job.number]
-        slot_s = job.cpus * joborch.counted_s(max(job.run_s, joborch.TURN_S), self.sharing.half_life_s)
-        use = joborch.used(self.measured(job, now), slot_s, EPOCH_S + now, self.sharing.half_life_s)
+        slot_s = job.cpus * counted_s(max(job.run_s, TURN_S), self.sharing.half_life_s)
+        use = used(self.measured(job, now), slot_s, EPOCH_S + now, self.sharing.half_life_s)
         user.usage = user.usage._replace(use=use)
         self.refresh(job.user, now)
 
     def measured(self, job: Job, now: float) -> float:
         """The use of a job's user without the credit of having been idle for long: Store.without_old_credit."""
         use, weight = self.users[job.user].usage.use, self.sharing.weights.get(job.user, 1.0)
-        if self.policy != "share" or job.run_s <= joborch.TURN_S or not any(self.users[job.user].queues.values()):
+        if self.policy != "share" or job.run_s <= TURN_S or not any(self.users[job.user].queues.values()):
             return use
         levels = [next((rank for rank, _, user_id in self.turns if user_id != job.user), math.inf)]
-        if joborch.cap_idle_credit(use, weight, levels[0]) == use:
+        if cap_idle_credit(use, weight, levels[0]) == use:
             return use
         others = {other.user for jobs in self.running.values() for other, _ in jobs.values()} - {job.user}
         levels += [self.users[user_id].usage.use - math.log2(self.sharing.weights.get(user_id, 1.0)) for user_id in others]
-        return use if min(levels) == math.inf else joborch.cap_idle_credit(use, weight, min(levels))
+        return use if min(levels) == math.inf else cap_idle_credit(use, weight, min(levels))
 
     def watch(self, now: float) -> None:
         """Count who holds the slots, as long as somebody else than the heaviest user waits."""

@@ -7,8 +7,9 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
-import joborch
-from joborch import Job, Run, Service, Share, Store, Usage, Waiting
+from joborch import Job, Run, Service, Store
+from joborch_base import statements
+from joborch_base.scheduling import Share, Usage, Waiting, cap_idle_credit, rank_of, with_open_runs
 
 BUSY = "status IN ('Processing', 'Submitted', 'Running', 'Unknown')"
 TABLE = """
@@ -46,7 +47,7 @@ class SqlStore(Store):
         self.db.executescript(TABLE)
 
     def usage_in(self, db: sqlite3.Connection, pair: Mapping[str, Any]) -> Usage:
-        row = db.execute(joborch.USAGE_GET, pair).fetchone()
+        row = db.execute(statements.USAGE_GET, pair).fetchone()
         return Usage(*row) if row else Usage()
 
     def weight_in(self, db: sqlite3.Connection, user_id: int | None) -> float:
@@ -60,15 +61,15 @@ class SqlStore(Store):
 
     def update_row(self, db: sqlite3.Connection, service: Service, pair: Mapping[str, Any]) -> None:
         """Write a user's row of `runnable_users`."""
-        sql = joborch.WAITING_FIRST if service.policy == "share" else joborch.WAITING_BY_PRIORITY
+        sql = statements.WAITING_FIRST if service.policy == "share" else statements.WAITING_BY_PRIORITY
         waiting = [Waiting(*row) for row in db.execute(sql, pair)]
         if not waiting:
             db.execute(RUNNABLE_CLEAR, pair)
             return
         runs = [Run(*row) for row in db.execute(OPEN_RUNS, pair)]
-        use = joborch.with_open_runs(self.usage_in(db, pair).use, runs, self.steady(), self.sharing.half_life_s)
+        use = with_open_runs(self.usage_in(db, pair).use, runs, self.steady(), self.sharing.half_life_s)
         share_rank = use - math.log2(self.weight_in(db, pair["user_id"]))
-        rank, head = joborch.rank_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
+        rank, head = rank_of(service.policy, waiting, share_rank, self.sharing.ageing_s)
         values = {"at_quota": len(runs) >= service.runs_per_user, "rank": rank, "head": head.job_id, "cpus": head.cpus}
         db.execute(RUNNABLE_SET, {**pair, **values, "memory": head.memory, "timeout": head.timeout})
 
@@ -91,16 +92,16 @@ class SqlStore(Store):
         level = math.inf if row is None else float(row[0])
         if service is None or service.policy != "share" or db.execute(RUNNABLE_GET, pair).fetchone() is None:
             return use
-        if joborch.cap_idle_credit(use, weight, level) == use:
+        if cap_idle_credit(use, weight, level) == use:
             return use
         runs: dict[int, list[Run]] = {}
         for user_id, *run in db.execute(OPEN_RUNS_OF_OTHERS, pair):
             runs.setdefault(user_id, []).append(Run(*run))
         for user_id, open_runs in runs.items():
             theirs = self.usage_in(db, {"service": job.service, "user_id": user_id}).use
-            had = joborch.with_open_runs(theirs, open_runs, now, half_life_s, in_advance=False)
+            had = with_open_runs(theirs, open_runs, now, half_life_s, in_advance=False)
             level = min(level, had - math.log2(self.weight_in(db, user_id)))
-        return use if level == math.inf else joborch.cap_idle_credit(use, weight, level)
+        return use if level == math.inf else cap_idle_credit(use, weight, level)
 
     def compare(self) -> None:
         """Assert that what is in memory is what the rows say: turns, uses, runs, loads."""

@@ -35,6 +35,8 @@ from world import BOUNDED, Desk, Yard, ask, changed, make_link, new_folder, new_
 
 import joborch
 from joborch import BadAnswer, DataFolder, EventsReply, Job, JoborchError, Link, NoAnswer, NothingSent, Status
+from joborch_base import statements
+from joborch_base.states import SERVER_MOVES
 
 MIB = 1 << 20
 MOST_MB = 150  # of memory, whatever a client answers
@@ -858,9 +860,9 @@ class Liars:
     def check(self) -> None:
         """No job of the first client has moved, each history is legal, and what is remembered is bounded."""
         for job in self.jobs:
-            rows = self.desk.store.read(joborch.HISTORY_GET, id=job.id)
+            rows = self.desk.store.read(statements.HISTORY_GET, id=job.id)
             moves = [(Status(row["source"]), Status(row["target"])) for row in rows if row["source"]]
-            legal = {(source, target) for source, target, _ in joborch.SERVER_MOVES}
+            legal = {(source, target) for source, target, _ in SERVER_MOVES}
             assert set(moves) <= legal
             assert self.desk[job].status is (moves[-1][1] if moves else Status.QUEUED)
         here = {job.id for job in self.jobs if job.client == self.false.name}

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import MakePair
-from harness import Pair, download, free_port, submit, wait_for, wait_status
+from harness import Pair, download, free_port, replace, submit, wait_for, wait_status
 from history import gather, read_log
 from world import Desk, HandClock, command, new_job, tried
 
 import joborch
 from joborch import ConfigError, DataFolder, JoborchError, Status, Store
+from joborch_base import statements
 from joborch_plugins.admin import back_up, restore
 
 
@@ -98,7 +99,7 @@ def test_what_is_no_backup_is_not_put_in_place(kind: str, desk: Desk, tmp_path: 
 def test_the_way_back(desk: Desk, tmp_path: Path) -> None:
     kept = desk.upload()
     back_up(database(desk), tmp_path / "backup")
-    instance = desk.store.read(joborch.INSTANCE)[0]["instance"]
+    instance = desk.store.read(statements.INSTANCE)[0]["instance"]
     lost = desk.upload()
     desk.data.result(lost.mark).write_bytes(b"result")
     desk.store.close()
@@ -110,7 +111,7 @@ def test_the_way_back(desk: Desk, tmp_path: Path) -> None:
     assert (unclaimed / "results" / f"{lost.mark}.zip").read_bytes() == b"result"
     assert desk.data.job(kept.uuid).is_dir()
     assert desk.upload().id > lost.id, "nobody gets the id of somebody else's job"
-    assert desk.store.read(joborch.INSTANCE)[0]["instance"] != instance
+    assert desk.store.read(statements.INSTANCE)[0]["instance"] != instance
     assert set(read_log(old).rows) == {kept.id, lost.id}, "with what stood in its WAL"
 
 
@@ -139,7 +140,7 @@ def test_a_damaged_database_is_refused_with_the_way_out(mode: str, tmp_path: Pat
 
 def test_damage_that_is_found_in_the_background_stops_uploads(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large database is not checked to the end before the start."""
-    monkeypatch.setattr(joborch, "CHECK_PATIENCE_S", 0.0)
+    replace(monkeypatch, "CHECK_PATIENCE_S", 0.0)
     for _ in range(300):
         desk.upload()
     desk.store.close()
@@ -160,7 +161,7 @@ def test_what_the_start_has_not_seen_is_checked_in_the_background(
     """A database that was seen to its end is not read a second time; what is found says the way out of its own mode."""
     for found, wanted in (("", ""), (None, "page 3")):
         answers = [found, "page 3"]
-        monkeypatch.setattr(joborch, "damage_of", lambda *_, answers=answers: answers.pop(0))
+        replace(monkeypatch, "damage_of", lambda *_, answers=answers: answers.pop(0))
         store = Store(str(tmp_path / f"db-{found}"), mode, HandClock())
         store.look_for_damage()
         assert (store.damage, way in caplog.text) == (wanted, bool(wanted))

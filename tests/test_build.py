@@ -167,7 +167,8 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
 
 
 def test_plugins_go_in_with_the_files_of_the_page_and_nothing_hidden(tmp_path: Path) -> None:
-    wanted = {"joborch.py", "LICENSE", "example/run.sh", "example/2oob.pdb", "joborch_plugins/__init__.py", "joborch_plugins/deep/er.py"}
+    wanted = {"joborch.py", "joborch_base/vocabulary.py", "LICENSE", "example/run.sh", "example/2oob.pdb"}
+    wanted |= {"joborch_plugins/__init__.py", "joborch_plugins/deep/er.py"}
     wanted |= {"joborch_plugins/page/page.html", "joborch_plugins/page/js/page.js"}
     for name in (*wanted, "joborch_plugins/notes.txt", "joborch_plugins/page/js/.page.js.swp", "joborch_plugins/.cache/x.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import alive, disk_bytes, field_part, file_part, free_port, part, processes_below, wait_for
+from harness import alive, disk_bytes, field_part, file_part, free_port, part, processes_below, replace, wait_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
@@ -43,6 +43,7 @@ from joborch import (
     run_tick,
     sweep,
 )
+from joborch_base import statements
 
 pytestmark = pytest.mark.usefixtures("strangers_are_safe", "no_long_polls")
 
@@ -181,7 +182,7 @@ def quick_yard(yard: Yard) -> Iterator[Yard]:
     """A client that starts a payload when it is submitted, as one does whose loops run."""
     yard.client.starts_at_once = True
     yield yard
-    for job in yard.store.jobs(joborch.PAYLOADS_IN, status="Running", limit=99):  # only a wrapper in its folder can be ended
+    for job in yard.store.jobs(statements.PAYLOADS_IN, status="Running", limit=99):  # only a wrapper in its folder can be ended
         wait_for(functools.partial(joborch.read_claim, yard.folder(job), job.attempt), what="the claim of the wrapper")
 
 
@@ -194,7 +195,7 @@ def submitted(yard: Yard, script: str = "exec sleep 1000", **headers: str) -> Jo
 
 def moves_of(yard: Yard, job: Job) -> list[tuple[str | None, str]]:
     """The history of a payload."""
-    return [(row["source"], row["target"]) for row in yard.store.read(joborch.HISTORY_GET, id=job.id)]
+    return [(row["source"], row["target"]) for row in yard.store.read(statements.HISTORY_GET, id=job.id)]
 
 
 def test_a_payload_starts_with_its_submit_where_a_slot_is_free(quick_yard: Yard) -> None:
@@ -707,7 +708,7 @@ def test_after_another_boot_nothing_is_trusted_that_may_not_be_on_the_disk(yard:
 
 def test_results_that_nobody_fetches_are_brought_to_the_disk_once(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(joborch, "sync_file_system", synced.append)
+    replace(monkeypatch, "sync_file_system", synced.append)
     job = yard.submit("true")
     yard.until(job, Status.COMPLETED)
     joborch.sync_tick(yard.client)
@@ -994,7 +995,7 @@ def test_many_that_nobody_fetched_keep_no_other_from_being_cleaned(yard: Yard) -
     for job in jobs:
         yard.store.move(job, Status.FAILED, "")
         yard.clock.pass_s(0.001)
-    yard.store.note(joborch.JOB_FETCHED, id=jobs[-1].id, now=yard.clock.wall())
+    yard.store.note(statements.JOB_FETCHED, id=jobs[-1].id, now=yard.clock.wall())
     yard.clock.pass_s(172_900)
     clean_tick(yard.client)
     assert yard[jobs[-1]].status is Status.CLEANED
@@ -1060,7 +1061,7 @@ def test_the_way_of_a_job_tick_by_tick(tmp_path: Path, data: DataFolder) -> None
         assert content.read(".joborch/stdout") == b"out\ncontent"
         assert done.started_at is not None
         assert done.result_sha256 == hashlib.sha256(halves.server.data.result(job.mark).read_bytes()).hexdigest()
-        targets = [row["target"] for row in halves.server.store.read(joborch.HISTORY_GET, id=job.id)]
+        targets = [row["target"] for row in halves.server.store.read(statements.HISTORY_GET, id=job.id)]
         assert targets == ["Queued", "Processing", "Submitted", "Completed"]
 
 
@@ -1099,7 +1100,7 @@ class Halves:
         """Start the server: what was being sent is Unknown, as `open_node` has it."""
         store = Store(str(self.server_data.path / "server.db"), "server", self.clock)
         self.server = Server(load_config("server", {}, self.environment), store, self.server_data, self.clock)
-        for job in store.jobs(joborch.CUT_OFF_SENDING):
+        for job in store.jobs(statements.CUT_OFF_SENDING):
             store.move(job, Status.UNKNOWN, "the server was restarted")
 
     def open_client(self) -> None:
@@ -1124,7 +1125,7 @@ class Halves:
 
     def payload(self, job: Job) -> Job:
         """The job's payload at the client."""
-        found = self.yard.store.job(joborch.JOB_BY_MARK, uuid=job.uuid, attempt=self[job].attempt)
+        found = self.yard.store.job(statements.JOB_BY_MARK, uuid=job.uuid, attempt=self[job].attempt)
         assert found is not None
         return found
 
@@ -1180,7 +1181,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def one_payload_ends(self) -> None:
         """Wait for those that end by themselves."""
-        for payload in self.halves.yard.store.jobs(joborch.PAYLOADS_IN, status="Running", limit=99) if self.client_is_up else ():
+        for payload in self.halves.yard.store.jobs(statements.PAYLOADS_IN, status="Running", limit=99) if self.client_is_up else ():
             if not (self.halves.yard.folder(payload) / "tmp/go").exists():
                 self.halves.yard.wait(payload)
 

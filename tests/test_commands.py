@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 from conftest import MakeProcess
-from harness import clean_environment, free_port, from_source, open_program
+from harness import clean_environment, free_port, from_source, open_program, replace
 from world import HandClock
 
 import joborch
 from joborch import ConfigError, JoborchError, Store
+from joborch_base import statements
 from joborch_plugins import admin, commands
 
 WORDS = ("server", "client", "backup", "restore", "demo", "config", "doctor", "version")
@@ -206,7 +207,7 @@ def test_exit_status(error: BaseException, status: int, monkeypatch: pytest.Monk
     def fail(_: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(joborch, "run_command", fail)
+    replace(monkeypatch, "run_command", fail)
     assert joborch.main(["version"]) == status
     said = capsys.readouterr().err
     assert said == ("" if status == 130 else f"joborch: {error}\n")
@@ -271,7 +272,7 @@ def test_a_database_of_a_newer_version(word: str, tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     db.close()
     said = refused(word, DB_PATH=str(tmp_path / "db"), DATA_PATH=str(tmp_path / "data"))
-    assert f"DB_PATH '{tmp_path}/db' was created by a newer joborch (schema 99, this one knows {joborch.SCHEMA_VERSION})" in said
+    assert f"DB_PATH '{tmp_path}/db' was created by a newer joborch (schema 99, this one knows {statements.SCHEMA_VERSION})" in said
 
 
 def test_a_database_in_a_place_that_cannot_be(tmp_path: Path) -> None:

@@ -16,7 +16,28 @@ from hypothesis import strategies as st
 from world import BOUNDED, tried
 
 import joborch
-from joborch import SERVICE_SETTINGS, SETTINGS, ConfigError, Setting, load_config
+from joborch import SERVICE_SETTINGS, SETTINGS, ConfigError, load_config
+from joborch_base.settings import (
+    Setting,
+    client_address,
+    one_of,
+    read_bytes,
+    read_env_file,
+    read_mode,
+    read_names,
+    read_networks,
+    read_period,
+    read_port,
+    read_positive,
+    read_seconds,
+    read_text,
+    read_token,
+    read_url,
+    read_weights,
+    read_whole,
+    settings_table,
+    split_service_name,
+)
 from joborch_plugins import admin
 
 MODES = ("server", "client")
@@ -54,26 +75,26 @@ NUMBERS = st.integers(0, 10**9)
 @BOUNDED
 @given(NUMBERS, st.sampled_from(["", "s", "m", "h", "d"]))
 def test_seconds(number: int, unit: str) -> None:
-    assert joborch.read_seconds(f"{number}{unit}") == number * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+    assert read_seconds(f"{number}{unit}") == number * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
 
 @BOUNDED
 @given(NUMBERS, st.sampled_from(["", "K", "M", "G", "k", "m", "g"]), st.sampled_from(["", "B", "b", "iB"]))
 def test_bytes(number: int, unit: str, tail: str) -> None:
     assume(unit or tail != "iB")
-    assert joborch.read_bytes(f"{number}{unit}{tail}") == number * 1024 ** " KMG".index(unit.upper() or " ")
+    assert read_bytes(f"{number}{unit}{tail}") == number * 1024 ** " KMG".index(unit.upper() or " ")
 
 
 def test_fractions_of_a_second() -> None:
-    assert joborch.read_seconds("0.5") == 0.5
-    assert joborch.read_seconds("1.5h") == 5400
-    assert joborch.read_period("0.01") == 0.01
+    assert read_seconds("0.5") == 0.5
+    assert read_seconds("1.5h") == 5400
+    assert read_period("0.01") == 0.01
 
 
 GRAMMAR = {
-    joborch.read_seconds: r"[0-9]{1,12}(\.[0-9]{1,6})?[smhd]?",
-    joborch.read_bytes: r"[0-9]{1,15}[KMGkmg]?(i?[Bb])?",
-    joborch.read_whole: r"[0-9]{1,10}",
+    read_seconds: r"[0-9]{1,12}(\.[0-9]{1,6})?[smhd]?",
+    read_bytes: r"[0-9]{1,15}[KMGkmg]?(i?[Bb])?",
+    read_whole: r"[0-9]{1,10}",
     joborch.read_switch: r"[01]",
 }
 
@@ -92,7 +113,7 @@ def test_what_is_no_number_is_refused_with_what_would_be_right(read: Any, text: 
     value = tried(lambda: read(text), ValueError)
     if isinstance(value, ValueError):
         assert str(value).startswith("give ")
-        assert not re.fullmatch(GRAMMAR[read], text) or read is joborch.read_whole
+        assert not re.fullmatch(GRAMMAR[read], text) or read is read_whole
     else:
         assert re.fullmatch(GRAMMAR[read], text)
         assert value >= 0
@@ -101,13 +122,13 @@ def test_what_is_no_number_is_refused_with_what_would_be_right(read: Any, text: 
 @pytest.mark.parametrize(
     ("read", "good", "bad"),
     [
-        (joborch.read_port, ["0", "1", "65535"], ["65536", "-1", "http"]),
-        (joborch.read_positive, ["1", "2147483647"], ["0", "2147483648"]),
-        (joborch.read_whole, ["0", "2147483647"], ["2147483648", "12345678901"]),
-        (joborch.read_period, ["0.01", "24h"], ["0", "0.009", "0d"]),
+        (read_port, ["0", "1", "65535"], ["65536", "-1", "http"]),
+        (read_positive, ["1", "2147483647"], ["0", "2147483648"]),
+        (read_whole, ["0", "2147483647"], ["2147483648", "12345678901"]),
+        (read_period, ["0.01", "24h"], ["0", "0.009", "0d"]),
         (joborch.read_switch, ["0", "1"], ["yes", "true", "", "01"]),
-        (joborch.one_of("text", "json"), ["text", "JSON"], ["xml", ""]),
-        (joborch.read_token, ["a", "a,b", "!~" * 2048], ["", "a b", "a\nb", "tokén", "a" * 4097]),
+        (one_of("text", "json"), ["text", "JSON"], ["xml", ""]),
+        (read_token, ["a", "a,b", "!~" * 2048], ["", "a b", "a\nb", "tokén", "a" * 4097]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -154,7 +175,7 @@ def test_what_is_no_list_of_weights_is_refused(text: str) -> None:
 
 
 def test_the_readmes_table_has_every_setting() -> None:
-    rows = joborch.settings_table().splitlines()[2:]
+    rows = settings_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [s.name for s in SETTINGS] + [f"SERVICE_<NAME>_{s.name}" for s in SERVICE_SETTINGS]
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
 
@@ -205,20 +226,20 @@ def test_which_clients_may_be_22(environment: dict[str, str], peer: str) -> None
 # == Which source counts ==
 
 VALUES: dict[Any, tuple[str, str, str]] = {
-    joborch.read_port: ("1", "2", "3"),
-    joborch.read_whole: ("1", "2", "3"),
-    joborch.read_positive: ("1", "2", "3"),
-    joborch.read_seconds: ("1", "2m", "3h"),
-    joborch.read_period: ("1", "2m", "3h"),
-    joborch.read_bytes: ("1", "2K", "3G"),
+    read_port: ("1", "2", "3"),
+    read_whole: ("1", "2", "3"),
+    read_positive: ("1", "2", "3"),
+    read_seconds: ("1", "2m", "3h"),
+    read_period: ("1", "2m", "3h"),
+    read_bytes: ("1", "2K", "3G"),
     joborch.read_switch: ("1", "1", "1"),
-    joborch.read_networks: ("10.0.0.1", "192.0.2.0/24,::1", "127.0.0.0/8"),
-    joborch.read_mode: ("0600", "0660", "666"),
-    joborch.read_text: ("a", "b", "c"),
-    joborch.read_url: ("http://a", "https://b/c", "http://c:8000"),
-    joborch.read_token: ("a", "b", "c"),
-    joborch.read_weights: ("7=2", "7=2,8=0.5", "9=1"),
-    joborch.read_names: ("A", "A_*,B", "C"),
+    read_networks: ("10.0.0.1", "192.0.2.0/24,::1", "127.0.0.0/8"),
+    read_mode: ("0600", "0660", "666"),
+    read_text: ("a", "b", "c"),
+    read_url: ("http://a", "https://b/c", "http://c:8000"),
+    read_token: ("a", "b", "c"),
+    read_weights: ("7=2", "7=2,8=0.5", "9=1"),
+    read_names: ("A", "A_*,B", "C"),
 }
 WORDS = {
     "executor": ("local", "slurm", "dirac"),
@@ -294,7 +315,7 @@ def test_config_says_where_each_value_came_from(from_file: bool, tmp_path: Path)
 def test_env_file_as_systemd_and_shells_read_it(tmp_path: Path) -> None:
     text = "# a comment\r\n; another\r\n\r\nPORT=7\r\n  DATA_PATH = '/a b' \nX=\nQ=\"a=b\"\nU=a'\nJ=a#b\nexport K=1 # a\n"
     (tmp_path / "env").write_text(text, newline="")
-    read = joborch.read_env_file(str(tmp_path / "env"))
+    read = read_env_file(str(tmp_path / "env"))
     assert read == {"PORT": "7", "DATA_PATH": "/a b", "X": "", "Q": "a=b", "U": "a'", "J": "a#b", "K": "1"}
 
 
@@ -307,7 +328,7 @@ def test_env_file_reads_back_what_was_written(tmp_path_factory: pytest.TempPathF
         assume(quote != "'" or not any("'" in value for value in pairs.values()))
         written = {name: re.sub(r'(["\\$`])', r"\\\1", value) if quote == '"' else value for name, value in pairs.items()}
         path.write_text("".join(f"{name}={quote}{value}{quote}\n" for name, value in written.items()), encoding="utf-8")
-        assert joborch.read_env_file(str(path)) == pairs
+        assert read_env_file(str(path)) == pairs
 
 
 @pytest.mark.parametrize(("text", "line"), [("PORT\n", 1), ("\nA=1\nexport B\n", 3), ("=1\n", 1), ("A-B=1\n", 1)])
@@ -334,7 +355,7 @@ SERVICE_NAMES = st.text(string.ascii_uppercase + string.digits + "_", min_size=1
 def test_the_longest_known_suffix_is_the_setting(name: str, setting: Setting) -> None:
     variable = f"SERVICE_{name}_{setting.name}"
     longest = max((suffix for suffix in SUFFIXES if variable.endswith("_" + suffix)), key=len)
-    found = joborch.split_service_name(variable)
+    found = split_service_name(variable)
     assert found is not None
     assert found[1].name == longest
     assert found[0] == variable[len("SERVICE_") : -len(longest) - 1].lower()
@@ -342,7 +363,7 @@ def test_the_longest_known_suffix_is_the_setting(name: str, setting: Setting) ->
 
 @pytest.mark.parametrize("name", ["SERVICE_CLIENTS", "SERVICE__CLIENTS", "SERVICE_A", "SERVICE_A_CLIENT", "A_CLIENTS", "SERVICE_", ""])
 def test_names_of_no_service(name: str) -> None:
-    assert joborch.split_service_name(name) is None
+    assert split_service_name(name) is None
 
 
 def test_a_service_whose_name_has_underscores_and_any_case() -> None:
@@ -359,7 +380,7 @@ def test_a_service_whose_name_has_underscores_and_any_case() -> None:
 def test_without_any_service_there_is_the_example_on_this_machine() -> None:
     services = load().services
     assert list(services) == ["example"]
-    assert services["example"].addresses == (joborch.client_address("http://127.0.0.1:9000"),)
+    assert services["example"].addresses == (client_address("http://127.0.0.1:9000"),)
     assert load("client", {"SERVICE_A_CLIENTS": "rubbish"}).services == {}, "services are the server's"
 
 
@@ -407,12 +428,12 @@ def test_services_that_cannot_be(given: dict[str, str], word: str) -> None:
 # == Wrong values ==
 
 WRONG = {
-    joborch.read_port: "http",
-    joborch.read_whole: "many",
-    joborch.read_positive: "0",
-    joborch.read_seconds: "soon",
-    joborch.read_period: "0",
-    joborch.read_bytes: "1T",
+    read_port: "http",
+    read_whole: "many",
+    read_positive: "0",
+    read_seconds: "soon",
+    read_period: "0",
+    read_bytes: "1T",
     joborch.read_switch: "yes",
 }
 TYPED = [setting for setting in SETTINGS if setting.read in WRONG or setting.field in WORDS]
@@ -494,7 +515,7 @@ def test_an_unknown_name_is_warned_of_with_the_nearest(name: str, hint: str) -> 
 
 def test_known_names_and_those_of_others_are_not_warned_of(tmp_path: Path) -> None:
     known = {
-        setting.name: "1s" if setting.read in (joborch.read_seconds, joborch.read_period) else "1"
+        setting.name: "1s" if setting.read in (read_seconds, read_period) else "1"
         for setting in SETTINGS
         if setting.read in WRONG and setting.field != "allow_anonymous"
     }

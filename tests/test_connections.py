@@ -33,6 +33,7 @@ from harness import (
     raw_exchange,
     raw_head,
     read_all,
+    replace,
     run_to_end,
     submit,
     upload,
@@ -42,6 +43,7 @@ from harness import (
 from world import serving
 
 import joborch
+from joborch_base.connections import Dispatcher
 
 GENEROUS_S = 5.0  # by then somebody who has nothing to do with an attack has the answer, on a busy machine too
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -298,8 +300,8 @@ def test_a_head_that_does_not_come_to_its_end_is_not_waited_for(make_process: Ma
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in this one has seconds for what may take minutes."""
-    monkeypatch.setattr(joborch, "IDLE_LIMIT_S", 3.0)
-    monkeypatch.setattr(joborch, "PROGRESS_BYTES", 1000)
+    replace(monkeypatch, "IDLE_LIMIT_S", 3.0)
+    replace(monkeypatch, "PROGRESS_BYTES", 1000)
 
 
 def drip_form(line: socket.socket, port: int, step: bytes, seconds: float) -> None:
@@ -444,7 +446,7 @@ def test_slow_requests_leave_the_others_alone(make_pair: MakePair) -> None:
 
 def test_who_is_turned_away_is_told_when_to_come_again(desk: Any) -> None:
     """503 in JSON, with Retry-After, and the connection of who sent a whole form is not reset."""
-    dispatcher = joborch.Dispatcher("server")
+    dispatcher = Dispatcher("server")
     dispatcher.pools["form"].most_waiting = 0
     desk.restart(PORT="0")
     http = joborch.make_http_server(desk.server, joborch.make_app(desk.server))

@@ -22,6 +22,9 @@ from world import RESULT, Desk, Peer, Yard, ask, event, events, file_part, new_j
 
 import joborch
 from joborch import BUSY, Cause, DataFolder, Job, Status, StorageError, Store, fetch_tick, get_tick, watch_tick
+from joborch_base import statements
+from joborch_base.scheduling import Line
+from joborch_base.states import MOVES
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -213,7 +216,7 @@ def works(desk: Desk, dice: random.Random) -> dict[str, Callable[[], object]]:
 
     def end() -> None:
         job = some(*BUSY)
-        if job.status in BUSY and (job.status, Status.COMPLETED) in joborch.MOVES["server"] and store.move(job, Status.COMPLETED, ""):
+        if job.status in BUSY and (job.status, Status.COMPLETED) in MOVES["server"] and store.move(job, Status.COMPLETED, ""):
             finish(link, job)
 
     def start() -> None:
@@ -257,7 +260,7 @@ def compare(desk: Desk) -> None:
     core, link = desk.store.core, desk.link
     processing = {job.id for job in desk.store.jobs(EVERYTHING) if job.status is Status.PROCESSING}
     assert link.sending == processing == {job.id for job in link.outbox}
-    assert link.drained == bool(desk.store.read(joborch.DRAINED_ALL))
+    assert link.drained == bool(desk.store.read(statements.DRAINED_ALL))
     assert not core.inbox and not core.moved and not core.outcomes and not core.undecided and not core.owner
     assert not desk.store.db.in_transaction
     kept = core.shares
@@ -267,7 +270,7 @@ def compare(desk: Desk) -> None:
     assert {**kept.users} == {**anew.users} and {**kept.weights} == {**anew.weights}
     for ours, theirs in ((kept.order, anew.order), (kept.running, anew.running)):
         assert {name: found for name, found in ours.items() if found} == {name: found for name, found in theirs.items() if found}
-    assert {name: line for name, line in kept.lines.items() if line != joborch.Line()} == dict(anew.lines)
+    assert {name: line for name, line in kept.lines.items() if line != Line()} == dict(anew.lines)
     assert {name: load for name, load in kept.loads.items() if load.jobs} == dict(anew.loads)
 
 

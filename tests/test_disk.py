@@ -42,6 +42,7 @@ from harness import (
     parse_answer,
     raw_head,
     read_all,
+    replace,
     submit,
     upload,
     wait_for,
@@ -83,6 +84,8 @@ from joborch import (
     run_tick,
     watch_tick,
 )
+from joborch_base import statements
+from joborch_base.vocabulary import BACKOFF_LAST_S
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -353,7 +356,7 @@ def test_a_client_that_is_full_for_an_hour_is_asked_less_and_less_often(code: in
             desk.clock.pass_s(0.5)
     asked = sum(each.method == "POST" for each in peer.asked)
     assert desk[job].status is Status.QUEUED
-    assert asked <= 2 * 3600 / joborch.BACKOFF_LAST_S, f"asked {asked} times in an hour; {desk[job].moves} rows of history"
+    assert asked <= 2 * 3600 / BACKOFF_LAST_S, f"asked {asked} times in an hour; {desk[job].moves} rows of history"
 
 
 # == A client in this process ==
@@ -503,7 +506,7 @@ def test_a_disk_that_fails_while_a_result_is_packed(call: str, code: int, yard: 
     big = random.Random(3).randbytes(3 * MIB)
     job = yard.run(yard.submit("true", {"big": big, "small": b"x"}))
     if call == "read":
-        monkeypatch.setattr(joborch, "file_chunks", failing_chunks(code))
+        replace(monkeypatch, "file_chunks", failing_chunks(code))
     else:
         real = DataFolder.spool
         monkeypatch.setattr(DataFolder, "spool", lambda folder: FailingSpool(real(folder), code))
@@ -1002,7 +1005,7 @@ def test_a_damaged_database_is_refused_at_the_start(how: str, side: str, make_pr
     process = make_process(side, {"JOBORCH_TOKEN": "t"})
     place = process.data / "joborch.db"
     store = Store(str(place), side)
-    store.write(lambda db: [db.execute(joborch.JOB_ADD, a_row(store)).rowcount for _ in range(300)])
+    store.write(lambda db: [db.execute(statements.JOB_ADD, a_row(store)).rowcount for _ in range(300)])
     store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     store.close()
     damage(place, how)

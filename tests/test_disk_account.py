@@ -35,7 +35,9 @@ from harness import (
 )
 from world import Desk, Disk, Peer, digest_of, zip_reply
 
-from joborch import DataFolder, DiskAccount, DiskFull, Promise, Status, fetch_tick
+from joborch import DataFolder, DiskFull, Promise, Status, fetch_tick
+from joborch_base.data_folder import DiskAccount
+from joborch_base.routes import check_size
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -254,7 +256,7 @@ def test_what_is_written_is_not_counted_twice(small_disk: Disk) -> None:
 
 def test_a_form_is_promised_twice_its_length(desk: Desk) -> None:
     """Once as it comes, once as files."""
-    from joborch import check_size, find_route
+    from joborch import find_route
 
     promise = check_size(desk.server, find_route("server", "POST", "/upload"), 1000, False)
     assert desk.data.account.promised == 2000

@@ -14,13 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import alive, processes_below, wait_for
+from harness import alive, processes_below, replace, wait_for
 from hypothesis import example, given
 from hypothesis import strategies as st
 from world import AT_HOME, BOUNDED, HandClock, changed, end_payloads, new_job, soon, together
 
 import joborch
-from joborch import Cause, DataFolder, Job, LocalExecutor, Outcome, Process, StillRunning, Store, read_exit, tree_of
+from joborch import Cause, DataFolder, Job, LocalExecutor, Outcome, StillRunning, Store, read_exit
+from joborch_base.executors import (
+    CHILDREN_FILE,
+    PASSED_ON,
+    Process,
+    ProcessTable,
+    all_processes,
+    bears_mark,
+    boot_id,
+    is_own_setting,
+    marks_of,
+    payload_environment,
+    process_start,
+    signal_all,
+    tree_of,
+)
 
 pytestmark = pytest.mark.usefixtures("strangers_are_safe")
 
@@ -190,7 +205,7 @@ def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
     assert bench.executor.poll([job])[job.id] == Outcome(True)
-    joborch.signal_all([process for process in tree_of(job, bench.folder(job), pid) if process.pid != pid], signal.SIGTERM)
+    signal_all([process for process in tree_of(job, bench.folder(job), pid) if process.pid != pid], signal.SIGTERM)
     assert bench.end(job).exit_status == 9
     assert (bench.folder(job) / "stdout").read_text() == "got it\n"
 
@@ -272,7 +287,7 @@ def test_orphans_that_ended_are_not_left_as_zombies(bench: Bench) -> None:
 
     def zombies() -> list[int]:
         bench.executor.reap()
-        return [pid for pid in map(int, Path(joborch.CHILDREN_FILE).read_text().split()) if not alive(pid)]
+        return [pid for pid in map(int, Path(CHILDREN_FILE).read_text().split()) if not alive(pid)]
 
     wait_for(lambda: not zombies(), what="no zombie")
 
@@ -391,7 +406,7 @@ def test_a_payload_that_is_gone_without_an_exit_file(
     """By the script's own doing: its failure. By that of the machine: another attempt."""
     job = bench.signalled("READY\nBLOCK")
     pid = int((job.handle or "").split()[0])
-    joborch.signal_all(tree_of(job, bench.folder(job), pid), signal.SIGKILL)
+    signal_all(tree_of(job, bench.folder(job), pid), signal.SIGKILL)
     bench.executor.children[pid].wait(30)
     folder, executor = bench.folder(job), bench.executor
     if what == "reboot":
@@ -405,7 +420,7 @@ def test_a_payload_that_is_gone_without_an_exit_file(
         executor = LocalExecutor(bench.data, 0)
     elif what in ("full disk", "no ready"):
         (folder / "started.1").write_text(f"{pid}\n")
-        monkeypatch.setattr(joborch, "is_full", lambda _: what == "full disk")
+        replace(monkeypatch, "is_full", lambda _: what == "full disk")
     elif what == "restart":
         executor = LocalExecutor(bench.data, 0)
     outcome = executor.poll([job])[job.id]
@@ -483,7 +498,7 @@ TREES = {
 def test_cancel_returns_when_nothing_runs_any_more(tree: str, bench: Bench) -> None:
     job, bystander = bench.signalled(TREES[tree]), bench.signalled("READY\nBLOCK")
     go = bench.folder(job) / "go"
-    others = wait_for(lambda: [process.pid for process in joborch.all_processes() if holds_open(process.pid, go)], what="it to block")
+    others = wait_for(lambda: [process.pid for process in all_processes() if holds_open(process.pid, go)], what="it to block")
     bench.executor.cancel(job)
     left = [pid for pid in others if alive(pid)]
     for pid in left:
@@ -523,8 +538,8 @@ def test_cancel_of_what_never_ran_or_is_not_known(bench: Bench) -> None:
 
 def test_cancel_says_so_where_something_does_not_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = bench.payload("true")
-    monkeypatch.setattr(joborch, "signal_all", lambda *_: None)
-    monkeypatch.setattr(joborch, "tree_of", lambda *_: [Process(4_000_000, 1, 4_000_000, 4_000_000, "1")])
+    replace(monkeypatch, "signal_all", lambda *_: None)
+    replace(monkeypatch, "tree_of", lambda *_: [Process(4_000_000, 1, 4_000_000, 4_000_000, "1")])
     monkeypatch.setattr(joborch.time, "sleep", lambda _: None)
     bench.executor.kill_grace_s = 0
     with pytest.raises(StillRunning, match=f"payload {job.id}"):
@@ -535,11 +550,11 @@ def test_process_1_and_kernel_threads_are_nobodys(bench: Bench, monkeypatch: pyt
     """In containers process 1 and what is brought in from outside have session and group 0."""
     figures = [(1, 0, 0, 0), (2, 0, 0, 0), (50, 1, 0, 0), (60, 1, 60, 60), (61, 60, 60, 60)]
     machine = [Process(*each, start="1") for each in figures]
-    monkeypatch.setattr(joborch, "all_processes", lambda: machine)
+    replace(monkeypatch, "all_processes", lambda: machine)
     job = bench.payload("true")
     assert tree_of(job, bench.folder(job), 0) == []
     assert {process.pid for process in tree_of(job, bench.folder(job), 60)} == {60, 61}
-    monkeypatch.setattr(joborch, "bears_mark", lambda pid, *_: pid == 50)  # an operator's shell, in the folder to look
+    replace(monkeypatch, "bears_mark", lambda pid, *_: pid == 50)  # an operator's shell, in the folder to look
     assert tree_of(job, bench.folder(job), 0) == []
 
 
@@ -548,7 +563,7 @@ def test_a_tree_is_all_that_hangs_together(bench: Bench, monkeypatch: pytest.Mon
     own = os.getpid()
     figures = [(own, 1, 5, 5), (100, own, 100, 100), (101, 100, 101, 100), (102, 101, 102, 102), (103, 1, 102, 102), (104, 103, 104, 104)]
     machine = [Process(*each, start="1") for each in [*figures, (200, 1, 200, 200)]]
-    monkeypatch.setattr(joborch, "all_processes", lambda: machine)
+    replace(monkeypatch, "all_processes", lambda: machine)
     job = bench.payload("true")
     assert {process.pid for process in tree_of(job, bench.folder(job), 100)} == {100, 101, 102, 103, 104}
 
@@ -567,8 +582,8 @@ def test_threads_share_a_look_at_all_processes(monkeypatch: pytest.MonkeyPatch, 
         assert go.acquire(timeout=20)
         return [Process(10 + number, 2, 2, 2, "1")]
 
-    monkeypatch.setattr(joborch, "all_processes", look)
-    table, got = joborch.ProcessTable(tmp_path), list[int]()
+    replace(monkeypatch, "all_processes", look)
+    table, got = ProcessTable(tmp_path), list[int]()
 
     def ask() -> None:
         got.append(table.look()[0][0].pid)
@@ -597,29 +612,29 @@ def test_a_look_that_failed_is_taken_again(monkeypatch: pytest.MonkeyPatch, tmp_
             raise answer
         return answer
 
-    monkeypatch.setattr(joborch, "all_processes", look)
-    table = joborch.ProcessTable(tmp_path)
+    replace(monkeypatch, "all_processes", look)
+    table = ProcessTable(tmp_path)
     with pytest.raises(OSError, match="too many open files"):
         table.look()
     assert [process.pid for process, _ in table.look()] == [7]
 
 
 def test_processes_are_known_by_number_and_start() -> None:
-    own = next(process for process in joborch.all_processes() if process.pid == os.getpid())
-    assert own == Process(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0), joborch.process_start(os.getpid()) or "")
+    own = next(process for process in all_processes() if process.pid == os.getpid())
+    assert own == Process(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0), process_start(os.getpid()) or "")
     child = subprocess.Popen(["true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert joborch.process_start(child.pid) is None, "a zombie runs no more"
-    assert child.pid not in [process.pid for process in joborch.all_processes()]
+    assert process_start(child.pid) is None, "a zombie runs no more"
+    assert child.pid not in [process.pid for process in all_processes()]
     child.wait()
-    assert joborch.process_start(child.pid) is None
+    assert process_start(child.pid) is None
 
 
 def test_a_name_with_brackets_and_blanks_hides_nothing(tmp_path: Path) -> None:
     odd = tmp_path / ") S 1 1 ("
     odd.symlink_to("/bin/cat")
     with subprocess.Popen([str(odd)], stdin=subprocess.PIPE) as child:
-        found = next(process for process in joborch.all_processes() if process.pid == child.pid)
+        found = next(process for process in all_processes() if process.pid == child.pid)
         assert (found.parent, found.session) == (os.getpid(), os.getsid(0))
         child.communicate()
 
@@ -647,25 +662,25 @@ def test_a_mark_is_seen_in_the_environment_and_in_the_folder_of_orphans(tmp_path
             child.stdin.flush()
             child.stdout.readline()
             process = Process(child.pid, os.getpid(), child.pid, child.pid, "1")
-            assert list(map(os.fsdecode, joborch.marks_of(process, tmp_path))) == wanted, (environment, where)
+            assert list(map(os.fsdecode, marks_of(process, tmp_path))) == wanted, (environment, where)
             if "JOBORCH_MARK" not in environment:
-                assert joborch.marks_of(dataclasses.replace(process, terminal=1), tmp_path) == []
-                assert joborch.marks_of(dataclasses.replace(process, parent=os.getppid()), tmp_path) == [], "its parent lives"
-            assert joborch.bears_mark(child.pid, "uuid.1") is (environment.get("JOBORCH_MARK") == "uuid.1")
+                assert marks_of(dataclasses.replace(process, terminal=1), tmp_path) == []
+                assert marks_of(dataclasses.replace(process, parent=os.getppid()), tmp_path) == [], "its parent lives"
+            assert bears_mark(child.pid, "uuid.1") is (environment.get("JOBORCH_MARK") == "uuid.1")
             child.communicate()
-    assert joborch.marks_of(process, tmp_path) == [], "it has ended"
+    assert marks_of(process, tmp_path) == [], "it has ended"
 
 
 def test_signalling_what_has_ended_is_fine() -> None:
     child = subprocess.Popen(["true"], start_new_session=True)
     child.wait()
-    joborch.signal_all([Process(child.pid, 1, child.pid, child.pid, "1")], signal.SIGTERM)
+    signal_all([Process(child.pid, 1, child.pid, child.pid, "1")], signal.SIGTERM)
 
 
 def test_the_boot_is_the_same_all_the_time() -> None:
-    assert joborch.boot_id() == joborch.boot_id()
-    assert len(joborch.boot_id()) > 30
-    assert " " not in joborch.boot_id(), "it is the last word of a handle"
+    assert boot_id() == boot_id()
+    assert len(boot_id()) > 30
+    assert " " not in boot_id(), "it is the last word of a handle"
 
 
 OWN_NAME = st.sampled_from(["JOBORCH_X", "SERVICE_A_TOKEN", "JOBORCH_TOKEN", "PORT", "MAX_AGE"])
@@ -681,9 +696,9 @@ def test_what_is_not_listed_is_not_passed_on(environment: dict[str, str], own: s
     for more in ([], ["*"]):
         inherited = joborch.passed_on({**environment, own: "hidden"}, more)
         assert "hidden" not in inherited.values()
-        strange = {name for name in environment if not joborch.is_own_setting(name)} - set(joborch.PASSED_ON)
+        strange = {name for name in environment if not is_own_setting(name)} - set(PASSED_ON)
         assert strange & set(inherited) == (strange if more else set())
-    seen = joborch.payload_environment(job, Path("/f"), {"PATH": "/bin", "TMPDIR": "/elsewhere"})
+    seen = payload_environment(job, Path("/f"), {"PATH": "/bin", "TMPDIR": "/elsewhere"})
     words = ("JOB_ID", "ATTEMPT", "SERVICE", "USER_ID", "CPUS", "MEMORY", "MARK")
     assert set(seen) == {"PATH", "TMPDIR", *(f"JOBORCH_{word}" for word in words)}
     assert (seen["JOBORCH_JOB_ID"], seen["JOBORCH_USER_ID"], seen["JOBORCH_MEMORY"]) == (str(job.id), "", "")

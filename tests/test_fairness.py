@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from world import Desk, HandClock, Peer, Yard, a_service, event, heads, new_job, reply
 
 import joborch
-from joborch import Cause, Job, Sharing, Status, Store, counted_s
+from joborch import Cause, Job, Sharing, Status, Store
+from joborch_base.scheduling import Pace, counted_s, use_now
 
 HALF_LIFE_S = 6 * 3600.0
 
@@ -49,7 +50,7 @@ class Flood:
         self.ends: list[tuple[float, int]] = []
         self.began: dict[int, float] = {}
         if self.guess_s:
-            self.store.write(lambda db: self.store.set_pace(db, "s", joborch.Pace(20, self.guess_s)))
+            self.store.write(lambda db: self.store.set_pace(db, "s", Pace(20, self.guess_s)))
 
     def open(self, path: str = ":memory:") -> None:
         """Make a store with the service."""
@@ -184,7 +185,7 @@ def test_what_is_charged_in_advance_is_no_use() -> None:
     flood.upload(1, 3)
     flood.fill()
     turn = flood.store.share("s", 1).turn
-    assert turn and joborch.use_now(turn.rank, flood.clock.now, HALF_LIFE_S) == pytest.approx(400.0)
+    assert turn and use_now(turn.rank, flood.clock.now, HALF_LIFE_S) == pytest.approx(400.0)
     assert flood.store.used_slot_s("s", 1) == 0.0
     flood.step()
     assert 0.2 <= flood.store.used_slot_s("s", 1) <= 0.4

@@ -20,13 +20,16 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
-from harness import BOUNDARY, ROOT, disk_bytes, field_part, file_part, form, part
+from harness import BOUNDARY, ROOT, disk_bytes, field_part, file_part, form, part, replace
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from world import BOUNDED, CONTENTS, NAMES, Trickle, fit, new_folder, on_disk, packed, tried
 
 import joborch
 from joborch import ConfigError, DataFolder, FormReader, HttpError, StoredFile, Tree, ZipPacker, check_path
+from joborch_base.archives import worthwhile_compression
+from joborch_base.data_folder import MEMORY_SPOOL_BYTES
+from joborch_base.files import FIELD_LIMIT_BYTES, multipart_boundary, write_all
 
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -227,7 +230,7 @@ def test_a_damaged_form_is_read_or_refused_and_nothing_else(data: st.DataObject)
 
 
 def test_fields(tmp_path: Path) -> None:
-    big = "x" * joborch.FIELD_LIMIT_BYTES
+    big = "x" * FIELD_LIMIT_BYTES
     assert read_form(tmp_path, form([field_part("a", big)]), [1000]).fields == {"a": big}
     for parts, status, word in (
         ([field_part("a", big + "x")], 413, "over 64 KiB"),
@@ -255,7 +258,7 @@ def test_endless_field_is_refused_before_it_fills_the_memory(tmp_path: Path) -> 
 
 
 def test_number_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joborch, "PARTS_LIMIT", 3)
+    replace(monkeypatch, "PARTS_LIMIT", 3)
     assert len(read_form(tmp_path, form(file_part(str(number), b"") for number in range(3))).files) == 3
     with pytest.raises(HttpError, match="more than 3 parts") as caught:
         read_form(tmp_path, form(file_part(f"x{number}", b"") for number in range(4)))
@@ -276,7 +279,7 @@ def test_number_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_boundary(kind: str, boundary: str | int) -> None:
-    found = tried(lambda: joborch.multipart_boundary(kind), HttpError)
+    found = tried(lambda: multipart_boundary(kind), HttpError)
     assert (found.status if isinstance(found, HttpError) else found) == boundary
 
 
@@ -548,7 +551,7 @@ def test_folders_deeper_than_a_path_can_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("probe", [b"", b"a" * 1000, os.urandom(1000), b"ab"])
 def test_compression_only_where_it_helps(probe: bytes) -> None:
     wanted = zipfile.ZIP_DEFLATED if probe == b"a" * 1000 else zipfile.ZIP_STORED
-    assert joborch.worthwhile_compression(probe) == wanted
+    assert worthwhile_compression(probe) == wanted
 
 
 # == Output streams ==
@@ -613,7 +616,7 @@ def test_write_all_goes_on_where_a_write_takes_a_part() -> None:
             taken.append(bytes(data[:3]))
             return min(3, len(data))
 
-    joborch.write_all(Stingy(), b"0123456789")
+    write_all(Stingy(), b"0123456789")
     assert b"".join(taken) == b"0123456789"
 
 
@@ -639,8 +642,8 @@ def test_fsync_tree_reaches_files_folders_and_parent(count: int, tmp_path: Path,
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"x")
     synced, whole = list[str](), list[str]()
-    monkeypatch.setattr(joborch, "fsync_path", lambda path: synced.append(os.path.relpath(path, tmp_path)))
-    monkeypatch.setattr(joborch, "sync_file_system", lambda path: whole.append(os.path.relpath(path, tmp_path)))
+    replace(monkeypatch, "fsync_path", lambda path: synced.append(os.path.relpath(path, tmp_path)))
+    replace(monkeypatch, "sync_file_system", lambda path: whole.append(os.path.relpath(path, tmp_path)))
     joborch.fsync_tree(folder, paths)
     if count > 32:
         assert (synced, whole) == ([], ["job"])
@@ -751,13 +754,13 @@ def test_a_data_folder_that_cannot_be_made(tmp_path: Path, data: DataFolder) -> 
 def test_a_small_spool_is_in_memory_and_a_large_one_in_tmp_without_a_name(data: DataFolder) -> None:
     with contextlib.closing(data.spool()) as spool:
         before = disk_bytes(data.path)
-        spool.write(b"x" * joborch.MEMORY_SPOOL_BYTES)
+        spool.write(b"x" * MEMORY_SPOOL_BYTES)
         assert disk_bytes(data.path) == before
         spool.write(b"y" * joborch.CHUNK_BYTES)
         spool.flush()
         for part in (b"x", b"y"):
             with spool.again() as other:  # type: ignore[attr-defined]
-                other.seek(joborch.MEMORY_SPOOL_BYTES if part == b"y" else 0)
+                other.seek(MEMORY_SPOOL_BYTES if part == b"y" else 0)
                 assert other.read(1) == part
         assert list(data.tmp.iterdir()) == []
         assert str(Path(f"/proc/self/fd/{spool.fileno()}").readlink()).startswith(str(data.tmp))

@@ -55,6 +55,7 @@ from world import HandClock, a_service, new_job
 
 import joborch
 from joborch import Cause, Job, Status, Store
+from joborch_base import statements
 
 QUOTAS = {"example": Quota(2, 3)}
 NO_QUOTAS = {"example": Quota(1000, 1000)}
@@ -116,7 +117,7 @@ class World:
 
     def payload(self, job: Job) -> Job | None:
         """What the client has of the present attempt."""
-        return self.client.job(joborch.JOB_BY_MARK, uuid=job.uuid, attempt=job.attempt)
+        return self.client.job(statements.JOB_BY_MARK, uuid=job.uuid, attempt=job.attempt)
 
     def must_move(self, job: Job, to: Status, reason: str, **changes: Any) -> None:
         """A move of the server's that has to succeed."""
@@ -278,7 +279,7 @@ class World:
         while jobs := [job for job in self.server.jobs("SELECT * FROM jobs ORDER BY id") if job.status.value not in OVER]:
             for job in jobs:
                 self.do(job.id, self.ways(self.job(job.id))[0].__name__)
-        for payload in self.client.jobs(joborch.PAYLOADS_IN, status="Running", limit=1000):
+        for payload in self.client.jobs(statements.PAYLOADS_IN, status="Running", limit=1000):
             assert self.client.move(payload, Status.FAILED, "run.sh ended with exit status 9", cause="user", exit_code=9)
 
     def evidence(self, settled: bool = True) -> Evidence:

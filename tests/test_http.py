@@ -13,27 +13,15 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from harness import replace
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from world import BOUNDED, RESULT, Desk, HandClock, Peer, ask, reply, tried, zip_reply
 
 import joborch
-from joborch import (
-    OVER,
-    ROUTES,
-    Archive,
-    Cause,
-    ConfigError,
-    HttpError,
-    Job,
-    Request,
-    Status,
-    StorageError,
-    byte_range,
-    check_caller,
-    check_size,
-    find_route,
-)
+from joborch import OVER, ROUTES, Archive, Cause, ConfigError, HttpError, Job, Request, Status, StorageError, find_route
+from joborch_base.identity import machine_names, tcp_uid
+from joborch_base.routes import byte_range, check_caller, check_size
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -322,7 +310,7 @@ def test_odd_headers_are_refused_and_nothing_worse(host: str, origin: str | None
     headers = {"HOST": host, **({"ORIGIN": origin} if origin is not None else {})}
     refusal = tried(lambda: check_caller(Bare(), headers, FromHere(os.getuid())), HttpError)  # type: ignore[arg-type]
     assert not isinstance(refusal, HttpError) or refusal.status == 403
-    ours = {"localhost", *joborch.machine_names()}
+    ours = {"localhost", *machine_names()}
     assert isinstance(refusal, HttpError) or any(name in host.lower() for name in ours) or ADDRESS.search(host), "a name that is not ours"
 
 
@@ -335,10 +323,10 @@ def test_the_user_at_the_other_end(address: str) -> None:
     ):
         far, peer = listener.accept()
         with closing(far):
-            assert joborch.tcp_uid(peer[:2], far.getsockname()[:2]) == os.getuid()
-            assert joborch.tcp_uid((peer[0], 1), far.getsockname()[:2]) is None
-            assert joborch.tcp_uid(("10.0.0.1", peer[1]), far.getsockname()[:2]) is None
-            assert joborch.tcp_uid(("no address", 1), ("x", 1)) is None
+            assert tcp_uid(peer[:2], far.getsockname()[:2]) == os.getuid()
+            assert tcp_uid((peer[0], 1), far.getsockname()[:2]) is None
+            assert tcp_uid(("10.0.0.1", peer[1]), far.getsockname()[:2]) is None
+            assert tcp_uid(("no address", 1), ("x", 1)) is None
         assert near.fileno() > 0
 
 
@@ -370,7 +358,7 @@ def test_sizes(path: str, length: int, chunked: bool, status: int, desk: Desk) -
 def test_the_disk_must_hold_a_body_twice(free: int, status: int, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once as it is spooled, once as files; and what is to stay free."""
     desk.restart(JOBORCH_MIN_FREE="1000")
-    monkeypatch.setattr(joborch, "free_bytes", lambda _: free)
+    replace(monkeypatch, "free_bytes", lambda _: free)
     refusal = tried(lambda: check_size(desk.server, find_route("server", "POST", "/upload"), 1000, False), HttpError)
     assert (refusal.status if isinstance(refusal, HttpError) else 200) == status
     if status == 507:
@@ -517,7 +505,7 @@ def test_download_partial_in_every_state(status: Status, desk: Desk, peer: Peer)
 @pytest.mark.parametrize("status", STATES, ids=str)
 def test_terminate_in_every_state(status: Status, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once where it is with no client; noted where its client is away; 409 where it ended in another way."""
-    monkeypatch.setattr(joborch, "TERMINATE_TRY_S", 0.05)
+    replace(monkeypatch, "TERMINATE_TRY_S", 0.05)
     job = in_state(desk, status)
     desk.link.failed("cannot be reached")
     for _ in range(2):

@@ -32,12 +32,29 @@ from harness import (
     open_python,
     parse_answer,
     raw_exchange,
+    replace,
     wait_for,
 )
 from world import HandClock, close_connections
 
 import joborch
-from joborch import CLOSE_WAIT, ROUTES
+import joborch_base
+from joborch import ROUTES
+from joborch_base.data_folder import user_numbers
+from joborch_base.identity import (
+    CLOSE_WAIT,
+    FIN_WAIT2,
+    SeenSocket,
+    find_socket,
+    listed_socket,
+    listed_sockets,
+    machine_names,
+    open_socket_file,
+    sock_diag_works,
+    tcp_uid,
+)
+from joborch_base.routes import Caller, is_allowed
+from joborch_base.settings import read_networks
 
 TOKEN = "the-right-token-of-this-test"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -137,9 +154,9 @@ def without_netlink(look: Callable[[], T]) -> T:
         names["deny_netlink"]()
         with pytest.raises(PermissionError):
             socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)
-        joborch.sock_diag_works.cache_clear()
+        sock_diag_works.cache_clear()
         found.append(look())
-        joborch.sock_diag_works.cache_clear()
+        sock_diag_works.cache_clear()
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -149,7 +166,7 @@ def without_netlink(look: Callable[[], T]) -> T:
 
 def with_netlink(look: Callable[[], T]) -> T:
     """Call `look` as it is."""
-    assert joborch.sock_diag_works()
+    assert sock_diag_works()
     return look()
 
 
@@ -225,19 +242,19 @@ def test_closed_before_the_ack(accepted: Accepted, look: Look) -> None:
     """The kernel says 0 of a socket that nobody holds: that is not root's."""
     accepted.stranger.do("close")
     assert look(lambda: joborch.peer_uid(accepted.far)) is None
-    assert look(lambda: joborch.tcp_uid(accepted.peer[:2], accepted.far.getsockname()[:2])) is None
+    assert look(lambda: tcp_uid(accepted.peer[:2], accepted.far.getsockname()[:2])) is None
 
 
 def test_closed_after_the_ack(accepted: Accepted, look: Look) -> None:
     """What is left of the stranger's socket is a note of the kernel's (FIN_WAIT2), with uid 0."""
     accepted.stranger.do("close")
     ends = accepted.peer[:2], accepted.far.getsockname()[:2]
-    wait_for(lambda: getattr(joborch.listed_socket(*ends), "state", 0) == joborch.FIN_WAIT2, what="the ACK of the end")
-    seen = joborch.listed_socket(*ends)
+    wait_for(lambda: getattr(listed_socket(*ends), "state", 0) == FIN_WAIT2, what="the ACK of the end")
+    seen = listed_socket(*ends)
     assert seen is not None
     assert (seen.uid, seen.inode) == (0, 0), "the kernel tells root of it"
     assert look(lambda: joborch.peer_uid(accepted.far)) is None
-    assert look(lambda: joborch.tcp_uid(*ends)) is None
+    assert look(lambda: tcp_uid(*ends)) is None
 
 
 def test_time_wait(accepted: Accepted, look: Look) -> None:
@@ -247,8 +264,8 @@ def test_time_wait(accepted: Accepted, look: Look) -> None:
     accepted.wait_state(CLOSE_WAIT)
     assert accepted.far.recv(100)
     accepted.far.close()
-    wait_for(lambda: getattr(joborch.listed_socket(*ends), "state", 0) == 6, what="TIME_WAIT")
-    assert look(lambda: joborch.tcp_uid(*ends)) is None
+    wait_for(lambda: getattr(listed_socket(*ends), "state", 0) == 6, what="TIME_WAIT")
+    assert look(lambda: tcp_uid(*ends)) is None
 
 
 def test_reset(accepted: Accepted, look: Look) -> None:
@@ -282,15 +299,15 @@ def test_the_port_is_used_again_by_somebody_else(accepted: Accepted, look: Look)
         with closing(again):
             assert peer[:2] == accepted.peer[:2]
             assert look(lambda: joborch.peer_uid(again)) == os.getuid()
-            assert look(lambda: joborch.tcp_uid(peer[:2], again.getsockname()[:2])) == os.getuid(), "the port alone says root"
+            assert look(lambda: tcp_uid(peer[:2], again.getsockname()[:2])) == os.getuid(), "the port alone says root"
             assert look(lambda: joborch.peer_uid(accepted.far)) is None
 
 
 def test_the_port_is_used_again_while_we_look(accepted: Accepted, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stranger resets after we have asked for his address, and root has his port before we look at it."""
-    real, opened = joborch.find_socket, contextlib.ExitStack()
+    real, opened = find_socket, contextlib.ExitStack()
 
-    def late(peer: tuple[str, int], here: tuple[str, int]) -> joborch.SeenSocket | None:
+    def late(peer: tuple[str, int], here: tuple[str, int]) -> SeenSocket | None:
         accepted.stranger.do("reset")
         wait_for(lambda: accepted.state() == 7, what="the reset")
         near = opened.enter_context(closing(socket.socket(accepted.far.family)))
@@ -304,7 +321,7 @@ def test_the_port_is_used_again_while_we_look(accepted: Accepted, look: Look, mo
         return seen
 
     with opened:
-        monkeypatch.setattr(joborch, "find_socket", late)
+        replace(monkeypatch, "find_socket", late)
         assert look(lambda: joborch.peer_uid(accepted.far)) is None
 
 
@@ -320,15 +337,15 @@ def test_a_socket_that_only_asks_for_a_connection_proves_nothing(look: Look) -> 
         asking.setblocking(False)
         asking.connect_ex(full.getsockname())
         ends = asking.getsockname(), full.getsockname()
-        seen = look(lambda: joborch.find_socket(*ends))
+        seen = look(lambda: find_socket(*ends))
         assert (seen.state, seen.inode != 0) == (2, True)
-        assert look(lambda: joborch.tcp_uid(*ends)) is None
+        assert look(lambda: tcp_uid(*ends)) is None
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 def test_no_such_socket(host: str, look: Look) -> None:
-    assert look(lambda: joborch.tcp_uid((host, 1), (host, 2))) is None
-    assert look(lambda: joborch.tcp_uid(("no address", 1), ("x", 1))) is None
+    assert look(lambda: tcp_uid((host, 1), (host, 2))) is None
+    assert look(lambda: tcp_uid(("no address", 1), ("x", 1))) is None
 
 
 def test_a_socket_of_ipv6_that_speaks_ipv4(look: Look) -> None:
@@ -364,10 +381,10 @@ def request_to(server: Process, method: str = "GET", path: str = "/jobs", body: 
     return (f"{head}{kind}\r\n".encode() + body).hex()
 
 
-def closed_by_others(port: int) -> list[joborch.SeenSocket]:
+def closed_by_others(port: int) -> list[SeenSocket]:
     """Our ends of connections to a port of this machine that the other end has closed."""
     families = (socket.AF_INET, socket.AF_INET6)
-    listed = [(near, seen) for family in families for near, _, seen in joborch.listed_sockets(family)]
+    listed = [(near, seen) for family in families for near, _, seen in listed_sockets(family)]
     return [seen for near, seen in listed if near.endswith(f":{port:04X}") and seen.state == CLOSE_WAIT]
 
 
@@ -422,10 +439,12 @@ def test_the_overflow_user_is_nobody_in_a_user_namespace(make_process: MakeProce
 
 def test_root_of_a_user_namespace_is_not_the_machines(open_folder: Path, root: None) -> None:
     """What the ids mean is read from uid_map: in the first namespace, in one with a root of its own, and in one without any."""
-    assert joborch.user_numbers() == (None, True)
-    copy = Path(shutil.copy(joborch.__file__, open_folder))
-    copy.chmod(0o644)
-    code = "import joborch; print(tuple(joborch.user_numbers()), joborch.is_own_user(0), joborch.is_own_user(65534))"
+    assert user_numbers() == (None, True)
+    package = Path(shutil.copytree(Path(joborch_base.__file__).parent, open_folder / "joborch_base"))
+    for path in (package, *package.rglob("*")):
+        path.chmod(0o755)
+    code = "from joborch_base.data_folder import user_numbers; from joborch_base.identity import is_own_user; "
+    code += "print(tuple(user_numbers()), is_own_user(0), is_own_user(65534))"
     said = {}
     for words in (["--map-root-user"], ["--map-user=65534"], ["--map-user=1234"], []):
         command = ["unshare", "--user", *words, open_python(), "-c", code]
@@ -504,7 +523,7 @@ def test_no_host_at_all(plain_server: Process) -> None:
 
 def test_names_of_this_machine(plain_server: Process) -> None:
     """Its host name, and what /etc/hosts calls it beside that."""
-    for name in joborch.machine_names():
+    for name in machine_names():
         assert plain_server.get("/jobs", headers={"Host": f"{name}:{plain_server.port}"}).status_code == 200
     said = assert_error(plain_server.get("/jobs", headers={"Host": "queue.lab"}), 403, "queue.lab")["message"]
     assert "JOBORCH_HOSTS" in said
@@ -574,17 +593,17 @@ def test_settings_without_effect_are_warned_of(settings: dict[str, str], said: s
 )
 def test_networks_are_read(text: str, wanted: str) -> None:
     if wanted:
-        assert ",".join(map(str, joborch.read_networks(text))) == wanted
+        assert ",".join(map(str, read_networks(text))) == wanted
     else:
         with pytest.raises(ValueError, match="give"):
-            joborch.read_networks(text)
+            read_networks(text)
 
 
 def test_an_ipv4_caller_over_ipv6_is_an_ipv4_caller() -> None:
-    networks = joborch.read_networks("192.0.2.0/24")
-    assert joborch.is_allowed(networks, "::ffff:192.0.2.9")
-    assert not joborch.is_allowed(networks, "::ffff:192.0.3.9")
-    assert not joborch.is_allowed(networks, "")
+    networks = read_networks("192.0.2.0/24")
+    assert is_allowed(networks, "::ffff:192.0.2.9")
+    assert not is_allowed(networks, "::ffff:192.0.3.9")
+    assert not is_allowed(networks, "")
 
 
 class Network:
@@ -902,7 +921,7 @@ def test_the_socket_is_never_wider_than_its_mode(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "chmod", lambda path, mode: (seen.append(stat.S_IMODE(os.lstat(path).st_mode)), chmod(path, mode))[1])
     umask = os.umask(0)
     try:
-        with closing(joborch.open_socket_file(str(tmp_path / "a"), 5000, 0o640)):
+        with closing(open_socket_file(str(tmp_path / "a"), 5000, 0o640)):
             assert seen == [0o700]
             assert stat.S_IMODE(os.lstat(tmp_path / "a").st_mode) == 0o640
             assert os.umask(0) == 0, "the umask is put back"
@@ -977,18 +996,18 @@ def waitress_of(config: joborch.Config) -> Iterator[tuple[Any, list[Any]]]:
 @pytest.mark.parametrize(
     ("settings", "words", "path", "wanted"),
     [
-        ({}, (), "/jobs", joborch.Caller(f"uid {os.getuid()}", "same user")),
-        ({}, ("UNIX",), "/jobs", joborch.Caller(f"uid {os.getuid()}", "unix socket")),
-        ({"JOBORCH_TOKEN": TOKEN}, ("UNIX",), "/jobs", joborch.Caller(f"uid {os.getuid()}", "unix socket")),
-        ({"JOBORCH_TOKEN": TOKEN}, ("-H", f"Authorization: Bearer {TOKEN}"), "/jobs", joborch.Caller("default", "token")),
-        ({"JOBORCH_TOKEN": TOKEN}, ("-H", f"Authorization: Bearer {TOKEN}"), "/health", joborch.Caller("default", "token")),
+        ({}, (), "/jobs", Caller(f"uid {os.getuid()}", "same user")),
+        ({}, ("UNIX",), "/jobs", Caller(f"uid {os.getuid()}", "unix socket")),
+        ({"JOBORCH_TOKEN": TOKEN}, ("UNIX",), "/jobs", Caller(f"uid {os.getuid()}", "unix socket")),
+        ({"JOBORCH_TOKEN": TOKEN}, ("-H", f"Authorization: Bearer {TOKEN}"), "/jobs", Caller("default", "token")),
+        ({"JOBORCH_TOKEN": TOKEN}, ("-H", f"Authorization: Bearer {TOKEN}"), "/health", Caller("default", "token")),
         ({"JOBORCH_TOKEN": TOKEN}, (), "/health", None),
         ({}, ("-H", "Via: x"), "/health", None),
-        ({**ANONYMOUS, "JOBORCH_ALLOW_FROM": "127.0.0.1"}, ("-H", "Via: x"), "/jobs", joborch.Caller("127.0.0.1", "anonymous")),
+        ({**ANONYMOUS, "JOBORCH_ALLOW_FROM": "127.0.0.1"}, ("-H", "Via: x"), "/jobs", Caller("127.0.0.1", "anonymous")),
     ],
 )
 def test_a_route_knows_its_caller(
-    settings: dict[str, str], words: tuple[str, ...], path: str, wanted: joborch.Caller | None, tmp_path: Path
+    settings: dict[str, str], words: tuple[str, ...], path: str, wanted: Caller | None, tmp_path: Path
 ) -> None:
     given = {"DATA_PATH": str(tmp_path / "d"), "PORT": "0", "JOBORCH_SOCKET": str(tmp_path / "s"), **settings}
     with waitress_of(joborch.load_config("server", {}, given)) as (server, callers):

@@ -23,6 +23,7 @@ from harness import (
     download,
     end_all_below,
     partial,
+    replace,
     run_to_end,
     submit,
     wait_for,
@@ -516,7 +517,7 @@ def test_a_result_that_takes_longer_to_pack_than_a_server_waits(data: DataFolder
     def impatient(link: joborch.Link, method: str, url: str, read_timeout_s: float = 0.5, **options: Any) -> Any:
         return real_call(link, method, url, min(read_timeout_s, 0.5), **options)
 
-    monkeypatch.setattr(joborch, "pack_payload", slowly)
+    replace(monkeypatch, "pack_payload", slowly)
     monkeypatch.setattr(joborch.Link, "call", impatient)
     other = DataFolder(str(tmp_path / "server"))
     other.open()
@@ -528,7 +529,7 @@ def test_a_result_that_takes_longer_to_pack_than_a_server_waits(data: DataFolder
             job = desk.with_client(Status.RUNNING)
             with desk.store.core.inside():
                 desk.store.db.execute("UPDATE jobs SET dest_id = :id WHERE id = :job", {"id": str(payload.id), "job": job.id})
-            monkeypatch.setattr(joborch, "named", lambda _: {})
+            replace(monkeypatch, "named", lambda _: {})
             joborch.report(desk.server, desk.link, event(job, id=payload.id))
 
             def settled() -> bool:

@@ -16,6 +16,7 @@ from world import Desk, Said, Yard, ask, tried
 
 import joborch
 from joborch import JSON_TYPE, ROUTES, Gives, HttpError, Route, Status
+from joborch_base.routes import EXAMPLE_ERROR
 from joborch_plugins import documents
 from joborch_plugins.documents import openapi
 
@@ -172,7 +173,7 @@ def test_errors_are_like_their_examples(desk: Desk) -> None:
     for path, code in (("/jobs/99", 404), ("/jobs/x", 400), ("/jobs?limit=0", 400), ("/download/99", 404)):
         said = ask(desk.server, "GET", path)
         assert said.status == code
-        assert set(said.json) <= set(joborch.EXAMPLE_ERROR)
+        assert set(said.json) <= set(EXAMPLE_ERROR)
 
 
 # == Assets ==

@@ -1,4 +1,4 @@
-"""What stands in rooms of its own: plug-ins use the names of PLUGIN_API alone, and are imported only when asked for."""
+"""What stands in rooms of its own: plug-ins use the names of joborch's __all__ alone, and are imported only when asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from conftest import MakePair
-from harness import PLUGINS, ROOT, SOURCE, clean_environment, free_port, from_source, run_to_end, submit, wait_status
+from harness import BASE, PLUGINS, ROOT, SOURCE, clean_environment, free_port, from_source, run_to_end, submit, wait_status
 from world import Yard
 
 import joborch
+import joborch_base
+from joborch_base import vocabulary
 
 
 def imports_of(source: str) -> list[tuple[str, str]]:
@@ -29,7 +31,7 @@ def imports_of(source: str) -> list[tuple[str, str]]:
 
 
 def interface_faults(source: str, plugin: str = "") -> list[str]:
-    """What a plug-in takes of joborch that PLUGIN_API does not offer, and what it takes of other plug-ins.
+    """What a plug-in takes of joborch that its `__all__` does not offer, and what it takes of other plug-ins.
 
     The commands are made of the library, and `top` of both.
     """
@@ -39,8 +41,8 @@ def interface_faults(source: str, plugin: str = "") -> list[str]:
             continue
         if module.partition(".")[0] == "joborch_plugins":
             faults.append(f"it imports {module}")
-        elif module == "joborch" and name not in joborch.PLUGIN_API:
-            faults.append(f"it takes {name or 'the whole module'}, which is not in PLUGIN_API")
+        elif module == "joborch" and name not in joborch.__all__:
+            faults.append(f"it takes {name or 'the whole module'}, which is not in __all__")
     return faults
 
 
@@ -50,25 +52,44 @@ def test_a_plugin_uses_the_interface_alone(plugin: Path) -> None:
 
 
 def test_the_interface_is_what_plugins_use() -> None:
-    """PLUGIN_API names what there is, each once, and nothing that no plug-in takes."""
+    """`__all__` names what there is, each once, and nothing that no plug-in takes."""
     taken = {name for path in PLUGINS for module, name in imports_of(path.read_text(encoding="utf-8")) if module == "joborch"}
-    assert sorted(joborch.PLUGIN_API) == sorted(taken)
-    assert [name for name in joborch.PLUGIN_API if not hasattr(joborch, name)] == []
+    assert sorted(joborch.__all__) == sorted(taken)
+    assert [name for name in joborch.__all__ if not hasattr(joborch, name)] == []
 
 
 def test_the_program_names_plugins_by_string() -> None:
     """It imports none: PLUGINS names them, and each name there leads somewhere."""
     assert [module for module, _ in imports_of(SOURCE.read_text(encoding="utf-8")) if module.startswith("joborch_plugins")] == []
-    for name, reference in joborch.PLUGINS.items():
+    for name, reference in vocabulary.PLUGINS.items():
         assert joborch.load_plugin(name) is not None, reference
-    known = {reference.partition(":")[0] for reference in joborch.PLUGINS.values()}
+    known = {reference.partition(":")[0] for reference in vocabulary.PLUGINS.values()}
     assert known == {f"joborch_plugins.{path.stem}" for path in PLUGINS if path.stem != "__init__"}
+
+
+def test_what_the_program_is_built_on_imports_only_what_stands_before_it() -> None:
+    """The list in `joborch_base/__init__.py` is the order; names that only annotations need may come from anywhere."""
+    order = re.findall(r"^    (\w+) {2,}", joborch_base.__doc__ or "", re.MULTILINE)
+    assert sorted(order) == sorted(path.stem for path in BASE if path.stem != "__init__")
+    for path in BASE:
+        for module, name in imports_when_run(path.read_text(encoding="utf-8")):
+            package, _, stem = module.partition(".")
+            assert package not in ("joborch", "joborch_plugins"), f"{path.name} imports {module}"
+            if package == "joborch_base":
+                assert order.index(stem or name) < order.index(path.stem), f"{path.name} imports {stem or name}"
+
+
+def imports_when_run(source: str) -> list[tuple[str, str]]:
+    """What a source imports, without the blocks for TYPE_CHECKING."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    return imports_of(ast.unparse(tree))
 
 
 def test_the_rule_of_the_interface_bites() -> None:
     assert interface_faults("from joborch import Job") == []
-    assert interface_faults("def f():\n    from joborch import send_tick") == ["it takes send_tick, which is not in PLUGIN_API"]
-    assert interface_faults("import joborch") == ["it takes the whole module, which is not in PLUGIN_API"]
+    assert interface_faults("def f():\n    from joborch import send_tick") == ["it takes send_tick, which is not in __all__"]
+    assert interface_faults("import joborch") == ["it takes the whole module, which is not in __all__"]
     assert interface_faults("from joborch_plugins.slurm import SlurmExecutor") == ["it imports joborch_plugins.slurm"]
 
 

@@ -51,7 +51,8 @@ from hypothesis import strategies as st
 from world import BOUNDED, Between, Change, HeadLines, read_message, tried
 
 import joborch
-from joborch import HttpError, Proof, ProofReader, link_key
+from joborch import HttpError, ProofReader
+from joborch_base.identity import PROOF_SHAPE, SESSIONS_LIMIT, SIGNED_OF_ANSWER, WINDOW, Proof, link_key
 
 BEARER = {"Authorization": f"Bearer {Pair.TOKEN}"}
 OTHER_UID = STRANGER_UID - 1
@@ -96,7 +97,7 @@ def test_each_part_of_a_request_counts(changes: dict[str, Any], headers: dict[st
     assert PROOF.of_request({**HEADERS, "Accept": "text/html", "Host": "x"}, 3) == PROOF.of_request(HEADERS, 3), "gateways change these"
 
 
-@pytest.mark.parametrize("name", joborch.SIGNED_OF_ANSWER)
+@pytest.mark.parametrize("name", SIGNED_OF_ANSWER)
 def test_each_part_of_an_answer_counts(name: str) -> None:
     known = PROOF.of_answer(200, {})
     assert known not in (PROOF.of_answer(200, {name: "x"}), PROOF.of_answer(201, {}), PROOF.of_request({}, 0))
@@ -113,12 +114,12 @@ def accepted(reader: ProofReader, proof: Proof, headers: dict[str, str] | None =
 
 
 @BOUNDED
-@given(st.lists(st.integers(1, 3 * joborch.WINDOW) | st.integers(1, 50), max_size=60))
+@given(st.lists(st.integers(1, 3 * WINDOW) | st.integers(1, 50), max_size=60))
 def test_each_number_is_taken_once(numbers: list[int]) -> None:
     """In any order within the window; what is older is refused, seen or not."""
     reader, seen = ProofReader(("t",)), set[int]()
     for number in numbers:
-        fresh = number not in seen and number > max(seen, default=0) - joborch.WINDOW
+        fresh = number not in seen and number > max(seen, default=0) - WINDOW
         assert accepted(reader, Proof(link_key("t"), "a" * 32, reader.nonce, number, "GET", "/")) is fresh
         seen.add(number)
 
@@ -126,7 +127,7 @@ def test_each_number_is_taken_once(numbers: list[int]) -> None:
 def test_sessions_are_bounded_and_nothing_comes_again() -> None:
     """Who holds no token fills no place; when all are taken, a new nonce makes all that was proven by the old one worthless."""
     reader = ProofReader(("t", "second"))
-    proofs = [Proof(link_key("t"), f"{number:032x}", reader.nonce, 1, "GET", "/") for number in range(joborch.SESSIONS_LIMIT)]
+    proofs = [Proof(link_key("t"), f"{number:032x}", reader.nonce, 1, "GET", "/") for number in range(SESSIONS_LIMIT)]
     assert not any(accepted(reader, Proof(link_key("wrong"), f"{number:032x}", reader.nonce, 1, "GET", "/")) for number in range(2000))
     assert all(accepted(reader, proof) for proof in proofs)
     assert not any(accepted(reader, proof) for proof in proofs)
@@ -621,7 +622,7 @@ def test_each_service_by_its_own_token(between: tuple[Pair, Between], tmp_path: 
     keys = {b"example": "the-first-token-here", b"two": "the-second-token-here"}
     for request in (request for request in middle.sent if request.startswith(b"POST /submit")):
         head = {line.split(b": ")[0].decode(): line.split(b": ")[1].decode() for line in request.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]}
-        shown = joborch.PROOF_SHAPE.fullmatch(head["Authorization"])
+        shown = PROOF_SHAPE.fullmatch(head["Authorization"])
         assert shown
         token = keys[head["X-Joborch-Service"].encode()]
         proof = Proof(link_key(token), shown[1], shown[2], int(shown[3]), "POST", "/submit")

@@ -26,6 +26,8 @@ from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
 
 sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
+from joborch_base.settings import settings_table
+from joborch_base.states import SERVER_MOVES, diagram
 from joborch_plugins import commands, documents
 
 
@@ -49,9 +51,9 @@ README_LINES = 250
 REFERENCE = ROOT / "docs" / "reference.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 GENERATED: Mapping[str, Callable[[], str]] = {
-    "diagram": lambda: f"```mermaid\n{joborch.diagram()}\n```",
+    "diagram": lambda: f"```mermaid\n{diagram()}\n```",
     "commands": commands_text,
-    "settings": joborch.settings_table,
+    "settings": settings_table,
     "routes server": lambda: documents.routes_table("server"),
     "routes client": lambda: documents.routes_table("client"),
 }
@@ -265,7 +267,7 @@ def test_every_name_in_capitals_exists() -> None:
 def test_every_state_and_cause_is_explained() -> None:
     """In the README, except a payload's own state, Prepared."""
     states = section(README.read_text(), "States")
-    assert [status for status in joborch.SERVER_MOVES if str(status[1]) not in states] == []
+    assert [status for status in SERVER_MOVES if str(status[1]) not in states] == []
     trouble = section(README.read_text(), "When a job fails")
     assert [cause for cause in joborch.Cause if f"| `{cause}` |" not in trouble] == []
 
@@ -298,7 +300,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_a_part_that_was_changed_is_found() -> None:
     """A row less, or a marker less, does not go unseen."""
     markdown = REFERENCE.read_text()
-    row = joborch.settings_table().splitlines()[2] + "\n"
+    row = settings_table().splitlines()[2] + "\n"
     assert refreshed(markdown.replace(row, "")) == refreshed(markdown) != markdown.replace(row, "")
     with pytest.raises(AssertionError, match="markers"):
         refreshed(markdown.replace("<!-- settings -->", ""))

@@ -22,13 +22,16 @@ from typing import Any
 
 import pytest
 from conftest import MakePair
-from harness import ENDED, Pair, Process, paths_below, submit, wait_for, wait_status
+from harness import ENDED, Pair, Process, paths_below, replace, submit, wait_for, wait_status
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from world import BOUNDED, Desk, Peer, Yard, ask, digest_of, new_folder, packed, reply, zip_reply
 
 import joborch
 from joborch import Cause, ResultLimits, Status, ZipPacker, fetch_tick
+from joborch_base import files
+from joborch_base.archives import Deflater, DigestWriter
+from joborch_base.vocabulary import LEFT_OUT_LINES
 from joborch_plugins import dirac
 
 MIB = 1 << 20
@@ -72,7 +75,7 @@ def test_a_result_over_the_limit_of_files_fails_its_job(make_pair: MakePair) -> 
     kept = partial(pair.server, job["id"])
     assert len([name for name in kept.namelist() if not name.startswith(".joborch/") and name != "run.sh"]) <= 10
     left_out = kept.read(".joborch/left-out.txt").decode()
-    assert 10 < len(left_out.splitlines()) <= joborch.LEFT_OUT_LINES + 2
+    assert 10 < len(left_out.splitlines()) <= LEFT_OUT_LINES + 2
 
 
 def test_many_folders_are_too_many_files(make_pair: MakePair) -> None:
@@ -245,7 +248,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         assert go.wait(30)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(joborch, "pack_payload", pack)
+    replace(monkeypatch, "pack_payload", pack)
     yield go
     go.set()
 
@@ -293,7 +296,7 @@ def test_a_result_that_is_still_packed_is_asked_for_again(desk: Desk, peer: Peer
 
 
 def test_a_client_that_packs_for_ever_is_not_believed(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joborch, "PACK_ASKED_MOST", 3)
+    replace(monkeypatch, "PACK_ASKED_MOST", 3)
     job = desk.with_client(Status.RUNNING)
     peer.says["/retrieve/7"] = [reply(503, {"message": "wait"}, X_Joborch_Packing="1")]
     assert desk.settle(job).status is Status.RUNNING
@@ -479,8 +482,8 @@ def test_a_hole_costs_neither_time_nor_room(tmp_path: Path) -> None:
 
 
 def test_the_crc_of_a_hole_is_that_of_its_zeros(tmp_path: Path) -> None:
-    target = joborch.DigestWriter(io.BytesIO())
-    deflater = joborch.Deflater(target, zipfile.ZIP_DEFLATED)
+    target = DigestWriter(io.BytesIO())
+    deflater = Deflater(target, zipfile.ZIP_DEFLATED)
     deflater.write(b"before")
     deflater.zeros(5 * MIB + 3)
     deflater.write(b"after")
@@ -602,18 +605,18 @@ def test_a_thousand_levels_take_few_descriptors(deep: Path) -> None:
         os.close(here)
         here = inner
     os.close(here)
-    before, most, real = open_files(), 0, joborch.enter
+    before, most, real = open_files(), 0, files.enter
 
     def enter(*arguments: Any) -> Any:
         nonlocal most
         most = max(most, open_files() - before)
         return real(*arguments)
 
-    joborch.enter = enter  # type: ignore[assignment]
+    files.enter = enter  # type: ignore[assignment]
     try:
         _, read = packed(deep)
     finally:
-        joborch.enter = real
+        files.enter = real
     names = set(read.namelist())
     assert "d/" * 999 + "file999" in names and "d/" * 999 + "side/" in names and len(names) == 2001
     assert most < 100

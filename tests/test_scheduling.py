@@ -20,7 +20,6 @@ from world import BOUNDED, HandClock, a_service, heads, new_job
 import joborch
 from joborch import (
     BUSY,
-    NO_USE,
     Candidate,
     Cause,
     ClientCapacity,
@@ -30,17 +29,12 @@ from joborch import (
     Sharing,
     Status,
     Store,
-    Waiting,
     attempts_left,
-    cap_idle_credit,
     choose,
-    rank_of,
-    reserve,
-    use_now,
-    used,
     wait_estimate_s,
     why_waiting,
 )
+from joborch_base.scheduling import NO_USE, Reservation, Waiting, cap_idle_credit, fits, rank_of, reserve, use_now, used
 
 NOW, HALF_LIFE_S = 1_795_510_800.0, 6 * 3600.0
 FOREVER = float("inf")
@@ -222,8 +216,8 @@ def test_a_narrow_job_goes_before_a_wide_one_only_where_it_does_not_delay_it(nar
 
 def test_what_is_to_spare_beside_a_wide_job_is_free_for_all() -> None:
     wide = Candidate("s", 1, cpus=3)
-    assert reserve(wide, place(slots=6, free=2), RUNNING, NOW) == joborch.Reservation(NOW + 100, 0, FOREVER)
-    assert reserve(wide, place(slots=6, free=1), [run(4, NOW + 9)], NOW) == joborch.Reservation(NOW + 9, 2, FOREVER)
+    assert reserve(wide, place(slots=6, free=2), RUNNING, NOW) == Reservation(NOW + 100, 0, FOREVER)
+    assert reserve(wide, place(slots=6, free=1), [run(4, NOW + 9)], NOW) == Reservation(NOW + 9, 2, FOREVER)
     assert chosen([line(wide, Candidate("s", 2))], [place(slots=6, free=1)], {"a": [run(4, NOW + 9)]}) == (2, "a")
 
 
@@ -287,13 +281,13 @@ def test_a_choice_fits_is_the_same_again_and_leaves_no_slot_idle(
     found, again = (choose(lines, places, lambda _: runs, NOW) for _ in range(2))
     assert found == again
     is_batch = [head for one in lines for head in one.heads]
-    fitting = [head for head in is_batch if any(joborch.fits(head, place, None, None, NOW) for place in places)]
+    fitting = [head for head in is_batch if any(fits(head, place, None, None, NOW) for place in places)]
     if found is None:
         for head in fitting:
             before = is_batch[: is_batch.index(head)]
             assert any(other not in fitting and any(place.could_run(other.cpus, other.memory) for place in places) for other in before)
     else:
-        assert joborch.fits(found[0], found[1], None, None, NOW)
+        assert fits(found[0], found[1], None, None, NOW)
         if is_batch[0] in fitting:
             assert found[0] == is_batch[0], "the first goes first"
 
@@ -304,7 +298,7 @@ def test_a_reservation_is_not_put_off_by_who_goes_first(cpus: int, free: int, ru
     """Whoever it lets pass, there is room for the wide job at the time for which it is kept."""
     at, wide = ClientCapacity("a", 20, free, 5000, 2000), Candidate("s", 1, cpus, 500)
     kept = reserve(wide, at, runs, NOW)
-    if kept.until < FOREVER and kept.lets(other, NOW) and joborch.fits(other, at, None, None, NOW):
+    if kept.until < FOREVER and kept.lets(other, NOW) and fits(other, at, None, None, NOW):
         other_ends = FOREVER if other.timeout is None else NOW + other.timeout
         ended = [each for each in [*runs, run(other.cpus, other_ends, other.memory or 0)] if each.ends_at(NOW) <= kept.until]
         assert free - other.cpus + sum(run.cpus for run in ended) >= cpus

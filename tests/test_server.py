@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import free_port, wait_for
+from harness import free_port, replace, wait_for
 from world import RESULT, Asked, Desk, Peer, changed, digest_of, event, events, heads, new_job, reply, zip_reply
 
 import joborch
@@ -36,6 +36,8 @@ from joborch import (
     sweep,
     watch_tick,
 )
+from joborch_base import statements
+from joborch_base.scheduling import Pace
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -208,12 +210,12 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     get_tick(desk.server, desk.link)
     while desk.send():
         pass
-    assert desk.store.number(joborch.COUNT_IN, status="Submitted") == desk.link.slots == 2
-    desk.store.write(lambda db: desk.store.set_pace(db, "example", joborch.Pace(5, 0.01)))
+    assert desk.store.number(statements.COUNT_IN, status="Submitted") == desk.link.slots == 2
+    desk.store.write(lambda db: desk.store.set_pace(db, "example", Pace(5, 0.01)))
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
-    assert desk.store.number(joborch.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
+    assert desk.store.number(statements.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
 
 
 @pytest.mark.parametrize("status", ["Completed", "Failed", "Cleaned"])
@@ -244,7 +246,7 @@ def test_a_slot_is_not_free_twice(status: str, desk: Desk, peer: Peer, monkeypat
 @pytest.fixture
 def short(desk: Desk) -> Desk:
     """A server whose service had short runs, and whose client was heard of."""
-    desk.store.write(lambda db: desk.store.set_pace(db, "example", joborch.Pace(9, 0.005)))
+    desk.store.write(lambda db: desk.store.set_pace(db, "example", Pace(9, 0.005)))
     desk.link.heard()
     return desk
 
@@ -260,7 +262,7 @@ def with_end(job: Job, **changes: Any) -> bytes:
 
 def moves_of(desk: Desk, job: Job) -> list[str]:
     """The states of a job, one after the other."""
-    return [row["target"] for row in desk.store.read(joborch.HISTORY_GET, id=job.id)]
+    return [row["target"] for row in desk.store.read(statements.HISTORY_GET, id=job.id)]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def test_for_whom_a_client_waits(short: Desk) -> None:
     link.sending.update((98, 99))
     assert joborch.end_wait_ms(short.server, link, job) == 0
     link.sending.clear()
-    short.store.write(lambda db: short.store.set_pace(db, "example", joborch.Pace(9, 0.03)))
+    short.store.write(lambda db: short.store.set_pace(db, "example", Pace(9, 0.03)))
     assert joborch.end_wait_ms(short.server, link, job) == 0
 
 
@@ -389,7 +391,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 def test_a_poll_waits_less_after_ends_that_came_with_answers(short: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one confirms them, before the client would bring their results to its disk."""
-    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 10.0)
+    replace(monkeypatch, "EVENTS_WAIT_S", 10.0)
     assert joborch.poll_wait_s(short.server, short.link) == 10.0
     short.link.ended_at = short.clock.monotonic()
     assert joborch.poll_wait_s(short.server, short.link) == joborch.CONFIRM_WITHIN_S < joborch.SYNC_AFTER_S
@@ -609,7 +611,7 @@ def test_a_client_that_answers_nothing_of_use_is_held_back_and_tried_again(said:
 
 def test_a_client_that_failed_is_asked_without_waiting_for_news(desk: Desk, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it answers is known at once, not at its next news."""
-    monkeypatch.setattr(joborch, "EVENTS_WAIT_S", 9.0)
+    replace(monkeypatch, "EVENTS_WAIT_S", 9.0)
     desk.link.heard()
     desk.link.instance, desk.link.since = "i", 9
     peer.says["/events"] = [events(next=9)]
@@ -923,7 +925,7 @@ def test_attempts_come_to_an_end(desk: Desk, peer: Peer) -> None:
     ended = desk.settle(desk[job], status="Failed", cause="infrastructure", reason="reboot")
     assert (ended.status, ended.attempt, ended.cause) == (Status.FAILED, 3, "infrastructure")
     assert pauses[0] < pauses[1]
-    assert [row["attempt"] for row in desk.store.read(joborch.ATTEMPTS_GET, id=job.id)] == [1, 2]
+    assert [row["attempt"] for row in desk.store.read(statements.ATTEMPTS_GET, id=job.id)] == [1, 2]
 
 
 @pytest.mark.parametrize("wish", [False, True])
@@ -1328,10 +1330,10 @@ def test_files_go_before_the_row_says_so(desk: Desk, monkeypatch: pytest.MonkeyP
             raise OSError(5, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(joborch, "remove_tree", refuse)
+    replace(monkeypatch, "remove_tree", refuse)
     clean_tick(desk.server)
     assert [desk[job].status for job in (stuck, other)] == [Status.COMPLETED, Status.CLEANED]
-    monkeypatch.setattr(joborch, "remove_tree", real)
+    replace(monkeypatch, "remove_tree", real)
     clean_tick(desk.server)
     assert desk[stuck].status is Status.CLEANED
 
@@ -1669,7 +1671,7 @@ def test_a_client_that_says_that_it_takes_nothing_is_sent_nothing(desk: Desk, pe
     for _ in range(5):
         desk.clock.pass_s(10)
         assert not desk.send()
-    assert len(desk.store.read(joborch.HISTORY_GET, id=job.id)) == 1
+    assert len(desk.store.read(statements.HISTORY_GET, id=job.id)) == 1
     assert joborch.queue_info_of(desk.server, desk[job]).waiting_for == (
         f"no client for example takes jobs: {desk.link.name} Slurm: unable to contact controller"
     )

@@ -15,6 +15,8 @@ from world import HandClock, a_service, heads, new_job
 
 import joborch
 from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing, Status, Store
+from joborch_base import statements
+from joborch_base.states import as_job
 
 SLOTS, QUOTA = (2, 3), 2
 
@@ -45,14 +47,14 @@ def claimed_by_a_store(trace: list[Job], policy: str, weights: dict[int, float])
         if ending:
             ends.sort()
             _, number = ends.pop(0)
-            job = joborch.as_job(store.read(joborch.JOB_GET, id=number)[0])
+            job = as_job(store.read(statements.JOB_GET, id=number)[0])
             assert store.move(job, Status.COMPLETED, "", run_s=trace[number - 1].run_s)
         else:
             one = coming.pop(0)
             new = new_job(user_id=one.user, service="s", priority=one.priority, cpus=one.cpus, timeout=one.timeout)
             assert store.add(new, "").id == one.number
         while True:
-            busy = store.jobs(joborch.ALL_BUSY)
+            busy = store.jobs(statements.ALL_BUSY)
             places = [
                 ClientCapacity(name, count, count - sum(job.cpus for job in busy if job.client == name)) for name, count in slots.items()
             ]

@@ -23,7 +23,11 @@ from sql_turns import SqlStore
 from world import BOUNDED, FIRST, HandClock, a_service, heads, new_job, together
 
 import joborch
-from joborch import BUSY, ENDED, MOVES, OVER, Cause, ConfigError, IllegalMove, Job, Service, Status, StorageError, Store
+from joborch import BUSY, ENDED, OVER, Cause, ConfigError, Job, Service, Status, StorageError, Store
+from joborch_base import statements
+from joborch_base.scheduling import NO_USE
+from joborch_base.states import MOVES
+from joborch_base.vocabulary import IllegalMove
 
 EVERYTHING = "SELECT * FROM jobs ORDER BY id"
 
@@ -65,7 +69,7 @@ def moved(store: Store, job: Job, *states: Status, **changes: Any) -> Job:
 
 def history(store: Store, job_id: int) -> list[tuple[str | None, str]]:
     """The moves of a job as its history tells them."""
-    return [(row["source"], row["target"]) for row in store.read(joborch.HISTORY_GET, id=job_id)]
+    return [(row["source"], row["target"]) for row in store.read(statements.HISTORY_GET, id=job_id)]
 
 
 # == Moves, against a model ==
@@ -208,7 +212,7 @@ class Moves(StoreMachine):
         del self.rows[job_id]
         assert self.store.get(job_id) is None
         assert history(self.store, job_id) == []
-        assert self.store.read(joborch.ATTEMPTS_GET, id=job_id) == []
+        assert self.store.read(statements.ATTEMPTS_GET, id=job_id) == []
         return multiple()
 
     @invariant()
@@ -233,7 +237,7 @@ class Moves(StoreMachine):
             assert numbers == list(range(1, len(row.history) + 1))
             ends = [target for _, target in row.history if Status(target) in OVER]
             assert ends in ([], [row.status.value], [ends[0], Status.CLEANED.value] if ends else [])
-            attempts = [found["attempt"] for found in self.store.read(joborch.ATTEMPTS_GET, id=job_id)]
+            attempts = [found["attempt"] for found in self.store.read(statements.ATTEMPTS_GET, id=job_id)]
             assert attempts == list(range(1, row.attempt))
 
 
@@ -249,7 +253,7 @@ class ClientMoves(Moves):
         assert len(numbers) == len(set(numbers))
         assert max(filter(None, numbers), default=0) <= self.store.last_change
         since = self.store.last_change // 2
-        listed = [job.changed for job in self.store.jobs(joborch.CHANGED_SINCE, since=since)]
+        listed = [job.changed for job in self.store.jobs(statements.CHANGED_SINCE, since=since)]
         news = [job.changed for job in self.store.jobs(EVERYTHING) if job.status is not Status.PREPARED]
         assert listed == sorted(number for number in news if number and number > since)
 
@@ -295,7 +299,7 @@ def test_an_attempt_that_failed_is_archived(store: Store) -> None:
     job = moved(store, job, Status.SUBMITTED, dest_id="7")
     job = moved(store, job, Status.RUNNING, started_at=5.0)
     store.move(job, Status.QUEUED, "it lost power", attempt=2, client=None, dest_id=None, started_at=None)
-    (attempt,) = [dict(row) for row in store.read(joborch.ATTEMPTS_GET, id=job.id)]
+    (attempt,) = [dict(row) for row in store.read(statements.ATTEMPTS_GET, id=job.id)]
     assert attempt == {
         "attempt": 1, "client": "a", "dest_id": "7", "started_at": 5.0, "ended_at": store.clock.wall(), "exit_code": None,
         "signal": None, "reason": "it lost power", "cause": "infrastructure",
@@ -353,7 +357,7 @@ def limits_of(figures: Figures) -> dict[str, Service]:
 
 def completed(store: Store, job: Job) -> bool:
     """Whether a job was Completed, whatever has become of its files since."""
-    return any(row["target"] == "Completed" for row in store.read(joborch.HISTORY_GET, id=job.id))
+    return any(row["target"] == "Completed" for row in store.read(statements.HISTORY_GET, id=job.id))
 
 
 class Quotas(StoreMachine):
@@ -507,8 +511,8 @@ class Quotas(StoreMachine):
         charged = Counter[Any]()
         for job in self.store.jobs(EVERYTHING):
             charged[job.service, job.user_id] += job.charged
-        for row in self.store.read(joborch.USAGE_ALL):
-            assert row["used"] == joborch.NO_USE or charged[row["service"], row["user_id"]] >= 0
+        for row in self.store.read(statements.USAGE_ALL):
+            assert row["used"] == NO_USE or charged[row["service"], row["user_id"]] >= 0
 
 
 TestQuotas = Quotas.TestCase
@@ -571,7 +575,7 @@ def inserting(key: str, then: Exception | None = None) -> Callable[[sqlite3.Conn
 
     def work(db: sqlite3.Connection) -> str:
         values = {**dataclasses.asdict(new_job(idempotency_key=key)), "status": "Queued", "reason": "", "created_at": 0.0}
-        db.execute(joborch.JOB_ADD, {**values, "changed": None, "moved_at": 0.0, "moves": 1, "arrived_at": 0.0})
+        db.execute(statements.JOB_ADD, {**values, "changed": None, "moved_at": 0.0, "moves": 1, "arrived_at": 0.0})
         if then is not None:
             raise then
         return key
@@ -667,8 +671,8 @@ def test_keys_and_marks_are_unique(store: Store) -> None:
     assert history(store, first.id) == [(None, "Queued")]
     store.add(new_job(idempotency_key="k", user_id=2), "uploaded")
     store.add(new_job(uuid=first.uuid, attempt=2), "uploaded")
-    assert must(store.job(joborch.JOB_BY_UUID, uuid=first.uuid)).attempt == 2
-    assert store.job(joborch.JOB_BY_MARK, uuid=first.uuid, attempt=1) == first
+    assert must(store.job(statements.JOB_BY_UUID, uuid=first.uuid)).attempt == 2
+    assert store.job(statements.JOB_BY_MARK, uuid=first.uuid, attempt=1) == first
 
 
 def test_a_job_is_stored_as_given(store: Store) -> None:
@@ -720,7 +724,7 @@ def test_readers_see_what_was_written_in_every_thread(path: str | None, make_sto
             assert moved(store, job, Status.RUNNING).status is Status.RUNNING
 
     together(4, work)
-    assert store.number(joborch.COUNT_IN, status="Running") == 40
+    assert store.number(statements.COUNT_IN, status="Running") == 40
 
 
 def test_numbers_of_changes_go_on_after_a_restart(tmp_path: Path) -> None:
@@ -746,7 +750,7 @@ def test_a_database_file_that_went_under_us(how: str, store: Store) -> None:
 def test_a_database_of_a_newer_version(tmp_path: Path) -> None:
     Store(str(tmp_path / "db"), "server").close()
     with sqlite3.connect(tmp_path / "db") as db:
-        db.execute(f"PRAGMA user_version = {joborch.SCHEMA_VERSION + 1}")
+        db.execute(f"PRAGMA user_version = {statements.SCHEMA_VERSION + 1}")
     db.close()
     with pytest.raises(ConfigError, match="created by a newer joborch"):
         Store(str(tmp_path / "db"), "server")
@@ -763,7 +767,7 @@ def test_a_database_that_is_none(content: bytes | None, tmp_path: Path) -> None:
 def test_a_schema_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
     """All of it is one transaction: a crash in it leaves an empty database."""
     db = sqlite3.connect(tmp_path / "db", isolation_level=None)
-    script = joborch.SCHEMA.replace("COMMIT;", "")
+    script = statements.SCHEMA.replace("COMMIT;", "")
     db.executescript(script)
     db.close()
     store = Store(str(tmp_path / "db"), "server", HandClock())
@@ -896,14 +900,14 @@ def test_a_database_of_0_1_0_is_brought_on(tmp_path: Path, store: Store) -> None
         assert [tuple(row) for row in old.read(f"SELECT * FROM {table}")] == were
     old.set_limits({"example": a_service()})
     assert [head.job_id for head in heads(old, "example")] == [6]
-    assert [row["client"] for row in old.read(joborch.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
+    assert [row["client"] for row in old.read(statements.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
     moved(old, jobs[5], Status.PROCESSING, Status.SUBMITTED, Status.COMPLETED)
     follower = old.get(7)
     assert follower is not None and follower.blocked == 0
     assert old.add(new_job(), "uploaded").id == 8
     old.close()
     again = Store(str(path), "server", HandClock())
-    assert again.number("PRAGMA user_version") == joborch.SCHEMA_VERSION
+    assert again.number("PRAGMA user_version") == statements.SCHEMA_VERSION
     again.close()
 
 
@@ -935,9 +939,9 @@ def test_a_job_is_a_row_of_its_table(store: Store) -> None:
 
 # == Every query goes by an index ==
 
-STATEMENTS = {name: value for name, value in vars(joborch).items() if name.isupper() and isinstance(value, str)}
+STATEMENTS = {name: value for name, value in vars(statements).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
-PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", joborch.SCHEMA))
+PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", statements.SCHEMA))
 # What reads a whole table, and may: `heartbeat`, `turns_made` and `sqlite_sequence` have one row, `drained` one a client;
 # a start reads all of `usage`, `pace` and `users`; a restore reads
 # all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
@@ -977,7 +981,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     def fill(db: sqlite3.Connection) -> None:
         for number in range(5000):
             status = "Queued" if number % 50 else sorted(Status)[number // 50 % len(Status)].value
-            db.execute(joborch.JOB_ADD, {**new, "uuid": str(number), "user_id": 1 if number % 10 else number, "status": status})
+            db.execute(statements.JOB_ADD, {**new, "uuid": str(number), "user_id": 1 if number % 10 else number, "status": status})
 
     store.write(fill)
     store.db.execute("ANALYZE")
@@ -1014,9 +1018,9 @@ def test_indexes_that_are_named_are_used(name: str, filled: Store) -> None:
 
 
 def test_every_index_serves_a_statement(filled: Store) -> None:
-    made = set(re.findall(r"INDEX (\w+) ON", joborch.SCHEMA))
+    made = set(re.findall(r"INDEX (\w+) ON", statements.SCHEMA))
     used = set(re.findall(r"INDEX (\w+)", " ".join(step for sql in STATEMENTS.values() for step in plan(filled, sql))))
-    unique = set(re.findall(r"UNIQUE INDEX (\w+)", joborch.SCHEMA))
+    unique = set(re.findall(r"UNIQUE INDEX (\w+)", statements.SCHEMA))
     assert made - used <= unique, "indexes that cost a write each and serve no query"
 
 
@@ -1027,17 +1031,24 @@ def test_ends_are_found_by_time(store: Store) -> None:
     late = moved(store, store.add(new_job(), ""), Status.PROCESSING, Status.FAILED)
     assert (
         store.jobs(
-            joborch.ENDED_BEFORE, before=late.moved_at, unfetched_before=late.moved_at, fetched_before=0.0, confirmed_before=0.0, limit=500
+            statements.ENDED_BEFORE,
+            before=late.moved_at,
+            unfetched_before=late.moved_at,
+            fetched_before=0.0,
+            confirmed_before=0.0,
+            limit=500,
         )
         == jobs
     )
     assert all(
         job.status in ENDED
-        for job in store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500)
+        for job in store.jobs(
+            statements.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500
+        )
     )
     moved(store, jobs[1], Status.CLEANED)
-    assert [row["id"] for row in store.read(joborch.CLEANED_BEFORE, before=1e12)] == [jobs[1].id]
-    assert store.jobs(joborch.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500) == [
+    assert [row["id"] for row in store.read(statements.CLEANED_BEFORE, before=1e12)] == [jobs[1].id]
+    assert store.jobs(statements.ENDED_BEFORE, before=1e12, unfetched_before=1e12, fetched_before=0.0, confirmed_before=0.0, limit=500) == [
         jobs[0],
         jobs[2],
         late,

@@ -14,6 +14,8 @@ from world import BOUNDED, Desk, Peer, Said, ask, reply, send_next, tried
 
 import joborch
 from joborch import BUSY, DataFolder, Job, Status
+from joborch_base import statements
+from joborch_base.states import as_job
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -232,7 +234,7 @@ def test_one_client_serves_several_services(desk: Desk) -> None:
     job = uploaded(desk, 99, "b")
     _, both, third = links_of(desk)
     third.drained = True
-    running = next(busy for busy in desk.store.jobs(joborch.ALL_BUSY) if busy.client == both.name)
+    running = next(busy for busy in desk.store.jobs(statements.ALL_BUSY) if busy.client == both.name)
     end(desk, running)
     send_all(desk)
     assert desk[job].status is Status.SUBMITTED
@@ -355,7 +357,7 @@ def test_places_in_the_line(policy: str, desk: Desk) -> None:
 
 def test_when_a_job_may_start_is_told_from_past_runs_and_not_invented(desk: Desk) -> None:
     assert uploaded(desk) and ask(desk.server, "GET", "/jobs/1").json["estimated_start"] is None, "nothing has run yet"
-    end(desk, desk[joborch.as_job(desk.store.read("SELECT * FROM jobs WHERE id = 1")[0])], run_s=120.0)
+    end(desk, desk[as_job(desk.store.read("SELECT * FROM jobs WHERE id = 1")[0])], run_s=120.0)
     jobs = [uploaded(desk, user_id) for user_id in range(10, 20)]
     starts = [ask(desk.server, "GET", f"/jobs/{job.id}").json["estimated_start"] for job in jobs]
     now = desk.clock.wall()

@@ -69,6 +69,12 @@ from joborch import (
     run_tick,
     send_tick,
 )
+from joborch_base import statements
+from joborch_base.connections import FoldedHeaders
+from joborch_base.identity import PROOF_SHAPE, Proof, link_key
+from joborch_base.routes import Caller
+from joborch_base.scheduling import Waiting
+from joborch_base.settings import client_address
 
 # == What a test begins with ==
 
@@ -78,7 +84,7 @@ BOUNDED = settings(deadline=None, max_examples=100)  # machines are slow now and
 FIRST = {"server": Status.QUEUED, "client": Status.PREPARED}
 
 
-def heads(store: joborch.Store, service: str, limit: int = 100) -> list[joborch.Waiting]:
+def heads(store: joborch.Store, service: str, limit: int = 100) -> list[Waiting]:
     """The next jobs of those users who have a free run, in the order of their turns."""
     return [turn.head for turn in itertools.islice(store.turns(service), limit)]
 
@@ -113,7 +119,7 @@ class HandClock(joborch.Clock):
 
 def a_service(name: str = "example", *urls: str, **changes: Any) -> joborch.Service:
     """A service with the default limits, at clients with these base URLs."""
-    addresses = tuple(joborch.client_address(url) for url in urls or ("http://127.0.0.1:9000",))
+    addresses = tuple(client_address(url) for url in urls or ("http://127.0.0.1:9000",))
     return dataclasses.replace(joborch.Service(name, addresses, token="token"), **changes)
 
 
@@ -321,12 +327,12 @@ NONCE = "0123456789abcdef" * 2
 def proven(said: RawAnswer, asked: Asked, token: str) -> RawAnswer:
     """An answer with the proof that its head is of who holds the token, where the request bore one."""
     head, blank, body = said.partition(b"\r\n\r\n")
-    shown = joborch.PROOF_SHAPE.fullmatch(asked.headers.get("Authorization", ""))
+    shown = PROOF_SHAPE.fullmatch(asked.headers.get("Authorization", ""))
     if not (blank and shown and re.match(rb"HTTP/1\.[01] [0-9]{3} ", head)):
         return said
     fields = {name: value.strip() for name, _, value in (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])}
-    proof = joborch.Proof(joborch.link_key(token), shown[1], shown[2], int(shown[3]), asked.method, asked.path)
-    mac = proof.of_answer(int(head.split()[1]), joborch.FoldedHeaders(fields.items()))
+    proof = Proof(link_key(token), shown[1], shown[2], int(shown[3]), asked.method, asked.path)
+    mac = proof.of_answer(int(head.split()[1]), FoldedHeaders(fields.items()))
     return head + f"\r\n{joborch.MAC_HEADER}: {mac}".encode() + blank + body
 
 
@@ -393,7 +399,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def make_link(url: str, data: DataFolder) -> Link:
     """A link to a client of ours below this URL."""
-    made = Link(joborch.client_address(url), data, HandClock())
+    made = Link(client_address(url), data, HandClock())
     made.services.append(a_service(token="a-token"))
     return made
 
@@ -478,7 +484,7 @@ class Desk:
 
     def reasons(self, job: Job) -> str:
         """All reasons of a job's history."""
-        return "\n".join(row["reason"] for row in self.store.read(joborch.HISTORY_GET, id=job.id))
+        return "\n".join(row["reason"] for row in self.store.read(statements.HISTORY_GET, id=job.id))
 
     def quiet(self) -> bool:
         """Whether nothing of a transfer is left over."""
@@ -513,12 +519,10 @@ class Said:
         return json.loads(self.body)
 
 
-KNOWN_CALLER = joborch.Caller("default", "token")
+KNOWN_CALLER = Caller("default", "token")
 
 
-def ask(
-    node: joborch.Node, method: str, path: str, body: bytes = b"", caller: joborch.Caller | None = KNOWN_CALLER, **headers: str
-) -> Said:
+def ask(node: joborch.Node, method: str, path: str, body: bytes = b"", caller: Caller | None = KNOWN_CALLER, **headers: str) -> Said:
     """One request to a node's application; headers are named with underscores."""
     path, _, query = path.partition("?")
     path = path.encode().decode("latin-1")  # WSGI has bytes in texts (PEP 3333)

@@ -1,0 +1,28 @@
+"""What the program is built on: settings, files, the database, HTTP, executors. No module of this package imports `joborch`.
+
+Each module imports only those above it in this list:
+
+    vocabulary    constants, errors and small functions that several modules share; the table of plug-ins
+    settings      every setting with its reader, and the configuration that they make
+    files         files and folders: checked names, durable writes, removal
+    data_folder   the folder of a server or client, whom it trusts, and its disk space
+    states        the states of a job and its legal moves; every reason why a job ends
+    scheduling    whose turn it is, which client gets a job, why a job waits: pure functions
+    threads       loops and the pools of threads that they run in
+    archives      ZIP files, and transfers between server and client
+    identity      who the peer of a connection is
+    routes        the declaration of routes, access to them, and HTTP requests
+    connections   the HTTP server: every connection, and who may have one
+    executors     what every executor does: the wrapper, exit files, inherited variables
+    local         the executor that runs payloads on this machine
+    statements    all SQL
+    database      the connection that writes, the schema, steady time
+    store         the jobs table: moves, accounts, claims
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - it is parsed by 3.8 as well, which has no list[str]
+    sys.exit(f"joborch needs Python 3.9 or later, and this is {sys.version.split()[0]}: start it with a newer one")

@@ -1,0 +1,538 @@
+"""The connection that writes, the schema and its versions, and steady time.
+
+1. Database
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import heapq
+import os
+import sqlite3
+import stat
+import threading
+import time
+from collections import ChainMap, deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional, cast
+from urllib.parse import quote
+
+from joborch_base import statements
+from joborch_base.scheduling import Line, Load, Share, Turn
+from joborch_base.statements import SCHEMA_VERSION
+from joborch_base.vocabulary import Clock, ConfigError, StorageError, T, crash_point, log, one_line
+
+# == 1. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
+
+READERS_KEPT = 8  # idle read connections to keep
+DECISIONS_AT_ONCE = 8  # claims in one transaction, so that its callers wait for few
+
+
+class Message:
+    """A piece of work for the core, and its outcome."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
+        self.work, self.durable = work, durable
+        self.done, self.value, self.error = False, None, cast(Optional[BaseException], None)
+
+
+class Waiter:
+    """A caller that waits until `look` finds something in the rows of one job, or of any job if `job_id` is None."""
+
+    def __init__(self, look: Callable[[], Any], job_id: int | None) -> None:
+        self.look, self.job_id, self.bell = look, job_id, threading.Event()
+        self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
+
+    def look_again(self) -> None:
+        """Look, and wake the caller if that finds something or fails."""
+        try:
+            self.found = self.look()
+        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
+            self.error = error
+        if self.found is not None or self.error is not None:
+            self.bell.set()
+
+    def take(self) -> Any:
+        """Return what was found, or else look now. Raises the error of `look`."""
+        self.bell.clear()
+        if self.error is not None:
+            raise self.error
+        return self.look() if self.found is None else self.found
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Tell whether an error ends the whole transaction: the disk, or a lock."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+
+
+class Shares:
+    """What turns depend on and who has one, in memory: it always follows from the rows.
+
+    Each map has two layers: what the current transaction changes, which only that transaction sees, and what is committed.
+    A COMMIT brings the changes down, a rollback drops them. Records are never changed, only replaced, so readers need no lock.
+    """
+
+    def __init__(self) -> None:
+        self.users: ChainMap[tuple[str, int], Share] = ChainMap({}, {})  # by service and user; only those with jobs that run or could
+        self.lines: ChainMap[str, Line] = ChainMap({}, {})  # by service
+        self.loads: ChainMap[str, Load] = ChainMap({}, {})  # by client
+        self.weights: ChainMap[int, float] = ChainMap({}, {})  # by user; others have 1
+        self.maps: tuple[ChainMap[Any, Any], ...] = (self.users, self.lines, self.loads, self.weights)
+        self.order: dict[str, list[Turn]] = {}  # by service: all turns, sorted
+        self.running: dict[str, set[int]] = {}  # by service: users with jobs at clients
+
+    def changes(self) -> list[dict[Any, Any]]:
+        """Return what the transaction has changed so far."""
+        return [dict(known.maps[0]) for known in self.maps]
+
+    def back_to(self, changes: Sequence[dict[Any, Any]] = ({}, {}, {}, {})) -> None:
+        """Forget what the transaction has changed, or all but some earlier changes."""
+        for known, kept in zip(self.maps, changes):
+            known.maps[0] = dict(kept)
+
+    def commit(self) -> None:
+        """Let everybody see the changes of the transaction."""
+        changed, known = self.users.maps
+        for pair, share in changed.items():
+            before = known.get(pair, NO_SHARE)
+            if share.turn != before.turn:
+                self.move_turn(pair[0], before.turn, share.turn)
+            running = self.running.setdefault(pair[0], set())
+            (running.add if share.runs else running.discard)(pair[1])
+        for layers in self.maps:
+            layers.maps[1].update(layers.maps[0])
+        for pair, share in changed.items():
+            if not (share.runs or share.waiting):
+                del known[pair]
+        self.back_to()
+
+    def move_turn(self, service: str, before: Turn | None, after: Turn | None) -> None:
+        order = self.order.setdefault(service, [])
+        if before is not None:
+            del order[bisect.bisect_left(order, before)]
+        if after is not None:
+            bisect.insort(order, after)
+
+    def turns(self, service: str) -> Iterator[Turn]:
+        """Yield the turns of all users who have a free run, as the current transaction sees them."""
+        changed = {pair[1]: share.turn for pair, share in self.users.maps[0].items() if pair[0] == service}
+        kept = (turn for turn in self.order.get(service, ()) if turn.user_id not in changed)
+        return heapq.merge(kept, sorted(turn for turn in changed.values() if turn is not None))
+
+
+NO_SHARE, NO_LINE, NO_LOAD = Share(), Line(), Load()
+
+
+class Core:
+    """Runs all changes of rows, one transaction after another, and afterwards looks for callers that wait.
+
+    The calling thread runs the transaction. Work that arrives meanwhile shares the next transaction, and so an fsync. A separate
+    thread would cost a hand-over for each call: see docs/benchmarks.md, "The hot path". Inside, work uses only SQLite and memory:
+    no file, no socket, no process, no sleep. Its reads see what the transaction has written.
+    """
+
+    def __init__(self, db: sqlite3.Connection, beat: Callable[[sqlite3.Connection], None], is_time: Callable[[], bool]) -> None:
+        """`beat` stores the time, in the first transaction for which `is_time` returns True."""
+        self.db, self.beat, self.is_time = db, beat, is_time
+        self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
+        self.inbox, self.waiters = deque[Message](), set[Waiter]()
+        self.moved: set[int] = set()  # the jobs that the current transaction moves
+        self.quiet: set[int] = set()  # jobs whose moves the answer to a submit reports: they do not wake callers that wait for any job
+        self.synchronous = ""
+        self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
+        self.undecided = False  # the rows have changed, so a new decision may be possible
+        self.outcomes: list[tuple[Callable[[], object], Callable[[], object]]] = []  # what to call after a COMMIT, and after a failure
+        self.shares = Shares()
+
+    def call(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
+        """Run `work` in a transaction and return its value; if `durable`, it is on disk then. Inside a transaction, run it at once.
+
+        If `work` raises, only its own part is rolled back. Raises StorageError if the database cannot be written.
+        """
+        if self.is_inside():
+            return work(self.db)
+        message, following = Message(work, durable), list[Callable[[], object]]()
+        self.inbox.append(message)
+        with self.inside():
+            if not message.done:
+                following = self.commit_waiting()
+        self.carry_out(following)
+        if message.error is not None:
+            raise message.error
+        return cast(T, message.value)
+
+    def settle(self) -> None:
+        """Decide now, because something other than the rows has changed."""
+        with self.inside():
+            self.undecided = True
+            following = self.commit_waiting()
+        self.carry_out(following)
+
+    @staticmethod
+    def carry_out(following: Iterable[Callable[[], object]]) -> None:
+        """Do what follows from a COMMIT, all of it: none of it is the caller's alone."""
+        for follow in following:
+            try:
+                follow()
+            except Exception:
+                log.exception("an error in what follows from a transaction")
+
+    def after(self, done: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
+        """Call `done` outside the core after the COMMIT of the current transaction, or `failed` if it is rolled back."""
+        self.outcomes.append((done, failed))
+
+    def is_inside(self) -> bool:
+        """Tell whether this thread is inside the core now."""
+        return self.owner == threading.get_ident()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Enter the core for the block: one thread at a time."""
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.owner = 0
+
+    @contextlib.contextmanager
+    def watching(self, look: Callable[[], Any], job_id: int | None) -> Iterator[Waiter]:
+        """During the block, look for a caller after each commit that moved the job; any job if `job_id` is None."""
+        waiter = Waiter(look, job_id)
+        self.waiters.add(waiter)
+        try:
+            yield waiter
+        finally:
+            self.waiters.discard(waiter)
+
+    def wake_all(self) -> None:
+        for waiter in list(self.waiters):
+            waiter.bell.set()
+
+    def commit_waiting(self) -> list[Callable[[], object]]:
+        """Run and commit all waiting work in one transaction, then look for waiting callers.
+
+        Decisions that are left over, or that need a durable transaction, get a separate one. Return what to call outside the core.
+        """
+        following = list[Callable[[], object]]()
+        while self.inbox or self.undecided:
+            batch = [self.inbox.popleft() for _ in range(len(self.inbox))]
+            try:
+                self.transact(batch)
+            except BaseException as error:  # noqa: BLE001 - every waiting thread gets it
+                log.debug("a transaction for %d callers failed: %s", len(batch), error)  # dispatch_tick repeats lost decisions
+                self.roll_back(is_storage=isinstance(error, sqlite3.Error))
+                for message in batch:
+                    message.error = self.why_not(error, alone=len(batch) == 1)
+            for message in batch:
+                message.done = True
+            following += [done for done, _ in self.outcomes]
+            self.outcomes.clear()
+            self.look_around()
+        return following
+
+    def look_around(self) -> None:
+        """Look for callers that wait for a job that has moved."""
+        moved, self.moved = self.moved, set()
+        is_news = not moved <= self.quiet
+        for waiter in list(self.waiters) if moved else ():
+            if waiter.job_id in moved or (waiter.job_id is None and is_news):
+                waiter.look_again()
+
+    def transact(self, batch: Sequence[Message]) -> None:
+        """Run all of this work in one transaction, and the decisions that it makes possible."""
+        durable = any(message.durable for message in batch)
+        if batch:
+            self.begin("FULL" if durable else "NORMAL")
+        if len(batch) == 1:
+            batch[0].value = batch[0].work(self.db)
+        else:
+            for message in batch:
+                self.run(message)
+        if self.undecided and (durable or not batch):
+            self.decide()
+        if not self.db.in_transaction:
+            return
+        if self.is_time():
+            self.beat(self.db)
+        crash_point("commit.begun")
+        self.db.execute("COMMIT")
+        self.shares.commit()
+        crash_point("commit.done")
+
+    def begin(self, level: str) -> None:
+        """Begin a transaction. With FULL it is on disk when its COMMIT returns."""
+        self.set_synchronous(level)
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def decide(self) -> None:
+        """Carry out what `propose` proposes, as long as that changes the rows.
+
+        An error here loses only the decisions of this transaction, not the callers' work.
+        """
+        try:
+            for _ in range(DECISIONS_AT_ONCE):
+                self.undecided = False
+                step = self.propose()
+                if step is None:
+                    return
+                if not self.db.in_transaction:
+                    self.begin("FULL")
+                self.savepoint(step)
+                if not self.undecided:  # it was refused
+                    return
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self.undecided = False
+            log.exception("an error while deciding which job is sent")
+
+    def savepoint(self, work: Callable[[], T]) -> T:
+        """Run work, and roll its part back if it raises."""
+        self.db.execute("SAVEPOINT part")
+        known, changes = len(self.outcomes), self.shares.changes()
+        try:
+            value = work()
+        except Exception as error:
+            if not is_fatal(error):
+                self.db.execute("ROLLBACK TO part")
+                self.db.execute("RELEASE part")
+                self.forget_outcomes(known)
+                self.shares.back_to(changes)
+            raise
+        self.db.execute("RELEASE part")
+        return value
+
+    def forget_outcomes(self, known: int) -> None:
+        """Call the `failed` of all outcomes except the first `known`, and forget them."""
+        for _, failed in self.outcomes[known:]:
+            failed()
+        del self.outcomes[known:]
+
+    def roll_back(self, is_storage: bool) -> None:
+        self.moved.clear()
+        self.forget_outcomes(0)
+        self.shares.back_to()
+        self.undecided = False  # the changes of rows are undone
+        with contextlib.suppress(sqlite3.Error):  # closed or gone: nothing to roll back
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            if is_storage:
+                # A failed COMMIT may leave complete frames in the WAL, which recovery would apply: overwrite them.
+                self.beat(self.db)
+
+    @staticmethod
+    def why_not(error: BaseException, alone: bool) -> BaseException:
+        """Return the error for a thread whose transaction failed: its own if it was alone in it, else a StorageError."""
+        return error if alone and not is_fatal(error) else StorageError(f"the database cannot be written: {error}")
+
+    def run(self, message: Message) -> None:
+        """Run one of several pieces of work: if it raises, only its own part is rolled back."""
+        try:
+            message.value = self.savepoint(lambda: message.work(self.db))
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            message.error = error
+
+    def set_synchronous(self, level: str) -> None:
+        if level != self.synchronous:
+            self.db.execute("PRAGMA synchronous = FULL" if level == "FULL" else "PRAGMA synchronous = NORMAL")
+            self.synchronous = level
+
+
+CHECK_PATIENCE_S = 0.5  # how long a start waits for the database check, which then goes on in the background
+HEARTBEAT_S = 60.0  # how often steady time is saved: after a reboot it continues from the last saved value
+
+
+class Database:
+    """The database of one process.
+
+    The core owns the connection that writes. Other threads read through a few more; the last one used is taken first, because it
+    has the statements prepared. A database in memory or on a network file system, where WAL has no shared memory, has only one.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        self.path, self.mode, self.clock = path, mode, clock or Clock()
+        self.alone = path == ":memory:" or on_network(path)
+        self.readers: list[sqlite3.Connection] = []  # idle ones
+        self.damage = ""
+        self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
+        try:
+            self.db = self.connect()
+            found = damage_of(self.db, CHECK_PATIENCE_S)
+            self.checked = found is not None  # whether the check finished in time
+            self.refuse_damaged(found)
+            self.migrate()
+            self.set_steady()
+            self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
+            self.last_change = int(self.db.execute(statements.CHANGED_LAST).fetchone()[0])
+            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
+                self.refuse_damaged(str(error))
+            or_restore = ", or restore a backup: joborch restore BACKUP" if mode == "server" else ""
+            way = "give a file that joborch created, or a new one"
+            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
+
+    def refuse_damaged(self, damage: str | None) -> None:
+        if damage:
+            raise ConfigError(f"DB_PATH {self.path!r} is damaged ({one_line(damage, 120)}): {self.way_out()}")
+
+    def way_out(self) -> str:
+        if self.mode == "server":
+            return "restore a backup with: joborch restore BACKUP"
+        return "move it away: the server starts new attempts of the jobs that ran here"
+
+    def look_for_damage(self) -> None:
+        """Check the whole database in the background, unless the start did. A damaged database accepts no more jobs."""
+        if self.checked:
+            return
+        with contextlib.closing(self.reader()) as db:
+            self.damage = damage_of(db) or ""
+        if self.damage:
+            log.error("the database is damaged: %s; stop this %s, and %s", self.damage, self.mode, self.way_out())
+
+    def connect(self, mode: str = "rwc") -> sqlite3.Connection:
+        address = self.path if self.path == ":memory:" else f"file:{quote(os.path.abspath(self.path))}?mode={mode}"
+        db = sqlite3.connect(address, uri=self.path != ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        if self.alone:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        return db
+
+    def migrate(self) -> None:
+        """Create the schema or bring it up to date. Raises ConfigError if this program does not know it."""
+        version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
+        self.is_new = version == 0
+        if version > statements.SCHEMA_VERSION:
+            raise ConfigError(
+                f"DB_PATH {self.path!r} was created by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
+                "run that version, or give another file"
+            )
+        if 0 < version < min(statements.MIGRATIONS):
+            raise ConfigError(f"DB_PATH {self.path!r} was created by an unreleased joborch (schema {version}): give another file")
+        if self.is_new:
+            self.db.executescript(statements.SCHEMA)
+        for older in range(version, statements.SCHEMA_VERSION) if version else ():
+            self.db.executescript(statements.MIGRATIONS[older])
+
+    def set_steady(self) -> None:
+        """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
+        at, boot, boot_s, steady = self.db.execute(statements.LAST_HEARTBEAT).fetchone()
+        now_boot, now_s = self.clock.boot()
+        self.rebooted = boot not in ("", now_boot)  # what was not synced before that may be lost
+        if boot != now_boot:
+            # It is 0 in a new database, so it begins as wall time. Moves can be later than the last heartbeat, at most by its period.
+            boot_s, steady = now_s, steady + max(HEARTBEAT_S if boot else 0.0, self.clock.wall() - at)
+        self.steady_offset = float(steady - boot_s)
+        self.beat(self.db)
+
+    def steady(self) -> float:
+        """Return the time in seconds for ages and delays. It began as wall time, but setting the clock does not change it."""
+        return self.clock.boot()[1] + self.steady_offset
+
+    def beat(self, db: sqlite3.Connection) -> None:
+        """Store the value from which steady time continues after a reboot."""
+        boot, boot_s = self.clock.boot()
+        self.beaten_at = boot_s + self.steady_offset
+        db.execute(statements.HEARTBEAT, {"at": self.clock.wall(), "boot": boot, "boot_s": boot_s, "steady": self.beaten_at})
+
+    def close(self) -> None:
+        """Close the writing connection. Readers keep theirs: closing one during a query crashes the process."""
+        with self.core.inside():
+            self.db.close()
+
+    def read(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        """Return all rows of a query. Raises StorageError if the database cannot be read."""
+        try:
+            if self.core.is_inside():
+                return self.db.execute(sql, values).fetchall()
+            if self.alone:
+                with self.core.inside():
+                    return self.db.execute(sql, values).fetchall()
+            try:
+                db = self.readers.pop()
+            except IndexError:
+                db = self.reader()
+            try:
+                return db.execute(sql, values).fetchall()
+            finally:
+                if len(self.readers) < READERS_KEPT:
+                    self.readers.append(db)
+                else:
+                    db.close()
+        except sqlite3.Error as error:
+            raise StorageError(f"the database cannot be read: {error}") from error
+
+    def reader(self) -> sqlite3.Connection:
+        db = self.connect("rw")  # rw: does not create a new file if the file was removed
+        db.execute("PRAGMA query_only = 1")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # only the writer checkpoints
+        return db
+
+    def number(self, sql: str, **values: Any) -> int:
+        """Return the single number of a query; None counts as 0."""
+        return int(self.read(sql, **values)[0][0] or 0)
+
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> T:
+        """Like Core.call, but on a full disk free space and try once more."""
+        try:
+            return self.core.call(work, durable)
+        except StorageError as error:
+            if "full" not in str(error) or not self.make_room():
+                raise
+            return self.core.call(work, durable)
+
+    def check(self) -> None:
+        """Raise StorageError if the database cannot be read and written, or its file was removed."""
+        self.write(self.beat, durable=False)
+        self.check_identity()
+
+    def check_identity(self) -> None:
+        """Raise StorageError if the database is damaged, or its file was removed: writes would be lost."""
+        if self.damage:
+            raise StorageError(f"the database is damaged: {self.damage}")
+        if self.identity is not None:
+            try:
+                gone = os.stat(self.path)[stat.ST_INO] != self.identity
+            except OSError:
+                gone = True
+            if gone:
+                raise StorageError("the database file was removed or replaced while the program ran: restart it")
+
+
+def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:
+    """Return what is wrong with a database: empty if nothing is, None if the check took longer than `patience_s`."""
+    deadline = None if patience_s is None else time.monotonic() + patience_s
+    db.set_progress_handler(lambda: deadline is not None and time.monotonic() > deadline, 10_000)
+    try:
+        said = db.execute(statements.DAMAGE).fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if "interrupted" in str(error):
+            return None
+        raise
+    except sqlite3.DatabaseError as error:  # too damaged to be checked
+        return str(error)
+    finally:
+        db.set_progress_handler(None, 0)
+    return "" if said == "ok" else str(said)
+
+
+def on_network(path: str) -> bool:
+    """Tell whether a path is on a network file system, by the longest mount point in /proc/mounts."""
+    kinds = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs", "9p", "panfs", "orangefs")
+    real, best, kind = os.path.realpath(path), "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        _, point, found = line.split(" ")[:3]
+        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+            best, kind = point, found
+    return kind.startswith(kinds)

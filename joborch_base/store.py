@@ -1,0 +1,505 @@
+"""The jobs table: who moves a job, and what changes with it.
+
+1. Store
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import math
+import sqlite3
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from joborch_base import statements
+from joborch_base.database import NO_LINE, NO_LOAD, NO_SHARE, Database, Shares
+from joborch_base.scheduling import (
+    CANDIDATES_LOOKED_AT,
+    TURN_S,
+    Line,
+    Load,
+    Pace,
+    Run,
+    Share,
+    Sharing,
+    Turn,
+    Usage,
+    Waiting,
+    cap_idle_credit,
+    charge_in_advance,
+    counted_s,
+    rank_of,
+    run_of_job,
+    use_now,
+    used,
+    with_open_runs,
+    with_run,
+)
+from joborch_base.settings import Service
+from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, NewJob, Reason, Status, as_job
+from joborch_base.vocabulary import Clock, IllegalMove, QueueFull, UnknownJob, log, one_line
+
+# == 1. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
+
+RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Store(Database):
+    """The jobs of one process. Every status changes here, and with it whose turn it is.
+
+    One class serves both modes: a payload of a client is a job that may have no user and no service.
+    """
+
+    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
+        super().__init__(path, mode, clock)
+        self.noun = "job" if mode == "server" else "payload"
+        self.limits: Mapping[str, Service] = {}
+        self.sharing, self.last_seq = Sharing(), 0
+
+    # -- reading --
+
+    def jobs(self, sql: str, **values: Any) -> list[Job]:
+        return [as_job(row) for row in self.read(sql, **values)]
+
+    def job(self, sql: str, **values: Any) -> Job | None:
+        rows = self.jobs(sql, **values)
+        return rows[0] if rows else None
+
+    def get(self, job_id: int) -> Job | None:
+        return self.job(statements.JOB_GET, id=job_id)
+
+    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
+        """Return at most `limit` jobs with ids below `before` that match the filters, newest first.
+
+        A cleaned job also matches the status with which it ended.
+        """
+        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
+        if user_id is not None:
+            return self.jobs(statements.JOBS_PAGE_OF_USER, **values)
+        if status is not None:
+            found = {
+                job.id: job for sql in (statements.JOBS_PAGE_IN_STATUS, statements.JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)
+            }
+            return sorted(found.values(), key=lambda job: -job.id)[:limit]
+        return self.jobs(statements.JOBS_PAGE_OF_SERVICE if service is not None else statements.JOBS_PAGE, **values)
+
+    @staticmethod
+    def row(db: sqlite3.Connection, job_id: int) -> Job:
+        """Return a job that exists, inside a transaction."""
+        return as_job(db.execute(statements.JOB_GET, {"id": job_id}).fetchone())
+
+    # -- writing --
+
+    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
+        """Store a new job durably, as Queued or Prepared, or as Invalid if a job that it follows did not end Completed.
+
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, and
+        QueueFull if its user has `most_queued` jobs queued.
+        """
+
+        def insert(db: sqlite3.Connection) -> Job:
+            job = self.insert(db, new, reason, most_queued)
+            words = (self.noun, job.id, job.status, job.service, job.user_id)
+            self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words))
+            return job
+
+        return self.write(insert, durable=self.mode == "server")
+
+    def insert(self, db: sqlite3.Connection, new: NewJob, reason: str, most_queued: int | None) -> Job:
+        """Store a new job inside a transaction: see `add`."""
+        if (
+            most_queued
+            and db.execute(statements.QUEUED_OF_USER, {"user_id": new.user_id, "limit": most_queued}).fetchone()[0] >= most_queued
+        ):
+            raise QueueFull(f"user {new.user_id} has {most_queued:,} jobs queued, which is the limit")
+        status = Status.QUEUED if self.mode == "server" else Status.PREPARED
+        open_ids, broken = self.still_open(db, new)
+        now, steady = self.clock.wall(), self.steady()
+        values = {**vars(new), "status": status.value, "reason": reason, "blocked": len(open_ids), "moves": 1}
+        values.update(changed=self.next_change(), created_at=now, moved_at=steady, arrived_at=steady)
+        job_id = cast(int, db.execute(statements.JOB_ADD, values).lastrowid)
+        for on_id in open_ids:
+            db.execute(statements.DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
+        self.add_history(db, job_id, now, None, status, reason)
+        job = self.row(db, job_id)
+        if broken:
+            self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
+            return self.row(db, job_id)
+        if self.mode == "server":  # servers need no news of a payload that is only Prepared
+            self.core.moved.add(job_id)
+        self.update_rank(db, job)
+        return job
+
+    def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
+        """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
+        open_ids, broken = [], ""
+        for on_id in new.after:
+            row = db.execute(statements.JOB_GET, {"id": on_id}).fetchone()
+            if row is None or row["user_id"] != new.user_id:
+                raise UnknownJob(f"user {new.user_id} has no job {on_id}")
+            earlier = as_job(row)
+            if earlier.status not in OVER:
+                open_ids.append(on_id)
+            elif earlier.status is not Status.COMPLETED and db.execute(statements.WAS_COMPLETED, {"id": on_id}).fetchone() is None:
+                broken = broken or Reason.CHAIN_BROKEN.format(job=on_id, status=earlier.status)
+        return ([], broken) if broken else (open_ids, "")
+
+    def move(self, job: Job, to: Status, reason: str, durable: bool = False, **changes: Any) -> bool:
+        """Move `job` from the status it was read with to `to`, and write its history.
+
+        Return False if the row has left that status meanwhile, or if a kill of a payload was requested since it was read. Raises
+        IllegalMove for a move that is not in the table. `changes` are other columns of MOVABLE, and `row_reason` if the row keeps
+        another reason than its history. On the server an end is always durable.
+        """
+        durable = durable or (self.mode == "server" and to in ENDED)
+
+        def move(db: sqlite3.Connection) -> bool:
+            moved = self.move_in(db, job, to, reason, **changes)
+            if moved:
+                words = (self.noun, job.id, job.status, to, job.service, job.user_id, ": " + one_line(reason) if reason else "")
+                self.core.after(functools.partial(log.info, "%s %d %s -> %s (service=%s user=%s)%s", *words))
+            return moved
+
+        return self.write(move, durable)
+
+    def move_accepted(self, job: Job, accepted: str, dest_id: str, to: Status, reason: str, **changes: Any) -> bool:
+        """Move a Processing job to Submitted, for the reason `accepted`, and on to its end, durably and in one transaction.
+
+        Its history is that of two moves. Returns False if the row has left Processing meanwhile.
+        """
+
+        def both(db: sqlite3.Connection) -> bool:
+            return self.move(job, Status.SUBMITTED, accepted, dest_id=dest_id) and self.move(self.row(db, job.id), to, reason, **changes)
+
+        return self.write(both)
+
+    def move_in(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        """Make one move inside a transaction, and update the jobs that wait for this one: see `move`."""
+        moved = self.move_row(db, job, to, reason, **changes)
+        if moved and self.mode == "server" and to in ENDED:
+            self.tell_dependents(db, job.id, to)
+        return moved
+
+    def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
+        if (job.status, to) not in MOVES[self.mode]:
+            raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
+        now = self.clock.wall()
+        run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
+        if to in ENDED and job.status not in ENDED:
+            changes.setdefault("ended_at", now)
+        values = {name: changes.get(name, getattr(job, name)) for name in MOVABLE}
+        values.update(id=job.id, to=to.value, source=job.status.value, reason=row_reason, expected=job.attempt)
+        values.update(ended_as=job.status.value if to is Status.CLEANED else None)
+        values.update(changed=self.next_change(), moved_at=self.steady())
+        # Whether a kill was requested decides how a payload ended, so a row that was read before the request is not good enough.
+        values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
+        if db.execute(statements.JOB_MOVE, values).rowcount != 1:
+            return False
+        self.core.moved.add(job.id)
+        if values["attempt"] != job.attempt:
+            cause = Cause.INFRASTRUCTURE.value
+            db.execute(statements.ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
+        self.add_history(db, job.id, now, job.status, to, reason)
+        if self.mode == "server" and (job.status in BUSY or to in BUSY):
+            self.account(db, job, to, run_s, values["moved_at"], values["client"])
+        if not (job.status in BUSY and to in BUSY):
+            self.update_rank(db, job, is_queue=Status.QUEUED in (job.status, to))
+        return True
+
+    def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
+        """Release the jobs that follow a Completed one. If it ended otherwise, make them Invalid, and those that follow them."""
+        ended = [(job_id, to)]
+        while ended:
+            on_id, how = ended.pop()
+            for row in db.execute(statements.DEPENDENTS, {"on_id": on_id}).fetchall():
+                job = as_job(row)
+                if how is not Status.COMPLETED:
+                    reason = Reason.CHAIN_BROKEN.format(job=on_id, status=how)
+                    self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
+                    ended.append((job.id, Status.INVALID))
+                elif db.execute(statements.JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
+                    self.update_rank(db, job)
+            db.execute(statements.DEPENDENTS_FORGET, {"on_id": on_id})
+
+    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
+        """Store a move. `seq` orders all moves, whatever the clock says: unique microseconds of steady time."""
+        self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
+        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
+        db.execute(statements.HISTORY_ADD, values)
+
+    def next_change(self) -> int | None:
+        """Return the next number for a client's /events; called inside a transaction. The server has none."""
+        if self.mode == "server":
+            return None
+        self.last_change += 1
+        return self.last_change
+
+    def request_kill(self, job_id: int, cause: Cause) -> bool:
+        """Store durably that a job must be stopped. Return whether that is new."""
+        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
+        return self.write(lambda db: db.execute(statements.KILL_WISH, values).rowcount == 1)
+
+    def take_along(self, job: Job, client: str) -> bool:
+        """Store that a job's client has another name. Return False if the job has moved meanwhile."""
+        values = {"id": job.id, "source": job.client, "to": client, "attempt": job.attempt}
+
+        def rename(db: sqlite3.Connection) -> bool:
+            if db.execute(statements.JOB_CLIENT, values).rowcount != 1:
+                return False
+            self.set_run(self.row(db, job.id))
+            return True
+
+        return self.write(rename)
+
+    def note(self, sql: str, **values: Any) -> None:
+        """Write a column that is not a status, without waiting for the disk."""
+        self.write(lambda db: db.execute(sql, values).rowcount, durable=False)
+
+    def tell(self, job_id: int, **begun: float) -> None:
+        """Let /events report a payload again. If it has just started, give `started_at` (wall) and `now` (steady)."""
+
+        def say(db: sqlite3.Connection) -> None:
+            sql = statements.PAYLOAD_BEGUN if begun else statements.PAYLOAD_TOLD
+            if db.execute(sql, {"id": job_id, "changed": self.next_change(), **begun}).rowcount:
+                self.core.moved.add(job_id)
+
+        self.write(say, durable=False)
+
+    def forget(self, job_ids: Sequence[int]) -> None:
+
+        def delete(db: sqlite3.Connection) -> None:
+            for job_id in job_ids:
+                for sql in (statements.FORGET_HISTORY, statements.FORGET_ATTEMPTS, statements.DEPENDENCIES_FORGET, statements.FORGET_JOB):
+                    db.execute(sql, {"id": job_id})
+
+        self.write(delete, durable=False)
+
+    def renew(self) -> None:
+        """After a restore: skip ids that may have been assigned since the backup, and become a new instance."""
+
+        def skip(db: sqlite3.Connection) -> None:
+            last = db.execute(statements.LAST_ID).fetchone()
+            db.execute(statements.SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
+            db.execute(statements.NEW_INSTANCE)
+
+        self.write(skip)
+
+    # -- turns --
+
+    def seen(self, known: ChainMap[K, V]) -> Mapping[K, V]:
+        """Return a map of Shares as this thread may see it: only the current transaction sees its changes."""
+        return known if self.core.is_inside() else known.maps[1]
+
+    def share(self, service: str, user_id: int) -> Share:
+        """Return a user's part in a service, from memory or, if nothing is going on there, from the rows."""
+        share = self.seen(self.core.shares.users).get((service, user_id))
+        if share is None:
+            rows = self.read(statements.USAGE_GET, service=service, user_id=user_id)
+            share = Share(Usage(*rows[0])) if rows else NO_SHARE
+        return share
+
+    def line(self, service: str) -> Line:
+        return self.seen(self.core.shares.lines).get(service, NO_LINE)
+
+    def load(self, client: str) -> Load:
+        return self.seen(self.core.shares.loads).get(client, NO_LOAD)
+
+    def weight(self, user_id: int) -> float:
+        """Return a user's weight: the stored one, else that of the settings, else 1."""
+        return self.seen(self.core.shares.weights).get(user_id, 1.0)
+
+    def turns(self, service: str) -> Iterator[Turn]:
+        """Yield the turns of users whose next job may be sent, the first turn first."""
+        shares = self.core.shares
+        turns = shares.turns(service) if self.core.is_inside() else iter(shares.order.get(service, [])[:CANDIDATES_LOOKED_AT])
+        return itertools.takewhile(lambda turn: not turn.at_quota, turns)
+
+    def users_queued(self, service: str) -> int:
+        """Return how many users have a job that could run, counted up to 10,000."""
+        return min(len(self.core.shares.order.get(service, ())), 10_000)
+
+    def turns_before(self, service: str, turn: Turn) -> int:
+        """Return how many users with a free run have their turn before this one, counted up to 10,000."""
+        return min(bisect.bisect_left(self.core.shares.order.get(service, []), turn._replace(at_quota=False)), 10_000)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield all jobs at clients."""
+        users = self.seen(self.core.shares.users)
+        return (run for share in list(users.values()) for run in share.runs)
+
+    def set_pace(self, db: sqlite3.Connection, service: str, pace: Pace) -> None:
+        db.execute(statements.PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
+        self.core.shares.lines[service] = self.line(service)._replace(pace=pace)
+
+    def set_run(self, job: Job) -> None:
+        """Keep what is known of a job at a client as it is now, inside a transaction; forget it if it is at none any more."""
+        run, shares, share, line = run_of_job(job), self.core.shares, self.share(*job.pair), self.line(job.pair[0])
+        old = share.run(job.id)
+        for each, count in ((old, -1), (run, 1)):
+            if each is not None:
+                shares.loads[each.client] = self.load(each.client).plus(each, count)
+                line = line._replace(busy=line.busy + count)
+        shares.lines[job.pair[0]] = line
+        runs = [each for each in (*share.runs, run) if each is not None and each is not old]
+        shares.users[job.pair] = share._replace(runs=tuple(sorted(runs)))
+
+    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, moved_at: float, client: str) -> None:
+        """Charge a user in advance for a job that goes to a client, or its real length when it is over."""
+        share = self.share(*job.pair)
+        run = share.run(job.id)
+        if run is None:
+            charged = charge_in_advance(job, share.usage, self.line(job.pair[0]).pace, self.sharing.half_life_s)
+        else:
+            charged = run.charged if to in BUSY else self.charge_run(db, job, to, run_s, run)
+        if run is None or to not in BUSY:
+            db.execute(statements.JOB_CHARGE_SET, {"id": job.id, "charged": charged})
+        self.set_run(job._replace(status=to, charged=charged, client=client, moved_at=moved_at))
+
+    def charge_run(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, run: Run) -> float:
+        """Add a run that is over to its user's use. Return its charge."""
+        now, share = self.steady(), self.share(*job.pair)
+        usage = share.usage
+        if run_s is None:
+            run_s = now - job.moved_at if job.status is Status.RUNNING else 0.0 if job.started_at is None else run.charged / job.cpus
+        elif to in (Status.COMPLETED, Status.FAILED):
+            usage = with_run(usage, run_s)
+            self.set_pace(db, job.pair[0], with_run(self.line(job.pair[0]).pace, run_s))
+        use = self.without_old_credit(job, share) if run_s > TURN_S else usage.use
+        counted = job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s)
+        usage = usage._replace(use=used(use, counted, now, self.sharing.half_life_s))
+        db.execute(statements.USAGE_SET, {"service": job.service, "user_id": job.user_id, **usage._asdict()})
+        self.core.shares.users[job.pair] = share._replace(usage=usage)
+        return job.cpus * max(run_s, TURN_S)
+
+    def without_old_credit(self, job: Job, share: Share) -> float:
+        """Return the use of a job's user, capped by the use of the service's other active users: see `cap_idle_credit`.
+
+        It is not capped if the user has no more jobs waiting. What the others were charged in advance does not count, because
+        they may not use it.
+        """
+        (name, user_id), use, now, shares = job.pair, share.usage.use, self.steady(), self.core.shares
+        service, weight = self.limits.get(name), self.weight(user_id)
+        level = next((turn.rank for turn in self.turns(name) if turn.user_id != user_id), float("inf"))
+        if service is None or service.policy != "share" or share.turn is None or cap_idle_credit(use, weight, level) == use:
+            return use
+        changed = {other for service_name, other in shares.users.maps[0] if service_name == name}
+        for other in (shares.running.get(name, set()) | changed) - {user_id}:
+            theirs = self.share(name, other)
+            if theirs.runs:
+                had = with_open_runs(theirs.usage.use, theirs.runs, now, self.sharing.half_life_s, in_advance=False)
+                level = min(level, had - math.log2(self.weight(other)))
+        return use if level == float("inf") else cap_idle_credit(use, weight, level)
+
+    def used_slot_s(self, service: str, user_id: int) -> float:
+        """Return a user's use of a service as it counts now, in slot-seconds. Running jobs count with the time they have run."""
+        now, half_life_s, share = self.steady(), self.sharing.half_life_s, self.share(service, user_id)
+        return use_now(with_open_runs(share.usage.use, share.runs, now, half_life_s, in_advance=False), now, half_life_s)
+
+    def charge_longer(self, job: Job) -> None:
+        """Charge more for a run that takes longer than expected: double the charge, but never far more than the run has used."""
+        charged = job.charged + min(max(job.charged, 1.0), job.cpus * self.sharing.half_life_s / 8)
+
+        def charge(db: sqlite3.Connection) -> None:
+            values = {"id": job.id, "attempt": job.attempt, "status": job.status.value, "charged": charged}
+            if db.execute(statements.JOB_CHARGE, values).rowcount:
+                self.set_run(self.row(db, job.id))
+                self.update_rank(db, job, is_queue=False)
+
+        self.write(charge, durable=False)
+
+    def update_rank(self, db: sqlite3.Connection, job: Job, is_queue: bool = True) -> None:
+        """Update the turn of a job's user. If `is_queue` is False, the user's queued jobs are the same as before."""
+        if self.mode == "server" and job.service in self.limits:
+            self.core.undecided = True
+            self.update_turn(db, job.pair, is_queue)
+
+    def update_turn(self, db: sqlite3.Connection, pair: tuple[str, int], is_queue: bool) -> None:
+        """Update a user's turn in a service, inside a transaction."""
+        service, share, turn = self.limits[pair[0]], self.share(*pair), None
+        if is_queue:
+            sql = statements.WAITING_FIRST if service.policy == "share" else statements.WAITING_BY_PRIORITY
+            rows = db.execute(sql, {"service": pair[0], "user_id": pair[1]})
+            share = share._replace(waiting=tuple(Waiting(*row) for row in rows))
+        if share.waiting:
+            use = with_open_runs(share.usage.use, share.runs, self.steady(), self.sharing.half_life_s)
+            rank, head = rank_of(service.policy, share.waiting, use - math.log2(self.weight(pair[1])), self.sharing.ageing_s)
+            turn = Turn(len(share.runs) >= service.runs_per_user, rank, head, pair[1])
+        self.core.shares.users[pair] = share._replace(turn=turn)
+
+    def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
+        """Use these services and rules, and compute all turns."""
+        self.limits, self.sharing = services, sharing or self.sharing
+        if self.mode == "server":
+            self.write(self.make_turns)
+
+    def make_turns(self, db: sqlite3.Connection) -> None:
+        """Fill the memory from the rows. Convert uses that were counted with another half-life to their present value."""
+        (half_life_s,), now = db.execute(statements.TURNS_MADE).fetchone(), self.steady()
+        if half_life_s != self.sharing.half_life_s:
+            shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
+            for row in db.execute(statements.USAGE_ALL).fetchall() if shift else ():
+                db.execute(statements.USAGE_SET, {**dict(row), "use": row["used"] + shift})
+            db.execute(statements.TURNS_MADE_BY, {"half_life_s": self.sharing.half_life_s})
+        shares = self.core.shares = Shares()
+        shares.weights.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(statements.WEIGHT_ALL)}})
+        shares.lines.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
+        for job in map(as_job, db.execute(statements.ALL_BUSY)):
+            self.set_run(job)
+        for service in self.limits:
+            for (user_id,) in db.execute(statements.QUEUED_USERS, {"service": service}).fetchall():
+                self.update_turn(db, (service, user_id), is_queue=True)
+
+    def set_weight(self, user_id: int, weight: float) -> None:
+
+        def store(db: sqlite3.Connection) -> None:
+            db.execute(statements.WEIGHT_SET, {"user_id": user_id, "weight": weight})
+            self.core.shares.weights[user_id] = weight
+            for service in self.limits:
+                self.update_turn(db, (service, user_id), is_queue=False)
+            self.core.undecided = True
+
+        self.write(store)
+
+    # -- claims --
+
+    def claim(self, job_id: int, client: str, room: int) -> Job | None:
+        """Move a queued job to Processing for `client`, if quota, service limit and `room` (slots) there still allow it.
+
+        One transaction decides, and it is durable: a restarted server must know where a job may be.
+        """
+
+        def take(db: sqlite3.Connection) -> Job | None:
+            job = self.row(db, job_id)
+            service = self.limits[job.service or ""]
+            if job.status is Status.QUEUED and job.kill_requested_at is not None:
+                self.move_in(db, job, Status.KILLED, Reason.KILLED_UNSENT, cause=Cause.CANCELLED.value)
+                return None
+            full = (
+                self.load(client).cpus + job.cpus > room
+                or self.line(job.pair[0]).busy >= service.max_runs
+                or len(self.share(*job.pair).runs) >= service.runs_per_user
+            )
+            if full or job.status is not Status.QUEUED or job.not_before is not None or job.blocked:
+                return None
+            self.move_in(db, job, Status.PROCESSING, Reason.CLAIMED.format(client=client), client=client)
+            return self.row(db, job_id)
+
+        return self.write(take)
+
+    def admit_due(self) -> int:
+        """Make new attempts claimable if their back-off is over; return how many."""
+        due = self.read(statements.DELAYED_DUE, now=self.steady())
+
+        def admit(db: sqlite3.Connection) -> None:
+            for row in due:
+                db.execute(statements.JOB_ADMIT, {"id": row["id"]})
+                self.update_rank(db, self.row(db, row["id"]))
+
+        if due:
+            self.write(admit, durable=False)
+        return len(due)
