@@ -62,7 +62,7 @@ HEADERS = {
     "Content-Type": HTML_TYPE,
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send forms with `Origin: null`
     "Cache-Control": "no-store",
 }
 NAVIGATION = (("/dashboard", "Overview"), ("/dashboard/jobs", "Jobs"), ("/dashboard/submit", "Submit"), ("/dashboard/users", "Users"))
@@ -480,7 +480,7 @@ def timeline(found: Sequence[Span]) -> Html:
 def facts(job: Mapping[str, Any]) -> Html:
     """Return what the job was submitted with, and how it ended."""
     shown: dict[str, Content] = {
-        "Service": name_of(job["service"]), "User": job["user_id"], "Name": job["name"] and name_of(job["name"]),
+        "Service": name_of(job["service"]), "User": job["user_id"],
         "Submitted": time_of(job["created_at"]), "Started": job["started_at"] and time_of(job["started_at"]),
         "Ended": job["ended_at"] and time_of(job["ended_at"]), "Client": job["client"] and name_of(job["client"]),
         "Exit status": job["exit_code"], "Signal": job["signal"], "Cause": job["cause"], "Cores": job["cpus"],
@@ -532,6 +532,9 @@ def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> 
         except HttpError as refusal:
             return tag("section", tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
         whole = tag("a", "whole", href=f"{path}?stream={stream}")
+        if over and not text:
+            parts.append(tag("p", f"It wrote nothing to {title.lower()}.", class_="quiet"))
+            continue
         box = tag("pre", tag("code", text), tabindex="0", data_log=f"{path}?stream={stream}&follow=1", data_over=over, aria_label=title)
         parts.append(tag("div", tag("h3", title, " (", whole, ")"), box, class_="log"))
     return tag("section", fill("search"), *parts, id="output")

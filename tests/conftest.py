@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import ROOT, Pair, Process, end_all_below, replace
+from harness import CHROMIUM, CHROMIUM_ARGS, ROOT, Pair, Process, end_all_below, replace
 from world import Desk, Peer, Yard
 
 from joborch import DataFolder
@@ -122,6 +123,19 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "build_zipapp.py", "--output", str(archive)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return archive
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, as Debian packages it."""
+    if not CHROMIUM.exists():
+        pytest.skip("needs Debian's chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

@@ -38,15 +38,6 @@ from harness import (
 TOKEN = "the-right-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 RUN = {"run.sh": b"true"}
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 
 
 # == Tokens ==
@@ -391,19 +382,6 @@ def evil_site(open_server: Process) -> Iterator[int]:
     yield site.server_address[1]
     site.shutdown()
     site.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, as Debian packages it."""
-    if not CHROMIUM.exists():
-        pytest.skip("needs Debian's chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])

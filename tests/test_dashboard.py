@@ -71,7 +71,7 @@ def check_policy(said: Said, elements: Elements) -> None:
     """Nothing inline, nothing of another host, nobody may frame it."""
     policy = said.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
-    assert (said.headers["Cache-Control"], said.headers["Referrer-Policy"]) == ("no-store", "no-referrer")
+    assert (said.headers["Cache-Control"], said.headers["Referrer-Policy"]) == ("no-store", "same-origin")
     assert [attributes.get("src") for tag, attributes in elements.found if tag == "script"] == ["/dashboard/files/page.js"]
     assert "style" not in [tag for tag, _ in elements.found]
     assert not [name for _, attributes in elements.found for name in attributes if name == "style" or name.startswith("on")]

@@ -1,0 +1,187 @@
+"""The web page in a real browser: jobs are sent, followed, cancelled and run again as a person does it, by mouse, keyboard and phone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Pair, Process, run_to_end, submit, wait_status
+
+PAGES = ("", "/jobs", "/jobs/1", "/submit", "/users")
+PATIENCE_MS = 60_000
+LONG = "for i in $(seq 600); do echo step $i; sleep 0.5; done"
+Opened = Callable[..., Any]
+
+
+@pytest.fixture(name="site", scope="module")
+def site_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """A pair with one job that has failed, whose texts try to be more than text."""
+    made = Pair(tmp_path_factory.mktemp("site"), {"SERVICE_EXAMPLE_RUNS_PER_USER": "9"}, {"JOBORCH_SLOTS": "8"})
+    try:
+        made.start()
+        script = "echo '<script>alert(1)</script>'; printf '\\033[31mred\\033[0m \\342\\200\\256evil'; echo '<b>bold' >&2; exit 3"
+        assert run_to_end(made.server, script, name="<img src=x onerror=alert(1)>مرحبا", user_id=7)["id"] == 1
+        yield made
+    finally:
+        made.close()
+
+
+def is_trouble(message: Any) -> bool:
+    """Whether a message on the console is an error, and not one of those that a test provokes."""
+    return message.type == "error" and not re.search(r"responded with a status of 40[01] ", message.text)
+
+
+@pytest.fixture(name="opened")
+def opened_fixture(browser: Any, site: Pair) -> Iterator[Opened]:
+    """Opens pages; in the end none has asked another host, shown an error or opened a dialog of the browser's own."""
+    contexts: list[Any] = []
+    asked: list[str] = []
+    troubles: list[str] = []
+
+    def open_page(path: str, server: Process = site.server, **options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        shown = contexts[-1].new_page()
+        shown.set_default_timeout(PATIENCE_MS)
+        shown.on("request", lambda request: asked.append(request.url))
+        shown.on("pageerror", lambda error: troubles.append(str(error)))
+        shown.on("console", lambda message: troubles.append(message.text) if is_trouble(message) else None)
+        shown.on("dialog", lambda dialog: troubles.append(f"a dialog: {dialog.message}"))
+        shown.goto(f"{server.url}/dashboard{path}")
+        return shown
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not [url for url in asked if not re.match(r"http://127\.0\.0\.1:|data:|blob:http://127\.0\.0\.1:", url)]
+    assert not troubles
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_axe_finds_nothing_and_phones_need_not_scroll_sideways(opened: Opened, site: Pair, colours: str) -> None:
+    """Contrast, labels, names, landmarks: on each page, in both colours, as wide as a phone and as a desk."""
+    shown = opened("", color_scheme=colours, viewport={"width": 360, "height": 740})
+    axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    for path in PAGES:
+        shown.goto(f"{site.server.url}/dashboard{path}")
+        for width in (360, 1280) if colours == "light" else (1280,):
+            shown.set_viewport_size({"width": width, "height": 740})
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width, path
+            shown.evaluate(f"{axe}; void 0")  # not as an element, which the policy of the page forbids
+            found = shown.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
+            assert not [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found], (path, width)
+
+
+def test_a_folder_that_is_dropped_runs(opened: Opened, tmp_path: Path) -> None:
+    """With a file in a folder of its own; the form says what is missing, and the job's page how it went."""
+    (tmp_path / "my job" / "data").mkdir(parents=True)
+    (tmp_path / "my job" / "run.sh").write_text("cat data/a.txt; sleep 1; echo done")
+    (tmp_path / "my job" / "data" / "a.txt").write_text("from a folder\n")
+    shown = opened("/submit")
+    box = shown.locator("#drop").bounding_box()
+    devtools = shown.context.new_cdp_session(shown)
+    data = {"items": [], "files": [str(tmp_path / "my job")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": box["x"] + 40, "y": box["y"] + 40, "data": data})
+    shown.locator("#chosen li").nth(1).wait_for()
+    assert {text.split()[0] for text in shown.locator("#chosen li").all_inner_texts()} == {"run.sh", "data/a.txt"}
+    shown.get_by_label("User").fill("7")
+    shown.get_by_label("Name").fill("dropped")
+    shown.get_by_text("More", exact=True).click()
+    shown.get_by_label("Timeout").fill("soon")
+    shown.get_by_role("button", name="Send the job").click()
+    shown.get_by_role("alert").get_by_text("timeout is 'soon'").wait_for()
+    shown.get_by_label("Timeout").fill("5m")
+    shown.get_by_role("button", name="Send the job").click()
+    shown.wait_for_url("**/dashboard/jobs/*")
+    shown.locator("#output").get_by_text("from a folder").wait_for()
+    shown.locator("#job .status.completed").wait_for()
+    shown.locator("#output").get_by_text("done").wait_for()
+    shown.get_by_role("link", name="Download the result").wait_for()
+
+
+def test_a_running_job_is_followed_searched_and_cancelled_by_keyboard(opened: Opened, site: Pair) -> None:
+    """Its page changes by itself; the question can be declined."""
+    number = submit(site.server, LONG, user_id=7)
+    shown = opened(f"/jobs/{number}")
+    shown.locator("#output").get_by_text("step 3").wait_for()
+    shown.get_by_label("Find in the output").fill("STEP 2")
+    shown.locator("mark.here").wait_for()
+    assert shown.locator("#search-count").inner_text().startswith("1 of ")
+    for answer in ("No", "Yes"):
+        shown.get_by_role("button", name="Cancel the job").focus()
+        shown.keyboard.press("Enter")
+        shown.locator("dialog").get_by_text(f"Stop job {number}?").wait_for()
+        shown.locator("dialog").get_by_role("button", name=answer).focus()
+        shown.keyboard.press("Enter")
+        shown.locator("dialog").wait_for(state="hidden")
+        if answer == "No":
+            assert site.server.job(number)["status"] == "Running"
+    shown.locator("#job .status.killed").wait_for()
+    assert shown.locator("#history rect.killed").count() == 1
+    shown.get_by_role("button", name="Run it again").click()
+    shown.wait_for_url(lambda url: not url.endswith(f"/{number}"))
+    again = int(shown.url.rpartition("/")[2])
+    wait_status(site.server, again, "Running")
+    shown.locator("#job .status.running").wait_for()
+    site.server.post(f"/terminate/{again}")
+    shown.locator("#job .status.killed").wait_for()
+
+
+def test_the_overview_follows_and_drains(opened: Opened, site: Pair) -> None:
+    """What runs shows by itself, and a client is drained and resumed with one button."""
+    shown = opened("")
+    number = submit(site.server, LONG, user_id=7)
+    shown.locator("#clients svg[aria-label='1 of 8 in use']").wait_for()
+    shown.get_by_role("button", name="Drain").click()
+    shown.get_by_role("button", name="Resume").wait_for()
+    assert site.server.get("/clients").json()["clients"][0]["drained"]
+    shown.get_by_role("button", name="Resume").click()
+    shown.get_by_role("button", name="Drain").wait_for()
+    site.server.post(f"/terminate/{number}")
+    shown.locator("#clients svg[aria-label='0 of 8 in use']").wait_for()
+
+
+def test_without_javascript_everything_can_be_read(opened: Opened) -> None:
+    """From the overview by links to the output of the job that failed; buttons that would do nothing are hidden."""
+    shown = opened("", java_script_enabled=False)
+    shown.get_by_role("link", name="Jobs").click()
+    shown.get_by_label("User").fill("7")
+    shown.get_by_role("button", name="Filter").click()
+    shown.get_by_role("link", name="1", exact=True).click()
+    assert shown.locator("#output").inner_text().count("<script>alert(1)</script>") == 1
+    assert "␛[31mred␛[0m ⟨U+202E⟩evil" in shown.locator("#output").inner_text()
+    assert "<img src=x onerror=alert(1)>مرحبا" in shown.locator("#job").inner_text()
+    assert shown.locator("button[data-post]:visible").count() == 0
+
+
+def test_times_are_in_the_readers_language_and_zone(opened: Opened) -> None:
+    shown = opened("/jobs/1", locale="de-DE", timezone_id="Asia/Tokyo")
+    stamp = shown.locator("time").first.get_attribute("datetime")
+    wanted = shown.evaluate("stamp => new Date(stamp).toLocaleString('de-DE', {dateStyle: 'short', timeStyle: 'medium'})", stamp)
+    shown.locator("time").first.get_by_text(wanted).wait_for()
+    assert re.match(r"\d\d\.\d\d\.\d\d, ", wanted)
+    assert shown.locator("h1 bdi, #job bdi").first.evaluate("element => getComputedStyle(element).unicodeBidi") == "isolate"
+
+
+def test_a_browser_signs_in_sends_and_cancels(opened: Opened, tmp_path: Path) -> None:
+    """At a server that wants a token: every call of the page has its cookie, and each change its CSRF token."""
+    guarded = Process("server", tmp_path / "guarded", {"JOBORCH_TOKEN": "the-right-token"})
+    with contextlib.closing(guarded.start()):
+        shown = opened("/submit", guarded)
+        shown.get_by_label("Token").fill("the-right-token")
+        shown.get_by_role("button", name="Sign in").click()
+        shown.get_by_label("Or write the script here").fill("sleep 600")
+        shown.get_by_label("User").fill("7")
+        shown.get_by_role("button", name="Send the job").click()
+        shown.wait_for_url("**/dashboard/jobs/1")
+        shown.locator("#job .status.queued").wait_for()
+        shown.get_by_role("button", name="Cancel the job").click()
+        shown.get_by_role("button", name="Yes").click()
+        shown.locator("#job .status.killed").wait_for()
+        shown.get_by_role("button", name="Sign out").click()
+        shown.get_by_label("Token").wait_for()
