@@ -89,6 +89,7 @@ from joborch_base.archives import (
     kept_output,
     measure,
     member_chunks,
+    member_part,
     packed,
     path_of,
     punch_middle,
@@ -96,6 +97,7 @@ from joborch_base.archives import (
     repr_digest,
     unchanged_inputs,
     zip_directory,
+    zip_record_at,
     zip_records,
 )
 from joborch_base.connections import make_http_server, remove_socket_file
@@ -197,6 +199,7 @@ from joborch_base.routes import (
     find_route,
     make_app,
     new_session,
+    ranged,
     read_all,
     route,
     routes_of,
@@ -267,6 +270,7 @@ from joborch_base.vocabulary import (
     EVENTS_PLACES,
     GIB,
     HELLO_TIMEOUT_S,
+    INDEX_FROM_BYTES,
     JSON_TYPE,
     KIB,
     MAC_HEADER,
@@ -325,22 +329,24 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 # == 1. Plug-ins ==  The names that plug-ins may use.
 
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
-    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
-    "become_unknown", "below", "BUSY", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "ClientProtocol",
-    "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER",
-    "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "DIRECTORY_LIMIT_BYTES", "discard", "EXIT_DONE",
-    "EXIT_FAILED", "FilesBody", "file_chunks", "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of",
-    "forgotten_executor", "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S",
-    "helper_environment", "host_of", "HttpError", "is_own_user", "Job", "JoborchError", "JSON_TYPE", "KIB", "last_line", "left_out",
-    "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "make_executor", "marked_below", "member_chunks", "MIB", "NEWEST_ENDED",
-    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_attempt", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment",
-    "NothingSent", "NO_LOCKS", "OLDEST_QUEUED", "one_line", "on_network", "open_listeners", "Outcome", "OVER", "own_file", "Parameter",
-    "parse_json", "PARTS_LIMIT", "passed_on", "payload_gone", "peer_uid", "plural", "queue_info_of", "read_all", "read_answer",
-    "read_claim", "read_exit", "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "Route", "route",
-    "ROUTES", "routes_of", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
-    "socket_path", "Status", "StillRunning", "Store", "StoredFile", "SubmitRefused", "sync_file_system", "T", "time_stamp", "token_names",
-    "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "walk", "weak_setups", "with_first_file_limit", "wrapper_text",
-    "write_atomic", "zip_directory", "zip_records",
+    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown",
+    "below", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client", "CLIENT_AWAY",
+    "client_token_file", "ClientProtocol", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
+    "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "DIRECTORY_LIMIT_BYTES",
+    "discard", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "find_route", "Finding", "finish_restore",
+    "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB",
+    "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "INDEX_FROM_BYTES", "is_own_user", "Job",
+    "job_after_wait", "JoborchError", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "left_out", "Link", "load_plugin",
+    "LOCK_HELD", "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "new_attempt",
+    "new_session", "new_uuid", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED", "NO_LOCKS", "NoAnswer", "Node", "node_environment",
+    "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "on_network", "one_line", "open_listeners", "open_regular", "opened_folder", "Outcome",
+    "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID", "peer_uid", "plural",
+    "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part", "read_some",
+    "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "route", "Route", "ROUTES", "routes_of",
+    "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
+    "socket_path", "Status", "StillRunning", "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T",
+    "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "WAIT", "walk", "weak_setups",
+    "with_first_file_limit", "wrapper_text", "write_atomic", "zip_directory", "zip_record_at", "zip_records", "ZIP_TYPE", "ZipRecord",
 )  # fmt: skip
 
 
@@ -1081,15 +1087,22 @@ SINCE = Parameter(
 )
 def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
+    job, has_waited = job_after_wait(server, request, job_id, wait, since)
+    headers = {"X-Job-Status": job.status.value}
+    if not has_waited:  # omit what needs more queries: callers that poll must not starve the others
+        return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, {**headers, "Retry-After": str(COME_AGAIN_S)})
+    return Answer(job_json(server, job), 200, headers)
+
+
+def job_after_wait(server: Server, request: Request, job_id: int, wait_s: float, since: Collection[str]) -> tuple[Job, bool]:
+    """Return a job when its status is none of `since`, or after `wait_s`; and False if too many callers wait, so that this one did not."""
     job = known_job(server, request, job_id)
-    if wait and job.status.value in since:
-        with server.waiters.place() as parked:
-            if not parked:  # omit what needs more queries: callers that poll must not starve the others
-                headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
-                return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
-            server.wait_until(lambda: status_other_than(server, job.id, since), wait, request.left, job.id)
-        job = known_job(server, request, job_id)
-    return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
+    if not wait_s or job.status.value not in since:
+        return job, True
+    with server.waiters.place() as parked:
+        if parked:
+            server.wait_until(lambda: status_other_than(server, job.id, since), wait_s, request.left, job.id)
+    return known_job(server, request, job_id), parked
 
 
 def status_other_than(server: Server, job_id: int, known: Collection[str]) -> str | None:
@@ -1751,7 +1764,6 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
 FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then it may be a 2.2 client
 SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
 PACKING_HEADER = "X_Joborch_Packing"  # in a client's 503: the result is being packed, nothing is wrong
-LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
 SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 
 
@@ -2278,13 +2290,9 @@ class Link:
 
         Raises Gone if the client does not know the payload, or is a 2.2 client, which shows no output.
         """
-        url = self.protocol.logs_url(job, stream, offset)
-        answer = self.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job), unwanted=unwanted)
-        text = read_some(answer, 2 * LOG_PART_BYTES)
-        if answer.status == 404:
-            raise Gone(f"{self.name} no longer knows payload {job.dest_id}")
+        answer, text = read_part(self, job, self.protocol.logs_url(job, stream, offset), unwanted)
         following = answer.headers.get("X-Next-Offset", "")
-        if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following) or "Content-Length" not in answer.headers:
+        if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following):
             raise NoAnswer(refused_text(answer.status, text))
         if int(following) < offset:
             raise NoAnswer("sends an invalid answer to /logs: its next offset is before the requested one")
@@ -2741,6 +2749,23 @@ def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
         answer.close()  # longer than `limit_bytes`
     elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
         raise NoAnswer("the answer broke: it does not match its digest")
+
+
+LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
+
+
+def read_part(link: Link, job: Job, url: str, unwanted: Callable[[], bool] | None = None) -> tuple[Reply, bytes]:
+    """Ask a client about the files of a payload; return the answer, whose status is 200, 206 or 400, and its body.
+
+    Raises Gone if the client does not know the payload, or the question.
+    """
+    answer = link.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job), unwanted=unwanted)
+    text = read_some(answer, 2 * LOG_PART_BYTES)
+    if answer.status == 404:
+        raise Gone(f"{link.name} no longer knows payload {job.dest_id}")
+    if answer.status not in (200, 206, 400) or "Content-Length" not in answer.headers:
+        raise NoAnswer(refused_text(answer.status, text))
+    return answer, text
 
 
 def receive(answer: Reply, into: Transfer) -> None:
@@ -3320,6 +3345,8 @@ def store_archive(server: Server, link: Link, job: Job, found: EndReport, partia
     crash_point("fetch.renamed")
     fsync_path(server.data.results)
     crash_point("fetch.durable")
+    if part.size >= INDEX_FROM_BYTES:
+        load_plugin("results").make_index(server, job.mark, part.digest.hexdigest())
     drop_part(found)
     return part.size, part.digest.hexdigest()
 
@@ -5382,6 +5409,7 @@ def clean_tick(node: Node) -> bool:
             remove_tree(node.folder(job))
             crash_point("clean.folder")
             remove_tree(node.data.result(job.mark))
+            remove_tree(node.data.index(job.mark))  # last: see `make_index`
             crash_point("clean.files")
         except OSError as error:
             put_off(node, job, error)
@@ -5407,7 +5435,7 @@ def sweep(node: Node) -> None:
             if re.sub(r"[.]zip$", "", path.name) in node.data.receiving:
                 continue
             job = row_of(node, path)  # after that check: an upload that has just finished has a row
-            given_up = job is not None and folder == node.data.results and path.name != node.data.result(job.mark).name
+            given_up = job is not None and folder == node.data.results and path.stem != job.mark
             if job is None or job.status is Status.CLEANED or given_up:
                 try:
                     remove_tree(path)

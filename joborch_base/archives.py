@@ -84,7 +84,7 @@ STREAM_COMMENT = "joborch stream {} {}"  # ZIP comment of a stream's member: its
 # The headers of APPNOTE 6.3.10: 4.3.7, 4.3.12, 4.3.14, 4.3.15 and 4.3.16.
 ZIP_LOCAL, ZIP_CENTRAL, ZIP_END = struct.Struct("<4s5H3L2H"), struct.Struct("<4s4B4H3L5H2L"), struct.Struct("<4s4H2LH")
 ZIP64_END, ZIP64_LOCATOR = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-ZIP_STREAMED, ZIP_UTF8 = 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
+ZIP_ENCRYPTED, ZIP_STREAMED, ZIP_UTF8 = 0x01, 0x08, 0x800  # flags: sizes follow the content; the name is UTF-8
 ZEROS = bytes(MIB)
 
 
@@ -798,13 +798,15 @@ class ZipRecord(NamedTuple):
 
     name: bytes
     comment: bytes
-    method: int
+    method: int  # -1 if it is encrypted
     packed_bytes: int
     size: int
     begin: int  # of its local header
     crc: int
     flags: int
     mode: int  # type and permissions, if it was packed on Unix
+    moment: tuple[int, int]  # see zip_moment
+    place: int  # of its entry in the directory
 
 
 def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
@@ -832,14 +834,14 @@ def zip_directory(file: IO[bytes]) -> tuple[int, int, int]:
     return begin, size, count
 
 
-def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]:
-    """Yield the entries of a ZIP's directory while reading it, with little memory, up to DIRECTORY_LIMIT_BYTES.
+def zip_records(file: IO[bytes], commented: bool = False, limit_bytes: int = DIRECTORY_LIMIT_BYTES) -> Iterator[ZipRecord]:
+    """Yield the entries of a ZIP's directory while reading it, with little memory, up to `limit_bytes`.
 
     With `commented`, only members with a comment. Raises ValueError if there is no directory.
     """
-    begin, left, _ = zip_directory(file)
-    left, rest, step, chunk = min(left, DIRECTORY_LIMIT_BYTES), b"", 4 * KIB, b""
-    file.seek(begin)
+    place, left, _ = zip_directory(file)
+    left, rest, step, chunk = min(left, limit_bytes), b"", 4 * KIB, b""
+    file.seek(place)
     while left:
         chunk = file.read(min(left, step))
         if not chunk:
@@ -854,14 +856,24 @@ def zip_records(file: IO[bytes], commented: bool = False) -> Iterator[ZipRecord]
             if end > len(rest):
                 break
             if comment or not commented:
-                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end])
+                yield zip_record(fields, rest[at + ZIP_CENTRAL.size : end], place + at)
             at = end
-        rest = rest[at:]
+        rest, place = rest[at:], place + at
 
 
-def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
+def zip_record_at(file: IO[bytes], place: int) -> ZipRecord:
+    """Return the entry of a ZIP's directory at `place`. Raises ValueError if there is none."""
+    file.seek(place)
+    head = file.read(ZIP_CENTRAL.size)
+    if len(head) < ZIP_CENTRAL.size or not head.startswith(b"PK\1\2"):
+        raise ValueError("no directory entry")
+    fields = ZIP_CENTRAL.unpack(head)
+    return zip_record(fields, file.read(sum(fields[12:15])), place)
+
+
+def zip_record(fields: tuple[Any, ...], words: bytes, place: int) -> ZipRecord:
     """Return a record of a ZIP's directory, from its fixed fields and the bytes after them (name, extra fields, comment)."""
-    method, packed, size, name, extra, begin = fields[6], *fields[10:14], fields[18]
+    crc, packed, size, name, extra, begin = *fields[9:14], fields[18]
     more, at = words[name : name + extra], 0
     while at + 4 <= len(more):
         kind, length = struct.unpack_from("<2H", more, at)
@@ -871,33 +883,39 @@ def zip_record(fields: tuple[Any, ...], words: bytes) -> ZipRecord:
             size, packed, begin = [wide.pop(0) if value == 2**32 - 1 and wide else value for value in (size, packed, begin)]
         at += 4 + length
     mode = fields[17] >> 16 if fields[2] in (3, 19) else 0  # packed on Unix, on macOS
-    return ZipRecord(words[:name], words[name + extra :], method, packed, size, begin, fields[9], fields[5], mode)
+    return ZipRecord(words[:name], words[name + extra :], fields[6], packed, size, begin, crc, fields[5], mode, fields[7:9], place)
 
 
 def read_member(file: IO[bytes], record: ZipRecord, begin: int, count: int) -> bytes:
-    """Return up to `count` bytes of a ZIP's member from `begin` on. The work is bounded by `begin + count` bytes.
+    """Return up to `count` bytes of a ZIP's member from `begin` on: see `member_part`."""
+    return b"".join(member_part(file, record, begin, begin + count))
+
+
+def member_part(file: IO[bytes], record: ZipRecord, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a ZIP's member from `begin` to `end`, or fewer if it is shorter. The work is bounded by `end` bytes.
 
     Raises ValueError if the member does not match its directory entry.
     """
     length, place = file.seek(0, os.SEEK_END), member_place(file, record)
     if record.method == zipfile.ZIP_STORED:
         file.seek(min(place + begin, length))
-        return file.read(max(0, min(count, record.packed_bytes - begin)))
+        yield from file_chunks(file, min(end, record.packed_bytes) - begin)
+        return
     file.seek(min(place, length))
-    unpacker, said, passed = zlib.decompressobj(-15), bytearray(), 0
+    unpacker, passed, most = zlib.decompressobj(-15), 0, 256 * KIB
     # Real programs never deflate data to much more than its size; a forged stream could be endless and contain nothing.
-    for chunk in file_chunks(file, min(record.packed_bytes, (begin + count) * 17 // 16 + 64 * KIB)):
-        ahead = chunk
-        while ahead and len(said) < count:
+    for chunk in file_chunks(file, min(record.packed_bytes, end * 17 // 16 + 64 * KIB)):
+        ahead, more = chunk, True
+        while passed < end and (ahead or more):
             try:
-                piece = unpacker.decompress(ahead, 256 * KIB)
+                piece = unpacker.decompress(ahead, most)
             except zlib.error as error:
                 raise ValueError(str(error)) from error
-            said += piece[max(0, begin - passed) :]
+            yield piece[max(0, begin - passed) : end - passed]
             passed, ahead = passed + len(piece), unpacker.unconsumed_tail
-        if len(said) >= count or unpacker.eof:
-            break
-    return bytes(said[:count])
+            more = len(piece) == most  # zlib may have more of it without further input
+        if passed >= end or unpacker.eof:
+            return
 
 
 def member_place(file: IO[bytes], record: ZipRecord) -> int:
@@ -907,36 +925,18 @@ def member_place(file: IO[bytes], record: ZipRecord) -> int:
     head = file.read(ZIP_LOCAL.size)
     if len(head) < ZIP_LOCAL.size or not head.startswith(b"PK\3\4") or record.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("no member")
+    if record.flags & ZIP_ENCRYPTED:
+        raise ValueError("it is encrypted")
     name, extra = ZIP_LOCAL.unpack(head)[-2:]
     return record.begin + len(head) + int(name) + int(extra)
 
 
 def member_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
-    """Yield the content of a ZIP's member. Raises ValueError or zlib.error if it is not what its directory entry says."""
-    size = crc = 0
-    for piece in unpacked_chunks(file, record):
-        size, crc = size + len(piece), zlib.crc32(piece, crc)
-        if size > record.size:
-            break
-        yield piece
+    """Yield the content of a ZIP's member. Raises ValueError, before the last bytes, if it is not what its directory entry says."""
+    size, crc, held = 0, 0, b""
+    for piece in member_part(file, record, 0, record.size + 1):
+        yield held
+        size, crc, held = size + len(piece), zlib.crc32(piece, crc), piece
     if (size, crc) != (record.size, record.crc):
         raise ValueError(f"{size} bytes with the checksum {crc:08x} instead of {record.size} with {record.crc:08x}")
-
-
-def unpacked_chunks(file: IO[bytes], record: ZipRecord) -> Iterator[bytes]:
-    """Yield what the data of a ZIP's member unpacks to, unchecked, in pieces of at most 256 KiB."""
-    file.seek(member_place(file, record))
-    unpacker = zlib.decompressobj(-15)
-    for chunk in file_chunks(file, record.packed_bytes):
-        if record.method == zipfile.ZIP_STORED:
-            yield chunk
-            continue
-        ahead = chunk
-        while ahead and not unpacker.eof:
-            yield unpacker.decompress(ahead, 256 * KIB)
-            ahead = unpacker.unconsumed_tail
-    while record.method == zipfile.ZIP_DEFLATED and not unpacker.eof:
-        piece = unpacker.decompress(b"", 256 * KIB)
-        if not piece:
-            return
-        yield piece
+    yield held

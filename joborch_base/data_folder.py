@@ -381,6 +381,10 @@ class DataFolder:
         """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""
         return self.results / f"{mark}.zip"
 
+    def index(self, mark: str) -> Path:
+        """Return where the index of a large result is kept: see the plug-in `results`."""
+        return self.results / f"{mark}.index"
+
     def keep_free(self, keep_bytes: int, packs_below_minimum: bool) -> None:
         """Set how many bytes of the disk stay free; with `packs_below_minimum`, archives may still use them."""
         self.account.keep_bytes, self.packs_below_minimum = keep_bytes, packs_below_minimum

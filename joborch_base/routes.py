@@ -264,7 +264,7 @@ def route(
     return declare
 
 
-ROUTE_PLUGINS = ("documents", "page")  # they declare routes
+ROUTE_PLUGINS = ("documents", "results", "page")  # they declare routes
 
 
 @functools.lru_cache(maxsize=2)
@@ -677,31 +677,40 @@ def reason_phrase(status: int) -> str:
 
 def file_answer(request: Request, archive: Archive, filename: str, headers: Mapping[str, str]) -> Answer:
     """Return an open file: all of it, a part (RFC 9110 Range, If-Range), or 304 if the caller has it."""
-    tag = f'"{archive.sha256}"'
-    said = {
-        "Content-Type": ZIP_TYPE,
-        "ETag": tag,
-        "Accept-Ranges": "bytes",
-        "Repr-Digest": repr_digest(archive.sha256),
-        "Content-Disposition": f'attachment; filename="{filename}"',
-        **headers,
-    }
-    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
-    if tag in known or "*" in known:
+    said = {"Content-Type": ZIP_TYPE, "Repr-Digest": repr_digest(archive.sha256), **headers}
+    said["Content-Disposition"] = f'attachment; filename="{filename}"'
+    try:
+        answer, begin, _ = ranged(request, archive.size, f'"{archive.sha256}"', said)
+    except HttpError:
         archive.file.close()
-        return Answer(None, 304, {name: said[name] for name in ("ETag", *headers)})
+        raise
+    if answer.status == 304:
+        archive.file.close()
+    else:
+        archive.file.seek(begin)
+        answer.body = archive.file
+    return answer
+
+
+def ranged(request: Request, size: int, tag: str, headers: Mapping[str, str]) -> tuple[Answer, int, int]:
+    """Return the answer to a request for a file, without its body, and which bytes the body has: from `begin` to `end`.
+
+    It is 200, 206 for a part (RFC 9110 Range, If-Range), or 304 if the caller has the file with this ETag. Raises HttpError 416.
+    """
+    known = [text.strip().replace("W/", "") for text in request.header("If-None-Match").split(",")]
+    if tag and (tag in known or "*" in known):
+        kept = {name: text for name, text in headers.items() if not name.startswith(("Content-", "Repr-"))}
+        return Answer(None, 304, {"ETag": tag, **kept}), 0, 0
+    said = {**({"ETag": tag} if tag else {}), "Accept-Ranges": "bytes", **headers}
     wanted = request.method == "GET" and request.header("If-Range") in ("", tag)  # RFC 9110: only GET has ranges
-    span = byte_range(request.header("Range"), archive.size) if wanted else None
+    span = byte_range(request.header("Range"), size) if wanted else None
     if span is None:
-        return Answer(archive.file, 200, {**said, "Content-Length": str(archive.size)})
+        return Answer(None, 200, {**said, "Content-Length": str(size)}), 0, size
     begin, end = span
     if begin >= end:
-        archive.file.close()
-        raise HttpError(416, f"there are {archive.size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{archive.size}")
-    archive.file.seek(begin)
-    return Answer(
-        archive.file, 206, {**said, "Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{archive.size}"}
-    )
+        raise HttpError(416, f"there are {size} bytes: ask for a part of them", "Range", Content_Range=f"bytes */{size}")
+    part = {"Content-Length": str(end - begin), "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
+    return Answer(None, 206, {**said, **part}), begin, end
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:

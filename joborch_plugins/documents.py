@@ -39,6 +39,20 @@ PAGE_HEADERS = {
 }
 
 
+BEGINNINGS = {
+    "server": "Begin with `POST /upload`: send `run.sh` and the files it needs. The answer has the `id` of the job. "
+    "`GET /jobs/ID/result?wait=45` waits for the result and returns it.",
+    "client": "A server calls these routes; people call the server.",
+}
+TAGS = (  # the first one whose pattern fits the path
+    ("page", "the web page", r"^/(dashboard|session)(/|$)"),
+    ("results", "results, output and single files", r"/(download|download_partial|retrieve|retrieve_partial|result|files|file|logs)(/|$)"),
+    ("jobs", "from upload to end", r"^/(upload|jobs|terminate|submit|kill|events|changes)(/|$)"),
+    ("site", "for operators: services, clients, users", r"^/(services|clients|users)(/|$)"),
+    ("process", "the process itself, and this description", ""),
+)
+
+
 def openapi(mode: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 description of the routes of one mode."""
     paths: dict[str, dict[str, Any]] = {}
@@ -50,9 +64,16 @@ def openapi(mode: str) -> dict[str, Any]:
             head["operationId"] += "_head"
             head["responses"] = {code: {"description": said["description"]} for code, said in head["responses"].items()}
             paths[path]["head"] = head
+    used = {operation["tags"][0] for operations in paths.values() for operation in operations.values()}
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"joborch {mode}", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
+        "info": {
+            "title": f"joborch {mode}",
+            "version": __version__,
+            "license": {"name": "MIT", "identifier": "MIT"},
+            "description": BEGINNINGS[mode],
+        },
+        "tags": [{"name": name, "description": meaning} for name, meaning, _ in TAGS if name in used],
         "paths": paths,
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
@@ -63,6 +84,7 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": declared.handler.__name__,
         "summary": declared.summary,
+        "tags": [next(name for name, _, paths in TAGS if re.search(paths, declared.path))],
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
         "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
     }
@@ -135,7 +157,7 @@ def routes_table(mode: str) -> str:
     """Return the table of routes for docs/reference.md, in Markdown."""
     rows = ["| method and path | what it does | answers |", "|---|---|---|"]
     for declared in routes_of(mode):
-        path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME"))
+        path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME").replace("<path:path>", "PATH"))
         codes = ", ".join(str(code) for code in sorted(declared.gives))
         rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
     return "\n".join(rows)

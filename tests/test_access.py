@@ -51,12 +51,17 @@ SERVER_ROUTES = [
     ("GET", "/download_partial/1"),
     ("POST", "/terminate/1"),
     ("POST", "/jobs/1/retry"),
+    ("GET", "/jobs/1/result"),
+    ("GET", "/jobs/1/files"),
+    ("GET", "/jobs/1/files/run.sh"),
     ("GET", "/services"),
 ]
 CLIENT_ROUTES = [
     ("POST", "/submit"),
     ("GET", "/retrieve/1"),
     ("GET", "/retrieve_partial/1"),
+    ("GET", "/files/1"),
+    ("GET", "/file/1?path=run.sh"),
     ("POST", "/kill/1"),
     ("GET", "/events?since=0"),
 ]

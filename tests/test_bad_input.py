@@ -442,6 +442,9 @@ ID_ROUTES = [
     ("GET", "/download_partial/{}"),
     ("POST", "/terminate/{}"),
     ("POST", "/jobs/{}/retry"),
+    ("GET", "/jobs/{}/result"),
+    ("GET", "/jobs/{}/files"),
+    ("GET", "/jobs/{}/files/run.sh"),
     ("GET", "/jobs/{}"),
 ]
 

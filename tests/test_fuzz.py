@@ -65,6 +65,12 @@ BASES = [
     request(b"GET", b"/health", [b"Range: bytes=0-1"]),
     request(b"HEAD", b"/download/1", []),
     request(b"GET", b"/jobs/1/logs?stream=stdout&offset=0", []),
+    request(b"GET", b"/jobs/1/result?wait=0", [b"Range: bytes=1-5"]),
+    request(b"GET", b"/jobs/1/files?limit=2&after=cnVuLnNo", []),
+    request(b"GET", b"/jobs/1/files/run.sh?inline=1", [b"Range: bytes=0-3"]),
+    request(b"GET", b"/files/1?limit=2&after=cnVuLnNo", []),
+    request(b"GET", b"/file/1?path=a%2fb.txt&offset=1&count=9", []),
+    request(b"POST", b"/jobs/1/retry", [b"Content-Length: 0", b"Idempotency-Key: again"]),
     request(b"GET", b"/events?since=0&instance=x&wait=0&done=1,2", []),
     request(b"POST", b"/terminate/1", [b"Content-Length: 0"]),
 ]
