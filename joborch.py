@@ -270,7 +270,6 @@ from joborch_base.vocabulary import (
     EVENTS_PLACES,
     GIB,
     HELLO_TIMEOUT_S,
-    INDEX_FROM_BYTES,
     JSON_TYPE,
     KIB,
     MAC_HEADER,
@@ -335,7 +334,7 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "DIRECTORY_LIMIT_BYTES",
     "discard", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "find_route", "Finding", "finish_restore",
     "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB",
-    "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "INDEX_FROM_BYTES", "is_own_user", "Job",
+    "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "is_own_user", "Job",
     "job_after_wait", "JoborchError", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "left_out", "Link", "load_plugin",
     "LOCK_HELD", "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "new_attempt",
     "new_session", "new_uuid", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED", "NO_LOCKS", "NoAnswer", "Node", "node_environment",
@@ -1088,10 +1087,11 @@ SINCE = Parameter(
 def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
     job, has_waited = job_after_wait(server, request, job_id, wait, since)
-    headers = {"X-Job-Status": job.status.value}
-    if not has_waited:  # omit what needs more queries: callers that poll must not starve the others
-        return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, {**headers, "Retry-After": str(COME_AGAIN_S)})
-    return Answer(job_json(server, job), 200, headers)
+    if has_waited:
+        return Answer(job_json(server, job), 200, {"X-Job-Status": job.status.value})
+    # Omit what needs more queries: callers that poll must not starve the others.
+    headers = {"Retry-After": str(COME_AGAIN_S), "X-Job-Status": job.status.value}
+    return Answer({**job_summary(server, job), "attempts": None, "history": None}, 200, headers)
 
 
 def job_after_wait(server: Server, request: Request, job_id: int, wait_s: float, since: Collection[str]) -> tuple[Job, bool]:
@@ -1764,6 +1764,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
 FOREIGN_PATIENCE_S = 3600.0  # answers without the joborch header are ignored for this long: then it may be a 2.2 client
 SILENT_AFTER_S = 15.0  # if a client has not answered for this long, its jobs become Unknown
 PACKING_HEADER = "X_Joborch_Packing"  # in a client's 503: the result is being packed, nothing is wrong
+LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
 SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 
 
@@ -2286,10 +2287,7 @@ class Link:
         raise NoAnswer(refused_text(answer.status, text))
 
     def logs(self, job: Job, stream: str, offset: int, unwanted: Callable[[], bool] | None = None) -> tuple[bytes, int]:
-        """Return a part of an output stream, and the offset after it (in bytes).
-
-        Raises Gone if the client does not know the payload, or is a 2.2 client, which shows no output.
-        """
+        """Return a part of an output stream, and the offset after it (in bytes). Raises Gone if the client shows none."""
         answer, text = read_part(self, job, self.protocol.logs_url(job, stream, offset), unwanted)
         following = answer.headers.get("X-Next-Offset", "")
         if answer.status != 200 or not re.fullmatch(r"[0-9]{1,18}", following):
@@ -2751,14 +2749,8 @@ def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
         raise NoAnswer("the answer broke: it does not match its digest")
 
 
-LOG_PART_BYTES = 1 * MIB  # of an output stream, at most, in one answer
-
-
 def read_part(link: Link, job: Job, url: str, unwanted: Callable[[], bool] | None = None) -> tuple[Reply, bytes]:
-    """Ask a client about the files of a payload; return the answer, whose status is 200, 206 or 400, and its body.
-
-    Raises Gone if the client does not know the payload, or the question.
-    """
+    """Ask a client about a payload's files; return the answer (200, 206, 400) and its body. Raises Gone if the client knows nothing."""
     answer = link.call("GET", url, read_timeout_s=10, service=job.service, headers=named(job), unwanted=unwanted)
     text = read_some(answer, 2 * LOG_PART_BYTES)
     if answer.status == 404:
@@ -3345,7 +3337,7 @@ def store_archive(server: Server, link: Link, job: Job, found: EndReport, partia
     crash_point("fetch.renamed")
     fsync_path(server.data.results)
     crash_point("fetch.durable")
-    if part.size >= INDEX_FROM_BYTES:
+    if part.size > 128 * KIB:  # it may have many files
         load_plugin("results").make_index(server, job.mark, part.digest.hexdigest())
     drop_part(found)
     return part.size, part.digest.hexdigest()

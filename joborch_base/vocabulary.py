@@ -41,7 +41,6 @@ BACKLOG = 1024  # connections that wait to be accepted
 WAITER_PLACES = 32  # callers that may wait in `?wait=` at once
 LEFT_OUT_LINES = 1000  # at most, in .joborch/left-out.txt
 DIRECTORY_LIMIT_BYTES = 32 * MIB  # limit for a ZIP's directory that is searched for an output stream
-INDEX_FROM_BYTES = 128 * KIB  # a result whose ZIP directory is at least this large gets an index of its files
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that may wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"

@@ -32,7 +32,6 @@ from joborch import (
     CLIENT_AWAY,
     COME_AGAIN_S,
     ID,
-    INDEX_FROM_BYTES,
     JSON_TYPE,
     KIB,
     MARK,
@@ -85,6 +84,7 @@ from joborch import (
     zip_records,
 )
 
+INDEX_FROM_BYTES = 128 * KIB  # a ZIP whose directory is at least this large gets an index
 RUN_MEMBERS = 20_000  # members that are sorted at once: an index of any size is made in little memory
 NAMES_AT_ONCE = 1000  # of a folder that is listed
 DEPTH_MOST = 100  # folders above a file that is listed while its job runs
