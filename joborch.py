@@ -78,6 +78,7 @@ from joborch_base.archives import (
     ZIP_CENTRAL,
     Archive,
     FilesBody,
+    Input,
     Losses,
     ResultLimits,
     Stream,
@@ -85,7 +86,9 @@ from joborch_base.archives import (
     ZipPacker,
     ZipRecord,
     below,
+    digest_of_chunks,
     file_chunks,
+    file_sha256,
     kept_output,
     measure,
     member_chunks,
@@ -138,6 +141,7 @@ from joborch_base.files import (
     FormReader,
     StoredFile,
     Tree,
+    batch_line_warnings,
     bytes_below,
     check_path,
     discard,
@@ -152,6 +156,7 @@ from joborch_base.files import (
     inputs_digest,
     last_line,
     libc,
+    link_files,
     lock_trouble,
     no_script_text,
     open_folder,
@@ -294,6 +299,7 @@ from joborch_base.vocabulary import (
     InputsChanged,
     JoborchError,
     NoAnswer,
+    NoInputs,
     NothingSent,
     NotPacked,
     QueueFull,
@@ -328,24 +334,26 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 # == 1. Plug-ins ==  The names that plug-ins may use.
 
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
-    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown",
-    "below", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client", "CLIENT_AWAY",
-    "client_token_file", "ClientProtocol", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "Config", "ConfigError", "CONNECT_TIMEOUT_S",
-    "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS", "DIRECTORY_LIMIT_BYTES",
-    "discard", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "find_route", "Finding", "finish_restore",
-    "first_file_limit", "fits_one", "folder_of", "forgotten_executor", "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB",
-    "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "is_own_user", "Job",
-    "job_after_wait", "JoborchError", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "left_out", "Link", "load_plugin",
-    "LOCK_HELD", "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "new_attempt",
-    "new_session", "new_uuid", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED", "NO_LOCKS", "NoAnswer", "Node", "node_environment",
-    "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "on_network", "one_line", "open_listeners", "open_regular", "opened_folder", "Outcome",
-    "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID", "peer_uid", "plural",
-    "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part", "read_some",
-    "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "route", "Route", "ROUTES", "routes_of",
-    "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
-    "socket_path", "Status", "StillRunning", "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T",
-    "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "WAIT", "walk", "weak_setups",
-    "with_first_file_limit", "wrapper_text", "write_atomic", "zip_directory", "zip_record_at", "zip_records", "ZIP_TYPE", "ZipRecord",
+    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
+    "become_unknown", "below", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client",
+    "ClientProtocol", "CLIENT_AWAY", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "Config", "ConfigError",
+    "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS",
+    "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "EXIT_DONE", "EXIT_FAILED", "FilesBody", "file_answer", "file_chunks",
+    "file_sha256", "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor",
+    "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment",
+    "host_of", "HttpError", "ID", "ids_in", "Input", "InputsChanged", "inputs_digest", "is_own_user", "Job", "JoborchError",
+    "job_after_wait", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD",
+    "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "NEWEST_ENDED",
+    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_attempt", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment",
+    "NothingSent", "NOT_FOUND", "NO_LOCKS", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
+    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID",
+    "peer_uid", "plural", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
+    "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "Route", "route", "ROUTES",
+    "routes_of", "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown",
+    "size_text", "socket_path", "Status", "StillRunning", "Store", "StoredFile", "stored_archive", "SubmitRefused", "sync_file_system",
+    "T", "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "WAIT", "walk",
+    "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic", "ZipRecord", "zip_directory", "zip_records", "zip_record_at",
+    "ZIP_TYPE",
 )  # fmt: skip
 
 
@@ -488,7 +496,7 @@ class Node:
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
-    "timeout": None, "retries": 2, "after": [], "retry_of": None, "attempt": 1, "client": None, "dest_id": "",
+    "timeout": None, "retries": 2, "after": [], "inputs_from": [], "retry_of": None, "attempt": 1, "client": None, "dest_id": "",
     "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free slot at a client for example",
     "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
     "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
@@ -543,6 +551,7 @@ def job_summary(server: Server, job: Job) -> dict[str, Any]:
     said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
     said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
     said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
+    said["inputs_from"] = ids_in(job.from_ids)
     if job.result_sha256 is not None:
         said["result"] = {"size": job.result_size, "sha256": job.result_sha256}
     return said
@@ -577,11 +586,11 @@ def read_user(text: str) -> int:
     return int(text)
 
 
-def read_after(text: str) -> str:
-    """Return the ids of the jobs that must be Completed first: sorted, each once, separated by commas."""
+def read_ids(text: str) -> str:
+    """Return ids of jobs: sorted, each once, separated by commas."""
     ids = [each.strip() for each in text.split(",") if each.strip()]
     if len(ids) > AFTER_LIMIT or not all(re.fullmatch(r"[0-9]{1,18}", each) for each in ids):
-        raise ValueError(f"give at most {AFTER_LIMIT} job ids separated by commas, as in -F after=41,42")
+        raise ValueError(f"give at most {AFTER_LIMIT} job ids separated by commas, as in 41,42")
     return ",".join(map(str, sorted(set(map(int, ids)))))
 
 
@@ -604,7 +613,11 @@ FORM_FIELDS = {
         Parameter("priority", "form", "integer", "of your own jobs, the highest priority runs first", 0, least=-100, most=100, default=0),
         Parameter(
             "after", "form", "string", "ids of your jobs, separated by commas: it runs once all are Completed", "41",
-            default="", read=read_after,
+            default="", read=read_ids,
+        ),
+        Parameter(
+            "inputs_from", "form", "string", "ids of your jobs: it runs once all are Completed, with their results in from/ID/", "41",
+            default="", read=read_ids,
         ),
         Parameter(
             "timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
@@ -650,6 +663,8 @@ def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
         raise HttpError(400, "there is no file: send at least run.sh, as in -F file=@run.sh", "file")
     if not any(file.path == "run.sh" for file in form.files):
         raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
+    if given["inputs_from"] and any(file.path.partition("/")[0] == "from" for file in form.files):
+        raise HttpError(400, "the folder from/ is for the results of inputs_from: give your own files other names", "file")
     refuse_too_large(server, service, given["cpus"], given["memory"])
     limit_s, most_s = given["timeout"], service.timeout_s
     if limit_s is not None and most_s is not None and limit_s > most_s:
@@ -660,7 +675,8 @@ def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
         service=service.name,
         name=given["name"],
         priority=given["priority"],
-        after_ids=given["after"],
+        after_ids=read_ids(f"{given['after']},{given['inputs_from']}"),
+        from_ids=given["inputs_from"],
         cpus=given["cpus"],
         memory=given["memory"],
         timeout=most_s if limit_s is None else limit_s,
@@ -686,24 +702,6 @@ def receive_form(server: Server, request: Request, folder: Path) -> Form:
         if file.path == "run.sh" and crlf != "keep":
             form.files[number] = load_plugin("uploads").without_crlf(file, folder / "run.sh", may_fix=crlf == "fix")
     return form
-
-
-BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
-
-
-def batch_line_warnings(script: Path) -> list[str]:
-    """Return a warning about lines of a run.sh that are meant for a batch system, which joborch ignores."""
-    try:
-        with open_regular(script) as file:
-            words = BATCH_LINE.findall(file.read(64 * KIB))
-    except OSError:
-        return []  # there is none
-    if not words:
-        return []
-    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
-    text = f"run.sh has {plural(len(words), 'line', 'lines')} with {which}, which joborch ignores"
-    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
-    return [f"{text}: {fields}; partition, account and the like are settings of the client, such as SERVICE_<NAME>_SLURM_PARTITION"]
 
 
 @contextlib.contextmanager
@@ -786,7 +784,9 @@ def keep_upload(server: Server, new: NewJob, folder: Path, paths: Sequence[str])
 def stored(server: Server, new: NewJob) -> Job:
     """Store an uploaded job. Raises HttpError 400 if it cannot follow the jobs in `after`, 429 if its user has too many queued jobs."""
     try:
-        return server.store.add(new, "uploaded", server.config.max_queued_per_user)
+        return server.store.add(new, "uploaded", server.config.max_queued_per_user, server.config.max_age_s)
+    except NoInputs as error:
+        raise HttpError(400, f"inputs_from: {error}", "inputs_from") from error
     except UnknownJob as error:
         raise HttpError(400, f"after: {error}", "after") from error
     except QueueFull as error:
@@ -832,7 +832,7 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
         form = receive_form(server, request, folder) if request.length else Form()
-        own = key_columns(request, form, f"retry {job.id}")
+        own, replaced = key_columns(request, form, f"retry {job.id}"), set(form.fields)
         if form.fields.setdefault("user_id", str(job.user_id)).strip() != str(job.user_id):
             raise HttpError(400, f"user_id is another: job {job.id} and its retries belong to user {job.user_id}", "user_id")
         form.fields = {**fields_of(server, job, form.fields), **form.fields}
@@ -841,7 +841,12 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
         if are_files_due(server, known_job(server, request, job_id)):
             raise files_gone(job)
         new = new_job(server, form, job_uuid, inputs_sha256=digest, retry_of=job.id, **own)
-        made, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
+        try:
+            made, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
+        except HttpError as error:
+            if error.field == "inputs_from" and "inputs_from" not in replaced:
+                raise HttpError(410, f"job {job.id} cannot be retried: {error.message}", "inputs_from") from error
+            raise
     log.info("job %d has the files of job %d, which was retried", made.id, job.id)
     return upload_answer(server, made, form, folder, is_new)
 
@@ -856,7 +861,7 @@ def fields_of(server: Server, job: Job, given: Mapping[str, str]) -> dict[str, s
     service = server.services.get(given.get("service", job.service or "").strip().lower())
     most_s = service.timeout_s if service else None
     limit_s = None if job.timeout is None or (most_s is not None and job.timeout >= most_s) else f"{job.timeout:.3f}"
-    texts = {"service": job.service, "name": job.name, "after": job.after_ids, "timeout": limit_s}
+    texts = {"service": job.service, "name": job.name, "after": job.after_ids, "inputs_from": job.from_ids, "timeout": limit_s}
     numbers = {name: getattr(job, name) for name in ("priority", "retries", "cpus", "memory")}
     return {name: str(value) for name, value in {**texts, **numbers}.items() if value not in (None, "")}
 
@@ -885,28 +890,6 @@ def inherit_files(server: Server, job: Job, form: Form, folder: Path) -> str | N
 def are_files_due(server: Server, job: Job) -> bool:
     """Tell whether the cleaner may be deleting the files of a job now, or has done so."""
     return job.status in OVER and (job.status is Status.CLEANED or job.moved_at <= server.store.steady() - server.config.max_age_s)
-
-
-def link_files(source: Path, target: Path, paths: Iterable[str]) -> None:
-    """Give files below `source` a second name below `target`, which exists. The server never changes such files.
-
-    Raises FileNotFoundError if one is removed meanwhile.
-    """
-    for path in paths:
-        os.makedirs(os.path.dirname(target / path), exist_ok=True)
-        try:
-            os.link(source / path, target / path, follow_symlinks=False)
-        except PermissionError:  # a file system without hard links
-            shutil.copy2(source / path, target / path, follow_symlinks=False)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # == 4. Jobs ==  Routes that show a job, serve its result, list jobs, and terminate one.
@@ -1584,8 +1567,13 @@ def send_job(server: Server, link: Link, job: Job) -> None:
             reason = Reason.FILES_REMOVED.format(where="server")
             end_busy(server, job, Status.FAILED, reason, cause=Cause.INFRASTRUCTURE.value)
             return
+        job, more = load_plugin("uploads").with_inputs(server, job, folder, paths) if job.from_ids else (job, [])
+        if len(paths) + len(more) >= PARTS_LIMIT:
+            reason = Reason.TOO_MANY_INPUTS.format(limit=PARTS_LIMIT)
+            server.store.move(job, Status.INVALID, reason, cause=Cause.USER.value)
+            return
         returned = server.service(job).return_inputs
-        dest_id, end = link.submit(job, folder, paths, returned, end_wait_ms(server, link, job))
+        dest_id, end = link.submit(job, folder, paths, returned, end_wait_ms(server, link, job), more)
         crash_point("send.answered")
         link.accepted[job.mark] = (dest_id, end is not None)
     except NothingSent as error:
@@ -2179,12 +2167,14 @@ class Link:
             raise NoAnswer(f"did not answer: another program answered in its place, with {answer.status}")
         return answer
 
-    def submit(self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool, wait_ms: int = 0) -> tuple[str, Any]:
+    def submit(
+        self, job: Job, folder: Path, paths: Sequence[str], return_inputs: bool, wait_ms: int = 0, more: Sequence[Input] = ()
+    ) -> tuple[str, Any]:
         """Send the files of one attempt. Return the payload's id, and its end if the client waited for it (`wait_ms`), else None.
 
         Raises NothingSent if the client certainly has no payload, NoAnswer if that is unknown, Rejected if it refuses for good.
         """
-        body, checks = self.protocol.form(job, folder, paths)
+        body, checks = self.protocol.form(job, folder, paths, more)
         headers = {
             "Content-Type": f"multipart/form-data; boundary={body.boundary}",
             "Content-Length": str(len(body)),
@@ -2343,10 +2333,10 @@ class ClientProtocol:
         """Check that the client answers, by a call that affects no job. Raises NothingSent, NoAnswer or Gone."""
         self.link.events(0, ())
 
-    def form(self, job: Job, folder: Path, paths: Sequence[str]) -> tuple[FilesBody, dict[str, str]]:
-        """Return the form with a job's files, and headers about their digests. Raises Rejected if the client would lose files."""
+    def form(self, job: Job, folder: Path, paths: Sequence[str], more: Sequence[Input]) -> tuple[FilesBody, dict[str, str]]:
+        """Return the form with a job's files and `more`, and headers with digests. Raises Rejected if the client would lose files."""
         inputs = {"X-Joborch-Inputs": job.inputs_sha256} if job.inputs_sha256 else {}
-        return FilesBody(folder, paths, True, job.inputs_sha256), {"X-Joborch-Digests": "1", **inputs}
+        return FilesBody(folder, paths, True, job.inputs_sha256, more), {"X-Joborch-Digests": "1", **inputs}
 
     def accepted(self, server: Server, payload_id: str) -> None:
         """Note that the client accepted a payload, before its id is stored."""
@@ -5380,9 +5370,7 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
         "unfetched_before": now - (4 * age if is_client else age),
         "confirmed_before": node.clock.wall() - kept_s,
     }
-    jobs = node.store.jobs(
-        statements.ENDED_BEFORE, **moments, limit=500 + len(node.unremovable)
-    )  # the query returns unremovable ones first
+    jobs = node.store.cleanable(**moments, limit=500 + len(node.unremovable))  # the query returns unremovable ones first
     return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 

@@ -20,6 +20,7 @@ import re
 import secrets
 import stat
 import struct
+import sys
 import time
 import zipfile
 import zlib
@@ -607,22 +608,55 @@ def repr_digest(sha256_hex: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
 
 
+class Input(NamedTuple):
+    """A file that a job gets from elsewhere than its folder: its path there, its size, its permissions, and its content."""
+
+    path: str
+    size: int
+    mode: int
+    chunks: Callable[[], Iterator[bytes]]  # may raise InputsChanged
+
+
+def chunks_of(path: Path, size: int) -> Iterator[bytes]:
+    """Yield the first `size` bytes of a file."""
+    with open(path, "rb", buffering=0) as source:
+        yield from file_chunks(source, size)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    return digest_of_chunks(chunks_of(path, sys.maxsize))
+
+
+def digest_of_chunks(chunks: Iterable[bytes]) -> str:
+    """Return the SHA-256 (hex) of the concatenated chunks."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 class FilesBody:
     """A multipart body that is read from the files while it is sent. Its length is known beforehand."""
 
-    def __init__(self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, paths: Sequence[str], with_digests: bool, inputs_sha256: str | None = None, more: Sequence[Input] = ()
+    ) -> None:
         """If `inputs_sha256` is given, reading raises InputsChanged before the end if the files do not match it."""
         self.inputs_sha256 = inputs_sha256
         self.boundary = secrets.token_hex(16)
-        self.folder, self.with_digests = folder, with_digests
+        self.with_digests = with_digests
         self.digests: dict[str, str] = {}
         states = [(path, os.stat(folder / path)) for path in paths]
-        self.parts = [(path, self.part_head(path, state.st_mode), state.st_size) for path, state in states]
-        digest_bytes = sum(len(json.dumps(path)) + 70 for path in paths) + 2
+        inputs = [
+            Input(path, state.st_size, state.st_mode, functools.partial(chunks_of, folder / path, state.st_size)) for path, state in states
+        ]
+        self.parts = [(each, self.part_head(each.path, each.mode)) for each in (*inputs, *more)]
+        digest_bytes = sum(len(json.dumps(each.path)) + 70 for each, _ in self.parts) + 2
         self.digest_head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="{DIGESTS_FIELD}"\r\n\r\n'.encode()
         self.digest_room = digest_bytes if with_digests else 0
         ends = len(f"--{self.boundary}--\r\n") + (len(self.digest_head) + digest_bytes + 2 if with_digests else 0)
-        self.length = sum(len(head) + size + 2 for _, head, size in self.parts) + ends
+        self.length = sum(len(head) + each.size + 2 for each, head in self.parts) + ends
         self.rewind()
 
     def rewind(self) -> None:
@@ -640,20 +674,19 @@ class FilesBody:
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def generate(self) -> Iterator[bytes]:
-        for path, head, size in self.parts:
+        for each, head in self.parts:
             yield head
-            digest, missing = hashlib.sha256(), size
-            with open(self.folder / path, "rb", buffering=0) as source:
-                for chunk in file_chunks(source, size):
-                    digest.update(chunk)
-                    missing -= len(chunk)
-                    yield chunk
+            digest, missing = hashlib.sha256(), each.size
+            for chunk in each.chunks():
+                digest.update(chunk)
+                missing -= len(chunk)
+                yield chunk
             if missing:  # the length was sent already, so anything else would be read as the rest of this file
-                raise OSError(errno.EIO, f"{shown(path)} became shorter while it was sent")
-            self.digests[path] = digest.hexdigest()
+                raise OSError(errno.EIO, f"{shown(each.path)} became shorter while it was sent")
+            self.digests[each.path] = digest.hexdigest()
             yield b"\r\n"
         if self.inputs_sha256 not in (None, inputs_digest(self.digests)):
-            raise InputsChanged("its files on the server's disk are not those that were uploaded: some were changed or removed")
+            raise InputsChanged(Reason.FILES_CHANGED)
         if self.with_digests:
             yield self.digest_head + json.dumps(self.digests, separators=(",", ":")).encode().ljust(self.digest_room) + b"\r\n"
         yield f"--{self.boundary}--\r\n".encode()

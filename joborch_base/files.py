@@ -271,6 +271,19 @@ def write_all(target: IO[bytes], data: bytes) -> None:
 # == 2. Folders ==  Makes files durable, and safely reads folders that a script can tamper with.
 
 
+def link_files(source: Path, target: Path, paths: Iterable[str]) -> None:
+    """Give files below `source` a second name below `target`, which exists. The server never changes such files.
+
+    Raises FileNotFoundError if one is removed meanwhile.
+    """
+    for path in paths:
+        os.makedirs(os.path.dirname(target / path), exist_ok=True)
+        try:
+            os.link(source / path, target / path, follow_symlinks=False)
+        except PermissionError:  # a file system without hard links
+            shutil.copy2(source / path, target / path, follow_symlinks=False)
+
+
 def fsync_path(path: str | Path) -> None:
     """Make a file's content or a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -623,6 +636,24 @@ def hints_for(folder: Path, *inner: str) -> list[str]:
             return script_hints(file.read(64 * KIB))
     except OSError:
         return []  # a missing run.sh is reported elsewhere
+
+
+BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
+
+
+def batch_line_warnings(script: Path) -> list[str]:
+    """Return a warning about lines of a run.sh that are meant for a batch system, which joborch ignores."""
+    try:
+        with open_regular(script) as file:
+            words = BATCH_LINE.findall(file.read(64 * KIB))
+    except OSError:
+        return []  # there is none
+    if not words:
+        return []
+    which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))
+    text = f"run.sh has {len(words)} line{'s' if len(words) > 1 else ''} with {which}, which joborch ignores"
+    fields = "give cpus, memory (MiB) and timeout (seconds) as fields of the upload, as in -F cpus=4 -F memory=2048 -F timeout=3600"
+    return [f"{text}: {fields}; partition, account and the like are settings of the client, such as SERVICE_<NAME>_SLURM_PARTITION"]
 
 
 def no_script_text(paths: Sequence[str]) -> str:

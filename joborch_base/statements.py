@@ -23,7 +23,8 @@ CREATE TABLE jobs (
     created_at REAL NOT NULL, started_at REAL, ended_at REAL, not_before REAL, fetched_at REAL, kill_requested_at REAL, kill_cause TEXT,
     moves INTEGER NOT NULL DEFAULT 0, changed INTEGER, moved_at REAL NOT NULL DEFAULT 0, synced INTEGER NOT NULL DEFAULT 0,
     inputs_sha256 TEXT, after_ids TEXT NOT NULL DEFAULT '', blocked INTEGER NOT NULL DEFAULT 0,
-    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT, retry_of INTEGER
+    arrived_at REAL NOT NULL DEFAULT 0, charged REAL NOT NULL DEFAULT 0, ended_as TEXT, retry_of INTEGER,
+    from_ids TEXT NOT NULL DEFAULT ''
 );
 CREATE UNIQUE INDEX jobs_uuid ON jobs(uuid, attempt);
 CREATE UNIQUE INDEX jobs_key ON jobs(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -66,6 +67,8 @@ CREATE TABLE users (user_id INTEGER PRIMARY KEY, weight REAL NOT NULL);
 CREATE TABLE drained (client TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE dependencies (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
 CREATE INDEX dependencies_of ON dependencies(job_id);
+CREATE TABLE results_needed (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
+CREATE INDEX results_needed_by ON results_needed(job_id);
 CREATE TABLE turns_made (rules TEXT NOT NULL, half_life_s REAL NOT NULL); -- rules: not used any more
 INSERT INTO turns_made VALUES ('', 0);
 CREATE TABLE heartbeat (
@@ -82,6 +85,9 @@ MIGRATIONS = {
 BEGIN;
 ALTER TABLE jobs ADD COLUMN ended_as TEXT;
 ALTER TABLE jobs ADD COLUMN retry_of INTEGER;
+ALTER TABLE jobs ADD COLUMN from_ids TEXT NOT NULL DEFAULT '';
+CREATE TABLE results_needed (on_id INTEGER NOT NULL, job_id INTEGER NOT NULL, PRIMARY KEY (on_id, job_id)) WITHOUT ROWID;
+CREATE INDEX results_needed_by ON results_needed(job_id);
 DROP TABLE contenders;
 DROP INDEX jobs_busy;
 UPDATE jobs
@@ -244,6 +250,8 @@ DEPENDENTS = """
 SELECT jobs.* FROM dependencies JOIN jobs ON jobs.id = dependencies.job_id
  WHERE dependencies.on_id = :on_id AND jobs.status = 'Queued' ORDER BY dependencies.job_id
 """
+RESULT_NEEDED_ADD = "INSERT OR IGNORE INTO results_needed (on_id, job_id) VALUES (:on_id, :job_id)"
+RESULTS_NEEDED_FORGET = "DELETE FROM results_needed WHERE job_id = :id"
 DEPENDENTS_FORGET = "DELETE FROM dependencies WHERE on_id = :on_id"
 DEPENDENCIES_FORGET = "DELETE FROM dependencies WHERE job_id = :id"
 JOB_UNBLOCK = "UPDATE jobs SET blocked = blocked - 1 WHERE id = :id AND status = 'Queued' AND blocked > 0"
@@ -272,6 +280,10 @@ SELECT * FROM jobs INDEXED BY jobs_ended
    AND (
     moved_at < :unfetched_before
     OR fetched_at IS NOT NULL AND (moved_at < :fetched_before OR synced = 2 AND fetched_at < :confirmed_before)
+   )
+   AND NOT EXISTS (
+    SELECT 1 FROM results_needed CROSS JOIN jobs AS other ON other.id = results_needed.job_id
+     WHERE results_needed.on_id = jobs.id AND other.status IN ('Queued', 'Processing', 'Submitted', 'Running', 'Unknown')
    ) ORDER BY moved_at LIMIT :limit
 """  # moved_at is steady time, fetched_at that of the wall clock
 CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cleaned' AND moved_at < :before LIMIT 500"

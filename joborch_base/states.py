@@ -157,6 +157,7 @@ class Job(NamedTuple):
     charged: float  # server: slot-seconds charged to its user for this attempt
     ended_as: str | None  # the status that a Cleaned job ended with; see `end`
     retry_of: int | None  # server: the job that it repeats
+    from_ids: str  # server: ids of the jobs whose results it gets, separated by commas
 
     @property
     def pair(self) -> tuple[str, int]:
@@ -204,6 +205,7 @@ class NewJob:
     after_ids: str = ""
     blocked: int = 0
     retry_of: int | None = None
+    from_ids: str = ""
 
     @property
     def after(self) -> list[int]:
@@ -243,6 +245,9 @@ class Reason:
     ACCEPTED = "accepted by {client}"
     FOUND_THERE = "{client} has it"
     FILES_REMOVED = "its files were removed from the {where}'s disk"
+    FILES_CHANGED = "its files on the server's disk are not those that were uploaded: some were changed or removed"
+    RESULT_LOST = "the result of job {job}, which it gets as input, is missing or damaged on the server's disk"
+    TOO_MANY_INPUTS = "it has {limit:,} files or more together with the results that it gets as inputs, which is too many"
     REFUSED = "{client} refuses it: {error}"
     NOT_SENT = "{client} {error}"
     ANSWER_LOST = "{client} {error}: the job is sent there again under the same key"

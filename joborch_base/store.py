@@ -39,8 +39,8 @@ from joborch_base.scheduling import (
     with_run,
 )
 from joborch_base.settings import Service
-from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, NewJob, Reason, Status, as_job
-from joborch_base.vocabulary import Clock, IllegalMove, QueueFull, UnknownJob, log, one_line
+from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, NewJob, Reason, Status, as_job, ids_in
+from joborch_base.vocabulary import Clock, IllegalMove, NoInputs, QueueFull, UnknownJob, log, one_line
 
 # == 1. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
@@ -95,14 +95,15 @@ class Store(Database):
 
     # -- writing --
 
-    def add(self, new: NewJob, reason: str, most_queued: int | None = None) -> Job:
+    def add(self, new: NewJob, reason: str, most_queued: int | None = None, kept_s: float = float("inf")) -> Job:
         """Store a new job durably, as Queued or Prepared, or as Invalid if a job that it follows did not end Completed.
 
-        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, and
-        QueueFull if its user has `most_queued` jobs queued.
+        Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, NoInputs if
+        one of `from_ids` has no result or ended over `kept_s` seconds ago, and QueueFull if its user has `most_queued` jobs queued.
         """
 
         def insert(db: sqlite3.Connection) -> Job:
+            self.check_inputs(db, new, kept_s)
             job = self.insert(db, new, reason, most_queued)
             words = (self.noun, job.id, job.status, job.service, job.user_id)
             self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words))
@@ -125,6 +126,8 @@ class Store(Database):
         job_id = cast(int, db.execute(statements.JOB_ADD, values).lastrowid)
         for on_id in open_ids:
             db.execute(statements.DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
+        for on_id in ids_in(new.from_ids):
+            db.execute(statements.RESULT_NEEDED_ADD, {"on_id": on_id, "job_id": job_id})
         self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
         if broken:
@@ -134,6 +137,23 @@ class Store(Database):
             self.core.moved.add(job_id)
         self.update_rank(db, job)
         return job
+
+    def check_inputs(self, db: sqlite3.Connection, new: NewJob, kept_s: float) -> None:
+        """Raise NoInputs if a new job cannot get a result of another one. `kept_s` is how long the cleaner keeps results."""
+        for on_id in ids_in(new.from_ids):
+            row = db.execute(statements.JOB_GET, {"id": on_id}).fetchone()
+            if row is None or row["user_id"] != new.user_id:
+                raise NoInputs(f"user {new.user_id} has no job {on_id}")
+            earlier = as_job(row)
+            if earlier.end not in (None, Status.COMPLETED.value):
+                raise NoInputs(f"job {on_id} ended as {earlier.end} and has no result")
+            if earlier.end and (earlier.status is Status.CLEANED or earlier.moved_at <= self.steady() - kept_s):
+                raise NoInputs(f"the result of job {on_id} is deleted, or about to be: run that job again")
+
+    def cleanable(self, **moments: float) -> list[Job]:
+        """Return ended jobs whose files are due. They are read in a transaction: a job that needs a result is stored before or after."""
+        found = self.jobs(statements.ENDED_BEFORE, **moments)
+        return found and self.write(lambda db: [as_job(row) for row in db.execute(statements.ENDED_BEFORE, moments)], durable=False)
 
     def still_open(self, db: sqlite3.Connection, new: NewJob) -> tuple[list[int], str]:
         """Return the jobs that a new one must wait for, and why it can never run (empty if it can)."""
@@ -274,7 +294,13 @@ class Store(Database):
 
         def delete(db: sqlite3.Connection) -> None:
             for job_id in job_ids:
-                for sql in (statements.FORGET_HISTORY, statements.FORGET_ATTEMPTS, statements.DEPENDENCIES_FORGET, statements.FORGET_JOB):
+                for sql in (
+                    statements.FORGET_HISTORY,
+                    statements.FORGET_ATTEMPTS,
+                    statements.DEPENDENCIES_FORGET,
+                    statements.RESULTS_NEEDED_FORGET,
+                    statements.FORGET_JOB,
+                ):
                     db.execute(sql, {"id": job_id})
 
         self.write(delete, durable=False)

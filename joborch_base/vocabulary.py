@@ -113,6 +113,10 @@ class UnknownJob(JoborchError):
     """The job to wait for does not exist, or belongs to another user."""
 
 
+class NoInputs(UnknownJob):
+    """A job cannot get the result of another one."""
+
+
 class QueueFull(JoborchError):
     """The user already has the largest number of queued jobs that is allowed."""
 

@@ -18,6 +18,7 @@ from joborch import (
     ClientProtocol,
     FilesBody,
     Gone,
+    Input,
     Job,
     Link,
     Reason,
@@ -100,16 +101,16 @@ class Protocol22(ClientProtocol):
         parts = urlsplit(self.link.address.upload_url)
         read_some(self.link.call("GET", f"{parts.scheme}://{parts.netloc}/", read_timeout_s=10), KIB)
 
-    def form(self, job: Job, folder: Path, paths: Sequence[str]) -> tuple[FilesBody, dict[str, str]]:
+    def form(self, job: Job, folder: Path, paths: Sequence[str], more: Sequence[Input]) -> tuple[FilesBody, dict[str, str]]:
         """Return the form without digests, which a 2.2 client would treat as a file.
 
         Raises Rejected if two files have the same base name: a 2.2 client flattens folders and would silently lose one.
         """
-        names = [path.rpartition("/")[2] for path in paths]
+        names = [path.rpartition("/")[2] for path in (*paths, *(each.path for each in more))]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a different name")
-        return FilesBody(folder, paths, False, job.inputs_sha256), {}
+        return FilesBody(folder, paths, False, job.inputs_sha256, more), {}
 
     def accepted(self, server: Server, payload_id: str) -> None:
         """Start new attempts of jobs with the same or a later id: the client has restarted and counts from 1 again, so they are lost."""

@@ -1,8 +1,9 @@
-"""What an upload may bring besides plain files: archives, a Content-Digest, and Windows line ends that are to be changed."""
+"""What an upload may bring besides plain files: archives, a Content-Digest, Windows line ends, and results of other jobs."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import hmac
@@ -12,7 +13,7 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +25,25 @@ from joborch import (
     PARTS_LIMIT,
     FormReader,
     HttpError,
+    Input,
+    InputsChanged,
+    Job,
+    Reason,
+    Server,
     StoredFile,
     Tree,
+    ZipRecord,
     check_path,
+    digest_of_chunks,
     discard,
     file_chunks,
+    file_sha256,
+    ids_in,
+    inputs_digest,
+    log,
     member_chunks,
     new_uuid,
+    read_member,
     shown,
     size_text,
     zip_directory,
@@ -284,3 +297,68 @@ def fix_line_ends(stored: StoredFile, path: Path) -> StoredFile:
         size = target.tell()
     os.replace(fixed, path)
     return StoredFile(stored.path, size, digest.hexdigest())
+
+
+# == 4. Results of other jobs ==  They are read from the stored ZIPs while they are sent, and have no copy on the server.
+
+LINKS_FOLLOWED = 8
+
+
+def with_inputs(server: Server, job: Job, folder: Path, paths: Sequence[str]) -> tuple[Job, list[Input]]:
+    """Return what a job gets from the results of others, and the job with the digest of all its files. Raises InputsChanged."""
+    more = inputs_from(server, job)
+    own = {path: file_sha256(folder / path) for path in paths}
+    if job.inputs_sha256 not in (None, inputs_digest(own)):
+        raise InputsChanged(Reason.FILES_CHANGED)
+    taken = {each.path: digest_of_chunks(each.chunks()) for each in more}
+    return job._replace(inputs_sha256=inputs_digest({**own, **taken})), more
+
+
+def inputs_from(server: Server, job: Job) -> list[Input]:
+    """Return the files that a job gets from the results of other jobs, in from/ID/. Raises InputsChanged if a result is damaged or gone.
+
+    A link to a file of the result arrives as that file; other links are left out.
+    """
+    found: list[Input] = []
+    for on_id in ids_in(job.from_ids):
+        earlier = server.store.get(on_id)
+        lost = InputsChanged(Reason.RESULT_LOST.format(job=on_id))
+        if earlier is None:
+            raise lost
+        path = server.data.result(earlier.mark)
+        try:
+            with open(path, "rb") as file:
+                records = {os.path.normpath(os.fsdecode(record.name)): record for record in zip_records(file)}
+                links = 0
+                for name, record in records.items():
+                    target = None if record.name.endswith(b"/") else linked(file, records, name)
+                    links += target is None and not record.name.endswith(b"/")
+                    if target is not None:
+                        content = functools.partial(result_chunks, path, target, lost)
+                        found.append(Input(f"from/{on_id}/{name}", target.size, target.mode or 0o644, content))
+        except (OSError, ValueError, zlib.error) as error:
+            raise lost from error
+        if links:
+            log.info("job %d does not get %d links of job %d, which lead to no file of its result", job.id, links, on_id)
+    return found
+
+
+def linked(file: IO[bytes], records: Mapping[str, ZipRecord], name: str) -> ZipRecord | None:
+    """Return the file of a result that a member is, or is a link to; None if there is none."""
+    for _ in range(LINKS_FOLLOWED):
+        record = records.get(name)
+        if record is None or record.name.endswith(b"/"):
+            return None
+        if not stat.S_ISLNK(record.mode):
+            return record
+        name = os.path.normpath(os.path.join(os.path.dirname(name), os.fsdecode(read_member(file, record, 0, 4 * KIB))))
+    return None
+
+
+def result_chunks(path: Path, record: ZipRecord, lost: InputsChanged) -> Iterator[bytes]:
+    """Yield the content of a file in a result. Raises `lost` if it is damaged or gone."""
+    try:
+        with open(path, "rb") as file:
+            yield from member_chunks(file, record)
+    except (OSError, ValueError, zlib.error) as error:
+        raise lost from error
