@@ -61,7 +61,6 @@ import socket
 import sqlite3
 import ssl
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -103,7 +102,7 @@ from joborch_base.archives import (
     zip_record_at,
     zip_records,
 )
-from joborch_base.connections import make_http_server, remove_socket_file
+from joborch_base.connections import FoldedHeaders, make_http_server, remove_socket_file
 from joborch_base.data_folder import (
     STOP_NOTE,
     DataFolder,
@@ -637,7 +636,7 @@ def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | 
     """Raise HttpError 400 for a job that no client of a service could ever run, once all clients have reported their size."""
     links = server.links_of(service)
     if all(link.heard_at is not None for link in links):
-        too_large = too_large_text(service.name, cpus, memory, server.capacities_of(links))
+        too_large = too_large_text(service.name, cpus, memory, [link.capacity(0, 0) for link in links])
         if too_large:
             field = "cpus" if all(cpus > link.slots for link in links) else "memory"
             raise HttpError(400, too_large, field)
@@ -1608,7 +1607,7 @@ def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) ->
     link.accepted.pop(job.mark, None)
 
 
-SHORT_RUN_S, END_WAIT_S = 0.03, 0.1  # mean run of a service whose submits wait for the end, and how long (X-Joborch-Wait)
+SHORT_RUN_S, END_WAIT_S = 0.06, 0.15  # mean run of a service whose submits wait for the end, and how long (X-Joborch-Wait)
 
 
 def end_wait_ms(server: Server, link: Link, job: Job) -> int:
@@ -2136,8 +2135,8 @@ class Link:
             (connection.sock or connection.open(self.look, self.ca_file, min(CONNECT_TIMEOUT_S, read_timeout_s))).settimeout(read_timeout_s)
             begun = True
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
-                connection.request(method, "/" + url.partition("://")[2].partition("/")[2], body, {**headers, OURS_HEADER: __version__})
-            return refuse_encoded(cast("Reply", connection.getresponse()))
+                connection.send(method, "/" + url.partition("://")[2].partition("/")[2], {**headers, OURS_HEADER: __version__}, body)
+            return refuse_encoded(connection.answer(method))
         except CONNECTION_ERRORS as error:
             connection.close()
             self.sessions.clear()  # whoever answers next has to prove its identity
@@ -2390,6 +2389,7 @@ class EndReport:
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
+ANSWER_HEADERS = 100  # at most
 ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, a "100 Continue" before them, chunk framing
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
 EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # limits for one answer of /events: payloads, and bytes of JSON
@@ -2587,16 +2587,20 @@ class Incoming(io.RawIOBase):
         """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
         if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
             raise OSError("its answer has endless headers or frames")
-        silent_until = time.monotonic() + self.bounds.silent_s
+        silent_until, changed = time.monotonic() + self.bounds.silent_s, False
         try:
             while True:
-                self.connection.settimeout(self.patience_s(silent_until))
+                patience_s = self.patience_s(silent_until)
+                if changed or patience_s < 0.99 * self.bounds.silent_s:  # else it has this time-out: setting one is a system call
+                    changed = True
+                    self.connection.settimeout(patience_s)
                 with contextlib.suppress(socket.timeout):
                     count = self.connection.recv_into(buffer)
                     self.count += count
                     return count
         finally:
-            self.connection.settimeout(self.bounds.silent_s)  # the next request may use this connection
+            if changed:
+                self.connection.settimeout(self.bounds.silent_s)  # the next request may use this connection
 
     def patience_s(self, silent_until: float) -> float:
         """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
@@ -2629,6 +2633,45 @@ class Reply(http.client.HTTPResponse):
         self.incoming = Incoming(self.fp.detach(), sock, connection.bounds)
         self.fp = io.BufferedReader(self.incoming)
 
+    def begin(self) -> None:
+        """Read the head of the answer. http.client parses it as an e-mail, which takes longer than all the rest of a call."""
+        answer: Any = self  # http.client's own fields
+        answer.status = 100
+        while answer.status == 100:  # Continue: the answer follows
+            line = self.head_line()
+            if not line:
+                raise http.client.RemoteDisconnected("closed without an answer")
+            match = re.fullmatch(r"HTTP/([0-9.]+) +([1-9][0-9]{2})(?: .*)?", line)
+            if not match:
+                raise http.client.BadStatusLine(line)
+            if not match[1].startswith("1."):
+                raise http.client.UnknownProtocol(match[1])
+            answer.version, answer.status = 10 if match[1] == "1.0" else 11, int(match[2])
+            self.headers = cast(Any, FoldedHeaders(self.header_pairs()))
+        answer.chunked, answer.chunk_left = self.headers.get("Transfer-Encoding", "").lower() == "chunked", None
+        length = self.headers.get("Content-Length", "") if not answer.chunked else ""
+        answer.length = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        if answer.status in (204, 304) or answer.status < 200 or answer._method == "HEAD":
+            answer.length = 0
+        answer.will_close = answer._check_close() or (answer.length is None and not answer.chunked)
+
+    def head_line(self) -> str:
+        """Return the next line of the head. Raises HTTPException if it is too long."""
+        line = bytes(self.fp.readline(ANSWER_HEAD_BYTES + 1))
+        if len(line) > ANSWER_HEAD_BYTES:
+            raise http.client.LineTooLong("header line")
+        return line.decode("latin-1").rstrip("\r\n")
+
+    def header_pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield name and value of each header; of several with one name, the last counts."""
+        for _ in range(ANSWER_HEADERS):
+            line = self.head_line()
+            if not line:
+                return
+            name, _, value = line.partition(":")
+            yield name, value.strip()
+        raise http.client.HTTPException(f"more than {ANSWER_HEADERS} headers")
+
     def piece(self, limit_bytes: int) -> bytes:
         """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
 
@@ -2656,17 +2699,14 @@ class Reply(http.client.HTTPResponse):
             connection.close()
 
 
-class Connection(http.client.HTTPConnection):
+class Connection:
     """A connection to a client. When an answer was read to its end, it waits in `idle` for the next call."""
-
-    response_class: Any  # see __init__
 
     def __init__(self, url: str, idle: list[Connection]) -> None:
         self.secure, self.idle, self.bounds = url.startswith("https:"), idle, Bounds(READ_TIMEOUT_S)
-        self.default_port = 443 if self.secure else 80
         parts = urlsplit(url)
-        super().__init__(parts.hostname or "", parts.port or self.default_port, blocksize=CHUNK_BYTES)
-        self.response_class = functools.partial(Reply, connection=self)
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self.secure else 80)
+        self.authority, self.sock = parts.netloc.rpartition("@")[2], cast("socket.socket | None", None)
 
     def open(self, look: Callable[[socket.socket], None], ca_file: str, timeout_s: float) -> socket.socket:
         """Connect within `timeout_s`. `look` is called before the first byte is sent, and raises if the connection must not be used.
@@ -2681,6 +2721,36 @@ class Connection(http.client.HTTPConnection):
             context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 accepts older versions
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
         return self.sock
+
+    def send(self, method: str, target: str, headers: Mapping[str, str], body: FilesBody | None) -> None:
+        """Send a request. Its head and the first piece of its body leave together: then the client wakes once for both."""
+        authority = self.authority if self.authority.isascii() else self.authority.encode("idna").decode()
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {authority}", "Accept-Encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if not all(map(str.isprintable, lines)):
+            raise ValueError("a header has a control character")
+        data, sock = "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1"), cast("socket.socket", self.sock)
+        more = body.read() if body else b""
+        sock.sendall(data + more)
+        while body and (more := body.read()):
+            sock.sendall(more)
+
+    def answer(self, method: str) -> Reply:
+        """Return the head of the answer. If that was the last one on this connection, only the answer keeps it open."""
+        reply = Reply(cast("socket.socket", self.sock), method, self)
+        try:
+            reply.begin()
+        except BaseException:
+            reply.close()
+            raise
+        if reply.will_close:
+            self.close()
+        return reply
+
+    def close(self) -> None:
+        sock, self.sock = self.sock, None
+        if sock is not None:
+            sock.close()
 
     def rest(self) -> None:
         """Keep the connection for the next call, or close it if there are enough."""
@@ -3310,7 +3380,7 @@ def store_archive(server: Server, link: Link, job: Job, found: EndReport, partia
     """
     server.data.account.check(found.needs)  # do not fetch what would not fit
     if found.part is None:
-        target = tempfile.NamedTemporaryFile(dir=server.data.tmp, buffering=0, delete=False)  # noqa: SIM115
+        target = open(f"{server.data.tmp}/result-{secrets.token_hex(8)}", "x+b", buffering=0)  # noqa: SIM115 - closed by drop_part
         found.part = result_transfer(server.config, cast("IO[bytes]", target), Promise(server.data.account))
     part = found.part
     data = inline_archive_of(found.payload)
@@ -5657,6 +5727,8 @@ def set_up_logging(config: Config) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    # No format has these, and a line costs half without them (Python's logging HOWTO, "Optimization").
+    logging._srcfile, logging.logThreads, logging.logMultiprocessing, logging.logProcesses = None, False, False, False
     logging.getLogger("waitress").setLevel(logging.WARNING)  # callers that leave are not worth a line
 
 

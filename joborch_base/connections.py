@@ -252,6 +252,15 @@ def make_task_class() -> Any:
             environ["joborch.promise"] = self.request.promise
             return environ
 
+        def write(self, data: bytes) -> None:
+            """Send head and body in one piece, if that is all: the peer wakes once for both."""
+            task: Any = self
+            if task.wrote_header or not (data and task.has_body and len(data) == task.content_length):
+                super().write(data)
+                return
+            task.wrote_header, task.content_bytes_written = True, len(data)
+            task.channel.write_soon(task.build_response_header() + data)
+
     return Task
 
 
@@ -304,6 +313,12 @@ class FoldedHeaders(dict[str, str]):
 
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(name.lower(), default)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
 
 
 class Turns:

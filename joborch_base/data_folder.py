@@ -272,6 +272,8 @@ class DataFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.jobs, self.results, self.tmp = self.path / "jobs", self.path / "results", self.path / "tmp"
+        # The folder of a job or payload by its name. Cached: a Path is slower to build than to use, and a job's is needed often.
+        self.job: Callable[[str], Path] = functools.lru_cache(maxsize=1024)(self.jobs.joinpath)
         self.receiving: set[str] = set()  # uuids of uploads in progress, which have no row yet
         self.account, self.packs_below_minimum = DiskAccount(self.path), False
 
@@ -373,9 +375,6 @@ class DataFolder:
                 os.rename(path, aside / folder.name / path.name)
                 moved = True
         return aside if moved else None
-
-    def job(self, name: str) -> Path:
-        return self.jobs / name
 
     def result(self, mark: str) -> Path:
         """Return the path of one attempt's result. A late result cannot overwrite that of another attempt."""

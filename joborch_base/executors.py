@@ -222,10 +222,16 @@ def boot_id() -> str:
     return f"{kernel_boot_id()}.{process_start(1) or 0}"
 
 
+def read_proc(path: str) -> str:
+    """Return the text of a file of proc(5). Raises OSError. Path.read_text takes twice as long."""
+    with open(path, "rb", buffering=0) as file:
+        return file.readall().decode("utf-8", "surrogateescape")
+
+
 def process_start(pid: int) -> str | None:
     """Return when a process started (clock ticks since boot, field 22 of proc(5)), or None if it is gone or a zombie."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        text = read_proc(f"/proc/{pid}/stat")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
@@ -251,7 +257,7 @@ def all_processes() -> list[Process]:
         if not name.isdigit():
             continue
         try:
-            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
+            text = read_proc(f"/proc/{name}/stat")
         except OSError:
             continue
         fields = text.rpartition(")")[2].split()
@@ -263,7 +269,7 @@ def all_processes() -> list[Process]:
 def bears_mark(pid: int, mark: str) -> bool:
     """Tell whether a process has an attempt's key in its environment."""
     try:
-        return f"\0JOBORCH_MARK={mark}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+        return f"\0JOBORCH_MARK={mark}\0" in "\0" + read_proc(f"/proc/{pid}/environ")
     except OSError:
         return False  # it ended, or belongs to another user
 
@@ -291,7 +297,7 @@ def is_orphan(process: Process) -> bool:
     """Tell whether a process was taken over by this client, by process 1, or by a user's systemd."""
     if process.parent in (1, os.getpid()):
         return True
-    return Path(f"/proc/{process.parent}/comm").read_text(encoding="utf-8", errors="replace") == "systemd\n"
+    return read_proc(f"/proc/{process.parent}/comm") == "systemd\n"
 
 
 class ProcessTable:

@@ -74,7 +74,7 @@ def check_path(path: str) -> str:
     parts = name.split("/")
     if not name:
         raise HttpError(400, "a file has no name: give a relative path, as in inputs/a.pdb", "file")
-    if any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if re.search("[\\x00-\\x1f\\x7f]", name):
         raise HttpError(400, f"file name {shown(name)} contains a control character: use printable ones", "file")
     if name.startswith("/"):
         raise HttpError(400, f"file name {shown(name)} is absolute: give a relative path", "file")
@@ -691,11 +691,11 @@ def discard(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a file or folder, whatever permissions a script has set in it. It may be missing. Raises OSError if something remains."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
     try:
-        shutil.rmtree(path)
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
     except FileNotFoundError:
         return
     except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python

@@ -38,6 +38,7 @@ from joborch_base.executors import (
     process_start,
     read_claim,
     read_exit,
+    read_proc,
     scratch_bases,
     signal_all,
     tree_of,
@@ -107,6 +108,40 @@ STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signa
 STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
+class Child:
+    """A process that this one has started."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.lock, self.ended = pid, threading.Lock(), False
+
+    def has_ended(self) -> bool:
+        """Tell whether it has ended, and reap it then. Only a known id: waitpid(-1) would steal those of other threads."""
+        with self.lock:  # once it is reaped, its id may be another child's
+            if not self.ended:
+                try:
+                    self.ended = os.waitpid(self.pid, os.WNOHANG) != (0, 0)
+                except ChildProcessError:
+                    self.ended = True
+            return self.ended
+
+
+def start_session(command: list[str | bytes], environment: Mapping[str, str]) -> Child:
+    """Start a program by its path, in a session of its own and without streams. Raises OSError.
+
+    posix_spawn(3) takes a third of the CPU of subprocess.Popen, and a sixth of the time. Like Popen, it undoes Python's ignoring of
+    two signals. All other descriptors are close-on-exec (close_at_exec).
+    """
+    streams = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    try:
+        signals = (signal.SIGPIPE, signal.SIGXFSZ)
+        return Child(os.posix_spawn(command[0], command, environment, file_actions=streams, setsid=True, setsigdef=signals))
+    except NotImplementedError:  # this Python was built for a C library without it (glibc before 2.26)
+        null = subprocess.DEVNULL
+        started = subprocess.Popen(command, env=environment, stdin=null, stdout=null, stderr=null, close_fds=False, start_new_session=True)
+        started.returncode = 0  # it must not be reaped by Popen
+        return Child(started.pid)
+
+
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: process ids are reused, boot ids are not."""
 
@@ -122,12 +157,13 @@ class LocalExecutor:
         self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
         self.scratch_bases = scratch_bases(os.environ)
         self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
-        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.children: dict[int, Child] = {}
         self.seen: set[str] = set()  # marks of attempts that this process saw running and that have no exit file yet
         self.own: set[str] = set()  # marks of attempts that this process started: their orphans become its children
         self.untidy: set[str] = set()  # marks of attempts that left processes running, which were killed
         self.resting: dict[str, float] = {}  # by mark, monotonic: since when the processes that an attempt left may exit by themselves
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
+        self.bash = shutil.which("bash", path=self.inherited.get("PATH")) or "/bin/bash"
         self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
         self.cancelled: set[str] = set()  # marks of attempts that are being killed now
         self.awaited: set[int] = set()  # process ids of wrappers that `wait` waits for
@@ -138,17 +174,8 @@ class LocalExecutor:
         environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
         crash_point("run.prepared")
-        # close_fds=False: all are close-on-exec (close_at_exec), and subprocess can use vfork.
         # The wrapper's text, not its path, so nobody can replace the file.
-        child = subprocess.Popen(
-            ["bash", "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            close_fds=False,
-            start_new_session=True,
-        )
+        child = start_session([self.bash, "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)], environment)
         self.children[child.pid] = child
         self.seen.add(job.mark)
         self.own.add(job.mark)
@@ -230,15 +257,14 @@ class LocalExecutor:
         The main thread starts only payloads, so any other child of it was orphaned by one.
         """
         for child in list(self.children.values()):
-            if child.poll() is not None:
-                self.unseen = (
-                    self.unseen or child.pid not in self.awaited
-                )  # first: see is_end_awaited  # reap only known ids: waitpid(-1) would steal those of other threads
-                self.children.pop(child.pid, None)  # another thread may have been quicker
+            if child.has_ended():
+                self.unseen = self.unseen or child.pid not in self.awaited  # first: see is_end_awaited
+                if self.children.get(child.pid) is child:  # another thread may have been quicker
+                    self.children.pop(child.pid, None)
         if not self.reaps_orphans:
             return True  # there may be some
         alive = 0
-        for pid in map(int, Path(CHILDREN_FILE).read_text(encoding="ascii").split()):
+        for pid in map(int, read_proc(CHILDREN_FILE).split()):
             if pid not in self.children:
                 with contextlib.suppress(ChildProcessError):  # another thread was quicker
                     alive += os.waitpid(pid, os.WNOHANG) == (0, 0)

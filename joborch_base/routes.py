@@ -278,10 +278,10 @@ def routes_of(mode: str) -> tuple[Route, ...]:
 def find_route(mode: str, method: str, path: str) -> Route:
     """Return the route of a request. Raises HttpError 404 or 405."""
     wanted = "GET" if method == "HEAD" else method
-    here = [found for found in routes_of(mode) if found.pattern.match(path)]
-    for found in here:
-        if found.method == wanted:
+    for found in routes_of(mode):
+        if found.method == wanted and found.pattern.match(path):
             return found
+    here = [found for found in routes_of(mode) if found.pattern.match(path)]
     if here:
         allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
         raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
@@ -548,6 +548,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
 CALLER_KEY = "joborch.caller"  # in the WSGI environment, where request headers begin with HTTP_
 
 FULL_SAID_EVERY_S = 60.0
+JSON_ENCODER = json.JSONEncoder(allow_nan=False)  # of answers; json.dumps would make one for each
 ANYONES_BODY_BYTES = 16 * KIB  # limit for requests without a token: strangers must not fill the memory
 
 
@@ -640,7 +641,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         answer = Answer.of(trouble)
     body, headers = answer.body, dict(answer.headers)
     if isinstance(body, (dict, list, int, float, str)):
-        body = json.dumps(body, allow_nan=False).encode() + b"\n"
+        body = JSON_ENCODER.encode(body).encode() + b"\n"
         headers.setdefault("Content-Type", JSON_TYPE)
     if isinstance(body, bytes):
         headers.setdefault("Content-Length", str(len(body)))

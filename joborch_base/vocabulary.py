@@ -219,10 +219,7 @@ class Backoff:
 
 def rfc3339(wall: float | None) -> str | None:
     """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
-    if wall is None:
-        return None
-    moment = datetime.fromtimestamp(wall, timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return None if wall is None else datetime.fromtimestamp(wall, timezone.utc).isoformat(timespec="milliseconds")[:23] + "Z"
 
 
 def time_stamp() -> str:
@@ -249,7 +246,7 @@ def size_text(size_bytes: int) -> str:
 
 def one_line(text: str, limit: int = 300) -> str:
     """Return `text` with every control character replaced, cut to `limit` characters: safe in logs and headers."""
-    clean = "".join(char if char.isprintable() else " " for char in text).strip()
+    clean = (text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)).strip()
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 

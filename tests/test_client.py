@@ -678,7 +678,7 @@ def test_payloads_are_taken_up_as_they_are(yard: Yard) -> None:
     pid = int((yard[ends].handle or "").split()[0])
     yard.store.close()
     with yard.opened(ends):
-        yard.client.executor.children[pid].wait(30)  # type: ignore[attr-defined]
+        wait_for(yard.client.executor.children[pid].has_ended, 30, "the end of the wrapper")  # type: ignore[attr-defined]
     yard.restart()
     run_tick(yard.client)
     assert [yard[job].status for job in (running, ends)] == [Status.RUNNING, Status.FAILED]

@@ -36,6 +36,7 @@ from joborch_base.executors import (
     signal_all,
     tree_of,
 )
+from joborch_base.local import start_session
 
 pytestmark = pytest.mark.usefixtures("strangers_are_safe")
 
@@ -71,10 +72,14 @@ class Bench:
 
     def end(self, job: Job) -> Outcome:
         """Wait for the wrapper to end; return what the executor says then."""
-        pid = int((job.handle or "").split()[0])
-        if pid in self.executor.children:
-            self.executor.children[pid].wait(30)
+        self.wait(job)
         return self.executor.poll([job])[job.id]
+
+    def wait(self, job: Job) -> None:
+        """Wait for the wrapper in the handle to end."""
+        child = self.executor.children.get(int((job.handle or "").split()[0]))
+        if child is not None:
+            wait_for(child.has_ended, 30, "the end of the wrapper")
 
     def run(self, script: str, **changes: Any) -> tuple[Job, Outcome]:
         """Run a script to its end."""
@@ -100,7 +105,7 @@ def bench_fixture(data: DataFolder) -> Iterator[Bench]:
     yield made
     end_payloads(data.path)
     for child in made.executor.children.values():
-        child.wait(30)
+        wait_for(child.has_ended, 30, "the end of the wrapper")
     made.store.close()
 
 
@@ -340,9 +345,9 @@ def test_rubbish_in_an_exit_file_is_no_end(content: bytes, tmp_path: Path) -> No
 def test_a_script_that_puts_something_else_in_the_exit_files_place(made: str, bench: Bench) -> None:
     """One payload must not stop the runner of all."""
     hostile = bench.start(f"rm -f ../exit.json; {made} ../exit.json; exit 0")
-    bench.executor.children[int((hostile.handle or "").split()[0])].wait(30)
+    bench.wait(hostile)
     other = bench.start("exit 3")
-    bench.executor.children[int((other.handle or "").split()[0])].wait(30)
+    bench.wait(other)
     outcomes = soon(lambda: bench.executor.poll([hostile, other]), bench.folder(hostile))
     assert isinstance(outcomes, dict), outcomes
     assert outcomes[other.id] == Outcome(False, 3, False)
@@ -407,7 +412,7 @@ def test_a_payload_that_is_gone_without_an_exit_file(
     job = bench.signalled("READY\nBLOCK")
     pid = int((job.handle or "").split()[0])
     signal_all(tree_of(job, bench.folder(job), pid), signal.SIGKILL)
-    bench.executor.children[pid].wait(30)
+    bench.wait(job)
     folder, executor = bench.folder(job), bench.executor
     if what == "reboot":
         job = changed(job, handle=f"{pid} 1 another-boot")
@@ -435,15 +440,37 @@ def test_threads_that_look_at_once_do_not_trip_over_each_other(bench: Bench) -> 
     class Ended:
         pid = 4_000_000
 
-        def poll(self) -> int:
+        def has_ended(self) -> bool:
             """Both threads are here before either goes on."""
             with contextlib.suppress(threading.BrokenBarrierError):
                 both.wait(2)
-            return 0
+            return True
 
     bench.executor.children[Ended.pid] = Ended()  # type: ignore[assignment]
     together(2, lambda _: bench.executor.poll([]))
     assert bench.executor.children == {}
+
+
+@pytest.mark.parametrize("c_library", ["new", "old"])
+def test_a_wrapper_leads_a_session_and_ignores_no_signal_of_python(c_library: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ignores SIGPIPE and SIGXFSZ. One that was built for an old C library cannot start a session by posix_spawn."""
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise NotImplementedError
+
+    if c_library == "old":
+        monkeypatch.setattr(os, "posix_spawn", refuse)
+    job, outcome = bench.run("grep SigIgn /proc/$$/status; cut -d' ' -f6 /proc/$$/stat; readlink /proc/$PPID/fd/[0-2]")
+    assert outcome == Outcome(False, 0, False)
+    ignored, session, *streams = (bench.folder(job) / "stdout").read_text().splitlines()
+    assert int(ignored.split()[1], 16) & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1) == 0
+    assert session == (job.handle or "").split()[0]
+    assert streams == 3 * ["/dev/null"]
+
+
+def test_a_program_that_is_not_there_cannot_be_started() -> None:
+    with pytest.raises(FileNotFoundError):
+        start_session(["/nowhere/bash"], {})
 
 
 # == Found again ==
@@ -472,7 +499,7 @@ def test_a_second_start_of_an_attempt_finds_the_first(bench: Bench) -> None:
     """A crash between start and handle, and a start that was too much: the script has run once, and is still seen."""
     job = bench.signalled("echo ran >> ../../count\nREADY\nBLOCK")
     second = changed(job, handle=bench.executor.start(job))
-    bench.executor.children[int((second.handle or "").split()[0])].wait(30)
+    bench.wait(second)
     assert bench.executor.poll([second])[job.id] == Outcome(True)
     bench.executor.cancel(second)
     assert (bench.data.jobs / "count").read_text() == "ran\n"

@@ -246,6 +246,34 @@ def test_an_id_that_comes_in_two_pieces(cut: int | None, link: Link, peer: Peer,
     assert got == "123" if cut is None else type(got) is NoAnswer, got
 
 
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        (b"", "it hung up without an answer"),
+        (b"rubbish\r\n\r\n", "the answer is not HTTP (BadStatusLine)"),
+        (b"HTTP/1.1 20 OK\r\n\r\n", "the answer is not HTTP (BadStatusLine)"),
+        (b"HTTP/2 200 OK\r\n\r\n", "the answer is not HTTP (UnknownProtocol)"),
+        (b"HTTP/1.1 200 OK\r\n" + 101 * b"X-A: b\r\n" + b"\r\n", "the answer is not HTTP (HTTPException)"),
+        (b"HTTP/1.1 200 OK\r\nX-A: " + 80_000 * b"a" + b"\r\n\r\n", ""),  # the head, or its line, is too long
+        (5000 * b"HTTP/1.1 100 Continue\r\n\r\n", "its answer has endless headers or frames"),
+    ],
+    ids=["nothing", "rubbish", "short status", "HTTP/2", "many headers", "long header", "endless continue"],
+)
+def test_an_answer_with_a_damaged_head_is_none(head: bytes, why: str, link: Link, peer: Peer, job: Job) -> None:
+    """The client may have received the request all the same."""
+    peer.says["/submit"] = [head]
+    with pytest.raises(NoAnswer) as caught:
+        submit(link, job)
+    assert why in str(caught.value)
+
+
+def test_a_head_that_is_written_in_another_way(link: Link, peer: Peer, job: Job) -> None:
+    """A gateway may change the case of names and the space around values, and send an empty reason phrase."""
+    body = b'{"id": 12}'
+    peer.says["/submit"] = [b"HTTP/1.1 200 \r\ncontent-LENGTH:   %d \r\nX-Empty:\r\n\r\n" % len(body) + body + b"more than that"]
+    assert submit(link, job) == "12"
+
+
 def test_of_an_endless_echo_only_the_beginning_is_read(link: Link, peer: Peer, job: Job) -> None:
     """A 2.2 client echoes every byte of the input as a number."""
     peer.says["/submit"] = [b'HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n{"id": 123, "input": {"run.sh": [' + b"1, " * 100_000]

@@ -282,7 +282,7 @@ def test_an_end_that_comes_with_the_answer(
     assert (ended.started_at, ended.result_sha256, ended.result_size) == (5.0, SHA256, len(RESULT))
     assert short.data.result(job.mark).read_bytes() == RESULT
     assert (short.link.confirmed_ids, short.link.ended, short.link.accepted, short.link.sending) == (["7"], {}, {}, set())
-    assert [(asked.path, asked.headers.get("X-Joborch-Wait")) for asked in peer.asked] == [("/submit", "100")]
+    assert [(asked.path, asked.headers.get("X-Joborch-Wait")) for asked in peer.asked] == [("/submit", "150")]
     assert short.quiet()
 
 
@@ -341,13 +341,13 @@ def test_for_whom_a_client_waits(short: Desk) -> None:
     job = short.with_client(Status.PROCESSING)
     link = short.link
     link.sending.add(job.id)
-    assert joborch.end_wait_ms(short.server, link, job) == 100
+    assert joborch.end_wait_ms(short.server, link, job) == 150
     assert joborch.end_wait_ms(short.server, link, changed(job, kill_requested_at=1.0)) == 0
     assert joborch.end_wait_ms(short.server, link, changed(job, status=Status.UNKNOWN)) == 0
     link.sending.update((98, 99))
     assert joborch.end_wait_ms(short.server, link, job) == 0
     link.sending.clear()
-    short.store.write(lambda db: short.store.set_pace(db, "example", Pace(9, 0.03)))
+    short.store.write(lambda db: short.store.set_pace(db, "example", Pace(9, 0.06)))
     assert joborch.end_wait_ms(short.server, link, job) == 0
 
 

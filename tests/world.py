@@ -610,7 +610,7 @@ class Yard:
 
         def ended() -> bool:
             end_payloads(self.data.path)  # a wrapper that has only just been started is not below the folder yet
-            return all(child.poll() is not None for child in children)
+            return all(child.has_ended() for child in children)
 
         wait_for(ended, 30, "the end of all wrappers")
         self.store.close()
@@ -664,7 +664,7 @@ class Yard:
         pid = int((self[job].handle or "0").split()[0])
         children = {child.pid: child for child in [*self.children, *self.client.executor.children.values()]}  # type: ignore[attr-defined]
         if pid in children:
-            children[pid].wait(30)
+            wait_for(children[pid].has_ended, 30, "the end of the wrapper")
 
     def run(self, job: Job) -> Job:
         """Run a payload to its end."""
