@@ -239,11 +239,23 @@ from joborch_base.settings import (
     make_service,
     read_mib,
     read_run_time,
+    read_seconds,
     read_switch,
     read_weight,
     url_host,
 )
-from joborch_base.statements import AT_CLIENT, NEWEST_ENDED, NEWEST_FAILURES, NEWEST_SUBMITTED, OLDEST_QUEUED, USERS_WITH_JOBS
+from joborch_base.statements import (
+    AT_CLIENT,
+    ENDS_AFTER,
+    LAST_SEQ,
+    NEWEST_ENDED,
+    NEWEST_FAILURES,
+    NEWEST_SUBMITTED,
+    OLDEST_QUEUED,
+    QUEUED_OF_USER,
+    USAGE_OF_USER,
+    USERS_WITH_JOBS,
+)
 from joborch_base.states import (
     ATTEMPT,
     BUSY,
@@ -261,9 +273,10 @@ from joborch_base.states import (
     limit_reason,
     signal_name,
 )
-from joborch_base.store import Store
+from joborch_base.store import Filter, Forgotten, Store
 from joborch_base.threads import SILENT_THREADS, Loop, Pool, WaiterLimit, WorkerLimit, keep_time, stop_pools
 from joborch_base.vocabulary import (
+    BIGGEST,
     CHUNK_BYTES,
     CLOCK_TOLERANCE_S,
     COME_AGAIN_S,
@@ -276,12 +289,14 @@ from joborch_base.vocabulary import (
     HELLO_TIMEOUT_S,
     JSON_TYPE,
     KIB,
+    LISTENER_PLACES,
     MAC_HEADER,
     MIB,
     NONCE_HEADER,
     OURS_HEADER,
     PARTS_LIMIT,
     READ_TIMEOUT_S,
+    SMALLEST,
     WAITER_PLACES,
     WORKER_THREADS,
     ZIP_TYPE,
@@ -334,25 +349,26 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
     "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
-    "become_unknown", "below", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client",
-    "ClientProtocol", "CLIENT_AWAY", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "Config", "ConfigError",
-    "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore", "DEFAULT_HOSTS",
-    "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "EXIT_DONE", "EXIT_FAILED", "FilesBody", "file_answer", "file_chunks",
-    "file_sha256", "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "forgotten_executor",
-    "format_duration", "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment",
-    "host_of", "HttpError", "ID", "ids_in", "Input", "InputsChanged", "inputs_digest", "is_own_user", "Job", "JoborchError",
-    "job_after_wait", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "left_out", "Link", "load_plugin", "LOCK_HELD",
-    "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "NEWEST_ENDED",
-    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_attempt", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment",
-    "NothingSent", "NOT_FOUND", "NO_LOCKS", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
-    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID",
-    "peer_uid", "plural", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
-    "read_some", "READ_TIMEOUT_S", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "Route", "route", "ROUTES",
-    "routes_of", "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown",
-    "size_text", "socket_path", "Status", "StillRunning", "Store", "StoredFile", "stored_archive", "SubmitRefused", "sync_file_system",
-    "T", "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USERS_WITH_JOBS", "WAIT", "walk",
-    "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic", "ZipRecord", "zip_directory", "zip_records", "zip_record_at",
-    "ZIP_TYPE",
+    "become_unknown", "below", "BIGGEST", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client",
+    "CLIENT_AWAY", "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config",
+    "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore",
+    "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "ENDS_AFTER", "EVENT_TYPE", "EXAMPLE_JOB", "EXIT_DONE",
+    "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter", "Finding", "find_route", "finish_restore",
+    "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor", "format_duration", "FormReader", "free_bytes",
+    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "ids_in", "Input",
+    "InputsChanged", "inputs_digest", "is_own_user", "Job", "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB",
+    "known_job", "known_payload", "last_line", "LAST_SEQ", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
+    "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "named_service", "new_attempt", "NEWEST_ENDED",
+    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment", "NO_LOCKS", "NOT_FOUND",
+    "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular", "Outcome", "OVER",
+    "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID", "peer_uid", "plural",
+    "QUEUED_OF_USER", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
+    "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S", "read_weight", "Reason", "Rejected", "report", "Request",
+    "ResultLimits", "rfc3339", "Route", "route", "ROUTES", "routes_of", "running_archive", "Server", "Service", "SERVICE_SETTINGS",
+    "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text", "SMALLEST", "socket_path", "Status", "STATUSES", "StillRunning",
+    "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE", "time_stamp", "token_names",
+    "token_place", "token_remedy", "Tree", "USAGE_OF_USER", "USERS_WITH_JOBS", "WAIT", "waiting_texts", "walk", "weak_setups",
+    "with_first_file_limit", "wrapper_text", "write_atomic", "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
 )  # fmt: skip
 
 
@@ -472,13 +488,15 @@ class Node:
             self.last_cpu, self.load = (total, idle), round(100 * (1 - (idle - last_idle) / (total - last_total)), 1)
         return self.load
 
-    def wait_until(self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], job_id: int | None = None) -> T | None:
+    def wait_until(
+        self, look: Callable[[], T | None], timeout_s: float, left: Callable[[], bool], jobs: int | frozenset[int] | None = None
+    ) -> T | None:
         """Return what `look` finds, as soon as it finds something. None after `timeout_s`, if we stop, or if the caller has `left`.
 
-        The core looks again when the job moves; if `job_id` is None, when any job moves.
+        The core looks again when the job, or one of the jobs, moves; if `jobs` is None, when any job moves.
         """
         deadline = self.clock.monotonic() + timeout_s
-        with self.store.core.watching(look, job_id) as waiter:
+        with self.store.core.watching(look, jobs) as waiter:
             found = look()
             while found is None:
                 remaining = deadline - self.clock.monotonic()
@@ -510,7 +528,6 @@ EXAMPLE_HEALTH = {
 }  # fmt: skip
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
-SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
 
 
 def read_job_id(text: str) -> int:
@@ -1022,19 +1039,23 @@ def read_wait(text: str) -> float:
     return min(float(text), WAIT_LIMIT_S)
 
 
-def read_since(text: str) -> frozenset[str]:
-    """Return the statuses that a caller knows."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in STATUS_NAMES:
-            all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
-            close = nearest(name.capitalize(), STATUS_NAMES)
-            raise HttpError(
-                400, f"since is {one_line(name, 40)!r}{close}: give one of {all_names}, or several separated by commas", "since"
-            )
-    return frozenset(names)
+def read_statuses(name: str) -> Callable[[str], frozenset[str]]:
+    """Return a reader of the statuses in the parameter `name`."""
+
+    def read(text: str) -> frozenset[str]:
+        names = [each.strip() for each in text.split(",")]
+        for found in names:
+            if found not in STATUS_NAMES:
+                all_names = ", ".join(known for known in STATUS_NAMES if known != Status.PREPARED.value)
+                close = nearest(found.capitalize(), STATUS_NAMES)
+                said = f"{name} is {one_line(found, 40)!r}{close}: give one of {all_names}, or several separated by commas"
+                raise HttpError(400, said, name)
+        return frozenset(names)
+
+    return read
 
 
+STATUSES = "^({0})(,({0}))*$".format("|".join(STATUS_NAMES))  # what that reader accepts
 WAIT = Parameter(
     "wait",
     "query",
@@ -1051,9 +1072,9 @@ SINCE = Parameter(
     "string",
     "with `wait`: the status you know, or several separated by commas; the answer comes when the status is another",
     "Queued,Processing",
-    pattern="^({0})(,({0}))*$".format("|".join(STATUS_NAMES)),
+    pattern=STATUSES,
     default=frozenset(status.value for status in Status if status not in OVER),
-    read=read_since,
+    read=read_statuses("since"),
 )
 
 
@@ -1093,27 +1114,6 @@ def status_other_than(server: Server, job_id: int, known: Collection[str]) -> st
     if not rows:
         return ""
     return None if rows[0]["status"] in known else str(rows[0]["status"])
-
-
-LIST_FILTERS = (
-    Parameter("user_id", "query", "integer", "only jobs of this user", 1, least=SMALLEST, most=BIGGEST),
-    Parameter("service", "query", "string", "only jobs of this service", "example"),
-    Parameter("status", "query", "string", "only jobs in this state, or cleaned jobs that ended in it", "Running", choices=STATUS_NAMES),
-    Parameter("limit", "query", "integer", "the most jobs to return", 100, least=1, most=1000, default=100),
-    Parameter("before", "query", "integer", "only ids below this: the cursor", 42, least=1, most=BIGGEST, default=BIGGEST),
-)
-PAGE = Gives("newest first; `next` is the cursor of the next page", JSON_TYPE, {"jobs": [EXAMPLE_JOB], "next": None})
-
-
-@route("GET", "/jobs", "server", who="caller", takes=LIST_FILTERS, gives={200: PAGE, 400: BAD}, quick=True)
-def list_jobs(
-    server: Server, request: Request, user_id: int | None, service: str | None, status: str | None, limit: int, before: int
-) -> Answer:
-    """List jobs, newest first, a page at a time."""
-    name = None if service is None else named_service(server, service).name
-    jobs = server.store.page(before, limit + 1, user_id, name, status)
-    following = jobs[limit - 1].id if len(jobs) > limit else None
-    return Answer({"jobs": [job_summary(server, job) for job in jobs[:limit]], "next": following})
 
 
 TERMINATE_GIVES = {
@@ -1193,7 +1193,7 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
     return job if job is None or job.status in OVER or job.status is Status.QUEUED else None
 
 
-# == 5. Site routes ==  Routes for operators: services, clients, and the weights of users.
+# == 5. Site routes ==  Routes for operators: services and clients.
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
@@ -1204,29 +1204,11 @@ EXAMPLE_SERVICE = {
     "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
     "mean_run_s": 12.5, "clients": [EXAMPLE_CLIENT],
 }  # fmt: skip
-EXAMPLE_USER = {
-    "user_id": 7, "weight": 2.0, "queued": 3,
-    "services": [{"name": "example", "used_slot_s": 42.5, "runs": 17, "mean_run_s": 2.5, "running": 1, "turns_before": 0}],
-}  # fmt: skip
 SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
 CLIENTS = Gives("clients, and why one gets no jobs", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
 ONE_CLIENT = Gives("the client", JSON_TYPE, EXAMPLE_CLIENT)
 NO_CLIENT = Gives("no client has this name", JSON_TYPE, {"message": "no client is called gpu9:9000: give one of 127.0.0.1:9000"})
-ONE_USER = Gives("a user's weight, jobs and use", JSON_TYPE, EXAMPLE_USER)
 CLIENT_NAME = Parameter("name", "path", "string", "the name of a client, as /clients lists it", "127.0.0.1:9000", required=True)
-USER_ID = Parameter("user_id", "path", "integer", "the user's number", 7, required=True, least=SMALLEST, most=BIGGEST)
-WEIGHT = Parameter(
-    "weight",
-    "query",
-    "number",
-    "how large this user's share is; the default is 1",
-    2,
-    required=True,
-    least=0.001,
-    most=1_000_000,
-    missing="give it in the URL, as in PUT /users/7?weight=2",
-    read=read_weight,
-)
 
 
 def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
@@ -1291,37 +1273,6 @@ def resume(server: Server, request: Request, name: str) -> Answer:
     return drain_client(server, name, False)
 
 
-def user_answer(server: Server, user_id: int) -> Answer:
-    """Return what decides when a user's jobs run."""
-    store = server.store
-    names = {row["service"] for row in store.read(statements.USAGE_OF_USER, user_id=user_id)}
-    names.update(name for name in server.services if store.share(name, user_id).runs)
-    services = []
-    for name in sorted(names):
-        share = store.share(name, user_id)
-        services.append({
-            "name": name, "used_slot_s": round(store.used_slot_s(name, user_id), 3), "runs": share.usage.runs,
-            "mean_run_s": round(share.usage.mean_s, 3) if share.usage.runs else None, "running": len(share.runs),
-            "turns_before": None if share.turn is None else store.turns_before(name, share.turn),
-        })  # fmt: skip
-    weight = store.weight(user_id)
-    queued = server.store.number(statements.QUEUED_OF_USER, user_id=user_id, limit=server.config.max_queued_per_user)
-    return Answer({"user_id": user_id, "weight": weight, "queued": queued, "services": services})
-
-
-@route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
-def show_user(server: Server, request: Request, user_id: int) -> Answer:
-    """Show a user's weight, queued jobs, and use of each service as it counts now."""
-    return user_answer(server, user_id)
-
-
-@route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
-def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
-    """Set a user's weight: twice the weight means twice the share. It overrides JOBORCH_WEIGHTS."""
-    server.store.set_weight(user_id, weight)
-    return user_answer(server, user_id)
-
-
 # == 6. Server ==  The server claims jobs and sends them. Its ticks move jobs on by the Store and by what clients answer.
 
 
@@ -1333,6 +1284,7 @@ class Server(Node):
         self.services = config.services
         self.links: dict[str, Link] = {}
         self.callers = WaiterLimit(CALLS_IN_ALL)  # for calls to clients on behalf of callers
+        self.listeners = WaiterLimit(LISTENER_PLACES)
         self.claims: dict[str, tuple[str, str]] = {}  # by mark: another client that also has it, and its payload id there; see `sort_claim`
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
         for service in self.services.values():
@@ -3623,24 +3575,73 @@ NEXT = QueueInfo("it is sent to a client now", 1)  # of a job that was claimed a
 
 def queue_info_of(server: Server, job: Job) -> QueueInfo:
     """Return the QueueInfo of a job; all None if it does not wait."""
-    if job.status is not Status.QUEUED:
-        return QueueInfo(waiting_on_client(server, job))
-    service = server.services.get(job.service or "")
-    if service is None:
-        return QueueInfo(f"service {job.service} is no longer configured")
-    if job.blocked:
-        return QueueInfo(follows_text(server, job))
-    if job.not_before is not None:
-        left = max(0.0, job.not_before - server.store.steady())
-        return QueueInfo(f"attempt {job.attempt} starts in {format_duration(left)}: {job.reason}")
-    facts = queue_facts_of(server, job, service)
-    places = server.capacities_of(one_each(link for link in server.links_of(service) if link.takes_jobs()).values())
-    text = why_waiting(service.name, facts, server.troubles(service), places)
+    waits = Waits(server)
+    text, service = waits.text_of(job), server.services.get(job.service or "")
+    if service is None or not is_in_queue(job):
+        return QueueInfo(text)
+    facts, (places, _) = waits.facts_of(job, service), waits.clients_of(service)
     position = position_of(server, job, service, facts)
     run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
     if position is None or run_s is None or not slots or any(place.queues for place in places):
         return QueueInfo(text, position)
     return QueueInfo(text, position, wait_estimate_s(position, facts, slots, run_s))
+
+
+def waiting_texts(server: Server, jobs: Iterable[Job]) -> list[str | None]:
+    """Return what each of these jobs waits for, or None."""
+    waits = Waits(server)
+    return [waits.text_of(job) for job in jobs]
+
+
+def is_in_queue(job: Job) -> bool:
+    """Tell whether a job could be sent as soon as it is its turn."""
+    return job.status is Status.QUEUED and not job.blocked and job.not_before is None
+
+
+class Waits:
+    """Why jobs wait, at one moment: what they have in common is looked up once."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.known = server, dict[Any, Any]()
+
+    def once(self, key: Any, look: Callable[[], T]) -> T:
+        if key not in self.known:
+            self.known[key] = look()
+        return cast(T, self.known[key])
+
+    def text_of(self, job: Job) -> str | None:
+        """Return what a job waits for, or None if it does not wait."""
+        server = self.server
+        if job.status is not Status.QUEUED:
+            return waiting_on_client(server, job)
+        service = server.services.get(job.service or "")
+        if service is None:
+            return f"service {job.service} is no longer configured"
+        if job.blocked:
+            return follows_text(server, job)
+        if job.not_before is not None:
+            left = max(0.0, job.not_before - server.store.steady())
+            return f"attempt {job.attempt} starts in {format_duration(left)}: {job.reason}"
+        places, troubles = self.clients_of(service)
+        return why_waiting(service.name, self.facts_of(job, service), troubles, places)
+
+    def clients_of(self, service: Service) -> tuple[list[ClientCapacity], dict[str, str]]:
+        """Return the clients that take jobs of a service, and why others do not."""
+
+        def look() -> tuple[list[ClientCapacity], dict[str, str]]:
+            links = one_each(link for link in self.server.links_of(service) if link.takes_jobs()).values()
+            return self.server.capacities_of(links), self.server.troubles(service)
+
+        return self.once(service.name, look)
+
+    def facts_of(self, job: Job, service: Service) -> QueueFacts:
+        """Return the figures that decide when a queued job runs."""
+        store, name, share = self.server.store, service.name, self.server.store.share(*job.pair)
+        values = {"service": name, "user_id": job.user_id, "priority": job.priority, "id": job.id}
+        own = self.once(job.id, lambda: store.number(statements.QUEUED_BEFORE, **values))
+        others = 0 if share.turn is None else self.once(job.pair, functools.partial(store.turns_before, name, share.turn))
+        busy = store.line(name).busy
+        return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, own, others, job.cpus, job.memory)
 
 
 def waiting_on_client(server: Server, job: Job) -> str | None:
@@ -3661,16 +3662,6 @@ def follows_text(server: Server, job: Job) -> str:
     first = f"it follows job {open_jobs[0].id}, which is {open_jobs[0].status}"
     more = plural(len(open_jobs) - 1, "other job", "other jobs")
     return f"{first}, and {more}" if more else first
-
-
-def queue_facts_of(server: Server, job: Job, service: Service) -> QueueFacts:
-    """Return the figures that decide when a queued job runs."""
-    store, name = server.store, service.name
-    share = store.share(*job.pair)
-    before = store.number(statements.QUEUED_BEFORE, service=name, user_id=job.user_id, priority=job.priority, id=job.id)
-    others = 0 if share.turn is None else store.turns_before(name, share.turn)
-    busy = store.line(name).busy
-    return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, before, others, job.cpus, job.memory)
 
 
 def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -> int | None:

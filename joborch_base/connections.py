@@ -38,6 +38,7 @@ from joborch_base.vocabulary import (
     EVENTS_PLACES,
     JSON_TYPE,
     KIB,
+    LISTENER_PLACES,
     MAC_HEADER,
     MIB,
     OURS_HEADER,
@@ -608,7 +609,7 @@ class Dispatcher:
     """Gives each request to the pool of its class (waitress has a single one), so slow requests do not delay quick ones."""
 
     def __init__(self, mode: str) -> None:
-        quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES if mode == "server" else 0)
+        quick = WORKER_THREADS + EVENTS_PLACES + (WAITER_PLACES + LISTENER_PLACES if mode == "server" else 0)
         forms = {"form": Pool("form", 12, 1000), "large": Pool("large", 8, 1000)}
         self.pools = {"quick": Pool("quick", quick), **forms, "slow": Pool("slow", 16, 64)}
 

@@ -39,10 +39,11 @@ class Message:
 
 
 class Waiter:
-    """A caller that waits until `look` finds something in the rows of one job, or of any job if `job_id` is None."""
+    """A caller that waits until `look` finds something in the rows of one job, of several, or of any job if `jobs` is None."""
 
-    def __init__(self, look: Callable[[], Any], job_id: int | None) -> None:
-        self.look, self.job_id, self.bell = look, job_id, threading.Event()
+    def __init__(self, look: Callable[[], Any], jobs: int | frozenset[int] | None) -> None:
+        self.look, self.bell = look, threading.Event()
+        self.jobs = frozenset((jobs,)) if isinstance(jobs, int) else jobs
         self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
 
     def look_again(self) -> None:
@@ -198,9 +199,9 @@ class Core:
                 self.owner = 0
 
     @contextlib.contextmanager
-    def watching(self, look: Callable[[], Any], job_id: int | None) -> Iterator[Waiter]:
-        """During the block, look for a caller after each commit that moved the job; any job if `job_id` is None."""
-        waiter = Waiter(look, job_id)
+    def watching(self, look: Callable[[], Any], jobs: int | frozenset[int] | None) -> Iterator[Waiter]:
+        """During the block, look for a caller after each commit that moved the job or one of the jobs; any job if `jobs` is None."""
+        waiter = Waiter(look, jobs)
         self.waiters.add(waiter)
         try:
             yield waiter
@@ -238,7 +239,7 @@ class Core:
         moved, self.moved = self.moved, set()
         is_news = not moved <= self.quiet
         for waiter in list(self.waiters) if moved else ():
-            if waiter.job_id in moved or (waiter.job_id is None and is_news):
+            if is_news if waiter.jobs is None else not waiter.jobs.isdisjoint(moved):
                 waiter.look_again()
 
     def transact(self, batch: Sequence[Message]) -> None:

@@ -126,6 +126,7 @@ class Gives(NamedTuple):
     meaning: str
     content: str = ""
     example: Any = None
+    also: tuple[str, ...] = ()  # other content types that the caller may ask for
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def route(
     return declare
 
 
-ROUTE_PLUGINS = ("documents", "results", "page")  # they declare routes
+ROUTE_PLUGINS = ("documents", "lists", "results", "page")  # they declare routes
 
 
 @functools.lru_cache(maxsize=2)

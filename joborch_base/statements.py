@@ -9,7 +9,7 @@ from joborch_base.states import ATTEMPT, MOVABLE, NEW_COLUMNS
 
 # == 1. Statements ==  All SQL of the program, as named constants. Every query uses an index.
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 SCHEMA = """
 BEGIN;
@@ -44,11 +44,20 @@ CREATE INDEX jobs_unfetched ON jobs(changed) WHERE changed IS NOT NULL AND fetch
 CREATE INDEX jobs_unsynced ON jobs(id)
  WHERE synced = 0 AND changed IS NOT NULL AND fetched_at IS NULL AND status IN ('Completed', 'Failed', 'Invalid', 'Killed');
 CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
+CREATE INDEX jobs_created ON jobs(created_at);
+CREATE INDEX jobs_by_end ON jobs(ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX jobs_name ON jobs(name) WHERE name IS NOT NULL;
 CREATE TABLE history (
     job_id INTEGER NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL, source TEXT, target TEXT NOT NULL, reason TEXT NOT NULL,
     attempt INTEGER NOT NULL, seq INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (job_id, number)
 ) WITHOUT ROWID;
+CREATE INDEX history_seq ON history(seq);
+CREATE TABLE feed (
+    forgotten INTEGER NOT NULL, -- the last seq of a move that was deleted
+    skipped INTEGER NOT NULL -- new moves get a seq above this
+);
+INSERT INTO feed VALUES (0, 0);
 CREATE TABLE attempts (
     job_id INTEGER NOT NULL, attempt INTEGER NOT NULL, client TEXT, dest_id TEXT, started_at REAL, ended_at REAL,
     exit_code INTEGER, signal INTEGER, reason TEXT, cause TEXT,
@@ -75,11 +84,11 @@ CREATE TABLE heartbeat (
     at REAL NOT NULL, instance TEXT NOT NULL, boot TEXT NOT NULL DEFAULT '', boot_s REAL NOT NULL DEFAULT 0, steady REAL NOT NULL DEFAULT 0
 );
 INSERT INTO heartbeat (at, instance) VALUES (0, lower(hex(randomblob(8))));
-PRAGMA user_version = 4;
+PRAGMA user_version = 5;
 COMMIT;
 """
 
-# From each version of the schema that was released to the next. 0.1.0 made version 3.
+# From each version of the schema to the next. 0.1.0 made version 3; earlier ones were never released.
 MIGRATIONS = {
     3: """
 BEGIN;
@@ -97,6 +106,20 @@ UPDATE jobs
  WHERE status = 'Cleaned';
 CREATE INDEX jobs_ended_as ON jobs(ended_as, id) WHERE status = 'Cleaned';
 PRAGMA user_version = 4;
+COMMIT;
+""",
+    4: """
+BEGIN;
+CREATE INDEX jobs_created ON jobs(created_at);
+CREATE INDEX jobs_by_end ON jobs(ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX jobs_name ON jobs(name) WHERE name IS NOT NULL;
+CREATE INDEX history_seq ON history(seq);
+CREATE TABLE feed (
+    forgotten INTEGER NOT NULL, -- the last seq of a move that was deleted
+    skipped INTEGER NOT NULL -- new moves get a seq above this
+);
+INSERT INTO feed VALUES (0, 0);
+PRAGMA user_version = 5;
 COMMIT;
 """,
 }
@@ -136,6 +159,42 @@ UPDATE jobs SET kill_requested_at = :now, kill_cause = :cause
 HISTORY_ADD = """
 INSERT INTO history (job_id, number, at, source, target, reason, attempt, seq)
 SELECT id, moves, :now, :source, :to, :reason, attempt, :seq FROM jobs WHERE id = :id
+"""
+LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM history"
+FEED_GET = "SELECT forgotten, skipped FROM feed"
+FEED_FORGET = "UPDATE feed SET forgotten = max(forgotten, coalesce((SELECT max(seq) FROM history WHERE job_id = :id), 0))"
+FEED_SKIP = "UPDATE feed SET skipped = :seq"
+# `:statuses` is None, or names between slashes, as in /Failed/Killed/.
+OF_JOB = """
+   (:user_id IS NULL OR user_id = :user_id) AND (:service IS NULL OR service = :service)
+   AND (:name IS NULL OR name >= :name AND name < :name || char(1114111))"""
+OF_MOVE = (
+    OF_JOB
+    + """
+   AND (:statuses IS NULL OR instr(:statuses, '/' || target || '/'))
+   AND (:cause IS NULL OR cause = :cause AND target IN ('Completed', 'Failed', 'Invalid', 'Killed'))
+   AND (:since IS NULL OR at >= :since) AND (:until IS NULL OR at < :until)"""
+)
+MOVE_COLUMNS = """ seq, at, job_id AS id, user_id, service, source, target, history.reason,
+       CASE WHEN target IN ('Completed', 'Failed', 'Invalid', 'Killed') THEN cause END AS cause
+"""
+CHANGES = (
+    "SELECT"
+    + MOVE_COLUMNS
+    + "FROM history INDEXED BY history_seq CROSS JOIN jobs ON jobs.id = job_id WHERE seq > :after AND seq <= :last AND"
+    + OF_MOVE
+    + " ORDER BY seq LIMIT :limit"
+)
+CHANGES_OF_JOB = (
+    "SELECT"
+    + MOVE_COLUMNS
+    + "FROM history CROSS JOIN jobs ON jobs.id = job_id WHERE job_id = :id AND seq > :after AND seq <= :last AND"
+    + OF_MOVE
+)
+CHANGES_BOUND = "SELECT seq FROM history INDEXED BY history_seq WHERE seq > :after ORDER BY seq LIMIT 1 OFFSET :skip"
+ENDS_AFTER = """
+SELECT seq, job_id FROM history INDEXED BY history_seq
+ WHERE seq > :after AND target IN ('Completed', 'Failed', 'Invalid', 'Killed') ORDER BY seq
 """
 HISTORY_GET = "SELECT at, source, target, reason, attempt FROM history WHERE job_id = :id ORDER BY number"
 ATTEMPT_ADD = "INSERT OR REPLACE INTO attempts (job_id, " + ", ".join(ATTEMPT) + ") VALUES (:id, :" + ", :".join(ATTEMPT) + ")"
@@ -290,21 +349,58 @@ CLEANED_BEFORE = "SELECT id FROM jobs INDEXED BY jobs_cleaned WHERE status = 'Cl
 FORGET_JOB = "DELETE FROM jobs WHERE id = :id"
 FORGET_HISTORY = "DELETE FROM history WHERE job_id = :id"
 FORGET_ATTEMPTS = "DELETE FROM attempts WHERE job_id = :id"
-JOBS_PAGE = "SELECT * FROM jobs WHERE id < :before ORDER BY id DESC LIMIT :limit"
-JOBS_PAGE_OF_USER = """
-SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id AND id < :before
-   AND (:service IS NULL OR service = :service) AND (:status IS NULL OR status = :status OR ended_as = :status)
- ORDER BY id DESC LIMIT :limit
+OF_ROW = (
+    OF_JOB
+    + """
+   AND (:statuses IS NULL OR instr(:statuses, '/' || status || '/') OR instr(:statuses, '/' || ended_as || '/'))
+   AND (:cause IS NULL OR cause = :cause)"""
+)
+CREATED_WITHIN = " AND (:since IS NULL OR created_at >= :since) AND (:until IS NULL OR created_at < :until)"
+ENDED_WITHIN = " AND (:since IS NULL OR ended_at >= :since) AND (:until IS NULL OR ended_at < :until)"
+NEWEST = " AND id < :before AND id >= :floor AND" + OF_ROW + CREATED_WITHIN + " ORDER BY id DESC LIMIT :limit"
+SKIPPING = " AND id < :before ORDER BY id DESC LIMIT 1 OFFSET :skip"
+# Pairs of a page of jobs, and of the id at which it has examined as many rows as it may.
+JOBS_PAGE = "SELECT * FROM jobs NOT INDEXED WHERE TRUE" + NEWEST
+JOBS_BOUND = "SELECT id FROM jobs NOT INDEXED WHERE TRUE" + SKIPPING
+JOBS_PAGE_OF_USER = "SELECT * FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id" + NEWEST
+JOBS_BOUND_OF_USER = "SELECT id FROM jobs INDEXED BY jobs_user WHERE user_id = :user_id" + SKIPPING
+JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service" + NEWEST
+JOBS_BOUND_OF_SERVICE = "SELECT id FROM jobs INDEXED BY jobs_service WHERE service = :service" + SKIPPING
+JOBS_PAGE_IN_STATUS = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status" + NEWEST
+JOBS_BOUND_IN_STATUS = "SELECT id FROM jobs INDEXED BY jobs_status WHERE status = :status" + SKIPPING
+JOBS_PAGE_CLEANED = "SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status" + NEWEST
+JOBS_BOUND_CLEANED = "SELECT id FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status" + SKIPPING
+JOBS_PAGE_NAMED = (
+    """
+SELECT * FROM jobs INDEXED BY jobs_name WHERE name IS NOT NULL AND name >= :name AND name < :name || char(1114111)
 """
-JOBS_PAGE_IN_STATUS = """
-SELECT * FROM jobs INDEXED BY jobs_status WHERE status = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+    + NEWEST
+)
+JOBS_NAMED = """
+SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_name
+ WHERE name IS NOT NULL AND name >= :name AND name < :name || char(1114111) LIMIT :limit)
 """
-JOBS_PAGE_CLEANED = """
-SELECT * FROM jobs INDEXED BY jobs_ended_as WHERE status = 'Cleaned' AND ended_as = :status AND id < :before
-   AND (:service IS NULL OR service = :service) ORDER BY id DESC LIMIT :limit
+JOB_IF = "SELECT * FROM jobs WHERE id = :id AND" + OF_ROW + CREATED_WITHIN
+JOB_IF_ENDED = "SELECT * FROM jobs WHERE id = :id AND ended_at IS NOT NULL AND" + OF_ROW + ENDED_WITHIN
+BY_END = """
+  FROM jobs INDEXED BY jobs_by_end
+ WHERE ended_at IS NOT NULL AND ended_at < :until AND ended_at >= :since
+   AND ended_at <= :ended_before AND (ended_at < :ended_before OR id < :before)"""
+JOBS_PAGE_BY_END = (
+    "SELECT *"
+    + BY_END
+    + " AND ended_at >= :ended_floor AND (ended_at > :ended_floor OR id >= :floor) AND"
+    + OF_ROW
+    + " ORDER BY ended_at DESC, id DESC LIMIT :limit"
+)
+JOBS_BOUND_BY_END = "SELECT ended_at, id" + BY_END + " ORDER BY ended_at DESC, id DESC LIMIT 1 OFFSET :skip"
+# Ids rise with `created_at`, unless the clock was set back. So the first rows of a time span give the bounds of its ids.
+CREATED_FIRST = """
+SELECT min(id) FROM (SELECT id FROM jobs INDEXED BY jobs_created WHERE created_at >= :since ORDER BY created_at LIMIT 1000)
 """
-JOBS_PAGE_OF_SERVICE = "SELECT * FROM jobs INDEXED BY jobs_service WHERE service = :service AND id < :before ORDER BY id DESC LIMIT :limit"
+CREATED_LAST = """
+SELECT max(id) FROM (SELECT id FROM jobs INDEXED BY jobs_created WHERE created_at < :until ORDER BY created_at DESC LIMIT 1000)
+"""
 # For the charts of the web page. They examine the newest 20,000 jobs, so that they take as long whatever the number of jobs.
 NEWEST_SUBMITTED = """
 SELECT CAST((created_at - :since) / :step_s AS INTEGER) AS step, count(*) AS jobs, avg(started_at - created_at) AS wait_s

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import math
 import sqlite3
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import quote
 
 from joborch_base import statements
 from joborch_base.database import NO_LINE, NO_LOAD, NO_SHARE, Database, Shares
@@ -40,11 +42,47 @@ from joborch_base.scheduling import (
 )
 from joborch_base.settings import Service
 from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, NewJob, Reason, Status, as_job, ids_in
-from joborch_base.vocabulary import Clock, IllegalMove, NoInputs, QueueFull, UnknownJob, log, one_line
+from joborch_base.vocabulary import BIGGEST, Clock, IllegalMove, NoInputs, QueueFull, UnknownJob, log, one_line
 
 # == 1. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
+EXAMINED_MOST = 50_000  # rows that one page of a list examines
+NAMED_MOST = 10_000  # jobs whose names begin alike; if there are more, the newest are found faster by id
+
+
+class Forgotten(Exception):
+    """Moves that a caller has not seen are no longer kept."""
+
+
+def last_seq_of(path: str) -> int:
+    """Return the seq of the last move in the database at `path`, or 0 if it cannot be read."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
+        return int(db.execute(statements.LAST_SEQ).fetchone()[0])
+    return 0
+
+
+class Filter(NamedTuple):
+    """Which jobs or moves a list shows; None stands for all."""
+
+    user_id: int | None = None
+    service: str | None = None
+    statuses: tuple[str, ...] = ()
+    cause: str | None = None
+    name: str | None = None  # how the name begins
+    since: float | None = None  # wall time
+    until: float | None = None  # wall time; not included
+
+    def values(self) -> dict[str, Any]:
+        """Return the parameters of a statement."""
+        return {**self._asdict(), "statuses": f"/{'/'.join(self.statuses)}/" if self.statuses else None}
+
+    def narrows(self) -> bool:
+        """Tell whether rows may have to be examined that do not match."""
+        return sum(value not in (None, ()) for value in self[:5]) > 1 or self.cause is not None or self.name is not None
+
+
 RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
+RESTORE_SEQ_GAP = 3600 * 10**6  # the same for `seq`: each reboot moves steady time ahead of wall time by up to a minute
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -59,7 +97,8 @@ class Store(Database):
         super().__init__(path, mode, clock)
         self.noun = "job" if mode == "server" else "payload"
         self.limits: Mapping[str, Service] = {}
-        self.sharing, self.last_seq = Sharing(), 0
+        self.sharing = Sharing()
+        self.last_seq = max(self.db.execute(statements.LAST_SEQ).fetchone()[0], *self.db.execute(statements.FEED_GET).fetchone())
 
     # -- reading --
 
@@ -73,20 +112,85 @@ class Store(Database):
     def get(self, job_id: int) -> Job | None:
         return self.job(statements.JOB_GET, id=job_id)
 
-    def page(self, before: int, limit: int, user_id: int | None, service: str | None, status: str | None) -> list[Job]:
-        """Return at most `limit` jobs with ids below `before` that match the filters, newest first.
+    def page(self, of: Filter, limit: int, before: int) -> tuple[list[Job], int | None]:
+        """Return at most `limit` jobs with ids below `before` that match a filter, newest first, and the next `before`, or None.
 
-        A cleaned job also matches the status with which it ended.
+        A cleaned job also matches the status with which it ended. At most EXAMINED_MOST rows are examined, so a page may be short.
         """
-        values = {"before": before, "limit": limit, "user_id": user_id, "service": service, "status": status}
-        if user_id is not None:
-            return self.jobs(statements.JOBS_PAGE_OF_USER, **values)
-        if status is not None:
-            found = {
-                job.id: job for sql in (statements.JOBS_PAGE_IN_STATUS, statements.JOBS_PAGE_CLEANED) for job in self.jobs(sql, **values)
-            }
-            return sorted(found.values(), key=lambda job: -job.id)[:limit]
-        return self.jobs(statements.JOBS_PAGE_OF_SERVICE if service is not None else statements.JOBS_PAGE, **values)
+        values, floor = of.values(), 0
+        if of.since is not None:
+            floor = self.number(statements.CREATED_FIRST, since=of.since) or BIGGEST
+        if of.until is not None:
+            before = min(before, self.number(statements.CREATED_LAST, until=of.until) + 1)
+        sources, lowest = self.sources(of), floor
+        for bound, _, status in sources if of.narrows() else ():
+            if bound:
+                rows = self.read(bound, **values, before=before, status=status, skip=EXAMINED_MOST // len(sources) - 1)
+                floor = max(floor, rows[0]["id"] if rows else 0)
+        found: dict[int, Job] = {}
+        for _, page, status in sources:
+            jobs = self.jobs(page, **values, before=before, floor=floor, status=status, limit=limit + 1)
+            found.update((job.id, job) for job in jobs)
+        newest = sorted(found.values(), key=lambda job: -job.id)
+        if len(newest) > limit:
+            return newest[:limit], newest[limit - 1].id
+        return newest, floor if floor > lowest else None
+
+    def sources(self, of: Filter) -> list[tuple[str, str, str | None]]:
+        """Return which statements find the jobs of a filter: the bound ("" if it needs none), the page, and the status to look for."""
+        if of.name and self.number(statements.JOBS_NAMED, name=of.name, limit=NAMED_MOST + 1) <= NAMED_MOST:
+            return [("", statements.JOBS_PAGE_NAMED, None)]
+        if of.user_id is not None:
+            return [(statements.JOBS_BOUND_OF_USER, statements.JOBS_PAGE_OF_USER, None)]
+        if of.statuses:
+            in_status = [(statements.JOBS_BOUND_IN_STATUS, statements.JOBS_PAGE_IN_STATUS, status) for status in of.statuses]
+            return [
+                *in_status,
+                *((statements.JOBS_BOUND_CLEANED, statements.JOBS_PAGE_CLEANED, status) for status in of.statuses if status in ENDED),
+            ]
+        if of.service is not None:
+            return [(statements.JOBS_BOUND_OF_SERVICE, statements.JOBS_PAGE_OF_SERVICE, None)]
+        return [(statements.JOBS_BOUND, statements.JOBS_PAGE, None)]
+
+    def page_by_end(self, of: Filter, limit: int, before: tuple[float, int]) -> tuple[list[Job], tuple[float, int] | None]:
+        """Return at most `limit` jobs that ended before a moment and id, the last to end first, and the next `before`: see `page`."""
+        values = {**of.values(), "ended_before": before[0], "before": before[1]}
+        values["since"], values["until"] = (-math.inf if of.since is None else of.since), (math.inf if of.until is None else of.until)
+        is_narrow = of != Filter(since=of.since, until=of.until)
+        rows = self.read(statements.JOBS_BOUND_BY_END, **values, skip=EXAMINED_MOST - 1) if is_narrow else []
+        floor = (rows[0]["ended_at"], rows[0]["id"]) if rows else None
+        ended_floor, floor_id = floor or (-math.inf, 0)
+        jobs = self.jobs(statements.JOBS_PAGE_BY_END, **values, ended_floor=ended_floor, floor=floor_id, limit=limit + 1)
+        if len(jobs) > limit:
+            return jobs[:limit], (cast(float, jobs[limit - 1].ended_at), jobs[limit - 1].id)
+        return jobs, floor
+
+    def pick(self, ids: Iterable[int], of: Filter, by_end: bool) -> list[Job]:
+        """Return those of these jobs that match a filter, by id, or those that have ended."""
+        values = of.values()
+        return [
+            job
+            for each in sorted(set(ids))
+            for job in self.jobs(statements.JOB_IF_ENDED if by_end else statements.JOB_IF, **values, id=each)
+        ]
+
+    def changes(self, of: Filter, limit: int, after: int, ids: Collection[int] | None = None) -> tuple[list[sqlite3.Row], int]:
+        """Return at most `limit` moves with a seq above `after` that match a filter, in order, and the seq from which to continue.
+
+        `ids` are the only jobs that count. At most EXAMINED_MOST moves are examined. Raises Forgotten if earlier moves are missing.
+        """
+        values, last = of.values(), self.number(statements.LAST_SEQ)
+        if ids is None:
+            bound = self.read(statements.CHANGES_BOUND, after=after, skip=EXAMINED_MOST - 1)
+            last = bound[0]["seq"] if bound else last
+            rows = self.read(statements.CHANGES, **values, after=after, last=last, limit=limit)
+        else:
+            rows = [row for each in set(ids) for row in self.read(statements.CHANGES_OF_JOB, **values, id=each, after=after, last=last)]
+            rows = sorted(rows, key=lambda row: int(row["seq"]))[:limit]
+        forgotten = self.read(statements.FEED_GET)[0]["forgotten"]  # read last: what was deleted before the other reads has raised it
+        if after < forgotten:
+            raise Forgotten(f"the moves up to {forgotten} are no longer kept")
+        return rows, rows[-1]["seq"] if len(rows) == limit else max(after, last)
 
     @staticmethod
     def row(db: sqlite3.Connection, job_id: int) -> Job:
@@ -295,6 +399,7 @@ class Store(Database):
         def delete(db: sqlite3.Connection) -> None:
             for job_id in job_ids:
                 for sql in (
+                    statements.FEED_FORGET,
                     statements.FORGET_HISTORY,
                     statements.FORGET_ATTEMPTS,
                     statements.DEPENDENCIES_FORGET,
@@ -305,12 +410,14 @@ class Store(Database):
 
         self.write(delete, durable=False)
 
-    def renew(self) -> None:
-        """After a restore: skip ids that may have been assigned since the backup, and become a new instance."""
+    def renew(self, replaced: str) -> None:
+        """After a restore: skip ids and seqs that the database at `replaced` may have assigned, and become a new instance."""
+        seq = max(self.last_seq, last_seq_of(replaced), int(self.steady() * 1e6)) + RESTORE_SEQ_GAP
 
         def skip(db: sqlite3.Connection) -> None:
             last = db.execute(statements.LAST_ID).fetchone()
             db.execute(statements.SKIP_IDS, {"last": (last[0] if last else 0) + RESTORE_ID_GAP})
+            db.execute(statements.FEED_SKIP, {"seq": seq})
             db.execute(statements.NEW_INSTANCE)
 
         self.write(skip)

@@ -39,8 +39,10 @@ COME_AGAIN_S = 5  # Retry-After if too many callers wait
 DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else another user could listen on the one that `localhost` resolves to first
 BACKLOG = 1024  # connections that wait to be accepted
 WAITER_PLACES = 32  # callers that may wait in `?wait=` at once
+LISTENER_PLACES = 16  # callers that may listen to /changes at once
 LEFT_OUT_LINES = 1000  # at most, in .joborch/left-out.txt
 DIRECTORY_LIMIT_BYTES = 32 * MIB  # limit for a ZIP's directory that is searched for an output stream
+SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that may wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
@@ -317,6 +319,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "slurm": "joborch_plugins.slurm:SlurmExecutor",
     "dirac": "joborch_plugins.dirac:DiracExecutor",
     "documents": "joborch_plugins.documents",
+    "lists": "joborch_plugins.lists",
     "results": "joborch_plugins.results",
     "admin": "joborch_plugins.admin",
     "caller": "joborch_plugins.caller",

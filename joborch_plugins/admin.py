@@ -140,7 +140,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     fresh = Path(f"{db_path}.restoring")
     copy_database(backup, fresh)
     store = Store(str(fresh), "server")
-    store.renew()
+    store.renew(db_path)
     store.close()
     fsync_path(fresh)
     crash_point("restore.copied")

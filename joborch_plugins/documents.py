@@ -106,10 +106,11 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
 def openapi_response(said: Gives) -> dict[str, Any]:
     """Return one response of an operation, with its example."""
     response: dict[str, Any] = {"description": said.meaning}
+    types: dict[str, Any] = {name: {} for name in (said.content, *said.also) if name}
     if said.content == JSON_TYPE:
-        response["content"] = {JSON_TYPE: {"schema": openapi_schema_of(said.example), "example": said.example}}
-    elif said.content:
-        response["content"] = {said.content: {}}
+        types[JSON_TYPE] = {"schema": openapi_schema_of(said.example), "example": said.example}
+    if types:
+        response["content"] = types
     return response
 
 

@@ -40,6 +40,7 @@ from joborch import (
     csrf_token_of,
     find_route,
     format_duration,
+    load_plugin,
     new_session,
     one_line,
     own_file,
@@ -70,7 +71,7 @@ NONE = "-"  # what a table shows where there is nothing
 JOBS_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 50, 64
 HOURS, STEP_S = 12, 1800.0  # of the charts, and of one of their bars
 LOG_TAIL_BYTES, LOG_PARTS = 64 * 1024, 32  # of an output, its end; it is read in parts of at most 1 MiB
-NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ids", "format", "by")  # of GET /jobs
+NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ended", "ids", "format", "by")  # of GET /jobs
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -372,6 +373,7 @@ def lenient(parameter: Parameter) -> Parameter:
     return Parameter(parameter.name, "query", "string", parameter.help, str(parameter.example), default="")
 
 
+load_plugin("lists")  # it declares GET /jobs
 LISTING = next(each for each in ROUTES if (each.method, each.path) == ("GET", "/jobs"))  # find_route would miss the routes below
 FILTERS = tuple(each for each in LISTING.taken("query") if each.name not in NOT_IN_THE_FORM)
 BEFORE = Parameter("before", "query", "string", "the cursor of the page", "42", default="")
@@ -379,7 +381,7 @@ BEFORE = Parameter("before", "query", "string", "the cursor of the page", "42", 
 
 def filter_field(server: Server, parameter: Parameter, value: str) -> Html:
     """Return the field of a form for one filter."""
-    choices: Sequence[str] = [*server.services] if parameter.name == "service" else parameter.choices
+    choices: Sequence[str] = {"service": [*server.services], "status": [*Status]}.get(parameter.name, parameter.choices)
     key, title = f"filter-{parameter.name}", "user" if parameter.name == "user_id" else parameter.name
     if choices:
         options = [tag("option", name, value=name, selected=name == value) for name in choices]

@@ -36,7 +36,7 @@ from typing import Any
 
 import requests
 from harness import ENDED, Process, end_all_below, field_part, file_part, form, form_type, free_port, program_text
-from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
+from history import Expected, Quota, Reading, assert_proven, gather, mark_lines, read_marks
 from proxy import Fault, Proxy
 
 TOKEN = "a-token-for-tests-only"
@@ -222,6 +222,7 @@ class World:
         self.ends: collections.Counter[str] = collections.Counter()
         self.faults: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
+        self.reading, self.readings_lost = Reading([], 0), 0
         self.lock = threading.Lock()
 
     def member(self, role: str, name: str, settings: dict[str, str]) -> Member:
@@ -379,6 +380,22 @@ class World:
                     del waiting[job]
             self.stop_all.wait(0.1)
 
+    def read(self) -> None:
+        """Be a portal that reads all moves, and is sometimes killed before it has kept a page: it goes on at the `next` it kept."""
+        chance = random.Random(self.seed - 1)
+        while not self.stop_all.is_set():
+            answer = self.ask("GET", f"/changes?after={self.reading.following}&wait=2&limit={chance.choice([1, 20, 1000])}")
+            if answer is None or answer.status_code != 200 or not answer.headers.get("Content-Type"):
+                if answer is not None and answer.status_code not in (200, 503):
+                    self.wrong.append(f"changes: {answer.status_code} {answer.text[:300]}")
+                self.stop_all.wait(0.2)
+            elif chance.random() < 0.1:
+                self.readings_lost += 1
+            else:
+                said = answer.json()
+                moves = [(each["seq"], each["id"], each["from"], each["to"]) for each in said["changes"]]
+                self.reading = Reading([*self.reading.seen, *moves], said["next"])
+
     def upload(self, user_id: int, key: str, wish: Wish) -> int | None:
         """Upload until it is answered with 201."""
         parts = [file_part("run.sh", (mark_lines(self.marks) + wish.script + "\n").encode()), file_part("data", wish.data)]
@@ -443,7 +460,7 @@ class World:
             member.start()
         until = time.monotonic() + 60 * minutes
         work = [threading.Thread(target=self.use, args=(user_id, until), daemon=True) for user_id in range(1, users + 1)]
-        helpers = [threading.Thread(target=each, daemon=True) for each in (self.keep, self.hurt)]
+        helpers = [threading.Thread(target=each, daemon=True) for each in (self.keep, self.hurt, self.read)]
         for thread in (*helpers, *work):
             thread.start()
         time.sleep(60 * minutes)
@@ -456,6 +473,7 @@ class World:
         if any(thread.is_alive() for thread in work):
             self.wrong.append("180 s after the last fault there are still jobs that have not ended")
         self.stop_all.set()
+        helpers[2].join(60)
 
     def prove(self) -> None:
         """Let the history checker look at what is left. AssertionError says what is wrong."""
@@ -468,6 +486,7 @@ class World:
                 expected=self.expected,
                 quotas={"example": LIMITS},
                 terminated=self.terminated,
+                reading=self.reading,
             )
         )
         assert not self.wrong, "\n".join(self.wrong[:20])
@@ -479,6 +498,7 @@ class World:
             attempts = db.execute("SELECT count(*) FROM attempts").fetchone()[0]
         logs = "".join(member.process.log for member in self.members)
         yield f"jobs: {len(self.expected)}; starts: {len(begun)}; further attempts: {attempts}"
+        yield f"moves that a reader of /changes saw: {len(self.reading.seen)}; pages that it lost: {self.readings_lost}"
         yield "ends: " + ", ".join(f"{what} {count}" for what, count in sorted(self.ends.items()))
         for member in self.members:
             yield f"{member.process.folder.name}: " + (

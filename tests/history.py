@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Callable, NamedTuple
@@ -96,6 +96,13 @@ class Move(NamedTuple):
     def when(self) -> float:
         """What orders the moves of different jobs (see `order`)."""
         return self.at if self.seq is None else self.seq
+
+
+class Reading(NamedTuple):
+    """What a reader of /changes saw, from the first move on: (seq, job id, from, to) of each move, and its last `next`."""
+
+    seen: Sequence[tuple[int, int, str | None, str]]
+    following: int
 
 
 class Attempt(NamedTuple):
@@ -183,6 +190,7 @@ class Evidence:
     results: Mapping[int, Result] | None = None  # by job id: those that are on the disk
     terminated: Collection[int] | None = None  # ids of the jobs that somebody asked to terminate
     settled: bool = True  # every job must have ended
+    reading: Reading | None = None  # of a reader of /changes
 
 
 class Fault(NamedTuple):
@@ -337,6 +345,19 @@ def merged(evidence: Evidence) -> Iterator[Fault]:
                 if other is not move:
                     where = f"move {other.number} of job {other.job_id}"
                     yield Fault("merged", move.job_id, f"its move {move.number} has the same place in the order as {where}", log.name)
+
+
+def feed(evidence: Evidence) -> Iterator[Fault]:
+    """A reader of /changes saw every move exactly once, in the order of the log; none after its last `next`."""
+    if evidence.reading is None:
+        return
+    seen, following = evidence.reading
+    moves = [move for moves in evidence.server.moves.values() for move in moves if (move.seq or 0) <= following]
+    made = sorted((move.seq or 0, move.job_id, move.source, move.target) for move in moves)
+    for number, (saw, was) in enumerate(zip_longest(seen, made), 1):
+        if saw != was:
+            yield Fault("feed", (was or saw)[1], f"the reader saw {saw} as its move {number}, where the log has {was}")
+            return
 
 
 class Crossing(NamedTuple):
@@ -591,7 +612,8 @@ def explanation_problem(row: Row, moves: Sequence[Move], end: Move | None, wante
 # == Proof ==
 
 RULES: Mapping[str, Rule] = {
-    rule.__name__: rule for rule in (accepted, expected, legal, chain, left, order, merged, quota, starts, attempts, result, explained)
+    rule.__name__: rule
+    for rule in (accepted, expected, legal, chain, left, order, merged, feed, quota, starts, attempts, result, explained)
 }
 
 
@@ -791,6 +813,7 @@ def gather(
     quotas: Mapping[str, Quota] | None = None,
     terminated: Collection[int] | None = None,
     settled: bool = True,
+    reading: Reading | None = None,
 ) -> Evidence:
     """Read all that a run has left: the clients' databases by name, files of marks, and the folder of results (or where each lies).
 
@@ -802,7 +825,7 @@ def gather(
     log = read_log(server_db)
     place = results_in(results) if isinstance(results, Path) else results
     found = read_results(log, place, expected or {}) if place is not None else None
-    return Evidence(log, client_logs, expected or {}, quotas or {}, read, found, terminated, settled)
+    return Evidence(log, client_logs, expected or {}, quotas or {}, read, found, terminated, settled, reading)
 
 
 # == Command ==
@@ -844,6 +867,7 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
         "the scripts' marks (--marks)": evidence.marks is None,
         "results (--results)": evidence.results is None,
         "that all have ended (--settled)": not evidence.settled,
+        "what a reader of /changes saw": evidence.reading is None,
     }
     unseen = ", ".join(name for name, absent in missing.items() if absent)
     lines = [looked, *([f"not looked at: {unseen}"] if unseen else [])]

@@ -22,7 +22,7 @@ from harness import alive, disk_bytes, field_part, file_part, free_port, part, p
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from world import Yard, ask, new_job, send_next, serving, soon, submit_payload, together
+from world import Yard, all_jobs, ask, new_job, send_next, serving, soon, submit_payload, together
 
 import joborch
 from joborch import (
@@ -101,7 +101,7 @@ def test_headers_that_cannot_be_used(headers: dict[str, str], yard: Yard) -> Non
     said = submit_payload(yard.client, [file_part("run.sh", b"true")], **headers)
     assert said.status == 400
     assert said.json["field"].replace("-", "_") in headers
-    assert yard.store.page(99, 9, None, None, None) == []
+    assert all_jobs(yard.store) == []
 
 
 def leavings(yard: Yard) -> list[str]:
@@ -127,7 +127,7 @@ def test_what_is_refused_leaves_nothing(parts: list[bytes], status: int, yard: Y
     said = submit_payload(yard.client, parts, X_Joborch_Uuid=UUID)
     assert said.status == status, said
     assert leavings(yard) == []
-    assert yard.store.page(99, 9, None, None, None) == []
+    assert all_jobs(yard.store) == []
     assert yard.data.receiving == set()
     assert submit_payload(yard.client, [file_part("run.sh", b"x")], X_Joborch_Uuid=UUID).status == 200
 
@@ -171,7 +171,7 @@ def test_a_database_that_cannot_be_written_leaves_no_files(yard: Yard) -> None:
             break
     assert said.status == 503
     assert "database" in said.json["message"]
-    assert len(leavings(yard)) == len(yard.store.page(1 << 40, 1000, None, None, None))
+    assert len(leavings(yard)) == len(all_jobs(yard.store))
 
 
 # == Starting with the submit ==
@@ -1216,7 +1216,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def quotas_hold(self) -> None:
         """At every step."""
-        busy = [job for job in self.halves.server.store.page(1 << 40, 1000, None, None, None) if job.status in BUSY]
+        busy = [job for job in all_jobs(self.halves.server.store) if job.status in BUSY]
         assert len(busy) <= 3
         assert all(count <= 2 for count in Counter(job.user_id for job in busy).values())
 
@@ -1226,7 +1226,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not self.client_is_up:
             self.restart_the_client()
         for _ in range(400):
-            jobs = halves.server.store.page(1 << 40, 1000, None, None, None)
+            jobs = all_jobs(halves.server.store)
             if all(job.status in OVER for job in jobs):
                 return jobs
             for job in jobs:

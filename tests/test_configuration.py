@@ -29,7 +29,6 @@ from joborch_base.settings import (
     read_period,
     read_port,
     read_positive,
-    read_seconds,
     read_text,
     read_token,
     read_url,
@@ -75,7 +74,7 @@ NUMBERS = st.integers(0, 10**9)
 @BOUNDED
 @given(NUMBERS, st.sampled_from(["", "s", "m", "h", "d"]))
 def test_seconds(number: int, unit: str) -> None:
-    assert read_seconds(f"{number}{unit}") == number * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+    assert joborch.read_seconds(f"{number}{unit}") == number * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
 
 @BOUNDED
@@ -86,13 +85,13 @@ def test_bytes(number: int, unit: str, tail: str) -> None:
 
 
 def test_fractions_of_a_second() -> None:
-    assert read_seconds("0.5") == 0.5
-    assert read_seconds("1.5h") == 5400
+    assert joborch.read_seconds("0.5") == 0.5
+    assert joborch.read_seconds("1.5h") == 5400
     assert read_period("0.01") == 0.01
 
 
 GRAMMAR = {
-    read_seconds: r"[0-9]{1,12}(\.[0-9]{1,6})?[smhd]?",
+    joborch.read_seconds: r"[0-9]{1,12}(\.[0-9]{1,6})?[smhd]?",
     read_bytes: r"[0-9]{1,15}[KMGkmg]?(i?[Bb])?",
     read_whole: r"[0-9]{1,10}",
     joborch.read_switch: r"[01]",
@@ -229,7 +228,7 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     read_port: ("1", "2", "3"),
     read_whole: ("1", "2", "3"),
     read_positive: ("1", "2", "3"),
-    read_seconds: ("1", "2m", "3h"),
+    joborch.read_seconds: ("1", "2m", "3h"),
     read_period: ("1", "2m", "3h"),
     read_bytes: ("1", "2K", "3G"),
     joborch.read_switch: ("1", "1", "1"),
@@ -431,7 +430,7 @@ WRONG = {
     read_port: "http",
     read_whole: "many",
     read_positive: "0",
-    read_seconds: "soon",
+    joborch.read_seconds: "soon",
     read_period: "0",
     read_bytes: "1T",
     joborch.read_switch: "yes",
@@ -515,7 +514,7 @@ def test_an_unknown_name_is_warned_of_with_the_nearest(name: str, hint: str) -> 
 
 def test_known_names_and_those_of_others_are_not_warned_of(tmp_path: Path) -> None:
     known = {
-        setting.name: "1s" if setting.read in (read_seconds, read_period) else "1"
+        setting.name: "1s" if setting.read in (joborch.read_seconds, read_period) else "1"
         for setting in SETTINGS
         if setting.read in WRONG and setting.field != "allow_anonymous"
     }

@@ -25,6 +25,7 @@ SERVER_ROUTES = {
     ("get", "/download_partial/{}"),
     ("post", "/terminate/{}"),
     ("get", "/jobs"),
+    ("get", "/changes"),
     ("get", "/jobs/{}"),
     ("post", "/jobs/{}/retry"),
     ("get", "/jobs/{}/result"),
@@ -133,7 +134,7 @@ def api(fuzzed: Process) -> Any:
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 WITHOUT_PARAMETERS = {"/", "/health", "/services"}
 # Which services there are stands in no document: a string that fits the schema may be refused there. So may a path like `../a`.
-REFUSES_SOME_STRINGS = {"/upload", "/jobs", "/jobs/{}/retry", "/jobs/{}/files/{}"}
+REFUSES_SOME_STRINGS = {"/upload", "/jobs", "/jobs/{}/retry", "/changes", "/jobs/{}/files/{}"}
 
 
 @pytest.mark.parametrize(

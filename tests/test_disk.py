@@ -58,6 +58,7 @@ from world import (
     Peer,
     Said,
     Yard,
+    all_jobs,
     ask,
     digest_of,
     event,
@@ -163,7 +164,7 @@ def check_refused(said: Said, *codes: int) -> None:
 
 def rows(desk: Desk) -> list[Job]:
     """All jobs."""
-    return desk.store.page(2**62, 1000, None, None, None)
+    return all_jobs(desk.store)
 
 
 @pytest.mark.parametrize("pages", range(6))
@@ -388,7 +389,7 @@ def test_a_payload_for_a_disk_with_so_many_pages_left(pages: int, disk: Disk, ya
     else:
         check_refused(said, 507)
         assert [*yard.data.jobs.iterdir(), *yard.data.tmp.iterdir()] == []
-        assert yard.store.page(2**62, 9, None, None, None) == []
+        assert all_jobs(yard.store) == []
     disk.free()
     assert submit_payload(yard.client, PARTS).status == 200
 

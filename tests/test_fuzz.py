@@ -62,6 +62,8 @@ BASES = [
     request(b"GET", b"/dashboard/jobs?user_id=1&status=&before=", []),
     request(b"POST", b"/session", [b"Content-Type: application/x-www-form-urlencoded", b"Content-Length: 15"], b"token=%78&to=%2f"),
     request(b"GET", b"/jobs?limit=3&user_id=1", [b"Connection: close"]),
+    request(b"GET", b"/jobs?status=Failed,Killed&since=2d&until=2026-11-28&by=ended&name=a&ids=1,2&format=csv&before=1.5_2", []),
+    request(b"GET", b"/changes?after=0&status=Failed&cause=user&since=2026-11-28T10:00:00Z", []),
     request(b"GET", b"/health", [b"Range: bytes=0-1"]),
     request(b"HEAD", b"/download/1", []),
     request(b"GET", b"/jobs/1/logs?stream=stdout&offset=0", []),

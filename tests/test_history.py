@@ -38,6 +38,7 @@ from history import (
     Mark,
     Move,
     Quota,
+    Reading,
     Row,
     assert_proven,
     check,
@@ -428,6 +429,12 @@ def without_marks(evidence: Evidence, job_id: int, *attempts: int) -> Evidence:
     return dataclasses.replace(evidence, marks=[mark for mark in evidence.marks or () if mark[:2] not in gone])
 
 
+def with_reading(evidence: Evidence, change: Callable[[list[Any]], list[Any]] = list, upto: int | None = None) -> Evidence:
+    """What a reader of /changes saw: every move, or the first of them, but for this change."""
+    moves = sorted((move.seq or 0, move.job_id, move.source, move.target) for moves in evidence.server.moves.values() for move in moves)
+    return dataclasses.replace(evidence, reading=Reading(change(moves[:upto]), moves[:upto][-1][0]))
+
+
 def with_expected(evidence: Evidence, job_id: int, **changes: Any) -> Evidence:
     """The same evidence with another expectation."""
     wanted = dataclasses.replace(evidence.expected.get(job_id, Expected()), **changes)
@@ -558,6 +565,12 @@ PLANTED_VALUES: dict[str, tuple[set[str], Callable[[Evidence], Evidence]]] = {
         {"starts"},
         lambda e: dataclasses.replace(e, clients=[*e.clients, dataclasses.replace(e.clients[0], name="gpu2")]),
     ),
+    "a reader missed a move": ({"feed"}, lambda e: with_reading(e, lambda seen: seen[:5] + seen[6:])),
+    "a reader saw a move twice": ({"feed"}, lambda e: with_reading(e, lambda seen: [*seen[:5], *seen[4:]])),
+    "a reader saw moves in another order": ({"feed"}, lambda e: with_reading(e, lambda seen: [*seen[:3], seen[4], seen[3], *seen[5:]])),
+    "a reader saw another move": ({"feed"}, lambda e: with_reading(e, lambda seen: [*seen[:3], (*seen[3][:3], "Unknown"), *seen[4:]])),
+    "a reader missed the last move": ({"feed"}, lambda e: with_reading(e, lambda seen: seen[:-1])),
+    "a reader saw more than there was": ({"feed"}, lambda e: with_reading(e, lambda seen: [*seen, (1 << 60, 1, None, "Queued")])),
     "another end": ({"expected"}, lambda e: with_expected(e, 1, ends=["Failed", "Killed"])),
     "another end of a terminated one": (
         {"expected"},
@@ -576,6 +589,8 @@ PLANTED_VALUES: dict[str, tuple[set[str], Callable[[Evidence], Evidence]]] = {
 }
 # What must not be taken for a fault.
 ALLOWED: dict[str, Callable[[Evidence], Evidence]] = {
+    "a reader that saw all": with_reading,
+    "a reader that saw the first moves": lambda e: with_reading(e, upto=7),
     "nothing is looked at": lambda e: Evidence(e.server),
     "scripts that write no marks": lambda e: dataclasses.replace(
         e, marks=[], expected={job_id: dataclasses.replace(wanted, marked=False) for job_id, wanted in e.expected.items()}
@@ -758,6 +773,7 @@ def test_a_clock_that_is_set_back_and_forth_does_not_matter(tmp_path: Path) -> N
     assert check(evidence) == []
     assert found(dataclasses.replace(evidence, quotas={"example": Quota(1, 3)})) == {"quota"}
     with closing(sqlite3.connect(tmp_path / "server.db")) as db:
+        db.execute("DROP INDEX history_seq")
         db.execute("ALTER TABLE history DROP COLUMN seq")
     assert world.evidence().server.moves[1][0].seq is None
     assert found(world.evidence()) == {"order"}
@@ -872,7 +888,10 @@ def test_the_command_proves_and_says_what_it_did_not_look_at(left_by_world: tupl
     assert main([str(folder / "server.db"), "--client-db", str(folder / "client.db")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("10 jobs (2 Cleaned, 3 Completed, ") and "1 clients' logs" in said[0]
-    assert said[1] == "not looked at: quotas (--quota), the scripts' marks (--marks), that all have ended (--settled)"
+    assert (
+        said[1]
+        == "not looked at: quotas (--quota), the scripts' marks (--marks), that all have ended (--settled), what a reader of /changes saw"
+    )
     assert said[2].startswith("proven: accepted, expected, legal, chain")
 
 

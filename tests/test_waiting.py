@@ -317,7 +317,9 @@ def test_clients_and_services_are_shown(desk: Desk) -> None:
 
 def test_weights_are_set_by_callers_and_settings(desk: Desk) -> None:
     desk.restart(JOBORCH_WEIGHTS="7=2, 8=0.5")
-    assert ask(desk.server, "GET", "/users/7").json == {"user_id": 7, "weight": 2.0, "queued": 0, "services": []}
+    said = ask(desk.server, "GET", "/users/7").json
+    assert (said["user_id"], said["weight"], said["queued"]) == (7, 2.0, 0)
+    assert [(each["name"], each["runs"]) for each in said["services"]] == [("b", 0), ("example", 0)]
     assert ask(desk.server, "PUT", "/users/7?weight=3").json["weight"] == 3.0
     desk.restart()
     assert [ask(desk.server, "GET", f"/users/{user}").json["weight"] for user in (7, 8, -9)] == [3.0, 0.5, 1.0]
@@ -325,10 +327,10 @@ def test_weights_are_set_by_callers_and_settings(desk: Desk) -> None:
     for user_id in (7, 8):
         end(desk, uploaded(desk, user_id), run_s=10.0)
         uploaded(desk, user_id)
-    said = [ask(desk.server, "GET", f"/users/{user}").json["services"][0] for user in (7, 8)]
+    said = [ask(desk.server, "GET", f"/users/{user}").json["services"][-1] for user in (7, 8)]
     assert [each["used_slot_s"] for each in said] == pytest.approx([10.0, 10.0])
     assert [each["turns_before"] for each in said] == [0, 1], "the same use counts six times as much with a sixth of the weight"
-    assert ask(desk.server, "PUT", "/users/8?weight=100").json["services"][0]["turns_before"] == 0, "at once"
+    assert ask(desk.server, "PUT", "/users/8?weight=100").json["services"][-1]["turns_before"] == 0, "at once"
 
 
 @pytest.mark.parametrize("weight", ["", "0", "-1", "nan", "x", "1e9", "1000001"])

@@ -128,6 +128,13 @@ def new_job(**changes: Any) -> joborch.NewJob:
     return dataclasses.replace(joborch.NewJob(str(uuid.uuid4()), user_id=1, service="example", retries=2), **changes)
 
 
+def all_jobs(store: joborch.Store) -> list[joborch.Job]:
+    """All jobs of a store, the newest first."""
+    jobs, following = store.page(joborch.Filter(), 1000, joborch.BIGGEST)
+    assert following is None
+    return jobs
+
+
 def changed(job: joborch.Job, **changes: Any) -> joborch.Job:
     """A job as it would be with other columns."""
     return job._replace(**changes)
