@@ -328,6 +328,7 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "top": "joborch_plugins.top",
     "page": "joborch_plugins.page",
     "uploads": "joborch_plugins.uploads",
+    "completion": "joborch_plugins.completion",
 }
 
 

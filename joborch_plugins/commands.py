@@ -43,6 +43,8 @@ from joborch_plugins.caller import (
 DONE, FAILED, USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
 PATIENCE_S = 10.0  # how long a command repeats calls if the user could repeat the command
 WAITING_PATIENCE_S = 24 * 3600.0  # for a command that waits anyway
+LIVE = ("Queued", "Processing", "Submitted", "Running", "Unknown")
+STATUSES = (*ENDED, *LIVE)
 ASK_ABOVE = 10  # jobs that are stopped or run again without a question
 TAIL_LINES = 20  # that `why` shows
 RANGE_MOST = 100_000
@@ -94,6 +96,11 @@ WORDS = {
         here=True,
     ),
     "logout": Word("delete what login stored", "  joborch logout", here=True),
+    "completion": Word(
+        "print a script that completes commands, flags, ids of jobs and services in a shell",
+        '  eval "$(joborch completion bash)"\n  eval "$(joborch completion zsh)"\n  joborch completion fish | source',
+        here=True,
+    ),
     "server": Word(
         "run a server until INT or TERM",
         "  joborch server\n  SERVICE_DOCKING_CLIENTS=http://gpu1:9000 SERVICE_DOCKING_TOKEN=... joborch server --port 5000",
@@ -417,11 +424,12 @@ def read_since(text: str) -> float:
 
 def read_status(text: str) -> list[str]:
     """Return the statuses that a person names."""
-    known = [*ENDED, "Queued", "Processing", "Submitted", "Running", "Unknown"]
     found = [word.strip().capitalize() for word in text.split(",") if word.strip()]
     for word in found:
-        if word not in known:
-            raise argparse.ArgumentTypeError(f"{printable(word)!r} is no status{nearest(word, known)}: give one of {', '.join(known)}")
+        if word not in STATUSES:
+            raise argparse.ArgumentTypeError(
+                f"{printable(word)!r} is no status{nearest(word, STATUSES)}: give one of {', '.join(STATUSES)}"
+            )
     return found
 
 
@@ -688,8 +696,7 @@ def command_logs(given: Given) -> int:
 
 def command_cancel(given: Given) -> int:
     """Stop jobs."""
-    open_states = ["Queued", "Processing", "Submitted", "Running", "Unknown"]
-    jobs = chosen_jobs(given, open_states)
+    jobs = chosen_jobs(given, LIVE)
     live = [job for job in jobs if not job.ended]
     if len(live) > ASK_ABOVE:
         given.screen.confirm(f"Stop {count_text(len(live), 'job')} ({ids_text(live)})?", given.options.yes)
@@ -982,6 +989,11 @@ def command_top(given: Given) -> int:
     return int(importlib.import_module("joborch_plugins.top").run_top(given))
 
 
+def command_completion(given: Given) -> int:
+    """Print what a shell loads to complete words."""
+    return int(importlib.import_module("joborch_plugins.completion").run_completion(given))
+
+
 # == 7. Login ==  The server and token that commands and scripts of this user take from then on.
 
 
@@ -1067,7 +1079,7 @@ def forget_login() -> bool:
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
     "cancel": command_cancel, "retry": command_retry, "quota": command_quota, "top": command_top, "login": command_login,
-    "logout": command_logout,
+    "logout": command_logout, "completion": command_completion,
 }  # fmt: skip
 
 
@@ -1134,6 +1146,7 @@ FLAGS = {
     "top": [flag("--all", **SWITCH, help="jobs of all users")],
     "login": [flag("url", metavar="URL", help="the server, as in https://jobs.example.org; unix:PATH for a socket")],
     "logout": [],
+    "completion": [flag("shell", nargs="?", choices=["bash", "zsh", "fish"], metavar="SHELL", help="bash, zsh or fish")],
 }
 SERVER_FLAG = flag(
     "--server", metavar="URL", help="the server (default: JOBORCH_SERVER, that of login, else http://127.0.0.1:5000), or unix:PATH"
@@ -1146,14 +1159,14 @@ ALL_TAKE = [
 
 def flags_of(name: str) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
     """Return all flags and words of a command."""
-    return [*FLAGS[name], *([] if name in ("login", "logout") else [SERVER_FLAG]), *ALL_TAKE]
+    return [*FLAGS[name], *([] if name in ("login", "logout", "completion") else [SERVER_FLAG]), *ALL_TAKE]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line of one of COMMANDS. Exits with one line on stderr if it is wrong."""
     name = ALIASES.get(argv[0], argv[0])
     words, script = list(argv[1:]), []
-    if name == "submit" and "--" in words:
+    if name in ("submit", "completion") and "--" in words:
         at = words.index("--")
         words, script = words[:at], words[at + 1 :]
     what = WORDS[name]
@@ -1166,7 +1179,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         parser.unknown(rest[0], parser._option_string_actions)
     options.command = name
-    if name == "submit":
+    if name in ("submit", "completion"):
         options.script = script
     return options
 

@@ -30,14 +30,17 @@ def imports_of(source: str) -> list[tuple[str, str]]:
     return found
 
 
+MADE_OF = {"commands": ("caller",), "top": ("caller", "commands"), "completion": ("caller", "commands")}
+
+
 def interface_faults(source: str, plugin: str = "") -> list[str]:
     """What a plug-in takes of joborch that its `__all__` does not offer, and what it takes of other plug-ins.
 
-    The commands are made of the library, and `top` of both.
+    The commands are made of the library, and those with a file of their own of both.
     """
     faults = []
     for module, name in imports_of(source):
-        if (plugin, module.removeprefix("joborch_plugins.")) in (("commands", "caller"), ("top", "caller"), ("top", "commands")):
+        if module.removeprefix("joborch_plugins.") in MADE_OF.get(plugin, ()):
             continue
         if module.partition(".")[0] == "joborch_plugins":
             faults.append(f"it imports {module}")
