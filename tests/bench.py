@@ -176,6 +176,7 @@ GOALS = {
     ("start", "--version"): Goal(ratio_most=1),
     ("start", "--help"): Goal(ratio_most=2),
     ("start", "first /health"): Goal(ratio_most=4),
+    ("start", "list"): Goal(ratio_most=2),
     ("restart", "server, ended jobs"): Goal(most=2000),
     ("restart", "client, running payloads, all taken up"): Goal(most=2000),
     ("backlog", "restart"): Goal(most=2000),

@@ -248,7 +248,7 @@ IMPORTS = "import argparse, json, logging, sqlite3, http.client"  # what any pro
 def start(place: Place, size: int) -> Iterator[Measure]:
     """The program's first signs of life, and a server's first answer, beside a bare Python with the same imports; the cache is warm."""
     bare: list[float] = []
-    taken: dict[str, list[float]] = {"--version": [], "--help": [], "first /health": []}
+    taken: dict[str, list[float]] = {"--version": [], "--help": [], "first /health": [], "list": []}
     with new_site(place) as site:
         env = environment(site.folder)
         timed_run(place.python, str(place.program), "--version", env=env)  # fills the cache
@@ -259,6 +259,8 @@ def start(place: Place, size: int) -> Iterator[Measure]:
             begin = time.perf_counter()
             site.start("server")
             taken["first /health"].append((time.perf_counter() - begin) * 1000)
+            asks = {**env, "JOBORCH_SERVER": site.url("server")}
+            taken["list"].append(timed_run(place.python, str(place.program), "list", env=asks) * 1000)
             end(site.processes["server"])
             shutil.rmtree(site.folder / "server")
     for name, times in taken.items():

@@ -171,11 +171,11 @@ def test_the_first_command_shows_the_contacts(terminal: tuple[Path, list[Typed]]
 
 
 @pytest.mark.timeout(300)
-def test_uploads_of_the_quick_start_are_jobs_1_and_2(terminal: tuple[Path, list[Typed]]) -> None:
+def test_uploads_of_the_quick_start_are_jobs_2_and_3(terminal: tuple[Path, list[Typed]]) -> None:
     """The ids in the lines after them are right, and no field was unknown."""
     uploads = [each for each in terminal[1] if each.line.endswith("127.0.0.1:5000/upload")]
     jobs = [json.loads(re.search(r"\{.*\}", each.outputs[0])[0]) for each in uploads]  # type: ignore[index]
-    assert [(job["id"], job["warnings"]) for job in jobs] == [(1, []), (2, [])]
+    assert [(job["id"], job["warnings"]) for job in jobs] == [(2, []), (3, [])]
 
 
 @pytest.mark.timeout(300)
@@ -193,10 +193,11 @@ def test_codes_are_those_in_the_comments(terminal: tuple[Path, list[Typed]]) -> 
 def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
     """The summary is in the result; the sleeping job gave what it had, and was ended."""
     folder, typed = terminal
+    assert "36 residue pairs" in only(typed, "cat out/summary.txt").outputs[0]
     assert "36 residue pairs" in only(typed, "cat result/summary.txt").outputs[0]
     assert {"run.sh", "2oob.pdb", ".joborch/stdout"} <= set(zipfile.ZipFile(folder / "example/result.zip").namelist())
     assert "run.sh" in zipfile.ZipFile(folder / "example/partial.zip").namelist()
-    assert '"status": "Killed"' in only(typed, "curl -X POST 127.0.0.1:5000/terminate/2").outputs[0]
+    assert '"status": "Killed"' in only(typed, "curl -X POST 127.0.0.1:5000/terminate/3").outputs[0]
 
 
 @pytest.mark.timeout(300)
@@ -222,12 +223,12 @@ def test_the_readme_is_short() -> None:
 
 
 def test_curl_as_in_the_reference() -> None:
-    """The lines that users of job-orchestrator know, word for word."""
+    """The lines that users of job-orchestrator know, word for word; the id is the second one."""
     lines = [line.partition("   ")[0] for block in quick_start(README.read_text()) for line in block]
     known = [
         "curl -F file=@run.sh -F file=@2oob.pdb -F user_id=1 -F service=example 127.0.0.1:5000/upload",
-        "curl -I 127.0.0.1:5000/download/1",
-        "curl -o result.zip 127.0.0.1:5000/download/1",
+        "curl -I 127.0.0.1:5000/download/2",
+        "curl -o result.zip 127.0.0.1:5000/download/2",
     ]
     assert [line for line in lines if line in known] == known
 
