@@ -371,8 +371,15 @@ def send(
 # == 3. Uploads ==  A form is read from its files while it is sent, and can be sent again.
 
 
+def rights_of(content: Content) -> int:
+    """Return the permissions of a file to send. A script that is given as a text can be executed."""
+    if isinstance(content, (bytes, str)):
+        return 0o755 if content[:2] in (b"#!", "#!") else 0o644
+    return os.stat(content).st_mode & 0o777
+
+
 class Upload:
-    """The body of an upload: a form with files and fields."""
+    """The body of an upload: a form with files and fields. A form has no permissions, so programs make it one with a tar."""
 
     def __init__(self, files: Mapping[str, Content], fields: Mapping[str, object]) -> None:
         boundary = "joborch-" + os.urandom(16).hex()
@@ -381,6 +388,10 @@ class Upload:
         for name, value in fields.items():
             head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
             self.add(head.encode() + str(value).encode("utf-8", "surrogateescape") + b"\r\n")
+        programs = [name for name, content in files.items() if not isinstance(content, (bytes, str)) and rights_of(content) & 0o100]
+        if "run.sh" in files and programs:  # with run.sh on top, no folder is left out
+            self.add_tar(f'--{boundary}\r\nContent-Disposition: form-data; name="archive"; filename="files.tar"\r\n\r\n', files)
+            files = {}
         for name, content in files.items():
             exact = quote(os.fsencode(name), safe="/")
             self.add(f"--{boundary}\r\nContent-Disposition: form-data; name=\"file\"; filename*=utf-8''{exact}\r\n\r\n".encode())
@@ -389,6 +400,22 @@ class Upload:
         self.add(f"--{boundary}--\r\n".encode())
         self.size = sum(size for _, size in self.pieces)
         self.small = b"".join(self.chunks()) if self.size <= CHUNK_BYTES else None
+
+    def add_tar(self, head: str, files: Mapping[str, Content]) -> None:
+        """Add a part with a tar of these files."""
+        import tarfile
+
+        self.add(head)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            at = len(self.pieces)
+            self.add(content)
+            member.size, member.mode = self.pieces[at][1], rights_of(content)
+            begin = member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            self.pieces.insert(at, (begin, len(begin)))
+            self.add(bytes(-member.size % tarfile.BLOCKSIZE))
+        self.add(bytes(2 * tarfile.BLOCKSIZE))
+        self.add(b"\r\n")
 
     def add(self, content: Content) -> None:
         """Add bytes, a text or a file."""
@@ -513,12 +540,15 @@ class Job:
                 raise
         return self.refresh()
 
-    def retry(self, key: str | None = None) -> Job:
-        """Queue a new job with the files and fields of this one; return it. Raises Refused (410) if its files are deleted.
+    def retry(self, key: str | None = None, files: Files | None = None, **fields: Any) -> Job:
+        """Queue a new job with the files and fields of this one, except those given here; return it.
 
-        The same `key` gives the same new job.
+        `files` and `fields` are those of `Jobs.submit`. The same `key` gives the same new job. Raises Refused (410) if the files of
+        this job are deleted.
         """
-        return Job(self.server, self.server.ask("POST", f"/jobs/{self.id}/retry", {"Idempotency-Key": key or os.urandom(16).hex()}))
+        form = Upload(files_of(files or {}), fields) if files or fields else None
+        headers = {"Idempotency-Key": key or os.urandom(16).hex()}
+        return Job(self.server, self.server.ask("POST", f"/jobs/{self.id}/retry", headers, form))
 
     def logs(self, stream: str = "stdout") -> str:
         """Return what the script wrote so far to "stdout" or "stderr"."""

@@ -507,7 +507,7 @@ def command_submit(given: Given) -> int:
     options.service = options.service or given.jobs.default_service()
     given.jobs.server.read("GET", "/")  # it answers: from now on, repeat calls without an answer
     given.jobs.server.patience_s = PATIENCE_S
-    names = ("name", "priority", "timeout", "retries", "cpus", "memory", "after")
+    names = ("name", "priority", "timeout", "retries", "cpus", "memory", "after", "inputs_from", "crlf")
     fields = {name: getattr(options, name) for name in names}
     jobs = send_array(given, files, fields) if options.array else [send_one(given, files, fields)]
     for job in jobs:
@@ -1103,6 +1103,8 @@ FLAGS = {
         flag("--memory", help="memory that it needs, as in 8G"),
         flag("--priority", help="-100 to 100: of your own jobs, the highest priority runs first"),
         flag("--after", metavar="IDS", help="jobs that must be Completed first, as in 41,42"),
+        flag("--from", dest="inputs_from", metavar="IDS", help="jobs to wait for, whose results are then in from/ID, as in 41,42"),
+        flag("--crlf", choices=("fix", "keep"), help="what becomes of Windows line ends in run.sh; else they are refused"),
         flag("--retries", help="further attempts after an infrastructure failure"),
         flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, with the number in JOBORCH_ARRAY_INDEX"),
         flag("--key", help="a text of your choice: the same key always gives the same job"),

@@ -358,6 +358,33 @@ def test_a_job_is_run_again_with_the_same_files_and_fields(jobs: Jobs, pair: Pai
     assert caught.value.status == 404
 
 
+def test_a_retry_with_other_fields_and_files(jobs: Jobs) -> None:
+    job = jobs.submit({"a": b"1", "b": b"2"}, script="cat a b > out", memory="1G").wait()
+    again = job.retry(files={"b": b"3"}, name="again", memory="2G")
+    assert (again.facts["retry_of"], again.facts["name"], again.facts["memory"]) == (job.id, "again", 2048)
+    assert (again.check().read("out"), job.read("out")) == (b"13", b"12")
+
+
+def test_permissions_of_files_are_kept(jobs: Jobs, tmp_path: Path) -> None:
+    """A form has none; names of any length and empty files arrive all the same."""
+    names = {"tool": 0o750, "plain": 0o640, "deep/" + "n" * 200 + "/\N{SNOWMAN}": 0o600, "empty": 0o644}
+    for name, mode in names.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"" if name == "empty" else b"echo used")
+        path.chmod(mode)
+    (tmp_path / "run.sh").write_text("stat -c '%a %n' tool plain deep/*/* empty > modes; ./tool")
+    job = jobs.submit(tmp_path).check()
+    assert (job.read("modes").decode(), job.logs()) == ("".join(f"{mode:o} {name}\n" for name, mode in names.items()), "used\n")
+    other = jobs.submit({"tool": tmp_path / "tool", "text": "#!/bin/sh\necho text"}, script="./tool && ./text").check()
+    assert other.logs() == "used\ntext\n"
+
+
+def test_a_job_gets_the_result_of_another(jobs: Jobs) -> None:
+    first = jobs.submit({}, script="echo first > out")
+    assert jobs.submit({}, script=f"cat from/{first.id}/out", inputs_from=first.id).check().logs() == "first\n"
+
+
 def test_a_job_whose_files_are_gone_is_not_run_again(make_pair: MakePair, tmp_path: Path) -> None:
     own = make_pair(server={"MAX_AGE": "1", "JOBORCH_CLEAN_INTERVAL": "0.2"}).start()
     jobs = Jobs(own.server.url, user=7)

@@ -31,6 +31,13 @@ def shell_fixture(pair: Pair, tmp_path: Path) -> Shell:
 # == The way of a job ==
 
 
+def test_a_chain_of_two_jobs(shell: Shell) -> None:
+    """The second waits for the first and gets its result."""
+    first = shell("submit", "--", "touch", "made-by-the-first").strip()
+    second = shell("submit", "--from", first, "--wait", "--", "find", "from").splitlines()[0]
+    assert f"from/{first}/made-by-the-first" in shell("logs", second).split()
+
+
 def test_the_first_steps_in_a_pipe(shell: Shell) -> None:
     """Facts alone, one a line."""
     number = shell("submit", str(EXAMPLE / "run.sh"), str(EXAMPLE / "2oob.pdb"), "--name", "2oob").strip()
