@@ -424,9 +424,9 @@ SELECT service, min(created_at) AS created_at
   FROM (SELECT service, created_at FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 10000) GROUP BY service
 """
 USERS_WITH_JOBS = """
-SELECT user_id FROM (SELECT user_id, max(used) AS most FROM usage INDEXED BY usage_user GROUP BY user_id ORDER BY most DESC LIMIT :limit)
- UNION
-SELECT user_id FROM (SELECT user_id FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 1000) LIMIT 2 * :limit
+SELECT user_id FROM (SELECT user_id FROM usage ORDER BY used DESC LIMIT :limit)
+ UNION ALL
+SELECT user_id FROM (SELECT user_id FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 1000)
 """
 UNSYNCED = """
 SELECT * FROM jobs INDEXED BY jobs_unsynced

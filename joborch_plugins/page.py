@@ -70,6 +70,7 @@ NAVIGATION = (("/dashboard", "Overview"), ("/dashboard/jobs", "Jobs"), ("/dashbo
 NONE = "-"  # what a table shows where there is nothing
 JOBS_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 50, 64
 HOURS, STEP_S = 12, 1800.0  # of the charts, and of one of their bars
+RECENT_S = 10.0  # how long charts and failures are kept
 LOG_TAIL_BYTES, LOG_PARTS = 64 * 1024, 32  # of an output, its end; it is read in parts of at most 1 MiB
 NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ended", "ids", "format", "by")  # of GET /jobs
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
@@ -321,6 +322,13 @@ def chart(title: str, values: Sequence[float], text: str, kind: str) -> Html:
     return tag("figure", tag("figcaption", tag("strong", title), " ", text), drawing, class_=f"chart of-{kind}")
 
 
+@functools.lru_cache(maxsize=1)
+def recent(server: Server, _: float) -> list[Html]:
+    """Return the charts and failures, which are the dearest part of a page: once in RECENT_S for all who look at it."""
+    began = server.clock.wall() - server.store.steady()
+    return [charts(server, began), failures(server, began)]
+
+
 def charts(server: Server, began: float) -> Html:
     """Return what the last hours brought, from the newest 20,000 jobs."""
     steps = int(HOURS * 3600 / STEP_S)
@@ -353,14 +361,13 @@ def failures(server: Server, began: float) -> Html:
 def overview_page(server: Server, request: Request) -> Answer:
     """Show what is going on: problems, services, clients, the last hours, and failures."""
     clients = ask(server, request, "/clients")["clients"]
-    now, began = server.clock.wall(), server.clock.wall() - server.store.steady()
+    now = server.clock.wall()
     oldest_s = {row["service"]: now - row["created_at"] for row in server.store.read(OLDEST_QUEUED)}
     content = [
         problems(ask(server, request, "/health"), clients),
         services_table(ask(server, request, "/services")["services"], oldest_s),
         clients_table(clients),
-        charts(server, began),
-        failures(server, began),
+        *recent(server, server.clock.monotonic() // RECENT_S),
     ]
     return whole_page(server, request, "Overview", content)
 
@@ -638,9 +645,8 @@ USER = Parameter("user_id", "query", "string", "only this user", "7", default=""
 @page("/dashboard/users", takes=(USER,))
 def users_page(server: Server, request: Request, user_id: str) -> Answer:
     """Show users: their share, what they have used, and what they wait for."""
-    wanted = (
-        [user_id.strip()] if user_id.strip() else [str(row["user_id"]) for row in server.store.read(USERS_WITH_JOBS, limit=USERS_SHOWN)]
-    )
+    known = (str(row["user_id"]) for row in server.store.read(USERS_WITH_JOBS, limit=USERS_SHOWN))
+    wanted = [user_id.strip()] if user_id.strip() else list(dict.fromkeys(known))[: 2 * USERS_SHOWN]
     rows = []
     for user in (ask(server, request, f"/users/{quote(each, safe='')}") for each in wanted):
         link = tag("a", user["user_id"], href=f"/dashboard/jobs?user_id={user['user_id']}")

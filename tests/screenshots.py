@@ -59,6 +59,8 @@ def take(browser: Any, url: str, name: str, ready: str, **options: Any) -> None:
     """Take one picture, once an element is there."""
     context = browser.new_context(locale="en-GB", **options)
     page = context.new_page()
+    if name == "submit":
+        page.set_viewport_size({"width": 1200, "height": 700})
     page.goto(url)
     page.locator(ready).first.wait_for()
     if name == "submit":

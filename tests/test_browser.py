@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Pair, Process, run_to_end, submit, wait_status
+from harness import Pair, Process, run_to_end, submit, wait_for, wait_status
 
 PAGES = ("", "/jobs", "/jobs/1", "/submit", "/users")
 PATIENCE_MS = 60_000
@@ -130,6 +130,27 @@ def test_a_running_job_is_followed_searched_and_cancelled_by_keyboard(opened: Op
     shown.locator("#job .status.running").wait_for()
     site.server.post(f"/terminate/{again}")
     shown.locator("#job .status.killed").wait_for()
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+def test_text_and_a_picture_of_a_result_are_shown(opened: Opened, site: Pair) -> None:
+    """A hostile text as text, a picture as a picture; the files of a running job are a link away."""
+    script = f"mkdir 'a b'; echo '<b>bold' > 'a b/ü.txt'; echo {PIXEL} | base64 -d > plot.png; touch ready; sleep 600"
+    number = submit(site.server, script, user_id=7)
+    shown = opened(f"/jobs/{number}")
+    shown.locator("#job .status.running").wait_for()
+    wait_for(lambda: site.server.get(f"/jobs/{number}/files/ready").status_code == 200, what="the files of the running job")
+    shown.get_by_role("link", name="Show its files as they are now").click()
+    shown.get_by_role("link", name="a b/ü.txt").click()
+    shown.locator("#preview pre").get_by_text("<b>bold").wait_for()
+    shown.get_by_role("link", name="plot.png").click()
+    picture = shown.locator("#preview img")
+    picture.wait_for()
+    assert picture.evaluate("async image => { await image.decode(); return image.naturalWidth; }") == 1
+    assert picture.get_attribute("alt") == "plot.png"
+    site.server.post(f"/terminate/{number}")
 
 
 def test_the_overview_follows_and_drains(opened: Opened, site: Pair) -> None:
