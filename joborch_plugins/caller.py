@@ -24,6 +24,7 @@ import stat
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, Union
@@ -590,41 +591,32 @@ class Job:
 
     # -- results --
 
-    def files(self, partial: bool = False) -> Sequence[zipfile.ZipInfo]:
-        """Return the files and links of the result, with `filename` and `file_size`. If `partial`, those that exist now."""
-        with self.archive(partial) as archive:
-            return [entry for entry in archive.infolist() if not entry.is_dir()]
-
-    def read(self, path: str, partial: bool = False) -> bytes:
-        """Return one file of the result, without fetching the rest. If `partial`, the job need not have ended.
-
-        Raises FileNotFoundError if the result has no such file, and JobFailed if there is no result.
-        """
-        with self.archive(partial) as archive:
-            try:
-                return archive.read(path)
-            except KeyError:
-                raise FileNotFoundError(f"job {self.id} has no file {path!r} in its result") from None
-
-    @contextlib.contextmanager
-    def archive(self, partial: bool = False) -> Iterator[zipfile.ZipFile]:
-        """Open the result; only the parts that are read are fetched. Raises JobFailed if there is none and `partial` is not set."""
-        import zipfile
-
+    def files(self, partial: bool = False) -> list[dict[str, Any]]:
+        """Return the files and links of the result: `path`, `size`, `mode`, `mtime`. If `partial`, those that exist now."""
         if not partial:
             self.check()
-        elif not self.ended:
-            self.refresh()
-        if self.facts.get("result"):
-            with zipfile.ZipFile(io.BufferedReader(RemoteFile(self), RemoteFile.BLOCK_BYTES)) as archive:
-                yield archive
-            return
-        import tempfile
+        found, query = list[dict[str, Any]](), "limit=1000"
+        while query:
+            page = self.server.ask("GET", f"/jobs/{self.id}/files?{query}")
+            found += page["files"]
+            query = f"limit=1000&after={page['next']}" if page["next"] else ""
+        return found
 
-        with tempfile.TemporaryFile() as spool:
-            fetch_live(self, spool)
-            with zipfile.ZipFile(spool) as archive:
-                yield archive
+    def read(self, path: str, partial: bool = False) -> bytes:
+        """Return one file of the result, without fetching the rest: see `copy`."""
+        with io.BytesIO() as target:
+            self.copy(path, target, partial)
+            return target.getvalue()
+
+    def copy(self, path: str, target: IO[bytes], partial: bool = False) -> None:
+        """Write one file of the result to `target`, without fetching the rest. If `partial`, the job need not have ended.
+
+        After a cut it continues where it stopped. Raises FileNotFoundError if there is no such file, JobFailed if there is no
+        result, and Damaged if the data that arrives is not what the server has.
+        """
+        if not partial:
+            self.check()
+        copy_file(self, path, target)
 
     def result(self, path: str | os.PathLike[str], partial: bool = False) -> Path:
         """Fetch the result as a ZIP file at `path`, and return the path. It resumes what an earlier call began.
@@ -659,40 +651,43 @@ class Job:
 # == 5. Results ==  A result is verified and appears under its name in one step. After a cut, fetching resumes.
 
 
-class RemoteFile(io.RawIOBase):
-    """The ZIP of an ended job, as a file that is read by ranges."""
+def copy_file(job: Job, path: str, target: IO[bytes]) -> None:
+    """Write one file of a job to `target`. After a cut, request the rest: see `Job.copy`."""
+    have, crc, headers = 0, 0, dict[str, str]()
+    deadline = time.monotonic() + job.server.patience_s
+    while True:
+        try:
+            response = job.server.open("GET", f"/jobs/{job.id}/files/{quote(path, errors='surrogateescape')}", headers)
+        except Refused as error:
+            if error.status == 404 and error.field == "path":
+                raise FileNotFoundError(str(error)) from None
+            raise
+        if have and response.status != 206:
+            raise Damaged(f"{path} of job {job.id} changed while it was fetched: try again")
+        before, size = have, have + int(response.headers.get("Content-Length", 2**62))  # it is missing if the head was cut off
+        for chunk in pieces(job.server, response):
+            target.write(chunk)
+            have, crc = have + len(chunk), zlib.crc32(chunk, crc)
+            job.server.on_progress("fetched", have, size)
+        if have >= size:
+            break
+        job.server.close()
+        deadline = time.monotonic() + job.server.patience_s if have > before else deadline
+        if time.monotonic() > deadline:
+            raise ServerUnreachable(f"{job.server.url} sent only {have} bytes of {path}: try again")
+        tag = response.headers.get("ETag")
+        headers = {"Range": f"bytes={have}-", **({"If-Range": tag} if tag else {})}
+    if response.headers.get("X-File-CRC32", f"{crc:08x}") != f"{crc:08x}":
+        raise Damaged(f"{path} of job {job.id} arrived damaged (its CRC-32 differs): check the network, and try again")
 
-    BLOCK_BYTES = 1 << 17
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.at = job, 0
-        self.size, self.tag = int(job.facts["result"]["size"]), f'"{job.facts["result"]["sha256"]}"'
-
-    def readable(self) -> bool:
-        """Tell that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Tell that it has a position."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set the position."""
-        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fetch what fits into `buffer`. Raises Damaged if the server has another file now."""
-        wanted = min(len(buffer), self.size - self.at)
-        if wanted <= 0:
-            return 0
-        span = {"Range": f"bytes={self.at}-{self.at + wanted - 1}"}
-        answer = self.job.server.read("GET", f"/download_partial/{self.job.id}", span)
-        if answer.status != 206 or answer.headers.get("ETag") != self.tag or len(answer.body) != wanted:
-            raise Damaged(f"the server has another result of job {self.job.id} now: try again")
-        buffer[:wanted] = answer.body
-        self.at += wanted
-        return wanted
+def pieces(server: Server, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield what arrives of an answer's body, which may be cut off."""
+    try:
+        while chunk := response.read(CHUNK_BYTES):
+            yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        server.on_trouble(unreachable_text(server.url, error))
 
 
 def fetch(job: Job, path: str) -> None:

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import IO, Any, Callable, NamedTuple, NoReturn
 
 from joborch_plugins.caller import (
     ENDED,
@@ -812,47 +812,48 @@ def list_files(given: Given, job: Job) -> int:
     """List the files of a result with their sizes."""
     found = job.files(given.options.partial)
     if given.options.json:
-        print(json.dumps([{"path": entry.filename, "size": entry.file_size} for entry in found]))
+        print(json.dumps([{"path": entry["path"], "size": entry["size"]} for entry in found]))
         return DONE
     for entry in found:
-        on_terminal = f"{size_text(entry.file_size):>12}  {printable(entry.filename)}"
-        given.screen.say(on_terminal if given.screen.is_terminal else f"{entry.file_size}\t{printable(entry.filename)}")
+        on_terminal = f"{size_text(entry['size']):>12}  {printable(entry['path'])}"
+        given.screen.say(on_terminal if given.screen.is_terminal else f"{entry['size']}\t{printable(entry['path'])}")
     return DONE
 
 
 def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
     """Save files of a result, each in one step; with `-o -` print them."""
-    import shutil
-
     options, saved = given.options, []
-    with job.archive(options.partial) as archive:
-        known = {entry.filename for entry in archive.infolist() if not entry.is_dir()}
-        for path in paths:
-            if path not in known:
-                raise JobsError(f"job {job.id} has no file {printable(path)!r}{nearest(path, known)}: see joborch get {job.id} --list")
-        for path in paths:
-            with archive.open(path) as source:
-                if options.output == "-":
-                    shutil.copyfileobj(source, sys.stdout.buffer)
-                    continue
-                base = os.path.basename(path)
-                into = options.output is not None and (len(paths) > 1 or options.output.endswith("/") or os.path.isdir(options.output))
-                target = os.path.join(options.output, base) if into else options.output or base
-                os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
-                partial = os.path.join(os.path.dirname(os.path.abspath(target)), f".{os.path.basename(target)}.{os.getpid()}.part")
-                try:
-                    with open(partial, "wb") as file:
-                        shutil.copyfileobj(source, file)
-                    os.replace(partial, target)
-                finally:
-                    if os.path.exists(partial):
-                        os.unlink(partial)
-            saved.append({"id": job.id, "path": target})
-            if not options.json:
-                given.screen.say(target)
+    for path in paths:
+        if options.output == "-":
+            copy_to(given, job, path, sys.stdout.buffer)
+            continue
+        base = os.path.basename(path)
+        into = options.output is not None and (len(paths) > 1 or options.output.endswith("/") or os.path.isdir(options.output))
+        target = os.path.join(options.output, base) if into else options.output or base
+        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+        partial = os.path.join(os.path.dirname(os.path.abspath(target)), f".{os.path.basename(target)}.{os.getpid()}.part")
+        try:
+            with open(partial, "wb") as file:
+                copy_to(given, job, path, file)
+            os.replace(partial, target)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+        saved.append({"id": job.id, "path": target})
+        if not options.json:
+            given.screen.say(target)
     if options.json and options.output != "-":
         print(json.dumps(saved))
     return DONE
+
+
+def copy_to(given: Given, job: Job, path: str, target: IO[bytes]) -> None:
+    """Write one file of a result to `target`. Raises JobsError with the nearest path if there is no such file."""
+    try:
+        job.copy(path, target, given.options.partial)
+    except FileNotFoundError:
+        close = nearest(path, {entry["path"] for entry in job.files(given.options.partial)})
+        raise JobsError(f"job {job.id} has no file {printable(path)!r}{close}: see joborch get {job.id} --list") from None
 
 
 ADVICE = {

@@ -26,7 +26,7 @@ from typing import Callable, NamedTuple
 
 from bench_at_once import GIB, all_at_once
 from bench_base import REPOSITORY, BenchError, Json, Measure, Place, machine, say
-from bench_files import big, many_files, many_results
+from bench_files import big, many_files, many_results, one_file
 from bench_jobs import cpu, latency, peers, throughput, uploads
 from bench_load import fill, idle, polling, silent, start, waiters
 from bench_queue import FAIR_OTHERS, FAIR_SLOTS, backlog, fairness, restart, slurm
@@ -140,6 +140,7 @@ BENCHMARKS = [
     Benchmark("waiters", waiters, 300, 100, 3, "uploads", "no waiters"),
     Benchmark("silent", silent, 300, 100, 1, "health checks", "the same alone"),
     Benchmark("many-results", many_results, 200_000, 20_000, 1, "files", ""),
+    Benchmark("one-file", one_file, 200_000, 20_000, 1, "files of a result, and 26 KB for each", ""),
     Benchmark("all-at-once", all_at_once, 10 * GIB, GIB // 4, 1, "bytes uploaded, and as many files in proportion", "an idle system"),
     Benchmark("fill", fill, 1000, 100, 1, "running payloads", ""),
     Benchmark("start", start, 10, 3, 1, "starts", "python -c with the imports of any such program"),
@@ -167,6 +168,9 @@ GOALS = {
     ("silent", "/health, p99"): Goal(most=100),
     ("many-results", "peak RSS, server"): Goal(most=150),
     ("many-results", "peak RSS, client"): Goal(most=150),
+    ("one-file", "first"): Goal(most=50),
+    ("one-file", "median"): Goal(most=50),
+    ("one-file", "growth of RSS, server"): Goal(most=10),
     ("all-at-once", "upload, p99"): Goal(most=100),
     ("all-at-once", "/health, p99"): Goal(most=100),
     ("all-at-once", "start of another user's job, p99"): Goal(most=100),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from bench_base import (
     Measure,
     Place,
     Swarm,
+    first_line,
     peak_rss_mb,
     request,
     timed_run,
@@ -116,3 +118,43 @@ def many_results(place: Place, size: int) -> Iterator[Measure]:
         Swarm(site.port).run([poller([request("GET", f"/jobs/{job['id']}/logs")], time.perf_counter() + 2, []) for _ in range(8)])
         for mode, process in sorted(site.processes.items()):
             yield Measure(f"peak RSS, {mode}", peak_rss_mb(process.pid), "MB")
+
+
+FILE_BYTES = 5 * 2**30 // 200_000  # of one member of a result, on average
+ONE_FILE_SCRIPT = """mkdir out; cd out
+seq {count} | xargs touch
+head -c 1024 /dev/zero | tr '\\0' x > wanted
+head -c 64M /dev/urandom > block
+for number in $(seq {blocks}); do cat block; done > noise
+rm block
+"""
+
+
+def one_file(place: Place, size: int) -> Iterator[Measure]:
+    """One file of 1 KB out of a result of `size` files, with as many bytes as 5 GiB has for 200,000."""
+    blocks = max(1, size * FILE_BYTES // 2**26)
+    if shutil.disk_usage(place.folder).free < 4 * blocks * 2**26:
+        raise BenchError(f"one-file needs {4 * blocks >> 4} GiB of free disk: choose another --dir, or --quick")
+    with running_site(place) as site, Caller(site.port) as caller:
+        files = {"run.sh": ONE_FILE_SCRIPT.format(count=size - 2, blocks=blocks).encode()}
+        job = wait_until_completed(caller, caller.ask(upload_request(files)).json())
+        server = site.processes["server"].pid
+        caller.ask(request("GET", "/health"))
+        before, times = rss_mb(server), list[float]()
+        for _ in range(50):
+            begin = time.perf_counter()
+            answer = caller.ask(request("GET", f"/jobs/{job['id']}/files/out/wanted"))
+            times.append(1000 * (time.perf_counter() - begin))
+            if answer.body != b"x" * 1024:
+                raise BenchError(f"not the file: {answer.body[:100]!r}")
+        yield Measure("first", times[0], "ms")
+        yield Measure("median", statistics.median(times), "ms")
+        yield Measure("growth of RSS, server", max(0.0, rss_mb(server) - before), "MB")
+        begin = time.perf_counter()
+        caller.ask(request("GET", f"/jobs/{job['id']}/files?limit=1000"))
+        yield Measure("page of 1,000", 1000 * (time.perf_counter() - begin), "ms")
+
+
+def rss_mb(pid: int) -> float:
+    """The memory that a process holds now (VmRSS)."""
+    return int(first_line(f"/proc/{pid}/status", "VmRSS").split()[0]) * 1024 / MB

@@ -66,7 +66,7 @@ def test_the_first_steps(jobs: Jobs) -> None:
     assert (job.status in ("Queued", "Processing", "Submitted", "Running"), job.facts["user_id"], job.facts["name"]) == (True, 7, "2oob")
     assert b"36 residue pairs" in job.read("summary.txt")
     assert (job.status, job.ended, job.reason) == ("Completed", True, job.facts["reason"])
-    assert {"run.sh", "2oob.pdb", "summary.txt", "contacts.tsv"} <= {entry.filename for entry in job.files()}
+    assert {"run.sh", "2oob.pdb", "summary.txt", "contacts.tsv"} <= {entry["path"] for entry in job.files()}
     assert "36 residue pairs" in job.logs()
     assert repr(job) == f"<Job {job.id} Completed>"
 
@@ -471,8 +471,32 @@ def test_a_process_that_is_killed_while_it_fetches(line: Proxy, jobs: Jobs, tmp_
 
 def test_one_file_is_read_without_the_rest(line: Proxy, jobs: Jobs) -> None:
     job, whole = result_of(jobs, 20_000_000)
-    assert over(line).job(job.id).read("small") == b"small\n"
-    assert sum(exchange.answer_bytes for exchange in line.find("GET /download")) < 1_000_000 < len(whole)
+    far = over(line).job(job.id)
+    assert far.read("small") == b"small\n"
+    assert [row["path"] for row in far.files()] == [".joborch/stderr", ".joborch/stdout", "big", "d/e/x", "d/link", "run.sh", "small"]
+    assert sum(exchange.answer_bytes for exchange in line.find("GET /")) < 1_000_000 < len(whole)
+    with pytest.raises(FileNotFoundError, match=r"d/link' of job [0-9]+ is a symbolic link to 'e/x'"):
+        far.read("d/link")
+
+
+@pytest.mark.parametrize("after", [0, 100, 700, 1_000_000, 2_999_000])
+def test_one_file_that_is_cut_goes_on_there(after: int, line: Proxy, jobs: Jobs) -> None:
+    """Cut twice, before the first byte of the answer or anywhere in it: the rest is fetched, and the whole is verified."""
+    job, whole = result_of(jobs)
+    content = zipfile.ZipFile(io.BytesIO(whole)).read("big")
+    for _ in range(2):
+        line.plant(Fault("cut_answer", "GET /jobs/[0-9]+/files/big", after=after))
+    assert over(line).job(job.id).read("big") == content
+    ranges = [exchange.headers.get("range", "bytes=0-") for exchange in line.find("GET /jobs/[0-9]+/files/big")]
+    assert len(ranges) == 3
+    assert after < 1_000_000 or all(int(text[6:-1]) > after / 2 for text in ranges[1:]), "what was there is not fetched again"
+
+
+def test_one_file_that_is_changed_on_the_way_is_refused(line: Proxy, jobs: Jobs) -> None:
+    job, _ = result_of(jobs)
+    line.plant(Fault("flip_answer", "GET /jobs/[0-9]+/files/big", after=1_500_000))
+    with pytest.raises(Damaged, match="CRC-32 differs"):
+        over(line).job(job.id).read("big")
 
 
 def test_a_result_is_unpacked_in_one_step(jobs: Jobs, tmp_path: Path) -> None:
