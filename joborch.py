@@ -1323,7 +1323,7 @@ class Server(Node):
         for link in links:
             others = [other for other in by_client.get(link.client, ()) if other is not link]
             # Read before what has ended: see count_no_more.
-            jobs, cpus, memory = map(sum, zip(*(self.store.load(each.name) for each in (link, *others))))
+            jobs, cpus, memory, _, _ = map(sum, zip(*(self.store.load(each.name) for each in (link, *others))))
             places.append(link.capacity(cpus, memory, jobs, others))
         return places
 
@@ -1468,9 +1468,9 @@ def send_tick(server: Server, link: Link) -> bool:
     return True
 
 
-def may_send(link: Link) -> bool:
+def may_send(server: Server, link: Link) -> bool:
     """Tell whether `send_tick` may have something to do: a job to send or send again, or a probe."""
-    return bool(link.outbox) or (not link.held() and (link.may_have_pinned or lacks_probe(link)))
+    return bool(link.outbox) or (not link.held() and (server.store.load(link.name).pinned > 0 or lacks_probe(link)))
 
 
 def lacks_probe(link: Link) -> bool:
@@ -1493,9 +1493,7 @@ def next_to_send(server: Server, link: Link) -> Job | None:
         return link.outbox.popleft()
     if not link.ready():
         return None
-    pinned = server.store.jobs(statements.PINNED_AT_CLIENT, client=link.name) if link.may_have_pinned else []
-    link.may_have_pinned = bool(pinned)
-    for job in pinned:
+    for job in server.store.jobs(statements.PINNED_AT_CLIENT, client=link.name) if server.store.load(link.name).pinned else []:
         if not link.protocol.knows_keys:
             new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
@@ -1554,7 +1552,7 @@ def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) ->
         crash_point("send.stored")
         if end is not None:
             ask_for_end(server, link, job)
-        if server.store.number(statements.KILLS_COUNT, client=link.name):
+        if server.store.load(link.name).kills:
             server.wake(f"kill:{link.name}")
     link.accepted.pop(job.mark, None)
 
@@ -1648,7 +1646,6 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
         crash_point("send.lost")
-    link.may_have_pinned = True
     with link.lock:
         link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
@@ -1747,7 +1744,6 @@ class Link:
         self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
         self.accepted: dict[str, tuple[str, bool]] = {}  # by mark, until they are stored: payload ids, and whether an end came along
         self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server replaced, but that still run here
-        self.may_have_kills = self.may_have_pinned = True  # jobs to kill; jobs tied to it by a lost answer, or by a crash at their submit
         self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
 
     def token(self, service: str | None = None) -> str:
@@ -2896,7 +2892,7 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
     link.since = 0  # its first answer will list all its payloads
     link.failed(error)
     link.try_at = float("inf")
-    if server.store.number(statements.KILLS_COUNT, client=link.name):
+    if server.store.load(link.name).kills:
         link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
     if link.outage.failures == 1:
         decide_again(server)
@@ -3063,7 +3059,6 @@ def take_along(server: Server, link: Link, job: Job) -> Job | None:
     if not server.store.take_along(job, link.name):
         return None
     log.info("job %d: its client %s is reached as %s now", job.id, job.client, link.name)
-    link.may_have_pinned = link.may_have_pinned or job.dest_id is None
     if job.kill_requested_at is not None:
         server.wake(f"kill:{link.name}")
     return server.store.get(job.id)
@@ -3411,14 +3406,14 @@ def fetch_failure(server: Server, link: Link, job: Job, found: EndReport) -> Non
     end_busy(server, job, to, reason, cause=cause, result_size=size, result_sha256=digest, **changes)
 
 
-def may_kill(link: Link) -> bool:
+def may_kill(server: Server, link: Link) -> bool:
     """Tell whether `kill_tick` may have something to do."""
-    return link.may_have_kills and not link.held()
+    return bool(link.superseded_attempts or server.store.load(link.name).kills) and not link.held()
 
 
 def kill_tick(server: Server, link: Link) -> bool:
     """Ask a client to kill jobs and superseded attempts. Its events report when they have ended."""
-    now, link.may_have_kills = server.clock.monotonic(), True
+    now = server.clock.monotonic()
     if link.held():
         return False
     for superseded in list(link.superseded_attempts.values()):
@@ -3431,7 +3426,6 @@ def kill_tick(server: Server, link: Link) -> bool:
             log.info("job %d: %s no longer has attempt %d", superseded.id, link.name, superseded.attempt)
         link.superseded_attempts.pop(superseded.mark, None)
     jobs = server.store.jobs(statements.KILLS_AT_CLIENT, client=link.name)
-    link.may_have_kills = bool(jobs)
     for job_id in set(link.kill_due).difference(job.id for job in jobs):
         link.kill_due.pop(job_id, None)
     for job in jobs:
@@ -3455,8 +3449,6 @@ def watch_tick(server: Server) -> bool:
     """Handle what no event reports: silent clients, unreachable services, attempts that are due."""
     server.store.admit_due()
     busy = server.store.jobs(statements.ALL_BUSY)
-    for name in {job.client or "" for job in busy if job.kill_requested_at is not None}.intersection(server.links):
-        server.links[name].may_have_kills = True
     each(busy, functools.partial(judge, server))
     running = [job for job in busy if job.status is Status.RUNNING]
     each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
@@ -3501,7 +3493,6 @@ def sort_out(server: Server, link: Link, job: Job) -> None:
             ask_for_end(server, link, job)
         return
     server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
-    link.may_have_pinned = True
     server.wake(f"send:{link.name}")
 
 
@@ -3550,9 +3541,9 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
 
     for link in server.links.values():
         add("get", get_tick, config.get_interval_s, link, wanted=functools.partial(may_be_asked, link))
-        add("send", send_tick, config.send_interval_s, link, most_runs=SENDERS_PER_CLIENT, wanted=functools.partial(may_send, link))
+        add("send", send_tick, config.send_interval_s, link, most_runs=SENDERS_PER_CLIENT, wanted=functools.partial(may_send, server, link))
         add("fetch", fetch_tick, config.get_interval_s, link, most_runs=3, wanted=functools.partial(bool, link.ended))
-        add("kill", kill_tick, config.get_interval_s, link, wanted=functools.partial(may_kill, link))
+        add("kill", kill_tick, config.get_interval_s, link, wanted=functools.partial(may_kill, server, link))
     add("dispatch", dispatch_tick, config.send_interval_s)
     add("watch", watch_tick, 1.0)
     add("clean", clean_tick, config.clean_interval_s)

@@ -13,10 +13,10 @@ import sqlite3
 import stat
 import threading
 import time
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional, cast
+from typing import Any, Callable, Generic, Optional, TypeVar, cast
 from urllib.parse import quote
 
 from joborch_base import statements
@@ -25,6 +25,9 @@ from joborch_base.statements import SCHEMA_VERSION
 from joborch_base.vocabulary import Clock, ConfigError, StorageError, T, crash_point, log, one_line
 
 # == 1. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 READERS_KEPT = 8  # idle read connections to keep
 DECISIONS_AT_ONCE = 8  # claims in one transaction, so that its callers wait for few
@@ -68,45 +71,60 @@ def is_fatal(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
 
 
-class Shares:
-    """What turns depend on and who has one, in memory: it always follows from the rows.
+class Layers(Generic[K, V]):
+    """A map of two layers: what the current transaction changes, which only that transaction sees, and what is committed.
 
-    Each map has two layers: what the current transaction changes, which only that transaction sees, and what is committed.
-    A COMMIT brings the changes down, a rollback drops them. Records are never changed, only replaced, so readers need no lock.
+    Records are never changed, only replaced, so readers need no lock.
     """
 
     def __init__(self) -> None:
-        self.users: ChainMap[tuple[str, int], Share] = ChainMap({}, {})  # by service and user; only those with jobs that run or could
-        self.lines: ChainMap[str, Line] = ChainMap({}, {})  # by service
-        self.loads: ChainMap[str, Load] = ChainMap({}, {})  # by client
-        self.weights: ChainMap[int, float] = ChainMap({}, {})  # by user; others have 1
-        self.maps: tuple[ChainMap[Any, Any], ...] = (self.users, self.lines, self.loads, self.weights)
+        self.changes: dict[K, V] = {}
+        self.known: dict[K, V] = {}
+
+    def get(self, key: K, is_inside: bool) -> V | None:
+        """Return a record as the current transaction sees it, or as the others do."""
+        found = self.changes.get(key) if is_inside else None
+        return self.known.get(key) if found is None else found
+
+
+class Shares:
+    """What turns depend on and who has one, in memory: it always follows from the rows.
+
+    A COMMIT brings the changes of the transaction down to what is known, a rollback drops them.
+    """
+
+    def __init__(self) -> None:
+        self.users = Layers[tuple[str, int], Share]()  # by service and user; only those with jobs that run or could
+        self.lines = Layers[str, Line]()  # by service
+        self.loads = Layers[str, Load]()  # by client
+        self.weights = Layers[int, float]()  # by user; others have 1
+        self.maps: tuple[Layers[Any, Any], ...] = (self.users, self.lines, self.loads, self.weights)
         self.order: dict[str, list[Turn]] = {}  # by service: all turns, sorted
         self.running: dict[str, set[int]] = {}  # by service: users with jobs at clients
 
-    def changes(self) -> list[dict[Any, Any]]:
-        """Return what the transaction has changed so far."""
-        return [dict(known.maps[0]) for known in self.maps]
+    def copy_changes(self) -> list[dict[Any, Any]]:
+        return [dict(layers.changes) for layers in self.maps]
 
     def back_to(self, changes: Sequence[dict[Any, Any]] = ({}, {}, {}, {})) -> None:
         """Forget what the transaction has changed, or all but some earlier changes."""
-        for known, kept in zip(self.maps, changes):
-            known.maps[0] = dict(kept)
+        for layers, kept in zip(self.maps, changes):
+            if layers.changes or kept:
+                layers.changes = dict(kept)
 
     def commit(self) -> None:
         """Let everybody see the changes of the transaction."""
-        changed, known = self.users.maps
-        for pair, share in changed.items():
+        known = self.users.known
+        for pair, share in self.users.changes.items():
             before = known.get(pair, NO_SHARE)
             if share.turn != before.turn:
                 self.move_turn(pair[0], before.turn, share.turn)
             running = self.running.setdefault(pair[0], set())
             (running.add if share.runs else running.discard)(pair[1])
-        for layers in self.maps:
-            layers.maps[1].update(layers.maps[0])
-        for pair, share in changed.items():
             if not (share.runs or share.waiting):
-                del known[pair]
+                known.pop(pair, None)
+        self.users.changes = {pair: share for pair, share in self.users.changes.items() if share.runs or share.waiting}
+        for layers in self.maps:
+            layers.known.update(layers.changes)
         self.back_to()
 
     def move_turn(self, service: str, before: Turn | None, after: Turn | None) -> None:
@@ -117,8 +135,10 @@ class Shares:
             bisect.insort(order, after)
 
     def turns(self, service: str) -> Iterator[Turn]:
-        """Yield the turns of all users who have a free run, as the current transaction sees them."""
-        changed = {pair[1]: share.turn for pair, share in self.users.maps[0].items() if pair[0] == service}
+        """Return the turns of all users who have a free run, as the current transaction sees them."""
+        if not self.users.changes:
+            return iter(self.order.get(service, ()))
+        changed = {pair[1]: share.turn for pair, share in self.users.changes.items() if pair[0] == service}
         kept = (turn for turn in self.order.get(service, ()) if turn.user_id not in changed)
         return heapq.merge(kept, sorted(turn for turn in changed.values() if turn is not None))
 
@@ -293,7 +313,7 @@ class Core:
     def savepoint(self, work: Callable[[], T]) -> T:
         """Run work, and roll its part back if it raises."""
         self.db.execute("SAVEPOINT part")
-        known, changes = len(self.outcomes), self.shares.changes()
+        known, changes = len(self.outcomes), self.shares.copy_changes()
         try:
             value = work()
         except Exception as error:

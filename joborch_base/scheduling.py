@@ -80,9 +80,11 @@ class Run(NamedTuple):
     cpus: int
     charged: float = 0.0  # slot-seconds, in advance; more if it runs longer than that
     since: float | None = None  # steady; None before it starts
-    memory: int = 0  # MiB
     timeout: float | None = None  # seconds
+    memory: int = 0  # MiB
     client: str = ""
+    killed: bool = False  # a kill is requested
+    pinned: bool = False  # a lost answer ties it to the client
 
     def run_s(self, now: float) -> float:
         return 0.0 if self.since is None else max(0.0, now - self.since)
@@ -90,6 +92,9 @@ class Run(NamedTuple):
     def ends_at(self, now: float) -> float:
         """Return when it will have ended: infinity without a time limit, which counts from the start of the run."""
         return float("inf") if self.timeout is None else (now if self.since is None else self.since) + self.timeout
+
+
+RUN_TAKES = slice(Run._fields.index("memory"), None)  # what of a Run counts at its client
 
 
 class Turn(NamedTuple):
@@ -129,9 +134,14 @@ class Load(NamedTuple):
     jobs: int = 0
     cpus: int = 0
     memory: int = 0  # MiB
+    kills: int = 0
+    pinned: int = 0
 
-    def plus(self, run: Run, count: int = 1) -> Load:
-        return Load(self.jobs + count, self.cpus + count * run.cpus, self.memory + count * run.memory)
+    def plus(self, run: Run, count: int) -> Load:
+        """Return the load with a run more, or with one fewer if `count` is -1."""
+        jobs, cpus, memory, kills, pinned = self
+        kills, pinned = kills + count * run.killed, pinned + count * run.pinned
+        return Load(jobs + count, cpus + count * run.cpus, memory + count * run.memory, kills, pinned)
 
 
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
@@ -198,7 +208,8 @@ def run_of_job(job: Job) -> Run | None:
     if job.status not in BUSY:
         return None
     since = job.moved_at if job.status is Status.RUNNING else None
-    return Run(job.id, job.cpus, job.charged, since, job.memory or 0, job.timeout, job.client or "")
+    marks = (job.kill_requested_at is not None, job.status is Status.UNKNOWN and job.dest_id is None)
+    return Run(job.id, job.cpus, job.charged, since, job.timeout, job.memory or 0, job.client or "", *marks)
 
 
 # -- which client gets a job --

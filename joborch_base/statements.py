@@ -214,10 +214,6 @@ SELECT * FROM jobs INDEXED BY jobs_client
  WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown')
    AND kill_requested_at IS NOT NULL AND dest_id IS NOT NULL ORDER BY id
 """
-KILLS_COUNT = """
-SELECT count(*) FROM jobs INDEXED BY jobs_client
- WHERE client = :client AND status IN ('Processing', 'Submitted', 'Running', 'Unknown') AND kill_requested_at IS NOT NULL
-"""
 CUT_OFF_SENDING = "SELECT * FROM jobs INDEXED BY jobs_status WHERE status = 'Processing'"
 WAITING_FIRST = """
 SELECT id, priority, arrived_at, cpus, memory, timeout FROM jobs INDEXED BY jobs_queued

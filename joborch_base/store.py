@@ -11,15 +11,15 @@ import functools
 import itertools
 import math
 import sqlite3
-from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 from joborch_base import statements
 from joborch_base.database import NO_LINE, NO_LOAD, NO_SHARE, Database, Shares
 from joborch_base.scheduling import (
     CANDIDATES_LOOKED_AT,
+    RUN_TAKES,
     TURN_S,
     Line,
     Load,
@@ -83,8 +83,6 @@ class Filter(NamedTuple):
 
 RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
 RESTORE_SEQ_GAP = 3600 * 10**6  # the same for `seq`: each reboot moves steady time ahead of wall time by up to a minute
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class Store(Database):
@@ -330,7 +328,7 @@ class Store(Database):
             db.execute(statements.ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
         self.add_history(db, job.id, now, job.status, to, reason)
         if self.mode == "server" and (job.status in BUSY or to in BUSY):
-            self.account(db, job, to, run_s, values["moved_at"], values["client"])
+            self.account(db, job, to, run_s, values)
         if not (job.status in BUSY and to in BUSY):
             self.update_rank(db, job, is_queue=Status.QUEUED in (job.status, to))
         return True
@@ -366,7 +364,14 @@ class Store(Database):
     def request_kill(self, job_id: int, cause: Cause) -> bool:
         """Store durably that a job must be stopped. Return whether that is new."""
         values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
-        return self.write(lambda db: db.execute(statements.KILL_WISH, values).rowcount == 1)
+
+        def request(db: sqlite3.Connection) -> bool:
+            is_new = db.execute(statements.KILL_WISH, values).rowcount == 1
+            if is_new and self.mode == "server":
+                self.set_run(self.row(db, job_id))
+            return is_new
+
+        return self.write(request)
 
     def take_along(self, job: Job, client: str) -> bool:
         """Store that a job's client has another name. Return False if the job has moved meanwhile."""
@@ -424,27 +429,23 @@ class Store(Database):
 
     # -- turns --
 
-    def seen(self, known: ChainMap[K, V]) -> Mapping[K, V]:
-        """Return a map of Shares as this thread may see it: only the current transaction sees its changes."""
-        return known if self.core.is_inside() else known.maps[1]
-
     def share(self, service: str, user_id: int) -> Share:
         """Return a user's part in a service, from memory or, if nothing is going on there, from the rows."""
-        share = self.seen(self.core.shares.users).get((service, user_id))
+        share = self.core.shares.users.get((service, user_id), self.core.is_inside())
         if share is None:
             rows = self.read(statements.USAGE_GET, service=service, user_id=user_id)
             share = Share(Usage(*rows[0])) if rows else NO_SHARE
         return share
 
     def line(self, service: str) -> Line:
-        return self.seen(self.core.shares.lines).get(service, NO_LINE)
+        return self.core.shares.lines.get(service, self.core.is_inside()) or NO_LINE
 
     def load(self, client: str) -> Load:
-        return self.seen(self.core.shares.loads).get(client, NO_LOAD)
+        return self.core.shares.loads.get(client, self.core.is_inside()) or NO_LOAD
 
     def weight(self, user_id: int) -> float:
         """Return a user's weight: the stored one, else that of the settings, else 1."""
-        return self.seen(self.core.shares.weights).get(user_id, 1.0)
+        return self.core.shares.weights.get(user_id, self.core.is_inside()) or 1.0
 
     def turns(self, service: str) -> Iterator[Turn]:
         """Yield the turns of users whose next job may be sent, the first turn first."""
@@ -461,28 +462,30 @@ class Store(Database):
         return min(bisect.bisect_left(self.core.shares.order.get(service, []), turn._replace(at_quota=False)), 10_000)
 
     def runs(self) -> Iterator[Run]:
-        """Yield all jobs at clients."""
-        users = self.seen(self.core.shares.users)
-        return (run for share in list(users.values()) for run in share.runs)
+        """Yield all jobs at clients, as of the last COMMIT."""
+        return (run for share in list(self.core.shares.users.known.values()) for run in share.runs)
 
     def set_pace(self, db: sqlite3.Connection, service: str, pace: Pace) -> None:
         db.execute(statements.PACE_SET, {"service": service, "runs": pace.runs, "mean_s": pace.mean_s})
-        self.core.shares.lines[service] = self.line(service)._replace(pace=pace)
+        self.core.shares.lines.changes[service] = self.line(service)._replace(pace=pace)
 
     def set_run(self, job: Job) -> None:
         """Keep what is known of a job at a client as it is now, inside a transaction; forget it if it is at none any more."""
         run, shares, share, line = run_of_job(job), self.core.shares, self.share(*job.pair), self.line(job.pair[0])
         old = share.run(job.id)
-        for each, count in ((old, -1), (run, 1)):
-            if each is not None:
-                shares.loads[each.client] = self.load(each.client).plus(each, count)
-                line = line._replace(busy=line.busy + count)
-        shares.lines[job.pair[0]] = line
-        runs = [each for each in (*share.runs, run) if each is not None and each is not old]
-        shares.users[job.pair] = share._replace(runs=tuple(sorted(runs)))
+        if old is not None and run is not None:
+            run = run._replace(killed=old.killed or run.killed)  # the job may have been read before the request
+        if old is None or run is None or old[RUN_TAKES] != run[RUN_TAKES]:
+            for each, count in ((old, -1), (run, 1)):
+                if each is not None:
+                    shares.loads.changes[each.client] = self.load(each.client).plus(each, count)
+                    line = line._replace(busy=line.busy + count)
+            shares.lines.changes[job.pair[0]] = line
+        runs = sorted(each for each in (*share.runs, run) if each is not None and each is not old)
+        shares.users.changes[job.pair] = Share(share.usage, tuple(runs), share.waiting, share.turn)
 
-    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, moved_at: float, client: str) -> None:
-        """Charge a user in advance for a job that goes to a client, or its real length when it is over."""
+    def account(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, row: Mapping[str, Any]) -> None:
+        """Charge a user in advance for a job that goes to a client, or its real length when it is over. `row` are the new values."""
         share = self.share(*job.pair)
         run = share.run(job.id)
         if run is None:
@@ -491,7 +494,8 @@ class Store(Database):
             charged = run.charged if to in BUSY else self.charge_run(db, job, to, run_s, run)
         if run is None or to not in BUSY:
             db.execute(statements.JOB_CHARGE_SET, {"id": job.id, "charged": charged})
-        self.set_run(job._replace(status=to, charged=charged, client=client, moved_at=moved_at))
+        changed = {name: row[name] for name in ("client", "dest_id", "moved_at")}
+        self.set_run(job._replace(status=to, charged=charged, **changed))
 
     def charge_run(self, db: sqlite3.Connection, job: Job, to: Status, run_s: float | None, run: Run) -> float:
         """Add a run that is over to its user's use. Return its charge."""
@@ -506,7 +510,7 @@ class Store(Database):
         counted = job.cpus * counted_s(max(run_s, TURN_S), self.sharing.half_life_s)
         usage = usage._replace(use=used(use, counted, now, self.sharing.half_life_s))
         db.execute(statements.USAGE_SET, {"service": job.service, "user_id": job.user_id, **usage._asdict()})
-        self.core.shares.users[job.pair] = share._replace(usage=usage)
+        self.core.shares.users.changes[job.pair] = share._replace(usage=usage)
         return job.cpus * max(run_s, TURN_S)
 
     def without_old_credit(self, job: Job, share: Share) -> float:
@@ -520,7 +524,7 @@ class Store(Database):
         level = next((turn.rank for turn in self.turns(name) if turn.user_id != user_id), float("inf"))
         if service is None or service.policy != "share" or share.turn is None or cap_idle_credit(use, weight, level) == use:
             return use
-        changed = {other for service_name, other in shares.users.maps[0] if service_name == name}
+        changed = {other for service_name, other in shares.users.changes if service_name == name}
         for other in (shares.running.get(name, set()) | changed) - {user_id}:
             theirs = self.share(name, other)
             if theirs.runs:
@@ -562,7 +566,7 @@ class Store(Database):
             use = with_open_runs(share.usage.use, share.runs, self.steady(), self.sharing.half_life_s)
             rank, head = rank_of(service.policy, share.waiting, use - math.log2(self.weight(pair[1])), self.sharing.ageing_s)
             turn = Turn(len(share.runs) >= service.runs_per_user, rank, head, pair[1])
-        self.core.shares.users[pair] = share._replace(turn=turn)
+        self.core.shares.users.changes[pair] = Share(share.usage, share.runs, share.waiting, turn)
 
     def set_limits(self, services: Mapping[str, Service], sharing: Sharing | None = None) -> None:
         """Use these services and rules, and compute all turns."""
@@ -579,8 +583,8 @@ class Store(Database):
                 db.execute(statements.USAGE_SET, {**dict(row), "use": row["used"] + shift})
             db.execute(statements.TURNS_MADE_BY, {"half_life_s": self.sharing.half_life_s})
         shares = self.core.shares = Shares()
-        shares.weights.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(statements.WEIGHT_ALL)}})
-        shares.lines.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
+        shares.weights.changes.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(statements.WEIGHT_ALL)}})
+        shares.lines.changes.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
         for job in map(as_job, db.execute(statements.ALL_BUSY)):
             self.set_run(job)
         for service in self.limits:
@@ -591,7 +595,7 @@ class Store(Database):
 
         def store(db: sqlite3.Connection) -> None:
             db.execute(statements.WEIGHT_SET, {"user_id": user_id, "weight": weight})
-            self.core.shares.weights[user_id] = weight
+            self.core.shares.weights.changes[user_id] = weight
             for service in self.limits:
                 self.update_turn(db, (service, user_id), is_queue=False)
             self.core.undecided = True

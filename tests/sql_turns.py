@@ -35,7 +35,11 @@ SELECT rank FROM runnable_users WHERE service = :service AND at_quota = 0 AND us
 """
 WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
 SHARES = f"SELECT service, user_id, count(*), sum(charged) FROM jobs WHERE {BUSY} GROUP BY service, user_id ORDER BY service, user_id"
-LOADS = f"SELECT client, count(*), sum(cpus), coalesce(sum(memory), 0) FROM jobs WHERE {BUSY} GROUP BY client ORDER BY client"
+LOADS = f"""
+SELECT client, count(*), sum(cpus), coalesce(sum(memory), 0), sum(kill_requested_at IS NOT NULL),
+       sum(status = 'Unknown' AND dest_id IS NULL)
+  FROM jobs WHERE {BUSY} GROUP BY client ORDER BY client
+"""
 LINES = f"SELECT service, count(*) FROM jobs WHERE {BUSY} GROUP BY service ORDER BY service"
 
 
@@ -106,21 +110,24 @@ class SqlStore(Store):
     def compare(self) -> None:
         """Assert that what is in memory is what the rows say: turns, uses, runs, loads."""
         shares = self.core.shares
-        assert not any(known.maps[0] for known in shares.maps), "changes that were neither committed nor dropped"
+        assert not any(layers.changes for layers in shares.maps), "changes that were neither committed nor dropped"
         turns = [
             (name, turn.at_quota, turn.rank, turn.head.job_id, turn.head.cpus, turn.head.memory, turn.head.timeout, turn.user_id)
             for name in sorted(shares.order)
             for turn in shares.order[name]
         ]
         assert turns == [tuple(row) for row in self.read(RUNNABLE)]
-        for (service, user_id), share in shares.users.items():
+        for (service, user_id), share in shares.users.known.items():
             assert share.usage == self.usage_in(self.db, {"service": service, "user_id": user_id})
             assert share.runs or share.waiting, "nothing is kept of who has no jobs"
-        runs = {pair: share.runs for pair, share in sorted(shares.users.items()) if share.runs}
+        runs = {pair: share.runs for pair, share in sorted(shares.users.known.items()) if share.runs}
         found = [(*pair, len(mine), sum(run.charged for run in mine)) for pair, mine in runs.items()]
         assert found == [tuple(row) for row in self.read(SHARES)]
         assert {pair: {*users} for pair, users in shares.running.items() if users} == {
             name: {user_id for service, user_id in runs if service == name} for name, _ in runs
         }
-        assert [(name, *load) for name, load in sorted(shares.loads.items()) if load.jobs] == [tuple(row) for row in self.read(LOADS)]
-        assert [(name, line.busy) for name, line in sorted(shares.lines.items()) if line.busy] == [tuple(row) for row in self.read(LINES)]
+        loads = [(name, *load) for name, load in sorted(shares.loads.known.items()) if load.jobs]
+        assert loads == [tuple(row) for row in self.read(LOADS)]
+        assert [(name, line.busy) for name, line in sorted(shares.lines.known.items()) if line.busy] == [
+            tuple(row) for row in self.read(LINES)
+        ]

@@ -695,15 +695,15 @@ def test_a_request_to_kill_is_looked_after_until_it_is_carried_out(desk: Desk, p
     """No tick runs where nothing is to be killed, and none is forgotten that failed."""
     job = desk.with_client(Status.RUNNING)
     kill_tick(desk.server, desk.link)
-    assert not joborch.may_kill(desk.link)
+    assert not joborch.may_kill(desk.server, desk.link)
     desk.store.request_kill(job.id, Cause.CANCELLED)
     watch_tick(desk.server)
-    assert joborch.may_kill(desk.link)
+    assert joborch.may_kill(desk.server, desk.link)
     peer.says["/kill/7"] = [b""]
     kill_tick(desk.server, desk.link)
-    assert not joborch.may_kill(desk.link), "it is held back"
+    assert not joborch.may_kill(desk.server, desk.link), "it is held back"
     desk.clock.pass_s(60)
-    assert joborch.may_kill(desk.link)
+    assert joborch.may_kill(desk.server, desk.link)
 
 
 def test_a_job_does_not_stay_unknown_when_its_client_is_back(desk: Desk, peer: Peer) -> None:

@@ -258,7 +258,6 @@ def test_what_is_asked_again_takes_a_lane_like_every_other(desk: Desk) -> None:
     for job in lost:
         assert desk.store.claim(job.id, first.name, 50)
         assert desk.store.move(desk[job], Status.UNKNOWN, "no answer")
-    first.may_have_pinned = True
     taken = [joborch.next_to_send(desk.server, first) for _ in range(3)]
     assert [job and job.id for job in taken] == [job.id for job in lost[:3]]
     assert not first.has_free_sender()
