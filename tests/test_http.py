@@ -519,8 +519,8 @@ def test_terminate_in_every_state(status: Status, desk: Desk, monkeypatch: pytes
 
 FIELDS = [
     "id", "uuid", "user_id", "service", "name", "status", "ended_as", "reason", "cause", "exit_code", "signal", "priority", "cpus",
-    "memory", "timeout", "retries", "after", "inputs_from", "retry_of", "attempt", "client", "dest_id", "loc", "message", "created_at", "started_at",
-    "ended_at", "queue_position", "estimated_start", "waiting_for", "result", "attempts", "history",
+    "memory", "timeout", "retries", "after", "retry_of", "attempt", "client", "dest_id", "loc", "message", "created_at", "started_at",
+    "ended_at", "queue_position", "estimated_start", "waiting_for", "inputs_from", "result", "attempts", "history",
 ]  # fmt: skip
 
 
