@@ -780,7 +780,7 @@ def keep_upload(server: Server, new: NewJob, folder: Path, paths: Sequence[str])
 
     If a request with the same Idempotency-Key was stored earlier, remove the folder and return that request's job, and False.
     """
-    earlier = earlier_job(server, new)
+    earlier = earlier_job(server, new.user_id, new.idempotency_key, new.request_digest)
     if earlier is None:
         fsync_tree(folder, paths)
         crash_point("upload.synced")
@@ -790,7 +790,7 @@ def keep_upload(server: Server, new: NewJob, folder: Path, paths: Sequence[str])
             crash_point("upload.stored")
             return job, True
         except sqlite3.IntegrityError:
-            earlier = earlier_job(server, new)
+            earlier = earlier_job(server, new.user_id, new.idempotency_key, new.request_digest)
             if earlier is None:
                 raise
     discard(folder)
@@ -810,12 +810,12 @@ def stored(server: Server, new: NewJob) -> Job:
         raise HttpError(429, message, "user_id", Retry_After=str(FULL_QUEUE_RETRY_S)) from error
 
 
-def earlier_job(server: Server, new: NewJob) -> Job | None:
+def earlier_job(server: Server, user_id: int | None, idempotency_key: str | None, request_digest: str | None) -> Job | None:
     """Return the job of an Idempotency-Key that was used before. Raises HttpError 422 if that was another request."""
-    if not new.idempotency_key:
+    if not idempotency_key:
         return None
-    job = server.store.job(statements.JOB_BY_KEY, user_id=new.user_id, idempotency_key=new.idempotency_key)
-    if job and job.request_digest != new.request_digest:
+    job = server.store.job(statements.JOB_BY_KEY, user_id=user_id, idempotency_key=idempotency_key)
+    if job and job.request_digest != request_digest:
         raise HttpError(422, f"this Idempotency-Key was used for job {job.id} with other files or fields: use a new one", "Idempotency-Key")
     return job
 
@@ -851,6 +851,10 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
         own, replaced = key_columns(request, form, f"retry {job.id}"), set(form.fields)
         if form.fields.setdefault("user_id", str(job.user_id)).strip() != str(job.user_id):
             raise HttpError(400, f"user_id is another: job {job.id} and its retries belong to user {job.user_id}", "user_id")
+        earlier = earlier_job(server, job.user_id, **own)
+        if earlier is not None:  # the files that it has may be deleted by now
+            discard(folder)
+            return upload_answer(server, earlier, form, folder, False)
         form.fields = {**fields_of(server, job, form.fields), **form.fields}
         digest = inherit_files(server, job, form, folder)
         # Judged afterwards: the cleaner may have begun to delete them meanwhile.

@@ -20,6 +20,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -513,6 +514,28 @@ def form(parts: Iterable[bytes], boundary: str = BOUNDARY) -> bytes:
 def form_type(boundary: str = BOUNDARY) -> dict[str, str]:
     """The header that goes with `form`."""
     return {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+
+
+def tar_of(files: Mapping[str, tuple[bytes, int]], mode: str = "w", top: str = "", **options: Any) -> bytes:
+    """A tar with these files and their permissions."""
+    spool = io.BytesIO()
+    with tarfile.open(fileobj=spool, mode=mode, **options) as archive:
+        for path, (content, rights) in files.items():
+            header = tarfile.TarInfo(top + path)
+            header.size, header.mode = len(content), rights
+            archive.addfile(header, io.BytesIO(content))
+    return spool.getvalue()
+
+
+def zip_of(files: Mapping[str, tuple[bytes, int]], top: str = "", method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A ZIP with these files and their permissions."""
+    spool = io.BytesIO()
+    with zipfile.ZipFile(spool, "w", method) as archive:
+        for path, (content, rights) in files.items():
+            header = zipfile.ZipInfo(top + path)
+            header.external_attr, header.compress_type = (0o100000 | rights) << 16, method
+            archive.writestr(header, content)
+    return spool.getvalue()
 
 
 def post_form(server: Process, parts: Iterable[bytes], **headers: str) -> requests.Response:

@@ -7,10 +7,11 @@ import gzip
 import hashlib
 import io
 import random
+import shutil
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from harness import (
     free_port,
     nothing_left,
     post_form,
+    tar_of,
     upload,
     wait_status,
+    zip_of,
 )
 
 MIB = 1 << 20
@@ -48,28 +51,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield process.start()
     finally:
         process.close()
-
-
-def tar_of(files: Mapping[str, tuple[bytes, int]], mode: str = "w", top: str = "", **options: Any) -> bytes:
-    """A tar with these files and their permissions."""
-    spool = io.BytesIO()
-    with tarfile.open(fileobj=spool, mode=mode, **options) as archive:
-        for path, (content, rights) in files.items():
-            header = tarfile.TarInfo(top + path)
-            header.size, header.mode = len(content), rights
-            archive.addfile(header, io.BytesIO(content))
-    return spool.getvalue()
-
-
-def zip_of(files: Mapping[str, tuple[bytes, int]], top: str = "", method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A ZIP with these files and their permissions."""
-    spool = io.BytesIO()
-    with zipfile.ZipFile(spool, "w", method) as archive:
-        for path, (content, rights) in files.items():
-            header = zipfile.ZipInfo(top + path)
-            header.external_attr, header.compress_type = (0o100000 | rights) << 16, method
-            archive.writestr(header, content)
-    return spool.getvalue()
 
 
 def send(process: Process, archive: bytes, name: str = "tree", *more: bytes, **headers: str) -> requests.Response:
@@ -421,6 +402,17 @@ def test_the_key_of_a_retry_covers_what_it_replaces(server: Process) -> None:
     assert retry(server, number, file_part("more", b"1"), **key).json()["id"] == made
     assert_error(retry(server, number, file_part("more", b"2"), **key), 422)
     assert_error(retry(server, number, **key), 422)
+
+
+def test_a_retry_may_be_repeated_although_the_first_job_is_gone(server: Process) -> None:
+    """Its answer may have been lost; the job that it made has files of its own. Another retry is refused."""
+    first, key = upload(server, {"run.sh": RUN}).json(), {"Idempotency-Key": "retry-of-deleted"}
+    made = retry(server, first["id"], **key).json()["id"]
+    shutil.rmtree(first["loc"])
+    with nothing_left(server):
+        assert retry(server, first["id"], **key).json()["id"] == made
+        assert_error(retry(server, first["id"], field_part("name", "other"), **key), 422)
+        assert_error(retry(server, first["id"]), 410)
 
 
 def test_a_retry_of_changed_files_is_refused(server: Process) -> None:
