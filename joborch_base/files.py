@@ -177,6 +177,7 @@ class FormReader:
         self.before_file, self.after_write, self.reserve = before_file, after_write, reserve
         self.form, self.tree, self.folders = Form(), Tree(), {""}
         self.unpack_limit_bytes = 0  # of all files together, if archives are unpacked
+        self.stored_bytes = 0  # of all files so far
 
     def read(self, stream: IO[bytes], content_type: str, length: int) -> Form:
         """Read the whole form. Raises HttpError; the caller must then remove the folder."""
@@ -252,6 +253,7 @@ class FormReader:
                 os.fchmod(descriptor, mode & 0o777 | 0o600)
             elif head.startswith((b"#!", b"\x7fELF")):
                 os.fchmod(descriptor, 0o700)
+        self.stored_bytes += size
         self.form.files.append(StoredFile(path, size, digest.hexdigest()))
 
     def make_folders(self, path: str) -> None:

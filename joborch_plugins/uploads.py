@@ -78,7 +78,7 @@ def unpack(reader: FormReader, name: str, file: IO[bytes]) -> None:
 
 def within_limit(reader: FormReader, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the content of a file while all files together are small enough, and the disk has room."""
-    size, most = sum(file.size for file in reader.form.files), reader.unpack_limit_bytes
+    size, most = reader.stored_bytes, reader.unpack_limit_bytes
     for chunk in chunks:
         size += len(chunk)
         if size > most:

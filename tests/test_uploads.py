@@ -197,6 +197,13 @@ def overlapping() -> bytes:
     return data[:end] + more + tail
 
 
+def many_members() -> bytes:
+    """A tar that is damaged after 20,001 folders: it is refused for their number, so nothing was read beyond the limit."""
+    header = tarfile.TarInfo("d")
+    header.type = tarfile.DIRTYPE
+    return gzip.compress(header.tobuf() * 20_001 + b"x" * 512, 1)
+
+
 def of_names(*names: str) -> list[bytes]:
     """The same names in a tar and in a ZIP."""
     files = {"run.sh": (RUN, 0o644), **dict.fromkeys(names, (b"x", 0o644))}
@@ -211,7 +218,7 @@ BAD: dict[str, tuple[bytes | Callable[[], bytes], list[str]]] = {
     **{f"deep {n}": (each, ["folders deep"]) for n, each in enumerate(of_names("/".join("abcdefghijklmnopqrst")))},
     **{f"file and folder {n}": (each, ["both a file and a folder"]) for n, each in enumerate(of_names("a", "a/b"))},
     **{f"control {n}": (each, ["control character"]) for n, each in enumerate(of_names("a\nb"))},
-    "too many members in a tar": (lambda: tar_of(dict.fromkeys(map(str, range(20_100)), (b"", 0o644)), "w:gz"), ["20,000"]),
+    "too many members in a tar": (many_members, ["20,000"]),
     "100,000 members in a ZIP": (lambda: zip_of({f"m{n}": (b"", 0o644) for n in range(100_000)}), ["20,000"]),
     "duplicate in a tar": (tar_of({"run.sh": (RUN, 0o644)})[:1024] + tar_of({"run.sh": (RUN, 0o644)}), ["is used twice"]),
     "symbolic link": (with_member(tarfile.SYMTYPE, linkname="/etc/passwd"), ["'other' is a link", "--dereference"]),
