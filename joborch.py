@@ -193,7 +193,9 @@ from joborch_base.routes import (
     ROUTES,
     SESSION_S,
     Answer,
+    CutOff,
     Gives,
+    LiveBody,
     Parameter,
     Request,
     Route,
@@ -351,24 +353,25 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
     "become_unknown", "below", "BIGGEST", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client",
     "CLIENT_AWAY", "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config",
-    "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "damage_of", "DataFolder", "decided_restore",
-    "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "ENDS_AFTER", "EVENT_TYPE", "EXAMPLE_JOB", "EXIT_DONE",
-    "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter", "Finding", "find_route", "finish_restore",
-    "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor", "format_duration", "FormReader", "free_bytes",
-    "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "ids_in", "Input",
-    "InputsChanged", "inputs_digest", "is_own_user", "Job", "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB",
-    "known_job", "known_payload", "last_line", "LAST_SEQ", "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "named_service", "new_attempt", "NEWEST_ENDED",
-    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "Node", "node_environment", "NO_LOCKS", "NOT_FOUND",
-    "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular", "Outcome", "OVER",
-    "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID", "peer_uid", "plural",
-    "QUEUED_OF_USER", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
-    "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S", "read_weight", "Reason", "Rejected", "report", "Request",
-    "ResultLimits", "rfc3339", "Route", "route", "ROUTES", "routes_of", "running_archive", "Server", "Service", "SERVICE_SETTINGS",
-    "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text", "SMALLEST", "socket_path", "Status", "STATUSES", "StillRunning",
-    "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE", "time_stamp", "token_names",
-    "token_place", "token_remedy", "Tree", "USAGE_OF_USER", "USERS_WITH_JOBS", "WAIT", "waiting_texts", "walk", "weak_setups",
-    "with_first_file_limit", "wrapper_text", "write_atomic", "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
+    "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "damage_of", "DataFolder",
+    "decided_restore", "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "ENDS_AFTER", "EVENT_TYPE",
+    "EXAMPLE_JOB", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter", "Finding",
+    "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor", "format_duration",
+    "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError",
+    "ID", "ids_in", "Input", "InputsChanged", "inputs_digest", "is_own_user", "Job", "job_after_wait", "JoborchError", "job_summary",
+    "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ", "left_out", "Link", "LiveBody", "load_plugin",
+    "LOCK_HELD", "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "named_service",
+    "new_attempt", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "Node",
+    "node_environment", "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder",
+    "open_listeners", "open_regular", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on",
+    "payload_gone", "PAYLOAD_ID", "peer_uid", "plural", "QUEUED_OF_USER", "queue_info_of", "ranged", "read_all", "read_answer",
+    "read_claim", "read_exit", "read_member", "read_part", "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S",
+    "read_weight", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "Route", "route", "ROUTES", "routes_of",
+    "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
+    "SMALLEST", "socket_path", "Status", "STATUSES", "StillRunning", "Store", "stored_archive", "StoredFile", "SubmitRefused",
+    "sync_file_system", "T", "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USAGE_OF_USER",
+    "USERS_WITH_JOBS", "WAIT", "waiting_texts", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
+    "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
 )  # fmt: skip
 
 
@@ -5070,19 +5073,20 @@ def job_logs(server: Server, request: Request, job_id: int, stream: str, offset:
         headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # else nginx would buffer it until the end
         if EVENT_TYPE not in request.header("Accept"):
             parts = followed_log(server, request, job, stream, offset, place)
-            return Answer((part.text for part in parts), 200, headers)
+            return Answer(LiveBody((part.text for part in parts), place), 200, headers)
         known = request.header("Last-Event-ID")  # a browser that reconnects says how far it was
         offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
         parts = followed_log(server, request, job, stream, offset, place)
-        return Answer(log_events(server, job, parts), 200, {**headers, "Content-Type": EVENT_TYPE})
+        return Answer(LiveBody(log_events(server, job, parts), place), 200, {**headers, "Content-Type": EVENT_TYPE})
     part = job_log(server, request, job, stream, offset)
     return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})
 
 
-def followed_log(
-    server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.AbstractContextManager[Any]
-) -> Iterator[LogPart]:
-    """Yield a job's output until it has ended, and empty parts in pauses. A line announces a new attempt. Frees `place` at the end."""
+def followed_log(server: Server, request: Request, job: Job, stream: str, offset: int, place: contextlib.ExitStack) -> Iterator[LogPart]:
+    """Yield a job's output until it has ended, and empty parts in pauses. A line announces a new attempt. Frees `place` at the end.
+
+    Raises CutOff if the caller has left or the server stops: the output is complete only if the parts end without that.
+    """
     pause_s, attempt = 0.1, job.attempt
     with place:
         while not server.stopping.wait(pause_s) and not request.left():
@@ -5100,6 +5104,7 @@ def followed_log(
             yield part
             if current.status in OVER and not part.text:
                 return
+        raise CutOff
 
 
 def log_events(server: Server, job: Job, parts: Iterator[LogPart]) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from urllib.parse import parse_qsl
 
 from joborch_base.archives import repr_digest
 from joborch_base.identity import is_half_closed, open_listeners, open_socket_file, peer_uid, socket_path
-from joborch_base.routes import CALLER_KEY, CHUNKED_BYTES, Answer, Judge, Route, reason_phrase
+from joborch_base.routes import CALLER_KEY, CHUNKED_BYTES, Answer, CutOff, Judge, Route, reason_phrase
 from joborch_base.settings import Config
 from joborch_base.threads import Pool, stop_pools
 from joborch_base.vocabulary import (
@@ -244,6 +244,7 @@ OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def make_task_class() -> Any:
     """Return a waitress task that passes on what its parser knows: the caller, and the promise of disk space."""
+    import waitress.channel
     import waitress.task
 
     class Task(waitress.task.WSGITask):  # type: ignore[misc]
@@ -252,6 +253,13 @@ def make_task_class() -> Any:
             environ[CALLER_KEY] = self.request.caller
             environ["joborch.promise"] = self.request.promise
             return environ
+
+        def execute(self) -> None:
+            """Answer. An answer that is cut off gets no last chunk."""
+            try:
+                super().execute()
+            except CutOff as error:
+                raise waitress.channel.ClientDisconnected from error
 
         def write(self, data: bytes) -> None:
             """Send head and body in one piece, if that is all: the peer wakes once for both."""

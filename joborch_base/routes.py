@@ -18,7 +18,7 @@ import re
 import secrets
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Protocol, cast
@@ -29,12 +29,14 @@ from joborch_base.data_folder import DiskFull, Promise, user_numbers
 from joborch_base.files import Form, FormReader, free_bytes
 from joborch_base.identity import OLD_SERVER_LOG_S, Proof, is_here, is_own_user, link_key, machine_names, plain_address
 from joborch_base.vocabulary import (
+    COME_AGAIN_S,
     JSON_TYPE,
     KIB,
     MIB,
     OURS_HEADER,
     ZIP_TYPE,
     HttpError,
+    JoborchError,
     Network,
     StorageError,
     __version__,
@@ -204,6 +206,39 @@ class Answer:
     def of(cls, refusal: HttpError) -> Answer:
         said = {"message": refusal.message, **({"field": refusal.field} if refusal.field else {})}
         return cls(said, refusal.status, dict(refusal.headers))
+
+
+class CutOff(JoborchError):
+    """Raised in a LiveBody that stays incomplete, because the caller has left or this process stops."""
+
+
+class LiveBody:
+    """A body that is made while it is sent. It gives up its place at the end, also if nothing of it was sent.
+
+    If its parts raise CutOff, the connection is closed without the last chunk (RFC 9112, 8), so that no caller takes the answer
+    for complete. If nothing was sent before, the answer is a 503.
+    """
+
+    def __init__(self, parts: Iterator[bytes], place: contextlib.ExitStack) -> None:
+        self.parts, self.place = parts, place
+
+    def __iter__(self) -> Iterator[bytes]:
+        begun = False
+        try:
+            for part in self.parts:
+                yield part
+                begun = begun or part != b""
+        except CutOff as error:
+            if begun:
+                raise
+            import bottle
+
+            body, headers = {"message": "the server stops: try again soon"}, {"Content-Type": JSON_TYPE, "Retry-After": str(COME_AGAIN_S)}
+            raise bottle.HTTPResponse(json.dumps(body), 503, headers) from error
+
+    def close(self) -> None:
+        """Give up the place. The web server calls it, however the answer ended."""
+        self.place.close()
 
 
 Handler = Callable[..., Answer]

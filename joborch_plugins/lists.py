@@ -34,11 +34,13 @@ from joborch import (
     WAIT,
     Answer,
     Cause,
+    CutOff,
     Filter,
     Forgotten,
     Gives,
     HttpError,
     Job,
+    LiveBody,
     Parameter,
     Request,
     Server,
@@ -400,27 +402,14 @@ def listen(reader: Reader, after: int | None) -> Answer:
         place.close()
         raise
     headers = {"Content-Type": EVENT_TYPE, "X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-    return Answer(Events(change_events(reader, after), place), 200, headers)
-
-
-class Events:
-    """An answer that is made while it is sent; it gives up its place at the end, also if nothing of it was sent."""
-
-    def __init__(self, parts: Iterator[bytes], place: contextlib.ExitStack) -> None:
-        self.parts, self.place = parts, place
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self.parts
-
-    def close(self) -> None:
-        """Give up the place. The web server calls it, however the answer ended."""
-        self.place.close()
+    return Answer(LiveBody(change_events(reader, after), place), 200, headers)
 
 
 def change_events(reader: Reader, after: int) -> Iterator[bytes]:
     """Yield moves as server-sent events. A comment comes at once, since it sends the headers, and in pauses.
 
     Comments carry the id, too: a listener whose filters match little then need not read everything again.
+    Raises CutOff if the caller has left or the server stops.
     """
     yield f": moves of jobs\nid: {after}\n\n".encode()
     while not reader.request.left() and not reader.server.stopping.is_set():
@@ -429,6 +418,7 @@ def change_events(reader: Reader, after: int) -> Iterator[bytes]:
         except HttpError:
             return  # forgotten meanwhile: the next request gets the error
         yield "".join(f"id: {each['seq']}\ndata: {json.dumps(each)}\n\n" for each in found).encode() or f": quiet\nid: {after}\n\n".encode()
+    raise CutOff
 
 
 # == 4. Users ==  What a user has, may have, and has left.

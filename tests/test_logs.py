@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import MakePair
 from harness import Pair, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from world import Desk, Peer, Yard, ask, new_folder, reply
+from world import Asked, Desk, Peer, Yard, ask, new_folder, reply, serving, tried
 
 import joborch
 from joborch import Status, Stream, ZipPacker
@@ -166,3 +167,38 @@ def test_long_output_is_followed_over_its_gap(make_pair: MakePair) -> None:
     assert text.endswith("x\nend\n")
     assert pair.server.get(f"/jobs/{job}/logs?offset=300001").text == "end\n"
     assert pair.server.get(f"/jobs/{job}/logs?follow=1&offset=100").text == text[100:]
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "text/event-stream"])
+@pytest.mark.parametrize("first", [b"one\n", b""])
+def test_output_that_a_stopping_server_cut_off_does_not_look_complete(accept: str, first: bytes, desk: Desk, peer: Peer) -> None:
+    """Also if the job ends just then, with output that was not sent: no event `end`, and no end of the body."""
+    job = desk.with_client()
+
+    def last(_: Asked) -> bytes:
+        assert desk.store.move(desk[job], Status.FAILED, "")
+        desk.server.stopping.set()
+        return reply(200, b"", X_Next_Offset=str(len(first)))
+
+    peer.says["/logs/7"] = [reply(200, first, X_Next_Offset=str(len(first))), last, last]
+    got = list[bytes]()
+    with (
+        serving(desk.server) as url,
+        requests.get(f"{url}/jobs/{job.id}/logs?follow=1", headers={"Accept": accept}, stream=True, timeout=60) as answer,
+    ):
+        if accept == "text/plain" and not first:
+            assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+            return
+        broken = tried(lambda: got.extend(answer.iter_content(None)), requests.exceptions.ChunkedEncodingError)
+    assert isinstance(broken, requests.exceptions.ChunkedEncodingError)
+    assert first.strip() in b"".join(got)
+    assert b"event: end" not in b"".join(got)
+
+
+def test_a_follower_whose_answer_is_never_sent_keeps_no_place(desk: Desk) -> None:
+    job, answers = desk.with_client(), []
+    for accept in ("text/plain", "text/event-stream"):
+        request = joborch.Request({"REQUEST_METHOD": "GET", "HTTP_ACCEPT": accept})
+        for _ in range(joborch.WAITER_PLACES + 1):
+            answers.append(joborch.job_logs(desk.server, request, job.id, "stdout", 0, "1"))
+            answers[-1].body.close()
