@@ -662,6 +662,13 @@ def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | 
             raise HttpError(400, too_large, field)
 
 
+def refuse_flat(server: Server, service: Service) -> None:
+    """Raise HttpError 400 for a job that gets results of others, if a client of its service is known to lose their folders."""
+    if any(link.heard_at is not None and not link.protocol.keeps_folders for link in server.links_of(service)):
+        text = f"inputs_from is not possible: service {service.name} has a 2.2 client, which flattens folders; send the files themselves"
+        raise HttpError(400, text, "inputs_from")
+
+
 def named_service(server: Server, text: str) -> Service:
     """Return the service that a caller names. Raises HttpError 400 that lists the known ones."""
     service = server.services.get(text.lower())
@@ -684,6 +691,8 @@ def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
         raise HttpError(400, no_script_text([file.path for file in form.files]), "file")
     if given["inputs_from"] and any(file.path.partition("/")[0] == "from" for file in form.files):
         raise HttpError(400, "the folder from/ is for the results of inputs_from: give your own files other names", "file")
+    if given["inputs_from"]:
+        refuse_flat(server, service)
     refuse_too_large(server, service, given["cpus"], given["memory"])
     limit_s, most_s = given["timeout"], service.timeout_s
     if limit_s is not None and most_s is not None and limit_s > most_s:
@@ -2265,6 +2274,7 @@ class ClientProtocol:
 
     can_prove = True  # it has /hello, and proves its answers
     has_events = True  # it reports its slots, its instance, and its payloads
+    keeps_folders = True  # it stores a file below its path
     knows_keys = True  # it finds a payload by uuid and attempt, so a submit may be repeated
     kill_timeout_s = KILL_TIMEOUT_S
 

@@ -40,7 +40,7 @@ PING_S = 10.0  # how often a client without jobs is pinged
 class Protocol22(ClientProtocol):
     """A 2.2 client: it has no proofs, no events and no attempt keys, and numbers payloads from 1 again after a restart."""
 
-    can_prove = has_events = knows_keys = False
+    can_prove = has_events = keeps_folders = knows_keys = False
     kill_timeout_s = READ_TIMEOUT_S
 
     def __init__(self, link: Link) -> None:
@@ -105,12 +105,15 @@ class Protocol22(ClientProtocol):
         """Return the form without digests, which a 2.2 client would treat as a file.
 
         Raises Rejected if two files have the same base name: a 2.2 client flattens folders and would silently lose one.
+        So it does for results of other jobs, whose script looks for them in from/ID/.
         """
-        names = [path.rpartition("/")[2] for path in (*paths, *(each.path for each in more))]
+        if more:
+            raise Rejected("a 2.2 client flattens folders, so it cannot get results of other jobs: send the files themselves")
+        names = [path.rpartition("/")[2] for path in paths]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise Rejected(f"a 2.2 client flattens folders, and two files are called {one_line(twice[0])!r}: give each a different name")
-        return FilesBody(folder, paths, False, job.inputs_sha256, more), {}
+        return FilesBody(folder, paths, False, job.inputs_sha256), {}
 
     def accepted(self, server: Server, payload_id: str) -> None:
         """Start new attempts of jobs with the same or a later id: the client has restarted and counts from 1 again, so they are lost."""

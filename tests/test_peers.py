@@ -10,17 +10,23 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import MakeProcess
+from conftest import MakePair, MakeProcess
 from harness import (
     ENDED,
     Archive,
     Process,
     alive,
+    assert_error,
     download,
+    field_part,
+    form,
+    form_type,
     free_port,
+    nothing_left,
     partial,
     run_to_end,
     submit,
+    upload,
     wait_for,
     wait_status,
 )
@@ -109,6 +115,31 @@ def test_two_files_of_one_base_name_for_a_22_client(server: Process, client22: C
     assert job["status"] == "Invalid", job
     assert "same.txt" in job["reason"]
     assert client22.starts == 0
+
+
+def test_results_of_other_jobs_for_a_22_client(server: Process) -> None:
+    """The folder from/ID/ would not arrive: an upload says so, and so does a retry."""
+    first = run_to_end(server, f"{TRAP}\necho 1 > out\n")["id"]
+    with nothing_left(server):
+        said = assert_error(upload(server, {"run.sh": b"true"}, inputs_from=first), 400, "2.2 client", "flattens folders")
+        assert said["field"] == "inputs_from"
+        body = form([field_part("inputs_from", f"{first}")])
+        assert_error(server.post(f"/jobs/{first}/retry", data=body, headers=form_type()), 400, "2.2 client")
+
+
+def test_results_of_other_jobs_for_a_22_client_that_comes_later(make_pair: MakePair, tmp_path: Path) -> None:
+    """Nobody knew it when the job was uploaded: the job is Invalid with that reason, and was not run there."""
+    port = free_port()
+    pair = make_pair(server={"SERVICE_LATER_CLIENTS": f"http://127.0.0.1:{port}", "SERVICE_LATER_PEER": "2.2"}).start()
+    first = run_to_end(pair.server, "echo 1 > out")["id"]
+    number = submit(pair.server, f"{TRAP}\ntrue\n", service="later", inputs_from=first)
+    client = Client22(tmp_path / "client22", port).start()
+    try:
+        job = wait_status(pair.server, number, "Invalid", limit_s=90)
+        assert "flattens folders" in job["reason"], job
+        assert client.starts == 0
+    finally:
+        client.stop()
 
 
 def test_terminate_at_a_22_client(server: Process, client22: Client22, tmp_path: Path) -> None:
