@@ -18,6 +18,7 @@ Each module imports only those above it in this list:
     statements    all SQL
     database      the connection that writes, the schema, steady time
     store         the jobs table: moves, accounts, claims
+    weak_setups   what in the settings lets other users in
 """
 
 from __future__ import annotations
