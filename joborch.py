@@ -198,12 +198,14 @@ from joborch_base.routes import (
     csrf_token_of,
     file_answer,
     find_route,
+    full_text,
     make_app,
     new_session,
     ranged,
     read_all,
     route,
     routes_of,
+    say_full,
     session_cookie,
 )
 from joborch_base.scheduling import (
@@ -218,6 +220,7 @@ from joborch_base.scheduling import (
     Sharing,
     attempts_left,
     choose,
+    no_client_text,
     too_large_text,
     wait_estimate_s,
     why_waiting,
@@ -242,13 +245,19 @@ from joborch_base.settings import (
 )
 from joborch_base.statements import (
     AT_CLIENT,
+    COUNT_IN,
+    COUNT_LIVE,
     ENDS_AFTER,
+    INSTANCE,
     LAST_SEQ,
     NEWEST_ENDED,
     NEWEST_FAILURES,
     NEWEST_SUBMITTED,
     OLDEST_QUEUED,
+    PAYLOADS_IN,
     QUEUED_OF_USER,
+    QUEUED_OLDEST,
+    QUEUED_PRIORITIES,
     USAGE_OF_USER,
     USERS_WITH_JOBS,
 )
@@ -256,9 +265,11 @@ from joborch_base.states import (
     ATTEMPT,
     BUSY,
     ENDED,
+    MOVES,
     OVER,
     Cause,
     Job,
+    Move,
     NewJob,
     Reason,
     Status,
@@ -283,14 +294,17 @@ from joborch_base.vocabulary import (
     EVENTS_PLACES,
     GIB,
     HELLO_TIMEOUT_S,
+    IDLE_LOOK_S,
     JSON_TYPE,
     KIB,
     LISTENER_PLACES,
+    LOOK_AGAIN_S,
     MAC_HEADER,
     MIB,
     NONCE_HEADER,
     OURS_HEADER,
     PARTS_LIMIT,
+    PROBLEMS_TOLD,
     READ_TIMEOUT_S,
     SMALLEST,
     WAITER_PLACES,
@@ -345,27 +359,30 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 # == 1. Plug-ins ==  The names that plug-ins may use.
 
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
-    "__version__", "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
-    "become_unknown", "below", "BIGGEST", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client",
-    "CLIENT_AWAY", "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config",
-    "ConfigError", "CONNECT_TIMEOUT_S", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "damage_of", "DataFolder",
-    "decided_restore", "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "ENDS_AFTER", "EVENT_TYPE",
+    "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown", "below",
+    "BIGGEST", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client", "CLIENT_AWAY",
+    "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config", "ConfigError",
+    "CONNECT_TIMEOUT_S", "COUNT_IN", "COUNT_LIVE", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "damage_of",
+    "DataFolder",
+    "decided_restore", "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "DiskFull", "ENDS_AFTER", "EVENT_TYPE",
     "EXAMPLE_JOB", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter", "Finding",
     "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor", "format_duration",
-    "FormReader", "free_bytes", "fsync_path", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError",
-    "ID", "ids_in", "Input", "InputsChanged", "inputs_digest", "is_own_user", "Job", "job_after_wait", "JoborchError", "job_summary",
-    "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ", "left_out", "Link", "LiveBody", "load_plugin",
-    "LOCK_HELD", "lock_trouble", "log", "make_executor", "MARK", "marked_below", "member_chunks", "member_part", "MIB", "named_service",
-    "new_attempt", "NEWEST_ENDED", "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "Node",
-    "node_environment", "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder",
-    "open_listeners", "open_regular", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on",
-    "payload_gone", "PAYLOAD_ID", "peer_uid", "plural", "QUEUED_OF_USER", "queue_info_of", "ranged", "read_all", "read_answer",
-    "read_claim", "read_exit", "read_member", "read_part", "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S",
-    "read_weight", "Reason", "Rejected", "report", "Request", "ResultLimits", "rfc3339", "Route", "route", "ROUTES", "routes_of",
-    "running_archive", "Server", "Service", "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text",
-    "SMALLEST", "socket_path", "Status", "STATUSES", "StillRunning", "Store", "stored_archive", "StoredFile", "SubmitRefused",
-    "sync_file_system", "T", "TEXT_TYPE", "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "USAGE_OF_USER",
-    "USERS_WITH_JOBS", "WAIT", "waiting_texts", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
+    "FormReader", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of",
+    "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "Input", "InputsChanged", "inputs_digest", "INSTANCE", "is_own_user", "Job",
+    "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
+    "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop", "make_executor", "MARK",
+    "marked_below", "member_chunks", "member_part", "MIB", "Move", "MOVES", "named_service", "new_attempt", "NEWEST_ENDED",
+    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment",
+    "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
+    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID",
+    "PAYLOADS_IN", "peer_uid", "plural", "problem_of", "problem_since", "PROBLEMS_TOLD", "QUEUED_OF_USER", "QUEUED_OLDEST",
+    "QUEUED_PRIORITIES", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
+    "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S", "read_weight", "Reason", "Rejected", "report", "Request",
+    "ResultLimits", "rfc3339", "room_json", "Route", "route", "ROUTES", "routes_of", "running_archive", "say_full", "Server", "Service",
+    "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text", "SMALLEST", "socket_path", "Status", "STATUSES",
+    "StillRunning", "StorageError", "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE",
+    "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "unremovable_json", "USAGE_OF_USER", "USERS_WITH_JOBS",
+    "__version__", "WAIT", "waiting_texts", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
     "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
 )  # fmt: skip
 
@@ -428,6 +445,7 @@ class Program:
 
 
 PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
+NODE_PLUGINS = ("health", "metrics")  # each server and client has one object of each: see `Node.plugins`
 
 
 class Node:
@@ -450,6 +468,14 @@ class Node:
         self.stopping = threading.Event()
         self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
+        # By name; each may have `start()`, `committed(moves)` for moves that are stored, and `answered` for requests.
+        self.plugins: dict[str, Any] = {name: load_plugin(name)(self) for name in NODE_PLUGINS}
+        store.core.committed = self.committed
+
+    def committed(self, moves: Sequence[Move]) -> None:
+        """Tell the plug-ins of moves that are stored now."""
+        for plugin in self.plugins.values():
+            plugin.committed(moves)
 
     def folder(self, job: Job) -> Path:
         """Return the folder of a job's files: one for each job on the server, one for each attempt on a client."""
@@ -461,6 +487,8 @@ class Node:
             loop.wake()
 
     def start(self) -> None:
+        for plugin in self.plugins.values():
+            plugin.start()
         for loop in self.loops.values():
             loop.start()
         threading.Thread(target=keep_time, args=(self.loops.values(), self.stopping), name="timer", daemon=True).start()
@@ -520,10 +548,6 @@ EXAMPLE_JOB: dict[str, Any] = {
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
-EXAMPLE_HEALTH = {
-    "status": "ok", "database": "ok", "version": __version__, "mode": "server", "uptime_s": 12.5, "restart_needed": None,
-    "unremovable": None,
-}  # fmt: skip
 QUEUE_FULL = {"message": "user 1 has 10,000 jobs queued, which is the limit", "field": "user_id"}
 AFTER_LIMIT = 1000  # jobs that one may follow
 
@@ -1723,8 +1747,7 @@ class Link:
         self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
         self.sessions: dict[str, Session | None] = {}  # by token; None: calls carry no proof
         self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove its identity
-        self.services: list[Service] = []
-        self.connections, self.lock = Connections(), threading.Lock()
+        self.services, self.connections, self.lock = list[Service](), Connections(), threading.Lock()
         self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as the client reports; MiB, percent
         self.job_slots = False  # a job takes one slot there, whatever its number of cores
         self.notes: dict[int, str] = {}  # by job id: what a payload waits for, as the client reports
@@ -1737,6 +1760,8 @@ class Link:
         self.outage = Backoff(clock)  # after failed calls
         self.answers = True  # it has answered since its last failure
         self.problem = ""  # why it accepts no payload now, as the client reports
+        self.problems, self.problems_seen = list[dict[str, Any]](), 0  # those that its /health shows; the number of this report
+        self.ahead_s, self.wants_token = 0.0, False  # by how much its clock is ahead; whether its last failure is that it demands a token
         self.try_at = self.asked_at = float("inf")  # monotonic: when to call it despite the back-off, for a kill; when its poll began
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusal = Backoff(clock)  # after submits that it refused
@@ -1826,7 +1851,7 @@ class Link:
             never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
             hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
             log.warning("client %s: %s%s", self.name, text, hint)
-        self.failed_at, self.probing, self.answers = self.clock.monotonic(), True, False
+        self.failed_at, self.probing, self.answers, self.wants_token = self.clock.monotonic(), True, False, isinstance(error, Refused)
         if self.outage.waits():
             self.outage.reason = text
         else:
@@ -2165,7 +2190,7 @@ class Link:
         if not self.protocol.has_events:
             raise Gone("no /events")
         more = "&more=1" if self.listed is not None and self.since else ""
-        query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&done={','.join(done)}{more}"
+        query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&problems={self.problems_seen}&done={','.join(done)}{more}"
         answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
         if answer.status != 200:
             raise NothingSent(refused_text(answer.status, read_some(answer, 64 * KIB)))
@@ -2328,6 +2353,9 @@ class EventsReply:
     size: int = field(default=0, compare=False)  # bytes of the answer
     problem: str = ""  # why it takes no payload now
     start: str = ""  # id of the client's process start
+    problems: list[dict[str, Any]] = field(default_factory=list)  # see `clean_problem`
+    problems_seen: int = 0
+    at: float | None = None  # wall time there
 
 
 @dataclass
@@ -2346,6 +2374,7 @@ class EndReport:
     pause_s: float = 0.0  # the pause before asking again
     cpus: int = 0  # slots that are free again
     memory: int = 0  # MiB
+    at: float = field(default_factory=time.monotonic, compare=False)  # when it came
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
@@ -2446,7 +2475,17 @@ def read_events(text: bytes) -> EventsReply:
     problem = said.get("problem")
     heard.problem = one_line(problem) if isinstance(problem, str) else ""
     heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
+    problems = said.get("problems")
+    heard.problems = [clean_problem(each) for each in problems[:PROBLEMS_TOLD]] if isinstance(problems, list) else []
+    heard.problems_seen, heard.at = whole_in(said.get("problems_seen"), 0, 2**31) or 0, number_in(said.get("at"), 0, 1e11)
     return heard
+
+
+def clean_problem(said: Any) -> dict[str, Any]:
+    """Return a problem that a client reports, with each field of the right type and size."""
+    said = said if isinstance(said, dict) else {}
+    texts = {name: one_line(text) if isinstance(text := said.get(name), str) else "" for name in ("what", "remedy", "service")}
+    return {"kind": text_in(said.get("kind"), "[a-z_]{1,40}") or "other", "since": number_in(said.get("since"), 0, 1e11), **texts}
 
 
 def plain_cause(error: Exception) -> str:
@@ -2903,9 +2942,9 @@ def fail_to_hear(server: Server, link: Link, error: Exception) -> None:
     """Pause calls to a client that did not answer. Call it more often if kills are requested there."""
     link.since = 0  # its first answer will list all its payloads
     link.failed(error)
-    link.try_at = float("inf")
-    if server.store.load(link.name).kills:
-        link.try_at = server.clock.monotonic() + TERMINATE_TRY_S
+    few = sum(map(is_silent, server.links.values())) <= SILENT_THREADS // 2  # else those that hang would take all threads
+    soon = few or server.store.load(link.name).kills
+    link.try_at = server.clock.monotonic() + LOOK_AGAIN_S if soon else float("inf")
     if link.outage.failures == 1:
         decide_again(server)
 
@@ -2924,6 +2963,8 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
     meet(server, link, heard, asked_at)
     link.slots, link.memory, link.load = heard.slots, heard.memory, heard.load
     link.job_slots, link.problem = heard.job_slots, heard.problem
+    link.problems, link.problems_seen = heard.problems, heard.problems_seen
+    link.ahead_s = 0.0 if heard.at is None else heard.at - server.clock.wall()
     if fresh:
         link.notes.clear()
         link.listed = set()
@@ -3258,6 +3299,7 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         why = error.strerror if isinstance(error, DiskFull) else os.strerror(error.errno or 0)
         become_unknown(server, job, Reason.NOT_STORED.format(error=why))
         return False
+    server.plugins["metrics"].fetched(job, time.monotonic() - found.at)
     return True
 
 
@@ -3705,9 +3747,15 @@ class Holds:
     """Decides which payloads the executor gets now: in each service the longest waiting first. No service waits for another."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+        self.clock, self.trouble = clock, ""  # the problem of the executor at the last tick
         self.by_service: dict[str, Backoff] = {}  # "" for all
         self.held: dict[int, Held] = {}  # by payload id: Running by their row, but certainly not at the executor
+
+    def told(self, trouble: str) -> None:
+        """Note what the executor says of itself. As soon as a batch system is back, what waited for it goes on."""
+        if self.trouble and not trouble:
+            self.by_service.pop("", None)
+        self.trouble = trouble
 
     def of(self, key: str) -> Backoff | None:
         hold = self.by_service.get(key)
@@ -4134,6 +4182,9 @@ EVENTS_TAKES = (
         choices=("0", "1"),
         default="0",
     ),
+    Parameter(
+        "problems", "query", "integer", "the `problems_seen` of your last answer: the wait ends if there is news", 0, least=0, most=2**31
+    ),
     Parameter("done", "query", "string", "ids of payloads whose results you have: the client may delete them", "1,2", default=""),
 )
 EXAMPLE_EVENT = {
@@ -4143,7 +4194,7 @@ EXAMPLE_EVENT = {
 EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
 EXAMPLE_EVENTS = {
     "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
-    "payloads": [EXAMPLE_EVENT],
+    "payloads": [EXAMPLE_EVENT], "problems": [], "problems_seen": 3, "at": 1795510803.6,
 }  # fmt: skip
 CHANGED = Gives("payloads that changed, one page; if `more` is true, request the next page", JSON_TYPE, EXAMPLE_EVENTS)
 TOO_MANY = Gives("too many wait", JSON_TYPE, {"message": "too many callers wait here: try again"})
@@ -4170,13 +4221,13 @@ EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are o
     takes=EVENTS_TAKES,
     gives={200: CHANGED, 400: BAD, 401: UNPROVEN, 426: OLD_SERVER, 503: TOO_MANY},
 )
-def events(client: Client, request: Request, since: int, instance: str, wait: float, more: str, done: str) -> Answer:
+def events(client: Client, request: Request, since: int, instance: str, wait: float, more: str, done: str, problems: int | None) -> Answer:
     """Wait for changes of payloads: one long poll serves all of a server's jobs here."""
     if instance == client.instance:
         confirm(client, done)
     elif instance:  # the server knew another instance: send it the whole list, at once
         since, wait = 0, 0.0
-    news = News(client, since)
+    news, health = News(client, since), client.plugins["health"]
     if since == 0 or more == "1":
         last = client.store.number(statements.CHANGED_LAST)  # before the list: a change in between is reported twice, but never lost
         found = client.store.jobs(statements.CHANGED_ALL, since=since)
@@ -4186,7 +4237,7 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
         with client.places.place() as parked:
             if not parked and wait:
                 raise HttpError(503, "too many callers wait here: try again", Retry_After="1")
-            found = client.wait_until(lambda: news.look() or None, wait, request.left) or []
+            found = client.wait_until(lambda: news.look() or health.nothing_new(problems), wait, request.left) or []
             if found and wait:
                 client.wait_until(
                     lambda: any(job.status not in (Status.PREPARED, Status.RUNNING) for job in news.look()) or None,
@@ -4198,8 +4249,8 @@ def events(client: Client, request: Request, since: int, instance: str, wait: fl
     jobs, payloads = events_page(client, found, inline)
     is_more, told = len(jobs) < len(found), max((job.changed or 0 for job in jobs), default=since)
     said = {"instance": client.instance, "start": client.start_id, "next": told if is_more else max(told, last), "more": is_more}
-    problem = problem_of(client, for_all=True)[:1000] or None
-    return Answer({**said, "load": client.cpu_load(), **room_json(client), "problem": problem, "payloads": payloads})
+    said.update(load=client.cpu_load(), problem=problem_of(client, for_all=True)[:1000] or None, **health.told())
+    return Answer({**said, **room_json(client), "payloads": payloads})
 
 
 class News:
@@ -4273,43 +4324,6 @@ def load(client: Client, request: Request) -> Answer:
 # -- both --
 
 
-HEALTHY = Gives("all is well", JSON_TYPE, EXAMPLE_HEALTH)
-UNHEALTHY = Gives("the database cannot be read and written", JSON_TYPE, {"status": "error", "database": "error"})
-
-
-def counts_json(client: Client) -> dict[str, int]:
-    """Return how many payloads run, are queued here, and wait in the queue of a batch system."""
-    handed, queued = (client.store.number(statements.COUNT_IN, status=status.value) for status in (Status.RUNNING, Status.PREPARED))
-    waiting = 0
-    if client.executor.is_batch:
-        waiting = sum(
-            job.started_at is None for job in client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-        )
-    return {"running": handed - waiting, "queued": queued, "waiting": waiting}
-
-
-@route("GET", "/health", "server client", who="anyone", gives={200: HEALTHY, 503: UNHEALTHY})
-def health(node: Node, request: Request) -> Answer:
-    """Tell whether the process works and can read and write its database. Authenticated callers get more fields."""
-    said: dict[str, Any] = {"status": "ok", "database": "ok"}
-    known = request.caller is not None  # strangers get no paths, counts and versions
-    try:
-        node.store.check()
-        if known:
-            said.update(version=__version__, mode=node.config.mode, uptime_s=round(node.clock.monotonic() - node.started, 1))
-            said["restart_needed"] = node.program.restart_needed() or None
-            said.update(unremovable=unremovable_json(node))
-        if known and isinstance(node, Client):
-            problem = problem_of(node)
-            said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=problem or None)
-            said["problem_since"] = rfc3339(problem_since(node, problem))
-    except StorageError as error:
-        log.error("health: %s", error)
-        said.update(status="error", database="error", **({"message": str(error)} if known else {}))
-        return Answer(said, 503, {"Retry-After": "5"})
-    return Answer(said)
-
-
 PONG = Gives("it answers", JSON_TYPE, {"message": "pong"})
 
 
@@ -4359,8 +4373,7 @@ class Client(Node):
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
         self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
         self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: archives that are packed or being packed
-        self.packers, self.quick_packers = threading.BoundedSemaphore(PACKERS), threading.BoundedSemaphore(1)
-        self.measurers = threading.BoundedSemaphore(PACKERS)
+        self.packers, self.quick_packers, self.measurers = map(threading.BoundedSemaphore, (PACKERS, 1, PACKERS))
         # Whether payloads run or wait, and whether some that run are to be killed; set by `run_tick`.
         self.has_payloads = self.has_kills = True
         self.needs_looks, self.looked_at = True, float("-inf")  # set by `run_tick`: see `needs_look`; monotonic
@@ -4419,6 +4432,7 @@ def run_tick(client: Client) -> bool:
     outcomes = client.executor.poll([job for job in started if job.id not in client.measurings])
     outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # poll reports an end only once
     problem = client.executor.problem()
+    client.holds.told(problem)
     problem_since(client, problem)
     for job in started:
         if outcomes[job.id].alive and job.kill_requested_at is None:

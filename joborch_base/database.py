@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import heapq
 import os
 import sqlite3
@@ -22,6 +23,7 @@ from urllib.parse import quote
 from joborch_base import statements
 from joborch_base.scheduling import Line, Load, Share, Turn
 from joborch_base.statements import SCHEMA_VERSION
+from joborch_base.states import Move
 from joborch_base.vocabulary import Clock, ConfigError, StorageError, T, crash_point, log, one_line
 
 # == 1. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
@@ -160,6 +162,8 @@ class Core:
         self.lock, self.owner = threading.Lock(), 0  # held for a transaction, by the thread with this id
         self.inbox, self.waiters = deque[Message](), set[Waiter]()
         self.moved: set[int] = set()  # the jobs that the current transaction moves
+        self.moves: list[Move] = []  # in the current transaction, for `committed`
+        self.committed: Callable[[Sequence[Move]], object] = lambda moves: None  # called after the COMMIT
         self.quiet: set[int] = set()  # jobs whose moves the answer to a submit reports: they do not wake callers that wait for any job
         self.synchronous = ""
         self.propose: Callable[[], Callable[[], bool] | None] = lambda: None  # see `decide`
@@ -251,6 +255,9 @@ class Core:
                 message.done = True
             following += [done for done, _ in self.outcomes]
             self.outcomes.clear()
+            if self.moves:
+                following.append(functools.partial(self.committed, self.moves))
+                self.moves = []
             self.look_around()
         return following
 
@@ -313,7 +320,7 @@ class Core:
     def savepoint(self, work: Callable[[], T]) -> T:
         """Run work, and roll its part back if it raises."""
         self.db.execute("SAVEPOINT part")
-        known, changes = len(self.outcomes), self.shares.copy_changes()
+        known, moves, changes = len(self.outcomes), len(self.moves), self.shares.copy_changes()
         try:
             value = work()
         except Exception as error:
@@ -322,6 +329,7 @@ class Core:
                 self.db.execute("RELEASE part")
                 self.forget_outcomes(known)
                 self.shares.back_to(changes)
+                del self.moves[moves:]
             raise
         self.db.execute("RELEASE part")
         return value
@@ -334,6 +342,7 @@ class Core:
 
     def roll_back(self, is_storage: bool) -> None:
         self.moved.clear()
+        self.moves.clear()
         self.forget_outcomes(0)
         self.shares.back_to()
         self.undecided = False  # the changes of rows are undone

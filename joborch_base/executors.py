@@ -136,7 +136,10 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """The interface of everything that runs payloads. Several threads call it. A handle is a text that outlives the client's process."""
+    """The interface of everything that runs payloads. Several threads call it. A handle is a text that outlives the client's process.
+
+    One that works with somebody's login also has `login_valid_until()`, which returns seconds since 1970, or None if unknown.
+    """
 
     is_batch: bool
     """True if payloads may wait after the start, time limits are enforced elsewhere, and each job takes one slot."""

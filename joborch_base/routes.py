@@ -16,6 +16,7 @@ import ipaddress
 import json
 import re
 import secrets
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -300,7 +301,14 @@ def route(
     return declare
 
 
-ROUTE_PLUGINS = ("documents", "lists", "results", "page")  # they declare routes
+ROUTE_PLUGINS = (
+    "documents",
+    "lists",
+    "results",
+    "page",
+    "joborch_plugins.health",
+    "joborch_plugins.metrics",
+)  # modules that declare routes
 
 
 @functools.lru_cache(maxsize=2)
@@ -624,10 +632,13 @@ def say_full(node: Node) -> None:
     now = node.clock.monotonic()
     if now - node.full_said_at >= FULL_SAID_EVERY_S:
         node.full_said_at = now
-        free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
-        log.warning(
-            "uploads are refused: %s has %d MiB free, JOBORCH_MIN_FREE keeps %d: free space, or lower it", node.data.path, free, kept
-        )
+        log.warning("%s: free space, or lower it", full_text(node))
+
+
+def full_text(node: Node) -> str:
+    """Say that uploads are refused, how much is free, and which setting keeps it free."""
+    free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
+    return f"uploads are refused: {node.data.path} has {free} MiB free, JOBORCH_MIN_FREE keeps {kept}"
 
 
 def make_app(node: Node) -> bottle.Bottle:
@@ -654,7 +665,7 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
     """Run one handler. Whatever it raises becomes an answer without traceback and paths."""
     import bottle
 
-    request = Request(bottle.request.environ)
+    request, began = Request(bottle.request.environ), time.monotonic()
     try:
         values = validate(node, request, declared, arguments)
         with node.gate if declared.quick else contextlib.nullcontext():
@@ -684,6 +695,8 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         if node.config.mode == "client" and body:
             headers.setdefault("Repr-Digest", repr_digest(hashlib.sha256(body).hexdigest()))
     headers.update({"X-Content-Type-Options": "nosniff", OURS_HEADER: __version__})
+    sent_bytes = int(headers.get("Content-Length", 0))
+    node.plugins["metrics"].answered(request.method, declared, answer.status, time.monotonic() - began, request.length, sent_bytes)
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
 
 
@@ -846,6 +859,7 @@ class Judge:
         import waitress.utilities
 
         parser: Any = self
+        self.node.plugins["metrics"].answered(getattr(self, "command", ""), self.route, refusal.status)
         parser.error = waitress.utilities.Error(refusal.message)
         parser.error.refusal = refusal
         # With a length of 0, waitress's own limits do not replace this error.

@@ -388,6 +388,13 @@ def too_large_text(service: str, cpus: int, memory: int | None, places: Collecti
     return f"no client for {service} is large enough: it needs {needs(cpus, memory)}, and the largest, {largest.name}, has {has}"
 
 
+def no_client_text(service: str, troubles: Mapping[str, str]) -> str:
+    """Say that no client of a service takes jobs, and why."""
+    said = [f"{name} {why}" for name, why in troubles.items()]
+    more = [f"and {plural(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
+    return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
+
+
 def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], places: Collection[ClientCapacity]) -> str:
     """Return what a queued job waits for, as one sentence.
 
@@ -399,9 +406,7 @@ def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], pl
     if facts.runs_of_service >= facts.max_runs:
         return join_clauses(f"all {facts.max_runs} runs of {service} are in use", facts.before())
     if troubles and all(troubles.values()):
-        said = [f"{name} {why}" for name, why in troubles.items()]
-        more = [f"and {plural(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
-        return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
+        return no_client_text(service, troubles)
     too_large = too_large_text(service, facts.cpus, facts.memory, places)
     if too_large:
         return too_large

@@ -320,6 +320,15 @@ RUNNING_NEEDS = (
 )
 FIRST_PREPARED = "SELECT min(id) FROM jobs INDEXED BY jobs_status WHERE status = 'Prepared'"
 COUNT_IN = "SELECT count(*) FROM jobs INDEXED BY jobs_status WHERE status = :status"
+COUNT_LIVE = """
+SELECT coalesce(service, '') AS service, status, count(*) AS jobs FROM jobs INDEXED BY jobs_status
+ WHERE status IN ('Queued', 'Prepared', 'Processing', 'Submitted', 'Running', 'Unknown') GROUP BY 1, 2
+"""  # once after a start; of a million jobs it takes a second
+QUEUED_OLDEST = """
+SELECT arrived_at FROM jobs INDEXED BY jobs_line
+ WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND priority = :priority
+ ORDER BY arrived_at LIMIT 1
+"""
 CHANGED_SINCE = """
 SELECT * FROM jobs INDEXED BY jobs_changed WHERE changed IS NOT NULL AND changed > :since AND status <> 'Prepared'
  ORDER BY changed LIMIT 1001

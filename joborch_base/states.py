@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from joborch_base.files import hints_for, last_line, open_regular
 from joborch_base.vocabulary import KIB, format_duration, plural
@@ -181,6 +181,17 @@ MOVABLE = (  # what a move may change besides status and reason
     *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
     *("not_before", "result_size", "result_sha256"),
 )
+
+
+class Move(NamedTuple):
+    """A change of status that plug-ins are told of."""
+
+    job: Job  # before it; a new job as it was stored
+    source: Status | None  # None: it is new
+    to: Status
+    at: float  # steady time
+    changes: Mapping[str, Any]  # new values of columns
+    run_s: float | None = None  # how long the payload ran, if the move ends it on the server
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from joborch_base.scheduling import (
     with_run,
 )
 from joborch_base.settings import Service
-from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, NewJob, Reason, Status, as_job, ids_in
+from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, Move, NewJob, Reason, Status, as_job, ids_in
 from joborch_base.vocabulary import BIGGEST, Clock, IllegalMove, NoInputs, QueueFull, UnknownJob, log, one_line
 
 # == 1. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
@@ -232,6 +232,7 @@ class Store(Database):
             db.execute(statements.RESULT_NEEDED_ADD, {"on_id": on_id, "job_id": job_id})
         self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
+        self.core.moves.append(Move(job, None, status, steady, {}))
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
@@ -323,6 +324,7 @@ class Store(Database):
         if db.execute(statements.JOB_MOVE, values).rowcount != 1:
             return False
         self.core.moved.add(job.id)
+        self.core.moves.append(Move(job, job.status, to, values["moved_at"], values, run_s))
         if values["attempt"] != job.attempt:
             cause = Cause.INFRASTRUCTURE.value
             db.execute(statements.ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})

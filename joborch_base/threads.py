@@ -117,6 +117,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.lock, self.calls, self.runs, self.started, self.trouble = threading.Lock(), 0, 0, False, ""
+        self.errors, self.late_s = 0, 0.0  # ticks that raised; how late the timer last looked at it
 
     def start(self) -> None:
         self.started = True
@@ -162,6 +163,7 @@ class Loop:
             more = self.tick()
             self.trouble = ""
         except Exception as error:  # noqa: BLE001 - logged; the loop goes on
+            self.errors += 1
             self.complain(error)
             return False
         return more
@@ -185,6 +187,7 @@ def keep_time(loops: Iterable[Loop], stopping: threading.Event) -> None:
         now = time.monotonic()
         while due[0][0] <= now:
             at, number, loop = due[0]
+            loop.late_s = now - at
             loop.look()
             heapq.heapreplace(due, (max(at + loop.period_s, now), number, loop))
 

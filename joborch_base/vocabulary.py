@@ -35,6 +35,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identity
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 CLOCK_TOLERANCE_S = 5.0  # doctor reports clocks that differ by more
+IDLE_LOOK_S = 10.0  # between two questions to a batch system that has no job of ours
+LOOK_AGAIN_S = 2.0  # the pause between two looks at what is out of order
 COME_AGAIN_S = 5  # Retry-After if too many callers wait
 DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else another user could listen on the one that `localhost` resolves to first
 BACKLOG = 1024  # connections that wait to be accepted
@@ -43,6 +45,7 @@ LISTENER_PLACES = 16  # callers that may listen to /changes at once
 LEFT_OUT_LINES = 1000  # at most, in .joborch/left-out.txt
 DIRECTORY_LIMIT_BYTES = 32 * MIB  # limit for a ZIP's directory that is searched for an output stream
 SMALLEST, BIGGEST = -(2**63), 2**63 - 1  # of the whole numbers that SQLite keeps
+PROBLEMS_TOLD = 20  # problems of a client, at most, in one answer
 EVENTS_PLACES = 16  # servers, and callers of terminate and kill, that may wait at once
 WORKER_THREADS = 4
 JSON_TYPE, ZIP_TYPE = "application/json", "application/zip"
@@ -329,6 +332,8 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "page": "joborch_plugins.page",
     "uploads": "joborch_plugins.uploads",
     "completion": "joborch_plugins.completion",
+    "health": "joborch_plugins.health:Health",
+    "metrics": "joborch_plugins.metrics:Metrics",
 }
 
 

@@ -277,7 +277,8 @@ def examine_port(config: Config) -> Finding:
     if another or not is_in_use(Path(config.data_path)):
         who = f"a joborch {said['mode']} with another data folder listens there" if said.get("mode") else ""
         return Finding(False, f"port {config.port} cannot be used: {who}; set PORT, or stop it" if who else problem)
-    trouble = said.get("problem") or said.get("message")
+    problems = [f"{found['what']}: {found['remedy']}" for found in said.get("problems", [])]
+    trouble = "; ".join(problems) or said.get("message")
     return Finding(not trouble, f"a {config.mode} runs on port {config.port}" + (f", and says: {trouble}" if trouble else ""))
 
 

@@ -39,8 +39,10 @@ from joborch import (
     CHUNK_BYTES,
     CLOCK_TOLERANCE_S,
     CONNECT_TIMEOUT_S,
+    IDLE_LOOK_S,
     JSON_TYPE,
     KIB,
+    LOOK_AGAIN_S,
     MIB,
     NO_LOCKS,
     READ_TIMEOUT_S,
@@ -811,7 +813,7 @@ class DiracExecutor:
 
     def note(self, trouble: str) -> None:
         """Note a problem, and log it if it is new."""
-        if self.outage.failed(trouble):
+        if self.outage.failed(trouble, LOOK_AGAIN_S):
             log.warning("%s", trouble)
 
     # -- starting --
@@ -892,10 +894,12 @@ class DiracExecutor:
         """Ask DIRAC about these jobs, the watched ones and those being killed, unless it was just asked. Raises BackendUnavailable."""
         with self.asking:
             now = self.clock.monotonic()
-            if not at_once and now - self.asked_at < self.config.batch_interval_s:
+            interval_s = min(LOOK_AGAIN_S, self.config.batch_interval_s) if self.outage.reason else self.config.batch_interval_s
+            if not at_once and now - self.asked_at < interval_s:
                 return
             wanted = {*numbers, *(number for number, _ in self.polled.values()), *self.killing}
-            if not wanted and not self.outage.reason:
+            is_idle = not wanted and not self.outage.reason
+            if is_idle and now - self.asked_at < IDLE_LOOK_S:
                 return
             self.asked_at = now  # also if it fails
             with self.noted():

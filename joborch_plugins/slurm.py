@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from joborch import (
+    IDLE_LOOK_S,
+    LOOK_AGAIN_S,
     BackendUnavailable,
     Backoff,
     BatchOptions,
@@ -365,8 +367,8 @@ class SlurmExecutor:
         return done.stdout.decode("utf-8", "replace")
 
     def away(self, error: BackendUnavailable) -> None:
-        """Note that Slurm does not answer. The pause before the next query grows."""
-        if self.outage.failed(error):
+        """Note that Slurm does not answer. It is asked again soon: /health must not show for long what is over."""
+        if self.outage.failed(error, LOOK_AGAIN_S):
             log.warning("Slurm: %s", error)
 
     def back(self) -> None:
@@ -470,8 +472,10 @@ class SlurmExecutor:
         outcomes = {job.id: read_exit(self.data.job(job.mark)) for job in jobs}
         unclear = [job for job in jobs if (found := outcomes[job.id]) is None or found.told or found.exit_status == KILLED_STATUS]
         self.watched.update((job.mark, job) for job in unclear)
-        if unclear or self.outage.reason or self.leaving:  # otherwise joborch would not notice that Slurm is back
-            self.look(self.config.batch_interval_s)
+        away = bool(self.outage.reason)  # if nothing runs, too, joborch must notice that Slurm is away, or back
+        idle_s = max(IDLE_LOOK_S, self.config.batch_interval_s)
+        if unclear or away or self.leaving or time.monotonic() - self.looked_at > idle_s:
+            self.look(min(LOOK_AGAIN_S, self.config.batch_interval_s) if away else self.config.batch_interval_s)
             self.end_what_lingers()
         claims = {job.id: read_claim(self.data.job(job.mark), job.attempt) for job in unclear}
         judged = {job.id: self.outcome(job, outcomes[job.id], claims[job.id]) for job in unclear}

@@ -439,6 +439,12 @@ class Pair:
         end_all_below(self.folder)
 
 
+def problems(process: Process, kind: str, **fields: str | None) -> list[dict[str, Any]]:
+    """The problems of this kind that /health shows, with these values of other fields."""
+    said = process.health().get("problems", [])
+    return [each for each in said if each["kind"] == kind and all(each[name] == value for name, value in fields.items())]
+
+
 # == The link between server and client ==
 
 

@@ -65,6 +65,7 @@ BASES = [
     request(b"GET", b"/jobs?status=Failed,Killed&since=2d&until=2026-11-28&by=ended&name=a&ids=1,2&format=csv&before=1.5_2", []),
     request(b"GET", b"/changes?after=0&status=Failed&cause=user&since=2026-11-28T10:00:00Z", []),
     request(b"GET", b"/health", [b"Range: bytes=0-1"]),
+    request(b"GET", b"/metrics", []),
     request(b"HEAD", b"/download/1", []),
     request(b"GET", b"/jobs/1/logs?stream=stdout&offset=0", []),
     request(b"GET", b"/jobs/1/result?wait=0", [b"Range: bytes=1-5"]),
@@ -73,7 +74,7 @@ BASES = [
     request(b"GET", b"/files/1?limit=2&after=cnVuLnNo", []),
     request(b"GET", b"/file/1?path=a%2fb.txt&offset=1&count=9", []),
     request(b"POST", b"/jobs/1/retry", [b"Content-Length: 0", b"Idempotency-Key: again"]),
-    request(b"GET", b"/events?since=0&instance=x&wait=0&done=1,2", []),
+    request(b"GET", b"/events?since=0&instance=x&wait=0&problems=3&done=1,2", []),
     request(b"POST", b"/terminate/1", [b"Content-Length: 0"]),
 ]
 TOKENS = [

