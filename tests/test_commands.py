@@ -99,7 +99,7 @@ def test_help_lists_all_words_and_says_what_comes_first(capsys: pytest.CaptureFi
     text = helped(capsys)
     assert set(WORDS) == {name for name, word in commands.WORDS.items() if not word.here}
     for word in commands.WORDS:
-        assert re.search(rf"^ +{word} +\w", text, re.MULTILINE), word
+        assert re.search(rf"^ +{word}\s+\w", text, re.MULTILINE), word
     assert "joborch demo" in text
 
 
