@@ -903,7 +903,7 @@ def test_the_command_finds_faults(left_by_world: tuple[Path, World], tmp_path: P
     command = [sys.executable, history.__file__, "server.db", "--marks", "marks", "--quota", "example:2:3", "--settled"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "not looked at" not in done.stdout
+    assert "not looked at: what a reader of /changes saw\n" in done.stdout
     assert "1 fault:\n  starts: job None: a script started for the uuid nobody" in done.stdout
     missing = subprocess.run([*command[:2], "nothing.db"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert missing.returncode == 2
