@@ -370,7 +370,7 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "FormReader", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of",
     "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "Input", "InputsChanged", "inputs_digest", "INSTANCE", "is_own_user", "Job",
     "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
-    "left_out", "Link", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop", "make_executor", "MARK",
+    "left_out", "Link", "LiveBody", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop", "make_executor", "MARK",
     "marked_below", "member_chunks", "member_part", "MIB", "Move", "MOVES", "named_service", "new_attempt", "NEWEST_ENDED",
     "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment",
     "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
