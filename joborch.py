@@ -888,6 +888,7 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
             return upload_answer(server, earlier, form, folder, False)
         form.fields = {**fields_of(server, job, form.fields), **form.fields}
         digest = inherit_files(server, job, form, folder)
+        crash_point("retry.linked")
         # Judged afterwards: the cleaner may have begun to delete them meanwhile.
         if are_files_due(server, known_job(server, request, job_id)):
             raise files_gone(job)

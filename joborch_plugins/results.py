@@ -59,6 +59,7 @@ from joborch import (
     T,
     ZipRecord,
     calling,
+    crash_point,
     discard,
     file_answer,
     file_chunks,
@@ -233,7 +234,9 @@ def write_index(server: Server, mark: str, sha256: str, places: array[int]) -> N
         with open(part, "xb") as target:
             target.write(INDEX_HEAD.pack(INDEX_NAME, bytes.fromhex(sha256), zlib.crc32(places)))
             target.write(places)
+        crash_point("index.written")
         os.rename(part, path)
+        crash_point("index.renamed")
         if not server.data.result(mark).exists():  # cleaned meanwhile; the cleaner removes the result first
             discard(path)
     except OSError as error:

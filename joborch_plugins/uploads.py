@@ -34,6 +34,7 @@ from joborch import (
     Tree,
     ZipRecord,
     check_path,
+    crash_point,
     digest_of_chunks,
     discard,
     file_chunks,
@@ -68,6 +69,7 @@ def unpack(reader: FormReader, name: str, file: IO[bytes]) -> None:
     try:
         for path, mode, chunks in members(file):
             reader.file(path, within_limit(reader, chunks), mode)
+        crash_point("unpack.stored")
         strip_top(reader, first)
     except HttpError as error:
         raise HttpError(400, f"archive {shown(name)}: {error.message}", "archive") from error
@@ -216,6 +218,7 @@ def strip_top(reader: FormReader, first: int) -> None:
         tree.add(file.path)
     aside = reader.folder / new_uuid()
     os.rename(reader.folder / top, aside)
+    crash_point("unpack.aside")
     reader.tree, reader.folders = tree, {""}
     others = [file for file in files[:first] if file.path.startswith(top + "/")]
     for old, file in [*((file.path[len(top) + 1 :], file) for file in others), *((file.path, file) for file in inner)]:
@@ -295,6 +298,7 @@ def fix_line_ends(stored: StoredFile, path: Path) -> StoredFile:
             target.write(data)
             digest.update(data)
         size = target.tell()
+    crash_point("upload.fixed")
     os.replace(fixed, path)
     return StoredFile(stored.path, size, digest.hexdigest())
 

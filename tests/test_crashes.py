@@ -21,18 +21,23 @@ from typing import Any
 import pytest
 import requests
 from conftest import MakePair
-from harness import ENDED, Pair, Process, from_source, program_text, upload, wait_for
+from harness import ENDED, Pair, Process, field_part, file_part, form, form_type, from_source, program_text, tar_of, wait_for
 from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
 
 BIG = random.Random(5).randbytes(300 * 1024)  # too large to travel with the news of its end
 LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "2", "SERVICE_EXAMPLE_MAX_RUNS": "6"}
 QUOTAS = {"example": Quota(2, 6)}
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def sha256(content: bytes) -> str:
     """The digest of a member of a result."""
     return hashlib.sha256(content).hexdigest()
+
+
+def fields_of(**more: Any) -> list[bytes]:
+    """The fields of a form for the service."""
+    return [field_part(name, f"{value}") for name, value in {"service": "example", **more}.items()]
 
 
 class Side:
@@ -108,16 +113,19 @@ class Run:
 
     def submit(self, script: str, user_id: int, expected: Expected) -> int:
         """Upload a script under a key of its own until that is answered with 201."""
-        key = f"key-{len(self.expected)}"
         files = {"run.sh": (mark_lines(self.marks) + script).encode(), "data": BIG}
+        return self.send("/upload", [*map(file_part, files, files.values()), *fields_of(user_id=user_id)], expected)
+
+    def send(self, path: str, parts: list[bytes], expected: Expected) -> int:
+        """Send a form under a key of its own until that is answered with 201; return the id of the new job."""
+        headers, body = {**form_type(), "Idempotency-Key": f"key-{len(self.expected)}"}, form(parts)
         answer = self.insist(
-            lambda: upload(self.pair.server, files, user_id=user_id, headers={"Idempotency-Key": key}),
-            lambda said: said.status_code == 201,
-            "upload",
+            lambda: self.pair.server.post(path, data=body, headers=headers, timeout=20), lambda said: said.status_code == 201, path
         )
-        job = answer.json()
-        self.expected[job["id"]] = expected
-        return int(job["id"])
+        number = int(answer.json()["id"])
+        assert number not in self.expected, f"job {number} was stored under two keys"
+        self.expected[number] = expected
+        return number
 
     def job(self, number: int, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The job, once it fits."""
@@ -149,14 +157,36 @@ class Run:
                 terminated=self.terminated,
             )
         )
+        server = self.pair.server
+        wait_for(lambda: not any((server.data / "tmp").iterdir()), LIMIT_S, "no temporary file")
+        uuids = {server.job(number)["uuid"] for number in self.expected}
+        wait_for(lambda: {path.name for path in (server.data / "jobs").iterdir()} == uuids, LIMIT_S, "no folder without its job")
 
 
 COMPLETED = {"ends": ["Completed"], "most_attempts": 1}
 WITH_DATA = {"run.sh": "", "data": sha256(BIG)}
 
 
+def chain(run: Run) -> None:
+    """A job that came as an archive with Windows line ends, one that gets its result, and a retry of that with one file replaced."""
+    first = mark_lines(run.marks) + "cat data words > out"
+    files = {"run.sh": first.replace("\n", "\r\n").encode(), "data": BIG, "words": b"one\n"}
+    archive = file_part("tree.tar.gz", tar_of({name: (content, 0o644) for name, content in files.items()}, "w:gz", "tree/"), "archive")
+    members = {"out": sha256(BIG + b"one\n"), "words": sha256(b"one\n")}
+    one = run.send("/upload", [archive, *fields_of(user_id=5, crlf="fix")], Expected(members=members, **COMPLETED))
+    script = mark_lines(run.marks) + f"cat from/{one}/out more > out"
+    parts = [file_part("run.sh", script.encode()), file_part("more", b"two\n"), *fields_of(user_id=5, inputs_from=one)]
+    members = {"out": sha256(BIG + b"one\ntwo\n"), f"from/{one}/words": sha256(b"one\n")}
+    two = run.send("/upload", parts, Expected(members=members, **COMPLETED))
+    members = {"out": sha256(BIG + b"one\nthree\n"), f"from/{one}/words": sha256(b"one\n")}
+    run.send(f"/jobs/{two}/retry", [file_part("more", b"three\n")], Expected(members=members, **COMPLETED))
+
+
 def ordinary(run: Run) -> None:
-    """Jobs of every kind of end: small, large, failing, terminated while it runs and while it is queued, and one that runs all the time."""
+    """Jobs of every kind of end: small, large, failing, terminated while it runs and while it is queued, and one that runs all the time.
+
+    A chain of jobs runs beside them.
+    """
     small = {"out": sha256(b"small\n"), "data": sha256(BIG)}
     large = {"copy": sha256(BIG + BIG), "data": sha256(BIG)}
     held = run.submit(f"while [ ! -e {run.hold} ]; do sleep 0.05; done; echo small > out", 2, Expected(members=small, **COMPLETED))
@@ -165,6 +195,7 @@ def ordinary(run: Run) -> None:
     run.submit("echo small > out", 1, Expected(members=small, **COMPLETED))
     run.submit("cat data data > copy", 1, Expected(members=large, **COMPLETED))
     run.submit("echo why >&2; exit 3", 3, Expected(ends=["Failed"], causes=["user"], most_attempts=1))
+    chain(run)
     run.job(stopped, lambda job: job["status"] == "Running")
     run.terminate(queued)
     run.terminate(stopped)
@@ -175,7 +206,11 @@ def ordinary(run: Run) -> None:
 def sides_of(point: str) -> list[str]:
     """Which side passes a crash point."""
     area = point.split(".")[0]
-    if area in ("upload", "claim", "send", "attempt", "hear", "fetch") or point in ("kill.queued", "kill.asked", "start.asked"):
+    if area in ("upload", "unpack", "retry", "index", "claim", "send", "attempt", "hear", "fetch") or point in (
+        "kill.queued",
+        "kill.asked",
+        "start.asked",
+    ):
         return ["server"]
     if area in ("submit", "run", "end", "events", "sync") or point in ("kill.begun", "kill.ended", "kill.stored"):
         return ["client"]
@@ -185,7 +220,17 @@ def sides_of(point: str) -> list[str]:
 # Those of a batch system are passed with one alone: see test_slurm.py and test_dirac.py.
 POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', program_text())))
 ELSEWHERE = ("clean.", "restore.")  # passed by the cleaner, and by a restore: see below, and test_instances.py
-SPECIAL = ("send.refused", "send.lost", "send.ended", "submit.ended", "attempt.stored", "start.asked", "sync.done")
+SPECIAL = (
+    "send.refused",
+    "send.lost",
+    "send.ended",
+    "submit.ended",
+    "attempt.stored",
+    "start.asked",
+    "sync.done",
+    "index.written",
+    "index.renamed",
+)
 ORDINARY = [(side, point) for point in POINTS if point not in SPECIAL and not point.startswith(ELSEWHERE) for side in sides_of(point)]
 COMMITS = [
     (side, f"commit.begun:{number}") for side, last in (("server", (12, 16)), ("client", (11,))) for number in (2, 3, 4, 5, 7, 9, *last)
@@ -221,6 +266,38 @@ def test_a_crash_at_every_point(side: str, point: str, make_run: Callable[..., R
     ordinary(run)
     run.settle()
     assert getattr(run, side).deaths >= 1, f"the {side} never came to {point}"
+
+
+PASSED_BY_ALL = ["upload.synced", "upload.stored", "claim.stored", "send.answered", "send.stored", "fetch.renamed", "fetch.durable"]
+OF_CHAIN = ["upload.received:2", *(f"{point}:{number}" for point in PASSED_BY_ALL for number in (2, 3))]
+
+
+@pytest.mark.parametrize("point", OF_CHAIN)
+def test_a_crash_within_a_chain(point: str, make_run: Callable[..., Run]) -> None:
+    """When its second and third job pass a point: each is stored once, and gets the result that it was promised."""
+    run = make_run([point], [])
+    run.start()
+    chain(run)
+    wait_for(lambda: run.server.deaths == 1, LIMIT_S, f"the death of the server at {point}")
+    run.settle()
+
+
+@pytest.mark.parametrize("point", ["index.written", "index.renamed"])
+def test_a_crash_while_the_index_of_a_result_is_made(point: str, make_run: Callable[..., Run]) -> None:
+    """It is made again, or used as it is; its files are served."""
+    run = make_run([point], [])
+    run.start()
+    number = run.submit(
+        "for n in {1..1200}; do : > $(printf %0100d $n); done; echo small > out",
+        1,
+        Expected(members={"out": sha256(b"small\n")}, **COMPLETED),
+    )
+    wait_for(lambda: run.server.deaths == 1, LIMIT_S, f"the death of the server at {point}")
+    run.job(number, lambda job: job["status"] in ENDED)
+    server = run.pair.server
+    assert server.get(f"/jobs/{number}/files/out").content == b"small\n"
+    run.settle()
+    assert len(list((server.data / "results").iterdir())) == 2, "the result and its index"
 
 
 @pytest.mark.parametrize("points", [("claim.stored", "submit.stored"), ("fetch.renamed", "run.started"), ("send.answered", "run.marked")])
@@ -344,6 +421,31 @@ def test_a_crash_while_it_is_cleaned(side: str, point: str, make_run: Callable[.
     wait_for(lambda: getattr(run, side).deaths >= 1, what=f"the {side} at {point}")
     run.stop()
     assert len(read_marks(run.marks)) == 2
+
+
+@pytest.mark.parametrize("point", ["clean.folder", "clean.files", "clean.stored"])
+def test_a_crash_of_the_cleaner_beside_a_result_that_is_needed(point: str, make_run: Callable[..., Run]) -> None:
+    """A result is kept until the job that was promised it has ended; then everything is deleted."""
+    run = make_run([point, point], [])
+    server, begin = run.pair.server, run.pair.folder / "begin"
+    server.settings.update(MAX_AGE="1", JOBORCH_CLEAN_INTERVAL="0.1", JOBORCH_KEEP_ROWS="1h")
+    run.start()
+    first = run.submit(f"while [ ! -e {begin} ]; do sleep 0.05; done; cp data out", 1, Expected())
+    blocking = run.submit(f"while [ ! -e {run.hold} ]; do sleep 0.05; done", 1, Expected())
+    script = mark_lines(run.marks) + f"cmp from/{first}/out from/{first}/data"
+    parts = [file_part("run.sh", script.encode()), *fields_of(user_id=1, inputs_from=first, after=blocking)]
+    second = run.send("/upload", parts, Expected())
+    begin.touch()
+    run.job(first, lambda job: job["status"] == "Completed")
+    run.job(run.submit("true", 2, Expected()), lambda job: job["status"] == "Cleaned")
+    wait_for(lambda: run.server.deaths >= 1, LIMIT_S, f"the death of the server at {point}")
+    run.job(first, lambda job: job["status"] == "Completed")
+    run.hold.touch()
+    run.job(second, lambda job: job["ended_as"] == "Completed")
+    for number in run.expected:
+        run.job(number, lambda job: job["status"] == "Cleaned")
+    wait_for(functools.partial(is_empty, server), LIMIT_S, "no file")
+    run.stop()
 
 
 def test_killed_at_random(make_run: Callable[..., Run]) -> None:
