@@ -1,23 +1,26 @@
 """Whatever bytes come, a process answers with an error or waits for more: no 5xx, no leftover file, no traceback, and /health goes on.
 
 Hypothesis makes the inputs, which go over real sockets to real processes: broken first lines, headers, chunks, lengths and
-forms, and valid requests that were cut, mixed and mutated anywhere. JOBORCH_FUZZ_INPUTS says how many of them (5,000).
+forms, and valid requests and archives that were cut, mixed and mutated anywhere. JOBORCH_FUZZ_INPUTS says how many of them (5,000).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
 import select
 import socket
+import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import BOUNDARY, Process, field_part, file_part, form, free_port, wait_for
+from harness import BOUNDARY, Process, field_part, file_part, form, free_port, tar_of, wait_for, zip_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -138,19 +141,24 @@ def mutated(draw: st.DrawFn) -> bytes:
     """A valid request that was changed in a few places."""
     text = bytearray(draw(st.sampled_from(BASES)))
     for _ in range(draw(st.integers(1, 4))):
-        begin = int(draw(PLACE) * len(text))
-        what = draw(st.sampled_from(["cut", "insert", "insert", "replace", "drop", "double"]))
-        if what == "cut":
-            del text[begin:]
-        elif what == "insert":
-            text[begin:begin] = draw(PIECE)
-        elif what == "replace":
-            text[begin : begin + draw(st.integers(1, 9))] = draw(PIECE)
-        elif what == "drop":
-            del text[begin : begin + draw(st.integers(1, 60))]
-        else:
-            text[begin:begin] = text[begin : begin + draw(st.integers(1, 200))]
+        change(draw, text, PIECE)
     return bytes(text)
+
+
+def change(draw: st.DrawFn, text: bytearray, piece: st.SearchStrategy[bytes]) -> None:
+    """Change a text in one place."""
+    begin = int(draw(PLACE) * len(text))
+    what = draw(st.sampled_from(["cut", "insert", "insert", "replace", "drop", "double"]))
+    if what == "cut":
+        del text[begin:]
+    elif what == "insert":
+        text[begin:begin] = draw(piece)
+    elif what == "replace":
+        text[begin : begin + draw(st.integers(1, 9))] = draw(piece)
+    elif what == "drop":
+        del text[begin : begin + draw(st.integers(1, 60))]
+    else:
+        text[begin:begin] = text[begin : begin + draw(st.integers(1, 200))]
 
 
 NAME = st.sampled_from(
@@ -218,7 +226,33 @@ def forms(draw: st.DrawFn) -> bytes:
     return request(b"POST", path, [b"Content-Type: " + kind, b"Content-Length: %d" % length], body)
 
 
-INPUT = st.one_of(mutated(), mutated(), mutated(), made_up(), forms(), forms(), st.binary(max_size=60))
+TREE = {"run.sh": (b"true\n", 0o644), "a/b": (b"b" * 700, 0o600), "a/c.txt": (bytes(2000), 0o755)}
+ARCHIVES = [
+    *(zip_of(TREE, top) for top in ("", "top/")),
+    zip_of(TREE, method=zipfile.ZIP_STORED),
+    *(tar_of(TREE, mode, top) for mode in ("w", "w:gz") for top in ("", "top/")),
+    tar_of(TREE, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * 600}),
+    tar_of({"x" * 90 + "/" + "y" * 90: (b"", 0o644), **TREE}, "w", format=tarfile.GNU_FORMAT),
+]
+FIELDS = [field_part("user_id", "1"), field_part("service", "example")]
+HEADS = [b"PK\3\4", b"PK\5\6", b"PK\1\2", b"\x1f\x8b\x08\0", b"ustar\0", b"BZh", b""]
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> bytes:
+    """An upload with an archive: a valid one that was changed in a few places, also inside a gzip, or random bytes with a head."""
+    text = bytearray(draw(st.sampled_from(ARCHIVES) | st.builds(bytes.__add__, st.sampled_from(HEADS), st.binary(max_size=600))))
+    is_gzip = text in ARCHIVES and text.startswith(b"\x1f\x8b") and draw(st.booleans())
+    data = bytearray(gzip.decompress(text)) if is_gzip else text
+    for _ in range(draw(st.integers(0, 4))):
+        change(draw, data, st.binary(min_size=1, max_size=8))
+    parts = [file_part("tree", gzip.compress(data, 1) if is_gzip else bytes(data), "archive")]
+    if draw(st.booleans()):
+        parts.insert(draw(st.integers(0, 1)), file_part(draw(st.sampled_from(["run.sh", "a", "a/b", "top/run.sh", "other"])), b"true\n"))
+    return posted(draw(st.sampled_from([b"/upload", b"/upload", b"/jobs/1/retry"])), form([*parts, *FIELDS]))
+
+
+INPUT = st.one_of(mutated(), mutated(), mutated(), made_up(), forms(), forms(), archives(), st.binary(max_size=60))
 
 
 # == Exchanges ==
@@ -356,6 +390,9 @@ def test_a_request_that_ends_at_any_byte(text: bytes, process: Process) -> None:
 def test_the_inputs_are_not_all_refused_at_once(process: Process) -> None:
     """The bases are valid: they reach the reader of forms, and some are stored."""
     answers = exchange(process.port, BASES)
+    if process.role == "server":
+        kinds = [posted(b"/upload", form([file_part("tree", each, "archive"), *FIELDS])) for each in ARCHIVES]
+        assert all(answer.startswith(b"HTTP/1.1 201") for answer in exchange(process.port, kinds)), "an archive is not valid"
     assert any(answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201")) for answer in answers[:6]), answers[:6]
     assert any(b"user_id is missing" in answer or b'"id"' in answer for answer in answers[:8])
     assert json.loads(answers[-4].partition(b"\r\n\r\n")[2] or b"{}") is not None
