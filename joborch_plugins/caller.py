@@ -42,7 +42,9 @@ DEFAULT_SERVER = "http://127.0.0.1:5000"
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 75.0
 WAIT_S = 45.0  # of a long poll: the longest that a server allows
-GLANCE_S = 2.0  # of a long poll for one of several jobs, so that the end of another is noticed soon
+GLANCE_S = 2.0  # of a long poll for the first of many jobs, so that the end of another is noticed soon
+IDS_AT_ONCE = 500  # in one request: gateways refuse long URLs
+ROWS_A_S = 500  # jobs to look at in a second: of many jobs, several ends are noticed together
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two attempts to reach a server
 ATTEMPT_LINE = "\n[joborch: attempt "  # what a server writes before the output of a further attempt
 AT_ONCE = 8  # uploads of `map` that are under way at the same time
@@ -903,8 +905,14 @@ class Jobs:
         return Job(self.server, self.server.ask("GET", f"/jobs/{job_id}"))
 
     def list(self, *, limit: int | None = 100, all_users: bool = False, **filters: Any) -> Iterator[Job]:
-        """Yield jobs, newest first: `limit` at most (None: all), of this user unless `all_users`; `filters` are those of GET /jobs."""
-        query = {**({} if all_users else {"user_id": self.user}), **{name: value for name, value in filters.items() if value is not None}}
+        """Yield jobs, newest first: `limit` at most (None: all), of this user unless `all_users`.
+
+        `filters` are those of GET /jobs, as in status=["Failed", "Killed"], name="dock" (a prefix), ids=[41, 42] or since="2d".
+        """
+        query: dict[str, str | int | float] = {} if all_users else {"user_id": self.user}
+        for name, value in filters.items():
+            if value is not None:
+                query[name] = value if isinstance(value, (str, int, float)) else ",".join(map(str, value))
         while limit is None or limit > 0:
             size = 1000 if limit is None else min(limit, 1000)
             page = self.server.ask("GET", "/jobs?" + urlencode({**query, "limit": size}))
@@ -925,28 +933,43 @@ class Jobs:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         left = {job.id: job for job in jobs}
         while left:
-            yield from self.take_ended(left)
+            yield from self.take_ended(left, WAIT_S if end is None else max(0.0, min(WAIT_S, end - time.monotonic())))
             if left and end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"{len(left)} jobs have not ended after {timeout_s:g} s")
-            if left:
-                longest_s = WAIT_S if len(left) == 1 else GLANCE_S
-                left[min(left)].glance(longest_s if end is None else max(0.0, min(longest_s, end - time.monotonic())))
 
-    def take_ended(self, left: dict[int, Job]) -> Iterator[Job]:
-        """Refresh these jobs; remove and yield those that have ended."""
-        users = {job.facts["user_id"] for job in left.values()}
-        unseen = {job_id for job_id, job in left.items() if not job.ended}
-        if len(unseen) > 5 and len(users) == 1:
-            for job in self.list(limit=None, all_users=True, user_id=users.pop(), before=max(unseen) + 1):
-                if job.id in unseen:
-                    left[job.id].facts = job.facts
-                    unseen.discard(job.id)
-                if not unseen:
-                    break
-        for job_id in sorted(unseen):
-            left[job_id].refresh()
-        for job_id in [job_id for job_id, job in left.items() if job.ended]:
-            yield left.pop(job_id)
+    def take_ended(self, left: dict[int, Job], wait_s: float = 0.0) -> Iterator[Job]:
+        """Remove and yield those of these jobs that have ended. If there are none, wait for the first, for at most `wait_s` seconds.
+
+        One request asks for many jobs. Refreshes the other jobs, too. Raises Refused (404) if one does not exist.
+        """
+        began, ended = time.monotonic(), [job for job in left.values() if job.ended]
+        ids = sorted((job_id for job_id, job in left.items() if not job.ended), reverse=True)
+        for at in range(0, len(ids), IDS_AT_ONCE):
+            part, is_last = [left[each] for each in ids[at : at + IDS_AT_ONCE]], at + IDS_AT_ONCE >= len(ids)
+            longest_s = min(wait_s, WAIT_S if len(ids) <= IDS_AT_ONCE else GLANCE_S)
+            self.look_at(part, longest_s if is_last and not ended else 0.0)
+            ended += [job for job in part if job.ended]
+        for job in sorted(ended, key=lambda job: (job.facts["ended_at"] or "", job.id)):
+            del left[job.id]
+            yield job
+        pause_s = max(len(left) / ROWS_A_S, 0.0 if ended else 0.5)  # no end so soon: too many callers wait at the server
+        if left:
+            time.sleep(max(0.0, min(wait_s, pause_s) - (time.monotonic() - began)))
+
+    def look_at(self, jobs: Sequence[Job], wait_s: float) -> None:
+        """Refresh these jobs, when the first has ended or after `wait_s` seconds. Raises Refused (404) if one does not exist."""
+        if len(jobs) == 1:
+            jobs[0].glance(wait_s)
+            return
+        query = {"ids": ",".join(str(job.id) for job in jobs), "limit": len(jobs)}
+        waiting = {"wait": f"{wait_s:.1f}", "wait_for": "any", "ended": 0} if wait_s else {}
+        page = self.server.ask("GET", "/jobs?" + urlencode({**query, **waiting}, safe=","))
+        found = {int(facts["id"]): facts for facts in page["jobs"]}
+        for job in jobs:
+            if job.id in found:
+                job.facts = found[job.id]
+            else:
+                job.refresh()
 
     def map(
         self, script: str | os.PathLike[str], inputs: Iterable[Files], service: str | None = None, *, key: str | None = None, **fields: Any

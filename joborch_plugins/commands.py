@@ -25,6 +25,7 @@ from typing import IO, Any, Callable, NamedTuple, NoReturn
 
 from joborch_plugins.caller import (
     ENDED,
+    WAIT_S,
     Damaged,
     Files,
     Job,
@@ -42,6 +43,7 @@ from joborch_plugins.caller import (
 
 DONE, FAILED, USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
 PATIENCE_S = 10.0  # how long a command repeats calls if the user could repeat the command
+REFRESH_S = 2.0  # of the line that shows how jobs that are waited for stand
 WAITING_PATIENCE_S = 24 * 3600.0  # for a command that waits anyway
 LIVE = ("Queued", "Processing", "Submitted", "Running", "Unknown")
 STATUSES = (*ENDED, *LIVE)
@@ -403,12 +405,7 @@ def chosen_jobs(given: Given, status: Sequence[str]) -> list[Job]:
         raise JobsError("name the jobs: give ids, as in 41 5-9, or --name or a status")
     if options.jobs:
         return named_jobs(given, options.jobs)
-    wanted = options.by_status or status
-    return [
-        job
-        for job in given.jobs.list(limit=None, status=wanted[0] if len(wanted) == 1 else None)
-        if (job.status in wanted or job.facts.get("ended_as") in wanted) and (job.facts["name"] or "").startswith(options.name or "")
-    ]
+    return list(given.jobs.list(limit=None, status=options.by_status or status, name=options.name))
 
 
 def read_since(text: str) -> float:
@@ -607,14 +604,14 @@ def ids_text(jobs: Sequence[Job]) -> str:
 def watch(given: Given, jobs: Sequence[Job], tell: bool) -> None:
     """Wait for all of these jobs; print each end if `tell`. On a terminal one line shows the progress."""
     patient(given)
-    left, screen = {job.id: job for job in jobs}, given.screen
+    left, screen, wait_s = {job.id: job for job in jobs}, given.screen, 0.0
     while left:
-        for job in given.jobs.take_ended(left):
+        for job in given.jobs.take_ended(left, wait_s):
             if tell:
                 told(screen, job)
         if left:
             screen.live(standing(jobs, left))
-            left[min(left)].glance(45.0 if len(left) == 1 and not screen.is_live else 2.0)
+        wait_s = REFRESH_S if screen.is_live else WAIT_S
     screen.clear()
 
 
@@ -653,27 +650,30 @@ def command_list(given: Given) -> int:
     """List jobs."""
     options = given.options
     since = max([*([options.since] if options.since is not None else []), *([midnight()] if options.today else [])], default=None)
-    wanted: list[str] = options.by_status or []
-    found: list[Job] = []
     limit = None if options.limit == 0 else options.limit or (None if since is not None else 50)
-    # The server gives newer jobs first, and one status at a time.
-    filters = {"status": wanted[0] if len(wanted) == 1 else None, "service": options.service}
-    for job in given.jobs.list(limit=None if since is not None or len(wanted) > 1 else limit, all_users=options.all, **filters):
-        if (since is not None and (seconds_at(job.facts["created_at"]) or 0) < since) or (limit is not None and len(found) >= limit):
-            break
-        if not wanted or job.status in wanted or job.facts.get("ended_as") in wanted:
-            found.append(job)
-    for job in [job for job in found if job.status == "Queued"][:10]:
-        job.refresh()  # the list lacks what a job waits for
+    filters = {
+        "status": options.by_status,
+        "service": options.service,
+        "name": options.name,
+        "since": None if since is None else utc_text(since),
+    }
+    found = list(given.jobs.list(limit=limit, all_users=options.all, **filters))
     print_jobs(given, found)
     if not found and given.screen.is_terminal and not options.json:
-        given.screen.note("no jobs" + (" that fit" if wanted or since else f" of user {given.jobs.user}; --all shows those of all users"))
+        given.screen.note(
+            "no jobs" + (" that fit" if any(filters.values()) else f" of user {given.jobs.user}; --all shows those of all users")
+        )
     return DONE
 
 
 def midnight() -> float:
     """Return the wall time at which today began."""
     return time.mktime((*time.localtime()[:3], 0, 0, 0, 0, 0, -1))
+
+
+def utc_text(wall_s: float) -> str:
+    """Return a wall time as GET /jobs takes it, in whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0.0, wall_s)))
 
 
 def command_logs(given: Given) -> int:
@@ -1113,6 +1113,7 @@ FLAGS = {
     ],
     "list": [
         flag("-s", "--service", help="jobs of this service"),
+        flag("--name", metavar="PREFIX", help="jobs whose name begins with PREFIX"),
         flag("--today", **SWITCH, help="jobs of today"),
         flag("--since", type=read_since, metavar="TIME", help="jobs since then: 2d, or a date such as 2026-11-28"),
         flag("--status", dest="by_status", type=read_status, help="jobs in these states, separated by commas"),

@@ -281,7 +281,10 @@ def test_a_running_job_can_be_looked_into_and_ended(jobs: Jobs, tmp_path: Path) 
     assert jobs.submit({}, script="true").check().cancel().status == "Completed"
 
 
-def test_many_are_waited_for_in_the_order_of_their_ends(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [caller.IDS_AT_ONCE, 3])
+def test_many_are_waited_for_in_the_order_of_their_ends(at_once: int, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if one request cannot ask for all of them."""
+    monkeypatch.setattr(caller, "IDS_AT_ONCE", at_once)
     gates = [tmp_path / f"gate{number}" for number in range(8)]
     several = [jobs.submit({}, script=gated(gate)) for gate in gates]
     seen: list[int] = []
@@ -296,6 +299,37 @@ def test_many_are_waited_for_in_the_order_of_their_ends(jobs: Jobs, tmp_path: Pa
                 gate.touch()
     assert seen[0] == several[5].id
     assert sorted(seen) == [job.id for job in several]
+
+
+def test_one_request_waits_for_many_jobs(jobs: Jobs, line: Proxy, tmp_path: Path) -> None:
+    """The server answers when one has ended; nothing is asked for each job."""
+    several = [over(line).submit({}, script=gated(tmp_path / f"gate{number}")) for number in range(4)]
+    (tmp_path / "gate2").touch()
+    waiting = over(line).as_ended(several)
+    assert next(waiting).id == several[2].id
+    asked = [exchange.request for exchange in line.find("GET /jobs")]
+    assert asked and all(re.match(r"GET /jobs\?ids=[0-9,]+&limit=4&wait=45\.0&", each) for each in asked), asked
+    for number in range(4):
+        (tmp_path / f"gate{number}").touch()
+    assert {job.id for job in waiting} == {job.id for job in several} - {several[2].id}
+
+
+def test_a_wait_for_a_job_that_does_not_exist_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    """And for no time: the others may run for days."""
+    job = jobs.submit({}, script=gated(tmp_path / "gate"))
+    missing = caller.Job(jobs.server, {**job.facts, "id": 10**9})
+    with pytest.raises(Refused, match="no job has the id") as caught:
+        jobs.wait([job, missing])
+    assert caught.value.status == 404
+    (tmp_path / "gate").touch()
+
+
+def test_lists_are_filtered_by_the_server(jobs: Jobs, line: Proxy) -> None:
+    """One request gives what fits, and no more."""
+    made = [jobs.submit({}, script=f"exit {number}", name=f"filtered-{number}").wait() for number in range(3)]
+    found = list(over(line).list(status=["Failed", "Killed"], name="filtered", since="1h", ids=[job.id for job in made]))
+    assert [job.id for job in found] == [made[2].id, made[1].id]
+    assert len(line.find("GET /jobs")) == 1
 
 
 def test_the_output_is_followed_to_its_end(jobs: Jobs) -> None:

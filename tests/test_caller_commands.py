@@ -161,7 +161,7 @@ def test_jobs_are_run_again(shell: Shell) -> None:
 
 
 def test_lists_are_chosen_by_state_and_time(shell: Shell) -> None:
-    good = shell("submit", "--wait", "--", "true").strip()
+    good = shell("submit", "--wait", "--name", "listed-good", "--", "true").strip()
     bad = shell("submit", "--", "false").strip()
     shell("wait", bad, status=1)
 
@@ -173,6 +173,8 @@ def test_lists_are_chosen_by_state_and_time(shell: Shell) -> None:
     assert {good, bad} <= set(listed("--today", "-n", "0")) & set(listed("--since", "1h", "-n", "0"))
     assert listed("--since", "2099-01-01") == []
     assert listed("--user", "987654") == []
+    assert (listed("--name", "listed-"), listed("--name", "listed-", "--status", "killed,failed")) == ([good], [])
+    assert listed("--since", "999999999d", "--name", "listed-") == [good]
     assert set(listed("-n", "0")) <= set(listed("--all", "-n", "0"))
     shell("list", "--since", "2020-02-30T25:99", "--json")
 
@@ -418,7 +420,7 @@ def test_every_word_has_examples_that_can_be_typed() -> None:
 def test_the_help_names_all_commands(shell: Shell) -> None:
     text = shell("--help")
     for name in commands.WORDS:
-        assert re.search(rf"^ +{name} +\w", text, re.MULTILINE), name
+        assert re.search(rf"^ +{name}\s+\w", text, re.MULTILINE), name  # argparse puts the help of a long name on the next line
     assert shell("submit", "--help").startswith("usage: joborch submit")
     assert shell("ls", "--user", "7654321", "--json") == "[]\n"
 
