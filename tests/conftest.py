@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,12 @@ from joborch_base.executors import signal_all
 
 MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
+
+
+def pytest_configure() -> None:
+    """Take SIGINT as from a terminal: a shell ignores it for what it runs in the background, and so for all that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
