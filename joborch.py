@@ -561,7 +561,7 @@ def read_job_id(text: str) -> int:
     return int(text)
 
 
-ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1, read=read_job_id)
+ID = Parameter("job_id", "path", "integer", "the id of a job", 42, required=True, least=1, most=BIGGEST, read=read_job_id)
 IDEMPOTENCY_KEY = Parameter(
     "Idempotency-Key",
     "header",
