@@ -84,8 +84,8 @@ class Parameter(NamedTuple):
             text = text.strip()
             shown = text if text or self.missing else None
         if shown is None:
-            if self.missing:
-                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
+            if self.missing or (self.required and self.kind != "file"):
+                raise HttpError(400, f"{self.name} is missing: {self.missing or 'give ' + self.help}", self.name)
             return self.default
         try:
             return self.checked((self.read or self.plain)(shown))

@@ -540,6 +540,8 @@ def test_files_of_a_running_job(pair: Pair, tmp_path: Path) -> None:
     os.mkfifo(go)
     number = submit(pair.server, f"mkdir out; head -c {size} /dev/zero | tr '\\0' x > out/big; echo now > out/small; read line < {go}")
 
+    wait_status(pair.server, number, "Running")
+
     def rows() -> dict[str, int]:
         answer = pair.server.get(f"/jobs/{number}/files")
         return {row["path"]: row["size"] for row in answer.json().get("files", [])}
@@ -584,6 +586,8 @@ def test_a_work_folder_that_its_script_tampers_with(yard: Yard) -> None:
     joborch.remove_tree(work)
     assert ask(yard.client, "GET", f"/files/{payload.id}").json["files"] == []
     assert ask(yard.client, "GET", f"/file/{payload.id}?path=a").status == 400
+    missing = ask(yard.client, "GET", f"/file/{payload.id}")
+    assert missing.status == 400 and b"path is missing: give the path of the file" in missing.body
     assert ask(yard.client, "GET", f"/files/{payload.id}", X_Joborch_Mark="x.1").status == 404
 
 
