@@ -82,10 +82,29 @@ def throughput(place: Place, size: int) -> Iterator[Measure]:
         uploads, jobs = job_rate(site.port, size)
     with running_site(place, clients=2) as site:
         _, jobs_of_two = job_rate(site.port, size)
+    with running_site(place) as site:
+        by_library = library_rate(place, site.port, size)
     yield Measure("jobs", jobs, "jobs/s", with_folders)
     yield Measure("jobs, to xargs without folders", jobs, "jobs/s", plain)
     yield Measure("jobs, two clients", jobs_of_two, "jobs/s", with_folders)
+    yield Measure("jobs, by the library", by_library, "jobs/s", jobs)
     yield Measure("uploads, while jobs run", uploads, "jobs/s")
+
+
+def library_rate(place: Place, port: int, count: int) -> float:
+    """No-op jobs a second that a script submits, waits for and fetches with `Jobs.map`, from the first upload to the last result."""
+    sys.path.insert(0, str(REPOSITORY))  # as a command, only tests/ is searched
+    from joborch import Jobs
+
+    jobs, inputs = Jobs(f"http://127.0.0.1:{port}", user=1), [{"number": str(number).encode()} for number in range(count)]
+    script = NOOP["run.sh"].decode()
+    with temporary_folder(place) as folder:
+        begin = time.perf_counter()
+        done = [job.result(folder / str(job.id)) for job in jobs.map(script, inputs) if job.status == "Completed"]
+        taken_s = time.perf_counter() - begin
+    if len(done) != count:
+        raise BenchError(f"{len(done)} of {count} jobs are Completed")
+    return count / taken_s
 
 
 def uploads(place: Place, size: int) -> Iterator[Measure]:

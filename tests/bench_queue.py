@@ -61,7 +61,7 @@ def multiply_job(site: Site, count: int) -> None:
     (result,), (folder,) = (data / "results").iterdir(), (data / "jobs").iterdir()
     with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
         copy_rows(db, "jobs", "t.id = 1", count, {"id": "n", "uuid": "'copy-' || n"})
-        copy_rows(db, "history", "t.job_id = 1", count, {"job_id": "n"})
+        copy_rows(db, "history", "t.job_id = 1", count, {"job_id": "n", "seq": "t.seq + n"})
     content = result.read_bytes()
     for number in range(2, count + 2):
         result.with_name(f"copy-{number}.1.zip").write_bytes(content)
@@ -112,7 +112,7 @@ def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
     }  # fmt: skip
     with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
         copy_rows(db, "jobs", "t.id = 1", count, queued)
-        copy_rows(db, "history", "t.job_id = 1 AND t.number = 1", count, {"job_id": "n"})
+        copy_rows(db, "history", "t.job_id = 1 AND t.number = 1", count, {"job_id": "n", "seq": "t.seq + n"})
         db.execute("UPDATE turns_made SET rules = ''")  # whose turn it is was not kept up by this
     for number in range(2, min(count, with_files) + 2):
         shutil.copytree(folder, folder.with_name(f"{number:08x}-0000-4000-8000-000000000000"))
@@ -179,6 +179,10 @@ def look_times_ms(port: int, job_id: int) -> dict[str, float]:
     wanted = {
         "GET /jobs": request("GET", "/jobs?limit=100"),
         "GET /jobs of a user": request("GET", "/jobs?limit=1&user_id=7&status=Queued"),
+        "GET /jobs of the last day, of a user": request("GET", "/jobs?limit=100&user_id=7&since=1d"),
+        "GET /jobs, 50,000 rows without a match": request("GET", "/jobs?status=Queued&cause=user"),
+        "GET /jobs by name": request("GET", "/jobs?name=nobody"),
+        "GET /changes, the first 1,000": request("GET", "/changes?after=0&limit=1000"),
         "GET /jobs/ID": request("GET", f"/jobs/{job_id}"),
         "HEAD /download/ID": request("HEAD", f"/download/{job_id}"),
     }
