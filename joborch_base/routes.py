@@ -84,7 +84,7 @@ class Parameter(NamedTuple):
             text = text.strip()
             shown = text if text or self.missing else None
         if shown is None:
-            if self.missing or (self.required and self.kind != "file"):
+            if self.missing or (self.required and self.place == "query"):
                 raise HttpError(400, f"{self.name} is missing: {self.missing or 'give ' + self.help}", self.name)
             return self.default
         try:

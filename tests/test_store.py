@@ -924,7 +924,8 @@ SCANS_MEANT.update(
 SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", DRAINED_ALL="drained")
 SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
 SCANS_MEANT.update(dict.fromkeys(("FEED_GET", "FEED_FORGET", "FEED_SKIP"), "feed"))
-SORTS_MEANT = {"JOBS_PAGE_NAMED"}  # a name's jobs lie by name; it is used where they are few
+# JOBS_PAGE_NAMED: the jobs of a name lie by name, and it is used where they are few. COUNT_LIVE: once after a start, in a thread.
+SORTS_MEANT = {"JOBS_PAGE_NAMED", "COUNT_LIVE"}
 
 # They examine as many rows as their LIMIT says, or one a user, and sort no more than that: see test_dashboard.
 LIMITED = {"NEWEST_SUBMITTED", "NEWEST_ENDED", "NEWEST_FAILURES", "OLDEST_QUEUED", "USERS_WITH_JOBS"}
