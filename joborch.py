@@ -2017,7 +2017,6 @@ class Link:
         if version and answer.status == 404 and not self.outdated:
             raise NothingSent("is not a joborch client, but perhaps a joborch server: correct SERVICE_<NAME>_CLIENTS")
         if self.outdated:
-            self.silent_since = self.clock.monotonic()  # it answers, so its jobs are not lost
             raise NothingSent(
                 f"runs joborch {version}, which cannot prove its identity: replace its joborch.pyz by version {__version__}; its jobs wait"
             )

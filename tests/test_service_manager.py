@@ -87,7 +87,9 @@ def test_a_service_manager_that_stops_everything(script: str, order: str, own_pa
     number = ready(own_pair, FIRST + script)
     everything = [own_pair.client.pid, *children(own_pair.client.pid)]
     assert len(everything) > 2
-    send(signal.SIGTERM, everything if order == "from the top" else reversed(everything))
+    everything_in_order = everything if order == "from the top" else everything[::-1]
+    for number_sent in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):  # TERM has come to all before the first of them can end
+        send(number_sent, everything_in_order)
     assert own_pair.client.process is not None
     own_pair.client.process.wait(LIMIT_S)
     deadline = time.monotonic() + 1.5
