@@ -203,12 +203,19 @@ def test_an_attempt_is_claimed_by_one_wrapper(bench: Bench) -> None:
     assert read_exit(bench.folder(job)) == Outcome(False, 0, False)
 
 
+def is_at_rest(pid: int) -> bool:
+    """Whether a process sleeps, and no signal to it is pending."""
+    said = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return said["State"].startswith("S") and not int(said["SigPnd"], 16) | int(said["ShdPnd"], 16)
+
+
 def test_a_wrapper_survives_what_is_sent_to_it(bench: Bench) -> None:
     """TERM, INT and HUP reach the script, if it is told; the wrapper stays to write down how it ended."""
     job = bench.signalled("trap 'echo got it; exit 9' TERM\nsleep 1000 &\nREADY\nwait")
     pid = int((job.handle or "").split()[0])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
+        wait_for(lambda: is_at_rest(pid), what="the wrapper to wait again")  # bash may lose a status if signals come while it wakes
     assert bench.executor.poll([job])[job.id] == Outcome(True)
     signal_all([process for process in tree_of(job, bench.folder(job), pid) if process.pid != pid], signal.SIGTERM)
     assert bench.end(job).exit_status == 9

@@ -353,7 +353,7 @@ def test_what_a_gateway_does_not_let_through_holds_up_nobody(make_pair: MakePair
         job = wait_status(pair.server, large, "Invalid")
         assert "413" in job["reason"] and "gateway" in job["reason"] and "client_max_body_size" in job["reason"]
         assert gateway.refused == 1
-        assert pair.server.get("/clients").json()["clients"][0]["trouble"] == ""
+        wait_for(lambda: pair.server.get("/clients").json()["clients"][0]["trouble"] == "", what="a client without trouble")
         pair.server.stop()
         gateway.shutdown()
 
