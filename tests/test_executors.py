@@ -435,7 +435,8 @@ def test_a_payload_that_is_gone_without_an_exit_file(
         replace(monkeypatch, "is_full", lambda _: what == "full disk")
     elif what == "restart":
         executor = LocalExecutor(bench.data, 0)
-    outcome = executor.poll([job])[job.id]
+    # As long as something of it dies, it counts as alive.
+    outcome = wait_for(lambda: next((found for found in executor.poll([job]).values() if not found.alive), None), what="its end")
     assert (outcome.alive, outcome.exit_status, outcome.cause) == (False, None, cause)
     assert word in outcome.reason
 
