@@ -178,7 +178,7 @@ class DiskAccount:
             self.give_back(size)
 
     def give_back(self, size: int, written: int = 0) -> None:
-        """Cancel a promise of `size` bytes of which `written` are now on the disk."""
+        """Cancel a promise of `size` bytes. `written` bytes of these are on the disk by now."""
         with self.lock:
             self.promised -= size
             self.free -= written

@@ -184,7 +184,7 @@ MOVABLE = (  # what a move may change besides status and reason
 
 
 class Move(NamedTuple):
-    """A change of status that plug-ins are told of."""
+    """A change of a job's status, as plug-ins get it."""
 
     job: Job  # before it; a new job as it was stored
     source: Status | None  # None: it is new

@@ -430,7 +430,7 @@ def without_marks(evidence: Evidence, job_id: int, *attempts: int) -> Evidence:
 
 
 def with_reading(evidence: Evidence, change: Callable[[list[Any]], list[Any]] = list, upto: int | None = None) -> Evidence:
-    """What a reader of /changes saw: every move, or the first of them, but for this change."""
+    """What a reader of /changes saw, with one thing changed: all moves, or only the first ones."""
     moves = sorted((move.seq or 0, move.job_id, move.source, move.target) for moves in evidence.server.moves.values() for move in moves)
     return dataclasses.replace(evidence, reading=Reading(change(moves[:upto]), moves[:upto][-1][0]))
 

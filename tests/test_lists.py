@@ -205,7 +205,7 @@ def test_changes_are_all_moves_in_order(filled: Filled, examined: int) -> None:
 
 
 def test_changes_of_forgotten_jobs_are_missed_openly(desk: Desk) -> None:
-    """A reader that saw all moves of the deleted job goes on; one that did not is told."""
+    """A reader that has seen all moves of the deleted job continues. Any other reader gets an error."""
     store = desk.store
     first, second = (store.add(new_job(), "uploaded") for _ in range(2))
     move(store, first.id, Status.KILLED)
@@ -503,7 +503,7 @@ def test_changes_come_as_events(desk: Desk) -> None:
 
 
 def test_listeners_are_limited(desk: Desk) -> None:
-    """One too many is told so; other requests are still answered."""
+    """A listener beyond the limit gets an error. Other requests are still answered."""
     headers, session = {"Accept": "text/event-stream"}, requests.Session()
     with serving(desk.server) as url, session:
         open_ones = [session.get(f"{url}/changes", headers=headers, stream=True, timeout=60) for _ in range(joborch.LISTENER_PLACES)]

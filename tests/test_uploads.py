@@ -365,7 +365,7 @@ def retry(process: Process, number: int, *parts: bytes, **headers: str) -> reque
 
 
 def test_a_retry_may_replace_fields_and_files(server: Process) -> None:
-    """The rest is that of the first job; a retry says of which job it is one, in its answer and later."""
+    """What the form does not replace is the first job's. `retry_of` has the id of that job, in the answer and later."""
     answer = upload(server, {"run.sh": RUN, "a/in.txt": b"old", "b": b"b"}, name="first", memory="2G", timeout="90", retries=1)
     assert answer.status_code == 201, answer.text
     first = answer.json()
