@@ -97,6 +97,7 @@ from joborch_base.archives import (
     read_member,
     repr_digest,
     unchanged_inputs,
+    utf8_name,
     zip_directory,
     zip_record_at,
     zip_records,
@@ -181,6 +182,7 @@ from joborch_base.routes import (
     CLIENT_AWAY,
     CSRF_HEADER,
     KEY_USED,
+    LIVE_HEADERS,
     MISSING_USER,
     NOT_FOUND,
     PARTS,
@@ -370,7 +372,8 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "FormReader", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of",
     "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "Input", "InputsChanged", "inputs_digest", "INSTANCE", "is_own_user", "Job",
     "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
-    "left_out", "Link", "LiveBody", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop", "make_executor", "MARK",
+    "left_out", "Link", "LIVE_HEADERS", "LiveBody", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop",
+    "make_executor", "MARK",
     "marked_below", "member_chunks", "member_part", "MIB", "Move", "MOVES", "named_service", "new_attempt", "NEWEST_ENDED",
     "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment",
     "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
@@ -381,7 +384,7 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "ResultLimits", "rfc3339", "room_json", "Route", "route", "ROUTES", "routes_of", "running_archive", "say_full", "Server", "Service",
     "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text", "SMALLEST", "socket_path", "Status", "STATUSES",
     "StillRunning", "StorageError", "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE",
-    "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "unremovable_json", "USAGE_OF_USER", "USERS_WITH_JOBS",
+    "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "unremovable_json", "USAGE_OF_USER", "USERS_WITH_JOBS", "utf8_name",
     "__version__", "WAIT", "waiting_texts", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
     "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
 )  # fmt: skip
@@ -3415,7 +3418,7 @@ OUTPUT_STREAMS = ("stdout", "stderr")
 
 def check_result(config: Config, part: Transfer) -> None:
     """Check the files in a large ZIP against the limits, whatever the client says. Raises ResultTooLarge."""
-    limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_result_files * 3 // 2 + 32), 0
+    limits, streams = ResultLimits(config.max_result_bytes * 33 // 32, config.max_zip_members), 0
     if part.size <= min(config.max_result_bytes, config.max_result_files * 2 * ZIP_CENTRAL.size):
         return
     with open(part.target.name, "rb") as file:
@@ -5089,13 +5092,11 @@ def job_logs(server: Server, request: Request, job_id: int, stream: str, offset:
         place = contextlib.ExitStack()
         if not place.enter_context(server.waiters.place()):
             raise HttpError(503, "too many callers wait here: try again", Retry_After=str(COME_AGAIN_S))
-        headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})  # else nginx would buffer it until the end
+        headers.update(LIVE_HEADERS)
         if EVENT_TYPE not in request.header("Accept"):
             parts = followed_log(server, request, job, stream, offset, place)
             return Answer(LiveBody((part.text for part in parts), place), 200, headers)
-        known = request.header("Last-Event-ID")  # a browser that reconnects says how far it was
-        offset = int(known) if re.fullmatch("[0-9]{1,18}", known) else offset
-        parts = followed_log(server, request, job, stream, offset, place)
+        parts = followed_log(server, request, job, stream, request.resumed_at(offset), place)
         return Answer(LiveBody(log_events(server, job, parts), place), 200, {**headers, "Content-Type": EVENT_TYPE})
     part = job_log(server, request, job, stream, offset)
     return Answer(part.text, 200, {**headers, "X-Next-Offset": str(part.following)})

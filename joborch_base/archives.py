@@ -315,6 +315,15 @@ class ZipWriter:
         self.target.write(ZIP_END.pack(b"PK\5\6", 0, 0, *counts, min(size, 2**32 - 1), min(begin, 2**32 - 1), 0))
 
 
+def utf8_name(name: str) -> str:
+    """Return a file's name as it is, or percent-encoded if its bytes are not UTF-8."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return quote(name.encode("utf-8", "surrogateescape"), safe="/ ()[]{}+,;=@!$&'~")
+    return name
+
+
 class ZipPacker:
     """Packs the current content of a folder as a ZIP in constant memory, and follows no link out of it.
 
@@ -452,11 +461,7 @@ class ZipPacker:
 
     def member_name(self, name: str) -> str:
         """Return a file's name in the archive: unique, and percent-encoded if it is not UTF-8."""
-        safe = name
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            safe = quote(os.fsencode(name), safe="/ ()[]{}+,;=@!$&'~")
+        safe = utf8_name(name)
         if "%" in safe or safe.startswith(self.own):  # all other names are unique already
             while (known := hashlib.blake2b(safe.encode(), digest_size=16).digest()) in self.names:
                 safe += "~"

@@ -40,6 +40,7 @@ from joborch_base.vocabulary import (
     JoborchError,
     Network,
     StorageError,
+    T,
     __version__,
     host_of,
     load_plugin,
@@ -84,8 +85,8 @@ class Parameter(NamedTuple):
             text = text.strip()
             shown = text if text or self.missing else None
         if shown is None:
-            if self.missing or (self.required and self.place == "query"):
-                raise HttpError(400, f"{self.name} is missing: {self.missing or 'give ' + self.help}", self.name)
+            if self.missing:
+                raise HttpError(400, f"{self.name} is missing: {self.missing}", self.name)
             return self.default
         try:
             return self.checked((self.read or self.plain)(shown))
@@ -189,6 +190,11 @@ class Request:
         key = name.upper().replace("-", "_")
         return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))
 
+    def resumed_at(self, begin: T) -> T | int:
+        """Return where a browser that reconnects to an event stream had got to (Last-Event-ID); `begin` if this is no such request."""
+        known = self.header("Last-Event-ID")
+        return int(known) if re.fullmatch("[0-9]{1,18}", known) else begin
+
     def left(self) -> bool:
         """Tell whether the caller has closed the connection."""
         gone = self.environ.get("waitress.client_disconnected")
@@ -211,6 +217,9 @@ class Answer:
 
 class CutOff(JoborchError):
     """Raised in a LiveBody that stays incomplete, because the caller has left or this process stops."""
+
+
+LIVE_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}  # of a LiveBody: else nginx would buffer it until its end
 
 
 class LiveBody:

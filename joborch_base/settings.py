@@ -335,6 +335,11 @@ class Config:
     warnings: tuple[str, ...] = ()
     env_file: str = ""
 
+    @property
+    def max_zip_members(self) -> int:
+        """The most members of a stored result: its files and folders, and what the client adds in .joborch/."""
+        return self.max_result_files * 3 // 2 + 32
+
     def batch_options(self, service: str | None) -> BatchOptions:
         """Return the options for the jobs of a service in a batch system."""
         return self.batch.get((service or "").lower(), BatchOptions())

@@ -26,6 +26,7 @@ from joborch import (
     EXAMPLE_JOB,
     JSON_TYPE,
     LAST_SEQ,
+    LIVE_HEADERS,
     OVER,
     QUEUED_OF_USER,
     SMALLEST,
@@ -390,8 +391,7 @@ def show_changes(server: Server, request: Request, after: int | None, wait: floa
 
 def listen(reader: Reader, after: int | None) -> Answer:
     """Answer with moves as events until the caller leaves. Raises HttpError 503 if too many listen, 410 as `Reader.read` does."""
-    known = reader.request.header("Last-Event-ID")  # a browser that reconnects says how far it was
-    after = int(known) if re.fullmatch("[0-9]{1,18}", known) else after
+    after = reader.request.resumed_at(after)
     place = contextlib.ExitStack()
     if not place.enter_context(reader.server.listeners.place()):
         raise HttpError(503, "too many callers listen: try again, or ask without text/event-stream", Retry_After=str(COME_AGAIN_S))
@@ -401,8 +401,7 @@ def listen(reader: Reader, after: int | None) -> Answer:
     except BaseException:
         place.close()
         raise
-    headers = {"Content-Type": EVENT_TYPE, "X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-    return Answer(LiveBody(change_events(reader, after), place), 200, headers)
+    return Answer(LiveBody(change_events(reader, after), place), 200, {"Content-Type": EVENT_TYPE, **LIVE_HEADERS})
 
 
 def change_events(reader: Reader, after: int) -> Iterator[bytes]:

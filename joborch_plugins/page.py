@@ -193,14 +193,6 @@ def ask(server: Server, request: Request, path: str, **query: str) -> Any:
     return answer_of(server, request, path, **query).body
 
 
-def has_route(path: str) -> bool:
-    """Tell whether the server has this route."""
-    try:
-        return find_route("server", "GET", path) is not None
-    except HttpError:
-        return False
-
-
 def whole_page(server: Server, request: Request, title: str, content: Content, status: int = 200) -> Answer:
     """Return a page with everything around its content."""
     path = request.environ.get("PATH_INFO", "")
@@ -210,7 +202,7 @@ def whole_page(server: Server, request: Request, title: str, content: Content, s
     end = fill("sign_out") if request.caller and request.caller.proof == "session" else None
     page = fill(
         "page", title=title, links=links if request.caller else None, content=content, version=__version__, sign_out=end,
-        csrf=csrf or "", csrf_header=CSRF_HEADER, events="/changes" if has_route("/changes") else "",
+        csrf=csrf or "", csrf_header=CSRF_HEADER,
     )  # fmt: skip
     return Answer(page.encode("utf-8", "replace"), status, dict(HEADERS))
 
@@ -246,11 +238,8 @@ def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Call
 # == Overview ==
 
 
-def problems(health: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> Html:
+def problems(found: Sequence[Mapping[str, Any]]) -> Html:
     """Return what is wrong now."""
-    found = health.get("problems")
-    if found is None:
-        found = [{"what": client["trouble"], "client": client["name"]} for client in clients if client["trouble"]]
     if not found:
         return section("problems", "Problems", tag("p", "All is well.", class_="well"))
     shown = []
@@ -364,7 +353,7 @@ def overview_page(server: Server, request: Request) -> Answer:
     now = server.clock.wall()
     oldest_s = {row["service"]: now - row["created_at"] for row in server.store.read(OLDEST_QUEUED)}
     content = [
-        problems(ask(server, request, "/health"), clients),
+        problems(ask(server, request, "/health")["problems"]),
         services_table(ask(server, request, "/services")["services"], oldest_s),
         clients_table(clients),
         *recent(server, server.clock.monotonic() // RECENT_S),
@@ -549,11 +538,9 @@ def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> 
     return tag("section", fill("search"), *parts, id="output")
 
 
-def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool) -> Html | None:
+def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool) -> Html:
     """Return the files of a job, with links. Those of a running job come from its client, which takes time, so only if `wanted`."""
     path = f"/jobs/{job['id']}/files"
-    if not has_route(path):
-        return None
     over = is_over(job)
     if not (over or wanted):
         shown: Content = tag("p", tag("a", "Show its files as they are now", href=f"/dashboard/jobs/{job['id']}?files=1", class_="button"))

@@ -80,6 +80,7 @@ from joborch import (
     route,
     running_archive,
     stored_archive,
+    utf8_name,
     zip_directory,
     zip_record_at,
     zip_records,
@@ -144,11 +145,8 @@ BUILDING = threading.Lock()  # a large index takes seconds and memory, so one is
 
 
 def shown_path(path: bytes) -> str:
-    """Return a path as text, percent-encoded if it is not UTF-8, as in a result."""
-    try:
-        return path.decode()
-    except UnicodeDecodeError:
-        return quote(path, safe="/ ()[]{}+,;=@!$&'~")
+    """Return a path as text, as in a result."""
+    return utf8_name(path.decode("utf-8", "surrogateescape"))
 
 
 def key_of(path: bytes) -> bytes:
@@ -214,7 +212,7 @@ def places_of(server: Server, mark: str, sha256: str, file: IO[bytes]) -> array[
 
     Raises ValueError if it is not a ZIP.
     """
-    most, path = server.config.max_result_files * 3 // 2 + 32, server.data.index(mark)
+    most, path = server.config.max_zip_members, server.data.index(mark)
     if zip_directory(file)[1] < INDEX_FROM_BYTES:
         return sorted_places(file, most)
     places = read_index(path, sha256)
@@ -574,7 +572,7 @@ def in_files(server: Server, request: Request, job: Job, stack: contextlib.ExitS
         except Gone:  # an older client sends all of its files, or none
             archive = running_archive(server, request, link, job)
             file = stack.enter_context(contextlib.closing(archive.file))
-            return look(ZipFiles(file, sorted_places(file, server.config.max_result_files * 3 // 2 + 32), archive.sha256))
+            return look(ZipFiles(file, sorted_places(file, server.config.max_zip_members), archive.sha256))
     except ValueError as error:
         log.warning("job %d: its files cannot be read: %s", job.id, error)
         raise HttpError(404, f"the files of job {job.id} cannot be read: its client sent a damaged ZIP") from error
@@ -634,7 +632,7 @@ COUNT = Parameter("count", "query", "integer", "the most bytes to return", 4096,
     "client",
     who="caller",
     slow=True,
-    takes=(PAYLOAD_ID, MARK, PATH._replace(place="query", help="the path of the file"), OFFSET, COUNT),
+    takes=(PAYLOAD_ID, MARK, PATH._replace(place="query", help="the path of the file", missing="give the path of the file"), OFFSET, COUNT),
     gives={206: Gives("a part of the file; Content-Range has its size", "application/octet-stream"), 400: BAD, 404: NOT_FOUND},
 )
 def payload_file(client: Client, request: Request, job_id: int, path: str, offset: int, count: int) -> Answer:

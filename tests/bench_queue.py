@@ -113,7 +113,6 @@ def queue_up(site: Site, count: int, users: int, with_files: int) -> None:
     with contextlib.closing(sqlite3.connect(data / "joborch.db")) as db, db:
         copy_rows(db, "jobs", "t.id = 1", count, queued)
         copy_rows(db, "history", "t.job_id = 1 AND t.number = 1", count, {"job_id": "n", "seq": "t.seq + n"})
-        db.execute("UPDATE turns_made SET rules = ''")  # whose turn it is was not kept up by this
     for number in range(2, min(count, with_files) + 2):
         shutil.copytree(folder, folder.with_name(f"{number:08x}-0000-4000-8000-000000000000"))
 

@@ -82,8 +82,7 @@ function listen() {
   const poll = () => { timer ||= setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS); };
   document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
   poll(); // until events come
-  if (!document.body.dataset.events) return;
-  const news = new EventSource(document.body.dataset.events);
+  const news = new EventSource("/changes");
   news.onopen = () => { clearInterval(timer); timer = 0; refresh(); };
   news.onmessage = refresh;
   news.onerror = poll; // the browser connects again by itself, unless the server has no place for one more listener
