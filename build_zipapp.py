@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Build joborch.pyz: joborch, the packages it needs and its example, in one file that runs with Python 3.9 or later.
 
-    python3 build_zipapp.py             build; prints the size in bytes and the SHA-256
-    python3 build_zipapp.py --lock      first update the lock files to the newest releases that Python 3.9 can run
+    python3 build_zipapp.py                 build; prints the size in bytes and the SHA-256
+    python3 build_zipapp.py --sbom FILE     also write what is in it, as CycloneDX 1.6 in JSON
+    python3 build_zipapp.py --lock          first update the lock files to the newest releases that Python 3.9 can run
 
 The same sources and lock files give the same bytes, with every Python and on every machine:
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import email.parser
 import hashlib
 import importlib.util
 import json
@@ -30,11 +32,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHEBANG = b"#!/usr/bin/env python3\n"
@@ -207,12 +210,17 @@ def source_members(source: Path) -> Iterator[Member]:
         yield stored(name, source_file(source, name))
 
 
+def version_of(source: Path) -> str:
+    """Return the version of joborch. Raises BuildError if its source has none."""
+    found = re.search(r'^__version__ = "([^"\\]+)"$', source_file(source, VERSION_FILE).decode("utf-8"), re.MULTILINE)
+    if found is None:
+        raise BuildError(f"{VERSION_FILE} has no line '__version__ = \"...\"'")
+    return found[1]
+
+
 def main_module(source: Path) -> bytes:
     """Return `__main__.py` of the archive with the version in it, so `--version` need not import the program."""
-    version = re.search(r'^__version__ = "[^"]+"$', source_file(source, VERSION_FILE).decode("utf-8"), re.MULTILINE)
-    if version is None:
-        raise BuildError(f"{VERSION_FILE} has no line '__version__ = \"...\"'")
-    main, count = re.subn(rb"(?m)^VERSION = .*$", version[0].replace("__version__", "VERSION").encode("ascii"), source_file(source, MAIN))
+    main, count = re.subn(rb"(?m)^VERSION = .*$", f'VERSION = "{version_of(source)}"'.encode("ascii"), source_file(source, MAIN))
     if count != 1:
         raise BuildError(f"{MAIN} must have exactly one line 'VERSION = ...'")
     return main
@@ -250,6 +258,11 @@ def archive_bytes(by_name: Mapping[str, Member]) -> bytes:
     return bytes(body + directory + end)
 
 
+def locked(source: Path) -> list[Pin]:
+    """Return all packages that go into the archive."""
+    return [pin for lock in (LOCK, BUILD_LOCK) for pin in read_lock(source_file(source, lock).decode("ascii"))]
+
+
 def write_executable(target: Path, content: bytes) -> None:
     """Write `content` to `target` atomically: a process that runs the old archive keeps it."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -263,10 +276,64 @@ def write_executable(target: Path, content: bytes) -> None:
 
 def build(source: Path, target: Path, cache: Path) -> str:
     """Build the archive of `source` at `target`, with wheels kept in `cache`; return its SHA-256 in hexadecimal."""
-    pins = [pin for lock in (LOCK, BUILD_LOCK) for pin in read_lock(source_file(source, lock).decode("ascii"))]
+    pins = locked(source)
     content = archive_bytes(members(source, pins, fetch(pins, cache)))
     write_executable(target, content)
     return hashlib.sha256(content).hexdigest()
+
+
+# == Bill of materials ==  As CycloneDX 1.6 (ECMA-424). The same archive has the same one: no time, and an id made from its digest.
+
+
+def licences(wheel: Path) -> list[dict[str, Any]]:
+    """Return the licences that a wheel's metadata names."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        said = email.parser.BytesParser().parsebytes(archive.read(name), headersonly=True)
+    if said["License-Expression"]:
+        return [{"expression": said["License-Expression"]}]
+    classified = [text.rpartition(" :: ")[2] for text in said.get_all("Classifier", []) if text.startswith("License :: ")]
+    short = [said["License"]] if said["License"] and "\n" not in said["License"] else []
+    return [{"license": {"name": name}} for name in classified or short]
+
+
+def component(pin: Pin, wheel: Path) -> dict[str, Any]:
+    """Return a bundled package as a component."""
+    address = f"pkg:pypi/{pin.name}@{pin.version}"
+    return {
+        "type": "library",
+        "bom-ref": address,
+        "name": pin.name,
+        "version": pin.version,
+        **({"description": "only the files of Swagger UI are bundled"} if pin.name == SWAGGER_PACKAGE else {}),
+        "hashes": [{"alg": "SHA-256", "content": pin.sha256}],
+        "licenses": licences(wheel),
+        "purl": address,
+    }
+
+
+def bill_of_materials(version: str, sha256: str, pins: Iterable[Pin], wheels: Iterable[Path]) -> str:
+    """Return what is in the archive with this digest, as CycloneDX in JSON."""
+    components = [component(pin, wheel) for pin, wheel in sorted(zip(pins, wheels))]
+    own = {
+        "type": "application",
+        "bom-ref": "joborch",
+        "name": "joborch",
+        "version": version,
+        "hashes": [{"alg": "SHA-256", "content": sha256}],
+        "licenses": [{"license": {"id": "MIT"}}],
+    }
+    bill = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, f'joborch.pyz?sha256={sha256}')}",
+        "version": 1,
+        "metadata": {"component": own},
+        "components": components,
+        "dependencies": [{"ref": "joborch", "dependsOn": [each["bom-ref"] for each in components]}],
+    }
+    return json.dumps(bill, indent=2, sort_keys=True) + "\n"
 
 
 # == Lock file ==
@@ -300,12 +367,16 @@ def main() -> int:
     """Build the archive, with --lock after updating the lock files. Return 0 if it was written, else 1."""
     parser = argparse.ArgumentParser(description="Build joborch.pyz.", epilog="Example: python3 build_zipapp.py")
     parser.add_argument("--output", type=Path, default=ROOT / "joborch.pyz", metavar="FILE", help="the archive")
+    parser.add_argument("--sbom", type=Path, metavar="FILE", help="also write a bill of materials: CycloneDX 1.6 in JSON")
     parser.add_argument("--lock", action="store_true", help=f"update {LOCK} and {BUILD_LOCK} first, from pyproject.toml")
     arguments = parser.parse_args()
     try:
         if arguments.lock:
             renew_locks(ROOT)
         digest = build(ROOT, arguments.output, ROOT / CACHE)
+        if arguments.sbom:
+            pins = locked(ROOT)
+            arguments.sbom.write_text(bill_of_materials(version_of(ROOT), digest, pins, fetch(pins, ROOT / CACHE)), encoding="ascii")
     except BuildError as error:
         print(f"build_zipapp.py: {error}", file=sys.stderr)
         return 1

@@ -43,10 +43,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import hmac
-import http.client
 import importlib
-import io
 import itertools
 import json
 import logging
@@ -62,15 +59,15 @@ import ssl
 import sys
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Callable, ClassVar, NamedTuple, cast
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 from joborch_base import statements
+from joborch_base.access import AuditLog, UploadPace, check_form, check_user, known_job, narrowed, sees_service, sees_site
 from joborch_base.archives import (
     STREAM_COMMENT,
     ZIP_CENTRAL,
@@ -95,14 +92,38 @@ from joborch_base.archives import (
     path_of,
     punch_middle,
     read_member,
-    repr_digest,
     unchanged_inputs,
     utf8_name,
     zip_directory,
     zip_record_at,
     zip_records,
 )
-from joborch_base.connections import FoldedHeaders, make_http_server, remove_socket_file
+from joborch_base.calls import (
+    CONNECTION_ERRORS,
+    DOWN_BYTES,
+    FRAMES_BYTES,
+    INLINE_BYTES,
+    PIECE_BYTES,
+    SLOWEST_BYTES_S,
+    Bounds,
+    Carried,
+    Connection,
+    Connections,
+    Reply,
+    answer_carried,
+    copy_some,
+    frame,
+    keep_alive,
+    key_id,
+    number_in,
+    plain_cause,
+    read_frames,
+    read_some,
+    refuse_encoded,
+    text_in,
+    whole_in,
+)
+from joborch_base.connections import make_http_server, remove_socket_file
 from joborch_base.data_folder import (
     STOP_NOTE,
     DataFolder,
@@ -110,11 +131,16 @@ from joborch_base.data_folder import (
     Promise,
     Spool,
 )
-from joborch_base.database import damage_of, on_network
+from joborch_base.database import copy_to, on_network
+from joborch_base.elastic import Demand, Instance, Size, Wanted, wanted_instances
 from joborch_base.executors import (
+    Held,
+    Holds,
     Outcome,
+    Payloads,
     first_file_limit,
     fits_one,
+    is_own,
     left_out,
     marked_below,
     node_environment,
@@ -125,6 +151,7 @@ from joborch_base.executors import (
     run_times,
     scratch_bases,
     scratch_name,
+    used_by_payload,
     why_not_runnable,
     with_first_file_limit,
     wrapper_text,
@@ -160,36 +187,50 @@ from joborch_base.files import (
     remove_tree,
     shown,
     sync_file_system,
+    touch_below,
     walk,
     write_atomic,
 )
 from joborch_base.identity import (
+    LINK_VERSIONS,
+    Proof,
     ProofReader,
     RefusedTokens,
     Session,
+    check_protocols,
     client_token_file,
     far_uid,
     is_own_user,
+    is_whole_token,
+    link_key,
+    mask,
+    new_token,
     open_listeners,
     peer_uid,
     socket_path,
     token_place,
     token_remedy,
+    unproven,
 )
 from joborch_base.local import LocalExecutor, make_executor, run_seconds
+from joborch_base.logs import job_fields, set_up_logging, tell_service_manager
 from joborch_base.routes import (
     BAD,
     CLIENT_AWAY,
     CSRF_HEADER,
+    DEFAULT_TOKEN,
     KEY_USED,
     LIVE_HEADERS,
     MISSING_USER,
+    NAME_OF_TOKEN,
     NOT_FOUND,
     PARTS,
     RECEIVING,
+    ROLES,
     ROUTES,
     SESSION_S,
     Answer,
+    Caller,
     CutOff,
     Gives,
     LiveBody,
@@ -202,6 +243,7 @@ from joborch_base.routes import (
     find_route,
     full_text,
     make_app,
+    may_call,
     new_session,
     ranged,
     read_all,
@@ -228,27 +270,35 @@ from joborch_base.scheduling import (
     why_waiting,
 )
 from joborch_base.settings import (
-    SERVICE_SETTINGS,
     SETTINGS,
     Address,
     BatchOptions,
+    Cloud,
     Config,
     Service,
+    beyond_loopback,
     check_certificates,
+    check_join,
+    client_address,
+    config_rows,
     is_loopback,
     load_config,
     make_service,
+    read_env_text,
     read_mib,
     read_run_time,
     read_seconds,
     read_switch,
     read_weight,
+    setting_values,
+    shown_value,
     url_host,
 )
 from joborch_base.statements import (
     AT_CLIENT,
     COUNT_IN,
     COUNT_LIVE,
+    DRAINED_ALL,
     ENDS_AFTER,
     INSTANCE,
     LAST_SEQ,
@@ -256,10 +306,15 @@ from joborch_base.statements import (
     NEWEST_FAILURES,
     NEWEST_SUBMITTED,
     OLDEST_QUEUED,
+    PAUSED_CLEAR,
+    PAUSED_SET,
     PAYLOADS_IN,
+    QUEUED_OF_SERVICE,
     QUEUED_OF_USER,
     QUEUED_OLDEST,
     QUEUED_PRIORITIES,
+    QUEUED_SERVICES,
+    UNFETCHED,
     USAGE_OF_USER,
     USERS_WITH_JOBS,
 )
@@ -267,9 +322,11 @@ from joborch_base.states import (
     ATTEMPT,
     BUSY,
     ENDED,
+    FIGURES,
     MOVES,
     OVER,
     Cause,
+    Filter,
     Job,
     Move,
     NewJob,
@@ -280,10 +337,10 @@ from joborch_base.states import (
     is_signalled,
     left_out_text,
     limit_reason,
-    signal_name,
 )
-from joborch_base.store import Filter, Forgotten, Store
-from joborch_base.threads import SILENT_THREADS, Loop, Pool, WaiterLimit, WorkerLimit, keep_time, stop_pools
+from joborch_base.store import Forgotten, Store, change_limits
+from joborch_base.threads import SILENT_THREADS, Allowance, Loop, Pool, ThreadLimit, keep_time, stop_pools
+from joborch_base.tokens import StoredToken, TokenStore
 from joborch_base.vocabulary import (
     BIGGEST,
     CHUNK_BYTES,
@@ -334,6 +391,7 @@ from joborch_base.vocabulary import (
     ResultTooLarge,
     StillRunning,
     StorageError,
+    StoreFull,
     SubmitRefused,
     T,
     UnknownJob,
@@ -350,43 +408,51 @@ from joborch_base.vocabulary import (
     one_line,
     parse_json,
     plural,
+    read_small_file,
     rfc3339,
     size_text,
     time_stamp,
 )
-from joborch_base.weak_setups import forgotten_executor, token_names, weak_setups
+from joborch_base.weak_setups import forgotten_executor, is_on_login_node, lines_for_server, start_command, token_names, weak_setups
 
 sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it is `__main__`: plug-ins must not import a second one
 
 # == 1. Plug-ins ==  The names that plug-ins may use.
 
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
-    "Address", "Answer", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions", "become_unknown", "below",
-    "BIGGEST", "BUSY", "calling", "CannotRun", "Cause", "check_path", "check_site", "CHUNK_BYTES", "Client", "CLIENT_AWAY",
-    "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config", "ConfigError",
-    "CONNECT_TIMEOUT_S", "COUNT_IN", "COUNT_LIVE", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "damage_of",
-    "DataFolder",
-    "decided_restore", "DEFAULT_HOSTS", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "DiskFull", "ENDS_AFTER", "EVENT_TYPE",
-    "EXAMPLE_JOB", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter", "Finding",
-    "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor", "format_duration",
-    "FormReader", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "HELLO_TIMEOUT_S", "helper_environment", "host_of",
-    "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "Input", "InputsChanged", "inputs_digest", "INSTANCE", "is_own_user", "Job",
-    "job_after_wait", "JoborchError", "job_summary", "JSON_TYPE", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
-    "left_out", "Link", "LIVE_HEADERS", "LiveBody", "load_plugin", "LOCK_HELD", "lock_trouble", "log", "LOOK_AGAIN_S", "Loop",
-    "make_executor", "MARK",
-    "marked_below", "member_chunks", "member_part", "MIB", "Move", "MOVES", "named_service", "new_attempt", "NEWEST_ENDED",
-    "NEWEST_FAILURES", "NEWEST_SUBMITTED", "new_session", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment",
-    "NO_LOCKS", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners", "open_regular",
-    "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "payload_gone", "PAYLOAD_ID",
-    "PAYLOADS_IN", "peer_uid", "plural", "problem_of", "problem_since", "PROBLEMS_TOLD", "QUEUED_OF_USER", "QUEUED_OLDEST",
-    "QUEUED_PRIORITIES", "queue_info_of", "ranged", "read_all", "read_answer", "read_claim", "read_exit", "read_member", "read_part",
-    "read_seconds", "read_some", "read_statuses", "READ_TIMEOUT_S", "read_weight", "Reason", "Rejected", "report", "Request",
-    "ResultLimits", "rfc3339", "room_json", "Route", "route", "ROUTES", "routes_of", "running_archive", "say_full", "Server", "Service",
-    "SERVICE_SETTINGS", "session_cookie", "SESSION_S", "SETTINGS", "shown", "size_text", "SMALLEST", "socket_path", "Status", "STATUSES",
-    "StillRunning", "StorageError", "Store", "stored_archive", "StoredFile", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE",
-    "time_stamp", "token_names", "token_place", "token_remedy", "Tree", "unremovable_json", "USAGE_OF_USER", "USERS_WITH_JOBS", "utf8_name",
-    "__version__", "WAIT", "waiting_texts", "walk", "weak_setups", "with_first_file_limit", "wrapper_text", "write_atomic",
-    "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
+    "Address", "Answer", "answer_carried", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
+    "become_unknown", "below", "beyond_loopback", "BIGGEST", "Bounds", "BUSY", "Caller", "calling", "CannotRun", "Carried", "Cause",
+    "change_limits", "check_path", "check_site", "check_user", "CHUNK_BYTES", "Client", "client_address", "CLIENT_AWAY", "ClientCapacity",
+    "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Cloud", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config",
+    "ConfigError", "config_rows", "Connection", "CONNECTION_ERRORS", "Connections", "CONNECT_TIMEOUT_S", "copy_to", "COUNT_IN",
+    "COUNT_LIVE", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "DataFolder", "decided_restore", "DEFAULT_HOSTS",
+    "DEFAULT_TOKEN", "Demand", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "DiskFull", "DONE_AT_ONCE", "DOWN_BYTES",
+    "DRAINED_ALL", "drop_packings", "ENDED", "ENDS_AFTER", "ensure_client_token", "EventsReply", "EVENTS_WAIT_S", "EVENT_TYPE",
+    "EXAMPLE_JOB", "EXAMPLE_SERVICE", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter",
+    "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor",
+    "format_duration", "FormReader", "frame", "FRAMES_BYTES", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "hear",
+    "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "INLINE_BYTES", "Input",
+    "InputsChanged", "inputs_digest", "INSTANCE", "Instance", "is_own_user", "is_whole_token", "Job", "job_after_wait", "job_json",
+    "JoborchError", "job_summary", "JSON_TYPE", "keep_alive", "key_id", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
+    "left_out", "Link", "link_key", "LiveBody", "LIVE_HEADERS", "load_config", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
+    "LOOK_AGAIN_S", "Loop", "loops_of", "make_app", "make_executor", "MARK", "marked_below", "mask", "may_call", "member_chunks",
+    "member_part", "MIB", "Move", "MOVES", "named_service", "NAME_OF_TOKEN", "narrowed", "new_attempt", "NEWEST_ENDED", "NEWEST_FAILURES",
+    "NEWEST_SUBMITTED", "new_session", "new_token", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment", "NO_LOCKS",
+    "NONCE_HEADER", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners",
+    "open_regular", "OURS_HEADER", "Outcome", "OVER", "own_file", "Parameter", "parse_json", "PARTS", "PARTS_LIMIT", "passed_on", "Pause",
+    "PAUSED_CLEAR", "PAUSED_SET", "payload_gone", "PAYLOAD_ID", "PAYLOADS_IN", "peer_uid", "PIECE_BYTES", "plain_cause", "plural",
+    "poll_wait_s", "Pool", "problem_of", "problem_since", "PROBLEMS_TOLD", "Proof", "ProofReader", "put_off", "QUEUED_OF_SERVICE",
+    "QUEUED_OF_USER", "QUEUED_OLDEST", "QUEUED_PRIORITIES", "QUEUED_SERVICES", "QueueInfo", "queue_info_of", "ranged", "read_all",
+    "read_answer", "read_claim", "read_env_text", "read_exit", "read_frames", "read_member", "read_part", "read_seconds", "read_small_file",
+    "read_some", "read_statuses", "READ_TIMEOUT_S", "read_uuid", "read_weight", "Reason", "RECEIVING", "refused_text", "Rejected",
+    "remove_files", "Reply", "report", "Request", "ResultLimits", "rfc3339", "ROLES", "room_json", "Route", "route", "ROUTES", "routes_of",
+    "running_archive", "say_full", "sees_service", "sees_site", "Server", "Service", "service_json", "Session", "session_cookie",
+    "SESSION_S", "SETTINGS", "setting_values", "set_up_logging", "Sharing", "shown", "shown_value", "Size", "size_text", "SMALLEST",
+    "socket_path", "statements", "Status", "STATUSES", "STATUS_NAMES", "StillRunning", "StorageError", "Store", "stored_archive",
+    "StoredFile", "StoredToken", "SubmitRefused", "sync_file_system", "T", "TEXT_TYPE", "time_stamp", "token_names", "token_place",
+    "token_remedy", "Tree", "UNFETCHED", "unproven", "unremovable_json", "url_host", "USAGE_OF_USER", "USERS_WITH_JOBS", "utf8_name",
+    "__version__", "WAIT", "waiting_texts", "walk", "Wanted", "wanted_instances", "weak_setups", "with_first_file_limit", "wrapper_text",
+    "write_atomic", "zip_directory", "ZipRecord", "zip_record_at", "zip_records", "ZIP_TYPE",
 )  # fmt: skip
 
 
@@ -448,7 +514,11 @@ class Program:
 
 
 PACK_READERS, PACK_QUEUE = 4, 16  # callers that may wait for large results at once; results being packed or waiting for it
-NODE_PLUGINS = ("health", "metrics")  # each server and client has one object of each: see `Node.plugins`
+# Each server and client has one object of each of these: see `Node.plugins`.
+NODE_PLUGINS = {
+    "server": ("health", "metrics", "reload", "drain", "privacy", "webhooks", "joined", "clouds"),
+    "client": ("health", "metrics", "reload", "drain", "privacy"),
+}
 
 
 class Node:
@@ -460,20 +530,21 @@ class Node:
         data.keep_free(config.min_free_bytes, packs_below_minimum=config.mode == "client")
         self.loops: dict[str, Loop] = {}
         self.pool, self.silent_pool = Pool("loop"), Pool("silent", SILENT_THREADS)
-        self.waiters, self.places, self.gate = WaiterLimit(WAITER_PLACES), WaiterLimit(EVENTS_PLACES), WorkerLimit(WORKER_THREADS)
-        self.refused = RefusedTokens(self.clock)
-        self.pack_places = WaiterLimit(PACK_READERS)
+        self.waiters, self.places, self.gate = ThreadLimit(WAITER_PLACES), ThreadLimit(EVENTS_PLACES), ThreadLimit(WORKER_THREADS)
+        self.refused, self.audit, self.upload_pace = RefusedTokens(self.clock), AuditLog(config, self.clock), UploadPace(self.clock)
+        self.pack_places = ThreadLimit(PACK_READERS)
         self.tokens: tuple[str, ...] = tuple(token.strip() for token in config.token.split(",") if token.strip())
-        self.proofs = ProofReader(self.tokens)
+        self.proofs, self.token_store = ProofReader(self.tokens), TokenStore(store, self.clock)
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove its identity was last logged
         self.started, self.program = self.clock.monotonic(), Program()
         self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
         self.stopping = threading.Event()
         self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic
-        # By name; each may have `start()`, `committed(moves)` for moves that are stored, and `answered` for requests.
-        self.plugins: dict[str, Any] = {name: load_plugin(name)(self) for name in NODE_PLUGINS}
+        # By name; each has `start()` and `committed(moves)` for moves that are stored, and may have `moved(db, move)`: see `Store.movers`.
+        self.plugins: dict[str, Any] = {name: load_plugin(name)(self) for name in NODE_PLUGINS[config.mode]}
         store.core.committed = self.committed
+        store.movers = [plugin.moved for plugin in self.plugins.values() if hasattr(plugin, "moved")]
 
     def committed(self, moves: Sequence[Move]) -> None:
         """Tell the plug-ins of moves that are stored now."""
@@ -494,7 +565,7 @@ class Node:
             plugin.start()
         for loop in self.loops.values():
             loop.start()
-        threading.Thread(target=keep_time, args=(self.loops.values(), self.stopping), name="timer", daemon=True).start()
+        threading.Thread(target=keep_time, args=(lambda: self.loops, self.stopping), name="timer", daemon=True).start()
 
     def stop(self) -> None:
         """Stop the loops and wake all waiting callers. Payloads keep running."""
@@ -532,7 +603,7 @@ class Node:
                 if remaining <= 0 or self.stopping.is_set() or left():
                     break
                 with self.gate.stepped_out():
-                    waiter.bell.wait(min(remaining, 2.0))
+                    waiter.bell.sleep(min(remaining, 2.0))
                 found = waiter.take()
         return found
 
@@ -542,12 +613,12 @@ class Node:
 EXAMPLE_JOB: dict[str, Any] = {
     "id": 42, "uuid": "8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "user_id": 1, "service": "example", "name": None, "status": "Queued",
     "ended_as": None, "reason": "uploaded", "cause": None, "exit_code": None, "signal": None, "priority": 0, "cpus": 1, "memory": None,
-    "timeout": None, "retries": 2, "after": [], "inputs_from": [], "retry_of": None, "attempt": 1, "client": None, "dest_id": "",
+    "gpus": 0, "timeout": None, "retries": 2, "after": [], "inputs_from": [], "retry_of": None, "callback_url": None,
     "loc": "/data/jobs/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", "message": "it is next for a free slot at a client for example",
-    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None,
-    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z",
+    "created_at": "2026-11-24T09:00:00.000Z", "started_at": None, "ended_at": None, "peak_memory": None, "cpu_time": None,
+    "queue_position": 1, "estimated_start": "2026-11-24T09:00:00.000Z", "attempt": 1, "client": None, "dest_id": "",
     "waiting_for": "it is next for a free slot at a client for example",
-    "result": None, "attempts": [],
+    "result": None, "attempts": [], "webhooks": [],
     "history": [{"at": "2026-11-24T09:00:00.000Z", "from": None, "to": "Queued", "reason": "uploaded", "attempt": 1}],
 }  # fmt: skip
 EXAMPLE_PAYLOAD = {"id": 1, "input": {}, "status": "Prepared", "loc": "/data/jobs/8f14e45f.1", "pid": 0, "killed": False}
@@ -576,20 +647,9 @@ IDEMPOTENCY_KEY = Parameter(
 )
 
 
-def known_job(node: Node, request: Request, job_id: int) -> Job:
-    """Return a job that the caller of `request` may see. Raises HttpError 404.
-
-    All routes for one job find it here, so ownership can be checked in one place.
-    """
-    job = node.store.get(job_id)
-    if job is None:
-        raise HttpError(404, f"no job has the id {job_id}")
-    return job
-
-
 def job_summary(server: Server, job: Job) -> dict[str, Any]:
-    """Return the job in JSON without attempts, history and queue position, which need further queries."""
-    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history")}
+    """Return the job in JSON without attempts, history, webhooks and queue position, which need further queries."""
+    said = {name: getattr(job, name, None) for name in EXAMPLE_JOB if name not in ("attempts", "history", "webhooks")}
     said.update(status=job.status.value, ended_as=job.end, after=ids_in(job.after_ids), dest_id=job.dest_id or "", message=job.reason)
     said.update({name: rfc3339(said[name]) for name in ("created_at", "started_at", "ended_at")}, loc=str(server.folder(job)))
     said["inputs_from"] = ids_in(job.from_ids)
@@ -606,6 +666,7 @@ def job_json(server: Server, job: Job, outlook: QueueInfo | None = None) -> dict
     said["message"] = outlook.waiting_for or job.reason
     if outlook.wait_s is not None:
         said["estimated_start"] = rfc3339(server.clock.wall() + outlook.wait_s)
+    said["webhooks"] = server.plugins["webhooks"].shown(job)
     rows = [dict(row) for row in server.store.read(statements.ATTEMPTS_GET, id=job.id)] if job.attempt > 1 else []
     if job.client is not None:
         rows.append({name: getattr(job, name) for name in ATTEMPT})
@@ -647,40 +708,45 @@ FORM_FIELDS = {
     field.name: field
     for field in (
         Parameter(
-            "user_id", "form", "integer", "the user who owns the job", 1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user
+            "user_id", "form", "integer", "the number of the user in your system",
+            1, True, SMALLEST, BIGGEST, missing=MISSING_USER, read=read_user,
         ),
-        Parameter("service", "form", "string", "which service runs it", "example", True, default=""),
-        Parameter("name", "form", "string", "a name of your choice, at most 200 characters", "2oob", longest=200),
+        Parameter("service", "form", "string", "the service that runs it", "example", True, default=""),
+        Parameter("name", "form", "string", "a name of your choice", "2oob", longest=200),
         Parameter("priority", "form", "integer", "of your own jobs, the highest priority runs first", 0, least=-100, most=100, default=0),
         Parameter(
-            "after", "form", "string", "ids of your jobs, separated by commas: it runs once all are Completed", "41",
+            "after", "form", "string", "ids of your jobs, separated by commas: the job waits until all of them are Completed", "41",
             default="", read=read_ids,
         ),
         Parameter(
-            "inputs_from", "form", "string", "ids of your jobs: it runs once all are Completed, with their results in from/ID/", "41",
+            "inputs_from", "form", "string", "ids of your jobs: like `after`, and the results of these jobs are in from/ID/", "41",
             default="", read=read_ids,
         ),
         Parameter(
-            "timeout", "form", "string", "run time limit: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
+            "timeout", "form", "string", "longest run time: seconds, or with s, m, h or d", "90m", pattern=RUN_TIME, read=read_run_time
         ),
-        Parameter("retries", "form", "integer", "further attempts after an infrastructure failure", 2, least=0, most=100),
-        Parameter("cpus", "form", "integer", "cores the script needs", 1, least=1, most=1_000_000, default=1),
-        Parameter("memory", "form", "string", "memory the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
+        Parameter("retries", "form", "integer", "most further attempts after an infrastructure failure", 2, least=0, most=100),
+        Parameter("cpus", "form", "integer", "cores that the script needs", 1, least=1, most=1_000_000, default=1),
+        Parameter("memory", "form", "string", "memory that the script needs: MiB, or with M or G", "2G", pattern=MEMORY, read=read_mib),
+        Parameter("gpus", "form", "integer", "GPUs that the script needs", 1, least=0, most=1_000, default=0),
+        Parameter("callback_url", "form", "string", "where the server POSTs the job when it ends: a webhook", "https://portal.example.org/jobs"),
         Parameter(
-            "crlf", "form", "string", "Windows line ends in run.sh: `fix` changes them, `keep` leaves them; else they are refused", "fix",
-            choices=("fix", "keep"),
+            "crlf", "form", "string", "Windows line ends in run.sh are refused; `fix` changes them to LF, `keep` keeps them",
+            "fix", choices=("fix", "keep"),
         ),
     )
 }  # fmt: skip
 
 
-def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None) -> None:
+def refuse_too_large(server: Server, service: Service, cpus: int, memory: int | None, gpus: int) -> None:
     """Raise HttpError 400 for a job that no client of a service could ever run, once all clients have reported their size."""
     links = server.links_of(service)
     if all(link.heard_at is not None for link in links):
-        too_large = too_large_text(service.name, cpus, memory, [link.capacity(0, 0) for link in links])
+        places = [*(link.capacity(0, 0) for link in links), *server.plugins["clouds"].capacities(service.name)]
+        too_large = too_large_text(service.name, cpus, memory, places, gpus)
         if too_large:
-            field = "cpus" if all(cpus > link.slots for link in links) else "memory"
+            field = "cpus" if all(cpus > place.slots for place in places) else "memory"
+            field = field if any(place.has_gpus(gpus) for place in places) else "gpus"
             raise HttpError(400, too_large, field)
 
 
@@ -715,7 +781,7 @@ def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
         raise HttpError(400, "the folder from/ is for the results of inputs_from: give your own files other names", "file")
     if given["inputs_from"]:
         refuse_flat(server, service)
-    refuse_too_large(server, service, given["cpus"], given["memory"])
+    refuse_too_large(server, service, given["cpus"], given["memory"], given["gpus"])
     limit_s, most_s = given["timeout"], service.timeout_s
     if limit_s is not None and most_s is not None and limit_s > most_s:
         raise HttpError(400, f"timeout is {limit_s:.12g}: service {service.name} allows at most {most_s:.12g} seconds", "timeout")
@@ -729,9 +795,11 @@ def new_job(server: Server, form: Form, job_uuid: str, **more: Any) -> NewJob:
         from_ids=given["inputs_from"],
         cpus=given["cpus"],
         memory=given["memory"],
+        gpus=given["gpus"],
         timeout=most_s if limit_s is None else limit_s,
         retries=service.retries if given["retries"] is None else given["retries"],
         return_inputs=int(service.return_inputs),
+        callback_url=server.plugins["webhooks"].url_for(service, given["callback_url"]),
         **more,
     )
 
@@ -747,6 +815,7 @@ def key_columns(request: Request, form: Form, *more: str) -> dict[str, str | Non
 def receive_form(server: Server, request: Request, folder: Path) -> Form:
     """Receive the form of a job, and its files in `folder`. Raises HttpError, also for a run.sh with Windows line ends."""
     form = request.read_form(folder, unpack_limit_bytes=server.config.max_upload_bytes)
+    check_form(server, request, form)
     crlf = FORM_FIELDS["crlf"].value(form.fields.get("crlf"))
     for number, file in enumerate(form.files):
         if file.path == "run.sh" and crlf != "keep":
@@ -772,7 +841,7 @@ UPLOAD_GIVES = {
     201: Gives("the job is stored durably", JSON_TYPE, EXAMPLE_JOB),
     400: BAD,
     422: KEY_USED,
-    429: Gives("this user has too many jobs queued; Retry-After says when to try again", JSON_TYPE, QUEUE_FULL),
+    429: Gives("this user has too many jobs queued, or uploads too often; Retry-After says when to try again", JSON_TYPE, QUEUE_FULL),
     **RECEIVING,
 }
 
@@ -780,7 +849,9 @@ UPLOAD_GIVES = {
 FORM = (FORM_FILE, FORM_ARCHIVE, *FORM_FIELDS.values())
 
 
-@route("POST", "/upload", "server", who="caller", slow=True, takes=(*FORM, IDEMPOTENCY_KEY, CONTENT_DIGEST), gives=UPLOAD_GIVES)
+@route(
+    "POST", "/upload", "server", who="user portal operator", slow=True, takes=(*FORM, IDEMPOTENCY_KEY, CONTENT_DIGEST), gives=UPLOAD_GIVES
+)
 def upload(server: Server, request: Request) -> Answer:
     """Queue a job: send its files, its user and its service."""
     job_uuid = new_uuid()
@@ -788,7 +859,8 @@ def upload(server: Server, request: Request) -> Answer:
     with receiving(server, folder, job_uuid):
         form = receive_form(server, request, folder)
         digest = inputs_digest({file.path: file.sha256 for file in form.files})
-        new = new_job(server, form, job_uuid, inputs_sha256=digest, **key_columns(request, form))
+        size = sum(file.size for file in form.files)
+        new = new_job(server, form, job_uuid, inputs_sha256=digest, inputs_size=size, **key_columns(request, form))
         crash_point("upload.received")
         job, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
     return upload_answer(server, job, form, folder, is_new)
@@ -802,9 +874,8 @@ def upload_answer(server: Server, job: Job, form: Form, folder: Path, is_new: bo
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
     warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
-    claimed = (
-        server.store.read(statements.JOB_STATUS, id=job.id)[0]["status"] != job.status.value
-    )  # in the same transaction: it waits for nothing
+    # It may have been claimed in the same transaction: then it waits for nothing.
+    claimed = server.store.read(statements.JOB_STATUS, id=job.id)[0]["status"] != job.status.value
     said = {**job_json(server, job, NEXT if claimed else None), "warnings": warnings}
     return Answer(said, 201, {"Location": f"/jobs/{job.id}", "X-Job-Status": job.status.value})
 
@@ -832,9 +903,14 @@ def keep_upload(server: Server, new: NewJob, folder: Path, paths: Sequence[str])
 
 
 def stored(server: Server, new: NewJob) -> Job:
-    """Store an uploaded job. Raises HttpError 400 if it cannot follow the jobs in `after`, 429 if its user has too many queued jobs."""
+    """Store an uploaded job. Raises HttpError 400 if it cannot follow the jobs in `after`, 429 or 507 if its user is over a limit."""
+    config = server.config
+    server.upload_pace.take(new.user_id or 0, config.uploads_per_minute)
     try:
-        return server.store.add(new, "uploaded", server.config.max_queued_per_user, server.config.max_age_s)
+        return server.store.add(new, "uploaded", config.max_queued_per_user, config.max_age_s, config.max_stored_bytes)
+    except StoreFull as error:
+        message = f"{error} (JOBORCH_MAX_STORED_PER_USER): results are deleted {format_duration(config.max_age_s)} after their end"
+        raise HttpError(507, message, "user_id", Retry_After="3600") from error
     except NoInputs as error:
         raise HttpError(400, f"inputs_from: {error}", "inputs_from") from error
     except UnknownJob as error:
@@ -871,7 +947,7 @@ RETRY_FORM = tuple(parameter._replace(required=False) for parameter in FORM if p
     "POST",
     "/jobs/<job_id>/retry",
     "server",
-    who="caller",
+    who="user portal operator",
     slow=True,
     takes=(ID, *RETRY_FORM, IDEMPOTENCY_KEY, CONTENT_DIGEST),
     gives=RETRY_GIVES,
@@ -895,7 +971,8 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
         # Judged afterwards: the cleaner may have begun to delete them meanwhile.
         if are_files_due(server, known_job(server, request, job_id)):
             raise files_gone(job)
-        new = new_job(server, form, job_uuid, inputs_sha256=digest, retry_of=job.id, **own)
+        size = sum(file.size for file in form.files) + (job.inputs_size or 0)  # those of the job are links
+        new = new_job(server, form, job_uuid, inputs_sha256=digest, inputs_size=size, retry_of=job.id, **own)
         try:
             made, is_new = keep_upload(server, new, folder, [file.path for file in form.files])
         except HttpError as error:
@@ -917,7 +994,8 @@ def fields_of(server: Server, job: Job, given: Mapping[str, str]) -> dict[str, s
     most_s = service.timeout_s if service else None
     limit_s = None if job.timeout is None or (most_s is not None and job.timeout >= most_s) else f"{job.timeout:.3f}"
     texts = {"service": job.service, "name": job.name, "after": job.after_ids, "inputs_from": job.from_ids, "timeout": limit_s}
-    numbers = {name: getattr(job, name) for name in ("priority", "retries", "cpus", "memory")}
+    texts["callback_url"] = None if service and job.callback_url == service.callback_url else job.callback_url
+    numbers = {name: getattr(job, name) for name in ("priority", "retries", "cpus", "memory", "gpus")}
     return {name: str(value) for name, value in {**texts, **numbers}.items() if value not in (None, "")}
 
 
@@ -970,7 +1048,7 @@ DOWNLOAD_GIVES = {
 }
 
 
-@route("GET", "/download/<job_id>", "server", who="caller", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
+@route("GET", "/download/<job_id>", "server", who="user portal operator", takes=(ID,), gives=DOWNLOAD_GIVES, quick=True)
 def download(server: Server, request: Request, job_id: int) -> Answer:
     """Fetch the result of a job as a ZIP. HEAD returns only the state."""
     job = known_job(server, request, job_id)
@@ -992,7 +1070,7 @@ AS_IT_STANDS = "the job's current files: its inputs while it is queued, from its
     "GET",
     "/download_partial/<job_id>",
     "server",
-    who="caller",
+    who="user portal operator",
     slow=True,
     takes=(ID,),
     gives={200: Gives(AS_IT_STANDS, ZIP_TYPE), 400: BAD, 404: NOT_FOUND, 503: CLIENT_AWAY, **PARTS},
@@ -1071,11 +1149,11 @@ STATUS_NAMES = tuple(status.value for status in Status)
 WAIT_LIMIT_S = 45.0  # the longest `?wait=`: gateways give up after 60 s of silence
 
 
-def read_wait(text: str) -> float:
-    """Return how long a caller wants to wait, in seconds; at most WAIT_LIMIT_S."""
+def read_wait(text: str, most_s: float | None = None) -> float:
+    """Return how long a caller wants to wait, in seconds; at most `most_s`, or else WAIT_LIMIT_S."""
     if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?", text):
         raise ValueError("give seconds, as in wait=30")
-    return min(float(text), WAIT_LIMIT_S)
+    return min(float(text), most_s or WAIT_LIMIT_S)
 
 
 def read_statuses(name: str) -> Callable[[str], frozenset[str]]:
@@ -1117,15 +1195,10 @@ SINCE = Parameter(
 )
 
 
-@route(
-    "GET",
-    "/jobs/<job_id>",
-    "server",
-    who="caller",
-    takes=(ID, WAIT, SINCE),
-    gives={200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND},
-    quick=True,
-)
+SHOW_GIVES = {200: Gives("the whole job", JSON_TYPE, EXAMPLE_JOB), 400: BAD, 404: NOT_FOUND}
+
+
+@route("GET", "/jobs/<job_id>", "server", who="user portal reader operator", takes=(ID, WAIT, SINCE), gives=SHOW_GIVES, quick=True)
 def show_job(server: Server, request: Request, job_id: int, wait: float, since: frozenset[str]) -> Answer:
     """Show a job: state, reason, attempts, history, and what it waits for."""
     job, has_waited = job_after_wait(server, request, job_id, wait, since)
@@ -1168,12 +1241,12 @@ TERMINATE_GIVES = {
 }
 
 
-@route("POST", "/terminate/<job_id>", "server", who="caller", takes=(ID,), gives=TERMINATE_GIVES)
+@route("POST", "/terminate/<job_id>", "server", who="user portal operator", takes=(ID,), gives=TERMINATE_GIVES)
 def terminate(server: Server, request: Request, job_id: int) -> Answer:
     """Stop a job in any state. It may be repeated."""
     job = known_job(server, request, job_id)
     if job.status not in OVER:
-        server.store.request_kill(job.id, Cause.CANCELLED)
+        server.store.request_kill(job.id, Cause.CANCELLED, request.caller and request.caller.own_name)
         crash_point("kill.wished")
         kill_queued(server, job.id)
         job = known_job(server, request, job_id)
@@ -1188,7 +1261,7 @@ def terminate(server: Server, request: Request, job_id: int) -> Answer:
     link = server.links.get(job.client or "")
     message = f"it will be stopped as soon as {job.client} answers" if job.client else "it will be stopped before it is sent"
     if link is not None and not link.outage.reason:
-        message = link.notes.get(job.id) or f"{job.client} is stopping it"
+        message = link.of(job.id).note or f"{job.client} is stopping it"
     return Answer({"id": job.id, "status": job.status.value, "message": message}, 202, {"X-Job-Status": job.status.value})
 
 
@@ -1207,7 +1280,7 @@ def wait_for_end(server: Server, request: Request, job: Job) -> None:
         noted_until = time.monotonic() + NOTED_PATIENCE_S
 
         def hopeless() -> bool:
-            is_noted = link is not None and link.notes.get(job.id, "").startswith(BEING_ENDED)
+            is_noted = link is not None and link.of(job.id).note.startswith(BEING_ENDED)
             return request.left() or bool(link and link.outage.failures) or (is_noted and time.monotonic() > noted_until)
 
         server.wait_until(lambda: over_or_queued(server, job.id), patience_s, hopeless, job.id)
@@ -1236,12 +1309,12 @@ def over_or_queued(server: Server, job_id: int) -> Job | None:
 
 EXAMPLE_CLIENT = {
     "name": "127.0.0.1:9000", "services": ["example"], "reachable": True, "drained": False, "slots": 2, "free": 1, "memory": 16000,
-    "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
+    "gpus": 0, "load": 12.5, "jobs": 1, "instance": "a1b2c3", "same_client_as": [],
     "last_seen": "2026-11-24T09:00:00.000Z", "trouble": "", "held_for_s": 0.0,
 }  # fmt: skip
 EXAMPLE_SERVICE = {
     "name": "example", "policy": "share", "runs_per_user": 5, "max_runs": 10, "running": 1, "queued": 3, "users_queued": 2,
-    "mean_run_s": 12.5, "clients": [EXAMPLE_CLIENT],
+    "mean_run_s": 12.5, "paused": None, "clients": [EXAMPLE_CLIENT],
 }  # fmt: skip
 SERVICES = Gives("services, their limits, and their clients", JSON_TYPE, {"services": [EXAMPLE_SERVICE]})
 CLIENTS = Gives("clients, and why one gets no jobs", JSON_TYPE, {"clients": [EXAMPLE_CLIENT]})
@@ -1260,7 +1333,7 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
         said.append({
             "name": link.name, "services": [service.name for service in link.services], "reachable": link.answers and not link.held(),
             "drained": link.drained, "slots": link.slots if known else None, "free": max(0, place.free) if known else None,
-            "memory": link.memory, "load": link.load if known else None, "jobs": server.store.load(link.name).jobs,
+            "memory": link.memory, "gpus": link.gpus, "load": link.load if known else None, "jobs": server.store.load(link.name).jobs,
             "instance": link.instance or None, "same_client_as": [other.name for other in server.names_of(link)[1:]],
             "last_seen": None if silent_s is None else rfc3339(server.clock.wall() - silent_s), "trouble": link.why_not(),
             "held_for_s": round(held_for_s, 1),
@@ -1268,22 +1341,26 @@ def clients_json(server: Server, links: Sequence[Link]) -> list[dict[str, Any]]:
     return said
 
 
-@route("GET", "/services", "server", who="caller", gives={200: SERVICES}, quick=True)
+def service_json(server: Server, service: Service, caller: Caller | None) -> dict[str, Any]:
+    """Return a service in JSON as a caller may see it."""
+    mean_s, name = mean_run_s(server, service), service.name
+    return {
+        "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
+        "running": server.store.line(name).busy, "queued": server.store.number(statements.QUEUED_IN_SERVICE, service=name),
+        "users_queued": server.store.users_queued(name), "mean_run_s": mean_s and round(mean_s, 3),
+        "paused": server.paused[name].text() if name in server.paused else None,
+        "clients": clients_json(server, server.links_of(service) if sees_site(caller) else []),
+    }  # fmt: skip
+
+
+@route("GET", "/services", "server", who="user portal reader operator", gives={200: SERVICES}, quick=True)
 def show_services(server: Server, request: Request) -> Answer:
-    """Show the services: policy, limits, running and queued jobs (counted up to 10,000), and their clients."""
-    said = []
-    for service in server.services.values():
-        mean_s, name = mean_run_s(server, service), service.name
-        said.append({
-            "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
-            "running": server.store.line(name).busy, "queued": server.store.number(statements.QUEUED_IN_SERVICE, service=name),
-            "users_queued": server.store.users_queued(name), "mean_run_s": mean_s and round(mean_s, 3),
-            "clients": clients_json(server, server.links_of(service)),
-        })  # fmt: skip
-    return Answer({"services": said})
+    """Show the services: policy, limits, running and queued jobs (counted up to 10,000); for operators and readers also their clients."""
+    seen = [service for name, service in server.services.items() if sees_service(request.caller, name)]
+    return Answer({"services": [service_json(server, service, request.caller) for service in seen]})
 
 
-@route("GET", "/clients", "server", who="caller", gives={200: CLIENTS}, quick=True)
+@route("GET", "/clients", "server", who="reader operator", gives={200: CLIENTS}, quick=True)
 def show_clients(server: Server, request: Request) -> Answer:
     """Show the clients: slots, memory, load, jobs, and why one gets no jobs."""
     return Answer({"clients": clients_json(server, [*server.links.values()])})
@@ -1300,19 +1377,32 @@ def drain_client(server: Server, name: str, drained: bool) -> Answer:
     return Answer(clients_json(server, [link])[0])
 
 
-@route("POST", "/clients/<name:path>/drain", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+@route("POST", "/clients/<name:path>/drain", "server", who="operator", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
 def drain(server: Server, request: Request, name: str) -> Answer:
     """Send a client no more jobs until it is resumed, also after a restart of the server. Its present jobs keep running."""
     return drain_client(server, name, True)
 
 
-@route("POST", "/clients/<name:path>/resume", "server", who="caller", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
+@route("POST", "/clients/<name:path>/resume", "server", who="operator", takes=(CLIENT_NAME,), gives={200: ONE_CLIENT, 404: NO_CLIENT})
 def resume(server: Server, request: Request, name: str) -> Answer:
     """Send a drained client jobs again."""
     return drain_client(server, name, False)
 
 
 # == 6. Server ==  The server claims jobs and sends them. Its ticks move jobs on by the Store and by what clients answer.
+
+
+class Pause(NamedTuple):
+    """A service whose jobs wait because somebody asked for that."""
+
+    service: str
+    at: float  # wall time
+    caller: str
+    reason: str
+
+    def text(self) -> str:
+        """Return what its jobs wait for."""
+        return f"service {self.service} is paused since {rfc3339(self.at)} by {self.caller}" + (f": {self.reason}" if self.reason else "")
 
 
 class Server(Node):
@@ -1322,20 +1412,30 @@ class Server(Node):
         super().__init__(config, store, data, clock)
         self.services = config.services
         self.links: dict[str, Link] = {}
-        self.callers = WaiterLimit(CALLS_IN_ALL)  # for calls to clients on behalf of callers
-        self.listeners = WaiterLimit(LISTENER_PLACES)
-        self.claims: dict[str, tuple[str, str]] = {}  # by mark: another client that also has it, and its payload id there; see `sort_claim`
+        self.deserted: dict[str, float] = {}  # by service without any client: since when (monotonic)
+        self.callers = ThreadLimit(CALLS_IN_ALL)  # for calls to clients on behalf of callers
+        self.listeners = ThreadLimit(LISTENER_PLACES)
+        self.paused = {str(row["service"]): Pause(*row) for row in store.read(statements.PAUSED_ALL)}  # by service
         store.set_limits(self.services, Sharing(config.share_half_life_s, config.ageing_s, config.weights))
-        for service in self.services.values():
-            for address in service.addresses:
-                link = self.links.get(address.name)
-                if link is None:
-                    link = Link(address, data, self.clock, config.ca_file)
-                    self.links[address.name] = link
-                link.services.append(service)
-        for row in store.read(statements.DRAINED_ALL):
-            if row["client"] in self.links:
-                self.links[row["client"]].drained = True
+        self.links = self.links_for(self.services)
+        for link in self.links.values():
+            link.services = self.services_at(link, self.services)
+
+    def links_for(self, services: Mapping[str, Service]) -> dict[str, Link]:
+        """Return a link to each client of these services, by name: the present one, or a new one."""
+        drained = {row["client"] for row in self.store.read(statements.DRAINED_ALL)}
+        links = {name: link for name, link in self.links.items() if link.calls_in}
+        for address in itertools.chain.from_iterable(service.addresses for service in services.values()):
+            if address.name not in links:
+                link = self.links.get(address.name) or Link(address, self.data, self.clock, self.config.ca_file)
+                link.drained = link.drained or address.name in drained
+                links[address.name] = link
+        return links
+
+    @staticmethod
+    def services_at(link: Link, services: Mapping[str, Service]) -> list[Service]:
+        """Return those of these services that a client serves."""
+        return [service for service in services.values() if link.serves(service)]
 
     def service(self, job: Job) -> Service:
         """Return the service of a job, with default limits if it is no longer configured."""
@@ -1343,7 +1443,9 @@ class Server(Node):
         return self.services.get(name) or make_service(name, {"CLIENTS": "http://not-configured"})
 
     def links_of(self, service: Service) -> list[Link]:
-        return [self.links[address.name] for address in service.addresses]
+        links = self.links  # a service that was removed just now may have none any more
+        named = [links[address.name] for address in service.addresses if address.name in links]
+        return [*named, *(link for link in links.values() if link.calls_in and link.serves(service))]
 
     def troubles(self, service: Service) -> dict[str, str]:
         """Return why each client of a service gets no jobs now, by name; empty if it gets jobs."""
@@ -1362,8 +1464,8 @@ class Server(Node):
         for link in links:
             others = [other for other in by_client.get(link.client, ()) if other is not link]
             # Read before what has ended: see count_no_more.
-            jobs, cpus, memory, _, _ = map(sum, zip(*(self.store.load(each.name) for each in (link, *others))))
-            places.append(link.capacity(cpus, memory, jobs, others))
+            jobs, cpus, memory, _, _, gpus = map(sum, zip(*(self.store.load(each.name) for each in (link, *others))))
+            places.append(link.capacity(cpus, memory, jobs, others, gpus))
         return places
 
     def start(self) -> None:
@@ -1408,39 +1510,51 @@ def propose(server: Server) -> Callable[[], bool] | None:
 def place(server: Server, head: Candidate, place: ClientCapacity) -> bool:
     """Claim a job for a client inside a transaction; a sender gets it after the COMMIT. Return False if it can no longer be claimed."""
     link = link_to(server, head, place)
-    if head.job_id in link.sending:
+    if not link.hold(head.job_id):  # before the COMMIT: a Processing job that no sender holds is treated as lost
         return False  # it was queued again, and its sender is about to release it
-    link.sending.add(head.job_id)  # before the COMMIT: a Processing job that no sender holds is treated as lost
     claimed = None
     try:
         claimed = server.store.claim(head.job_id, link.name, place.taken + head.cpus)
     finally:
         if claimed is None:
-            link.sending.discard(head.job_id)
+            link.release(head.job_id)
     if claimed is None:
         return False
     crash_point("claim.decided")
-    server.store.core.after(functools.partial(hand_to_sender, server, link, claimed), lambda: link.sending.discard(claimed.id))
+    server.store.core.after(functools.partial(hand_to_sender, server, link, claimed), functools.partial(link.release, claimed.id))
     return True
 
 
 def hand_to_sender(server: Server, link: Link, job: Job) -> None:
     """Give a job to a sender of its client, after its claim was stored."""
     crash_point("claim.stored")
-    log.info("job %d Queued -> Processing (service=%s user=%s): for %s", job.id, job.service, job.user_id, link.name)
+    log.info(
+        "job %d Queued -> Processing (service=%s user=%s): for %s",
+        job.id,
+        job.service,
+        job.user_id,
+        link.name,
+        extra=job_fields("job", job),
+    )
     link.outbox.append(job)
     server.wake(f"send:{link.name}")
 
 
 def next_placement(server: Server) -> tuple[Candidate, ClientCapacity] | None:
     """Return the next job and the client that gets it, or None if nothing can be sent now."""
-    free = [link for link in server.links.values() if can_be_sent_to(link)]
+    queued = services_queued(server)  # first, because there may be hundreds of clients
+    free = [link for link in server.links.values() if can_be_sent_to(link)] if queued else []
     clients = one_each(free)
     names = {link.name: clients[link.client].name for link in free}
-    lines = [line for line in (service_queue_of(server, service, names) for service in server.services.values()) if line]
+    lines = [line for line in (service_queue_of(server, service, names) for service in queued) if line]
     if not lines:
         return None
     return choose(lines, server.capacities_of(clients.values()), functools.partial(runs_at, server), server.store.steady())
+
+
+def services_queued(server: Server) -> list[Service]:
+    """Return the services with a queued job that could run, if a client had room."""
+    return [service for service in server.services.values() if next(server.store.turns(service.name), None) is not None]
 
 
 def can_be_sent_to(link: Link) -> bool:
@@ -1464,13 +1578,13 @@ def link_to(server: Server, head: Candidate, place: ClientCapacity) -> Link:
 
 
 def service_queue_of(server: Server, service: Service, names: Mapping[str, str]) -> ServiceQueue | None:
-    """Return the queue of a service, or None if it is empty, the service is at its limit, or no client can get its jobs.
+    """Return the queue of a service, or None if it is empty or paused, at its limit, or no client can get its jobs.
 
     `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
     """
-    clients = {names[address.name] for address in service.addresses if address.name in names}
+    clients = {names[link.name] for link in server.links_of(service) if link.name in names}
     busy, turns = server.store.line(service.name).busy, server.store.turns(service.name)
-    first = next(turns, None) if clients else None
+    first = next(turns, None) if clients and service.name not in server.paused else None
     if first is None or busy >= service.max_runs:
         return None
     heads = (turn.candidate(service.name) for turn in itertools.islice(itertools.chain([first], turns), CANDIDATES_LOOKED_AT))
@@ -1485,8 +1599,9 @@ def mean_run_s(server: Server, service: Service) -> float | None:
 
 def runs_at(server: Server, client: str) -> list[Run]:
     """Return what runs at a client."""
-    links = {link.name: link for link in server.names_of(server.links[client])}
-    return [run for run in server.store.runs() if run.client in links and run.job_id not in links[run.client].ended]
+    links = server.names_of(server.links[client])
+    names, ended = {link.name for link in links}, {found.job_id for link in links for found in link.reports()}
+    return [run for run in server.store.runs() if run.client in names and run.job_id not in ended]
 
 
 def send_tick(server: Server, link: Link) -> bool:
@@ -1501,7 +1616,7 @@ def send_tick(server: Server, link: Link) -> bool:
             send_job(server, link, job)
     finally:
         was_full = was_probing or not link.has_free_sender()
-        link.sending.discard(job.id)
+        link.release(job.id)
         if was_full:
             server.dispatch()
     return True
@@ -1536,12 +1651,9 @@ def next_to_send(server: Server, link: Link) -> Job | None:
         if not link.protocol.knows_keys:
             new_attempt(server, job, Reason.CANNOT_SAY.format(client=link.name))
             continue
-        with link.lock:
-            due = link.has_free_sender() and link.resend_due.get(job.id, 0.0) <= server.clock.monotonic()
-            if due:
-                link.resend_due[job.id] = server.clock.monotonic() + 2 * READ_TIMEOUT_S
-                link.sending.add(job.id)  # it occupies a sender, like any other job
-        if due:
+        is_due = link.of(job.id).resend_due <= server.clock.monotonic()
+        if is_due and link.has_free_sender() and link.hold(job.id):  # it occupies a sender, like any other job
+            link.of(job.id).resend_due = server.clock.monotonic() + 2 * READ_TIMEOUT_S
             return job
     return None
 
@@ -1549,6 +1661,10 @@ def next_to_send(server: Server, link: Link) -> Job | None:
 def send_job(server: Server, link: Link, job: Job) -> None:
     """Send a claimed job and store the outcome."""
     folder = server.data.job(job.uuid)
+    if link.leaving and job.status is Status.PROCESSING:
+        server.store.move(job, Status.QUEUED, Reason.NOT_CONFIGURED.format(client=link.name), client=None)
+        kill_queued(server, job.id)
+        return
     try:
         paths = files_below(folder)
         if not paths:
@@ -1563,7 +1679,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
         returned = server.service(job).return_inputs
         dest_id, end = link.submit(job, folder, paths, returned, end_wait_ms(server, link, job), more)
         crash_point("send.answered")
-        link.accepted[job.mark] = (dest_id, end is not None)
+        link.of(job.id).answer = (dest_id, end is not None)
     except NothingSent as error:
         send_again(server, link, job, error)
         return
@@ -1584,7 +1700,6 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) -> None:
     """Store that a client has accepted a job, and its end if that came along."""
     link.took_one()
-    link.resend_due.pop(job.id, None)
     link.protocol.accepted(server, dest_id)
     if end is None or not end_as_answered(server, link, job._replace(dest_id=dest_id), end):
         store_accepted(server, link, job, dest_id)
@@ -1593,22 +1708,29 @@ def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) ->
             ask_for_end(server, link, job)
         if server.store.load(link.name).kills:
             server.wake(f"kill:{link.name}")
-    link.accepted.pop(job.mark, None)
 
 
-SHORT_RUN_S, END_WAIT_S = 0.06, 0.15  # mean run of a service whose submits wait for the end, and how long (X-Joborch-Wait)
+SHORT_RUN_S, END_WAIT_S = 0.06, 0.5  # mean run of a service whose submits wait for the end, and how long (X-Joborch-Wait)
+END_WAITERS, END_WAITERS_IN_ALL = 8, 32  # submits that wait for an end at once: at one client, at all
 
 
 def end_wait_ms(server: Server, link: Link, job: Job) -> int:
     """Return how long a client may wait for the end of this job before it answers the submit: 0 unless its service's runs are short.
 
-    A sender waits as long, so one of them always remains that does not.
+    The thread that sends it waits as long. It is not counted as a sender then, so that others can send meanwhile.
     """
     is_new = job.status is Status.PROCESSING and job.kill_requested_at is None
-    if not (is_new and link.protocol.has_events and link.has_free_sender()):
+    mean_s = mean_run_s(server, server.service(job)) if is_new and link.protocol.has_events and not link.probing else None
+    if mean_s is None or mean_s >= SHORT_RUN_S or sum(each.waiting for each in server.links.values()) >= END_WAITERS_IN_ALL:
         return 0
-    mean_s = mean_run_s(server, server.service(job))
-    return round(1000 * END_WAIT_S) if mean_s is not None and mean_s < SHORT_RUN_S else 0
+    was_full = not link.has_free_sender()
+    with link.lock:
+        if link.waiting >= END_WAITERS:
+            return 0
+        link.of(job.id).waits, link.waiting = True, link.waiting + 1
+    if was_full:
+        server.dispatch()
+    return round(1000 * END_WAIT_S)
 
 
 def end_as_answered(server: Server, link: Link, job: Job, said: Any) -> bool:
@@ -1659,8 +1781,7 @@ def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None
         crash_point("send.refused")
         kill_queued(server, job.id)
     else:
-        with link.lock:
-            link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
+        link.of(job.id).resend_due = server.clock.monotonic() + backoff_s(link.outage.failures)
 
 
 def kill_queued(server: Server, job_id: int) -> None:
@@ -1685,8 +1806,7 @@ def mark_outcome_unknown(server: Server, link: Link, job: Job, error: Exception)
     if job.status is Status.PROCESSING:
         server.store.move(job, Status.UNKNOWN, Reason.ANSWER_LOST.format(client=link.name, error=error))
         crash_point("send.lost")
-    with link.lock:
-        link.resend_due[job.id] = server.clock.monotonic() + backoff_s(link.outage.failures)
+    link.of(job.id).resend_due = server.clock.monotonic() + backoff_s(link.outage.failures)
     current = server.store.get(job.id)
     if not link.protocol.knows_keys and current and current.status is Status.UNKNOWN and not current.dest_id:
         new_attempt(server, current, Reason.ANSWER_LOST_22.format(client=link.name, error=error))
@@ -1726,6 +1846,7 @@ def new_attempt(server: Server, job: Job, reason: str) -> None:
     """After an infrastructure failure: queue another attempt, or fail the job if none is left."""
     if attempts_left(job):
         changes: dict[str, Any] = {"attempt": job.attempt + 1, "client": None, "dest_id": None, "started_at": None}
+        changes.update(dict.fromkeys(FIGURES))
         due = server.store.steady() + backoff_s(job.attempt)
         server.store.move(job, Status.QUEUED, Reason.ATTEMPT.format(attempt=job.attempt, reason=reason), not_before=due, **changes)
         crash_point("attempt.stored")
@@ -1746,20 +1867,25 @@ SENDERS_PER_CLIENT = 3  # jobs that are sent to one client at once
 class Link:
     """One client as the server sees it: how to call it, whether it answers, and which results wait there."""
 
+    calls_in = False  # it calls the server: a plug-in has the subclass for that
+    costs = False  # it is a cloud instance: a plug-in sets it
+
     def __init__(self, address: Address, data: DataFolder, clock: Clock, ca_file: str = "") -> None:
         self.address, self.data, self.clock, self.ca_file, self.name = address, data, clock, ca_file, address.name
         self.on_loopback = is_loopback(host_of(address.base_url or address.upload_url)[1])
         self.sessions: dict[str, Session | None] = {}  # by token; None: calls carry no proof
         self.opening, self.outdated = threading.Lock(), False  # outdated: joborch 0.1.0, which cannot prove its identity
         self.services, self.connections, self.lock = list[Service](), Connections(), threading.Lock()
-        self.slots, self.memory, self.load = 1, cast("int | None", None), 0.0  # as the client reports; MiB, percent
+        self.slots, self.memory, self.load, self.gpus = 1, cast("int | None", None), 0.0, cast("int | None", 0)  # see EventsReply
         self.job_slots = False  # a job takes one slot there, whatever its number of cores
-        self.notes: dict[int, str] = {}  # by job id: what a payload waits for, as the client reports
+        self.jobs: dict[int, LiveJob] = {}  # by job id: what is known of jobs at this client beside their rows
+        self.sending = self.waiting = 0  # of these, how many a sender holds, and how many of those wait for the end
         self.ours = False  # it is joborch: an answer had its header
         self.protocol: ClientProtocol = (ClientProtocol if address.base_url else load_plugin("compat22").Protocol22)(self)
         self.heard_at: float | None = None  # monotonic
         self.silent_since = clock.monotonic()
         self.drained = False  # an operator stopped new jobs for it
+        self.leaving = False  # it is no longer configured: it gets no jobs, and goes when it has none
         self.probing = False  # after a failure it gets one job at a time until it accepts one
         self.outage = Backoff(clock)  # after failed calls
         self.answers = True  # it has answered since its last failure
@@ -1769,22 +1895,54 @@ class Link:
         self.try_at = self.asked_at = float("inf")  # monotonic: when to call it despite the back-off, for a kill; when its poll began
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
         self.refusal = Backoff(clock)  # after submits that it refused
-        self.instance, self.since = "", 0
+        self.instance, self.since, self.offered = "", 0, frozenset[str]()  # `offered`: services that a client that calls in may serve
         self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
         self.met = self.relist = False  # its instance was compared with the others' instances; its whole list must be requested again
         self.undecided: set[int] = set()  # ids of jobs that two clients report: decided when both lists are complete
-        self.ended: dict[int, EndReport] = {}  # by job id
         self.confirmed_ids: list[str] = []  # payload ids to confirm: their results are stored here
         self.listed: set[int] | None = None  # job ids that a first contact has listed so far; None if none is under way
         self.polls, self.quiet_until = Allowance(), 0.0  # monotonic: no warning about its answers before then
-        self.callers = WaiterLimit(CALLS_A_CLIENT)  # limits calls on behalf of HTTP callers
-        self.kill_due: dict[int, float] = {}  # by job id, monotonic
+        self.callers = ThreadLimit(CALLS_A_CLIENT)  # limits calls on behalf of HTTP callers
         self.outbox: deque[Job] = deque()  # claimed for it, and not yet taken by a sender
-        self.sending: set[int] = set()  # job ids that a sender holds: from before the claim until the outcome is stored
-        self.accepted: dict[str, tuple[str, bool]] = {}  # by mark, until they are stored: payload ids, and whether an end came along
         self.superseded_attempts: dict[str, Job] = {}  # by mark: attempts that the server replaced, but that still run here
-        self.resend_due: dict[int, float] = {}  # by job id, monotonic: jobs that a lost answer ties to this client
+
+    # -- its jobs --
+
+    def of(self, job_id: int) -> LiveJob:
+        """Return the record of a job."""
+        return self.jobs.get(job_id) or self.jobs.setdefault(job_id, LiveJob())
+
+    def hold(self, job_id: int) -> bool:
+        """Begin the record of a job that a sender gets. Return False if a sender still holds it."""
+        with self.lock:
+            known = self.of(job_id)
+            if not known.sending:
+                self.jobs[job_id], self.sending = LiveJob(sending=True, end=known.end), self.sending + 1
+            return not known.sending
+
+    def release(self, job_id: int) -> None:
+        """Note that no sender holds a job any more."""
+        with self.lock:
+            live = self.of(job_id)
+            self.sending, self.waiting = self.sending - live.sending, self.waiting - live.waits
+            live.sending = live.waits = False
+
+    def reports(self) -> list[EndReport]:
+        """Return the payloads that have ended here and whose results are not collected yet."""
+        return [live.end for live in list(self.jobs.values()) if live.end is not None]
+
+    def serves(self, service: Service) -> bool:
+        """Tell whether it is a client of a service."""
+        return any(address.name == self.name for address in service.addresses)
+
+    def is_calm(self) -> bool:
+        """Tell whether nothing can be due soon."""
+        return False
+
+    def waits_for_news(self) -> bool:
+        """Tell whether news will come by themselves, so that there is nothing to ask for."""
+        return False
 
     def token(self, service: str | None = None) -> str:
         """Return the token that this client must have: the one set for the service, or else the one in this user's token file.
@@ -1794,8 +1952,8 @@ class Link:
         token = self.set_token(service)
         path = client_token_file() if self.on_loopback and not token else None
         try:  # read again each time: the client may start later
-            return path.read_text(encoding="ascii").strip() if path else token
-        except OSError:
+            return read_small_file(path).strip() if path else token
+        except (OSError, ValueError):
             return ""
 
     def set_token(self, service: str | None) -> str:
@@ -1839,11 +1997,10 @@ class Link:
         """Note that the client answered. Everything that waits for it is due at once."""
         if self.outage.failures:
             log.info("client %s answers again after %s", self.name, format_duration(self.clock.monotonic() - self.silent_since))
-            with self.lock:
-                self.resend_due.clear()
-                self.kill_due.clear()
-                for found in self.ended.values():
-                    found.due = 0.0
+            for live in list(self.jobs.values()):
+                live.resend_due = live.kill_due = 0.0
+                if live.end is not None:
+                    live.end.due = 0.0
         self.heard_at = self.silent_since = self.clock.monotonic()
         self.outage.worked()
         self.answers, self.try_at = True, float("inf")
@@ -1852,9 +2009,8 @@ class Link:
         """Pause calls to the client, longer after each failure in a row. Calls that fail during the pause do not count again."""
         text = one_line(str(error))
         if text != self.outage.reason:
-            never = self.heard_at is None and isinstance(error, NothingSent) and not isinstance(error, Refused)
-            hint = "; it has not answered yet: start one there with `joborch client`" if never else ""
-            log.warning("client %s: %s%s", self.name, text, hint)
+            start = start_command(self.address.base_url) if self.heard_at is None and text.endswith("reached: connection refused") else ""
+            log.log(logging.INFO if start else logging.WARNING, "client %s: %s", self.name, start or text)
         self.failed_at, self.probing, self.answers, self.wants_token = self.clock.monotonic(), True, False, isinstance(error, Refused)
         if self.outage.waits():
             self.outage.reason = text
@@ -1884,19 +2040,19 @@ class Link:
 
     def takes_jobs(self) -> bool:
         """Tell whether it may get a new job now. It must have answered since its last failure."""
-        return not self.drained and not self.copy_of and self.answers and not self.problem and self.ready()
+        return not self.drained and not self.leaving and not self.copy_of and self.answers and not self.problem and self.ready()
 
     def ready(self) -> bool:
         return not self.held() and not self.refusal.waits()
 
     def has_free_sender(self) -> bool:
         """Tell whether a job claimed for it now would be sent at once."""
-        return len(self.sending) < (1 if self.probing else SENDERS_PER_CLIENT)
+        return self.sending - self.waiting < (1 if self.probing else SENDERS_PER_CLIENT)
 
     def why_not(self) -> str:
         """Return why it gets no jobs now, as the end of a sentence; empty if it gets jobs."""
-        if self.drained:
-            return "is drained: an operator stopped new jobs for it"
+        if self.leaving or self.drained:
+            return "is no longer configured" if self.leaving else "is drained: an operator stopped new jobs for it"
         if self.copy_of:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
         if self.takes_jobs():
@@ -1908,24 +2064,18 @@ class Link:
     def silent_s(self) -> float:
         return self.clock.monotonic() - self.silent_since
 
-    def reports(self) -> list[EndReport]:
-        """Return the payloads that have ended here and whose results are not collected yet."""
-        with self.lock:
-            return list(self.ended.values())
-
-    def capacity(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = ()) -> ClientCapacity:
-        """Return its capacity for the scheduler, given the sums of cores, memory (MiB) and jobs that it has.
+    def capacity(self, cpus: int, memory: int, jobs: int = 0, others: Sequence[Link] = (), gpus: int = 0) -> ClientCapacity:
+        """Return its capacity for the scheduler, given the sums of cores, memory (MiB), jobs and GPUs that it has.
 
         Payloads that have ended and wait to be fetched use none. `others` are further URLs of the same client; their jobs count, too.
         """
         ended = [found for link in (self, *others) for found in link.reports()]
-        free = self.slots - (jobs if self.job_slots else cpus)
-        free += sum(min(found.cpus, 1) if self.job_slots else found.cpus for found in ended)
+        taken, given = (jobs, sum(min(found.cpus, 1) for found in ended)) if self.job_slots else (cpus, sum(found.cpus for found in ended))
         free_memory = None if self.memory is None else self.memory - memory + sum(found.memory for found in ended)
-        now = self.clock.monotonic()
-        turning = now - self.ended_at < TURNING_S
-        state = (self.load, now - self.failed_at, turning, not self.protocol.has_events)
-        return ClientCapacity(self.name, self.slots, free, self.memory, free_memory, *state, cpus, self.job_slots)
+        free_gpus = (self.gpus or 0) - gpus + sum(found.gpus for found in ended)
+        now, is_22 = self.clock.monotonic(), not self.protocol.has_events
+        state = (self.load, now - self.failed_at, now - self.ended_at < TURNING_S, is_22, cpus, self.job_slots, self.costs)
+        return ClientCapacity(self.name, self.slots, self.slots - taken + given, self.memory, free_memory, *state, self.gpus, free_gpus)
 
     # -- limits on what it sends --
 
@@ -2003,7 +2153,11 @@ class Link:
             raise NothingSent(f"is not called, because it cannot prove its identity: set {setting} to its token")
         if not token or not (said["proof"] or is_set):
             return None  # without a token, on loopback, `look` has checked the user
-        session, url = Session(token, said["nonce"]), f"{self.address.base_url}/hello"
+        return self.begin_session(link_key(token), said["nonce"], patience_s)
+
+    def begin_session(self, key: bytes, nonce: str, patience_s: float) -> Session:
+        """Return a session with a client that has proven that it knows the key. Raises NothingSent otherwise."""
+        session, url = Session(key, nonce), f"{self.address.base_url}/hello"
         answer, proven = self.prove("GET", url, patience_s, session)
         text = read_some(answer, 4 * KIB)
         if not proven:
@@ -2058,11 +2212,14 @@ class Link:
 
     def prove(self, method: str, url: str, read_timeout_s: float, session: Session, **options: Any) -> tuple[Reply, bool]:
         """Make one call with a proof. Return the answer, and whether it is proven; an unproven answer closes the session."""
-        headers = options.pop("headers", {})
-        proof = session.proof(method, self.target_of(url))
-        proven = {**headers, "Authorization": proof.authorization(headers, int(headers.get("Content-Length", 0)))}
+        headers, proofs = options.pop("headers", {}), list[Proof]()
+
+        def proven() -> dict[str, str]:
+            proofs.append(session.proof(method, self.target_of(url)))
+            return {**headers, "Authorization": proofs[-1].authorization(headers, int(headers.get("Content-Length", 0)))}
+
         answer = self.exchange(method, url, read_timeout_s, headers=proven, **options)
-        fits = hmac.compare_digest(answer.headers.get(MAC_HEADER, "").encode(), proof.of_answer(answer.status, answer.headers).encode())
+        fits = proofs[-1].is_of_answer(answer.status, answer.headers)
         if not fits:
             self.sessions.clear()
         return answer, fits
@@ -2081,7 +2238,7 @@ class Link:
             raise NothingSent("has no /hello: from now on it is called as a 2.2 client")
         if session is None:
             headers = {**options.pop("headers", {}), **self.protocol.unproven_headers(service)}
-            return self.its_own(self.exchange(method, url, read_timeout_s, headers=headers, **options))
+            return self.its_own(self.exchange(method, url, read_timeout_s, headers=lambda: headers, **options))
         answer, proven = self.prove(method, url, read_timeout_s, session, **options)
         if not proven and answer.status == 401 and NONCE_HEADER in answer.headers:
             answer.close()
@@ -2111,21 +2268,27 @@ class Link:
         method: str,
         url: str,
         read_timeout_s: float,
-        headers: Mapping[str, str] = types.MappingProxyType({}),
+        headers: Callable[[], Mapping[str, str]] = dict,
         body: FilesBody | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> Reply:
-        """Send one request and return the head of its answer. Raises NothingSent if no byte can have been sent, else NoAnswer."""
+        """Send one request and return the head of its answer. Raises NothingSent if no byte can have been sent, else NoAnswer.
+
+        The other end may close a kept connection at the moment when it is used. A GET, which may be repeated, then takes another one.
+        """
         connection, begun = self.connections.take(url), False
+        is_kept = connection.sock is not None
         connection.bounds = Bounds(read_timeout_s, unwanted)
         try:
             (connection.sock or connection.open(self.look, self.ca_file, min(CONNECT_TIMEOUT_S, read_timeout_s))).settimeout(read_timeout_s)
             begun = True
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
-                connection.send(method, "/" + url.partition("://")[2].partition("/")[2], {**headers, OURS_HEADER: __version__}, body)
+                connection.send(method, "/" + url.partition("://")[2].partition("/")[2], {**headers(), OURS_HEADER: __version__}, body)
             return refuse_encoded(connection.answer(method))
         except CONNECTION_ERRORS as error:
             connection.close()
+            if is_kept and method == "GET" and isinstance(error, ConnectionResetError):  # also RemoteDisconnected
+                return self.exchange(method, url, read_timeout_s, headers, body, unwanted)
             self.sessions.clear()  # whoever answers next has to prove its identity
             if begun:
                 raise NoAnswer(f"did not answer: {plain_cause(error)}") from error
@@ -2171,7 +2334,7 @@ class Link:
             "X-Joborch-User": str(job.user_id),
             "X-Joborch-Cpus": str(job.cpus),
             **checks,
-            **({"X-Joborch-Memory": str(job.memory)} if job.memory else {}),
+            **{f"X-Joborch-{name}": str(need) for name, need in (("Memory", job.memory), ("Gpus", job.gpus)) if need},
             **({"X-Joborch-Timeout": f"{job.timeout:.12g}"} if job.timeout else {}),
             **({} if return_inputs else {"X-Joborch-Return-Inputs": "0"}),
             **({"X-Joborch-Wait": str(wait_ms)} if wait_ms else {}),
@@ -2192,9 +2355,17 @@ class Link:
         self.session(None)
         if not self.protocol.has_events:
             raise Gone("no /events")
+        heard = self.events_of(self.call("GET", self.events_url(wait_s, done), read_timeout_s=wait_s + 10))
+        heard.confirmed = len(done)
+        return heard
+
+    def events_url(self, wait_s: float, done: Sequence[str]) -> str:
         more = "&more=1" if self.listed is not None and self.since else ""
         query = f"since={self.since}&instance={self.instance}&wait={wait_s:g}&problems={self.problems_seen}&done={','.join(done)}{more}"
-        answer = self.call("GET", f"{self.address.base_url}/events?{query}", read_timeout_s=wait_s + 10)
+        return f"{self.address.base_url}/events?{query}"
+
+    def events_of(self, answer: Reply) -> EventsReply:
+        """Read a client's answer to /events. Raises NothingSent or NoAnswer if it cannot be used."""
         if answer.status != 200:
             raise NothingSent(refused_text(answer.status, read_some(answer, 64 * KIB)))
         try:
@@ -2354,11 +2525,27 @@ class EventsReply:
     job_slots: bool = False  # a job takes one slot, whatever its number of cores
     more: bool = False  # there are further pages
     size: int = field(default=0, compare=False)  # bytes of the answer
+    confirmed: int = field(default=0, compare=False)  # how many results the request has confirmed
     problem: str = ""  # why it takes no payload now
     start: str = ""  # id of the client's process start
     problems: list[dict[str, Any]] = field(default_factory=list)  # see `clean_problem`
     problems_seen: int = 0
     at: float | None = None  # wall time there
+    gpus: int | None = 0  # None if a batch system knows
+
+
+@dataclass
+class LiveJob:
+    """All that is known of a job at a client beside its row. Each claim begins a new record; `forget_ended` drops the last one."""
+
+    sending: bool = False  # a sender holds it: from before the claim until the outcome is stored
+    waits: bool = False  # that sender waits for its end
+    answer: tuple[str, bool] | None = None  # to its submit: its payload id, and whether an end came along
+    resend_due: float = 0.0  # monotonic: when to send it again, if a lost answer ties it to this client
+    note: str = ""  # what its payload waits for, as the client reports
+    kill_due: float = 0.0  # monotonic: when to ask the client again to kill it
+    end: EndReport | None = None  # until its result is collected
+    rival: tuple[str, str] | None = None  # another client that also has this attempt, and its payload id there; see `sort_claim`
 
 
 @dataclass
@@ -2377,37 +2564,17 @@ class EndReport:
     pause_s: float = 0.0  # the pause before asking again
     cpus: int = 0  # slots that are free again
     memory: int = 0  # MiB
+    gpus: int = 0
     at: float = field(default_factory=time.monotonic, compare=False)  # when it came
 
 
 PAYLOAD_STATES = (Status.PREPARED, Status.RUNNING, *ENDED, Status.CLEANED)
-ANSWER_HEADERS = 100  # at most
-ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, a "100 Continue" before them, chunk framing
 ANSWER_VALUES = 50_000  # JSON values in one answer: 4 MiB of `[{},{},...` would become 110 MB of objects
 EVENTS_PAGE, EVENTS_PAGE_BYTES = 1000, 4 * MIB  # limits for one answer of /events: payloads, and bytes of JSON
 EVENTS_ANSWER_BYTES = EVENTS_PAGE_BYTES + 256 * KIB  # a page of /events, including everything around its payloads
 INLINE_LIMIT_BYTES, INLINE_FILES, INLINE_PAYLOADS = 64 * KIB, 16, 20  # limits for results that are sent along with the report of their end
 INLINE_BASE64_LIMIT = 4 * INLINE_LIMIT_BYTES  # a small result with its ZIP's directory, in base64
-SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is abandoned
-WANTED_LOOK_S = 1.0  # between two checks that a caller still waits for an answer
 BIG_ANSWER_BYTES, BIG_ANSWER = 256 * KIB, threading.Lock()
-IDLE_CONNECTIONS = 16  # to one client
-CONNECTION_ERRORS = (http.client.HTTPException, OSError, ValueError)  # ValueError: a chunk whose length is not a number
-
-
-def whole_in(said: Any, least: int, most: int) -> int | None:
-    """Return an integer from a client, or None if it is anything else (such as true) or out of range."""
-    return said if type(said) is int and least <= said <= most else None
-
-
-def number_in(said: Any, least: float, most: float) -> float | None:
-    """Return a number from a client, or None if it is anything else or out of range, as NaN and 1e400 are."""
-    return said if type(said) in (int, float) and least <= said <= most else None
-
-
-def text_in(said: Any, pattern: str) -> str | None:
-    """Return a text from a client, or None if it is anything else or does not match."""
-    return said if isinstance(said, str) and re.fullmatch(pattern, said, re.ASCII) else None
 
 
 def clean_payload(said: Any) -> dict[str, Any] | None:
@@ -2424,6 +2591,8 @@ def clean_payload(said: Any) -> dict[str, Any] | None:
         "ended_at": number_in(said.get("ended_at"), 0, 1e11),
         "exit_code": whole_in(said.get("exit_code"), -(2**31), 2**32),
         "signal": whole_in(said.get("signal"), 0, 255),
+        "peak_memory": whole_in(said.get("peak_memory"), 0, 2**60),
+        "cpu_time": number_in(said.get("cpu_time"), 0, 1e11),
         "archive": text_in(said.get("archive"), f"[A-Za-z0-9+/=]{{0,{INLINE_BASE64_LIMIT}}}"),
         "sha256": text_in(said.get("sha256"), "[0-9a-f]{64}"),
     }
@@ -2475,6 +2644,7 @@ def read_events(text: bytes) -> EventsReply:
     cleaned = [clean_payload(payload) or {"rubbish": reprlib.repr(payload)} for payload in payloads]
     heard = EventsReply(instance, next_change, slots, cleaned, memory, min(100.0, max(0.0, load)))
     heard.job_slots, heard.more, heard.size = said.get("job_slots") is True, said.get("more") is True, len(text)
+    heard.gpus = None if said.get("gpus", 0) is None else whole_in(said.get("gpus"), 0, 1000) or 0  # earlier versions know none
     problem = said.get("problem")
     heard.problem = one_line(problem) if isinstance(problem, str) else ""
     heard.start = text_in(said.get("start"), "[0-9a-f]{1,64}") or ""
@@ -2489,24 +2659,6 @@ def clean_problem(said: Any) -> dict[str, Any]:
     said = said if isinstance(said, dict) else {}
     texts = {name: one_line(text) if isinstance(text := said.get(name), str) else "" for name in ("what", "remedy", "service")}
     return {"kind": text_in(said.get("kind"), "[a-z_]{1,40}") or "other", "since": number_in(said.get("since"), 0, 1e11), **texts}
-
-
-def plain_cause(error: Exception) -> str:
-    """Return why a connection failed, in plain words."""
-    if isinstance(error, http.client.IncompleteRead):
-        return "it ended too early"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "it hung up without an answer"
-    if isinstance(error, http.client.HTTPException):
-        return f"the answer is not HTTP ({type(error).__name__})"
-    if isinstance(error, socket.gaierror):
-        return "its name is not known"
-    if isinstance(error, ssl.SSLError):  # its errno is not a system error
-        return f"TLS failed: {(getattr(error, 'reason', None) or 'no reason given').replace('_', ' ').lower()}"
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno).lower()
-    text = one_line(str(error) or type(error).__name__, 120)
-    return text[:1].lower() + text[1:]
 
 
 def refused_text(status: int, body: bytes) -> str:
@@ -2529,6 +2681,7 @@ def read_hello(status: int, text: bytes) -> dict[str, Any]:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         said = parse_json(text)
         if re.fullmatch("[0-9a-f]{32}", said["nonce"]):
+            check_protocols(said.get("protocols"))
             return {"nonce": said["nonce"], "proof": said.get("proof") is not False}
     raise NothingSent("sends an invalid answer to /hello: is it a joborch client?")
 
@@ -2562,253 +2715,6 @@ def read_end(text: bytes) -> Any:
         return read_answer(text).get("end")
     except (ValueError, AttributeError):
         return None
-
-
-class Bounds(NamedTuple):
-    """Limits for one answer: seconds of silence, and a function that returns True when nobody waits for it any more."""
-
-    silent_s: float
-    unwanted: Callable[[], bool] | None = None
-
-
-class Incoming(io.RawIOBase):
-    """Reads an answer, but limits the size of its head and the pace of its body, and stops when nobody waits for it.
-
-    With a read time-out alone, a client that sends a byte a minute, or endless headers, could block a thread for ever.
-    """
-
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket, bounds: Bounds) -> None:
-        self.raw, self.connection, self.bounds = raw, connection, bounds
-        self.begun, self.looked_at = time.monotonic(), time.monotonic()
-        self.count, self.body_count = 0, 0  # bytes received, in all and of the body
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what has arrived. Raises OSError if it is too slow or too long, or nobody waits for it."""
-        if self.count - self.body_count > ANSWER_HEAD_BYTES + self.body_count // 8:
-            raise OSError("its answer has endless headers or frames")
-        silent_until, changed = time.monotonic() + self.bounds.silent_s, False
-        try:
-            while True:
-                patience_s = self.patience_s(silent_until)
-                if changed or patience_s < 0.99 * self.bounds.silent_s:  # else it has this time-out: setting one is a system call
-                    changed = True
-                    self.connection.settimeout(patience_s)
-                with contextlib.suppress(socket.timeout):
-                    count = self.connection.recv_into(buffer)
-                    self.count += count
-                    return count
-        finally:
-            if changed:
-                self.connection.settimeout(self.bounds.silent_s)  # the next request may use this connection
-
-    def patience_s(self, silent_until: float) -> float:
-        """Return how long to wait now, in seconds. Raises OSError if waiting is pointless."""
-        now = time.monotonic()
-        slow_at = self.begun + 2 * self.bounds.silent_s + self.body_count / SLOWEST_BYTES_S
-        if now >= silent_until:
-            raise socket.timeout("timed out")
-        if now >= slow_at:
-            raise socket.timeout("its answer takes too long")
-        left_s = min(silent_until, slow_at) - now
-        if self.bounds.unwanted is None:
-            return left_s
-        if now >= self.looked_at + WANTED_LOOK_S:
-            self.looked_at = now
-            if self.bounds.unwanted():
-                raise OSError("no caller waits for its answer any more")
-        return min(left_s, WANTED_LOOK_S)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-class Reply(http.client.HTTPResponse):
-    """A client's answer, read within limits and never decompressed. Once its body is read, its connection serves the next call."""
-
-    def __init__(self, sock: socket.socket, method: str | None, connection: Connection) -> None:
-        self.connection: Connection | None = connection
-        super().__init__(sock, method=method)
-        self.incoming = Incoming(self.fp.detach(), sock, connection.bounds)
-        self.fp = io.BufferedReader(self.incoming)
-
-    def begin(self) -> None:
-        """Read the head of the answer. http.client parses it as an e-mail, which takes longer than all the rest of a call."""
-        answer: Any = self  # http.client's own fields
-        answer.status = 100
-        while answer.status == 100:  # Continue: the answer follows
-            line = self.head_line()
-            if not line:
-                raise http.client.RemoteDisconnected("closed without an answer")
-            match = re.fullmatch(r"HTTP/([0-9.]+) +([1-9][0-9]{2})(?: .*)?", line)
-            if not match:
-                raise http.client.BadStatusLine(line)
-            if not match[1].startswith("1."):
-                raise http.client.UnknownProtocol(match[1])
-            answer.version, answer.status = 10 if match[1] == "1.0" else 11, int(match[2])
-            self.headers = cast(Any, FoldedHeaders(self.header_pairs()))
-        answer.chunked, answer.chunk_left = self.headers.get("Transfer-Encoding", "").lower() == "chunked", None
-        length = self.headers.get("Content-Length", "") if not answer.chunked else ""
-        answer.length = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-        if answer.status in (204, 304) or answer.status < 200 or answer._method == "HEAD":
-            answer.length = 0
-        answer.will_close = answer._check_close() or (answer.length is None and not answer.chunked)
-
-    def head_line(self) -> str:
-        """Return the next line of the head. Raises HTTPException if it is too long."""
-        line = bytes(self.fp.readline(ANSWER_HEAD_BYTES + 1))
-        if len(line) > ANSWER_HEAD_BYTES:
-            raise http.client.LineTooLong("header line")
-        return line.decode("latin-1").rstrip("\r\n")
-
-    def header_pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield name and value of each header; of several with one name, the last counts."""
-        for _ in range(ANSWER_HEADERS):
-            line = self.head_line()
-            if not line:
-                return
-            name, _, value = line.partition(":")
-            yield name, value.strip()
-        raise http.client.HTTPException(f"more than {ANSWER_HEADERS} headers")
-
-    def piece(self, limit_bytes: int) -> bytes:
-        """Return the next piece of the body, empty at its end. Raises NoAnswer if it breaks off.
-
-        Unlike read(), it keeps what arrived of an incomplete body.
-        """
-        try:
-            data = self.read1(limit_bytes)
-            if not data and self.length:
-                raise http.client.IncompleteRead(b"", self.length)
-        except CONNECTION_ERRORS as error:
-            self.close()
-            raise NoAnswer(f"the transfer broke after {self.incoming.body_count} bytes: {plain_cause(error)}") from error
-        self.incoming.body_count += len(data)
-        if not data and self.connection is not None:
-            connection, self.connection = self.connection, None
-            self.close()
-            connection.rest()
-        return data
-
-    def close(self) -> None:
-        """Close the answer. Its connection is closed, too, if the body was not read to the end."""
-        connection, self.connection = self.connection, None
-        super().close()
-        if connection is not None:
-            connection.close()
-
-
-class Connection:
-    """A connection to a client. When an answer was read to its end, it waits in `idle` for the next call."""
-
-    def __init__(self, url: str, idle: list[Connection]) -> None:
-        self.secure, self.idle, self.bounds = url.startswith("https:"), idle, Bounds(READ_TIMEOUT_S)
-        parts = urlsplit(url)
-        self.host, self.port = parts.hostname or "", parts.port or (443 if self.secure else 80)
-        self.authority, self.sock = parts.netloc.rpartition("@")[2], cast("socket.socket | None", None)
-
-    def open(self, look: Callable[[socket.socket], None], ca_file: str, timeout_s: float) -> socket.socket:
-        """Connect within `timeout_s`. `look` is called before the first byte is sent, and raises if the connection must not be used.
-
-        `ca_file` has the certificates to trust, in PEM; without it, those that this machine trusts are used.
-        """
-        self.sock = socket.create_connection((self.host, self.port), timeout_s)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        look(self.sock)
-        if self.secure:
-            context = ssl.create_default_context(cafile=ca_file or None)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 accepts older versions
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
-        return self.sock
-
-    def send(self, method: str, target: str, headers: Mapping[str, str], body: FilesBody | None) -> None:
-        """Send a request. Its head and the first piece of its body leave together: then the client wakes once for both."""
-        authority = self.authority if self.authority.isascii() else self.authority.encode("idna").decode()
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {authority}", "Accept-Encoding: identity"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        if not all(map(str.isprintable, lines)):
-            raise ValueError("a header has a control character")
-        data, sock = "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1"), cast("socket.socket", self.sock)
-        more = body.read() if body else b""
-        sock.sendall(data + more)
-        while body and (more := body.read()):
-            sock.sendall(more)
-
-    def answer(self, method: str) -> Reply:
-        """Return the head of the answer. If that was the last one on this connection, only the answer keeps it open."""
-        reply = Reply(cast("socket.socket", self.sock), method, self)
-        try:
-            reply.begin()
-        except BaseException:
-            reply.close()
-            raise
-        if reply.will_close:
-            self.close()
-        return reply
-
-    def close(self) -> None:
-        sock, self.sock = self.sock, None
-        if sock is not None:
-            sock.close()
-
-    def rest(self) -> None:
-        """Keep the connection for the next call, or close it if there are enough."""
-        if self.sock is not None and len(self.idle) < IDLE_CONNECTIONS:
-            self.idle.append(self)
-        else:
-            self.close()
-
-
-class Connections:
-    """The connections to one client, kept open between two calls."""
-
-    def __init__(self) -> None:
-        self.idle: dict[tuple[str, str], list[Connection]] = {}  # by scheme and host
-
-    def take(self, url: str) -> Connection:
-        """Return the most recently used connection that is still open, or else a new one that is not open yet."""
-        idle = self.idle.setdefault(urlsplit(url)[:2], [])
-        with contextlib.suppress(IndexError):
-            while True:
-                known, ready = idle.pop(), select.poll()
-                ready.register(cast("socket.socket", known.sock), select.POLLIN)
-                if not ready.poll(0):
-                    return known
-                known.close()
-        return Connection(url, idle)
-
-
-def refuse_encoded(answer: Reply) -> Reply:
-    """Return `answer`. Raises BadAnswer if its body is compressed: 65 KB could become gigabytes."""
-    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        answer.close()
-        raise BadAnswer(f"answers with Content-Encoding {one_line(coding, 40)!r}: switch off compression in the proxy before it")
-    return answer
-
-
-def read_some(answer: Reply, limit_bytes: int) -> bytes:
-    """Return at most the first `limit_bytes` of an answer's body, and release its connection."""
-    target = io.BytesIO()
-    copy_some(answer, limit_bytes, target)
-    return target.getvalue()
-
-
-def copy_some(answer: Reply, limit_bytes: int, target: IO[bytes]) -> None:
-    """Copy at most the first `limit_bytes` of an answer's body to a file, and release its connection."""
-    digest, left, piece = hashlib.sha256(), limit_bytes, b"-"
-    while piece and left:
-        piece = answer.piece(min(64 * KIB, left))
-        target.write(piece)
-        digest.update(piece)
-        left -= len(piece)
-    if piece and answer.piece(1):
-        answer.close()  # longer than `limit_bytes`
-    elif answer.headers.get("Repr-Digest", "") not in ("", repr_digest(digest.hexdigest())):
-        raise NoAnswer("the answer broke: it does not match its digest")
 
 
 def read_part(link: Link, job: Job, url: str, unwanted: Callable[[], bool] | None = None) -> tuple[Reply, bytes]:
@@ -2859,21 +2765,6 @@ def take_rest(answer: Reply, into: Transfer) -> None:
         raise NoAnswer("the transfer broke: what arrived does not match its digest")
 
 
-class Allowance:
-    """Allows as many polls as a busy client needs, and slows down a client that always answers at once."""
-
-    burst, per_s = 200.0, 50.0
-
-    def __init__(self) -> None:
-        self.left, self.at = self.burst, time.monotonic()
-
-    def take(self, amount: float) -> float:
-        """Use a part of the allowance. Return how many seconds to pause if it is overdrawn."""
-        now = time.monotonic()
-        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
-        return max(0.0, -self.left / self.per_s)
-
-
 SETTLED_LIMIT = 20_000  # payloads of one client whose results are not confirmed yet
 SUPERSEDED_LIMIT = 1000  # superseded attempts of one client that are not killed yet
 INLINE_KEPT_BYTES = 2 * MIB  # small results of one client that wait to be stored; further ones are fetched later
@@ -2919,13 +2810,13 @@ def hear(server: Server, link: Link) -> bool:
     at_once = fresh or link.listed is not None or not link.answers
     heard = link.events(0 if at_once else poll_wait_s(server, link), done)
     crash_point("hear.answered")
-    del link.confirmed_ids[: len(done)]
+    del link.confirmed_ids[: heard.confirmed]
     link.heard()
     take_in(server, link, heard, fresh, asked_at)
     if fresh:
         for name in ("send", "fetch", "kill"):
             server.wake(f"{name}:{link.name}")  # it is back
-    if fresh or link.ended:
+    if fresh or link.reports():
         server.dispatch()  # it may have room again
     server.stopping.wait(link.polls.take(1 + heard.size / (64 * KIB)))
     return True
@@ -2965,11 +2856,10 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
         return  # the next tick requests the whole list
     meet(server, link, heard, asked_at)
     link.slots, link.memory, link.load = heard.slots, heard.memory, heard.load
-    link.job_slots, link.problem = heard.job_slots, heard.problem
+    link.job_slots, link.gpus, link.problem = heard.job_slots, heard.gpus, heard.problem
     link.problems, link.problems_seen = heard.problems, heard.problems_seen
     link.ahead_s = 0.0 if heard.at is None else heard.at - server.clock.wall()
     if fresh:
-        link.notes.clear()
         link.listed = set()
     each(heard.payloads, functools.partial(report, server, link))  # if one fails, `since` stays, and the client reports it again
     link.since = max(heard.next, link.since)
@@ -2979,7 +2869,6 @@ def take_in(server: Server, link: Link, heard: EventsReply, fresh: bool, asked_a
             if job.dest_id and job.id not in listed:  # it should be there: ask about it
                 note_end(server, link, EndReport(job.id, {"status": "?"}, 0.0))
         decide_again(server)
-    forget_others(server, link)
 
 
 def meet(server: Server, link: Link, heard: EventsReply, asked_at: float) -> None:
@@ -3012,18 +2901,6 @@ def decide_again(server: Server) -> None:
             link.relist = True
 
 
-def forget_others(server: Server, link: Link) -> None:
-    """Forget notes on jobs that a client no longer has, if there are many."""
-    noted: tuple[dict[int, Any], ...] = (link.notes, link.kill_due, link.resend_due)
-    if max(len(known) for known in noted) <= EVENTS_PAGE:
-        return
-    here = {job.id for job in server.store.jobs(statements.AT_CLIENT, client=link.name)}
-    with link.lock:
-        for known in noted:
-            for job_id in known.keys() - here:
-                known.pop(job_id, None)
-
-
 def report(server: Server, link: Link, said: Any) -> None:
     """Move a job on by its client's report of a payload."""
     payload = clean_payload(said)
@@ -3052,18 +2929,15 @@ def report_of_current(server: Server, link: Link, job: Job, payload: Mapping[str
     if accepted is None:
         return
     job = accepted
-    waits = payload["reason"] if status in (Status.PREPARED.value, Status.RUNNING.value) else ""
-    if waits:
-        link.notes[job.id] = waits  # such as its place in a batch system
-    else:
-        link.notes.pop(job.id, None)
+    is_alive = status in (Status.PREPARED.value, Status.RUNNING.value)
+    link.of(job.id).note = payload["reason"] if is_alive else ""  # such as its place in a batch system
     if status == Status.RUNNING.value and job.status is not Status.RUNNING:
         server.store.move(job, Status.RUNNING, "", started_at=payload.get("started_at") or server.clock.wall())
         crash_point("hear.running")
     elif status == Status.PREPARED.value and job.status is Status.UNKNOWN:
         server.store.move(job, Status.SUBMITTED, Reason.ANSWERS_AGAIN.format(client=link.name))
-    elif status not in (Status.PREPARED.value, Status.RUNNING.value):
-        note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0))
+    elif not is_alive:
+        note_end(server, link, EndReport(job.id, dict(payload), 0.0, cpus=job.cpus, memory=job.memory or 0, gpus=job.gpus))
 
 
 def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) -> None:
@@ -3074,6 +2948,8 @@ def report_of_another(server: Server, link: Link, job: Job, payload: Mapping[str
     if payload["status"] not in (Status.PREPARED.value, Status.RUNNING.value):
         if job.status in OVER or payload["attempt"] != job.attempt:
             link.confirm(payload["id"])  # its result is stored here, or useless
+        if job.status is Status.CLEANED and not job.reason and payload["status"] != Status.CLEANED.value:  # it was deleted on request
+            server.plugins["privacy"].reported(job, link.name)
     elif payload["attempt"] < job.attempt or (payload["attempt"] == job.attempt and job.status in OVER):
         end_stray(server, link, job, payload)
 
@@ -3084,7 +2960,7 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
     If the client has a new URL, or its old URL is silent, the job moves to the new one. Otherwise both URLs report the same.
     """
     home = server.links.get(job.client or "")
-    if link.copy_of or job.status is Status.PROCESSING:
+    if link.copy_of or job.status is Status.PROCESSING or not may_have(server, link, job):
         return None
     if home is None or (home.outage.failures and home.instance in ("", link.instance) and not home.copy_of):
         return take_along(server, link, job)
@@ -3101,13 +2977,22 @@ def with_its_client(server: Server, link: Link, job: Job, payload: Mapping[str, 
 
 def claim_for(server: Server, link: Link, home: Link, job: Job, payload_id: str) -> None:
     """Two clients seem to have this attempt: let `fetch_tick` ask the one in the job's row. `sort_claim` then decides."""
-    asked = home.ended.get(job.id)
-    if len(server.claims) < SUPERSEDED_LIMIT and (asked is None or asked.payload["status"] == "?"):
-        server.claims[job.mark] = (link.name, payload_id)
-        with home.lock:
-            if asked is not None and not asked.taken:
-                del home.ended[job.id]  # so that it is asked at once
-        note_end(server, home, EndReport(job.id, {"status": "?"}, 0.0))
+    with home.lock:
+        live = home.of(job.id)
+        if live.end is not None and live.end.payload["status"] != "?":
+            return
+        live.rival = (link.name, payload_id)
+        if live.end is not None and not live.end.taken:
+            live.end = None  # so that it is asked at once
+    note_end(server, home, EndReport(job.id, {"status": "?"}, 0.0))
+
+
+def may_have(server: Server, link: Link, job: Job) -> bool:
+    """Tell whether a client may have a job that it reports: it must be a client of the service, or prove the same token as those."""
+    if link.calls_in:
+        return job.service in link.offered
+    own = server.services.get(job.service or "")
+    return any(each.name == job.service or (own is not None and each.token == own.token) for each in link.services)
 
 
 def take_along(server: Server, link: Link, job: Job) -> Job | None:
@@ -3122,7 +3007,7 @@ def take_along(server: Server, link: Link, job: Job) -> Job | None:
 
 def goes_on_elsewhere(server: Server, link: Link, job: Job) -> bool:
     """Move a job to another URL of its client if that URL answers. Return whether it does."""
-    others = [other for other in server.names_of(link)[1:] if other.is_heard()]
+    others = [other for other in server.names_of(link)[1:] if other.is_heard() and may_have(server, other, job)]
     if not others or job.status is Status.PROCESSING:
         return False
     take_along(server, others[0], job)
@@ -3137,7 +3022,7 @@ def contradicts(server: Server, link: Link, job: Job, status: str) -> bool:
     """
     if status not in (Status.PREPARED.value, Status.RUNNING.value):
         return False
-    ended = link.ended.get(job.id)
+    ended = link.of(job.id).end
     if ended is not None and ended.payload["status"] != "?":
         link.note(f"reports job {job.id} as {status} after it had ended")
         return True
@@ -3159,24 +3044,25 @@ def note_end(server: Server, link: Link, found: EndReport) -> None:
     """Note that a payload has ended, for the threads that collect results. If one of them has it, this report waits."""
     link.ended_at = server.clock.monotonic()
     with link.lock:
-        if "archive" in found.payload and not has_room_for(found, link.ended):
+        if "archive" in found.payload and not has_room_for(found, link.reports()):
             del found.payload["archive"]
-        earlier = link.ended.get(found.job_id)
+        live = link.of(found.job_id)
+        earlier = live.end
         if earlier is not None and earlier.taken:
             earlier.newer = found
         else:
             if earlier is not None and earlier.payload["status"] == found.payload["status"]:
                 found.failures, found.due = earlier.failures, earlier.due  # no news: keep its back-off
             found.part = earlier.part if earlier is not None else None  # keep what has arrived of the result
-            link.ended[found.job_id] = found
+            live.end = found
     server.wake(f"fetch:{link.name}")
 
 
-def has_room_for(found: EndReport, ended: Mapping[int, EndReport]) -> bool:
+def has_room_for(found: EndReport, ended: Sequence[EndReport]) -> bool:
     """Tell whether a small result may be kept in memory until it is stored. If not, it is fetched later."""
     if len(ended) > EVENTS_PAGE:
         return False
-    kept = sum(len(other.payload.get("archive", "")) for other in ended.values() if other.job_id != found.job_id)
+    kept = sum(len(other.payload.get("archive", "")) for other in ended if other.job_id != found.job_id)
     return kept + len(found.payload["archive"]) <= INLINE_KEPT_BYTES
 
 
@@ -3195,7 +3081,7 @@ def end_stray(server: Server, link: Link, job: Job, payload: Mapping[str, Any]) 
 
 def known_of_end(server: Server, job: Job, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a client's report of how a payload ended, as changes of its job's row."""
-    changes = {name: payload[name] for name in ("exit_code", "signal", "started_at") if payload.get(name) is not None}
+    changes = {name: payload[name] for name in ("exit_code", "signal", "started_at", *FIGURES) if payload.get(name) is not None}
     return {**changes, **run_of(server, job, payload)}
 
 
@@ -3229,9 +3115,8 @@ def fetch_tick(server: Server, link: Link) -> bool:
     """Collect one job whose payload has ended. Return whether there was one."""
     now = server.clock.monotonic()
     with link.lock:
-        waiting = [
-            found for found in link.ended.values() if found.due <= now and not found.taken and (link.answers or "archive" in found.payload)
-        ]
+        due_now = (found for found in link.reports() if found.due <= now and not found.taken)
+        waiting = [found for found in due_now if link.answers or "archive" in found.payload]
         if not waiting:
             return False
         # Results that came with the report first: they cost no call. Those that the client is still packing last.
@@ -3261,9 +3146,9 @@ def give_back(server: Server, link: Link, due: EndReport, settled: bool) -> None
             due.newer.part, due.part = due.part, None
             if not settled and due.newer.payload["status"] == due.payload["status"]:  # no news: keep the back-off
                 due.newer.failures, due.newer.due = due.failures + 1, server.clock.monotonic() + backoff_s(due.failures + 1)
-            link.ended[due.job_id] = due.newer
+            link.of(due.job_id).end = due.newer
         elif settled:
-            link.ended.pop(due.job_id, None)
+            link.of(due.job_id).end = None
         else:
             due.failures, due.taken = due.failures + (not due.pause_s), False
             due.due = server.clock.monotonic() + (due.pause_s or backoff_s(due.failures))
@@ -3283,7 +3168,7 @@ def collect_end(server: Server, link: Link, job: Job, found: EndReport) -> bool:
         if not all(other.has_told_all() and not (job.id in other.undecided and other.is_heard()) for other in others):
             return False  # another client may have it: one with a new URL
         count_no_more(found)
-        sorted_out, current = sort_claim(server, job, is_here=False), server.store.get(job.id)
+        sorted_out, current = sort_claim(server, link, job, is_here=False), server.store.get(job.id)
         if not sorted_out and current is not None and current.client == link.name:
             payload_gone(server, current, str(error))  # else it was moved meanwhile
     except ResultTooLarge as error:  # permanent: it would be as large next time
@@ -3310,7 +3195,7 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
     """Act on the status of an ended payload."""
     if found.payload["status"] == "?":
         found.payload.update(link.status(job))
-        sort_claim(server, job, is_here=True)
+        sort_claim(server, link, job, is_here=True)
     status = found.payload["status"]
     if status in (Status.PREPARED.value, Status.RUNNING.value):
         return  # it has not ended; /events will report it
@@ -3321,17 +3206,19 @@ def settle_as_told(server: Server, link: Link, job: Job, found: EndReport) -> No
         settle_cleaned(server, link, job, found.payload)
     elif found.payload.get("cause") == Cause.INFRASTRUCTURE.value and attempts_left(job):
         count_no_more(found)
-        new_attempt(server, job, found.payload.get("reason") or Reason.CLIENT_FAILED.format(client=link.name))
+        used = job._replace(peak_memory=found.payload.get("peak_memory"), cpu_time=found.payload.get("cpu_time"))
+        new_attempt(server, used, found.payload.get("reason") or Reason.CLIENT_FAILED.format(client=link.name))
     else:
         fetch_failure(server, link, job, found)
 
 
-def sort_claim(server: Server, job: Job, is_here: bool) -> bool:
+def sort_claim(server: Server, link: Link, job: Job, is_here: bool) -> bool:
     """Decide which of two clients has an attempt, by the answer of the one in the job's row.
 
     Return whether the job moves to the other one. If both have it, it is killed at the other one.
     """
-    name, payload_id = server.claims.pop(job.mark, ("", ""))
+    live = link.of(job.id)
+    (name, payload_id), live.rival = live.rival or ("", ""), None
     other = server.links.get(name)
     if other is None:
         return False
@@ -3355,7 +3242,7 @@ def is_being_packed(found: EndReport, error: Exception) -> bool:
 
 def count_no_more(found: EndReport) -> None:
     """Stop counting an ended payload's slots as free, just before its job's row frees them: no slot must be free twice."""
-    found.cpus = found.memory = 0
+    found.cpus = found.memory = found.gpus = 0
 
 
 def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None:
@@ -3364,7 +3251,7 @@ def fetch_result(server: Server, link: Link, job: Job, found: EndReport) -> None
     count_no_more(found)
     payload = found.payload
     reason = payload.get("reason") or Reason.COMPLETED
-    changes = {"exit_code": 0, "started_at": payload.get("started_at") or job.started_at, **run_of(server, job, payload)}
+    changes = {**known_of_end(server, job, payload), "exit_code": 0, "started_at": payload.get("started_at") or job.started_at}
     end_busy(server, job, Status.COMPLETED, reason, result_size=size, result_sha256=digest, **changes)
 
 
@@ -3483,12 +3370,10 @@ def kill_tick(server: Server, link: Link) -> bool:
             log.info("job %d: %s no longer has attempt %d", superseded.id, link.name, superseded.attempt)
         link.superseded_attempts.pop(superseded.mark, None)
     jobs = server.store.jobs(statements.KILLS_AT_CLIENT, client=link.name)
-    for job_id in set(link.kill_due).difference(job.id for job in jobs):
-        link.kill_due.pop(job_id, None)
     for job in jobs:
-        if link.kill_due.get(job.id, 0.0) > now:
+        if link.of(job.id).kill_due > now:
             continue
-        link.kill_due[job.id] = now + 2.0
+        link.of(job.id).kill_due = now + 2.0
         try:
             link.kill(job)
             crash_point("kill.asked")
@@ -3496,7 +3381,7 @@ def kill_tick(server: Server, link: Link) -> bool:
         except Gone as error:
             payload_gone(server, job, str(error))
         except (NothingSent, NoAnswer) as error:
-            link.kill_due.pop(job.id, None)  # due at the next call
+            link.of(job.id).kill_due = 0.0
             link.failed(error)
             return False
     return False
@@ -3510,19 +3395,19 @@ def watch_tick(server: Server) -> bool:
     running = [job for job in busy if job.status is Status.RUNNING]
     each([job for job in running if job.cpus * (server.store.steady() - job.moved_at) > job.charged], server.store.charge_longer)
     each(server.services.values(), functools.partial(fail_unreachable, server))
-    forget_ended(server, {job.id for job in busy})
+    forget_ended(server)
     return False
 
 
-def forget_ended(server: Server, busy: Collection[int]) -> None:
-    """Drop the links' notes on jobs that are no longer at a client."""
-    for link in server.links.values():
-        tables: tuple[dict[int, Any], ...] = (link.notes, link.resend_due)
-        for job_id in {job_id for table in tables for job_id in list(table)}.difference(busy):
-            job = server.store.get(job_id)  # it may have gone there since the list was read
-            if job is None or job.status not in BUSY:
-                for table in tables:
-                    table.pop(job_id, None)
+def forget_ended(server: Server) -> None:
+    """Drop the records of jobs that are no longer at a client."""
+    known = [(link, job_id) for link in server.links.values() for job_id in list(link.jobs)]  # first: a job may get there meanwhile
+    here = {(run.client, run.job_id) for run in server.store.runs()}
+    for link, job_id in known:
+        with link.lock:
+            live = link.jobs[job_id]
+            if (link.name, job_id) not in here and not live.sending and live.end is None:
+                del link.jobs[job_id]
 
 
 def judge(server: Server, job: Job) -> None:
@@ -3532,7 +3417,7 @@ def judge(server: Server, job: Job) -> None:
         since_start_s = server.clock.monotonic() - server.started
         if since_start_s > SILENT_AFTER_S:  # its client may be configured under another name
             judge_silence(server, job, Reason.NOT_CONFIGURED.format(client=job.client), since_start_s)
-    elif job.status is Status.PROCESSING and job.id not in link.sending:
+    elif job.status is Status.PROCESSING and not link.of(job.id).sending:
         sort_out(server, link, job)
     elif link.outage.failures and goes_on_elsewhere(server, link, job):
         return
@@ -3543,14 +3428,14 @@ def judge(server: Server, job: Job) -> None:
 
 def sort_out(server: Server, link: Link, job: Job) -> None:
     """Continue with a job that was sent while the database could not be written."""
-    dest_id, has_ended = link.accepted.pop(job.mark, ("", False))
-    if dest_id:
-        store_accepted(server, link, job, dest_id)
-        if has_ended:
-            ask_for_end(server, link, job)
+    answer = link.of(job.id).answer
+    if answer is None:
+        server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
+        server.wake(f"send:{link.name}")
         return
-    server.store.move(job, Status.UNKNOWN, Reason.ANSWER_NOT_STORED)
-    server.wake(f"send:{link.name}")
+    store_accepted(server, link, job, answer[0])
+    if answer[1]:
+        ask_for_end(server, link, job)
 
 
 def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> None:
@@ -3569,6 +3454,12 @@ def judge_silence(server: Server, job: Job, trouble: str, silent_s: float) -> No
 def fail_unreachable(server: Server, service: Service) -> None:
     """Fail the queued jobs of a service if none of its clients answered for UNREACHABLE_AFTER."""
     links = server.links_of(service)
+    now = server.clock.monotonic()
+    if links:
+        server.deserted.pop(service.name, None)
+    since = now if links else server.deserted.setdefault(service.name, now)
+    if not links and now - since <= service.unreachable_after_s:
+        return
     if any(not link.outage.failures or link.outdated or link.silent_s() <= service.unreachable_after_s for link in links):
         return
     before = server.store.steady() - service.unreachable_after_s
@@ -3583,27 +3474,33 @@ def is_silent(link: Link) -> bool:
 
 
 def make_server_loops(server: Server) -> dict[str, Loop]:
-    """Return the loops of a server, by name: four for each client (get, send, fetch, kill), and dispatch, watch and clean.
+    """Return the loops of a server, by name: those of each client, and dispatch, watch and clean."""
+    loops = {name: loop for link in server.links.values() for name, loop in loops_of(server, link).items()}
+    config = server.config
+    own = (("dispatch", dispatch_tick, config.send_interval_s), ("watch", watch_tick, 1.0), ("clean", clean_tick, config.clean_interval_s))
+    loops.update({name: Loop(name, functools.partial(tick, server), lambda: server.pool, period_s) for name, tick, period_s in own})
+    loops["dispatch"].wanted = lambda: bool(services_queued(server))
+    return loops
+
+
+def loops_of(server: Server, link: Link) -> dict[str, Loop]:
+    """Return the loops of one client, by name: get, send, fetch and kill.
 
     All silent clients share one small pool of threads, so they never delay other clients.
     """
-    config, loops = server.config, cast("dict[str, Loop]", {})
+    get_s, send_s, loops = server.config.get_interval_s, server.config.send_interval_s, cast("dict[str, Loop]", {})
 
-    def add(name: str, tick: Callable[..., bool], period_s: float, link: Link | None = None, **options: Any) -> None:
-        def pool() -> Pool:
-            return server.silent_pool if link is not None and is_silent(link) else server.pool
+    def pool() -> Pool:
+        return server.silent_pool if is_silent(link) else server.pool
 
-        full_name, arguments = (f"{name}:{link.name}", (server, link)) if link else (name, (server,))
-        loops[full_name] = Loop(full_name, functools.partial(tick, *arguments), pool, period_s, **options)
+    def add(name: str, tick: Callable[[Server, Link], bool], period_s: float, wanted: Callable[[], bool], most_runs: int = 1) -> None:
+        full_name = f"{name}:{link.name}"
+        loops[full_name] = Loop(full_name, functools.partial(tick, server, link), pool, period_s, most_runs, wanted, link.is_calm)
 
-    for link in server.links.values():
-        add("get", get_tick, config.get_interval_s, link, wanted=functools.partial(may_be_asked, link))
-        add("send", send_tick, config.send_interval_s, link, most_runs=SENDERS_PER_CLIENT, wanted=functools.partial(may_send, server, link))
-        add("fetch", fetch_tick, config.get_interval_s, link, most_runs=3, wanted=functools.partial(bool, link.ended))
-        add("kill", kill_tick, config.get_interval_s, link, wanted=functools.partial(may_kill, server, link))
-    add("dispatch", dispatch_tick, config.send_interval_s)
-    add("watch", watch_tick, 1.0)
-    add("clean", clean_tick, config.clean_interval_s)
+    add("get", get_tick, get_s, lambda: may_be_asked(link) and not link.waits_for_news())
+    add("send", send_tick, send_s, functools.partial(may_send, server, link), SENDERS_PER_CLIENT + END_WAITERS)
+    add("fetch", fetch_tick, get_s, lambda: bool(link.reports()), 3)
+    add("kill", kill_tick, get_s, functools.partial(may_kill, server, link))
     return loops
 
 
@@ -3629,15 +3526,19 @@ def queue_info_of(server: Server, job: Job) -> QueueInfo:
         return QueueInfo(text)
     facts, (places, _) = waits.facts_of(job, service), waits.clients_of(service)
     position = position_of(server, job, service, facts)
-    run_s, slots = mean_run_s(server, service), sum(place.slots for place in places if place.could_run(job.cpus, job.memory))
+    run_s, size = mean_run_s(server, service), (job.cpus, job.memory, job.gpus)
+    slots = sum(place.slots for place in places if place.could_run(*size))
     if position is None or run_s is None or not slots or any(place.queues for place in places):
         return QueueInfo(text, position)
     return QueueInfo(text, position, wait_estimate_s(position, facts, slots, run_s))
 
 
+COUNTED_IN_LISTS = 100  # counting all jobs before each job of a page took two thirds of the time, with 1,000 queued jobs a user
+
+
 def waiting_texts(server: Server, jobs: Iterable[Job]) -> list[str | None]:
     """Return what each of these jobs waits for, or None."""
-    waits = Waits(server)
+    waits = Waits(server, count_to=COUNTED_IN_LISTS)
     return [waits.text_of(job) for job in jobs]
 
 
@@ -3649,8 +3550,9 @@ def is_in_queue(job: Job) -> bool:
 class Waits:
     """Why jobs wait, at one moment: what they have in common is looked up once."""
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.known = server, dict[Any, Any]()
+    def __init__(self, server: Server, count_to: int = 10_000) -> None:
+        """With `count_to`, the jobs of the same user that come first are counted up to this number."""
+        self.server, self.count_to, self.known = server, count_to, dict[Any, Any]()
 
     def once(self, key: Any, look: Callable[[], T]) -> T:
         if key not in self.known:
@@ -3670,8 +3572,14 @@ class Waits:
         if job.not_before is not None:
             left = max(0.0, job.not_before - server.store.steady())
             return f"attempt {job.attempt} starts in {format_duration(left)}: {job.reason}"
+        if service.name in server.paused:
+            return server.paused[service.name].text()
         places, troubles = self.clients_of(service)
-        return why_waiting(service.name, self.facts_of(job, service), troubles, places)
+        facts = self.facts_of(job, service)
+        text = why_waiting(service.name, facts, troubles, places)
+        at_quota = facts.runs_of_user >= facts.runs_per_user or facts.runs_of_service >= facts.max_runs
+        more = "" if at_quota else self.once(("clouds", service.name), lambda: server.plugins["clouds"].why(service.name))
+        return f"{text}; {more}" if more else text
 
     def clients_of(self, service: Service) -> tuple[list[ClientCapacity], dict[str, str]]:
         """Return the clients that take jobs of a service, and why others do not."""
@@ -3685,11 +3593,12 @@ class Waits:
     def facts_of(self, job: Job, service: Service) -> QueueFacts:
         """Return the figures that decide when a queued job runs."""
         store, name, share = self.server.store, service.name, self.server.store.share(*job.pair)
-        values = {"service": name, "user_id": job.user_id, "priority": job.priority, "id": job.id}
+        values = {"service": name, "user_id": job.user_id, "priority": job.priority, "id": job.id, "most": self.count_to}
         own = self.once(job.id, lambda: store.number(statements.QUEUED_BEFORE, **values))
         others = 0 if share.turn is None else self.once(job.pair, functools.partial(store.turns_before, name, share.turn))
         busy = store.line(name).busy
-        return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, own, others, job.cpus, job.memory)
+        size = (job.cpus, job.memory, self.count_to, job.gpus)
+        return QueueFacts(len(share.runs), service.runs_per_user, busy, service.max_runs, own, others, *size)
 
 
 def waiting_on_client(server: Server, job: Job) -> str | None:
@@ -3699,7 +3608,7 @@ def waiting_on_client(server: Server, job: Job) -> str | None:
         return job.reason
     if job.status in BUSY and link and link.outage.reason:
         return f"{link.name} {link.outage.reason}"
-    return link.notes.get(job.id) if link and job.status in BUSY else None
+    return link.of(job.id).note or None if link and job.status in BUSY else None
 
 
 def follows_text(server: Server, job: Job) -> str:
@@ -3732,115 +3641,6 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
     return max(0, before) + 1 if before < 9_999 else None
 
 
-# -- at a client --
-
-
-@dataclass
-class Held(Backoff):
-    """A payload that waits at the client: the executor refused it, or has not been asked yet."""
-
-    tried_at: float = float("-inf")  # monotonic
-    passed: bool = False  # others were accepted after it was refused: the problem is this payload
-
-
-TRY_AGAIN_S = 1.0  # the shortest pause before a refused operation is tried again
-
-
-class Holds:
-    """Decides which payloads the executor gets now: in each service the longest waiting first. No service waits for another."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.trouble = clock, ""  # the problem of the executor at the last tick
-        self.by_service: dict[str, Backoff] = {}  # "" for all
-        self.held: dict[int, Held] = {}  # by payload id: Running by their row, but certainly not at the executor
-
-    def told(self, trouble: str) -> None:
-        """Note what the executor says of itself. As soon as a batch system is back, what waited for it goes on."""
-        if self.trouble and not trouble:
-            self.by_service.pop("", None)
-        self.trouble = trouble
-
-    def of(self, key: str) -> Backoff | None:
-        hold = self.by_service.get(key)
-        return hold if hold and hold.waits() else None
-
-    def of_all(self) -> Backoff | None:
-        """Return what keeps every payload from being started now, or None."""
-        return self.of("")
-
-    def reasons(self, for_all: bool) -> list[str]:
-        """Return why payloads wait. With `for_all` only reasons that affect every service, else also those of services and payloads."""
-        held = [hold.reason for key, hold in list(self.by_service.items()) if self.of(key) and not (for_all and key)]
-        return held if for_all else held + [one.reason for one in list(self.held.values()) if one.reason]
-
-    def reason_of(self, job: Job) -> str:
-        away, hold = self.of_all(), self.of(job.service or "-")
-        return away.reason if away else self.held[job.id].reason or (hold.reason if hold else "")
-
-    def hold(self, key: str, reason: str) -> None:
-        """Pause starts of one service, or of all if `key` is empty; longer after each failure in a row."""
-        if key and self.of(key):
-            return  # an extra try because others arrived must not prolong the pause
-        if self.by_service.setdefault(key, Backoff(self.clock)).failed(reason):
-            log.warning("no payload%s is started: %s", f" of {key}" if key else "", reason)
-
-    def put_off(self, job: Job, reason: str) -> None:
-        """Note that the executor refused a payload. It is tried again, with growing pauses."""
-        held = self.held.setdefault(job.id, Held(self.clock))
-        if held.failed(reason):
-            log.warning("payload %d is not accepted: %s", job.id, reason)
-        held.tried_at = self.clock.monotonic()
-
-    def taken(self, job: Job) -> None:
-        self.by_service.pop("", None)
-        self.by_service.pop(job.service or "-", None)
-        self.held.pop(job.id, None)
-
-    def due(self, waiting: Sequence[Job]) -> list[Job]:
-        """Return those of the waiting payloads, given in the order of their arrival, that may be tried now."""
-        services = dict.fromkeys(job.service for job in waiting)
-        if self.of_all():
-            return []
-        return [job for service in services for job in self.due_of([job for job in waiting if job.service == service])]
-
-    def due_of(self, waiting: Sequence[Job]) -> list[Job]:
-        """Return the payloads of one service that may be tried now: all of them as soon as the first one may be.
-
-        A payload that was refused while others were accepted waits separately.
-        """
-        together = [job for job in waiting if not self.held[job.id].passed]
-        alone = [job for job in waiting if self.held[job.id].passed and not self.held[job.id].waits()][:1]
-        first = self.held[together[0].id] if together else Held(self.clock)
-        others_came = any(not self.held[job.id].failures for job in together)
-        early = self.clock.monotonic() < first.tried_at + TRY_AGAIN_S or (not others_came and first.waits())
-        held = not others_came and self.of(waiting[0].service or "-")
-        return alone if first.failures and (early or held) else together + alone
-
-    def start(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        for service in dict.fromkeys(job.service for job in due):
-            self.start_in_turn([job for job in due if job.service == service], start)
-
-    def start_in_turn(self, due: Sequence[Job], start: Callable[[Job], bool]) -> None:
-        """Start one service's payloads in order. If one is refused, try the one that has not been tried for the longest time.
-
-        If that one is accepted, the problem is the first payload. If not, the service is paused.
-        """
-        waiting, refused = list(due), cast("list[Held]", [])
-        while waiting and len(refused) < 2 and not self.of_all():
-            job = min(waiting, key=lambda job: (self.held[job.id].tried_at, job.id)) if refused else waiting[0]
-            waiting.remove(job)
-            held = self.held[job.id]
-            before = held.failures
-            if start(job):
-                for other in refused:
-                    other.passed = True
-                refused.clear()
-            elif held.failures > before and not held.passed:
-                refused.append(held)
-        if len(refused) == 2:
-            self.hold(due[0].service or "-", refused[1].reason)
-
-
 # == 13. Client routes ==  The HTTP contract of the client, and the routes of both modes.
 
 
@@ -3857,7 +3657,7 @@ def event_json(client: Client, job: Job) -> dict[str, Any]:
     said = {name: getattr(job, name) for name in EXAMPLE_EVENT}
     said["status"] = shown_status(job).value
     if job.status is Status.RUNNING:
-        said["reason"] = client.notes.get(job.id, "")
+        said["reason"] = client.payloads.known(job.id).waits
     if job.status is Status.CLEANED:  # `reason` says now why it was cleaned
         for row in client.store.read(statements.HISTORY_GET, id=job.id):
             if row["target"] in ENDED:
@@ -3914,6 +3714,7 @@ SUBMIT_HEADERS = (
     header("User", "integer", "the user", 1, least=SMALLEST, most=BIGGEST),
     header("Cpus", "integer", "cores it needs", 1, least=1, most=1_000_000, default=1),
     header("Memory", "integer", "memory it needs, in MiB", 2048, least=1, most=2**31),
+    header("Gpus", "integer", "GPUs it needs", 1, least=0, most=1_000, default=0),
     header("Timeout", "number", "run time limit in seconds", 3600, least=0, read=read_limit),
     header("Inputs", "string", "the digest of all files, computed at the upload", "9f86d0..."),
     header("Digests", "string", "1: the digests follow the files; if they are missing, the transfer broke", "1"),
@@ -3938,6 +3739,7 @@ def new_payload(said: Mapping[str, Any]) -> NewJob:
         service=said["X-Joborch-Service"],
         cpus=said["X-Joborch-Cpus"],
         memory=said["X-Joborch-Memory"],
+        gpus=said["X-Joborch-Gpus"],
         timeout=said["X-Joborch-Timeout"],
         return_inputs=0 if said["X-Joborch-Return-Inputs"] == "0" else 1,
         attempt=said["X-Joborch-Attempt"],
@@ -3950,7 +3752,7 @@ TAKEN = "the payload is accepted; `end` is what /events says of one that has end
 SUBMIT_GIVES = {200: Gives(TAKEN, JSON_TYPE, EXAMPLE_PAYLOAD), 400: BAD, **RECEIVING}
 
 
-@route("POST", "/submit", "client", who="caller", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
+@route("POST", "/submit", "client", who="operator", slow=True, takes=(PAYLOAD_FILE, *SUBMIT_HEADERS), gives=SUBMIT_GIVES)
 def submit(client: Client, request: Request) -> Answer:
     """Accept the files of one payload; it runs as soon as a slot is free. With X-Joborch-Wait, the answer may have its end."""
     said = submit_headers(request)
@@ -3973,14 +3775,21 @@ def submit(client: Client, request: Request) -> Answer:
         client.store.check_identity()
         job, is_marked = place_payload(client, folder, new, is_quiet=wait_s > 0)
     crash_point("submit.stored")
-    if not is_marked:
-        client.wake("run")
-        return Answer(payload_json(client, job))
-    start_placed(client, job, wait_s)
+    if is_marked:
+        start_placed(client, job, wait_s)
+    elif wait_s:
+        await_end(client, request, job, wait_s)
     current = known_job(client, request, job.id)
     end = told_end(client, current) if wait_s else {}
     crash_point("submit.ended")
     return Answer({**payload_json(client, current), **end})
+
+
+def await_end(client: Client, request: Request, job: Job, wait_s: float) -> None:
+    """Wait for the end of a payload that others start as soon as a slot is free. Few callers wait: see `start_placed`."""
+    crash_point("submit.waits")
+    with client.submit_places.place() as parked:
+        client.wait_until(lambda: over(client, job.id), wait_s if parked else 0.0, request.left, job.id)
 
 
 def told_end(client: Client, job: Job) -> dict[str, Any]:
@@ -4080,7 +3889,7 @@ RETRIEVED = Gives("completed: the result as application/zip; else the payload wi
     "GET",
     "/retrieve/<job_id>",
     "client",
-    who="caller",
+    who="operator",
     slow=True,
     takes=(PAYLOAD_ID, MARK),
     gives={200: RETRIEVED, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
@@ -4112,7 +3921,7 @@ WORK_FOLDER = Gives("the work folder now, with the output streams", ZIP_TYPE)
     "GET",
     "/retrieve_partial/<job_id>",
     "client",
-    who="caller",
+    who="operator",
     slow=True,
     takes=(PAYLOAD_ID, MARK),
     gives={200: WORK_FOLDER, 400: BAD, 404: NOT_FOUND, 503: PACKING, **PARTS},
@@ -4133,7 +3942,7 @@ KILL_GIVES = {
 }
 
 
-@route("POST", "/kill/<job_id>", "client", who="caller", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
+@route("POST", "/kill/<job_id>", "client", who="operator", takes=(PAYLOAD_ID, MARK), gives=KILL_GIVES)
 def kill(client: Client, request: Request, job_id: int) -> Answer:
     """Stop a payload and everything it started. A joborch server gets its answer at once and the end by /events."""
     job = known_payload(client, request, job_id)
@@ -4151,7 +3960,7 @@ def wait_until_over(client: Client, request: Request, job: Job) -> None:
     """Wait until a payload has ended, or a batch system has accepted the request to stop it, which may take long."""
 
     def noted() -> bool:
-        return request.left() or (client.executor.is_batch and job.id in client.stubborn)
+        return request.left() or (client.executor.is_batch and client.payloads.known(job.id).stubborn.failures > 0)
 
     with client.places.place() as parked:
         client.wait_until(lambda: over(client, job.id), WAIT_LIMIT_S if parked else 0.0, noted, job.id)
@@ -4175,7 +3984,7 @@ EVENTS_TAKES = (
         default=0,
     ),
     Parameter("instance", "query", "string", "the `instance` of your last answer", "a1b2c3", default=""),
-    WAIT._replace(help="wait for a change, for at most this many seconds", example=10),
+    WAIT._replace(help="wait for a change, for at most this many seconds", example=10, read=lambda text: read_wait(text, 3600.0)),
     Parameter(
         "more",
         "query",
@@ -4192,9 +4001,9 @@ EVENTS_TAKES = (
 )
 EXAMPLE_EVENT = {
     "id": 1, "uuid": MARK.example[:36], "attempt": 1, "status": "Completed", "reason": "run.sh ended with exit status 0", "cause": None,
-    "exit_code": 0, "signal": None, "started_at": 1795510800.0, "ended_at": 1795510803.5,
+    "exit_code": 0, "signal": None, "started_at": 1795510800.0, "ended_at": 1795510803.5, "peak_memory": 52428800, "cpu_time": 3.25,
 }  # fmt: skip
-EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000}
+EXAMPLE_ROOM = {"slots": 2, "job_slots": False, "memory": 16000, "gpus": 0}
 EXAMPLE_EVENTS = {
     "instance": "a1b2c3", "start": "5f0c3b9c8f1e4d2a", "next": 7, "more": False, "load": 12.5, **EXAMPLE_ROOM, "problem": None,
     "payloads": [EXAMPLE_EVENT], "problems": [], "problems_seen": 3, "at": 1795510803.6,
@@ -4211,7 +4020,7 @@ UNPROVEN = Gives(
 OLD_SERVER = Gives(
     "a server of joborch 0.1.0, which cannot prove its identity",
     JSON_TYPE,
-    {"message": "this server cannot prove its identity: replace the server's joborch.pyz by version 0.2.0; its jobs wait"},
+    {"message": "this server cannot prove its identity: replace the server's joborch.pyz by version 1.0.0; its jobs wait"},
 )
 EVENTS_SETTLE_S = 0.03  # delay before a start is reported: short payloads are over by then
 
@@ -4290,10 +4099,11 @@ def events_page(client: Client, jobs: Sequence[Job], inline: int) -> tuple[list[
 
 
 def room_json(client: Client) -> dict[str, Any]:
-    """Return a client's capacity: cores and memory (MiB), or for a batch system the number of jobs."""
+    """Return a client's capacity: cores, memory (MiB) and GPUs, or for a batch system the number of jobs."""
+    gpus = len(client.local.gpus or ()) if client.local else None
     if client.executor.is_batch:
-        return {"slots": client.config.slots, "job_slots": True, "memory": None}
-    return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB}
+        return {"slots": client.config.slots, "job_slots": True, "memory": None, "gpus": gpus}
+    return {"slots": client.config.slots, "job_slots": False, "memory": client.config.memory_bytes // MIB, "gpus": gpus}
 
 
 def confirm(client: Client, done: str) -> None:
@@ -4309,13 +4119,14 @@ def confirm(client: Client, done: str) -> None:
         drop_packings(client, ids)
 
 
-EXAMPLE_HELLO = {"version": "0.2.0", "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
+EXAMPLE_HELLO = {"version": "1.0.0", "protocols": [1], "nonce": "5f0c3b9c8f1e4d2a9b7c6d5e4f3a2b1c", "proof": True}
 
 
 @route("GET", "/hello", "client", who="anyone", gives={200: Gives("how a server proves its identity here", JSON_TYPE, EXAMPLE_HELLO)})
 def hello(client: Client, request: Request) -> Answer:
     """Return the nonce of this start. With it, server and client prove that they have the same token."""
-    return Answer({"version": __version__, "nonce": client.proofs.nonce, "proof": bool(client.tokens)})
+    said = {"version": __version__, "protocols": LINK_VERSIONS, "nonce": client.proofs.nonce, "proof": bool(client.tokens)}
+    return Answer(said)
 
 
 @route("GET", "/load", "client", who="anyone", gives={200: Gives("CPU use in percent: a bare number", JSON_TYPE, 12.5)})
@@ -4346,7 +4157,7 @@ def prefers_html(accept: str) -> bool:
 # == 14. Client ==  The client's loops start payloads, notice their end, kill them on request, and enforce their limits.
 
 BEING_ENDED = "it is being stopped"  # how the note begins while a batch system takes its time to stop a payload
-SUBMIT_WAITERS = 6  # submits that wait for the end of their payloads at once: half of the threads for small forms
+SUBMIT_WAITERS = 8  # submits that wait for the end of their payloads at once, of the 12 threads for small forms
 LOOK_S = 10.0  # between two looks at payloads whose end a signal (SIGCHLD) reports
 LATE_START_S = 1.0  # a payload that starts this long after it was marked has its start time stored
 ENDING_THREADS = 32  # payloads that are killed at once: each may take all of JOBORCH_KILL_GRACE
@@ -4359,28 +4170,24 @@ class Client(Node):
     def __init__(self, config: Config, store: Store, data: DataFolder, clock: Clock | None = None) -> None:
         super().__init__(config, store, data, clock)
         self.executor = make_executor(data, config)
-        self.notes: dict[int, str] = {}  # by payload id: what payloads that have not started wait for
+        self.payloads = Payloads(self.clock, lambda: self.wake("end"))
         self.holds = Holds(self.clock)
-        self.stubborn: dict[int, Backoff] = {}  # by payload id: those that do not end although they were killed
-        self.tried: dict[int, Backoff] = {}  # by payload id: those whose start may or may not have succeeded
         # A new database has a new instance: it tells servers that the payload ids they know are invalid.
         self.instance = str(store.read(statements.INSTANCE)[0]["instance"])
         self.start_id = secrets.token_hex(8)  # tells servers whether two clients of this instance are one process
-        self.ending, self.lock, self.placing = cast("set[int]", set()), threading.Lock(), threading.Lock()
-        self.lingering: set[int] = set()  # payloads that ended, but are still Running because not all is known of their end
-        self.submit_places = WaiterLimit(SUBMIT_WAITERS)
+        self.lock, self.placing = threading.Lock(), threading.Lock()  # for `packings`; for files and row of a payload together
+        self.submit_places = ThreadLimit(SUBMIT_WAITERS)
+        self.say_goodbye: Callable[[], object] = lambda: None  # to the servers that it calls
         self.starts_at_once = False  # whether a submit starts its payload if a slot is free: once the loops run
-        self.wanted: set[int] = set()  # payloads to kill that another thread is starting
-        self.handles: dict[int, str] = {}  # by payload id: handles that are not stored, because a wrapper's claim replaces them
-        self.unsaved: dict[int, tuple[str, float]] = {}  # handles and start times (steady) that could not be stored yet
         self.limits = ResultLimits(config.max_result_bytes, config.max_result_files)
-        self.measurings: dict[int, Measuring] = {}  # by payload id: large work folders of ended payloads
         self.packings: dict[tuple[int, bool], Any] = {}  # by payload id, and whether it has ended: archives that are packed or being packed
         self.packers, self.quick_packers, self.measurers = map(threading.BoundedSemaphore, (PACKERS, 1, PACKERS))
-        # Whether payloads run or wait, and whether some that run are to be killed; set by `run_tick`.
-        self.has_payloads = self.has_kills = True
-        self.needs_looks, self.looked_at = True, float("-inf")  # set by `run_tick`: see `needs_look`; monotonic
+        # Whether rows of payloads run or wait, and whether some that run are to be killed; set by `run_tick`.
+        self.has_rows = self.has_kills = True
+        self.waits = self.needs_looks = True  # set by `run_tick`: whether it must look again without being woken, and at all payloads
+        self.looked_at = float("-inf")  # monotonic: when it last looked at all
         self.holes = True  # the file system can punch holes, as far as we know
+        self.measured = 0  # where `limit_tick` goes on among the running payloads
         self.troubled_at: float | None = None  # wall: since when nothing can be started for some service
         for name, tick, period_s, options in (
             ("run", run_tick, config.run_interval_s, {"wanted": functools.partial(needs_look, self)}),
@@ -4396,12 +4203,18 @@ class Client(Node):
         """The local executor, which needs no handles to find its payloads, and can wait for them; None if another one runs payloads."""
         return self.executor if isinstance(self.executor, LocalExecutor) and not self.executor.is_batch else None
 
+    @property
+    def has_payloads(self) -> bool:
+        """Tell whether payloads run or wait, also those that a submit has started since `run_tick` read the rows."""
+        return self.has_rows or bool(self.payloads)
+
     def start(self) -> None:
         self.starts_at_once = self.local is not None
         super().start()
 
     def stop(self) -> None:
         """Store the time first: what stopped the client may have stopped payloads, too."""
+        self.say_goodbye()
         try:
             (self.data.path / STOP_NOTE).touch()
         except OSError as error:
@@ -4411,67 +4224,91 @@ class Client(Node):
 
 def needs_look(client: Client) -> bool:
     """Tell whether `run_tick` may find something that nobody wakes it for. The end of our own child is a signal (SIGCHLD)."""
-    late = client.clock.monotonic() - client.looked_at > LOOK_S
-    return client.executor.is_batch or (client.has_payloads and (client.needs_looks or late))
+    return client.executor.is_batch or (client.has_payloads and (client.waits or must_look_at_all(client)))
+
+
+def must_look_at_all(client: Client) -> bool:
+    """Tell whether `run_tick` must look at all payloads, because the executor does not name those that have ended, or not all."""
+    return client.local is None or client.needs_looks or client.clock.monotonic() - client.looked_at > LOOK_S
+
+
+def all_running(client: Client) -> list[Job]:
+    """Return all payloads that run, and forget what is noted of others."""
+    client.looked_at = client.clock.monotonic()
+    noted = client.payloads.not_taken()  # before the rows: what is started now is in neither
+    running = client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
+    client.payloads.forget(noted.difference(job.id for job in running))  # another thread noted something just after their end
+    return running
+
+
+def just_ended(client: Client, local: LocalExecutor) -> list[Job]:
+    """Return the running payloads that have ended, as the executor knows. The others are not looked at."""
+    local.reap()
+    found = [client.store.get(job_id) for job_id in sorted({*local.ended, *client.payloads.lingering()})]
+    running = [job for job in found if job is not None and job.status is Status.RUNNING]
+    local.ended.intersection_update(job.id for job in running)
+    return running
 
 
 def run_tick(client: Client) -> bool:
     """Finish payloads that ended, and start others on free slots. While stopping, leave both to the next start of the client."""
     if client.stopping.is_set():
         return False
-    client.looked_at = client.clock.monotonic()
     save_handles(client)
-    noted = {*client.notes, *client.tried, *client.stubborn, *client.handles}  # before the rows: what is started now is in neither
-    everything = client.store.jobs(statements.PAYLOADS_IN, status=Status.RUNNING.value, limit=1_000_000)
-    waiting = client.store.number(statements.COUNT_IN, status=Status.PREPARED.value)
-    with client.lock:  # a submit may have started a payload since the rows were read
-        client.has_payloads = bool(everything or waiting or client.ending or client.handles)
-    client.has_kills = any(job.kill_requested_at is not None for job in everything)
-    for job_id in noted.difference(job.id for job in everything):
-        drop_notes(client, job_id)  # another thread noted it just after its end
+    local, looks_at_all = client.local, must_look_at_all(client)
+    client.needs_looks = True  # if this tick fails
+    everything = all_running(client) if local is None or looks_at_all else just_ended(client, local)
     # Not those that another thread starts or kills. Look that up before the handles: a thread that starts a payload leaves one.
-    running = [with_handle(client, job) for job in [job for job in everything if job.id not in client.ending]]
-    started = [job for job in running if job.handle is not None]
-    outcomes = client.executor.poll([job for job in started if job.id not in client.measurings])
-    outcomes.update({job_id: measuring.outcome for job_id, measuring in list(client.measurings.items())})  # poll reports an end only once
+    running = [with_handle(client, job) for job in [job for job in everything if not client.payloads.known(job.id).is_taken]]
+    over = ended_of(client, [job for job in running if job.handle is not None])
+    if local is not None and over:
+        start_what_fits(client)  # before the results are looked at: no slot waits for that
+    for job in over:
+        crash_point("end.seen")
+        if job.kill_cause is None:
+            finish(client, job, over[job])
+        crash_point("end.stored")
+    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
+    needs_looks = bool(client.holds.held) or not (local and all(job in over or local.is_child(job) for job in running))
+    waiting = client.store.number(statements.COUNT_IN, status=Status.PREPARED.value)
+    count, kills = client.store.read(statements.RUNNING_COUNTS)[0]
+    client.has_rows, client.has_kills = waiting + count > 0, kills > 0
+    client.waits = bool(waiting or client.payloads.lingering() or (local and local.ended))
+    if local is None or not over:
+        start_what_fits(client)
+    client.needs_looks = needs_looks
+    return False
+
+
+def ended_of(client: Client, started: Sequence[Job]) -> dict[Job, Outcome]:
+    """Ask the executor about payloads. Return those that have ended, and how; they take no slot any more."""
+    measured = {job.id: measuring.outcome for job in started if (measuring := client.payloads.known(job.id).measuring)}
+    outcomes = {**client.executor.poll([job for job in started if job.id not in measured]), **measured}  # poll reports an end only once
     problem = client.executor.problem()
     client.holds.told(problem)
     problem_since(client, problem)
     for job in started:
-        if outcomes[job.id].alive and job.kill_requested_at is None:
-            if job.started_at is None and not outcomes[job.id].waits:
+        outcome = outcomes[job.id]
+        if outcome.alive and job.kill_requested_at is None:
+            if job.started_at is None and not outcome.waits:
                 client.store.tell(job.id, started_at=client.clock.wall(), now=client.store.steady())
-            set_wait_reason(client, job.id, problem or outcomes[job.id].waits)
-    lingering = set()
-    for job in started:
-        if not outcomes[job.id].alive:
-            crash_point("end.seen")
-            if job.kill_cause is not None or not finish(client, job, outcomes[job.id]):
-                lingering.add(job.id)
-            crash_point("end.stored")
-    client.lingering = lingering
-    start_again(client, [job for job in running if job.handle is None and job.kill_requested_at is None])  # it may take long
-    start_what_fits(client)
-    local = client.local
-    client.needs_looks = bool(waiting or lingering or client.holds.held) or not (local and all(map(local.is_child, running)))
-    return False
+            set_wait_reason(client, job.id, problem or outcome.waits)
+        if outcome.alive == client.payloads.known(job.id).lingers:
+            client.payloads[job.id].lingers = not outcome.alive
+    return {job: outcomes[job.id] for job in started if not outcomes[job.id].alive}
 
 
 def set_wait_reason(client: Client, job_id: int, text: str) -> None:
     """Note what a payload waits for (empty: nothing). Report it to the server if it is new."""
-    if client.notes.get(job_id, "") == text:
-        return
-    client.notes[job_id] = text
-    if not text:
-        del client.notes[job_id]
-    client.store.tell(job_id)
+    if client.payloads.known(job_id).waits != text:
+        client.payloads[job_id].waits = text
+        client.store.tell(job_id)
 
 
-def drop_notes(client: Client, job_id: int) -> None:
-    """Drop the notes on a payload that is over."""
-    tables: tuple[dict[int, Any], ...] = (client.notes, client.tried, client.stubborn, client.measurings, client.handles)
-    for table in tables:
-        table.pop(job_id, None)
+def forget(client: Client, job: Job) -> None:
+    """Forget what is known of a payload that is over, and remove its TMPDIR."""
+    client.payloads.pop(job.id, None)
+    drop_scratch(client, job)
 
 
 def shown_status(job: Job) -> Status:
@@ -4482,15 +4319,18 @@ def shown_status(job: Job) -> Status:
 def problem_of(client: Client, for_all: bool = False) -> str:
     """Return why nothing can be started now for some service, or `for_all` services; an empty text if all is well."""
     held = client.holds.reasons(for_all)
-    return client.executor.problem() or (held[0] if held else "")
+    return client.plugins["drain"].reason or client.executor.problem() or (held[0] if held else "")
 
 
 def problem_since(client: Client, problem: str) -> float | None:
     """Return when (wall time) the present problem began, or None if there is none. Each tick calls it with the current problem."""
+    before = client.troubled_at
     if not problem and not client.holds.by_service:  # while a retry is under way, the problem is not over
         client.troubled_at = None
     elif client.troubled_at is None:
         client.troubled_at = client.clock.wall()
+    if client.troubled_at != before:
+        client.wake("health")  # so that a server hears of it at once
     return client.troubled_at if problem else None
 
 
@@ -4504,15 +4344,16 @@ def start_what_fits(client: Client) -> None:
 
 
 def has_room(client: Client, db: sqlite3.Connection, job: Job) -> bool:
-    """Tell inside a transaction whether slots and memory are free for a payload. One that asks for more than there is runs alone."""
-    count, cpus, memory = db.execute(statements.RUNNING_NEEDS).fetchone()
-    for job_id in list(client.lingering):
+    """Tell inside a transaction whether slots, memory and GPUs are free for a payload. One that asks for more than there is runs alone."""
+    count, cpus, memory, gpus = db.execute(statements.RUNNING_NEEDS).fetchone()
+    for job_id in client.payloads.lingering():
         row = db.execute(statements.JOB_GET, {"id": job_id}).fetchone()
         if row is not None and row["status"] == Status.RUNNING.value:
-            count, cpus, memory = count - 1, cpus - row["cpus"], memory - (row["memory"] or 0)
+            count, cpus, memory, gpus = count - 1, cpus - row["cpus"], memory - (row["memory"] or 0), gpus - row["gpus"]
     if client.executor.is_batch:  # it counts the cores
         return bool(count < client.config.slots)
     fits = cpus + job.cpus <= client.config.slots and memory + (job.memory or 0) <= client.config.memory_bytes // MIB
+    fits = fits and (not client.local or gpus + job.gpus <= len(client.local.gpus or ()))
     return bool(fits or not count)
 
 
@@ -4527,31 +4368,12 @@ def begin(client: Client, job: Job) -> bool:
     if problem:
         client.store.move(job, Status.INVALID, problem, cause=Cause.USER.value)
         return True
-    with kept_from_ending(client, job) as free:
-        return not free or launch(client, job)
-
-
-@contextlib.contextmanager
-def kept_from_ending(client: Client, job: Job) -> Iterator[bool]:
-    """Keep other threads from killing a payload that has no handle yet. Yields False if one is already killing it."""
-    with client.lock:
-        free = job.id not in client.ending
-        client.ending.update({job.id} if free else ())
+    if not client.payloads.take(job.id):  # it is being killed
+        return True
     try:
-        yield free
+        return launch(client, job)
     finally:
-        if free:
-            let_others_end(client, job.id)
-
-
-def let_others_end(client: Client, job_id: int) -> None:
-    """Let other threads kill a payload again, and wake them if it was to be killed meanwhile."""
-    with client.lock:
-        client.ending.discard(job_id)
-        wanted = job_id in client.wanted
-        client.wanted.discard(job_id)
-    if wanted:
-        client.wake("end")
+        client.payloads.give_back(job.id)
 
 
 def launch(client: Client, job: Job) -> bool:
@@ -4588,21 +4410,23 @@ def has_others_before(client: Client, job: Job) -> bool:
 def add_payload(client: Client, new: NewJob, is_quiet: bool) -> tuple[Job, bool]:
     """Store a new payload. If it can start at once, it is Running in the same transaction, and the caller starts it: see `start_placed`.
 
-    If `is_quiet`, /events does not report one that starts at once: the caller does. Returns the payload, and whether it is to be started.
+    If `is_quiet`, /events does not report it: the caller does. Returns the payload, and whether it is to be started.
     """
     store = client.store
     can_start = client.starts_at_once and not why_not_runnable(client.data.job(f"{new.uuid}.{new.attempt}") / "work" / "run.sh")
 
     def add(db: sqlite3.Connection) -> tuple[Job, bool]:
         job = store.add(new, "submitted")
-        first = db.execute(statements.FIRST_PREPARED).fetchone()[0] == job.id
-        if not (can_start and first and has_room(client, db, job)) or client.stopping.is_set() or has_others_before(client, job):
-            return job, False
         store.core.after(lambda: None, functools.partial(forget_start, client, job.id))
-        with client.lock:
-            client.ending.add(job.id)  # before the COMMIT: other threads must not see it without its handle
-            client.has_payloads = True
         store.core.quiet.update({job.id} if is_quiet else ())
+        first = db.execute(statements.FIRST_PREPARED).fetchone()[0] == job.id
+        if client.local and not has_room(client, db, job):
+            client.has_rows = client.waits = True
+            return job, False  # whoever takes in the next end starts it
+        if not (can_start and first) or client.stopping.is_set() or has_others_before(client, job):
+            store.core.after(functools.partial(client.wake, "run"))
+            return job, False
+        client.payloads.take(job.id)  # before the COMMIT: other threads must not see it without its handle
         store.move(job, Status.RUNNING, "", started_at=client.clock.wall())
         return store.row(db, job.id), True
 
@@ -4612,8 +4436,7 @@ def add_payload(client: Client, new: NewJob, is_quiet: bool) -> tuple[Job, bool]
 def forget_start(client: Client, job_id: int) -> None:
     """Forget a payload whose transaction was undone: another one may get its id."""
     client.store.core.quiet.discard(job_id)
-    with client.lock:
-        client.ending.discard(job_id)
+    client.payloads.pop(job_id, None)
 
 
 def start_placed(client: Client, job: Job, wait_s: float) -> None:
@@ -4627,7 +4450,7 @@ def start_placed(client: Client, job: Job, wait_s: float) -> None:
             if parked:
                 take_end(client, with_handle(client, job), wait_s)
     finally:
-        let_others_end(client, job.id)
+        client.payloads.give_back(job.id)
 
 
 def take_end(client: Client, job: Job, wait_s: float) -> None:
@@ -4637,7 +4460,10 @@ def take_end(client: Client, job: Job, wait_s: float) -> None:
         return
     outcome = client.executor.poll([job])[job.id]
     crash_point("end.seen")
-    if outcome.alive or not finish(client, job, outcome) or client.store.read(statements.FIRST_PREPARED)[0][0] is not None:
+    lingers = not outcome.alive and not finish(client, job, outcome)
+    if lingers:
+        client.payloads[job.id].lingers = True
+    if outcome.alive or lingers or client.store.read(statements.FIRST_PREPARED)[0][0] is not None:
         client.wake("run")
     crash_point("end.stored")
 
@@ -4656,7 +4482,7 @@ def start_on_executor(client: Client, job: Job) -> bool:
         client.holds.put_off(job, str(error))
     except BackendUnavailable as error:
         client.holds.held.pop(job.id, None)  # it is unknown whether the executor has it
-        client.tried.setdefault(job.id, Backoff(client.clock)).failed(error, FIND_AGAIN_S)
+        client.payloads[job.id].tried.failed(error, FIND_AGAIN_S)
         client.holds.hold("", str(error))
         set_wait_reason(client, job.id, str(error))
     except CannotRun as error:
@@ -4666,7 +4492,7 @@ def start_on_executor(client: Client, job: Job) -> bool:
     else:
         crash_point("run.started")
         client.holds.taken(job)
-        client.tried.pop(job.id, None)
+        client.payloads[job.id].tried.worked()
         if client.executor.is_batch:
             log.info("payload %d is job %s of the batch system", job.id, handle)
         keep_handle(client, job, handle)
@@ -4681,32 +4507,34 @@ def keep_handle(client: Client, job: Job, handle: str) -> None:
     One that starts long after it was marked has its time begin now.
     """
     if not client.local or client.store.steady() - job.moved_at > LATE_START_S:
-        client.unsaved[job.id] = (handle, client.store.steady())
+        client.payloads[job.id].unsaved = (handle, client.store.steady())
         save_handles(client)
     else:
-        client.handles[job.id] = handle
+        client.payloads[job.id].handle = handle
 
 
 def with_handle(client: Client, job: Job) -> Job:
     """Return a payload with its handle, wherever that is kept."""
-    handle = client.handles.get(job.id)
+    handle = client.payloads.known(job.id).handle
     return job if handle is None else job._replace(handle=handle)
 
 
 def fail_to_start(client: Client, job: Job, reason: str, cause: Cause) -> None:
     """Move a payload that could not be started to its end state."""
-    drop_notes(client, job.id)
-    drop_scratch(client, job)
+    forget(client, job)
     current = client.store.get(job.id)
     if current is not None and current.status is Status.RUNNING:
         client.store.move(current, Status.FAILED, reason, cause=cause.value)
+        client.wake("run")  # its slot is free
 
 
 def save_handles(client: Client) -> None:
     """Store the handles of started payloads. A StorageError stops the tick, so no payload is judged before that."""
-    for job_id, (handle, now) in list(client.unsaved.items()):
-        client.store.note(statements.JOB_STARTED, id=job_id, handle=handle, now=now)
-        client.unsaved.pop(job_id, None)
+    for job_id, payload in list(client.payloads.items()):
+        if payload.unsaved is not None:
+            handle, now = payload.unsaved
+            client.store.note(statements.JOB_STARTED, id=job_id, handle=handle, now=now)
+            payload.unsaved = None
 
 
 def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) -> bool:
@@ -4723,13 +4551,12 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
     if outcome.cause is None and not has_work(folder):
         text = Reason.WORK_GONE if outcome.exit_status is None else Reason.WORK_GONE_EXIT
         outcome = dataclasses.replace(outcome, cause=Cause.INFRASTRUCTURE, reason=text.format(status=outcome.exit_status))
-    for stream in OUTPUT_STREAMS:
-        bound_output(client, folder / stream)
+    bound_outputs(client, str(folder))
     too_much, left_out = too_much_left(client, job, outcome, patient) if outcome.cause is None else ("", 0)
     if too_much is None:
         return False
     started, ended = run_times(folder, job)
-    changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status}
+    changes: dict[str, Any] = {"started_at": started, "ended_at": ended, "exit_code": outcome.exit_status, **used_by(client, job)}
     if too_much:
         reason = Reason.RESULT_HAS_EXIT.format(too_much=too_much, status=outcome.exit_status)
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.LIMIT.value, **changes)
@@ -4745,9 +4572,16 @@ def finish(client: Client, job: Job, outcome: Outcome, patient: bool = False) ->
         reason, number = failure_reason(folder, status, run_s) + left_out_text(left_out), status - 128 if is_signalled(status) else None
         moved = client.store.move(job, Status.FAILED, reason, cause=Cause.USER.value, signal=number, **changes)
     if moved:  # else a kill was requested meanwhile: end_tick decides how it ended
-        drop_notes(client, job.id)
-        drop_scratch(client, job)
+        forget(client, job)
     return moved
+
+
+def used_by(client: Client, job: Job) -> dict[str, Any]:
+    """Return what a payload that is over has used, as changes of its row; empty if it never started."""
+    if job.status is not Status.RUNNING:
+        return {}
+    look = getattr(client.executor, "used", None)
+    return dict(zip(FIGURES, look(job) if look else used_by_payload(client.data.job(job.mark))))
 
 
 def end_tick(client: Client) -> bool:
@@ -4758,36 +4592,34 @@ def end_tick(client: Client) -> bool:
     try:
         folder = client.data.job(job.mark)
         begun = folder / f"ending.{job.attempt}"  # left by a crash during the kill: then the kill caused the exit status
-        measuring = client.measurings.get(job.id)
+        measuring = client.payloads.known(job.id).measuring
         outcome = measuring.outcome if measuring else client.executor.poll([job])[job.id] if job.status is Status.RUNNING else Outcome(True)
         if outcome.exit_status is not None and outcome.cause is not Cause.INFRASTRUCTURE and not begun.exists():  # it ended before the kill
             finish(client, job, outcome, patient=True)
             return True
         if job.status is Status.RUNNING:
             with contextlib.suppress(OSError):
-                begun.touch()
+                touch_below(folder, begun.name)
             crash_point("kill.begun")
             client.executor.cancel(job)
             crash_point("kill.ended")
             with contextlib.suppress(BackendUnavailable):  # its outputs are not worth waiting for
                 client.executor.collect(job)
         if job.kill_cause == Cause.LIMIT.value:
-            times: dict[str, Any] = dict(zip(("started_at", "ended_at"), run_times(folder, job)))
+            times: dict[str, Any] = {**dict(zip(("started_at", "ended_at"), run_times(folder, job))), **used_by(client, job)}
             client.store.move(job, Status.FAILED, limit_reason(folder, job.timeout or 0), cause=Cause.LIMIT.value, **times)
         else:
-            client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value)
+            client.store.move(job, Status.KILLED, Reason.KILLED, cause=Cause.CANCELLED.value, **used_by(client, job))
             crash_point("kill.stored")
-        drop_notes(client, job.id)
-        drop_scratch(client, job)
+        forget(client, job)
     except StillRunning as error:
-        if client.stubborn.setdefault(job.id, Backoff(client.clock)).failed(error, client.config.run_interval_s):
+        if client.payloads[job.id].stubborn.failed(error, client.config.run_interval_s):
             log.error("%s; it is tried again", error)
         if client.executor.is_batch:
             set_wait_reason(client, job.id, f"{BEING_ENDED}: {error}")
         return True  # there may be others
     finally:
-        with client.lock:
-            client.ending.discard(job.id)
+        client.payloads.give_back(job.id)
     client.wake("run")
     return True
 
@@ -4796,33 +4628,30 @@ def take_for_ending(client: Client) -> Job | None:
     """Return a payload to kill that no other thread is killing and that was not tried a moment ago."""
     for status in (Status.RUNNING, Status.PREPARED):
         for job in client.store.jobs(statements.PAYLOADS_IN, status=status.value, limit=1_000_000):
-            with client.lock:
-                lately = job.id in client.stubborn and client.stubborn[job.id].waits()
-                if job.kill_requested_at is None or job.id in client.ending or lately:
-                    client.wanted.update({job.id} & client.ending if job.kill_requested_at is not None else ())
-                    continue
-                client.ending.add(job.id)
+            if job.kill_requested_at is None or not client.payloads.take(job.id, to_kill=True):
+                continue
             current = client.store.get(job.id)  # read again: it may have got a handle since
             if current is not None and current.status not in OVER:
                 return with_handle(client, current)
-            with client.lock:
-                client.ending.discard(job.id)
+            client.payloads.give_back(job.id)
     return None
 
 
+MEASURED_AT_ONCE = 200  # running payloads whose output streams are measured in one tick; a tick that measured 1,000 would take 8 ms
+
+
 def limit_tick(client: Client) -> bool:
-    """Enforce the limits of running payloads: run time, and the size of their output streams."""
-    now, limit_bytes, jobs = client.store.steady(), client.config.log_limit_bytes, str(client.data.jobs)
-    for job_id, uuid, attempt, timeout, moved_at in client.store.read(statements.RUNNING_LIMITS):
-        over = timeout and not client.executor.is_batch and now - moved_at > timeout
+    """Enforce the limits of running payloads: run time, memory, processes, disk, and the size of output streams: many take turns."""
+    now, rows = client.store.steady(), client.store.read(statements.RUNNING_LIMITS)
+    too_much = client.local.over_limits({f"{row['uuid']}.{row['attempt']}": row["memory"] for row in rows}) if client.local else ()
+    for job_id, uuid, attempt, timeout, moved_at, _ in rows:
+        over = f"{uuid}.{attempt}" in too_much or (timeout and not client.executor.is_batch and now - moved_at > timeout)
         if over and client.store.request_kill(job_id, Cause.LIMIT):
             client.wake("end")
-        for stream in OUTPUT_STREAMS:
-            path = f"{jobs}/{uuid}.{attempt}/{stream}"
-            with contextlib.suppress(OSError):  # a first look is cheap: there may be thousands
-                if os.lstat(path).st_size <= limit_bytes:
-                    continue
-            bound_output(client, Path(path))
+    count, first = min(len(rows), MEASURED_AT_ONCE), client.measured % max(1, len(rows))
+    client.measured = first + count
+    for _, uuid, attempt, *_ in (rows + rows)[first : first + count]:
+        bound_outputs(client, f"{client.data.jobs}/{uuid}.{attempt}")
     return False
 
 
@@ -4849,12 +4678,14 @@ def waiting_here(client: Client) -> list[Job]:
 
 def start_now(client: Client, job: Job) -> bool:
     """Start a payload whose row says Running but that never started, unless a kill was requested. Return whether it started."""
-    taken = False
-    with kept_from_ending(client, job) as free:
+    if not client.payloads.take(job.id):
+        return False
+    try:
         current = client.store.get(job.id)
-        if free and current is not None and current.status is Status.RUNNING and current.kill_requested_at is None:
-            taken = start_on_executor(client, current)
-    return taken
+        can_start = current is not None and current.status is Status.RUNNING and current.kill_requested_at is None
+        return can_start and start_on_executor(client, cast(Job, current))
+    finally:
+        client.payloads.give_back(job.id)
 
 
 def sync_tick(client: Client) -> bool:
@@ -4880,7 +4711,8 @@ def check_executor(client: Client) -> None:
         raise ConfigError(
             f"JOBORCH_EXECUTOR is {client.config.executor!r}, but {running} payloads here were started by {before!r}: {remedy}"
         )
-    write_atomic(note, client.config.executor.encode())
+    if before != client.config.executor or not note.exists():
+        write_atomic(note, client.config.executor.encode())
 
 
 def recover_payloads(client: Client) -> None:
@@ -4899,8 +4731,7 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
     """Find payloads that were started before a crash or a lost answer. Start those that certainly never were."""
     held = client.holds.held
     refused = {job.id for job in client.holds.due(waiting_here(client)) if held[job.id].failures}
-    lately = {job_id for job_id, tried in list(client.tried.items()) if tried.waits()}
-    asked = [job for job in cut_off if (job.id in refused if job.id in held else job.id not in lately)]
+    asked = [job for job in cut_off if (job.id in refused if job.id in held else not client.payloads.known(job.id).tried.waits())]
     if not asked or client.holds.of_all():
         return
     try:
@@ -4915,16 +4746,16 @@ def start_again(client: Client, cut_off: Sequence[Job]) -> None:
         if handle:
             held.pop(job.id, None)
             if client.local:
-                client.handles[job.id] = handle
+                client.payloads[job.id].handle = handle
             else:
                 client.store.note(statements.JOB_HANDLE, id=job.id, handle=handle)
         elif handle is not None:
             held.pop(job.id, None)
             text = "its submission was interrupted: the client waits to learn whether it succeeded"
-            client.tried.setdefault(job.id, Backoff(client.clock)).failed(text, FIND_AGAIN_S)
+            client.payloads[job.id].tried.failed(text, FIND_AGAIN_S)
             set_wait_reason(client, job.id, text)
         elif job.id not in held:
-            if job.id not in client.tried:
+            if not client.payloads.known(job.id).tried.failures:
                 log.warning("payload %d was stored as Running but never started: it is started now", job.id)
             held[job.id] = Held(client.clock)
     start_held(client)
@@ -4975,17 +4806,20 @@ LOG_PART = Gives(
 NO_OUTPUT = Gives("no job has this id, or its output is not available", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
 
 
-def bound_output(client: Client, path: Path) -> None:
-    """Free the middle of an output stream that is over its limit."""
-    if not client.holes:
-        return
-    try:
-        punch_middle(path, client.config.log_limit_bytes)
-    except FileNotFoundError:
-        return  # the wrapper has not created it yet
-    except OSError as error:
-        client.holes = False
-        log.warning("output cannot be limited on this file system (%s): it is cut when it is read", error)
+def bound_outputs(client: Client, folder: str) -> None:
+    """Free the middle of a payload's output streams that are over their limit."""
+    for stream in OUTPUT_STREAMS if client.holes else ():
+        path = f"{folder}/{stream}"
+        with contextlib.suppress(OSError):  # a first look is cheap: there may be thousands
+            if os.lstat(path).st_size <= client.config.log_limit_bytes:
+                continue
+        try:
+            punch_middle(Path(path), client.config.log_limit_bytes)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
+                continue  # the wrapper has not created it yet, or the script has replaced it
+            client.holes = False
+            log.warning("output cannot be limited on this file system (%s): it is cut when it is read", error)
 
 
 class LogPart(NamedTuple):
@@ -4999,7 +4833,7 @@ class LogPart(NamedTuple):
     "GET",
     "/logs/<job_id>",
     "client",
-    who="caller",
+    who="operator",
     slow=True,
     takes=(PAYLOAD_ID, MARK, STREAM, OFFSET),
     gives={200: LOG_PART, 400: BAD, 404: NOT_FOUND},
@@ -5079,7 +4913,7 @@ def job_log(server: Server, request: Request, job: Job, stream: str, offset: int
     "GET",
     "/jobs/<job_id>/logs",
     "server",
-    who="caller",
+    who="user portal operator",
     slow=True,
     takes=(ID, STREAM, OFFSET, FOLLOW),
     gives={200: LOG_PART, 400: BAD, 404: NO_OUTPUT, 503: CLIENT_AWAY},
@@ -5252,12 +5086,13 @@ QUICK_MEASURE_FILES = 2000  # work folders with up to this many files are measur
 
 def too_much_left(client: Client, job: Job, outcome: Outcome, patient: bool) -> tuple[str | None, int]:
     """Like `excess`, but if not `patient`, the text is None while measuring takes longer than a tick may."""
-    if job.id in client.measurings and not patient:
-        return client.measurings[job.id].too_much, client.measurings[job.id].left_out
+    measuring = client.payloads.known(job.id).measuring
+    if measuring and not patient:
+        return measuring.too_much, measuring.left_out
     quick = client.limits._replace(files=min(QUICK_MEASURE_FILES, client.limits.files))
     found = excess(client, job, client.limits if patient else quick)
     if found[0] is None:
-        client.measurings[job.id] = Measuring(client, job, outcome)
+        client.payloads[job.id].measuring = Measuring(client, job, outcome)
     return found
 
 
@@ -5455,6 +5290,16 @@ def due_for_cleaning(node: Node, now: float) -> list[Job]:
     return [job for job in jobs if job.id not in node.unremovable or not node.unremovable[job.id].waits()]
 
 
+def remove_files(node: Node, job: Job) -> None:
+    """Remove all files of a job that is over. Raises OSError if some remain."""
+    if node.config.mode == "client":
+        remove_scratch(node.folder(job))
+    remove_tree(node.folder(job))
+    crash_point("clean.folder")
+    remove_tree(node.data.result(job.mark))
+    remove_tree(node.data.index(job.mark))  # last: see `make_index`
+
+
 def clean_tick(node: Node) -> bool:
     """Clean jobs that ended long enough ago: files first, then the row. Also do other periodic work."""
     node.store.write(node.store.beat, durable=False)
@@ -5465,12 +5310,7 @@ def clean_tick(node: Node) -> bool:
     now, more = node.store.steady(), False
     for job in due_for_cleaning(node, now):
         try:
-            if node.config.mode == "client":
-                remove_scratch(node.folder(job))
-            remove_tree(node.folder(job))
-            crash_point("clean.folder")
-            remove_tree(node.data.result(job.mark))
-            remove_tree(node.data.index(job.mark))  # last: see `make_index`
+            remove_files(node, job)
             crash_point("clean.files")
         except OSError as error:
             put_off(node, job, error)
@@ -5585,7 +5425,7 @@ def remove_scratch(folder: Path, at_once: bool = True) -> bool:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not at_once:
                 return False
         try:
-            if os.lstat(place).st_uid == os.geteuid():
+            if is_own(place, folder):
                 remove_tree(Path(place))
         except OSError as error:
             log.warning("%s, the TMPDIR of %s, cannot be removed: %s", place, folder.name, error)
@@ -5646,27 +5486,6 @@ def finish_restore(db_path: str, data: DataFolder) -> tuple[Path | None, Path | 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-class JsonLines(logging.Formatter):
-    """Formats records as one JSON object per line: at, level, message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        said = {"at": rfc3339(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said)
-
-
-def set_up_logging(config: Config) -> None:
-    """Log to standard error, as text or as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(JsonLines() if config.log_format == "json" else plain)
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    # No format has these, and a line costs half without them (Python's logging HOWTO, "Optimization").
-    logging._srcfile, logging.logThreads, logging.logMultiprocessing, logging.logProcesses = None, False, False, False
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # callers that leave are not worth a line
-
-
 def bound_memory() -> None:
     """Let all threads share two arenas of glibc's malloc(3): by default, each of sixty threads keeps its peak size."""
     m_arena_max = -8
@@ -5693,6 +5512,8 @@ def close_at_exec() -> None:
 
 def ensure_client_token(config: Config) -> Config:
     """Return the configuration with a token: the one that is set, or one that the first start creates in a file (mode 0600)."""
+    if config.join:
+        check_join(config)
     if config.token or config.allow_anonymous:
         return config
     path = token_place(config)
@@ -5702,12 +5523,13 @@ def ensure_client_token(config: Config) -> Config:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
             path.chmod(0o600)  # weak_setups has warned about it
-        if not path.exists() or not path.read_text(encoding="ascii").strip():
+        if not path.exists() or not read_small_file(path).strip():
             write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), 0o600)
             log.info("created a token for callers in %s", path)
-        return dataclasses.replace(config, token=path.read_text(encoding="ascii").strip())
-    except OSError as error:
-        raise ConfigError(f"the token file {path} cannot be used ({os.strerror(error.errno or 0)}): {token_remedy(config)}") from error
+        return dataclasses.replace(config, token=read_small_file(path).strip())
+    except (OSError, ValueError) as error:
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"the token file {path} cannot be used ({why}): {token_remedy(config)}") from error
 
 
 def open_node(config: Config) -> Node:
@@ -5745,7 +5567,16 @@ def open_node(config: Config) -> Node:
     return server
 
 
-IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal, a reload, a rotated log: they must not stop us
+@contextlib.contextmanager
+def telling_errors(config: Config) -> Iterator[None]:
+    """Raise ConfigError in place of OSError, as when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"DATA_PATH is {config.data_path!r}: {os.strerror(error.errno or 0)}; nothing there is lost") from error
+
+
+OTHER_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # reload, drain, none: by default each would kill the process
 
 
 def import_what_will_be_needed(config: Config) -> None:
@@ -5776,16 +5607,17 @@ def serve(config: Config) -> int:
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *IGNORED_SIGNALS):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *OTHER_SIGNALS):
         signal.signal(number, lambda *_: None)  # the pipe passes the number to listen_for_signals
     import_what_will_be_needed(config)
-    node = open_node(config)
-    http_server = make_http_server(node, make_app(node))
+    with telling_errors(config):
+        node = open_node(config)
+    http_server = load_plugin("joining")(node) if config.join else make_http_server(node, make_app(node))
     node.start()
     threading.Thread(target=http_server.run, name="http", daemon=True).start()
     threading.Thread(target=sweep, args=(node,), name="sweep", daemon=True).start()
     greet(node, http_server)
-    if isinstance(node, Client) and node.executor.is_batch:
+    if isinstance(node, Client):
         threading.Thread(target=warn_of_problems, args=(node,), name="examine", daemon=True).start()
     with contextlib.suppress(AttributeError):
         libc().malloc_trim(0)  # compiling this module leaves about 20 MB of free memory behind
@@ -5812,23 +5644,21 @@ def listening_at(http_server: Any) -> list[str]:
 def greet(node: Node, http_server: Any) -> None:
     """Log where the process listens, and its services or slots."""
     config = node.config
-    places = " and ".join(listening_at(http_server))
-    log.info("joborch %s %s listens on %s (data in %s)", __version__, config.mode, places, config.data_path)
+    where = f"calls {config.join}" if config.join else "listens on " + " and ".join(listening_at(http_server))
+    log.info("joborch %s %s %s (data in %s)", __version__, config.mode, where, config.data_path)
+    tell_service_manager("READY=1")
     if isinstance(node, Server):
         if not any(name.startswith("SERVICE_") for name in config.sources):
             log.info("no SERVICE_* is set: a client at http://127.0.0.1:9000 serves the service example")
         for service in node.services.values():
-            log.info(
-                "service %s: %s (per user %d, in all %d)",
-                service.name,
-                ", ".join(address.name for address in service.addresses),
-                service.runs_per_user,
-                service.max_runs,
-            )
+            log.info("service %s: %s", service.name, service.text)
     else:
-        log.info("runs up to %d payloads at once with the %s executor", config.slots, config.executor)
+        where = " on this login node" if is_on_login_node(config) else ""
+        log.info("runs up to %d payloads at once with the %s executor%s", config.slots, config.executor, where)
         for text in forgotten_executor(config):
             log.warning("%s", text)
+        for line in () if config.join else lines_for_server(config):
+            log.info("for the settings of its server: %s", line)
 
 
 def warn_of_weak_setups(config: Config) -> None:
@@ -5842,21 +5672,23 @@ def warn_of_weak_setups(config: Config) -> None:
 
 
 def warn_of_problems(client: Client) -> None:
-    """Log what is wrong with a client's batch system before the first job hits it."""
-    for finding in client.executor.examine():
+    """Log what is wrong with a client's batch system before the first job hits it, or how far its payloads are isolated."""
+    if client.local and client.local.sandbox:
+        log.info("%s", client.local.sandbox.summary())
+    for finding in client.executor.examine() if client.executor.is_batch else ():
         if finding.good is not True:
             log.warning("%s", finding.text)
 
 
 def listen_for_signals(node: Node, wake_read: int) -> None:
-    """Wait for INT or TERM. CHLD wakes the runner; IGNORED_SIGNALS are logged."""
+    """Wait for INT or TERM. CHLD wakes the runner; a plug-in acts on OTHER_SIGNALS."""
     while True:
         select.select([wake_read], [], [])
         numbers = os.read(wake_read, 512)
         if signal.SIGINT in numbers or signal.SIGTERM in numbers:
             return
-        for number in set(numbers).intersection(IGNORED_SIGNALS):
-            log.info("%s is ignored: settings are read only at the start; restart joborch to read them again", signal_name(number))
+        for number in set(numbers).intersection(OTHER_SIGNALS):
+            node.plugins["drain" if number == signal.SIGUSR1 else "reload"].signalled(number)
         if not (isinstance(node, Client) and node.local and node.local.is_end_awaited()):
             node.wake("run")
 
@@ -5890,6 +5722,19 @@ def command_version(as_json: bool) -> int:
 # -- the command line --
 
 
+BACKUP_FILE: tuple[str, dict[str, Any]] = ("file", {"metavar": "FILE", "help": "the backup"})
+KEEP: dict[str, Any] = {"metavar": "N", "type": int, "help": "FILE is a folder: add a backup there, and keep the newest N"}
+DRY_RUN: dict[str, Any] = {"action": "store_true", "help": "list the jobs that came or moved since the backup, and change nothing"}
+DRAIN: dict[str, Any] = {"action": "store_true", "help": "accept no more payloads, and stop when all results are fetched"}
+CHECK: dict[str, Any] = {"metavar": "FILE", "help": "say what this file of settings would change in the running process"}
+KEEP_RUNNING: dict[str, Any] = {"action": "store_true", "help": "leave both running"}
+CLOUD_DEMO: dict[str, Any] = {"action": "store_true", "help": "show a pool of clients that grows and shrinks, on this machine"}
+OWN_FLAGS = {  # of commands that run here, besides those of settings
+    "backup": [BACKUP_FILE, ("--keep", KEEP)], "restore": [BACKUP_FILE, ("--dry-run", DRY_RUN)], "client": [("--drain", DRAIN)],
+    "config": [("--check", CHECK)], "demo": [("--keep", KEEP_RUNNING), ("--cloud", CLOUD_DEMO)],
+}  # fmt: skip
+
+
 def make_parser(argv: Sequence[str] | None = None) -> Any:
     """Return the parser of the command line, with a flag for each setting of the commands that run here.
 
@@ -5899,16 +5744,14 @@ def make_parser(argv: Sequence[str] | None = None) -> Any:
     for name, word in words.items():
         if argv is not None and name not in argv:
             continue
-        if name in ("backup", "restore"):
-            word.add_argument("file", metavar="FILE", help="the backup")
+        for flag, how in OWN_FLAGS.get(name, ()):
+            word.add_argument(flag, **how)
         if name in ("server", "client", "config", "doctor", "backup", "restore"):
             add_setting_flags(word, name)
         if name in ("config", "doctor"):
             word.add_argument("mode", nargs="?", choices=("server", "client"), default="server", help="which settings (default: server)")
         if name in ("config", "doctor", "version"):
             word.add_argument("--json", action="store_true", help="print JSON")
-        if name == "demo":
-            word.add_argument("--keep", action="store_true", help="leave both running")
     return parser
 
 
@@ -5929,15 +5772,19 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "version":
         return command_version(arguments.json)
     if arguments.command == "demo":
-        return int(load_plugin("admin").command_demo(arguments.keep))
+        return int(load_plugin("admin").command_demo(arguments.keep, arguments.cloud))
     mode = arguments.mode if arguments.command in ("config", "doctor") else "client" if arguments.command == "client" else "server"
     config = load_config(mode, vars(arguments), os.environ)
     if arguments.command in ("server", "client"):
         return serve(config)
     admin = load_plugin("admin")
+    if arguments.command == "config" and arguments.check:
+        return int(load_plugin("joborch_plugins.reload").command_check(config, arguments.check, arguments.json))
     if arguments.command in ("backup", "restore"):
-        work = admin.command_backup if arguments.command == "backup" else admin.command_restore
-        return int(work(config, arguments.file))
+        file, is_backup = arguments.file, arguments.command == "backup"
+        return int(
+            admin.command_backup(config, file, arguments.keep) if is_backup else admin.command_restore(config, file, arguments.dry_run)
+        )
     work = admin.command_doctor if arguments.command == "doctor" else admin.command_config
     return int(work(config, arguments.json))
 

@@ -325,4 +325,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it starts: later the command says how to continue
+        sys.stderr.write("joborch: interrupted\n")
+        sys.exit(130)

@@ -32,7 +32,18 @@ from typing import IO, Any, Callable, NamedTuple, cast
 from urllib.parse import quote
 
 from joborch_base.data_folder import Promise
-from joborch_base.files import inputs_digest, libc, open_regular, open_unreadable, opened_folder, shown, state_below, walk_open, write_all
+from joborch_base.files import (
+    inputs_digest,
+    libc,
+    open_regular,
+    open_unreadable,
+    opened_folder,
+    shown,
+    state_below,
+    sync_in_steps,
+    walk_open,
+    write_all,
+)
 from joborch_base.states import Reason
 from joborch_base.vocabulary import (
     CHUNK_BYTES,
@@ -50,6 +61,7 @@ from joborch_base.vocabulary import (
     one_line,
     parse_json,
     size_text,
+    sizes_text,
 )
 
 # == 1. Archives ==  Packs a folder as a ZIP. No link is followed out of it, and whatever is omitted is listed.
@@ -73,8 +85,7 @@ class ResultLimits(NamedTuple):
     def broken_by(self, size_bytes: int, files: int) -> str:
         """Return what exceeds a limit, as the end of a sentence; empty if nothing does."""
         if size_bytes > self.size_bytes:
-            sizes = [size_text(size) for size in (size_bytes, self.size_bytes)]
-            has, most = sizes if sizes[0] != sizes[1] else (f"{size_bytes} bytes", str(self.size_bytes))
+            has, most = sizes_text(size_bytes, self.size_bytes)
             return f"{has}: at most {most} are allowed (JOBORCH_MAX_RESULT)"
         if files > self.files:
             return f"more than {self.files:,} files, or {self.folders:,} folders: no more are allowed (JOBORCH_MAX_RESULT_FILES)"
@@ -747,6 +758,7 @@ class Transfer:
                 self.promise.more(len(data) - self.promise.left)
             self.promise.wrote(len(data))
         write_all(self.target, data)
+        sync_in_steps(self.target, self.size, self.size + len(data))
         self.digest.update(data)
         self.size += len(data)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ from urllib.parse import parse_qsl
 
 from joborch_base.archives import repr_digest
 from joborch_base.identity import is_half_closed, open_listeners, open_socket_file, peer_uid, socket_path
-from joborch_base.routes import CALLER_KEY, CHUNKED_BYTES, Answer, CutOff, Judge, Route, reason_phrase
+from joborch_base.routes import CALLER_KEY, CHUNKED_BYTES, VALID_KEY, Answer, CutOff, Judge, Route, reason_phrase
 from joborch_base.settings import Config
 from joborch_base.threads import Pool, stop_pools
 from joborch_base.vocabulary import (
@@ -178,14 +179,18 @@ def peer_of(address: Any) -> str:
 class Watch:
     """Waits for the sockets of a process with epoll(7). It replaces waitress's loop, which asks every socket at each turn.
 
-    This one asks the sockets that had an event or that a worker serves, and all of them once a second.
+    This one asks the sockets that had an event or that a worker serves, and once more within a second. That is all that can change;
+    as a precaution it asks all of them now and then, but not often, because hundreds may wait for a call.
     """
+
+    SWEEP_S = 15.0
 
     def __init__(self) -> None:
         self.epoll, self.known = select.epoll(), cast("dict[int, tuple[Any, int]]", {})  # by descriptor: its connection, and the events
         self.touched = deque[Any]()  # by other threads
-        self.again: set[Any] = set()
-        self.next_sweep = 0.0  # monotonic
+        self.again, self.recent = set[Any](), set[Any]()  # recent: asked since the last look
+        self.next_look = self.next_sweep = 0.0  # monotonic
+        self.worker = threading.local()  # its `connection` is the one that this thread serves now
 
     def loop(self, timeout: float, map: dict[int, Any], use_poll: bool) -> None:  # noqa: A002 - waitress's names
         """Serve all sockets of `map` until it is empty."""
@@ -202,8 +207,11 @@ class Watch:
         due, now = self.again, time.monotonic()
         while self.touched:
             due.add(self.touched.popleft())
+        self.recent |= due
+        if now >= self.next_look:
+            due, self.recent, self.next_look = due | self.recent, set(), now + 1
         if now >= self.next_sweep:
-            self.next_sweep = now + 1
+            self.next_sweep = now + self.SWEEP_S
             due.update(list(sockets.values()))
             self.known = {descriptor: of for descriptor, of in self.known.items() if of[0]._fileno == descriptor}
         for each in due:
@@ -211,26 +219,46 @@ class Watch:
         self.again = {each for each in due if each._fileno is not None and getattr(each, "serving", True)}
         for descriptor, flags in self.epoll.poll(timeout_s):
             found = sockets.get(descriptor)
-            if found is not None:  # else another event has closed it
-                wasyncore.readwrite(found, flags)
-                self.again.add(found)
+            if found is None:  # another event has closed it
+                continue
+            self.again.add(found)
+            if self.known.get(descriptor, (None, 0))[0] is found:  # else a worker has closed that one, and its number is taken again
+                wasyncore.readwrite(found, true_flags(descriptor, flags))
 
     def register(self, each: Any) -> None:
         """Register with the kernel the events that a connection or listener waits for now."""
         descriptor = each._fileno
-        if descriptor is None:
-            return
-        flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
-        flags |= select.EPOLLOUT if each.writable() and not each.accepting else 0
-        if each._fileno is None or self.known.get(descriptor) == (each, flags):
-            return
-        with contextlib.suppress(FileNotFoundError):  # it was closed, so the kernel has removed it
-            if descriptor in self.known:
-                self.epoll.unregister(descriptor)
-        self.known.pop(descriptor, None)
-        if flags:
-            self.epoll.register(descriptor, flags)
-            self.known[descriptor] = (each, flags)
+        while descriptor is not None:
+            flags = events_for(each)
+            if each._fileno is None or self.known.get(descriptor, (each, 0)) == (each, flags):
+                return  # looked at again after a change: a worker that was done just before it wakes nobody
+            with contextlib.suppress(FileNotFoundError):  # it was closed, so the kernel has removed it
+                if descriptor in self.known:
+                    self.epoll.unregister(descriptor)
+            self.known.pop(descriptor, None)
+            if flags:
+                self.epoll.register(descriptor, flags)
+                self.known[descriptor] = (each, flags)
+
+    def is_outdated(self, each: Any) -> bool:
+        """Tell whether a connection waits for other events than those that are registered."""
+        return bool(self.known.get(each._fileno, (each, 0)) != (each, events_for(each)))
+
+
+def events_for(each: Any) -> int:
+    """Return the events that a connection or listener waits for now."""
+    flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+    return flags | (select.EPOLLOUT if each.writable() and not each.accepting else 0)
+
+
+def true_flags(descriptor: int, flags: int) -> int:
+    """Return the flags of an event without an end of the connection that is not its own: see NothingToRead."""
+    ends = select.EPOLLHUP | select.EPOLLERR
+    if not flags & ends:
+        return flags
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return flags if poll.poll(0) else flags & ~ends
 
 
 REQUEST_LIMIT_S = 15.0  # for all headers of a request
@@ -251,7 +279,10 @@ def make_task_class() -> Any:
         def get_environment(self) -> dict[str, Any]:
             environ: dict[str, Any] = super().get_environment()
             environ[CALLER_KEY] = self.request.caller
+            environ[VALID_KEY] = self.request.node.token_store.is_valid
             environ["joborch.promise"] = self.request.promise
+            if hasattr(self.request, "heard"):  # what has parked the request
+                environ["joborch.heard"] = self.request.heard
             return environ
 
         def execute(self) -> None:
@@ -330,6 +361,14 @@ class FoldedHeaders(dict[str, str]):
         return super().__getitem__(name.lower())
 
 
+class NothingToRead(Exception):
+    """A connection has nothing to read, although epoll said so.
+
+    That happens while a process is started: until its exec, it shares the sockets of its parent, so a connection that was
+    closed meanwhile still has events, under a number that another connection may have by now (epoll(7), questions 6 and 9).
+    """
+
+
 class Turns:
     """Extends waitress's connections: they know the user, send in turns, and have time limits."""
 
@@ -394,16 +433,22 @@ class Turns:
             self.half_closed = bool(connection.requests) and is_half_closed(connection.socket)
             if self.half_closed:
                 return
-            parent.handle_read()
+            with contextlib.suppress(NothingToRead):
+                parent.handle_read()
             connection.server.house.hold(self, held_bytes(connection))
             connection.server.house.shrink()
-        elif time.monotonic() > self.linger_until or not connection.recv(MIB):
-            connection.handle_close()
+        else:
+            with contextlib.suppress(NothingToRead):
+                if time.monotonic() > self.linger_until or not connection.recv(MIB):
+                    connection.handle_close()
 
     def recv(self, size: int) -> bytes:
         """Read. Only a little of a chunked body: chunks of one byte take a thousand times their size in memory."""
         request = cast(Any, self).request
-        return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
+        try:
+            return bytes(cast(Any, super()).recv(min(size, CHUNKED_BYTES) if request is not None and request.chunked else size))
+        except BlockingIOError as error:
+            raise NothingToRead from error
 
     def received(self, data: bytes) -> bool:
         """Process received bytes. Incomplete headers do not extend a connection's time."""
@@ -427,10 +472,11 @@ class Turns:
         with connection.requests_lock:
             self.serving = True
         connection.server.watch.touched.append(self)
+        connection.server.watch.worker.connection = self
         try:
             parent.service()
         finally:
-            self.serving = False
+            self.serving, connection.server.watch.worker.connection = False, None
             connection.server.watch.touched.append(self)
             self.since, self.waits_for_request = time.monotonic(), False
             if self.closed:
@@ -557,8 +603,10 @@ class Doors:
     """Extends waitress's listeners: they obey the limits of a House."""
 
     house: House
+    watch: Watch
     siblings: Sequence[Any] = ()  # the other listeners of the process
     next_look = paused_until = 0.0  # monotonic
+    waking = threading.RLock()  # held while the I/O thread is woken, or a listener is closed
 
     def readable(self) -> bool:
         """Tell whether to accept connections; once a second, close overdue ones."""
@@ -573,7 +621,8 @@ class Doors:
         for listener in siblings:
             listener.siblings = ()
             listener.close()
-        cast(Any, super()).close()
+        with self.waking:
+            cast(Any, super()).close()
 
     def close_overdue(self, now: float) -> None:
         """Close connections that are overdue, and unproven ones that occupy too much memory."""
@@ -582,6 +631,14 @@ class Doors:
                 connection.handle_close()
         self.house.shrink()
         self.house.tell(now)
+
+    def pull_trigger(self) -> None:
+        """Wake the I/O thread, unless it waits already for what the connection of this worker needs, or has ended."""
+        connection, trigger = getattr(self.watch.worker, "connection", None), cast(Any, self).trigger
+        if connection is None or self.watch.is_outdated(connection):
+            with self.waking:  # once it is closed, another file may have the number of its pipe
+                if not trigger._closed:
+                    cast(Any, super()).pull_trigger()
 
     def handle_accept(self) -> None:
         """Accept waiting connections. If no place or no file is left, close idle ones."""
@@ -624,6 +681,10 @@ class Dispatcher:
     def add_task(self, connection: Any) -> None:
         """Queue the next request of a connection, or answer 503 if too many of its class wait."""
         request = connection.requests[0]
+        serve = functools.partial(self.pools["quick"].add, connection.service)
+        parks = request.route.parks if request.route is not None and request.error is None else None
+        if parks is not None and parks(request.node, request, connection, serve):
+            return
         if not self.pools[class_of(request)].add(connection.service):
             request.refuse(HttpError(503, "too many requests of this kind are in progress: try again soon", Retry_After=str(COME_AGAIN_S)))
             self.pools["quick"].add(connection.service)
@@ -638,7 +699,7 @@ def class_of(request: Any) -> str:
     """Return the pool of a request: `form` for small forms (most of the traffic), `large` for large ones, `slow` or `quick`.
 
     `slow` is for routes that wait for other machines. Callers that follow a job's output are `quick`: they idle most of the
-    time, and a WaiterLimit applies to them.
+    time, and a ThreadLimit applies to them.
     """
     found: Route | None = request.route
     if found is None or request.error is not None or not found.slow:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, cast
 
-from joborch_base.files import discard, free_bytes, take_lock
+from joborch_base.files import discard, free_bytes, sync_in_steps, take_lock
 from joborch_base.vocabulary import KIB, MIB, ConfigError, Finding, log, time_stamp
 
 # == 1. Trust ==  Folders, links and token files are not trusted if other users could replace them.
@@ -231,9 +231,13 @@ class Spool:
         if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > MEMORY_SPOOL_BYTES:
             self.claim(self.file.tell())
             self.move_to_disk()
-        if not isinstance(self.file, io.BytesIO):
-            self.claim(len(data))
-        return self.file.write(data)
+        if isinstance(self.file, io.BytesIO):
+            return self.file.write(data)
+        self.claim(len(data))
+        before = self.file.tell()
+        written = self.file.write(data)
+        sync_in_steps(self.file, before, before + written)
+        return written
 
     def move_to_disk(self) -> None:
         larger = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the spool

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import heapq
 import os
+import re
 import sqlite3
 import stat
 import threading
@@ -21,10 +22,12 @@ from typing import Any, Callable, Generic, Optional, TypeVar, cast
 from urllib.parse import quote
 
 from joborch_base import statements
+from joborch_base.files import discard, fsync_path
 from joborch_base.scheduling import Line, Load, Share, Turn
 from joborch_base.statements import SCHEMA_VERSION
 from joborch_base.states import Move
-from joborch_base.vocabulary import Clock, ConfigError, StorageError, T, crash_point, log, one_line
+from joborch_base.threads import Bell
+from joborch_base.vocabulary import Clock, ConfigError, StorageError, T, crash_point, log, one_line, size_text, time_stamp
 
 # == 1. Database ==  One connection writes; threads that wait for it share a transaction. Ages are counted in steady time.
 
@@ -47,7 +50,7 @@ class Waiter:
     """A caller that waits until `look` finds something in the rows of one job, of several, or of any job if `jobs` is None."""
 
     def __init__(self, look: Callable[[], Any], jobs: int | frozenset[int] | None) -> None:
-        self.look, self.bell = look, threading.Event()
+        self.look, self.bell = look, Bell()
         self.jobs = frozenset((jobs,)) if isinstance(jobs, int) else jobs
         self.found, self.error = cast(Any, None), cast(Optional[Exception], None)
 
@@ -58,11 +61,10 @@ class Waiter:
         except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self.error = error
         if self.found is not None or self.error is not None:
-            self.bell.set()
+            self.bell.ring()
 
     def take(self) -> Any:
         """Return what was found, or else look now. Raises the error of `look`."""
-        self.bell.clear()
         if self.error is not None:
             raise self.error
         return self.look() if self.found is None else self.found
@@ -234,7 +236,7 @@ class Core:
 
     def wake_all(self) -> None:
         for waiter in list(self.waiters):
-            waiter.bell.set()
+            waiter.bell.ring()
 
     def commit_waiting(self) -> list[Callable[[], object]]:
         """Run and commit all waiting work in one transaction, then look for waiting callers.
@@ -384,28 +386,36 @@ class Database:
     has the statements prepared. A database in memory or on a network file system, where WAL has no shared memory, has only one.
     """
 
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        self.path, self.mode, self.clock = path, mode, clock or Clock()
+    def __init__(self, path: str, mode: str, clock: Clock | None = None, is_copy: bool = False) -> None:
+        """Open the database. One with an older schema is brought up to date; unless it `is_copy`, a copy of the older one is kept."""
+        self.path, self.mode, self.clock, self.is_copy = path, mode, clock or Clock(), is_copy
         self.alone = path == ":memory:" or on_network(path)
         self.readers: list[sqlite3.Connection] = []  # idle ones
         self.damage = ""
         self.make_room: Callable[[], bool] = lambda: False  # frees space on a full disk; returns whether it did
         try:
             self.db = self.connect()
-            found = damage_of(self.db, CHECK_PATIENCE_S)
-            self.checked = found is not None  # whether the check finished in time
-            self.refuse_damaged(found)
-            self.migrate()
-            self.set_steady()
-            self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
-            self.last_change = int(self.db.execute(statements.CHANGED_LAST).fetchone()[0])
-            self.identity = None if path == ":memory:" else os.stat(path)[stat.ST_INO]
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self.db.close)
+                self.prepare()
+                on_error.pop_all()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
                 self.refuse_damaged(str(error))
             or_restore = ", or restore a backup: joborch restore BACKUP" if mode == "server" else ""
             way = "give a file that joborch created, or a new one"
             raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
+
+    def prepare(self) -> None:
+        """Check and migrate the database, and continue steady time. Raises ConfigError, or sqlite3.Error."""
+        found = damage_of(self.db, CHECK_PATIENCE_S)
+        self.checked = found is not None  # whether the check finished in time
+        self.refuse_damaged(found)
+        self.migrate()
+        self.set_steady()
+        self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
+        self.last_change = int(self.db.execute(statements.CHANGED_LAST).fetchone()[0])
+        self.identity = None if self.path == ":memory:" else os.stat(self.path)[stat.ST_INO]
 
     def refuse_damaged(self, damage: str | None) -> None:
         if damage:
@@ -440,16 +450,45 @@ class Database:
         version = int(self.db.execute("PRAGMA user_version").fetchone()[0])
         self.is_new = version == 0
         if version > statements.SCHEMA_VERSION:
-            raise ConfigError(
-                f"DB_PATH {self.path!r} was created by a newer joborch (schema {version}, this one knows {SCHEMA_VERSION}): "
-                "run that version, or give another file"
-            )
+            which = f"(schema {version}, this one knows {SCHEMA_VERSION})"
+            raise ConfigError(f"DB_PATH {self.path!r} was created by a newer joborch {which}: run that version, or {self.way_back()}")
         if 0 < version < min(statements.MIGRATIONS):
             raise ConfigError(f"DB_PATH {self.path!r} was created by an unreleased joborch (schema {version}): give another file")
         if self.is_new:
             self.db.executescript(statements.SCHEMA)
+        elif version < statements.SCHEMA_VERSION and not self.is_copy and self.path != ":memory:":
+            self.keep_older(version)
         for older in range(version, statements.SCHEMA_VERSION) if version else ():
             self.db.executescript(statements.MIGRATIONS[older])
+
+    def keep_older(self, version: int) -> None:
+        """Keep a copy of the database for the older version of joborch. Raises ConfigError if there is no room for it."""
+        copy = Path(f"{self.path}.schema-{version}-{time_stamp()}")
+        fresh = Path(f"{self.path}.schema-{version}.part")
+        discard(fresh)  # a killed start may have left it
+        try:
+            self.refuse_damaged(copy_to(self.db, fresh))
+            os.rename(fresh, copy)
+            fsync_path(copy.parent)
+        except (sqlite3.Error, OSError) as error:
+            size = size_text(os.path.getsize(self.path))
+            remedy = f"free {size} on that disk, or start the older version again"
+            raise ConfigError(f"{copy} cannot be written ({error}), and the database is not migrated without it: {remedy}") from error
+        log.info("the database moves from schema %d to %d; %s is a copy for the older version", version, statements.SCHEMA_VERSION, copy)
+
+    def way_back(self) -> str:
+        """Return how to use this version again although a newer one has migrated the database."""
+        if self.mode == "client":
+            return "stop it by `joborch client --drain`, and start this one with an empty DATA_PATH"
+        name = os.path.basename(self.path) + ".schema-"
+        copies = list[tuple[str, Path]]()
+        for path in Path(os.path.dirname(self.path) or ".").iterdir():
+            found = re.fullmatch(re.escape(name) + r"(\d+)-(\d{8}-\d{6})", path.name)
+            if found and int(found[1]) <= statements.SCHEMA_VERSION:
+                copies.append((found[2], path))
+        if not copies:
+            return "give another file"
+        return f"go back to the copy from before: joborch restore {max(copies)[1]} (with --dry-run it lists what came since)"
 
     def set_steady(self) -> None:
         """Continue steady time where the last process left it: by the clock of this boot, or by wall time after a reboot."""
@@ -534,6 +573,25 @@ class Database:
                 gone = True
             if gone:
                 raise StorageError("the database file was removed or replaced while the program ran: restart it")
+
+
+def copy_to(db: sqlite3.Connection, target: Path) -> str:
+    """Copy a database as of one moment to a new plain file, and make it durable. Return what is wrong with the copy, or "".
+
+    Raises FileExistsError for a file that is there, sqlite3.Error or OSError. A copy that is incomplete or damaged is removed.
+    """
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    damage: str | None = "incomplete"
+    try:
+        with contextlib.closing(sqlite3.connect(target)) as new:
+            db.backup(new)  # in one step, which does not block writers
+            new.execute("PRAGMA journal_mode = DELETE")  # one plain file
+            damage = damage_of(new)
+        fsync_path(target)
+    finally:
+        if damage:
+            discard(target)
+    return damage or ""
 
 
 def damage_of(db: sqlite3.Connection, patience_s: float | None = None) -> str | None:

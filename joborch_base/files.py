@@ -245,6 +245,7 @@ class FormReader:
         with open(descriptor, "wb", buffering=0) as target:
             for chunk in chunks:
                 write_all(target, chunk)
+                sync_in_steps(target, size, size + len(chunk))
                 self.after_write(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
@@ -268,6 +269,19 @@ def write_all(target: IO[bytes], data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[target.write(view) :]
+
+
+SYNC_STEP_BYTES = 16 * MIB
+
+
+def sync_in_steps(target: IO[bytes], before: int, after: int) -> None:
+    """Bring a large file to the disk while it is written: called with its size in bytes before and after each write.
+
+    Otherwise gigabytes wait in memory, and the fsync of a small file, and so each upload and COMMIT, may wait seconds for them
+    (measured on ext4: 1.5 s, and 0.04 s with this).
+    """
+    if before // SYNC_STEP_BYTES != after // SYNC_STEP_BYTES:
+        os.fdatasync(target.fileno())
 
 
 # == 2. Folders ==  Makes files durable, and safely reads folders that a script can tamper with.
@@ -383,6 +397,12 @@ def state_below(folder: Path, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
 
 
+def touch_below(folder: Path, name: str) -> None:
+    """Create a file in a folder that a script can change, unless it is there; follow no link. Raises OSError."""
+    with opened_folder(folder) as descriptor:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=descriptor))
+
+
 def has_work(folder: Path) -> bool:
     """Tell whether a payload has its work folder. True if that cannot be checked."""
     try:
@@ -426,16 +446,23 @@ def open_unreadable(name: bytes | str, folder: int | None) -> int:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file atomically and durably: after a crash it has either its old or its new content."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(temporary, path)
-    fsync_path(os.path.realpath(path.parent))  # DATA_PATH may be a link
+def write_atomic(path: Path, data: bytes, mode: int = 0o644, follow: bool = True) -> None:
+    """Write a file atomically and durably: after a crash it has either its old or its new content.
+
+    Unless `follow`, raises OSError if its folder is a link, as a script may have made it.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW))
+    try:
+        temporary = f".{path.name}.{secrets.token_hex(4)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, dir_fd=folder)
+        with open(descriptor, "wb") as target:
+            target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
+        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def is_full(folder: str | Path) -> bool:
@@ -701,7 +728,10 @@ def remove_tree(path: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, RecursionError):  # missing rights, or a path too long or too deep for Python
-        subprocess.run(["chmod", "-R", "u+rwx", "--", str(path)], check=False, capture_output=True, env=helper_environment())
+        with contextlib.suppress(OSError), opened_folder(path) as folder:  # not `path`, which could be a link by now
+            give_rights(folder)
+            command = ["chmod", "-R", "u+rwx", "--", f"/proc/self/fd/{folder}/."]
+            subprocess.run(command, check=False, capture_output=True, env=helper_environment(), pass_fds=[folder])
         done = subprocess.run(
             ["rm", "-rf", "--", str(path)], check=False, capture_output=True, text=True, errors="replace", env=helper_environment()
         )

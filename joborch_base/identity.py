@@ -1,6 +1,7 @@
 """Who the peer of a connection is: the kernel or a token proves it.
 
 1. Identity
+2. Tokens
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from joborch_base.data_folder import user_numbers
+from joborch_base.processes import is_scripts_socket
 from joborch_base.settings import Config, default_folder, url_host
-from joborch_base.vocabulary import BACKLOG, DEFAULT_HOSTS, Clock, ConfigError, HttpError, log, plural
+from joborch_base.vocabulary import BACKLOG, DEFAULT_HOSTS, MAC_HEADER, Clock, ConfigError, HttpError, NothingSent, log, plural
 
 # == 1. Identity ==  The kernel or a token proves who the peer of a connection is; a port proves nothing.
 
@@ -54,7 +57,7 @@ class SeenSocket(NamedTuple):
 
 
 def peer_uid(connection: socket.socket) -> int | None:
-    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven.
+    """Return the user id at the other end of a connection on this machine, or None if it cannot be proven, as for isolated scripts.
 
     TCP: look up the peer's socket, then check ours. If ours is still connected, no other socket can have had the same two ends
     meanwhile. Unix sockets: SO_PEERCRED.
@@ -70,7 +73,7 @@ def peer_uid(connection: socket.socket) -> int | None:
                 return None
             state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
             if state == ESTABLISHED or (state == CLOSE_WAIT and seen.state in HALF_CLOSED):
-                return seen.uid
+                return None if seen.uid == os.geteuid() and is_scripts_socket(seen.inode) else seen.uid
     return None
 
 
@@ -294,14 +297,19 @@ def cannot_listen(host: str, port: int, error: Exception) -> str:
 
 
 def socket_path(setting: str, port: int) -> Path | None:
-    """Return the path of the Unix socket of a server on `port` for this value of JOBORCH_SOCKET; None if it has none."""
+    """Return the path of the Unix socket of a server on `port` for this value of JOBORCH_SOCKET; None if it has none.
+
+    A server in another network namespace may have the same port and the same folder: then the name has the id of this one.
+    """
     if setting in ("0", "none"):
         return None
     if setting:
         return Path(os.path.abspath(setting))
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
     own = runtime.is_absolute() and not folder_problem(runtime, by_default=True)  # after sudo it may be another user's folder
-    return (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
+    path = (runtime if own else Path(f"/tmp/joborch-{os.getuid()}")) / f"joborch-{port}.sock"
+    is_foreign = has_listener(path) and not is_of_this_network(path)
+    return path.with_name(f"joborch-{port}-{os.stat('/proc/self/ns/net').st_ino}.sock") if is_foreign else path
 
 
 def folder_problem(folder: Path, by_default: bool) -> str:
@@ -346,6 +354,29 @@ def open_socket_file(setting: str, port: int, mode: int) -> socket.socket:
     return listener
 
 
+def is_of_this_network(path: Path) -> bool:
+    """Tell whether who listens on the Unix socket at a path does so in this network namespace (namespaces(7)). If in doubt, yes.
+
+    The kernel lists the Unix sockets of each network namespace, although all see the same files.
+    """
+    try:
+        lines = Path("/proc/net/unix").read_bytes().split(b"\n")
+    except OSError:
+        return True
+    listens = b" 00010000 "  # __SO_ACCEPTCON: a connection to a socket of another namespace has the path, too
+    return any(line.endswith(b" " + os.fsencode(path)) and listens in line for line in lines)
+
+
+def has_listener(path: Path) -> bool:
+    """Tell whether a process listens on the Unix socket at a path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, errno.EACCES)
+        except OSError:  # too long
+            return False
+
+
 def remove_stale_socket(path: Path) -> str:
     """Remove the socket of a server that no longer runs. Return what else is at the path, or an empty string."""
     try:
@@ -354,17 +385,18 @@ def remove_stale_socket(path: Path) -> str:
         return ""
     if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
         return "something else is there"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-            return "another server listens there"
+    if has_listener(path):
+        return "another server listens there"
     os.unlink(path)
     return ""
 
 
 # -- the link between server and client: both prove that they have the same token, and never send it --
 
-LINK_VERSION = 1
+LINK_VERSION = 1  # of the calls between server and client
+# Those that this version can speak: a client says it in /hello or as it joins. What the other side may ignore, such as a new field or
+# header, needs no new number. A new number is spoken beside the one before, so that neighbouring versions work together.
+LINK_VERSIONS = (1,)
 OLD_SERVER_LOG_S = 3600.0  # how often a client logs that a server of version 0.1.0 calls it
 SESSIONS_LIMIT = 1000  # for one client: each start and each token of a server makes one
 WINDOW = 4096  # requests of one session that may overtake each other
@@ -372,10 +404,25 @@ SIGNED_OF_ANSWER = ("Content-Length", "Content-Type", "Repr-Digest", "ETag", "Co
 PROOF_SHAPE = re.compile(r"Joborch nonce=([0-9a-f]{32}), peer=([0-9a-f]{32}), n=([0-9]{1,15}), mac=([0-9a-f]{64})", re.IGNORECASE)
 
 
+def check_protocols(spoken: Any) -> None:
+    """Raise NothingSent if a client speaks none of our versions of the link. Before 1.0 clients did not say what they speak."""
+    known = [each for each in spoken if type(each) is int] if isinstance(spoken, list) else []
+    if spoken is None or set(known).intersection(LINK_VERSIONS):
+        return
+    theirs, ours = (" and ".join(map(str, sorted(each))) or "none" for each in (known, LINK_VERSIONS))
+    raise NothingSent(f"speaks protocol {theirs} and this server protocol {ours}: replace the older joborch.pyz of the two; its jobs wait")
+
+
 @functools.lru_cache(maxsize=64)
 def link_key(token: str, purpose: bytes = b"joborch link 1") -> bytes:
     """Derive a key from a token: that of server and client, or of sessions. It is slow on purpose: nobody must guess a token from MACs."""
     return hashlib.pbkdf2_hmac("sha256", token.encode(), purpose, 10_000)
+
+
+def mask(key: bytes, salt: bytes, data: bytes) -> bytes:
+    """Encrypt or decrypt up to 64 bytes with a key of a link. The salt must be random, and new each time."""
+    stream = hmac.new(key, b"joborch mask 1" + salt, "sha512").digest()
+    return bytes(each ^ other for each, other in zip(data, stream))
 
 
 class Proof(NamedTuple):
@@ -403,6 +450,10 @@ class Proof(NamedTuple):
         """Return the MAC of the answer to this request. It covers the body by the length and digest in the answer's headers."""
         return self.mac("answer", status, *(headers.get(name, "") for name in SIGNED_OF_ANSWER))
 
+    def is_of_answer(self, status: int, headers: Mapping[str, str] | http.client.HTTPMessage) -> bool:
+        """Tell whether an answer shows the MAC of who knows the key."""
+        return hmac.compare_digest(headers.get(MAC_HEADER, "").encode(), self.of_answer(status, headers).encode())
+
     def authorization(self, headers: Mapping[str, str], length: int) -> str:
         mac = self.of_request(headers, length)
         return f"Joborch nonce={self.server}, peer={self.client}, n={self.number}, mac={mac}"
@@ -411,8 +462,8 @@ class Proof(NamedTuple):
 class Session:
     """A server's side of the link to one start of a client: it numbers the requests."""
 
-    def __init__(self, token: str, client: str) -> None:
-        self.key, self.server, self.client = link_key(token), secrets.token_hex(16), client
+    def __init__(self, key: bytes, client: str) -> None:
+        self.key, self.server, self.client = key, secrets.token_hex(16), client
         self.numbers = itertools.count(1)  # next() is atomic
 
     def proof(self, method: str, target: str) -> Proof:
@@ -422,10 +473,17 @@ class Session:
 class ProofReader:
     """A client's side of the link: it recognises a server by the token and accepts each request once."""
 
+    again = "this client was restarted, or has too many sessions: call GET /hello again"
+    unknown = "the token is wrong, or the request was changed on its way"
+
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.lock = tokens, threading.Lock()
         self.nonce = secrets.token_hex(16)
         self.seen: dict[tuple[str, bytes], tuple[int, int]] = {}  # by server nonce and key: the highest number, a bit for each lower one
+
+    def keys(self, headers: Mapping[str, str]) -> Iterable[bytes]:
+        """Return the keys that may prove a request with these headers."""
+        return map(link_key, self.tokens)
 
     def accept(self, headers: Mapping[str, str], method: str, target: str, length: int) -> Proof:
         """Return the proof of a request. Raises HttpError 401 if it is wrong, repeated, or meant for an earlier start."""
@@ -434,13 +492,13 @@ class ProofReader:
             raise unproven("the proof is malformed")
         server, client, number, mac = shown[1].lower(), shown[2].lower(), int(shown[3]), shown[4].lower()
         if client != self.nonce:
-            raise unproven("this client was restarted: call GET /hello again", self.nonce)
-        for token in self.tokens:
-            proof = Proof(link_key(token), server, client, number, method, target)
+            raise unproven(self.again, self.nonce)
+        for key in self.keys(headers):
+            proof = Proof(key, server, client, number, method, target)
             if hmac.compare_digest(proof.of_request(headers, length), mac):
                 self.take(proof)
                 return proof
-        raise unproven("the token is wrong, or the request was changed on its way")
+        raise unproven(self.unknown)
 
     def take(self, proof: Proof) -> None:
         """Note a request's number in a sliding window (RFC 4303, 3.4.3). Raises HttpError 401 if the number was used before."""
@@ -449,7 +507,7 @@ class ProofReader:
             if session not in self.seen and len(self.seen) >= SESSIONS_LIMIT:
                 self.seen.clear()  # proofs with the old nonce are invalid from now on, so none can be repeated
                 self.nonce = secrets.token_hex(16)
-                raise unproven("this client has too many sessions: call GET /hello again", self.nonce)
+                raise unproven(self.again, self.nonce)
             highest, bits = self.seen.get(session, (0, 0))
             if proof.number > highest:
                 bits, highest = bits << (proof.number - highest) if proof.number - highest < WINDOW else 0, proof.number
@@ -497,3 +555,22 @@ def token_place(config: Config) -> Path | None:
 def token_remedy(config: Config) -> str:
     """Return what to do if a client cannot store its token in the usual place."""
     return f"set JOBORCH_TOKEN_FILE={config.data_path}/token to create one there, or set JOBORCH_TOKEN"
+
+
+# == 2. Tokens ==  Secret scanners find a token by its beginning, and its end shows whether all of it was copied.
+
+TOKEN_PREFIX = "joborch_"
+TOKEN_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TOKEN_SHAPE = re.compile(TOKEN_PREFIX + "([0-9A-Za-z]{40})([0-9a-f]{8})")
+
+
+def new_token() -> str:
+    """Return a new token: the prefix, 40 random letters and digits (238 bits), and their CRC-32 in hex."""
+    secret = "".join(secrets.choice(TOKEN_LETTERS) for _ in range(40))
+    return f"{TOKEN_PREFIX}{secret}{zlib.crc32(secret.encode()):08x}"
+
+
+def is_whole_token(text: str) -> bool:
+    """Tell whether a text is a complete token, as `new_token` makes them."""
+    found = TOKEN_SHAPE.fullmatch(text)
+    return found is not None and found[2] == f"{zlib.crc32(found[1].encode()):08x}"

@@ -7,30 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional, cast
 
+from joborch_base.cgroups import Groups
 from joborch_base.data_folder import STOP_NOTE, DataFolder
 from joborch_base.executors import (
     CHILDREN_FILE,
     Executor,
     Outcome,
     Process,
+    Sandbox,
     bears_mark,
     become_subreaper,
     belonging,
     boot_id,
     first_file_limit_text,
     handicap,
+    is_of_sandbox,
+    is_untouched,
     make_scratch,
     marked_below,
     passed_on,
@@ -38,16 +46,19 @@ from joborch_base.executors import (
     process_start,
     read_claim,
     read_exit,
-    read_proc,
     scratch_bases,
+    script_uid,
     signal_all,
     tree_of,
+    used_by_payload,
     wrapper_text,
 )
-from joborch_base.files import is_full, state_below
+from joborch_base.files import is_full, open_regular, state_below, write_atomic
+from joborch_base.processes import HOST_NETWORK, note_host_network, read_proc
 from joborch_base.settings import BatchOptions, Config
-from joborch_base.states import Cause, Job, Reason
-from joborch_base.vocabulary import PLUGINS, ConfigError, Finding, StillRunning, crash_point, load_plugin, log, one_line
+from joborch_base.states import LIMIT_NOTE, Cause, Job, Reason
+from joborch_base.usage import PayloadLimits, Usage, file_limit_text, process_limit_text
+from joborch_base.vocabulary import KIB, MIB, PLUGINS, ConfigError, Finding, StillRunning, crash_point, load_plugin, log, one_line, plural
 
 # == 1. Local executor ==  Starts, watches and kills payloads on this machine: all processes of a payload, and no others.
 
@@ -103,8 +114,10 @@ class Engines:
         return done.stdout.decode("utf-8", "replace")
 
 
+NO_CORE = "ulimit -Sc 0; "  # else a crash leaves all memory of the script in its result; it may raise this limit
 REST_S, TERM_S = 2.0, 0.5  # processes that a script left may exit by themselves, then get TERM, then KILL; the wrapper does the same
 STOP_STATUSES = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+USED_KEPT = 1000  # so many ended payloads, at most, have their use in memory
 STOP_NEAR_S = 5.0  # between the end of a script and of its client, if one signal stopped both
 
 
@@ -112,14 +125,17 @@ class Child:
     """A process that this one has started."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.lock, self.ended = pid, threading.Lock(), False
+        self.pid, self.lock, self.ended, self.job_id = pid, threading.Lock(), False, 0
+        self.mark, self.used = "", cast(Optional[resource.struct_rusage], None)
+        self.is_awaited = False  # a thread is in `LocalExecutor.wait` for it
 
     def has_ended(self) -> bool:
         """Tell whether it has ended, and reap it then. Only a known id: waitpid(-1) would steal those of other threads."""
         with self.lock:  # once it is reaped, its id may be another child's
             if not self.ended:
                 try:
-                    self.ended = os.waitpid(self.pid, os.WNOHANG) != (0, 0)
+                    pid, _, used = os.wait4(self.pid, os.WNOHANG)
+                    self.ended, self.used = pid != 0, used
                 except ChildProcessError:
                     self.ended = True
             return self.ended
@@ -142,6 +158,46 @@ def start_session(command: list[str | bytes], environment: Mapping[str, str]) ->
         return Child(started.pid)
 
 
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+GPU_NOTE = "gpus"  # the file in a payload's folder with the ids of its GPUs
+NVIDIA_SMI_S = 30.0  # without its daemon, it may load the driver first
+
+
+def find_gpus() -> tuple[str, ...]:
+    """Return the GPUs that `nvidia-smi -L` lists, by their numbers."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ()
+    try:
+        done = subprocess.run([program, "-L"], stdin=subprocess.DEVNULL, capture_output=True, timeout=NVIDIA_SMI_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("no GPUs are offered, because nvidia-smi failed: %s; set JOBORCH_GPUS", one_line(str(error), 200))
+        return ()
+    return tuple(re.findall(r"^GPU ([0-9]{1,4}):", done.stdout.decode("utf-8", "replace"), re.MULTILINE))
+
+
+def noted_gpus(folder: Path) -> tuple[str, ...]:
+    """Return the GPUs of a payload that was started before."""
+    try:
+        with open_regular(folder, GPU_NOTE) as file:
+            return tuple(filter(None, file.read(4096).decode("ascii", "replace").split(",")))
+    except OSError:
+        return ()  # it has none
+
+
+@dataclass
+class Attempt:
+    """What this process knows of an attempt that has not ended."""
+
+    is_seen: bool = False  # it saw the attempt running
+    is_own: bool = False  # it started the attempt: its orphans become children of this process
+    is_untidy: bool = False  # the attempt left processes running, which were killed
+    is_cancelled: bool = False  # it is being killed now
+    uid: int = 0  # the user id of its script alone; 0 if that is the client's
+    gpus: tuple[str, ...] = ()  # the ids of its GPUs
+    rests_since: float | None = None  # monotonic: since when the processes that it left may exit by themselves
+
+
 class LocalExecutor:
     """Runs payloads as processes of this machine. A handle is `pid start boot`: process ids are reused, boot ids are not."""
 
@@ -153,57 +209,124 @@ class LocalExecutor:
         kill_grace_s: float,
         pass_env: Sequence[str] = (),
         options: Callable[[str | None], BatchOptions] = lambda service: BatchOptions(),
+        sandbox: Sandbox | None = None,
+        max_processes: int = 0,
+        max_work_bytes: int = 0,
+        gpus: Sequence[str] | None = None,
     ) -> None:
-        self.data, self.kill_grace_s, self.options = data, kill_grace_s, options
+        """`gpus` are the ids of the GPUs that it gives to payloads; None: it leaves it to scripts which they use."""
+        self.data, self.kill_grace_s, self.options, self.sandbox = data, kill_grace_s, options, sandbox
         self.scratch_bases = scratch_bases(os.environ)
         self.boot, self.inherited = boot_id(), passed_on(os.environ, pass_env)
         self.children: dict[int, Child] = {}
-        self.seen: set[str] = set()  # marks of attempts that this process saw running and that have no exit file yet
-        self.own: set[str] = set()  # marks of attempts that this process started: their orphans become its children
-        self.untidy: set[str] = set()  # marks of attempts that left processes running, which were killed
-        self.resting: dict[str, float] = {}  # by mark, monotonic: since when the processes that an attempt left may exit by themselves
+        self.starting = threading.Lock()  # held until a new child is among the children: else it might be taken for an orphan
+        self.ended: set[int] = set()  # ids of payloads whose wrapper has ended, until `poll` has judged them
+        self.attempts = defaultdict[str, Attempt](Attempt)  # by mark
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.bash = shutil.which("bash", path=self.inherited.get("PATH")) or "/bin/bash"
-        self.wrapper = wrapper_text(data, before_script=handicap(), file_limit=first_file_limit_text(), here=True)
-        self.cancelled: set[str] = set()  # marks of attempts that are being killed now
-        self.awaited: set[int] = set()  # process ids of wrappers that `wait` waits for
+        self.inside = sandbox.inside if sandbox else ""
+        self.usage = Usage(data.jobs, max_processes, max_work_bytes, bool(self.inside))
+        self.marked = dict([HOST_NETWORK]) if sandbox and sandbox.has_host_network else {}  # what shows a server whose calls these are
+        self.groups = Groups()
+        before, process_limit = self.groups.entry_text() + handicap() + NO_CORE + file_limit_text(max_work_bytes), ""
+        if self.inside and sandbox:
+            process_limit = process_limit_text(max_processes, sandbox.isolation)
+        self.wrapper = wrapper_text(data, "", before, first_file_limit_text(), True, self.inside, process_limit)
+        self.uids, self.gpus, self.taking = sandbox.uids if sandbox else range(0), gpus, threading.Lock()
+        for mark in marked_below(data.jobs) if self.uids or gpus else ():  # those that an earlier process of this client started
+            self.attempts[mark] = Attempt(uid=script_uid(data.job(mark)) or 0, gpus=noted_gpus(data.job(mark)))
+        self.ended_used: dict[str, tuple[int, float | None]] = {}  # by mark: see `used`
         self.unseen = False  # one that nobody waited for has ended since `is_end_awaited` was asked
 
     def start(self, job: Job) -> str:
         folder = self.data.job(job.mark)
         environment = payload_environment(job, folder, self.inherited, self.options(job.service).prelude)
+        if self.marked:
+            note_host_network()
+        environment.update(self.marked)
         environment["TMPDIR"] = make_scratch(folder, self.scratch_bases)
-        crash_point("run.prepared")
         # The wrapper's text, not its path, so nobody can replace the file.
-        child = start_session([self.bash, "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)], environment)
-        self.children[child.pid] = child
-        self.seen.add(job.mark)
-        self.own.add(job.mark)
+        command: list[str | bytes] = [self.bash, "-c", self.wrapper, "joborch-wrapper", str(folder), str(job.attempt)]
+        try:
+            attempt = self.take(job, folder)
+            ids: Sequence[str] | None = attempt.gpus if self.gpus is not None else None
+            if self.sandbox:
+                if attempt.uid:
+                    self.sandbox.give(folder, environment["TMPDIR"], attempt.uid)
+                devices, ids = self.sandbox.gpus(ids)
+                command += ["", "", str(attempt.uid), devices]
+            if self.gpus is not None:
+                environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(ids or ())))
+            self.groups.make(job.mark, (job.memory or 0) * MIB, self.usage.most_inside(), job.cpus)
+            crash_point("run.prepared")
+            with self.starting:
+                child = start_session(command, environment)
+                child.job_id, child.mark, self.children[child.pid] = job.id, job.mark, child
+        except OSError:
+            self.attempts.pop(job.mark, None)
+            self.groups.remove_group(job.mark)
+            raise
+        attempt.is_seen = attempt.is_own = True
         return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
+
+    def take(self, job: Job, folder: Path) -> Attempt:
+        """Take for an attempt what no other has while it runs: a user id, and its GPUs, which are noted for later processes.
+
+        Raises OSError if there is not enough, as while payloads do not end after KILL.
+        """
+        with self.taking:
+            others = [attempt for mark, attempt in list(self.attempts.items()) if mark != job.mark]
+            uids, gpus = {each.uid for each in others}, {gpu for each in others for gpu in each.gpus}
+            uid, free = next((uid for uid in self.uids if uid not in uids), 0), [gpu for gpu in self.gpus or () if gpu not in gpus]
+            if (self.uids and not uid) or len(free) < job.gpus:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            attempt = self.attempts[job.mark] = Attempt(uid=uid, gpus=tuple(free[: job.gpus]))
+        if attempt.gpus:
+            (folder / GPU_NOTE).write_text(",".join(attempt.gpus), encoding="ascii")
+        return attempt
+
+    def over_limits(self, memory: Mapping[str, int | None]) -> list[str]:
+        """Return the marks of payloads that use too much. `memory` has the MiB that each payload may use, by mark; None: no limit.
+
+        What they use too much of is written to LIMIT_NOTE in their folders first, because the kill that follows reads it there.
+        """
+        if not self.usage.is_due(any(memory.values())):
+            return []
+        payloads = []
+        for mark, mib in memory.items():
+            first = (read_claim(self.data.job(mark), int(mark.rpartition(".")[2])) or "").split("\n")[0]
+            payloads.append(PayloadLimits(mark, int(first) if re.fullmatch("[0-9]{1,10}", first) else 0, mib and mib * MIB))
+        over = self.usage.look(payloads)
+        over.update({mark: reason for mark in memory if (reason := self.groups.over(mark, self.usage.max_processes))})
+        for mark, reason in over.items():
+            with contextlib.suppress(OSError):  # on a full disk the reason has no figures
+                write_atomic(self.data.job(mark) / LIMIT_NOTE, reason.encode(), follow=False)
+        return list(over)
 
     def wait(self, job: Job, patience_s: float) -> bool:
         """Wait for the end of a payload that this process started; tell whether it has ended. Kernels before 5.3 cannot say."""
         pid = int((job.handle or "0").split(" ")[0])
-        if not pid:
-            return False  # it could not be started
+        child = self.children.get(pid)
+        if child is None:
+            return pid > 0  # else it could not be started
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
             return True
         except (OSError, AttributeError):
             return False
-        self.awaited.add(pid)
+        child.is_awaited = True
         try:
             poller = select.poll()
             poller.register(descriptor, select.POLLIN)
             return bool(poller.poll(patience_s * 1000))
         finally:
-            self.awaited.discard(pid)
+            child.is_awaited = False
             os.close(descriptor)
 
     def is_child(self, job: Job) -> bool:
-        """Tell whether a payload's wrapper is a child of this process that has not ended, as far as it knows."""
-        return int((job.handle or "0").split(" ")[0]) in self.children
+        """Tell whether a payload's wrapper is a child of this process that has not ended, or has ended and is in `ended`."""
+        return job.id in self.ended or int((job.handle or "0").split(" ")[0]) in self.children
 
     def is_end_awaited(self) -> bool:
         """Tell whether somebody waits for each payload that this process has started, so that the end of a child is no news.
@@ -211,7 +334,7 @@ class LocalExecutor:
         Asked after each end of a child: whichever thread has taken in that of another payload meanwhile, it is news.
         """
         unseen, self.unseen = self.unseen, False
-        return not unseen and set(self.children) <= self.awaited
+        return not unseen and all(child.is_awaited for child in list(self.children.values()))
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         handles = {}
@@ -237,58 +360,94 @@ class LocalExecutor:
             outcomes[job.id] = Outcome(True)
         for job in ended:
             if not outcomes[job.id].alive:
-                outcomes[job.id] = dataclasses.replace(
-                    outcomes[job.id], children_left=outcomes[job.id].children_left or job.mark in self.untidy
-                )
-                self.forget(job)
+                self.ended.discard(job.id)
+                attempt = self.attempts.pop(job.mark, Attempt())
+                self.drop_group(job.mark)
+                left = outcomes[job.id].children_left or attempt.is_untidy
+                outcomes[job.id] = dataclasses.replace(outcomes[job.id], children_left=left)
                 if outcomes[job.id].children_left and self.engines.engines:
                     place = self.data.job(job.mark)
                     threading.Thread(target=self.engines.stop_mounting, args=(place,), name=f"engines-{job.id}", daemon=True).start()
         return outcomes
-
-    def forget(self, job: Job) -> None:
-        for marks in (self.seen, self.own, self.untidy):
-            marks.discard(job.mark)
-        self.resting.pop(job.mark, None)
 
     def reap(self) -> bool:
         """Reap children and orphans that have ended. Return whether other orphans are alive.
 
         The main thread starts only payloads, so any other child of it was orphaned by one.
         """
-        for child in list(self.children.values()):
-            if child.has_ended():
-                self.unseen = self.unseen or child.pid not in self.awaited  # first: see is_end_awaited
-                if self.children.get(child.pid) is child:  # another thread may have been quicker
-                    self.children.pop(child.pid, None)
+        for child in self.children_that_ended():
+            self.unseen = self.unseen or not child.is_awaited  # first: see is_end_awaited
+            self.ended.add(child.job_id)
+            self.keep_used(child)
+            if self.children.get(child.pid) is child:  # another thread may have been quicker
+                self.children.pop(child.pid, None)
         if not self.reaps_orphans:
             return True  # there may be some
         alive = 0
-        for pid in map(int, read_proc(CHILDREN_FILE).split()):
-            if pid not in self.children:
-                with contextlib.suppress(ChildProcessError):  # another thread was quicker
-                    alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
+        with self.starting:
+            for pid in map(int, read_proc(CHILDREN_FILE).split()):
+                if pid not in self.children:
+                    with contextlib.suppress(ChildProcessError):  # another thread was quicker
+                        alive += os.waitpid(pid, os.WNOHANG) == (0, 0)
         return alive > 0
+
+    def children_that_ended(self) -> list[Child]:
+        """Return the children that have ended. The kernel names one after the other; if it names a stranger, all are asked."""
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while said := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it stays a zombie until `has_ended`
+                named = self.children.get(said.si_pid)
+                for child in [named] if named else list(self.children.values()):
+                    child.has_ended()
+                if named is None:
+                    break
+        return [child for child in list(self.children.values()) if child.ended]
+
+    def keep_used(self, child: Child) -> None:
+        """Keep what an ended payload has used, for a while: its end may be stored later."""
+        if child.used is not None and child.mark not in self.ended_used:
+            cpu_s = child.used.ru_utime + child.used.ru_stime
+            self.ended_used[child.mark] = (child.used.ru_maxrss * KIB, round(cpu_s, 3))
+            while len(self.ended_used) > USED_KEPT:
+                self.ended_used.pop(next(iter(self.ended_used)), None)
+
+    def drop_group(self, mark: str) -> None:
+        """Remove the control group of a payload that is over; what it counted is more exact than what is known otherwise."""
+        peak, cpu_s = self.groups.remove_group(mark)
+        if cpu_s is not None:
+            self.ended_used[mark] = (peak or self.ended_used.get(mark, (0, None))[0], round(cpu_s, 3))
+
+    def used(self, job: Job) -> tuple[int | None, float | None]:
+        """Return peak memory (bytes) and CPU time (seconds) of a payload that is over, or None for what is not known.
+
+        Memory is that of its largest process or, if its memory is limited, the largest sum that was seen of all its processes. Of
+        a payload that an earlier process of this client started, or that was asked about before, only the CPU time is known, unless
+        its memory is limited.
+        """
+        memory, cpu_s = self.ended_used.pop(job.mark, (0, None))
+        peak = max(memory, self.usage.peaks.get(job.mark, 0))
+        return peak or None, used_by_payload(self.data.job(job.mark))[1] if cpu_s is None else cpu_s
 
     def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
         """Kill processes that these payloads left running. Return the payloads that had such processes.
 
         Processes in the script's session may exit by themselves for REST_S, then get TERM: they may still write output.
         """
-        suspects = [job for job in ended if orphans or job.mark not in self.own]
+        suspects = [job for job in ended if orphans or not self.attempts[job.mark].is_own or self.groups.is_populated(job.mark)]
         marked = marked_below(self.data.jobs) if suspects else set()
         left = []
         for job in suspects:
             wrapper = int((job.handle or "0").split(" ")[0])  # it may still be exiting
             processes = tree_of(job, self.data.job(job.mark), 0) if job.mark in marked else []
             processes = [process for process in processes if process.pid != wrapper]
-            if not processes:
+            if not processes and not self.groups.kill(job.mark):
                 continue
             left.append(job)
-            rested_s = time.monotonic() - self.resting.setdefault(job.mark, time.monotonic())
+            attempt, now = self.attempts[job.mark], time.monotonic()
+            attempt.rests_since = now if attempt.rests_since is None else attempt.rests_since
+            rested_s = now - attempt.rests_since
             if rested_s < REST_S and any(process.session == wrapper for process in processes):
                 continue
-            self.untidy.add(job.mark)
+            attempt.is_untidy = True
             if rested_s < REST_S + TERM_S and any(process.session == wrapper for process in processes):
                 signal_all(processes, signal.SIGTERM)
                 continue
@@ -301,7 +460,7 @@ class LocalExecutor:
         if boot != self.boot:  # an exit file proves nothing: the script's files may not have reached the disk
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.REBOOTED)
         if int(pid) in self.children or (int(pid) and process_start(int(pid)) == start):
-            self.seen.add(job.mark)
+            self.attempts[job.mark].is_seen = True
             return Outcome(True)  # whatever the exit file says: the script may have forged it
         return self.outcome_without_wrapper(job, self.data.job(job.mark))
 
@@ -313,15 +472,18 @@ class LocalExecutor:
             return Outcome(True)
         ended = read_exit(folder)
         if ended:
-            return self.stopped_by_others(job, folder, ended) or ended
+            over = self.groups.over(job.mark, self.usage.max_processes)
+            return self.stopped_by_others(job, folder, ended) or self.usage.at_end(job.mark, ended, over)
         if not folder.is_dir() or folder.is_symlink():
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
         if "ready" not in (read_claim(folder, job.attempt) or ""):
             if job.mark in marked_below(self.data.jobs):
                 return Outcome(True)  # its wrapper is about to claim it, or a process outlived the wrapper
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.DISK_FULL if is_full(folder) else Reason.NO_WRAPPER)
-        if job.mark not in self.seen:
+        if not self.attempts[job.mark].is_seen:
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.ENDED_WITH_CLIENT)
+        if self.inside and is_untouched(folder):  # its script cannot have killed it
+            return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.WRAPPER_GONE)
         return Outcome(False, cause=Cause.USER, reason=Reason.WRAPPER_KILLED)
 
     def stopped_by_others(self, job: Job, folder: Path, ended: Outcome) -> Outcome | None:
@@ -357,30 +519,29 @@ class LocalExecutor:
         return int(pid) if process_start(int(pid)) in (None, start) else 0
 
     def cancel(self, job: Job) -> None:
-        with self.cancelling(job.mark):
-            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
-
-    @contextlib.contextmanager
-    def cancelling(self, mark: str) -> Iterator[None]:
-        """Count a kill under way: the more there are, the less often each of them reads all of /proc."""
-        self.cancelled.add(mark)
+        attempt = self.attempts[job.mark]
+        attempt.is_cancelled = True
         try:
-            yield
+            self.end_tree(job, self.data.job(job.mark), self.own_wrapper(job))
         finally:
-            self.cancelled.discard(mark)
+            attempt.is_cancelled = False
 
     def end_tree(self, job: Job, folder: Path, pid: int) -> None:
         """Send TERM to all processes of a payload, and KILL after the grace time. Return when none is left, or raise StillRunning."""
         known = tree_of(job, folder, pid)
-        signal_all(known, signal.SIGTERM)
+        # Not what isolates it: some versions of it end on TERM, and with them the script, at once.
+        signal_all([process for process in known if not (self.inside and is_of_sandbox(process, pid))], signal.SIGTERM)
         deadline = time.monotonic() + self.kill_grace_s
         while time.monotonic() < deadline and (found := self.still_there(job, folder, pid, known)):
             known = found
-            pause_s = min(0.2, 0.02 * len(self.cancelled))
+            kills = sum(attempt.is_cancelled for attempt in list(self.attempts.values()))
+            pause_s = min(0.2, 0.02 * max(1, kills))  # the more there are, the less often each of them reads all of /proc
             time.sleep(pause_s - time.monotonic() % pause_s)  # all at the same time, to share a look
         for _ in range(200):
+            self.groups.kill(job.mark)
             if not self.still_there(job, folder, pid, known) and not self.still_there(job, folder, pid, known):
-                self.forget(job)
+                self.attempts.pop(job.mark, None)
+                self.drop_group(job.mark)
                 self.engines.stop_mounting(folder)
                 return
             # Stop them first, or they could fork faster than we look.
@@ -400,6 +561,9 @@ class LocalExecutor:
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         signal_all(belonging(set(map(os.fsencode, marks)), self.data.jobs), signal.SIGKILL)
+        for mark in marks:
+            self.groups.kill(mark)
+            self.groups.remove_group(mark)
 
     def problem(self) -> str:
         return ""
@@ -407,6 +571,10 @@ class LocalExecutor:
     def examine(self) -> Iterator[Finding]:
         bash = shutil.which("bash")
         yield Finding(bool(bash), f"scripts are run by {bash}" if bash else "there is no bash, which runs the scripts: install it")
+        if self.gpus is not None:
+            yield Finding(True, f"scripts may request {plural(len(self.gpus), 'GPU', 'GPUs')}: {', '.join(self.gpus) or 'none'}")
+        yield Finding(True if self.groups.parent else None, self.groups.summary())
+        yield from self.sandbox.examine() if self.sandbox else ()
 
 
 def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
@@ -415,9 +583,13 @@ def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
 
 
 def make_executor(data: DataFolder, config: Config) -> Executor:
-    """Return the executor of a client. Raises ConfigError if JOBORCH_EXECUTOR does not name a usable one."""
+    """Return the executor of a client. Raises ConfigError if that, or JOBORCH_ISOLATION, is not possible here."""
     if config.executor == "local":
-        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options)
+        sandbox, limits = load_plugin("sandbox")(config), (config.max_processes, config.max_work_bytes)
+        if data.path == Path(config.data_path):  # else this is `doctor`, beside a client that may be running
+            sandbox.hold()
+        gpus = config.gpus if config.gpus is not None else find_gpus() or None
+        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options, sandbox, *limits, gpus)
     try:
         made: Executor = load_plugin(config.executor)(data, config)
     except (ImportError, AttributeError) as error:

@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl
 from joborch_base.archives import Archive, repr_digest
 from joborch_base.data_folder import DiskFull, Promise, user_numbers
 from joborch_base.files import Form, FormReader, free_bytes
-from joborch_base.identity import OLD_SERVER_LOG_S, Proof, is_here, is_own_user, link_key, machine_names, plain_address
+from joborch_base.identity import OLD_SERVER_LOG_S, TOKEN_PREFIX, Proof, is_here, is_own_user, link_key, machine_names, plain_address
 from joborch_base.vocabulary import (
     COME_AGAIN_S,
     JSON_TYPE,
@@ -196,9 +196,9 @@ class Request:
         return int(known) if re.fullmatch("[0-9]{1,18}", known) else begin
 
     def left(self) -> bool:
-        """Tell whether the caller has closed the connection."""
-        gone = self.environ.get("waitress.client_disconnected")
-        return bool(gone and gone())
+        """Tell whether the caller has closed the connection, or its token is no longer valid."""
+        gone, is_valid = self.environ.get("waitress.client_disconnected"), self.environ.get(VALID_KEY)
+        return bool((gone and gone()) or (is_valid and not is_valid(self.caller)))
 
 
 @dataclass
@@ -252,6 +252,9 @@ class LiveBody:
 
 
 Handler = Callable[..., Answer]
+# Called with node, request and connection before a thread takes a request. If it returns True, it keeps the request, and calls
+# the last argument when the request is to be answered: so a caller that waits occupies no thread.
+Parks = Callable[["Node", Any, Any, Callable[[], object]], bool]
 
 
 @dataclass(frozen=True)
@@ -261,13 +264,14 @@ class Route:
     method: str
     path: str  # with <name> for its variable parts
     mode: str  # "server", "client" or "server client"
-    who: str  # anyone; caller; or server: one that proved itself by the link's MAC, or any caller if no token is set
+    who: str  # roles separated by blanks; or anyone; or server: one that proved itself by the link's MAC, or any caller if no token is set
     summary: str
     takes: tuple[Parameter, ...]
     gives: Mapping[int, Gives]
     handler: Handler
-    quick: bool  # only reads the database: a WorkerLimit lets few run at once
+    quick: bool  # only reads the database: a ThreadLimit lets few run at once
     slow: bool  # its duration depends on others: on what a script wrote, a client's answer, the size of an upload
+    parks: Parks | None = None
 
     def taken(self, place: str) -> list[Parameter]:
         return [parameter for parameter in self.takes if parameter.place == place]
@@ -287,6 +291,7 @@ class Route:
 
 
 ROUTES: list[Route] = []
+ROLES = ("user", "portal", "reader", "operator", "client")  # of tokens
 
 
 def route(
@@ -299,12 +304,16 @@ def route(
     gives: Mapping[int, Gives],
     quick: bool = False,
     slow: bool = False,
+    parks: Parks | None = None,
 ) -> Callable[[Handler], Handler]:
     """Declare a route. The first sentence of the handler's docstring is its summary."""
+    known = who in ("anyone", "server") or all(role in ROLES for role in who.split())
+    if not known:
+        raise ValueError(f"who is {who!r}: give roles separated by blanks ({', '.join(ROLES)}), or anyone")
 
     def declare(handler: Handler) -> Handler:
         summary = (handler.__doc__ or "").strip().split("\n")[0]
-        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow))
+        ROUTES.append(Route(method, path, mode, who, summary, tuple(takes), gives, handler, quick, slow, parks))
         return handler
 
     return declare
@@ -315,8 +324,16 @@ ROUTE_PLUGINS = (
     "lists",
     "results",
     "page",
+    "tokens",
     "joborch_plugins.health",
     "joborch_plugins.metrics",
+    "joborch_plugins.reload",
+    "pauses",
+    "export",
+    "joborch_plugins.privacy",
+    "joborch_plugins.webhooks",
+    "joborch_plugins.joined",
+    "joborch_plugins.clouds",
 )  # modules that declare routes
 
 
@@ -413,6 +430,15 @@ class Caller(NamedTuple):
 
     name: str
     proof: str
+    role: str = "operator"  # one of ROLES; at a client also server
+    services: tuple[str, ...] = ()  # of a portal or client; empty: all
+    user: int | None = None  # of the role user
+    digest: str = ""  # of the token that `joborch token add` made: a later one may have the same name
+
+    @property
+    def own_name(self) -> str | None:
+        """The name of the caller's own token; None if it has none, since many may call in this way."""
+        return self.name if self.proof in ("token", "session") and self.name != DEFAULT_TOKEN else None
 
 
 class Peer(Protocol):
@@ -433,10 +459,12 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
     a web page in the user's browser, so requests from other sites, or for another host name, are refused.
     """
     shown = headers.get("AUTHORIZATION", "")
-    if node.tokens and (shown or peer.address):
-        if not shown and csrf_token_of(node, headers.get("COOKIE", "")):
-            check_site(headers)
-            return Caller("default", "session")
+    session = session_of(node, headers.get("COOKIE", "")) if peer.address and not shown else None
+    if session is not None:
+        check_site(headers)
+        return session[0]
+    # A stored token counts even if none is needed: its holder may do less than this user.
+    if (node.tokens and (shown or peer.address)) or shown.partition(" ")[2].strip().startswith(TOKEN_PREFIX):
         return check_token(node, shown, peer)
     check_site(headers)
     if peer.address:
@@ -456,18 +484,32 @@ def check_caller(node: Node, headers: Mapping[str, str], peer: Peer) -> Caller:
 def check_token(node: Node, shown: str, peer: Peer) -> Caller:
     """Return the caller if it has one of our tokens, else raise HttpError 401, in a time that does not depend on the token."""
     kind, _, token = shown.partition(" ")
-    fits = [hmac.compare_digest(token.strip().encode("latin-1", "replace"), known.encode()) for known in node.tokens]
-    if kind.lower() == "bearer" and any(fits):
-        return Caller("default", "token")
+    token, what = token.strip(), "a token is needed"
+    if token:
+        is_set, stored, what = find_token(node, token)
+        if kind.lower() != "bearer":
+            what = "the token is wrong"
+        elif is_set or stored is not None:
+            return Caller(DEFAULT_TOKEN, "token") if stored is None else stored.caller("token")
     if shown:
         node.refused.note(peer.address)
-    what = "the token is wrong" if token else "a token is needed"
     raise HttpError(401, f"{what}: send the header Authorization: Bearer TOKEN", WWW_Authenticate='Bearer realm="joborch"')
+
+
+def find_token(node: Node, text: str) -> tuple[bool, Any, str]:
+    """Return whether a text is a token of the settings, the stored token that it is, and why it is none, as the beginning of a message."""
+    is_set = False
+    for known in node.tokens:  # all of them: the time must not tell how many were compared
+        is_set |= hmac.compare_digest(text.encode("utf-8", "replace"), known.encode())
+    return (is_set, *node.token_store.find(text))
 
 
 # -- sessions: a browser keeps a cookie in place of the token, for the web page --
 
 SESSION_S = 12 * 3600.0
+SESSION_PURPOSE = b"joborch session 1"  # of a key that is derived from a token
+DEFAULT_TOKEN = "default"  # the name of the tokens in JOBORCH_TOKEN
+NAME_OF_TOKEN = "[a-z][a-z0-9_-]{0,62}"
 CSRF_HEADER = "X-CSRF-Token"
 
 
@@ -476,31 +518,47 @@ def session_cookie(node: Node) -> str:
     return f"joborch-session-{node.config.port}"
 
 
-def session_mac(token: str, text: str) -> str:
-    """Return the MAC of a text about sessions, by a key that comes from `token`."""
-    return hmac.new(link_key(token, b"joborch session 1"), text.encode(), "sha256").hexdigest()
+def session_mac(key: bytes, text: str) -> str:
+    """Return the MAC of a text about sessions."""
+    return hmac.new(key, text.encode(), "sha256").hexdigest()
+
+
+def session_keys(node: Node) -> list[bytes]:
+    """Return the keys of sessions that stand for the tokens in the settings."""
+    return [link_key(token, SESSION_PURPOSE) for token in node.tokens]
 
 
 def new_session(node: Node, token: str) -> str | None:
     """Return the value of a cookie that stands for `token` for SESSION_S, or None if the token is wrong.
 
-    Nothing is stored: the value is its own end and a MAC. It is valid as long as the token is.
+    Nothing is stored: the value is its own end, the token's name and a MAC. It is valid as long as the token is.
     """
-    fits = [known for known in node.tokens if hmac.compare_digest(token.strip().encode("utf-8", "replace"), known.encode())]
-    if not fits:
+    is_set, stored, _ = find_token(node, token.strip())
+    if not is_set and (stored is None or stored.role == "client"):
         return None
-    text = f"{node.clock.wall() + SESSION_S:.0f}.{secrets.token_hex(8)}"
-    return f"{text}.{session_mac(fits[0], 'cookie ' + text)}"
+    key = link_key(token.strip(), SESSION_PURPOSE) if stored is None else stored.session_key
+    text = f"{node.clock.wall() + SESSION_S:.0f}.{secrets.token_hex(8)}.{stored.name if stored else DEFAULT_TOKEN}"
+    return f"{text}.{session_mac(key, 'cookie ' + text)}"
+
+
+def session_of(node: Node, cookies: str) -> tuple[Caller, str] | None:
+    """Return who has the session in a Cookie header, and its CSRF token; None if it has no valid session. A client has no sessions."""
+    shape = rf"(?:^|; *){session_cookie(node)}=(([0-9]{{1,15}})\.[0-9a-f]{{16}}\.({NAME_OF_TOKEN}))\.([0-9a-f]{{64}}) *(?:;|$)"
+    found = re.search(shape, cookies) if cookies and node.config.mode == "server" else None
+    if found is None or int(found[2]) <= node.clock.wall():
+        return None
+    stored = node.token_store.named(found[3])
+    for key in [stored.session_key] if stored else session_keys(node) if found[3] == DEFAULT_TOKEN else []:
+        if hmac.compare_digest(session_mac(key, "cookie " + found[1]), found[4]):
+            caller = stored.caller("session") if stored else Caller(DEFAULT_TOKEN, "session")
+            return caller, session_mac(key, "csrf " + found[1])
+    return None
 
 
 def csrf_token_of(node: Node, cookies: str) -> str | None:
-    """Return the CSRF token of the session in a Cookie header, or None if it has no valid session. A client has no sessions."""
-    shape = rf"(?:^|; *){session_cookie(node)}=(([0-9]{{1,15}})\.[0-9a-f]{{16}})\.([0-9a-f]{{64}}) *(?:;|$)"
-    found = re.search(shape, cookies) if node.config.mode == "server" else None
-    if found is None or int(found[2]) <= node.clock.wall():
-        return None
-    fits = [token for token in node.tokens if hmac.compare_digest(session_mac(token, "cookie " + found[1]), found[3])]
-    return session_mac(fits[0], "csrf " + found[1]) if fits else None
+    """Return the CSRF token of the session in a Cookie header, or None if it has no valid session."""
+    session = session_of(node, cookies)
+    return session and session[1]
 
 
 def check_csrf(node: Node, declared: Route, caller: Caller | None, headers: Mapping[str, str]) -> None:
@@ -559,19 +617,37 @@ def why_refused(node: Node, peer: Peer, proxied: str, uid: int | None) -> str:
     return f"another user of this machine needs a token: {remedy}"
 
 
+ONLY_CLIENTS = (
+    "only a client calls this, which does not send its token, but proves that it has it: "
+    "run the line that `joborch token add NAME --role client --services NAMES` prints"
+)
+
+
 def identify(node: Node, who: str, proof: Proof | None, headers: Mapping[str, str], peer: Peer) -> Caller | None:
     """Return who calls a route that is open to `who`; None for an unauthenticated caller of an open route. Raises HttpError."""
-    if proof is not None:
-        return Caller("server", "link")
+    if proof is not None and node.config.mode == "client":
+        return Caller("server", "link", "server")
     try:
-        caller = check_caller(node, headers, peer)
-    except HttpError:
+        caller = check_caller(node, headers, peer) if proof is None else node.plugins["joined"].caller(proof)
+    except HttpError as refusal:
+        if who == "client" and proof is None:
+            refusal.message = ONLY_CLIENTS
         if who != "anyone":
             raise
         return None
+    if who == "client" and caller.proof != "link":
+        raise HttpError(401 if caller.proof == "token" else 403, ONLY_CLIENTS)
     if who == "server" and caller.proof == "token":
         refuse_old_server(node)
+    if not may_call(who, caller.role):
+        needed = who.replace(" ", " or ")
+        raise HttpError(403, f"the token {caller.name} has the role {caller.role}, and this needs the role {needed}")
     return caller
+
+
+def may_call(who: str, role: str) -> bool:
+    """Tell whether a caller with this role may call a route that is open to `who`. A client has only operators and servers as callers."""
+    return who == "anyone" or role == "server" or role in who.split() or (who == "server" and role == "operator")
 
 
 def refuse_old_server(node: Node) -> NoReturn:
@@ -586,7 +662,8 @@ def refuse_old_server(node: Node) -> NoReturn:
 
 def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, length: int, peer: Peer) -> Proof | None:
     """Return the proof in a request, or None if it has none. Raises HttpError 401 if the proof is wrong."""
-    if not (node.config.mode == "client" and node.tokens and headers.get("AUTHORIZATION", "").lower().startswith("joborch")):
+    may_prove = node.config.mode == "server" or bool(node.tokens)
+    if not (may_prove and headers.get("AUTHORIZATION", "").lower().startswith("joborch ")):
         return None
     try:
         return node.proofs.accept(headers, method, target, length)
@@ -598,7 +675,7 @@ def proof_of(node: Node, headers: Mapping[str, str], method: str, target: str, l
 
 # == 3. HTTP ==  A request is checked at the end of its headers: its caller, its size, its route.
 
-CALLER_KEY = "joborch.caller"  # in the WSGI environment, where request headers begin with HTTP_
+CALLER_KEY, VALID_KEY = "joborch.caller", "joborch.is_valid"  # in the WSGI environment, where request headers begin with HTTP_
 
 FULL_SAID_EVERY_S = 60.0
 JSON_ENCODER = json.JSONEncoder(allow_nan=False)  # of answers; json.dumps would make one for each
@@ -612,8 +689,10 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
     """
     promise = Promise(node.data.account)
     if not found.takes_form:
-        if length > (ANYONES_BODY_BYTES if found.who == "anyone" else MIB) or chunked:
-            raise HttpError(413, "no body is expected here")
+        limit = ANYONES_BODY_BYTES if found.who == "anyone" else MIB
+        if length > limit or chunked:
+            what = "a body without Content-Length" if chunked else f"a body of {length:,} bytes"
+            raise HttpError(413, f"{what} is not taken here: send at most {limit:,} bytes, with Content-Length")
         return promise
     if not length and not chunked and not found.needs_form:
         return promise
@@ -704,9 +783,25 @@ def run_handler(node: Node, declared: Route, **arguments: str) -> bottle.HTTPRes
         if node.config.mode == "client" and body:
             headers.setdefault("Repr-Digest", repr_digest(hashlib.sha256(body).hexdigest()))
     headers.update({"X-Content-Type-Options": "nosniff", OURS_HEADER: __version__})
+    node.audit.note(request, declared, answer)
     sent_bytes = int(headers.get("Content-Length", 0))
-    node.plugins["metrics"].answered(request.method, declared, answer.status, time.monotonic() - began, request.length, sent_bytes)
+    took_s = time.monotonic() - began
+    node.plugins["metrics"].answered(request.method, declared, answer.status, took_s, request.length, sent_bytes)
+    log_access(node, request.method, str(request.environ.get("PATH_INFO", "")), answer.status, request.caller, took_s)
     return bottle.HTTPResponse(body if body is not None else b"", answer.status, headers)
+
+
+def log_access(node: Node, method: str, path: str, status: int, caller: Caller | None, took_s: float = 0.0) -> None:
+    """Log an answered request if JOBORCH_ACCESS_LOG is set, without its query, which may contain private data.
+
+    `path` has bytes as characters (PEP 3333).
+    """
+    if not node.config.access_log:
+        return
+    verb, shown = one_line(method, 20), one_line(path.encode("latin-1", "replace").decode("utf-8", "replace"), 200)
+    name = caller.name if caller is not None else None
+    fields = {"method": verb, "path": shown, "status": status, "caller": name, "ms": round(1000 * took_s, 1)}
+    log.info("%s %s %d (caller=%s) in %.1f ms", verb, shown, status, name or "-", 1000 * took_s, extra={"fields": fields})
 
 
 def internal_error(node: Node) -> HttpError:
@@ -869,6 +964,7 @@ class Judge:
 
         parser: Any = self
         self.node.plugins["metrics"].answered(getattr(self, "command", ""), self.route, refusal.status)
+        log_access(self.node, getattr(self, "command", ""), getattr(self, "path", ""), refusal.status, self.caller)
         parser.error = waitress.utilities.Error(refusal.message)
         parser.error.refusal = refusal
         # With a length of 0, waitress's own limits do not replace this error.

@@ -42,6 +42,7 @@ class Waiting(NamedTuple):
     cpus: int
     memory: int | None  # MiB
     timeout: float | None  # seconds
+    gpus: int = 0
 
 
 class Usage(NamedTuple):
@@ -85,6 +86,7 @@ class Run(NamedTuple):
     client: str = ""
     killed: bool = False  # a kill is requested
     pinned: bool = False  # a lost answer ties it to the client
+    gpus: int = 0
 
     def run_s(self, now: float) -> float:
         return 0.0 if self.since is None else max(0.0, now - self.since)
@@ -106,7 +108,7 @@ class Turn(NamedTuple):
     user_id: int
 
     def candidate(self, service: str) -> Candidate:
-        return Candidate(service, self.head.job_id, self.head.cpus, self.head.memory, self.head.timeout)
+        return Candidate(service, self.head.job_id, self.head.cpus, self.head.memory, self.head.timeout, self.head.gpus)
 
 
 class Share(NamedTuple):
@@ -136,12 +138,12 @@ class Load(NamedTuple):
     memory: int = 0  # MiB
     kills: int = 0
     pinned: int = 0
+    gpus: int = 0
 
     def plus(self, run: Run, count: int) -> Load:
         """Return the load with a run more, or with one fewer if `count` is -1."""
-        jobs, cpus, memory, kills, pinned = self
-        kills, pinned = kills + count * run.killed, pinned + count * run.pinned
-        return Load(jobs + count, cpus + count * run.cpus, memory + count * run.memory, kills, pinned)
+        taken = (1, run.cpus, run.memory, run.killed, run.pinned, run.gpus)
+        return Load(*(total + count * each for total, each in zip(self, taken)))
 
 
 def used(use: float, slot_s: float, now: float, half_life_s: float) -> float:
@@ -209,7 +211,7 @@ def run_of_job(job: Job) -> Run | None:
         return None
     since = job.moved_at if job.status is Status.RUNNING else None
     marks = (job.kill_requested_at is not None, job.status is Status.UNKNOWN and job.dest_id is None)
-    return Run(job.id, job.cpus, job.charged, since, job.timeout, job.memory or 0, job.client or "", *marks)
+    return Run(job.id, job.cpus, job.charged, since, job.timeout, job.memory or 0, job.client or "", *marks, job.gpus)
 
 
 # -- which client gets a job --
@@ -223,6 +225,7 @@ class Candidate(NamedTuple):
     cpus: int = 1
     memory: int | None = None  # MiB
     timeout: float | None = None  # seconds
+    gpus: int = 0
 
 
 class ServiceQueue(NamedTuple):
@@ -249,13 +252,22 @@ class ClientCapacity(NamedTuple):
     queues: bool = False  # a 2.2 client: it does not report its slots, and queues jobs by itself
     taken: int = 0  # slots of all its jobs, including those that have ended
     job_slots: bool = False  # it feeds a batch system: one slot holds one job, whatever number of cores it needs
+    costs: bool = False  # a cloud instance, which is ended when it is idle
+    gpus: int | None = 0  # None if the batch system knows
+    free_gpus: int = 0
 
     def wanted(self, cpus: int) -> int:
         """Return how many slots a job occupies here."""
         return 1 if self.job_slots else cpus
 
-    def could_run(self, cpus: int, memory: int | None) -> bool:
+    def has_gpus(self, gpus: int, free: bool = False) -> bool:
+        """Tell whether there are so many GPUs, or so many `free` ones. A 2.2 client knows none."""
+        return not gpus or self.gpus is None or gpus <= (self.free_gpus if free else self.gpus)
+
+    def could_run(self, cpus: int, memory: int | None, gpus: int = 0) -> bool:
         """Tell whether a job of this size would fit on an idle client."""
+        if not self.has_gpus(gpus):
+            return False
         return self.queues or (self.wanted(cpus) <= self.slots and (memory is None or self.memory is None or memory <= self.memory))
 
     def room(self, run_s: float | None, cpus: int = 1) -> int:
@@ -268,47 +280,55 @@ class ClientCapacity(NamedTuple):
             return 1 << 30
         if not self.turning or run_s is None or cpus > 1:
             return self.free
-        return self.free + min(max(self.slots, 4), int(HANDOVER_S * self.slots / max(run_s, 1e-3)))
+        return self.free + min(max(2 * self.slots, 6), int(HANDOVER_S * self.slots / max(run_s, 1e-3)))
 
-    def preference(self) -> tuple[float, float, float, str]:
-        """Return a sort key, best client first: most free slots, lowest load, longest time since a failure."""
-        return (-self.free, self.load, -self.failed_s_ago, self.name)
+    def preference(self) -> tuple[bool, float, float, float, str]:
+        """Return a sort key, best client first: most free slots, lowest load, longest time since a failure.
+
+        Cloud instances come last, and those with the fewest free slots first, so that others become idle and can be ended.
+        """
+        return (self.costs, self.free if self.costs else -self.free, self.load, -self.failed_s_ago, self.name)
 
 
 class Reservation(NamedTuple):
-    """A client that is reserved for a wide job until it can start; `cpus` and `memory` are what other jobs may use meanwhile."""
+    """A client that is reserved for a wide job until it can start; `cpus`, `memory` and `gpus` are what other jobs may use meanwhile."""
 
     until: float  # steady; the latest start of the wide job, infinity if unknown
     cpus: int
     memory: float
+    gpus: float = 0
 
     def lets(self, head: Candidate, now: float) -> bool:
         """Tell whether another job may run first: it ends before `until`, or fits into the spare part (EASY backfilling)."""
         ends_before = head.timeout is not None and now + head.timeout <= self.until < float("inf")
-        return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory)
+        return ends_before or (head.cpus <= self.cpus and (head.memory or 0) <= self.memory and head.gpus <= self.gpus)
 
 
 def reserve(candidate: Candidate, client: ClientCapacity, runs: Iterable[Run], now: float) -> Reservation:
     """Return the latest time at which a client will have room for a job, and what else will be free then.
 
-    If that depends on a run without a time limit, nothing else is free: everything that becomes free is kept for the job.
+    If that depends on a run without a time limit, nothing else is free: everything that becomes free is kept for the job. If it
+    waits for GPUs alone, what it needs besides them is kept.
     """
     wanted, free, until = client.wanted(candidate.cpus), client.free, 0.0
     memory = float("inf") if client.free_memory is None else float(client.free_memory)
+    gpus = float("inf") if client.gpus is None else float(client.free_gpus)
+    spare = (free - wanted, memory - (candidate.memory or 0))
+    endless = Reservation(float("inf"), *(spare if min(spare) >= 0 else (0, 0)))
     for run in sorted(runs, key=lambda run: run.ends_at(now)):
-        if free >= wanted and memory >= (candidate.memory or 0):
+        if free >= wanted and memory >= (candidate.memory or 0) and gpus >= candidate.gpus:
             break
-        free, memory, until = free + client.wanted(run.cpus), memory + run.memory, run.ends_at(now)
+        free, memory, gpus, until = free + client.wanted(run.cpus), memory + run.memory, gpus + run.gpus, run.ends_at(now)
     if until == float("inf") or free < wanted:
-        return Reservation(float("inf"), 0, 0)
-    return Reservation(until, free - wanted, memory - (candidate.memory or 0))
+        return endless
+    return Reservation(until, free - wanted, memory - (candidate.memory or 0), gpus - candidate.gpus)
 
 
 def fits(candidate: Candidate, client: ClientCapacity, run_s: float | None, reserved: Reservation | None, now: float) -> bool:
     """Tell whether a job can be sent to a client now."""
     memory_fits = candidate.memory is None or client.free_memory is None or candidate.memory <= client.free_memory
     wanted = client.wanted(candidate.cpus)
-    if wanted > client.room(run_s, wanted) or not (memory_fits or client.queues):
+    if wanted > client.room(run_s, wanted) or not (memory_fits or client.queues) or not client.has_gpus(candidate.gpus, free=True):
         return False
     return reserved is None or reserved.lets(candidate, now)
 
@@ -331,7 +351,8 @@ def choose(
             fitting = [client for client in able if fits(candidate, client, queue.run_s, reserved.get(client.name), now)]
             if fitting:
                 return candidate, min(fitting, key=ClientCapacity.preference)
-            large = [each for each in able if each.could_run(candidate.cpus, candidate.memory) and each.name not in reserved]
+            size = (candidate.cpus, candidate.memory, candidate.gpus)
+            large = [each for each in able if each.could_run(*size) and each.name not in reserved]
             if large and not one_waits:
                 one_waits = True
                 starts = {client.name: reserve(candidate, client, runs_at(client.name), now) for client in large}
@@ -354,19 +375,21 @@ class QueueFacts(NamedTuple):
     users_before: int = 0  # whose turn comes first
     cpus: int = 1
     memory: int | None = None  # MiB
+    counted_to: int = 10_000  # jobs of the same user
+    gpus: int = 0
 
     def before(self, with_others: bool = True) -> str:
         """Return what is ahead of the job, as a clause; empty if nothing is."""
-        jobs = plural(self.queued_before, "of your jobs", "of your jobs")
-        users = plural(self.users_before if with_others else 0, "other user's turn", "other users' turns")
+        jobs = plural(self.queued_before, "of your jobs", "of your jobs", self.counted_to)
+        users = plural(self.users_before if with_others else 0, "other user's turn", "other users' turns", 10_000)
         parts = [part for part in (jobs, users) if part]
         verb = "is" if len(parts) == 1 and parts[0].startswith("1 ") else "are"
         return f"{' and '.join(parts)} {verb} ahead of it" if parts else ""
 
 
-def join_clauses(text: str, more: str) -> str:
-    """Join two clauses with "and"; `more` may be empty."""
-    return f"{text} and {more}" if more else text
+def join_clauses(text: str, more: str, joint: str = " and ") -> str:
+    """Join two clauses; `more` may be empty."""
+    return f"{text}{joint}{more}" if more else text
 
 
 def attempts_left(job: Job) -> bool:
@@ -379,10 +402,17 @@ def needs(cpus: int, memory: int | None) -> str:
     return plural(cpus, "slot", "slots") + (f" and {memory:,} MiB of memory" if memory else "")
 
 
-def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[ClientCapacity]) -> str:
+def too_large_text(service: str, cpus: int, memory: int | None, places: Collection[ClientCapacity], gpus: int = 0) -> str:
     """Return why no client of a service could ever run a job of this size; empty if one could, or if none is known."""
-    if not places or any(place.could_run(cpus, memory) for place in places):
+    if not places or any(place.could_run(cpus, memory, gpus) for place in places):
         return ""
+    equipped = [place for place in places if place.has_gpus(gpus)]
+    if not equipped:
+        most = max(place.gpus or 0 for place in places)
+        return f"no client has {plural(gpus, 'GPU', 'GPUs')}: those for {service} have {f'at most {most}' if most else 'none'}"
+    if gpus:
+        reason = too_large_text(service, cpus, memory, equipped)
+        return f"{reason}, of those with {plural(gpus, 'GPU', 'GPUs')}" if reason else ""
     largest = max(places, key=lambda place: (place.slots >= cpus, place.slots, place.memory or 0))
     has = needs(largest.slots, largest.memory if memory else None)
     return f"no client for {service} is large enough: it needs {needs(cpus, memory)}, and the largest, {largest.name}, has {has}"
@@ -390,7 +420,7 @@ def too_large_text(service: str, cpus: int, memory: int | None, places: Collecti
 
 def no_client_text(service: str, troubles: Mapping[str, str]) -> str:
     """Say that no client of a service takes jobs, and why."""
-    said = [f"{name} {why}" for name, why in troubles.items()]
+    said = [f"{name} {why}" for name, why in troubles.items()] or ["none has joined this server for it"]
     more = [f"and {plural(len(said) - 3, 'other', 'others')} (GET /clients)"] if len(said) > 4 else []
     return f"no client for {service} takes jobs: " + "; ".join(said[:3] + more if more else said)
 
@@ -400,14 +430,15 @@ def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], pl
 
     `troubles` says, by client, why it takes no jobs now (empty if it does); `places` are the clients that do.
     """
+    stopped = no_client_text(service, troubles) if (troubles or not places) and all(troubles.values()) else ""
     if facts.runs_of_user >= facts.runs_per_user:
         text = f"{facts.runs_of_user} of your {facts.runs_per_user} runs for {service} are in use"
-        return join_clauses(text, facts.before(with_others=False))
+        return join_clauses(join_clauses(text, facts.before(with_others=False)), stopped, "; ")
     if facts.runs_of_service >= facts.max_runs:
-        return join_clauses(f"all {facts.max_runs} runs of {service} are in use", facts.before())
-    if troubles and all(troubles.values()):
-        return no_client_text(service, troubles)
-    too_large = too_large_text(service, facts.cpus, facts.memory, places)
+        return join_clauses(join_clauses(f"all {facts.max_runs} runs of {service} are in use", facts.before()), stopped, "; ")
+    if stopped:
+        return stopped
+    too_large = too_large_text(service, facts.cpus, facts.memory, places, facts.gpus)
     if too_large:
         return too_large
     if places and all(place.free <= 0 and not place.queues for place in places):
@@ -417,9 +448,14 @@ def why_waiting(service: str, facts: QueueFacts, troubles: Mapping[str, str], pl
     if facts.before():
         return f"it waits for its turn: {facts.before()}"
     if places and not any(place.queues or place.free >= place.wanted(facts.cpus) for place in places):
-        best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory), place.free))
+        best = max(places, key=lambda place: (place.could_run(facts.cpus, facts.memory, facts.gpus), place.free))
         has = f"{best.name} has {max(0, best.free)} of {best.slots} free and reserves freed slots for it"
         return f"it needs {needs(facts.cpus, None)} at once: {has}"
+    if places and not any(place.has_gpus(facts.gpus, free=True) for place in places):
+        best = max(places, key=lambda place: (place.has_gpus(facts.gpus), place.free_gpus))
+        has = f"{best.name} has {max(0, best.free_gpus)} of {best.gpus} free"
+        several = (" at once", " and reserves freed GPUs for it") if facts.gpus > 1 else ("", "")
+        return f"it needs {plural(facts.gpus, 'GPU', 'GPUs')}{several[0]}: {has}{several[1]}"
     return f"it is next for a free slot at a client for {service}"
 
 

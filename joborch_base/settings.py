@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 from urllib.parse import urlsplit
 
-from joborch_base.vocabulary import DEFAULT_HOSTS, GIB, KIB, MIB, ConfigError, Network, T, load_plugin, nearest, one_line
+from joborch_base.vocabulary import DEFAULT_HOSTS, GIB, KIB, MIB, ConfigError, Network, T, load_plugin, nearest, one_line, read_small_file
 
 # == 1. Values ==  Readers of what people write in settings and requests: each returns the value, or raises ValueError with the remedy.
 
@@ -48,6 +51,7 @@ def fitting(pattern: str, remedy: str) -> Callable[[str], str]:
 
 read_token = fitting(r"(?=.*[^,])[!-~]{1,4096}", "give printable ASCII without blanks")  # a bearer token, or several separated by commas
 read_word = fitting(r"(?!-)[!-~]{1,500}", "give one word, as in short")  # a partition, an account, a constraint
+read_provider = fitting(r"[a-z0-9_]+|[A-Za-z_][\w.]*:[A-Za-z_]\w*", "give a name, as in openstack or ec2")
 read_mode = fitting(r"0?[0-7]{3}", "give a mode in octal, as in 0600 or 0660")  # the mode of a file
 
 
@@ -115,6 +119,13 @@ def read_weight(text: str) -> float:
     return float(text)
 
 
+def read_amount(text: str) -> float:
+    """Return an amount of money, in whatever currency the site counts."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("give a number, as in 0.12")
+    return float(text)
+
+
 def read_weights(text: str) -> dict[int, float]:
     """Return weights by user: pairs separated by commas, as in 7=2,8=0.5."""
     weights = {}
@@ -138,6 +149,14 @@ def read_url(text: str) -> str:
     return text
 
 
+def read_urls(text: str) -> str:
+    """Accept URLs, separated by commas; blanks around them are dropped."""
+    try:
+        return ",".join(read_url(each.strip()) for each in text.split(",") if each.strip())
+    except ValueError as error:
+        raise ValueError("give the URL of each server, separated by commas, as in https://server:5000") from error
+
+
 def read_networks(text: str) -> tuple[Network, ...]:
     """Return IP addresses and networks, separated by commas; IPv4 addresses in IPv6 form (::ffff:) become IPv4."""
     networks: list[Network] = []
@@ -155,12 +174,40 @@ def read_networks(text: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
+MOST_UIDS = 4096  # each is looked up at the start
+
+
 def read_names(text: str) -> tuple[str, ...]:
     """Return names of variables, separated by commas, as in PGHOST,MYLAB_*; `*` matches any characters."""
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if not all(re.fullmatch(r"[!-<>-~]+", name) for name in names):
         raise ValueError("give names of variables separated by commas, as in PGHOST,MYLAB_*")
     return names
+
+
+def read_paths(text: str) -> tuple[str, ...]:
+    """Return absolute paths, separated by commas; a slash at the end is dropped."""
+    paths = tuple(part.strip().rstrip("/") or "/" for part in text.split(",") if part.strip())
+    if not all(path.startswith("/") and path.isprintable() for path in paths):
+        raise ValueError("give absolute paths separated by commas, as in /data/blast,/cvmfs")
+    return paths
+
+
+def read_uids(text: str) -> range:
+    """Return a range of user ids, as in 20001-20064."""
+    found = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", text)
+    uids = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    if not uids or uids[0] < 1 or uids[-1] >= 2**32 - 1 or len(uids) > MOST_UIDS:
+        raise ValueError(f"give the first and the last of at most {MOST_UIDS:,} user ids, as in 20001-20064")
+    return uids
+
+
+def read_gpus(text: str) -> tuple[str, ...]:
+    """Return ids of GPUs, as in 0,1; `none` is an empty list."""
+    ids = tuple(part.strip() for part in text.split(",")) if text.lower() != "none" else ()
+    if not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9/_-]{0,99}", each) for each in ids) or len(set(ids)) < len(ids):
+        raise ValueError("give different ids of GPUs separated by commas, as in 0,1, or none")
+    return ids
 
 
 def read_switch(text: str) -> bool:
@@ -282,11 +329,30 @@ class Config:
         "local: cores that payloads may use at once (default: all); batch system: jobs that it gets at once (default: 100)", unset=0)
     memory_bytes: int = setting("JOBORCH_MEMORY", "client", read_bytes, "",
         "memory that payloads may request together (default: the machine's memory)", unset=0)
+    gpus: tuple[str, ...] | None = setting("JOBORCH_GPUS", "client", read_gpus, "",
+        "local: ids of the GPUs that payloads may request, as in 0,1; none: none (default: those that nvidia-smi -L lists)", unset=None)
     executor: str = setting("JOBORCH_EXECUTOR", "client", read_executor, "local",
         "what runs the payloads: local, slurm, dirac, or package.module:Class for another executor")
+    isolation: str = setting("JOBORCH_ISOLATION", "client", one_of("none", "process", "full", "user"), "none",
+        "process: all processes of a script end with it, and it sees no others; full: it sees no files of others, either; "
+        "user: also, each script runs as a user of its own (needs root)", plugin="sandbox")
+    uids: range = setting("JOBORCH_UIDS", "client", read_uids, "",
+        "isolation user: user ids for scripts, at least one for each slot, that nobody else has, as in 20001-20064", plugin="sandbox",
+        unset=range(0))
+    network: str = setting("JOBORCH_NETWORK", "client", one_of("none", "host"), "none",
+        "isolation full and user: host gives scripts the network of this machine", plugin="sandbox")
+    bind: tuple[str, ...] = setting("JOBORCH_BIND", "client", read_paths, "",
+        "isolation full and user: further paths that scripts may read, separated by commas, as in /data/blast,/cvmfs", plugin="sandbox",
+        unset=())
+    bind_rw: tuple[str, ...] = setting("JOBORCH_BIND_RW", "client", read_paths, "",
+        "isolation full and user: paths that scripts may also write to, separated by commas", plugin="sandbox", unset=())
+    max_processes: int = setting("JOBORCH_MAX_PROCESSES", "client", read_whole, "0",
+        "local: processes and threads that a script may run at once, looked at once a second (0: no limit)")
+    max_work_bytes: int = setting("JOBORCH_MAX_WORK", "client", read_bytes, "0",
+        "local: how much a script's work folder, and each file that it writes, may take, looked at once a second (0: no limit)")
     pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
         "further variables that scripts get from the client's environment: names separated by commas, * for any characters", unset=())
-    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "10",
+    batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "4",
         "seconds between two queries of a batch system (one query for all jobs)")
     vanish_grace_s: float = setting("JOBORCH_VANISH_GRACE", "client", read_seconds, "120",
         "seconds to wait for the exit file of a batch job that ended or is no longer known")
@@ -312,6 +378,12 @@ class Config:
         "policy share: USER=WEIGHT, separated by commas, as in 7=2,8=0.5", unset={})
     max_queued_per_user: int = setting("JOBORCH_MAX_QUEUED_PER_USER", "server", read_positive, "10000",
         "jobs of one user that may be queued at once")
+    max_stored_bytes: int = setting("JOBORCH_MAX_STORED_PER_USER", "server", read_bytes, "",
+        "largest size of the files and results of one user; beyond it uploads are refused with 507 (default: no limit)", unset=0)
+    uploads_per_minute: int = setting("JOBORCH_UPLOADS_PER_MINUTE", "server", read_positive, "",
+        "uploads of one user in a minute; more are refused with 429 (default: no limit)", unset=0)
+    audit_file: str = setting("JOBORCH_AUDIT_LOG", "server", read_text, "",
+        "file that gets a JSON line for each call that changes something; 0: none (default: audit.jsonl in DATA_PATH)")
     clean_interval_s: float = setting("JOBORCH_CLEAN_INTERVAL", BOTH, read_period, "60", "seconds between two runs of the cleaner")
     keep_fetched_s: float = setting("JOBORCH_KEEP_FETCHED", "client", read_seconds, "10m",
         "how long a client keeps files after a server has confirmed that it has the result")
@@ -322,18 +394,45 @@ class Config:
     max_result_files: int = setting("JOBORCH_MAX_RESULT_FILES", BOTH, read_positive, "200000",
         "most files and links in a result, with half as many folders")
     min_free_bytes: int = setting("JOBORCH_MIN_FREE", BOTH, read_bytes, "1G", "free disk space below which uploads are refused with 507")
-    ca_file: str = setting("JOBORCH_CA_FILE", "server", read_text, "",
-        "certificates (PEM) to check https clients with, instead of the system's")
+    ca_file: str = setting("JOBORCH_CA_FILE", BOTH, read_text, "",
+        "certificates (PEM) to check https clients, servers and receivers of webhooks with, instead of the system's")
+    callback_hosts: str = setting("JOBORCH_CALLBACK_HOSTS", "server", read_by_plugin("joborch_plugins.webhooks:read_host_list"), "",
+        "hosts that webhooks may go to, separated by commas: names, *.example.org, addresses, networks, or * for all public ones "
+        "(default: none)", plugin="webhooks")
+    callback_on: tuple[str, ...] = setting("JOBORCH_CALLBACK_ON", "server", read_by_plugin("joborch_plugins.webhooks:read_events"), "",
+        "states that send a webhook, separated by commas (default: Completed,Failed,Invalid,Killed)", plugin="webhooks", unset=())
+    callback_secret: str = setting("JOBORCH_CALLBACK_SECRET", "server", read_by_plugin("joborch_plugins.webhooks:read_secret"), "",
+        "secret(s) that sign webhooks, separated by commas: whsec_ and base64; visible in ps", plugin="webhooks", secret=True)
+    callback_secret_file: str = setting("JOBORCH_CALLBACK_SECRET_FILE", "server", read_text, "",
+        "file with the secret(s), created if it is missing (default: callback-secret in DATA_PATH)", plugin="webhooks")
+    join: str = setting("JOBORCH_JOIN", "client", read_urls, "",
+        "servers to call for jobs, as in https://server:5000, separated by commas; this client then listens nowhere")
+    join_services: tuple[str, ...] = setting("JOBORCH_SERVICES", "client", read_names, "",
+        "the services to offer to these servers (default: those of the token)", unset=())
+    forget_client_s: float = setting("JOBORCH_FORGET_CLIENT", "server", read_period, "7d",
+        "how long a client that joined is shown after its last call")
+    public_url: str = setting("JOBORCH_PUBLIC_URL", "server", read_url, "",
+        "how other machines reach this server, as in https://jobs.example.org")
+    scale_interval_s: float = setting("JOBORCH_SCALE_INTERVAL", "server", read_period, "10",
+        "seconds between two looks at the instances in clouds", plugin="clouds")
+    orphan_grace_s: float = setting("JOBORCH_ORPHAN_GRACE", "server", read_seconds, "10m",
+        "how long an instance with this server's tag may be in a cloud without being in the database, before it is ended", plugin="clouds")
+    orphan_after_s: float = setting("JOBORCH_ORPHAN_AFTER", "client", read_seconds, "0",
+        "a client that joined stops after this long without an answer of any server, if no payload runs (0: never)")
     compat: str = setting("JOBORCH_COMPAT", "server", one_of("1.2", "2.2"), "1.2",
         "2.2: GET /download/ID answers as the reference's 2.2 does", plugin="compat22")
     log_level: str = setting("JOBORCH_LOG", BOTH, one_of("debug", "info", "warning", "error"), "info",
         "log level: debug, info, warning or error")
+    access_log: bool = setting("JOBORCH_ACCESS_LOG", BOTH, read_switch, "0", "1: a line in the log for each request")
     log_format: str = setting("JOBORCH_LOG_FORMAT", BOTH, one_of("text", "json"), "text", "json: one JSON object per line")
     services: Mapping[str, Service] = field(default_factory=dict)
     batch: Mapping[str, BatchOptions] = field(default_factory=dict)
+    clouds: Mapping[str, Cloud] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     env_file: str = ""
+    # The flags and the environment that it was made of, to read --env-file again.
+    origin: tuple[Mapping[str, str | None], Mapping[str, str]] = field(default=({}, {}), repr=False, compare=False)
 
     @property
     def max_zip_members(self) -> int:
@@ -373,6 +472,14 @@ class Service:
         "how long jobs wait if no client of the service answers")
     lost_after_s: float = setting("LOST_AFTER", "server", read_period, "3600",
         "seconds that a client may be silent before its jobs get a new attempt")
+    callback_url: str = setting("CALLBACK_URL", "server", read_url, "",
+        "where the webhooks of jobs without a callback_url go; its host must be in JOBORCH_CALLBACK_HOSTS", plugin="webhooks")
+
+    @property
+    def text(self) -> str:
+        """Return its clients and limits in a few words."""
+        clients = ", ".join(address.name for address in self.addresses) or "clients that join"
+        return f"{clients} (per user {self.runs_per_user}, in all {self.max_runs})"
 
 
 @dataclass(frozen=True)
@@ -399,11 +506,56 @@ class BatchOptions:
         'further lines of JDL, as in Priority = 5; BannedSites = {"LCG.X.org"}', plugin="dirac")
 
 
+@dataclass(frozen=True)
+class Cloud:
+    """A cloud in which a server makes and ends clients. Each setting is CLOUD_<NAME>_..., as in CLOUD_LAB_PROVIDER."""
+
+    name: str
+    provider: str = setting("PROVIDER", "server", read_provider, "",
+        "openstack, ec2, another provider of Apache Libcloud, or package.module:Class", plugin="clouds")
+    credentials: str = setting("CREDENTIALS", "server", read_text, "",
+        "JSON file (mode 0600) with the credentials: see docs/clouds.md", plugin="clouds")
+    endpoint: str = setting("ENDPOINT", "server", read_url, "",
+        "URL of the cloud's API, instead of the one in the credentials", plugin="clouds")
+    region: str = setting("REGION", "server", read_word, "", "region, instead of the one in the credentials", plugin="clouds")
+    image: str = setting("IMAGE", "server", read_line, "", "image of the instances: its id or name", plugin="clouds")
+    size: str = setting("SIZE", "server", read_line, "", "size (flavour, type) of the instances: its id or name", plugin="clouds")
+    network: str = setting("NETWORK", "server", read_line, "",
+        "networks of the instances, separated by commas: ids or names (EC2: the id of a subnet)", plugin="clouds")
+    security_group: str = setting("SECURITY_GROUP", "server", read_line, "",
+        "security groups, separated by commas; they must let instances call this server, and nobody needs to reach them", plugin="clouds")
+    key: str = setting("KEY", "server", read_line, "", "key pair for people who log in there", plugin="clouds")
+    services: tuple[str, ...] = setting("SERVICES", "server", read_names, "",
+        "services that its instances serve, separated by commas (default: all)", plugin="clouds", unset=())
+    least: int = setting("MIN", "server", read_whole, "0", "instances that are kept even if no job waits", plugin="clouds")
+    most: int = setting("MAX", "server", read_whole, "4", "most instances at once", plugin="clouds")
+    slots: int = setting("SLOTS", "server", read_positive, "",
+        "slots of an instance (default: the cores of its size)", plugin="clouds", unset=0)
+    idle_s: float = setting("IDLE", "server", read_seconds, "600",
+        "how long an instance may be without a job before it is ended", plugin="clouds")
+    boot_limit_s: float = setting("BOOT_LIMIT", "server", read_period, "900",
+        "an instance that has not joined after this long is ended, and its console log is kept", plugin="clouds")
+    hourly_cost: float = setting("HOURLY_COST", "server", read_amount, "0", "what an instance costs an hour", plugin="clouds")
+    daily_budget: float | None = setting("DAILY_BUDGET", "server", read_amount, "",
+        "what its instances may cost a day (UTC); beyond that no more are made (default: no limit)", plugin="clouds", unset=None)
+    paid_by_hour: bool = setting("PAID_BY_HOUR", "server", read_switch, "0",
+        "1: begun hours are paid in full, so instances are ended near the end of one", plugin="clouds")
+    user_data: str = setting("USER_DATA", "server", read_text, "",
+        "file with lines of sh that run before the client starts, or such lines; or a #cloud-config", plugin="clouds")
+    orphan_after_s: float = setting("ORPHAN_AFTER", "server", read_period, "2h",
+        "an instance ends itself if no server has answered for this long and no payload runs", plugin="clouds")
+
+    def serves(self, service: str) -> bool:
+        """Tell whether its instances serve a service."""
+        return not self.services or service in self.services
+
+
 # fmt: on
 
 
 SETTINGS = settings_of(Config)
 SERVICE_SETTINGS = settings_of(Service) + settings_of(BatchOptions)
+CLOUD_SETTINGS = settings_of(Cloud)
 
 
 # == 3. Configuration ==  Reads the settings and services of one process from flags, environment and files, and refuses mistakes.
@@ -428,13 +580,22 @@ def env_value(text: str) -> str:
 
 
 def read_env_file(path: str) -> dict[str, str]:
-    """Return the NAME=VALUE lines of `path`, with comments, quotes and `export` as in systemd and shells."""
+    """Return the NAME=VALUE lines of a file: see `env_pairs`."""
+    return env_pairs(read_env_text(path), path)
+
+
+def read_env_text(path: str) -> str:
+    """Return the text of a file of settings. Raises ConfigError if it cannot be read."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_small_file(path, MIB).removeprefix("\ufeff")  # Windows editors begin with a byte order mark
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
+
+
+def env_pairs(file_text: str, path: str) -> dict[str, str]:
+    """Return the NAME=VALUE lines of the file `path`, with comments, quotes and `export` as in systemd and shells."""
     pairs = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(file_text.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith(("#", ";")):
             continue
@@ -457,13 +618,29 @@ def read_setting(setting: Setting, text: str, shown_name: str) -> Any:
         raise ConfigError(f"{shown_name} is {shown}: {error}") from error
 
 
-def split_service_name(name: str) -> tuple[str, Setting] | None:
-    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`, by the longest known suffix; None for other names."""
-    for setting in sorted(SERVICE_SETTINGS, key=lambda setting: -len(setting.name)):
+def split_name(name: str, prefix: str, settings: Collection[Setting]) -> tuple[str, Setting] | None:
+    """Return (owner, setting) of `PREFIX_<NAME>_<SUFFIX>`, by the longest known suffix; None for other names."""
+    for setting in sorted(settings, key=lambda setting: -len(setting.name)):
         suffix = "_" + setting.name
-        if name.startswith("SERVICE_") and name.endswith(suffix) and len(name) > len("SERVICE_") + len(suffix):
-            return name[len("SERVICE_") : -len(suffix)].lower(), setting
+        if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix):
+            return name[len(prefix) : -len(suffix)].lower(), setting
     return None
+
+
+def split_service_name(name: str) -> tuple[str, Setting] | None:
+    """Return (service, setting) of `SERVICE_<NAME>_<SUFFIX>`; None for other names."""
+    return split_name(name, "SERVICE_", SERVICE_SETTINGS)
+
+
+def split_cloud_name(name: str) -> tuple[str, Setting] | None:
+    """Return (cloud, setting) of `CLOUD_<NAME>_<SUFFIX>`; None for other names."""
+    return split_name(name, "CLOUD_", CLOUD_SETTINGS)
+
+
+def is_clients(name: str) -> bool:
+    """Tell whether a variable lists a service's clients. An empty list counts: only clients that join serve it then."""
+    found = split_service_name(name.upper())
+    return found is not None and found[1].name == "CLIENTS"
 
 
 def client_address(base_url: str) -> Address:
@@ -504,7 +681,7 @@ def check_url(url: str, shown_name: str) -> None:
 def read_token_file(path: str, shown_name: str) -> str:
     """Return the token in a file. Raises ConfigError if it cannot be read."""
     try:
-        return read_token(Path(path).read_text(encoding="utf-8").strip())
+        return read_token(read_small_file(path).strip())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
 
@@ -512,9 +689,9 @@ def read_token_file(path: str, shown_name: str) -> str:
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # the client of `example` if none is set
 
 
-def read_settings(texts: Mapping[str, str], prefix: str) -> dict[str, Any]:
+def read_settings(texts: Mapping[str, str], prefix: str, settings: Collection[Setting] = SERVICE_SETTINGS) -> dict[str, Any]:
     """Return the values of one service's settings by field, from texts by suffix. Settings without a text are omitted."""
-    given = [setting for setting in SERVICE_SETTINGS if texts.get(setting.name)]
+    given = [setting for setting in settings if texts.get(setting.name)]
     return {setting.field: read_setting(setting, texts[setting.name], prefix + setting.name) for setting in given}
 
 
@@ -528,10 +705,8 @@ def make_service(name: str, texts: Mapping[str, str]) -> Service:
         check_url(base, prefix + "CLIENTS")
     for url, setting in zip(dataclasses.astuple(first) if first else (), ("UPLOAD_URL", "DOWNLOAD_URL", "TERMINATE_URL")):
         check_url(url, prefix + setting)
-    if not first and not bases and name == "example":
+    if not first and not bases and name == "example" and "CLIENTS" not in texts:
         bases = [EXAMPLE_CLIENT_URL]
-    if not first and not bases:
-        raise ConfigError(f"service {name} has no client: set {prefix}CLIENTS=http://host:9000")
     token = service.token
     if not token and service.token_file:
         token = read_token_file(service.token_file, prefix + "TOKEN_FILE")
@@ -559,15 +734,34 @@ def read_batch_options(environment: Mapping[str, str]) -> dict[str, BatchOptions
     return {name: BatchOptions(**read_settings(texts, f"SERVICE_{name.upper()}_")) for name, texts in found}
 
 
-def read_services(environment: Mapping[str, str]) -> dict[str, Service]:
-    """Return the services in the `SERVICE_*` variables, or else `example` on this machine. Raises ConfigError."""
+def read_services(environment: Mapping[str, str], clouds: Collection[Cloud] = ()) -> dict[str, Service]:
+    """Return the services in the `SERVICE_*` variables, or else `example` on this machine or in a cloud. Raises ConfigError."""
     texts = texts_of_services(environment, "server") or {"example": {}}
+    if any(cloud.serves("example") for cloud in clouds) and "example" in texts:
+        texts["example"].setdefault("CLIENTS", "")
     return {name: make_service(name, suffixes) for name, suffixes in sorted(texts.items())}
 
 
-def nearest_suffix(name: str) -> str:
-    """Return ` (did you mean X?)` for the service setting nearest to the end of a variable's name, or an empty string."""
-    suffixes, words = [setting.name for setting in SERVICE_SETTINGS], name.split("_")
+def read_clouds(environment: Mapping[str, str]) -> dict[str, Cloud]:
+    """Return the clouds in the `CLOUD_*` variables: each that has a PROVIDER. Raises ConfigError."""
+    texts: dict[str, dict[str, str]] = {}
+    for name, text in environment.items():
+        found = split_cloud_name(name.upper())
+        if found:
+            texts.setdefault(found[0], {})[found[1].name] = text
+    clouds = {}
+    for name, given in sorted(texts.items()):
+        prefix = f"CLOUD_{name.upper()}_"
+        if "PROVIDER" in given:
+            clouds[name] = Cloud(name, **read_settings(given, prefix, CLOUD_SETTINGS))
+        elif {"CREDENTIALS", "SERVICES"} & given.keys():
+            raise ConfigError(f"{prefix}PROVIDER is missing: set it, as in openstack or ec2")
+    return clouds
+
+
+def nearest_suffix(name: str, settings: Collection[Setting] = SERVICE_SETTINGS) -> str:
+    """Return ` (did you mean X?)` for the setting of a service nearest to the end of a variable's name, or an empty string."""
+    suffixes, words = [setting.name for setting in settings], name.split("_")
     tails = {"_".join(words[-count:]) for count in (1, 2, 3)}
     import difflib
 
@@ -585,6 +779,8 @@ def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
             yield f"{name} is not a setting" + (f" (did you mean {plain}?)" if plain in known else nearest(name, known))
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
             yield f"{name} is not a setting of a service{nearest_suffix(name)}"
+        elif name.startswith("CLOUD_") and not split_cloud_name(name.upper()):
+            yield f"{name} is not a setting of a cloud{nearest_suffix(name, CLOUD_SETTINGS)}"
 
 
 LONG_TIME_S = 6 * 3600.0  # a setting with at least this default is rarely meant in seconds
@@ -594,7 +790,7 @@ def missing_units(arguments: Mapping[str, str | None], environment: Mapping[str,
     """Yield a question about each time that is set to a small number without a unit although hours or days are usual."""
     given = [(setting, arguments.get(setting.field) or environment.get(setting.name) or "", setting.name) for setting in SETTINGS]
     for name, text in environment.items():
-        found = split_service_name(name.upper())
+        found = split_service_name(name.upper()) or split_cloud_name(name.upper())
         given += [(found[1], text, name)] if found else []
     for setting, text, name in given:
         usual_s = read_seconds(setting.default) if setting.read in (read_seconds, read_period) and setting.default else 0.0
@@ -645,29 +841,35 @@ def with_defaults(config: Config) -> Config:
     )
 
 
-def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str]) -> Config:
+def load_config(mode: str, arguments: Mapping[str, str | None], environment: Mapping[str, str], file_text: str | None = None) -> Config:
     """Return the effective configuration of `mode`. A flag wins over the environment, that over --env-file, that over the default.
 
-    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None.
+    `arguments` maps a setting's field (and `env_file`) to the text given on the command line, or None. `file_text` stands for
+    the content of --env-file.
     """
     env_file = arguments.get("env_file") or ""
-    from_file = {name: text for name, text in (read_env_file(env_file) if env_file else {}).items() if text}
-    given = {name: text for name, text in environment.items() if text}
+    pairs = env_pairs(file_text, env_file) if file_text is not None else read_env_file(env_file) if env_file else {}
+    from_file = {name: text for name, text in pairs.items() if text or is_clients(name)}
+    given = {name: text for name, text in environment.items() if text or is_clients(name)}
     merged = {**from_file, **given}
     found_in = {name: "environment" if name in given else "--env-file" for name in merged}
-    sources = {name.upper(): source for name, source in found_in.items() if split_service_name(name.upper())}
+    of_groups = (name for name in found_in if split_service_name(name.upper()) or split_cloud_name(name.upper()))
+    sources = {name.upper(): found_in[name] for name in of_groups}
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         flag = arguments.get(setting.field)
         sources[setting.name] = f"flag {setting.flag}" if flag else found_in.get(setting.name, "default")
         if flag or setting.name in merged:
             values[setting.field] = read_setting(setting, flag or merged[setting.name], setting.flag if flag else setting.name)
-    config = with_defaults(Config(mode, env_file=env_file, sources=sources, **values))
-    services = read_services(merged) if mode == "server" else {}
+    origin = (dict(arguments), dict(environment))
+    config = with_defaults(Config(mode, env_file=env_file, sources=sources, origin=origin, **values))
+    clouds = read_clouds(merged) if mode == "server" else {}
+    services = read_services(merged, clouds.values()) if mode == "server" else {}
     batch = read_batch_options(merged) if mode == "client" else {}
-    config = dataclasses.replace(config, services=services, batch=batch)
+    config = dataclasses.replace(config, services=services, batch=batch, clouds=clouds)
     check_config(config)
     warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
+    warnings += tuple(isolation_warnings(config))
     return dataclasses.replace(config, warnings=warnings)
 
 
@@ -677,16 +879,34 @@ def check_certificates(path: str) -> None:
 
     try:
         if path:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # OpenSSL would read a device without end
+                raise ValueError("it is no regular file")
             ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         why = one_line(error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(str(error))
         raise ConfigError(f"JOBORCH_CA_FILE is {path!r}: {why}; give a file of certificates in PEM") from error
 
 
+def check_join(config: Config) -> None:
+    """Raise ConfigError if a client cannot call the servers of JOBORCH_JOIN."""
+    for url in filter(None, config.join.split(",")):
+        check_url(url, "JOBORCH_JOIN")
+    if not config.token:
+        remedy = "put what `joborch token add NAME --role client` printed into the file JOBORCH_TOKEN_FILE"
+        raise ConfigError(f"JOBORCH_JOIN needs a token: {remedy}")
+
+
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other."""
     if config.mode == "server" and config.db_path == ":memory:":
         raise ConfigError("DB_PATH is ':memory:': a server must keep its jobs in a file; only a client may forget them")
+    if config.isolation != "none" and config.executor != "local":
+        reason = f"the site's batch system isolates its jobs itself; unset it, as {config.executor} runs them on other machines"
+        raise ConfigError(f"JOBORCH_ISOLATION is {config.isolation!r}, but JOBORCH_EXECUTOR is {config.executor!r}: {reason}")
+    if any(service.callback_url for service in config.services.values()):
+        load_plugin("joborch_plugins.webhooks:check_services")(config)
+    if config.clouds:
+        load_plugin("joborch_plugins.cloud_providers:check_clouds")(config)
     beyond = beyond_loopback(config.host)
     if (
         beyond
@@ -721,6 +941,16 @@ def access_warnings(config: Config) -> Iterator[str]:
         yield "JOBORCH_SOCKET_MODE has no effect: others cannot enter the socket's folder; set JOBORCH_SOCKET to a path that they can reach"
 
 
+def isolation_warnings(config: Config) -> Iterator[str]:
+    """Yield a warning for settings that need another JOBORCH_ISOLATION."""
+    of_mounts = ("JOBORCH_NETWORK", "JOBORCH_BIND", "JOBORCH_BIND_RW")
+    for wanted, own in ((("full", "user"), of_mounts), (("user",), ("JOBORCH_UIDS",))):
+        names = [name for name in own if config.sources.get(name, "default") != "default"]
+        if names and config.mode == "client" and config.isolation not in wanted:
+            have = f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect"
+            yield f"{have}: JOBORCH_ISOLATION is {config.isolation}, not {' or '.join(wanted)}"
+
+
 def beyond_loopback(hosts: str) -> list[str]:
     """Return the addresses to listen on that other machines can reach."""
     return [host for host in map(str.strip, hosts.split(",")) if host and not is_loopback(host)]
@@ -736,9 +966,45 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1", "[::1]") or bool(re.fullmatch(r"127\.[0-9]+\.[0-9]+\.[0-9]+", host))
 
 
-def settings_table() -> str:
-    """Return the table of settings of docs/reference.md, in Markdown."""
-    rows = ["| name | flag | default | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{setting.name}` | `{setting.flag}` | {setting.default} | {setting.help} |" for setting in SETTINGS]
-    rows += [f"| `SERVICE_<NAME>_{setting.name}` | | {setting.default} | {setting.help} |" for setting in SERVICE_SETTINGS]
-    return "\n".join(rows)
+def setting_values(config: Config) -> Iterator[tuple[str, Setting, Any]]:
+    """Yield the name, the declaration and the value of each effective setting; of a service also those that were not set."""
+    for setting in SETTINGS:
+        if config.mode in setting.modes.split():
+            yield setting.name, setting, getattr(config, setting.field)
+    for service in config.services.values():
+        urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
+        for setting in SERVICE_SETTINGS:
+            if setting.modes == "server" and not setting.name.endswith("_URL"):  # CLIENTS shows the URLs
+                value = urls if setting.name == "CLIENTS" else getattr(service, setting.field)
+                yield f"SERVICE_{service.name.upper()}_{setting.name}", setting, value
+    of_clouds = itertools.product(config.clouds.values(), CLOUD_SETTINGS)
+    yield from ((f"CLOUD_{cloud.name.upper()}_{setting.name}", setting, getattr(cloud, setting.field)) for cloud, setting in of_clouds)
+    for owner, options in sorted(config.batch.items()):
+        for setting in SERVICE_SETTINGS:
+            given = getattr(options, setting.field) if setting.modes == "client" else None
+            if given:
+                yield f"SERVICE_{owner.upper()}_{setting.name}", setting, shlex.join(given) if isinstance(given, tuple) else given
+
+
+def shown_value(value: Any, secret: bool = False) -> str:
+    """Return a setting's value as a person writes it; a secret is masked."""
+    if secret and value:
+        return "***"
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, range):
+        return f"{value[0]}-{value[-1]}" if value else ""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def config_rows(config: Config) -> list[tuple[str, str, str]]:
+    """Return (name, value, source) of each effective setting; secrets are masked."""
+    return [
+        (name, shown_value(value, setting.secret), config.sources.get(name, "default")) for name, setting, value in setting_values(config)
+    ]

@@ -6,19 +6,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import re
 import signal
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from joborch_base.files import hints_for, last_line, open_regular
-from joborch_base.vocabulary import KIB, format_duration, plural
+from joborch_base.vocabulary import KIB, format_duration, one_line, plural
 
 # == 1. States ==  The tables of legal moves, and the row that moves. No status changes in a way that is not listed here.
 
@@ -59,30 +61,30 @@ ENDED = (Status.COMPLETED, Status.FAILED, Status.INVALID, Status.KILLED)
 OVER = (*ENDED, Status.CLEANED)
 
 SERVER_MOVES: tuple[tuple[Status, Status, str], ...] = (
-    (Status.QUEUED, Status.PROCESSING, "claimed: quota, service limit and a client had room"),
-    (Status.QUEUED, Status.KILLED, "terminated before dispatch"),
+    (Status.QUEUED, Status.PROCESSING, "it was claimed: its user's quota, the service's limit and a client had room"),
+    (Status.QUEUED, Status.KILLED, "terminated before it was sent"),
     (Status.QUEUED, Status.FAILED, "no client of the service answered for too long"),
-    (Status.QUEUED, Status.INVALID, "a job that it was to follow ended otherwise than Completed"),
+    (Status.QUEUED, Status.INVALID, "a job that it waited for did not complete"),
     (Status.PROCESSING, Status.SUBMITTED, "a client accepted it"),
-    (Status.PROCESSING, Status.QUEUED, "the client certainly has nothing of it"),
-    (Status.PROCESSING, Status.UNKNOWN, "bytes were sent and no answer came"),
-    (Status.PROCESSING, Status.INVALID, "a client refuses it for good"),
+    (Status.PROCESSING, Status.QUEUED, "it was not sent: the client has nothing of it"),
+    (Status.PROCESSING, Status.UNKNOWN, "it was sent, but no answer arrived"),
+    (Status.PROCESSING, Status.INVALID, "a client refuses it and will not accept it later"),
     (Status.PROCESSING, Status.KILLED, "terminated"),
     (Status.PROCESSING, Status.FAILED, "its input files are missing or were changed on the server"),
     (Status.SUBMITTED, Status.RUNNING, "the client reports it"),
     *((source, to, why) for source in (Status.SUBMITTED, Status.RUNNING) for to, why in (
         (Status.COMPLETED, "result fetched, verified, on disk"),
-        (Status.FAILED, "the payload ended badly, or no attempt is left"),
+        (Status.FAILED, "the script failed, or no attempt is left"),
         (Status.INVALID, "the payload cannot be run"),
         (Status.UNKNOWN, "the client does not answer, or the result could not be fetched"),
         (Status.QUEUED, "a new attempt after an infrastructure failure"),
         (Status.KILLED, "terminated"),
     )),
-    (Status.UNKNOWN, Status.SUBMITTED, "a retry got through"),
-    (Status.UNKNOWN, Status.RUNNING, "a retry got through"),
-    (Status.UNKNOWN, Status.COMPLETED, "a retry got through"),
-    (Status.UNKNOWN, Status.FAILED, "a retry got through, or no attempt is left"),
-    (Status.UNKNOWN, Status.INVALID, "a retry got through"),
+    (Status.UNKNOWN, Status.SUBMITTED, "the client answered again"),
+    (Status.UNKNOWN, Status.RUNNING, "the client answered again"),
+    (Status.UNKNOWN, Status.COMPLETED, "the client answered again"),
+    (Status.UNKNOWN, Status.FAILED, "the client answered again, or no attempt is left"),
+    (Status.UNKNOWN, Status.INVALID, "the client answered again"),
     (Status.UNKNOWN, Status.QUEUED, "a new attempt: the client lost it or was silent too long"),
     (Status.UNKNOWN, Status.KILLED, "terminated"),
     *((source, Status.CLEANED, "older than MAX_AGE since it ended") for source in ENDED),
@@ -105,10 +107,7 @@ MOVES: Mapping[str, frozenset[tuple[Status, Status]]] = {
 }
 
 
-def diagram(moves: Sequence[tuple[Status, Status, str]] = SERVER_MOVES) -> str:
-    """Return a table of moves as a Mermaid state diagram, for docs/reference.md."""
-    lines = [f"    {source} --> {to}" for source, to, _ in moves]
-    return "\n".join(["stateDiagram-v2", "    [*] --> " + str(moves[0][0]), *lines])
+FIGURES = ("peak_memory", "cpu_time")  # what a payload has used: columns of jobs and of attempts
 
 
 class Job(NamedTuple):
@@ -158,6 +157,12 @@ class Job(NamedTuple):
     ended_as: str | None  # the status that a Cleaned job ended with; see `end`
     retry_of: int | None  # server: the job that it repeats
     from_ids: str  # server: ids of the jobs whose results it gets, separated by commas
+    callback_url: str | None  # server: where its webhooks go
+    inputs_size: int | None  # server: bytes of its files; None: a job of an earlier version
+    kill_by: str | None  # server: the token of whoever asked to stop it, if that has a name
+    gpus: int  # GPUs that it needs
+    peak_memory: int | None  # bytes; None: not known
+    cpu_time: float | None  # seconds; None: not known
 
     @property
     def pair(self) -> tuple[str, int]:
@@ -176,10 +181,10 @@ class Job(NamedTuple):
 
 
 STATUS_AT = Job._fields.index("status")
-ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause")  # the columns of an attempt
+ATTEMPT = ("attempt", "client", "dest_id", "started_at", "ended_at", "exit_code", "signal", "reason", "cause", *FIGURES)
 MOVABLE = (  # what a move may change besides status and reason
     *("cause", "exit_code", "signal", "attempt", "client", "dest_id", "started_at", "ended_at"),
-    *("not_before", "result_size", "result_sha256"),
+    *("not_before", "result_size", "result_sha256", *FIGURES),
 )
 
 
@@ -217,6 +222,9 @@ class NewJob:
     blocked: int = 0
     retry_of: int | None = None
     from_ids: str = ""
+    callback_url: str | None = None
+    inputs_size: int | None = None
+    gpus: int = 0
 
     @property
     def after(self) -> list[int]:
@@ -227,6 +235,32 @@ NEW_COLUMNS = (
     *(item.name for item in dataclasses.fields(NewJob)),
     *("status", "reason", "created_at", "moves", "changed", "moved_at", "arrived_at"),
 )
+
+
+class Filter(NamedTuple):
+    """Which jobs or moves a list shows; None stands for all."""
+
+    user_id: int | None = None
+    service: str | None = None
+    statuses: tuple[str, ...] = ()
+    cause: str | None = None
+    name: str | None = None  # how the name begins
+    since: float | None = None  # wall time
+    until: float | None = None  # wall time; not included
+    services: tuple[str, ...] = ()  # only these; empty: all
+
+    def values(self) -> dict[str, Any]:
+        """Return the parameters of a statement."""
+        lists = {name: f"/{'/'.join(getattr(self, name))}/" if getattr(self, name) else None for name in ("statuses", "services")}
+        return {**self._asdict(), **lists}
+
+    def span(self) -> dict[str, float]:
+        """Return its times as parameters of a statement that compares with both; infinite if they are not given."""
+        return {"since": -math.inf if self.since is None else self.since, "until": math.inf if self.until is None else self.until}
+
+    def narrows(self) -> bool:
+        """Tell whether rows may have to be examined that do not match."""
+        return sum(value not in (None, ()) for value in self[:5]) > 1 or (self.cause, self.name, self.services) != (None, None, ())
 
 
 def ids_in(text: str) -> list[int]:
@@ -276,7 +310,9 @@ class Reason:
     SILENT = "{trouble}; no answer for {duration}"
     SILENT_AND_KILLED = "{trouble}; no answer for {duration}; if it comes back, the job is stopped there"
     UNREACHABLE = "client unreachable: no client of {service} answered for {duration}"
+    NO_SERVICE = "service {service} has not been configured for {duration}"
     CLIENT_FAILED = "{client} failed"
+    INSTANCE_GONE = "the instance {client} is gone: {reason}"
 
     # An attempt is over.
     ATTEMPT = "attempt {attempt}: {reason}"
@@ -301,6 +337,8 @@ class Reason:
     RUN_FAILED = "run.sh failed"
     WORK_REMOVED = "its work folder was removed from the client's disk"
     CLEANED = "{duration} after it ended"
+    ERASED = "deleted on request"
+    ERASED_22 = "deleted on request; {clients} cannot do that, and removes its copies later by itself"
 
     # The client cannot start a payload, or loses it.
     NO_SCRIPT = "there is no run.sh: upload a bash script of that name"
@@ -315,6 +353,16 @@ class Reason:
     WORK_GONE_EXIT = WORK_GONE + " (run.sh ended with exit status {status})"
     ENDED_WITH_CLIENT = "the script's processes were stopped together with the client, or while it did not run, and left no exit status"
     WRAPPER_KILLED = "the wrapper was killed and left no exit status: the script killed it, or the kernel did because memory was short"
+    WRAPPER_GONE = (
+        "the wrapper was killed and left no exit status: its script cannot do that (JOBORCH_ISOLATION), "
+        "so it was the kernel because memory was short, or somebody on the machine"
+    )
+    OVER_MEMORY = "it used {used} of the {limit} of memory asked for"
+    OVER_PROCESSES = "it ran {used} processes and threads at once, more than the {limit} that JOBORCH_MAX_PROCESSES allows"
+    OVER_WORK = "its work folder had {used}, more than the {limit} that JOBORCH_MAX_WORK allows"
+    OVER_FILE = "it wrote to a file more than the {limit} that JOBORCH_MAX_WORK allows"
+    OVER_EXIT = "{over}; run.sh ended with exit status {status}"
+    ISOLATION_FAILED = "what isolates its script (JOBORCH_ISOLATION) failed, or was killed{words}"
     STOPPED_WITH_CLIENT = (
         "it was stopped from outside joborch, together with the client: run.sh ended with exit status {status}; "
         "if a service manager did it, set KillMode=process for the client"
@@ -332,8 +380,13 @@ def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
     return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
 
 
+LIMIT_NOTE = "over"  # a file in a payload's folder: what it used too much of, written before it is stopped
+
+
 def limit_reason(folder: Path, limit_s: float) -> str:
-    """Say that a script was stopped at its time limit."""
+    """Say that a script was stopped at a limit: the one in its note, or else its time limit."""
+    with contextlib.suppress(OSError), open_regular(folder, LIMIT_NOTE) as file:
+        return f"run.sh was stopped: {one_line(file.read(200).decode('utf-8', 'replace'))}{last_words(folder)}"
     return f"run.sh was stopped at its time limit of {format_duration(limit_s)}{last_words(folder)}"
 
 
@@ -346,6 +399,13 @@ def last_words(folder: Path) -> str:
 def left_out_text(count: int) -> str:
     """Return the end of a sentence about files that no archive can hold; empty for none."""
     return f"; {plural(count, 'file was', 'files were')} left out: see .joborch/left-out.txt" if count else ""
+
+
+def with_caller(reason: str, name: str) -> str:
+    """Add who asked to stop a job to the reason why it was killed."""
+    if "terminated" not in reason:
+        return f"{reason}; terminated by {name}"
+    return reason.replace("terminated on request", "terminated", 1).replace("terminated", f"terminated by {name}", 1)
 
 
 def is_signalled(exit_status: int) -> bool:

@@ -1,6 +1,7 @@
 """The jobs table: who moves a job, and what changes with it.
 
 1. Store
+2. Limits
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import itertools
 import math
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Callable, cast
 from urllib.parse import quote
 
 from joborch_base import statements
 from joborch_base.database import NO_LINE, NO_LOAD, NO_SHARE, Database, Shares
+from joborch_base.logs import job_fields
 from joborch_base.scheduling import (
     CANDIDATES_LOOKED_AT,
     RUN_TAKES,
@@ -41,8 +43,24 @@ from joborch_base.scheduling import (
     with_run,
 )
 from joborch_base.settings import Service
-from joborch_base.states import BUSY, ENDED, MOVABLE, MOVES, OVER, Cause, Job, Move, NewJob, Reason, Status, as_job, ids_in
-from joborch_base.vocabulary import BIGGEST, Clock, IllegalMove, NoInputs, QueueFull, UnknownJob, log, one_line
+from joborch_base.states import (
+    BUSY,
+    ENDED,
+    MOVABLE,
+    MOVES,
+    OVER,
+    Cause,
+    Filter,
+    Job,
+    Move,
+    NewJob,
+    Reason,
+    Status,
+    as_job,
+    ids_in,
+    with_caller,
+)
+from joborch_base.vocabulary import BIGGEST, Clock, IllegalMove, NoInputs, QueueFull, StoreFull, UnknownJob, log, one_line, size_text
 
 # == 1. Store ==  A status changes in one statement; its history row, its user's account and rank change in the same transaction.
 
@@ -61,26 +79,6 @@ def last_seq_of(path: str) -> int:
     return 0
 
 
-class Filter(NamedTuple):
-    """Which jobs or moves a list shows; None stands for all."""
-
-    user_id: int | None = None
-    service: str | None = None
-    statuses: tuple[str, ...] = ()
-    cause: str | None = None
-    name: str | None = None  # how the name begins
-    since: float | None = None  # wall time
-    until: float | None = None  # wall time; not included
-
-    def values(self) -> dict[str, Any]:
-        """Return the parameters of a statement."""
-        return {**self._asdict(), "statuses": f"/{'/'.join(self.statuses)}/" if self.statuses else None}
-
-    def narrows(self) -> bool:
-        """Tell whether rows may have to be examined that do not match."""
-        return sum(value not in (None, ()) for value in self[:5]) > 1 or self.cause is not None or self.name is not None
-
-
 RESTORE_ID_GAP = 1_000_000  # ids skipped after a restore: they may have been assigned since the backup
 RESTORE_SEQ_GAP = 3600 * 10**6  # the same for `seq`: each reboot moves steady time ahead of wall time by up to a minute
 
@@ -91,11 +89,12 @@ class Store(Database):
     One class serves both modes: a payload of a client is a job that may have no user and no service.
     """
 
-    def __init__(self, path: str, mode: str, clock: Clock | None = None) -> None:
-        super().__init__(path, mode, clock)
+    def __init__(self, path: str, mode: str, clock: Clock | None = None, is_copy: bool = False) -> None:
+        super().__init__(path, mode, clock, is_copy)
         self.noun = "job" if mode == "server" else "payload"
         self.limits: Mapping[str, Service] = {}
         self.sharing = Sharing()
+        self.movers: list[Callable[[sqlite3.Connection, Move], object]] = []  # called in the transaction of each move
         self.last_seq = max(self.db.execute(statements.LAST_SEQ).fetchone()[0], *self.db.execute(statements.FEED_GET).fetchone())
 
     # -- reading --
@@ -152,8 +151,7 @@ class Store(Database):
 
     def page_by_end(self, of: Filter, limit: int, before: tuple[float, int]) -> tuple[list[Job], tuple[float, int] | None]:
         """Return at most `limit` jobs that ended before a moment and id, the last to end first, and the next `before`: see `page`."""
-        values = {**of.values(), "ended_before": before[0], "before": before[1]}
-        values["since"], values["until"] = (-math.inf if of.since is None else of.since), (math.inf if of.until is None else of.until)
+        values = {**of.values(), **of.span(), "ended_before": before[0], "before": before[1]}
         is_narrow = of != Filter(since=of.since, until=of.until)
         rows = self.read(statements.JOBS_BOUND_BY_END, **values, skip=EXAMINED_MOST - 1) if is_narrow else []
         floor = (rows[0]["ended_at"], rows[0]["id"]) if rows else None
@@ -197,18 +195,20 @@ class Store(Database):
 
     # -- writing --
 
-    def add(self, new: NewJob, reason: str, most_queued: int | None = None, kept_s: float = float("inf")) -> Job:
+    def add(self, new: NewJob, reason: str, most_queued: int | None = None, kept_s: float = float("inf"), most_bytes: int = 0) -> Job:
         """Store a new job durably, as Queued or Prepared, or as Invalid if a job that it follows did not end Completed.
 
         Raises sqlite3.IntegrityError if its mark or key exists, UnknownJob if it follows a job that its user does not have, NoInputs if
-        one of `from_ids` has no result or ended over `kept_s` seconds ago, and QueueFull if its user has `most_queued` jobs queued.
+        one of `from_ids` has no result or ended over `kept_s` seconds ago, QueueFull if its user has `most_queued` jobs queued, and
+        StoreFull if the files and results of its user would have more than `most_bytes` (0: no limit).
         """
 
         def insert(db: sqlite3.Connection) -> Job:
             self.check_inputs(db, new, kept_s)
+            self.check_stored(db, new, most_bytes)
             job = self.insert(db, new, reason, most_queued)
             words = (self.noun, job.id, job.status, job.service, job.user_id)
-            self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words))
+            self.core.after(functools.partial(log.info, "%s %d %s (service=%s user=%s)", *words, extra=job_fields(self.noun, job)))
             return job
 
         return self.write(insert, durable=self.mode == "server")
@@ -230,9 +230,8 @@ class Store(Database):
             db.execute(statements.DEPENDENCY_ADD, {"on_id": on_id, "job_id": job_id})
         for on_id in ids_in(new.from_ids):
             db.execute(statements.RESULT_NEEDED_ADD, {"on_id": on_id, "job_id": job_id})
-        self.add_history(db, job_id, now, None, status, reason)
         job = self.row(db, job_id)
-        self.core.moves.append(Move(job, None, status, steady, {}))
+        self.add_move(db, Move(job, None, status, steady, {}), now, reason)
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
@@ -252,6 +251,13 @@ class Store(Database):
                 raise NoInputs(f"job {on_id} ended as {earlier.end} and has no result")
             if earlier.end and (earlier.status is Status.CLEANED or earlier.moved_at <= self.steady() - kept_s):
                 raise NoInputs(f"the result of job {on_id} is deleted, or about to be: run that job again")
+
+    def check_stored(self, db: sqlite3.Connection, new: NewJob, most_bytes: int) -> None:
+        """Raise StoreFull if the files and results of a user would have more than `most_bytes` (0: no limit)."""
+        stored = db.execute(statements.STORED_OF_USER, {"user_id": new.user_id}).fetchone()[0] if most_bytes else 0
+        if most_bytes and stored + (new.inputs_size or 0) > most_bytes:
+            what = f"this job has {size_text(new.inputs_size or 0)}, and the limit is {size_text(most_bytes)}"
+            raise StoreFull(f"user {new.user_id} has {size_text(stored)} stored, {what}")
 
     def cleanable(self, **moments: float) -> list[Job]:
         """Return ended jobs whose files are due. They are read in a transaction: a job that needs a result is stored before or after."""
@@ -285,7 +291,8 @@ class Store(Database):
             moved = self.move_in(db, job, to, reason, **changes)
             if moved:
                 words = (self.noun, job.id, job.status, to, job.service, job.user_id, ": " + one_line(reason) if reason else "")
-                self.core.after(functools.partial(log.info, "%s %d %s -> %s (service=%s user=%s)%s", *words))
+                extra = job_fields(self.noun, job, client=changes.get("client", job.client))
+                self.core.after(functools.partial(log.info, "%s %d %s -> %s (service=%s user=%s)%s", *words, extra=extra))
             return moved
 
         return self.write(move, durable)
@@ -311,6 +318,9 @@ class Store(Database):
     def move_row(self, db: sqlite3.Connection, job: Job, to: Status, reason: str, **changes: Any) -> bool:
         if (job.status, to) not in MOVES[self.mode]:
             raise IllegalMove(f"job {job.id}: {job.status} -> {to} is not a legal move")
+        if to is Status.KILLED:
+            for (name,) in db.execute(statements.KILLED_BY, {"id": job.id}):  # no row: the job was deleted meanwhile
+                reason = with_caller(reason, name)
         now = self.clock.wall()
         run_s, row_reason = changes.pop("run_s", None), changes.pop("row_reason", reason)
         if to in ENDED and job.status not in ENDED:
@@ -324,11 +334,10 @@ class Store(Database):
         if db.execute(statements.JOB_MOVE, values).rowcount != 1:
             return False
         self.core.moved.add(job.id)
-        self.core.moves.append(Move(job, job.status, to, values["moved_at"], values, run_s))
         if values["attempt"] != job.attempt:
             cause = Cause.INFRASTRUCTURE.value
             db.execute(statements.ATTEMPT_ADD, {**job._asdict(), "ended_at": now, "reason": reason, "cause": cause})
-        self.add_history(db, job.id, now, job.status, to, reason)
+        self.add_move(db, Move(job, job.status, to, values["moved_at"], values, run_s), now, reason)
         if self.mode == "server" and (job.status in BUSY or to in BUSY):
             self.account(db, job, to, run_s, values)
         if not (job.status in BUSY and to in BUSY):
@@ -350,11 +359,14 @@ class Store(Database):
                     self.update_rank(db, job)
             db.execute(statements.DEPENDENTS_FORGET, {"on_id": on_id})
 
-    def add_history(self, db: sqlite3.Connection, job_id: int, now: float, source: Status | None, to: Status, reason: str) -> None:
+    def add_move(self, db: sqlite3.Connection, move: Move, now: float, reason: str) -> None:
         """Store a move. `seq` orders all moves, whatever the clock says: unique microseconds of steady time."""
         self.last_seq = max(self.last_seq + 1, int(self.steady() * 1e6))
-        values = {"id": job_id, "now": now, "source": source and source.value, "to": to.value, "reason": reason, "seq": self.last_seq}
-        db.execute(statements.HISTORY_ADD, values)
+        values = {"id": move.job.id, "now": now, "source": move.source and move.source.value, "to": move.to.value, "reason": reason}
+        db.execute(statements.HISTORY_ADD, {**values, "seq": self.last_seq})
+        self.core.moves.append(move)
+        for moved in self.movers:
+            moved(db, move)
 
     def next_change(self) -> int | None:
         """Return the next number for a client's /events; called inside a transaction. The server has none."""
@@ -363,9 +375,9 @@ class Store(Database):
         self.last_change += 1
         return self.last_change
 
-    def request_kill(self, job_id: int, cause: Cause) -> bool:
-        """Store durably that a job must be stopped. Return whether that is new."""
-        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value}
+    def request_kill(self, job_id: int, cause: Cause, by: str | None = None) -> bool:
+        """Store durably that a job must be stopped, and the name of who wants that. Return whether that is new."""
+        values = {"id": job_id, "now": self.clock.wall(), "cause": cause.value, "by": by}
 
         def request(db: sqlite3.Connection) -> bool:
             is_new = db.execute(statements.KILL_WISH, values).rowcount == 1
@@ -405,14 +417,7 @@ class Store(Database):
 
         def delete(db: sqlite3.Connection) -> None:
             for job_id in job_ids:
-                for sql in (
-                    statements.FEED_FORGET,
-                    statements.FORGET_HISTORY,
-                    statements.FORGET_ATTEMPTS,
-                    statements.DEPENDENCIES_FORGET,
-                    statements.RESULTS_NEEDED_FORGET,
-                    statements.FORGET_JOB,
-                ):
+                for sql in statements.FORGET:
                     db.execute(sql, {"id": job_id})
 
         self.write(delete, durable=False)
@@ -576,22 +581,21 @@ class Store(Database):
         if self.mode == "server":
             self.write(self.make_turns)
 
-    def make_turns(self, db: sqlite3.Connection) -> None:
-        """Fill the memory from the rows. Convert uses that were counted with another half-life to their present value."""
-        (half_life_s,), now = db.execute(statements.TURNS_MADE).fetchone(), self.steady()
-        if half_life_s != self.sharing.half_life_s:
-            shift = now / self.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
-            for row in db.execute(statements.USAGE_ALL).fetchall() if shift else ():
-                db.execute(statements.USAGE_SET, {**dict(row), "use": row["used"] + shift})
-            db.execute(statements.TURNS_MADE_BY, {"half_life_s": self.sharing.half_life_s})
-        shares = self.core.shares = Shares()
-        shares.weights.changes.update({**self.sharing.weights, **{row[0]: row[1] for row in db.execute(statements.WEIGHT_ALL)}})
-        shares.lines.changes.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
-        for job in map(as_job, db.execute(statements.ALL_BUSY)):
-            self.set_run(job)
+    def make_queues(self, db: sqlite3.Connection) -> None:
+        """Compute the turns of all users with a job that could run."""
         for service in self.limits:
             for (user_id,) in db.execute(statements.QUEUED_USERS, {"service": service}).fetchall():
                 self.update_turn(db, (service, user_id), is_queue=True)
+
+    def make_turns(self, db: sqlite3.Connection) -> None:
+        """Fill the memory from the rows."""
+        convert_uses(self, db)
+        shares = self.core.shares = Shares()
+        shares.weights.changes.update(weights_now(self, db))
+        shares.lines.changes.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
+        for job in map(as_job, db.execute(statements.ALL_BUSY)):
+            self.set_run(job)
+        self.make_queues(db)
 
     def set_weight(self, user_id: int, weight: float) -> None:
 
@@ -642,3 +646,44 @@ class Store(Database):
         if due:
             self.write(admit, durable=False)
         return len(due)
+
+
+# == 2. Limits ==  Other services and rules of turns, taken while jobs are under way.
+
+
+def change_limits(store: Store, db: sqlite3.Connection, services: Mapping[str, Service], sharing: Sharing) -> None:
+    """Use other services and rules from this transaction on, unless it is rolled back, and compute all turns anew."""
+    store.core.after(lambda: None, functools.partial(keep_limits, store, store.limits, store.sharing))
+    keep_limits(store, services, sharing)
+    shares = store.core.shares
+    users = {**shares.users.known, **shares.users.changes}
+    if convert_uses(store, db):
+        rows = db.execute(statements.USAGE_ALL)
+        used = {(row["service"], row["user_id"]): Usage(row["used"], row["runs"], row["mean_s"]) for row in rows}
+        users = {pair: share._replace(usage=used.get(pair, share.usage)) for pair, share in users.items()}
+    shares.users.changes.update({pair: share._replace(waiting=(), turn=None) for pair, share in users.items()})
+    shares.weights.changes.update({**dict.fromkeys(shares.weights.known, 1.0), **weights_now(store, db)})
+    store.make_queues(db)
+    store.core.undecided = True
+
+
+def keep_limits(store: Store, services: Mapping[str, Service], sharing: Sharing) -> None:
+    """Use these services and rules for what is decided from now on."""
+    store.limits, store.sharing = services, sharing
+
+
+def convert_uses(store: Store, db: sqlite3.Connection) -> bool:
+    """Convert uses that were counted with another half-life to their present value. Return whether the half-life is another."""
+    (half_life_s,), now = db.execute(statements.TURNS_MADE).fetchone(), store.steady()
+    if half_life_s == store.sharing.half_life_s:
+        return False
+    shift = now / store.sharing.half_life_s - now / half_life_s if half_life_s else 0.0
+    for row in db.execute(statements.USAGE_ALL).fetchall() if shift else ():
+        db.execute(statements.USAGE_SET, {**dict(row), "use": row["used"] + shift})
+    db.execute(statements.TURNS_MADE_BY, {"half_life_s": store.sharing.half_life_s})
+    return True
+
+
+def weights_now(store: Store, db: sqlite3.Connection) -> dict[int, float]:
+    """Return the weights that the settings or the store give to users."""
+    return {**store.sharing.weights, **{row[0]: row[1] for row in db.execute(statements.WEIGHT_ALL)}}

@@ -12,15 +12,32 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Callable
 
-from joborch_base.vocabulary import StorageError, format_duration, log, one_line
+from joborch_base.vocabulary import IDLE_LOOK_S, StorageError, format_duration, log, one_line
 
 # == 1. Loops ==  A loop calls its tick, a plain function, when woken or when its period ends, in a thread of a pool.
 
 SILENT_THREADS = 40  # for clients that do not answer: a call to each takes up to 10 s, every 30 s
+CALM_S = 15.0  # the period of a loop while nothing of it can be due soon
+
+
+class Bell:
+    """Wakes the one thread that sleeps on it. A ring that comes before the sleep is not lost; several count as one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has rung already
+            self.lock.release()
+
+    def sleep(self, timeout_s: float) -> bool:
+        """Sleep until it rings. Return whether it did."""
+        return self.lock.acquire(timeout=timeout_s)
 
 
 class Pool:
@@ -37,7 +54,7 @@ class Pool:
         self.lock, self.waiting = threading.Lock(), deque[Callable[[], object]]()
         self.threads, self.number, self.short, self.stopping = 0, 1, False, False
         self.ended = threading.Condition(self.lock)
-        self.idle: list[threading.Lock] = []  # bells of threads that sleep
+        self.idle: list[Bell] = []  # of threads that sleep
 
     def add(self, work: Callable[[], object]) -> bool:
         """Queue a piece of work. Return False if too many wait already, or if there is no thread and none can be started."""
@@ -46,7 +63,7 @@ class Pool:
                 return False
             self.waiting.append(work)
             if self.idle:
-                self.idle.pop().release()
+                self.idle.pop().ring()
             elif self.threads < self.most and not self.stopping and not self.start_thread() and not self.threads:
                 self.waiting.pop()
                 return False
@@ -65,10 +82,10 @@ class Pool:
         return True
 
     def work(self) -> None:
-        bell = threading.Lock()  # released only to wake this thread
+        bell = Bell()
         while True:
             with self.lock:
-                bell.acquire(blocking=False)
+                bell.sleep(0)  # it may have rung just after a sleep was over
                 unused = bell in self.idle
                 if unused:
                     self.idle.remove(bell)
@@ -79,7 +96,7 @@ class Pool:
                 if work is None:
                     self.idle.append(bell)
             try:
-                work() if work is not None else bell.acquire(timeout=self.IDLE_S)
+                work() if work is not None else bell.sleep(self.IDLE_S)
             except Exception:
                 log.exception("a request ended in an error")
 
@@ -88,7 +105,7 @@ class Pool:
         with self.lock:
             self.stopping = True
             while self.idle:
-                self.idle.pop().release()
+                self.idle.pop().ring()
             self.ended.wait_for(lambda: not self.threads, timeout_s)
 
 
@@ -114,6 +131,7 @@ class Loop:
     period_s: float
     most_runs: int = 1  # ticks at once; a further one starts if the loop is woken while all others are busy
     wanted: Callable[[], bool] = lambda: True  # whether to tick after a period; the timer calls it, so it must not block
+    calm: Callable[[], bool] = lambda: False  # whether the timer may look every CALM_S only
 
     def __post_init__(self) -> None:
         self.lock, self.calls, self.runs, self.started, self.trouble = threading.Lock(), 0, 0, False, ""
@@ -139,6 +157,10 @@ class Loop:
         """Tick after a period, if no tick is running and there may be something to do."""
         if not self.runs and (self.calls or self.trouble or self.wanted()):
             self.wake()
+
+    def pause_s(self) -> float:
+        """Return when the timer looks again, in seconds."""
+        return max(self.period_s, CALM_S) if self.calm() else self.period_s
 
     def go_on(self, pool: Pool) -> None:
         if not pool.add(functools.partial(self.run, pool)):
@@ -179,24 +201,71 @@ class Loop:
         log.error("%s: %s; it is tried again every %s", self.name, said, format_duration(self.period_s), exc_info=None if known else error)
 
 
-def keep_time(loops: Iterable[Loop], stopping: threading.Event) -> None:
-    """The timer of all loops of a process: look at each loop after each of its periods, until `stopping`."""
-    due = [(time.monotonic() + loop.period_s, number, loop) for number, loop in enumerate(loops)]
-    heapq.heapify(due)
-    while not stopping.wait(max(0.0, due[0][0] - time.monotonic()) if due else None):
+def keep_time(loops: Callable[[], Mapping[str, Loop]], stopping: threading.Event) -> None:
+    """The timer of all loops of a process: look at each loop after each of its periods, until `stopping`.
+
+    `loops` returns them by name; it returns another mapping as soon as there are others.
+    """
+    known, due = loops(), timetable(loops(), {}, time.monotonic())
+    while not stopping.wait(max(0.0, due[0][0] - time.monotonic()) if due else IDLE_LOOK_S):
         now = time.monotonic()
-        while due[0][0] <= now:
+        if loops() is not known:
+            known = loops()
+            due = timetable(known, {loop.name: at for at, _, loop in due}, now)
+        while due and due[0][0] <= now:
             at, number, loop = due[0]
             loop.late_s = now - at
             loop.look()
-            heapq.heapreplace(due, (max(at + loop.period_s, now), number, loop))
+            heapq.heapreplace(due, (next_look(now, loop.pause_s()), number, loop))
 
 
-class WorkerLimit:
-    """Limits how many threads work at once, because more would only contend for the GIL. A waiting thread gives up its place."""
+def next_look(now: float, pause_s: float) -> float:
+    """Return when to look at a loop again: at a multiple of its pause, so that one wake-up of the timer serves all that have the same."""
+    multiple = (now // pause_s + 1) * pause_s
+    return multiple if multiple > now else now + pause_s  # it is rounded
+
+
+def timetable(loops: Mapping[str, Loop], due: Mapping[str, float], now: float) -> list[tuple[float, int, Loop]]:
+    """Return a heap of when to look at each loop (monotonic): as in `due`, or a period from now."""
+    table = [(due.get(loop.name, now + loop.period_s), number, loop) for number, loop in enumerate(list(loops.values()))]
+    heapq.heapify(table)
+    return table
+
+
+class Allowance:
+    """Allows as many polls as a busy client needs, and slows down a client that always answers at once."""
+
+    burst, per_s = 200.0, 50.0
+
+    def __init__(self) -> None:
+        self.left, self.at = self.burst, time.monotonic()
+
+    def take(self, amount: float) -> float:
+        """Use a part of the allowance. Return how many seconds to pause if it is overdrawn."""
+        now = time.monotonic()
+        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_s) - amount, now
+        return max(0.0, -self.left / self.per_s)
+
+
+class ThreadLimit:
+    """Limits how many threads do something at once.
+
+    Callers that would wait get a place at once or not at all (`place`), so that uploads never starve. Threads that compute wait for
+    their place (`with limit:`), because more at once would only contend for the GIL, and leave it while they sleep (`stepped_out`).
+    """
 
     def __init__(self, places: int) -> None:
         self.free, self.mine = threading.Semaphore(places), threading.local()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[bool]:
+        """Take a place for the block. Yields False if all are taken."""
+        taken = self.free.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.free.release()
 
     def __enter__(self) -> None:
         self.free.acquire()
@@ -217,20 +286,3 @@ class WorkerLimit:
         finally:
             if inside:
                 self.__enter__()
-
-
-class WaiterLimit:
-    """Limits how many callers may wait at once, so that uploads never starve."""
-
-    def __init__(self, places: int) -> None:
-        self.free = threading.BoundedSemaphore(places)
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[bool]:
-        """Take a place for the block. Yields False if all are taken."""
-        taken = self.free.acquire(blocking=False)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.free.release()

@@ -11,6 +11,7 @@ import importlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -23,7 +24,7 @@ from random import uniform
 from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import urlsplit
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"
 
 # == 1. Vocabulary ==  Constants, errors and small functions. Numbers have their unit in their name.
 
@@ -35,7 +36,7 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
 HELLO_TIMEOUT_S = 10.0  # for the answers with which a client proves its identity
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 1.0, 30.0
 CLOCK_TOLERANCE_S = 5.0  # doctor reports clocks that differ by more
-IDLE_LOOK_S = 10.0  # the pause between questions to a batch system in which no job of ours runs or waits
+IDLE_LOOK_S = 4.0  # the pause between questions to a batch system in which no job of this client runs or waits
 LOOK_AGAIN_S = 2.0  # the pause between two looks at what is out of order
 COME_AGAIN_S = 5  # Retry-After if too many callers wait
 DEFAULT_HOSTS = "127.0.0.1,::1"  # both: else another user could listen on the one that `localhost` resolves to first
@@ -124,6 +125,10 @@ class NoInputs(UnknownJob):
 
 class QueueFull(JoborchError):
     """The user already has the largest number of queued jobs that is allowed."""
+
+
+class StoreFull(JoborchError):
+    """The files and results of the user already have the largest size that is allowed."""
 
 
 class StillRunning(JoborchError):
@@ -249,6 +254,25 @@ def size_text(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
+def sizes_text(size_bytes: int, limit_bytes: int) -> tuple[str, str]:
+    """Return a size and its limit as people write them, in bytes if they would look the same."""
+    size, limit = size_text(size_bytes), size_text(limit_bytes)
+    return (size, limit) if size != limit else (f"{size_bytes} bytes", str(limit_bytes))
+
+
+def read_small_file(path: str | os.PathLike[str], limit_bytes: int = 64 * KIB) -> str:
+    """Return the text of a file that a setting names. Raises OSError, or ValueError if it is too large or no text.
+
+    It may be anything: a device without end, or a pipe to which nobody writes, which counts as empty.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        os.set_blocking(file.fileno(), True)
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ValueError(f"it has more than {limit_bytes // KIB} KiB, so it is another file than the one that is needed")
+    return data.decode("utf-8")
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Return `text` with every control character replaced, cut to `limit` characters: safe in logs and headers."""
     clean = (text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)).strip()
@@ -311,9 +335,11 @@ def each(items: Iterable[T], work: Callable[[T], object]) -> None:
         raise failure
 
 
-def plural(count: int, one: str, many: str) -> str:
-    """Return `1 job` or `5 jobs`, an empty text for 0, and `10,000 or more jobs` where counting stops."""
-    return "" if not count else f"1 {one}" if count == 1 else f"{count:,}{' or more' if count == 10_000 else ''} {many}"
+def plural(count: int, one: str, many: str, counted_to: float = math.inf) -> str:
+    """Return `1 job` or `5 jobs`, an empty text for 0, and `100 or more jobs` if counting stopped at 100."""
+    if count >= counted_to:
+        return f"{counted_to:,} or more {many}"
+    return "" if not count else f"1 {one}" if count == 1 else f"{count:,} {many}"
 
 
 # == 2. Plug-ins ==  A plug-in is named by a string, and imported when a setting, a command or a request needs it.
@@ -321,6 +347,7 @@ def plural(count: int, one: str, many: str) -> str:
 PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTOR=package.module:Class
     "slurm": "joborch_plugins.slurm:SlurmExecutor",
     "dirac": "joborch_plugins.dirac:DiracExecutor",
+    "sandbox": "joborch_plugins.sandbox:make_sandbox",
     "documents": "joborch_plugins.documents",
     "lists": "joborch_plugins.lists",
     "results": "joborch_plugins.results",
@@ -329,11 +356,24 @@ PLUGINS = {  # a third-party executor is named in the same form: JOBORCH_EXECUTO
     "compat22": "joborch_plugins.compat22",
     "commands": "joborch_plugins.commands",
     "top": "joborch_plugins.top",
+    "operator_commands": "joborch_plugins.operator_commands",
+    "tokens": "joborch_plugins.tokens",
     "page": "joborch_plugins.page",
     "uploads": "joborch_plugins.uploads",
     "completion": "joborch_plugins.completion",
     "health": "joborch_plugins.health:Health",
     "metrics": "joborch_plugins.metrics:Metrics",
+    "reload": "joborch_plugins.reload:Reload",
+    "drain": "joborch_plugins.drain:Drain",
+    "pauses": "joborch_plugins.pauses",
+    "export": "joborch_plugins.export",
+    "privacy": "joborch_plugins.privacy:Privacy",
+    "webhooks": "joborch_plugins.webhooks:Webhooks",
+    "joined": "joborch_plugins.joined:Joined",
+    "joining": "joborch_plugins.joining:Joining",
+    "clouds": "joborch_plugins.clouds:Clouds",
+    "cloud_providers": "joborch_plugins.cloud_providers",
+    "cloud_demo": "joborch_plugins.cloud_demo",
 }
 
 

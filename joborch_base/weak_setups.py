@@ -1,4 +1,4 @@
-"""What in the settings lets other users in, and what looks forgotten: for the start and for `joborch doctor`.
+"""What in the settings lets other users in, what looks forgotten, and what a server has to know: for the start and for `joborch doctor`.
 
 1. Weak set-ups
 """
@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from joborch_base.data_folder import DataFolder, examine_place, examine_secret_file, is_strangers, owner_name
-from joborch_base.identity import client_token_file
-from joborch_base.settings import Config, beyond_loopback, is_loopback
+from joborch_base.identity import client_token_file, token_place
+from joborch_base.settings import Config, beyond_loopback, is_loopback, url_host
 from joborch_base.vocabulary import Finding, host_of, plural
 
 # == 1. Weak set-ups ==  A set-up that lets other users in is refused, or gives a warning at every start.
@@ -23,7 +25,7 @@ NEW_TOKEN = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))' print
 
 def weak_setups(config: Config) -> Iterator[Finding]:
     """Yield what lets other users in, with the remedy. A start refuses False findings and warns of the others."""
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and config.isolation != "user":  # which needs root, and runs no script as root
         what = "so do its scripts, from which nothing is hidden" if config.mode == "client" else "it does not need that"
         yield Finding(None, f"this {config.mode} runs as root: {what}; run it as a separate user, for example with User= in a systemd unit")
     yield from weak_tokens(config)
@@ -65,9 +67,14 @@ def secret_files(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the files with tokens for these settings, each with its name for messages."""
     if config.token_file and config.sources.get("JOBORCH_TOKEN") == "default":
         yield config.token_file, "JOBORCH_TOKEN_FILE"
+    if config.callback_secret_file:
+        yield config.callback_secret_file, "JOBORCH_CALLBACK_SECRET_FILE"
     for service in config.services.values():
         if service.token_file and f"SERVICE_{service.name.upper()}_TOKEN" not in config.sources:
             yield service.token_file, f"SERVICE_{service.name.upper()}_TOKEN_FILE"
+    for cloud in config.clouds.values():
+        if cloud.credentials:
+            yield cloud.credentials, f"CLOUD_{cloud.name.upper()}_CREDENTIALS"
     if config.env_file and any(config.sources.get(name) == "--env-file" for name in token_names(config)):
         yield config.env_file, "--env-file"
     own = client_token_file()
@@ -79,13 +86,43 @@ def secret_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def token_names(config: Config) -> list[str]:
-    """Return the names of the settings that are tokens."""
-    return ["JOBORCH_TOKEN", *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN"))]
+    """Return the names of the settings that are secrets."""
+    return [
+        "JOBORCH_TOKEN",
+        "JOBORCH_CALLBACK_SECRET",
+        *(name for name in config.sources if name.startswith("SERVICE_") and name.endswith("_TOKEN")),
+    ]
+
+
+def is_on_login_node(config: Config) -> bool:
+    """Tell whether a client would run payloads on this machine, which can submit jobs to Slurm."""
+    return config.executor == "local" and shutil.which("sbatch") is not None
 
 
 def forgotten_executor(config: Config) -> list[str]:
     """Return a question if a client would run payloads on what looks like the login node of a cluster; else nothing."""
-    forgotten = config.executor == "local" and config.sources.get("JOBORCH_EXECUTOR") == "default"
-    if not forgotten or shutil.which("sbatch") is None:
+    if not is_on_login_node(config) or config.sources.get("JOBORCH_EXECUTOR") != "default":
         return []
-    return ["this machine has sbatch, but payloads would run on it directly: did you mean JOBORCH_EXECUTOR=slurm? (else set local)"]
+    return ["this machine has sbatch: payloads would run on this login node; did you mean JOBORCH_EXECUTOR=slurm? (else set local)"]
+
+
+def lines_for_server(config: Config) -> list[str]:
+    """Return the lines of a server's --env-file for this client, which listens. The operator chooses the name of the service."""
+    hosts = [host.strip() for host in config.host.split(",")]
+    open_to = next((host for host in hosts if not is_loopback(host)), hosts[0])
+    host = socket.gethostname() if open_to in ("0.0.0.0", "::") else open_to
+    lines = [f"SERVICE_EXAMPLE_CLIENTS=http://{url_host(host)}:{config.port}"]
+    if config.token:
+        in_file = config.sources.get("JOBORCH_TOKEN", "default") == "default"
+        lines.append(f"SERVICE_EXAMPLE_TOKEN_FILE={token_place(config) if in_file else '(a file with the JOBORCH_TOKEN of this client)'}")
+    return lines
+
+
+def start_command(url: str) -> str:
+    """Return how to start a client that answers at a URL; empty for a 2.2 client, which has three."""
+    if not url:
+        return ""
+    (place, host), scheme = host_of(url), url.partition(":")[0]
+    port = (re.findall(r":([0-9]+)$", place) or [{"http": "80", "https": "443"}[scheme]])[0]
+    flags = ("" if is_loopback(host) else f" --host {host}") + ("" if port == "9000" else f" --port {port}")
+    return f"has not been started yet: start it with `joborch client{flags}`" + ("" if is_loopback(host) else f" on {host}")

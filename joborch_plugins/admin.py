@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from joborch import (
@@ -37,8 +38,6 @@ from joborch import (
     LOCK_HELD,
     MIB,
     OVER,
-    SERVICE_SETTINGS,
-    SETTINGS,
     Address,
     BadAnswer,
     Clock,
@@ -56,8 +55,9 @@ from joborch import (
     Store,
     __version__,
     client_token_file,
+    config_rows,
+    copy_to,
     crash_point,
-    damage_of,
     decided_restore,
     discard,
     finish_restore,
@@ -80,9 +80,11 @@ from joborch import (
     peer_uid,
     plural,
     read_answer,
+    read_small_file,
     read_some,
     size_text,
     socket_path,
+    statements,
     time_stamp,
     token_names,
     token_place,
@@ -100,24 +102,76 @@ def copy_database(source: str, target: Path) -> None:
     """
     if not os.path.isfile(source):
         raise ConfigError(f"there is no database {source!r}: give the file, or set DB_PATH")
-    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
-        read_only = f"file:{quote(os.path.abspath(source))}?mode=ro"
-        old, new = sqlite3.connect(read_only, uri=True, timeout=10), sqlite3.connect(target)
-        with contextlib.closing(old), contextlib.closing(new):
-            old.backup(new)  # in one step, which does not block writers
-            new.execute("PRAGMA journal_mode = DELETE")  # one plain file
-            damage = damage_of(new)
-        if damage:
-            raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
-        fsync_path(target)
+        with contextlib.closing(opened_to_read(source)) as old:
+            damage = copy_to(old, target)
     except sqlite3.Error as error:
-        discard(target)
         held = ": a running server has locked it, so stop the server first" if "locked" in str(error) else ""
         raise JoborchError(f"{source!r} cannot be read ({error}){held}") from error
-    except BaseException:
-        discard(target)
-        raise
+    if damage:
+        raise JoborchError(f"{source!r} is damaged: {one_line(damage, 120)}")
+
+
+def opened_to_read(path: str) -> sqlite3.Connection:
+    """Return a connection to a database that changes nothing. Raises sqlite3.Error."""
+    return sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True, timeout=10)
+
+
+def opened_as_it_is(path: str) -> sqlite3.Connection:
+    """Return a connection to a database that no process writes to. Raises sqlite3.Error.
+
+    Without a log of writes it is opened as immutable: SQLite would make an empty log, even to read. That would take the place of
+    the true one when an interrupted restore is completed.
+    """
+    if os.path.exists(f"{path}-wal"):
+        return opened_to_read(path)
+    return sqlite3.connect(f"file:{quote(os.path.abspath(path))}?immutable=1", uri=True)
+
+
+class Later(NamedTuple):
+    """A job that was uploaded or has moved since a backup; `before` is its status in the backup, or None."""
+
+    id: int
+    user_id: int
+    service: str
+    before: str | None
+    now: str
+
+    def text(self) -> str:
+        """Return it as a line."""
+        then = "not in the backup" if self.before is None else f"{self.before} in the backup"
+        return f"job {self.id} (service={self.service} user={self.user_id}): {self.now}, {then}"
+
+
+def later_than(backup: str, db_path: str) -> list[Later]:
+    """Return the jobs that a restore would lose or set back. Raises JoborchError if one of the databases cannot be read."""
+    found = list[Later]()
+    try:
+        with contextlib.ExitStack() as stack:
+            places = (backup, str(decided_restore(db_path) or db_path))
+            then, now = (stack.enter_context(contextlib.closing(opened_as_it_is(each))) for each in places)
+            for job_id, uuid, user_id, service, status, moves in now.execute(statements.JOBS_COMPARED):
+                row = then.execute(statements.JOB_COMPARED, {"id": job_id}).fetchone()
+                if row is None or row[0] != uuid:
+                    found.append(Later(job_id, user_id, service, None, status))
+                elif row[2] != moves:
+                    found.append(Later(job_id, user_id, service, row[1], status))
+    except sqlite3.Error as error:
+        raise JoborchError(f"{backup} cannot be compared with {db_path} ({error})") from error
+    return found
+
+
+def print_later(later: Sequence[Later]) -> None:
+    """Print what came after a backup, a line for each job."""
+    lost = [job for job in later if job.before is None]
+    moved = [job for job in later if job.before is not None]
+    for what, jobs in (
+        ("uploaded after the backup, so they must be sent again", lost),
+        ("moved since the backup, so they continue from their status there, and may run again", moved),
+    ):
+        print(f"{what}: {plural(len(jobs), 'job', 'jobs') or 'none'}")
+        for job in jobs:
+            print(f"  {job.text()}")
 
 
 def back_up(db_path: str, target: Path) -> None:
@@ -139,7 +193,7 @@ def restore(db_path: str, data: DataFolder, backup: str) -> tuple[Path | None, P
     finish_restore(db_path, data)
     fresh = Path(f"{db_path}.restoring")
     copy_database(backup, fresh)
-    store = Store(str(fresh), "server")
+    store = Store(str(fresh), "server", is_copy=True)
     store.renew(db_path)
     store.close()
     fsync_path(fresh)
@@ -309,20 +363,32 @@ def own_connection(config: Config) -> socket.socket | None:
 
 
 def own_health(config: Config) -> dict[str, Any]:
-    """Return the /health of a running server or client of this user; empty if none runs. The token is sent to no other user."""
+    """Return the /health of a running server or client of this user; empty if none runs."""
+    return own_answer(config, "GET", "/health") or {}
+
+
+def own_answer(config: Config, method: str, path: str, fields: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any] | None:
+    """Call a running server or client of this user, with a form of `fields`. Return its answer, or None if none runs.
+
+    The token is sent to no other user.
+    """
     import http.client
 
     connection = own_connection(config)
     if connection is None:
-        return {}
+        return None
     token = config.token.split(",")[0]
-    path = client_token_file() if config.mode == "client" and not token else None
+    token_file = client_token_file() if config.mode == "client" and not token else None
     caller = http.client.HTTPConnection("127.0.0.1", config.port)
     caller.sock = connection
     with contextlib.closing(caller), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        if path is not None and path.exists():
-            token = path.read_text(encoding="ascii").strip()
-        caller.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
+        if token_file is not None and token_file.exists():
+            token = read_small_file(token_file).strip()
+        boundary = secrets.token_hex(16)
+        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in fields.items()]
+        body = "".join([*parts, f"--{boundary}--\r\n"]).encode() if parts else None
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"} if parts else {}
+        caller.request(method, path, body, {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
         said = parse_json(caller.getresponse().read(MIB))
         return said if isinstance(said, dict) else {}
     return {}
@@ -429,14 +495,9 @@ class Demo:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("JOBORCH_", "SERVICE_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
+            if not name.startswith(("JOBORCH_", "SERVICE_", "CLOUD_")) and name not in ("PORT", "DB_PATH", "DATA_PATH", "MAX_AGE")
         }
-        ours = {"PORT": str(self.ports[mode]), "DATA_PATH": str(self.folder / mode), "JOBORCH_MIN_FREE": "0"}
-        if mode == "client":
-            ours["JOBORCH_TOKEN"] = self.token
-        else:
-            ours["SERVICE_EXAMPLE_TOKEN"] = self.token
-            ours["SERVICE_EXAMPLE_CLIENTS"] = f"http://127.0.0.1:{self.ports['client']}"
+        ours = {"PORT": str(self.ports[mode]), "DATA_PATH": str(self.folder / mode), "JOBORCH_MIN_FREE": "0", **self.settings(mode)}
         with open(self.folder / f"{mode}.log", "ab") as log_file:
             program = [sys.executable, os.path.abspath(sys.argv[0]), mode]
             self.processes.append(
@@ -444,6 +505,30 @@ class Demo:
                     program, env={**kept, **ours}, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
                 )
             )
+
+    def run(self) -> None:
+        """Start both, and run the example. Raises JoborchError if it was not completed."""
+        print("joborch demo: a server, a client, and a protein structure to work on")
+        for mode in ("client", "server"):
+            self.start(mode)
+        for mode in ("client", "server"):
+            self.wait_ready(mode)
+            say(f"{mode} answers at http://127.0.0.1:{self.ports[mode]}")
+        job = self.run_example()
+        if job["status"] != Status.COMPLETED.value:
+            raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
+        print(f"result: {self.summary(job)}")
+
+    def next(self) -> str:
+        """Return what to do after the demo."""
+        program = shlex.quote(sys.argv[0])
+        return f"next: run `python3 {program} client` and `python3 {program} server` in two terminals"
+
+    def settings(self, mode: str) -> dict[str, str]:
+        """Return the settings of a process, besides those of every demo."""
+        if mode == "client":
+            return {"JOBORCH_TOKEN": self.token}
+        return {"SERVICE_EXAMPLE_TOKEN": self.token, "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.ports['client']}"}
 
     def wait_ready(self, mode: str) -> None:
         """Wait until a process answers. Raises JoborchError, with the end of its log, if it does not."""
@@ -491,49 +576,89 @@ class Demo:
             process.wait(10)
 
 
+CLOUD_SIGNS = {"intended": "..", "booting": "~~", "draining": "--", "ending": "--"}  # of an instance that takes no jobs
+
+
+class CloudDemo(Demo):
+    """A server without clients, and a stand-in for a cloud that starts them as processes on this machine."""
+
+    jobs, job_s, limit_s = 16, 4, 180.0
+    cloud: Mapping[str, str] = MappingProxyType({"MAX": "4", "SLOTS": "2", "IDLE": "5", "HOURLY_COST": "0.1", "BOOT_LIMIT": "2m"})
+
+    def run(self) -> None:
+        """Start the server, send jobs, and show how the pool grows and shrinks. Raises JoborchError if it does not."""
+        print("joborch demo: a server without clients, and a stand-in for a cloud: its instances are processes on this machine")
+        self.start("server")
+        self.wait_ready("server")
+        say(f"the server's page: {self.base}/dashboard")
+        self.send_jobs()
+        say(f"uploaded {self.jobs} jobs of {self.job_s} s. Instances: [..] asked for, [~~] boots, [##] runs two jobs, [--] ends")
+        self.watch()
+
+    def next(self) -> str:
+        """Return what to do after the demo."""
+        return "next: docs/clouds.md says how to use a real cloud"
+
+    def settings(self, mode: str) -> dict[str, str]:
+        """Return what the server is told."""
+        limits = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50", "SERVICE_EXAMPLE_CLIENTS": ""}
+        own = {
+            "JOBORCH_PUBLIC_URL": self.base,
+            "JOBORCH_SCALE_INTERVAL": "1",
+            "CLOUD_DEMO_PROVIDER": "joborch_plugins.cloud_demo:LocalCloud",
+        }
+        return {**limits, **own, **{f"CLOUD_DEMO_{name}": value for name, value in self.cloud.items()}}
+
+    def script(self) -> str:
+        """Return what each job runs."""
+        return f"sleep {self.job_s}\n"
+
+    def send_jobs(self) -> None:
+        """Send jobs that only sleep."""
+        import requests
+
+        script = self.script().encode()
+        for number in range(self.jobs):
+            data = {"user_id": str(number % 4), "service": "example"}
+            answer = requests.post(f"{self.base}/upload", files=[("file", ("run.sh", script))], data=data, timeout=30)
+            if answer.status_code != 201:
+                raise JoborchError(f"the demo's upload failed with status {answer.status_code}: {answer.json().get('message')}")
+
+    def look(self) -> tuple[str, bool]:
+        """Return what there is in one line, and whether everything is over."""
+        import requests
+
+        (service,) = requests.get(f"{self.base}/services", timeout=30).json()["services"]
+        (cloud,) = requests.get(f"{self.base}/clouds", timeout=30).json()["clouds"]
+        drawn = []
+        for each in cloud["instances"]:
+            busy = min(each["jobs"], cloud["slots"])
+            drawn.append(f"[{CLOUD_SIGNS.get(each['state']) or '#' * busy + ' ' * (cloud['slots'] - busy)}]")
+        queued, running = service["queued"], service["running"]
+        text = f"{queued:>3} wait  {running:>3} run  {' '.join(drawn) or 'no instance':<23}  cost {cloud['spent']:.4f}"
+        return text, not (queued or running or drawn)
+
+    def watch(self) -> None:
+        """Print what there is whenever it has changed, until all jobs and instances are gone. Raises JoborchError after `limit_s`."""
+        started, shown, over = time.monotonic(), "", False
+        while not over:
+            text, over = self.look()
+            passed_s = time.monotonic() - started
+            if text.rpartition("cost")[0] != shown.rpartition("cost")[0]:
+                say(f"{passed_s:4.0f} s  {text}")
+                shown = text
+            if passed_s > self.limit_s:
+                log_tail = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")[-1500:]
+                raise JoborchError(f"the demo is not over after {format_duration(passed_s)}; the server's log ends with:\n{log_tail}")
+            time.sleep(0.2)
+
+
 def say(text: str) -> None:
     """Print one step of the demo."""
     print(f"  {text}", flush=True)
 
 
 # == Commands ==  Each prints what it did and returns the exit status.
-
-
-def shown_value(value: Any, secret: bool = False) -> str:
-    """Return a setting's value as a person writes it; a secret is masked."""
-    if secret and value:
-        return "***"
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}={shown_value(each)}" for key, each in value.items())
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
-
-
-def config_rows(config: Config) -> list[tuple[str, str, str]]:
-    """Return (name, value, source) of each effective setting; secrets are masked."""
-    rows = [
-        (setting.name, shown_value(getattr(config, setting.field), setting.secret))
-        for setting in SETTINGS
-        if config.mode in setting.modes.split()
-    ]
-    for service in config.services.values():
-        urls = ", ".join(address.base_url or address.upload_url for address in service.addresses)
-        for setting in SERVICE_SETTINGS:
-            if setting.modes == "server" and not setting.name.endswith("_URL"):  # CLIENTS shows the URLs
-                value = urls if setting.name == "CLIENTS" else shown_value(getattr(service, setting.field), setting.secret)
-                rows.append((f"SERVICE_{service.name.upper()}_{setting.name}", value))
-    for owner, options in sorted(config.batch.items()):
-        for setting in SERVICE_SETTINGS:
-            given = getattr(options, setting.field) if setting.modes == "client" else None
-            if given:
-                shown = shlex.join(given) if isinstance(given, tuple) else shown_value(given)
-                rows.append((f"SERVICE_{owner.upper()}_{setting.name}", shown))
-    return [(name, value, config.sources.get(name, "default")) for name, value in rows]
 
 
 def command_config(config: Config, as_json: bool) -> int:
@@ -562,26 +687,46 @@ def command_doctor(config: Config, as_json: bool) -> int:
     return EXIT_DONE if good else EXIT_FAILED
 
 
-def command_backup(config: Config, file: str) -> int:
-    """Copy the database to a file."""
+def command_backup(config: Config, file: str, keep: int | None = None) -> int:
+    """Copy the database to a file. If `keep` is given, `file` is a folder: it gets a new copy, and keeps the newest `keep`."""
+    if keep is not None:
+        if keep < 1:
+            raise ConfigError(f"--keep is {keep}: give a whole number from 1, as in --keep 14")
+        if not os.path.isdir(file):
+            raise ConfigError(f"{file} is not a folder: with --keep, give the folder for the backups")
+        file = os.path.join(file, time.strftime("joborch-%Y%m%dT%H%M%SZ.db", time.gmtime()))
     try:
         back_up(config.db_path, Path(file))
+        for old in sorted(Path(file).parent.glob("joborch-????????T??????Z.db"))[: -keep if keep else 0]:
+            discard(old)
     except OSError as error:
         raise JoborchError(f"{file} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
     print(f"copied {config.db_path} to {file} ({os.path.getsize(file)} bytes), without the files of jobs in {config.data_path}")
     return EXIT_DONE
 
 
-def command_restore(config: Config, file: str) -> int:
-    """Replace the database by a backup."""
+def command_restore(config: Config, file: str, is_dry_run: bool = False) -> int:
+    """Replace the database by a backup, or only say what that would change."""
+    if is_dry_run:
+        print_later(later_than(file, config.db_path))
+        return EXIT_DONE
     data = DataFolder(config.data_path)
     data.open()
     data.lock_database(config.db_path)
+    later, unknown = list[Later](), ""
+    try:
+        later = later_than(file, config.db_path) if os.path.exists(config.db_path) else []
+    except JoborchError as error:  # a damaged database is a reason to restore
+        unknown = f"what came after the backup is not known: {error}"
     try:
         kept, unclaimed = restore(config.db_path, data, file)
     except OSError as error:
         raise JoborchError(f"{config.db_path} cannot be written: {os.strerror(error.errno or 0).lower()}") from error
-    print(f"restored {config.db_path} from {file}; jobs uploaded after the backup must be sent again")
+    print(f"restored {config.db_path} from {file}")
+    if unknown:
+        print(unknown)
+    else:
+        print_later(later)
     if kept:
         print(f"the replaced database is {kept}")
     if unclaimed:
@@ -589,22 +734,13 @@ def command_restore(config: Config, file: str) -> int:
     return EXIT_DONE
 
 
-def command_demo(keep: bool) -> int:
-    """Run the demo. The exit status is 0 if its job was completed."""
+def command_demo(keep: bool, cloud: bool = False) -> int:
+    """Run the demo, or that of clouds. The exit status is 0 if everything went as it should."""
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="joborch-demo-"))
-    demo, finished = Demo(folder), False
+    demo, finished = (CloudDemo if cloud else Demo)(folder), False
     try:
-        print("joborch demo: a server, a client, and a protein structure to work on")
-        for mode in ("client", "server"):
-            demo.start(mode)
-        for mode in ("client", "server"):
-            demo.wait_ready(mode)
-            say(f"{mode} answers at http://127.0.0.1:{demo.ports[mode]}")
-        job = demo.run_example()
-        if job["status"] != Status.COMPLETED.value:
-            raise JoborchError(f"the demo's job is {job['status']}: {job['message']}")
-        print(f"result: {demo.summary(job)}")
+        demo.run()
         print(f"done in {format_duration(time.monotonic() - started)}")
         finished = True
     finally:
@@ -612,9 +748,9 @@ def command_demo(keep: bool) -> int:
             demo.stop()
             shutil.rmtree(folder, ignore_errors=True)
     if keep:
-        pids = " ".join(str(process.pid) for process in demo.processes)
-        print(f"both keep running: {demo.base}/swagger-ui/ (files in {folder}); stop them with: kill {pids}")
+        pids = [str(process.pid) for process in demo.processes]
+        who = "both keep" if len(pids) > 1 else "the server keeps"
+        print(f"{who} running: {demo.base}/swagger-ui/ (files in {folder}); stop with: kill {' '.join(pids)}")
     else:
-        program = shlex.quote(sys.argv[0])
-        print(f"next: run `python3 {program} client` and `python3 {program} server` in two terminals")
+        print(demo.next())
     return EXIT_DONE

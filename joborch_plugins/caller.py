@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import http.client
 import io
@@ -114,20 +115,37 @@ class UnixConnection(Closing):
         self.sock.connect(self.path)
 
 
+FILE_LIMIT = 64 << 10  # characters of a file with a token: a path may be that of a device without end
+
+
 def own_socket(port: int) -> str | None:
     """Return the path of the default Unix socket of this user's server on `port`, or None if there is none.
 
     Only this user can listen there, but any user of the machine could listen on the port and get the files.
     """
     for folder in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/tmp/joborch-{os.getuid()}"):
-        path = os.path.join(folder, f"joborch-{port}.sock")
-        try:
-            owner, kind = os.lstat(folder), os.lstat(path)
-        except OSError:
-            continue
-        if os.path.isabs(folder) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022 and stat.S_ISSOCK(kind.st_mode):
-            return path
+        for name in (f"joborch-{port}.sock", f"joborch-{port}-{os.stat('/proc/self/ns/net').st_ino}.sock"):
+            path = os.path.join(folder, name)
+            try:
+                owner, kind = os.lstat(folder), os.lstat(path)
+            except OSError:
+                continue
+            is_own = os.path.isabs(folder) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022
+            if is_own and stat.S_ISSOCK(kind.st_mode) and is_of_this_network(path):
+                return path
     return None
+
+
+def is_of_this_network(path: str) -> bool:
+    """Tell whether somebody listens on a Unix socket in this network namespace: the same port of another one is another server's.
+
+    The kernel lists the Unix sockets of each network namespace, although all see the same files. If in doubt, the answer is yes.
+    """
+    try:
+        with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as file:
+            return any(line.rstrip("\n").endswith(f" {path}") and " 00010000 " in line for line in file)  # __SO_ACCEPTCON
+    except OSError:
+        return True
 
 
 def token_of_environment() -> str:
@@ -136,9 +154,10 @@ def token_of_environment() -> str:
     if not token and path:
         try:
             with open(os.path.expanduser(path), encoding="utf-8") as file:
-                token = file.read().strip()
+                token = file.read(FILE_LIMIT).strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise JobsError(f"JOBORCH_TOKEN_FILE {path} cannot be read ({error}): give a file with the token") from error
+            why = (getattr(error, "strerror", None) or str(error)).lower()
+            raise JobsError(f"JOBORCH_TOKEN_FILE {path} cannot be read ({why}): give a file with the token") from error
     return token.split(",")[0].strip()
 
 
@@ -165,7 +184,7 @@ def stored_login(url: str) -> Login:
     try:
         with open(path, encoding="utf-8") as file:
             state = os.fstat(file.fileno())
-            said = json.load(file)
+            said = json.loads(file.read(FILE_LIMIT))
         if state.st_uid not in (0, os.geteuid()) or state.st_mode & 0o077:
             raise JobsError(f"{path} is open to other users: delete it, get a new token, and run joborch login again")
         found = Login(str(said["server"]), str(said["token"]), None if said["user"] is None else int(said["user"]))
@@ -553,6 +572,18 @@ class Job:
         headers = {"Idempotency-Key": key or os.urandom(16).hex()}
         return Job(self.server, self.server.ask("POST", f"/jobs/{self.id}/retry", headers, form))
 
+    def delete(self) -> dict[str, Any]:
+        """Stop the job and delete its files, name, reason and texts, also at its client; return what the server says.
+
+        `pending` in it names clients that do not answer now: there it is deleted later.
+        """
+        return self.server.ask("DELETE", f"/jobs/{self.id}")
+
+    def redeliver(self) -> Job:
+        """Let the server send the job's webhooks again. Raises Refused (409) if there are none."""
+        self.server.ask("POST", f"/jobs/{self.id}/redeliver")
+        return self.refresh()
+
     def logs(self, stream: str = "stdout") -> str:
         """Return what the script wrote so far to "stdout" or "stderr"."""
         return b"".join(self.output(stream)).decode("utf-8", "replace")
@@ -620,6 +651,29 @@ class Job:
             self.check()
         copy_file(self, path, target)
 
+    def save(self, path: str, target: str | os.PathLike[str], partial: bool = False) -> Path:
+        """Fetch one file of the result as the file `target`, without fetching the rest; return its path.
+
+        It resumes what an earlier call began, and the file appears when it is complete. Raises what `copy` raises.
+        """
+        if not partial:
+            self.check()
+        said = self.facts.get("result")
+        version = hashlib.sha256(repr((said["sha256"], path)).encode("utf-8", "surrogateescape")).hexdigest() if said else ""
+        with arriving(os.fspath(target), version, f"{path} of job {self.id}") as file:
+            # The last byte is fetched again, so that a request has something to ask for.
+            file.truncate(max(0, file.seek(0, os.SEEK_END) - 1))
+            file.seek(0)
+            have, crc = 0, 0
+            while chunk := file.read(CHUNK_BYTES):
+                have, crc = have + len(chunk), zlib.crc32(chunk, crc)
+            try:
+                copy_file(self, path, file, have, crc)
+            except Damaged:
+                file.truncate(0)  # the next call begins again
+                raise
+        return Path(target)
+
     def result(self, path: str | os.PathLike[str], partial: bool = False) -> Path:
         """Fetch the result as a ZIP file at `path`, and return the path. It resumes what an earlier call began.
 
@@ -628,8 +682,8 @@ class Job:
         """
         if not partial:
             self.check()
-        fetch(self, os.fspath(path))
-        return Path(path)
+        with fetched(self, os.fspath(path)):
+            return Path(path)
 
     def unpack(self, folder: str | os.PathLike[str], partial: bool = False) -> Path:
         """Fetch the result and unpack it as `folder`, which must be missing or empty, and appears when it is complete.
@@ -642,20 +696,53 @@ class Job:
             self.check()
         os.makedirs(os.path.dirname(target), exist_ok=True)
         zipped = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.job-{self.id}.zip")
-        fetch(self, zipped)
-        try:
-            unpack_as(zipped, target)
-        finally:
-            os.unlink(zipped)
+        with fetched(self, zipped) as file:
+            try:
+                unpack_as(file, target)
+            except Damaged:
+                file.truncate(0)
+                raise
+        os.unlink(zipped)
         return Path(folder)
 
 
 # == 5. Results ==  A result is verified and appears under its name in one step. After a cut, fetching resumes.
 
 
-def copy_file(job: Job, path: str, target: IO[bytes]) -> None:
-    """Write one file of a job to `target`. After a cut, request the rest: see `Job.copy`."""
-    have, crc, headers = 0, 0, dict[str, str]()
+@contextlib.contextmanager
+def arriving(path: str, version: str, what: str) -> Iterator[IO[bytes]]:
+    """Open the file next to `path` in which it arrives, with what earlier calls wrote to it; in the end, rename it to `path`.
+
+    `version` (hex) identifies the content, so that only the same is resumed; "" if it may change. Raises JobsError if another
+    process writes to it.
+    """
+    part = f"{path}.{version[:16] or 'live'}.part"
+    try:
+        file = open(part, "a+b")  # noqa: SIM115 - closed below
+    except OSError as error:
+        folder = os.path.dirname(os.path.abspath(path))
+        raise JobsError(f"{folder} cannot be written: {(error.strerror or str(error)).lower()}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise JobsError(f"another process fetches {what} to {path}: wait for it") from error
+        if not version:
+            file.truncate(0)
+        try:
+            yield file
+            file.flush()
+            os.replace(part, path)
+        except BaseException:
+            file.flush()
+            if not version or not os.fstat(file.fileno()).st_size:
+                os.unlink(part)  # nothing in it can be of use
+            raise
+
+
+def copy_file(job: Job, path: str, target: IO[bytes], have: int = 0, crc: int = 0) -> None:
+    """Write one file of a job to `target`, which has its first `have` bytes with this CRC-32. After a cut, request the rest."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
     deadline = time.monotonic() + job.server.patience_s
     while True:
         try:
@@ -663,6 +750,8 @@ def copy_file(job: Job, path: str, target: IO[bytes]) -> None:
         except Refused as error:
             if error.status == 404 and error.field == "path":
                 raise FileNotFoundError(str(error)) from None
+            if error.status == 416:
+                raise Damaged(f"{path} of job {job.id} changed while it was fetched: try again") from None
             raise
         if have and response.status != 206:
             raise Damaged(f"{path} of job {job.id} changed while it was fetched: try again")
@@ -692,30 +781,20 @@ def pieces(server: Server, response: http.client.HTTPResponse) -> Iterator[bytes
         server.on_trouble(unreachable_text(server.url, error))
 
 
-def fetch(job: Job, path: str) -> None:
-    """Fetch the ZIP of a job to `path`. Until it is complete, it is in a file next to it, whose name identifies the result."""
+@contextlib.contextmanager
+def fetched(job: Job, path: str) -> Iterator[IO[bytes]]:
+    """Fetch the ZIP of a job, and open it, verified; it appears as `path` when the block ends."""
     said = job.facts.get("result")
-    part = f"{path}.{said['sha256'][:16] if said else 'live'}.part"
-    try:
-        file = open(part, "a+b")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise JobsError(f"{part} cannot be written: {(error.strerror or str(error)).lower()}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise JobsError(f"another process fetches job {job.id} to {path}: wait for it") from error
+    with arriving(path, said["sha256"] if said else "", f"job {job.id}") as file:
         live = not said
-        if not said:
-            file.truncate(0)
-            said = fetch_live(job, file)
+        said = said or fetch_live(job, file)
         for again in (True, False):
             if fetch_rest(job, file, int(said["size"])) == said["sha256"]:
                 break
             file.truncate(0)
             if live or not again:
                 raise Damaged(f"the result of job {job.id} arrived damaged (SHA-256 differs): check the network, and try again")
-        os.replace(part, path)
+        yield file
 
 
 def fetch_live(job: Job, file: IO[bytes]) -> dict[str, Any]:
@@ -767,7 +846,7 @@ def refuse_filled(folder: str) -> None:
         raise FileExistsError(f"{folder} already exists: give the name of a new or empty folder")
 
 
-def unpack_as(zipped: str, target: str) -> None:
+def unpack_as(zipped: str | IO[bytes], target: str) -> None:
     """Unpack a ZIP as the folder `target`, in one step. Raises Damaged if a name in it leads out of the folder."""
     import shutil
     import tempfile
@@ -856,8 +935,8 @@ class Jobs:
 
     `server` is a URL or unix:PATH (default: JOBORCH_SERVER, else that of `joborch login`, else http://127.0.0.1:5000), `token` the
     caller's token (default: JOBORCH_TOKEN or JOBORCH_TOKEN_FILE, else that of the login), `user` a number (default: JOBORCH_USER, else
-    that of the login, else the user id of this process), `service` the service (default: the only one there is). A call that gets no
-    answer is repeated for `patience_s` seconds. Raises JobsError.
+    that of the login, else that of the token, else the user id of this process), `service` the service (default: the only one there
+    is). A call that gets no answer is repeated for `patience_s` seconds. Raises JobsError.
     """
 
     def __init__(
@@ -874,15 +953,32 @@ class Jobs:
         said = os.environ.get("JOBORCH_USER", "")
         if user is None and said and not said.lstrip("-").isdecimal():
             raise JobsError(f"JOBORCH_USER is {said!r}: give the whole number of a user")
-        self.user = next(each for each in (user, int(said) if said else None, login.user, os.getuid()) if each is not None)
+        self.named_user = next((each for each in (user, int(said) if said else None, login.user) if each is not None), None)
         self.service = service
+
+    @functools.cached_property
+    def user(self) -> int:
+        """The number of the user: the named one, else that of the token, else the user id of this process."""
+        if self.named_user is not None:
+            return self.named_user
+        return next(each for each in (self.user_of_token(), os.getuid()) if each is not None)
+
+    def user_of_token(self) -> int | None:
+        """Return the only user whom the caller's token is for; None if there is no such user, or the server is older than tokens."""
+        if "Authorization" not in self.server.headers:
+            return None
+        try:
+            found: int | None = self.server.ask("GET", "/whoami")["user_id"]
+        except Refused:
+            return None  # the next call says why
+        return found
 
     def default_service(self) -> str:
         """Return the service for jobs that name none. Raises JobsError if there are several."""
         if self.service is None:
             names = [service["name"] for service in self.server.ask("GET", "/services")["services"]]
             if len(names) != 1:
-                raise JobsError(f"there are several services: name one of {', '.join(names)}")
+                raise JobsError(f"there are several services: name one with service= or --service: {', '.join(names)}")
             self.service = str(names[0])
         return self.service
 
@@ -922,6 +1018,24 @@ class Jobs:
                 return
             query["before"] = page["next"]
             limit = None if limit is None else limit - len(page["jobs"])
+
+    def delete_user(self, user_id: int) -> dict[str, Any]:
+        """Delete all jobs of a user, as `Job.delete` does; return what the server says: how many, and how many are left."""
+        return self.server.ask("DELETE", f"/users/{user_id}")
+
+    def export(self, kind: str = "csv", **filters: Any) -> Iterator[bytes]:
+        """Yield an export of jobs: "csv", "swf", or "summary" (JSON). `filters` are those of GET /export, as in since="2026-11-01".
+
+        Raises ServerUnreachable if it breaks off.
+        """
+        query = urlencode({"format": kind, **{name: value for name, value in filters.items() if value is not None}})
+        response = self.server.open("GET", f"/export?{query}")
+        try:
+            while chunk := response.read(CHUNK_BYTES):
+                yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            self.server.close()
+            raise ServerUnreachable(unreachable_text(self.server.url, error)) from error
 
     def wait(self, jobs: Iterable[Job], timeout_s: float | None = None) -> None:
         """Wait until all of these jobs have ended, in any state. Raises TimeoutError after `timeout_s` seconds."""

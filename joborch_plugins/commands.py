@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import calendar
+import contextlib
 import functools
 import importlib
 import json
@@ -21,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, Callable, NamedTuple, NoReturn
+from typing import Any, Callable, NamedTuple, NoReturn
 
 from joborch_plugins.caller import (
     ENDED,
@@ -88,6 +89,21 @@ WORDS = {
     "retry": Word(
         "run jobs again, as new jobs with the same files and fields", "  joborch retry 41 5-9\n  joborch retry --failed", here=True
     ),
+    "redeliver": Word("send the webhooks of jobs again", "  joborch redeliver 42\n  joborch redeliver 41 50-60", here=True),
+    "delete": Word(
+        "delete jobs for good: files, names, reasons and texts, also at clients; their figures stay",
+        "  joborch delete 42\n  joborch delete 41 5-9 --yes",
+        here=True,
+    ),
+    "delete-user": Word(
+        "delete all jobs of a user in the same way; for operators", "  joborch delete-user 7\n  joborch delete-user 7 --yes", here=True
+    ),
+    "export": Word(
+        "print use and waits of jobs for accounting (CSV), for simulations (SWF), or by service and month",
+        "  joborch export --csv --since 2026-11-01 --until 2026-12-01 >november.csv\n  joborch export --swf >trace.swf\n"
+        "  joborch export --summary",
+        here=True,
+    ),
     "quota": Word("show your use and your limits, by service", "  joborch quota", here=True),
     "top": Word(
         "watch services, clients and jobs; keys follow a log, cancel and filter", "  joborch top --all\n  joborch top --json", here=True
@@ -98,6 +114,23 @@ WORDS = {
         here=True,
     ),
     "logout": Word("delete what login stored", "  joborch logout", here=True),
+    "token": Word(
+        "make, list or revoke the tokens of callers, each with a role: user, portal, reader, operator or client",
+        "  joborch token add ward-7 --role user --user 7 --days 30\n  joborch token add portal-1 --role portal --services docking\n"
+        "  joborch token list\n  joborch token revoke ward-7",
+        here=True,
+    ),
+    "pause": Word(
+        "let the jobs of a service wait; its jobs at clients continue, and uploads are still accepted",
+        "  joborch pause docking --reason 'the file server is down'",
+        here=True,
+    ),
+    "resume": Word("send the jobs of a paused service again", "  joborch resume docking", here=True),
+    "clouds": Word(
+        "list the clouds of the server with their instances and costs, or end all instances",
+        "  joborch clouds\n  joborch clouds --plan\n  joborch clouds --end-all",
+        here=True,
+    ),
     "completion": Word(
         "print a script that completes commands, flags, ids of jobs and services in a shell",
         '  eval "$(joborch completion bash)"\n  eval "$(joborch completion zsh)"\n  joborch completion fish | source',
@@ -112,14 +145,18 @@ WORDS = {
         "  joborch client --slots 4\n  joborch client --executor slurm\n"
         "  JOBORCH_HOST=0.0.0.0 JOBORCH_TOKEN_FILE=/etc/joborch-token joborch client",
     ),
-    "backup": Word("copy the server's database to FILE, also while the server runs", "  joborch backup /backups/joborch-monday.db"),
+    "backup": Word(
+        "copy the server's database to FILE, also while the server runs",
+        "  joborch backup /backups/joborch-monday.db\n  joborch backup --keep 14 /backups",
+    ),
     "restore": Word(
         "replace the server's database by a backup; stop the server first; nothing is deleted",
         "  joborch restore /backups/joborch-monday.db",
     ),
     "demo": Word("start both in a temporary folder and run the example", "  joborch demo --keep"),
     "config": Word(
-        "print the effective settings and the source of each; secrets are masked", "  joborch config server\n  joborch config client --json"
+        "print the effective settings and the source of each; secrets are masked",
+        "  joborch config server\n  joborch config client --json\n  joborch config --check server.env",
     ),
     "doctor": Word(
         "check these settings and this machine, and print problems with their remedies; nothing is changed",
@@ -145,6 +182,10 @@ class Parser(argparse.ArgumentParser):
         """Print why the command line is refused, and exit with status 2."""
         self.exit(USAGE, f"{self.prog}: {self.plain(message)}; see {self.prog} --help\n")
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help. argparse itself hides from Python 3.11 on that nobody reads it, if it is long."""
+        (file or sys.stdout).write(self.format_help())
+
     def plain(self, message: str) -> str:
         """Return a message of argparse in plain words, with the nearest known word or flag."""
         wrong = re.match(r"argument ([^:]+): invalid choice: \'(.*?)\' \(choose from (.*)\)", message)
@@ -157,6 +198,7 @@ class Parser(argparse.ArgumentParser):
             flag = missing[1].split("/")[-1]
             example = getattr(self._option_string_actions.get(flag), "example", "")
             return f"{flag} needs a value" + (f", as in {flag} {example}" if example else "")
+        message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
         return re.sub(r"^argument (\S+): ", r"\1: ", message)
 
     def unknown(self, word: str, known: Iterable[str]) -> NoReturn:
@@ -259,8 +301,8 @@ class Screen:
     def live(self, text: str) -> None:
         """On a terminal, replace the last line."""
         if self.is_live:
+            self.shown = True  # before it is: Ctrl-C may come at any moment
             print(f"\r\x1b[K{printable(text)[: self.width - 1]}", end="", file=sys.stderr, flush=True)
-            self.shown = True
 
     def clear(self) -> None:
         """Remove the line that `live` shows."""
@@ -384,18 +426,32 @@ def ids_of(words: Sequence[str]) -> list[int | range]:
     return found
 
 
+def own_jobs(given: Given, ids: range) -> list[Job]:
+    """Return the user's jobs with ids in a range. Raises JobsError if there are none."""
+    found = []
+    for job in given.jobs.list(limit=None, before=ids.stop):
+        if job.id < ids.start:
+            break
+        found.append(job)
+    if not found:
+        raise JobsError(f"no job from {ids.start} to {ids.stop - 1} is yours: see joborch list")
+    return found
+
+
 def named_jobs(given: Given, words: Sequence[str]) -> list[Job]:
     """Return the jobs that these words name: those with these ids, and the user's jobs in ranges."""
     found: dict[int, Job] = {}
     for each in ids_of(words):
-        if isinstance(each, int):
-            found[each] = given.jobs.job(each)
-            continue
-        for job in given.jobs.list(limit=None, before=each.stop):
-            if job.id < each.start:
-                break
-            found.setdefault(job.id, job)
+        found.update({job.id: job for job in ([given.jobs.job(each)] if isinstance(each, int) else own_jobs(given, each))})
     return sorted(found.values(), key=lambda job: job.id)
+
+
+def one_job(given: Given) -> Job:
+    """Return the only job that a command line names. Raises JobsError if there are several."""
+    jobs = named_jobs(given, given.options.jobs)
+    if len(jobs) > 1:
+        raise JobsError(f"name one job: {given.options.jobs[0]} are {len(jobs)} jobs of yours")
+    return jobs[0]
 
 
 def chosen_jobs(given: Given, status: Sequence[str]) -> list[Job]:
@@ -405,7 +461,10 @@ def chosen_jobs(given: Given, status: Sequence[str]) -> list[Job]:
         raise JobsError("name the jobs: give ids, as in 41 5-9, or --name or a status")
     if options.jobs:
         return named_jobs(given, options.jobs)
-    return list(given.jobs.list(limit=None, status=options.by_status or status, name=options.name))
+    found = list(given.jobs.list(limit=None, status=options.by_status or status, name=options.name))
+    if not found and given.screen.is_terminal:
+        given.screen.note("no job matches")
+    return found
 
 
 def read_since(text: str) -> float:
@@ -417,6 +476,13 @@ def read_since(text: str) -> float:
     if not date:
         raise argparse.ArgumentTypeError(f"{text!r} is no time: give an age or a date, as in 2d or 2026-11-28")
     return time.mktime((*(int(part or 0) for part in date.groups()), 0, 0, -1))  # type: ignore[arg-type]
+
+
+def read_limit(text: str) -> int:
+    """Return the most jobs to list."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no number of jobs: give one, as in 20, or 0 for all")
+    return int(text)
 
 
 def read_status(text: str) -> list[str]:
@@ -504,14 +570,15 @@ def command_submit(given: Given) -> int:
     options.service = options.service or given.jobs.default_service()
     given.jobs.server.read("GET", "/")  # it answers: from now on, repeat calls without an answer
     given.jobs.server.patience_s = PATIENCE_S
-    names = ("name", "priority", "timeout", "retries", "cpus", "memory", "after", "inputs_from", "crlf")
+    names = ("name", "priority", "timeout", "retries", "cpus", "memory", "gpus", "after", "inputs_from", "crlf", "callback_url")
     fields = {name: getattr(options, name) for name in names}
     jobs = send_array(given, files, fields) if options.array else [send_one(given, files, fields)]
     for job in jobs:
         for warning in job.facts.get("warnings", []):
             screen.note(f"joborch: job {job.id}: {printable(warning)}")
     ids = ids_text(jobs)
-    screen.hint = f"job {ids} is queued: `joborch wait {ids}` waits for it, `joborch cancel {ids}` stops it"
+    which, them = (f"job {ids} continues", "it") if len(jobs) == 1 else (f"jobs {ids} continue", "them")
+    screen.hint = f"{which}; `joborch wait {ids}` waits for {them}, `joborch cancel {ids}` stops {them}"
     if not options.json and not screen.is_terminal:
         print(*(job.id for job in jobs), sep="\n", flush=True)
     elif not options.json:
@@ -529,6 +596,7 @@ def finish_submit(given: Given, jobs: Sequence[Job]) -> int:
     if options.json:
         print(json.dumps([job.facts for job in jobs]))
     if options.get:
+        screen.hint = f"`joborch get {ids_text(jobs)} -o {shlex.quote(options.get)}` resumes"
         fetch_all(given, jobs, options.get)
     if options.pass_status and jobs[-1].status != "Completed":
         return int(max(job.facts["exit_code"] or 0 for job in jobs)) or FAILED
@@ -538,15 +606,16 @@ def finish_submit(given: Given, jobs: Sequence[Job]) -> int:
 def send_one(given: Given, files: Files, fields: dict[str, Any]) -> Job:
     """Send one job. If the user interrupts, say what happened to it."""
     server, screen = given.jobs.server, given.screen
-    sent_all = False
+    unknown, sent_all = "`joborch list` shows whether the job was queued", False
 
     def progress(what: str, done: int, size: int) -> None:
         nonlocal sent_all
-        sent_all = done == size
+        sent_all = sent_all or done == size
+        screen.hint = unknown if sent_all else "the job was not queued; the same command sends it again"
         screen.progress(what, done, size)
 
     server.on_progress = progress
-    screen.hint = "`joborch list` shows whether the job was queued"
+    screen.hint = unknown
     try:
         return given.jobs.submit(files, given.options.service, key=given.options.key, **fields)
     except KeyboardInterrupt:
@@ -638,7 +707,7 @@ def standing(jobs: Sequence[Job], left: dict[int, Job]) -> str:
 
 def command_wait(given: Given) -> int:
     """Wait for jobs."""
-    given.screen.hint = f"the jobs continue; `joborch wait {' '.join(given.options.jobs)}` waits again"
+    given.screen.hint = f"the jobs continue; `{given.options.typed}` waits again"
     jobs = named_jobs(given, given.options.jobs)
     watch(given, jobs, tell=not given.options.json)
     if given.options.json:
@@ -678,17 +747,24 @@ def utc_text(wall_s: float) -> str:
 
 def command_logs(given: Given) -> int:
     """Print what a job wrote; with --follow until it has ended."""
-    (job,) = named_jobs(given, given.options.jobs[:1])
-    stream = "stderr" if given.options.stderr else "stdout"
-    if not given.options.follow:
-        for part in job.output(stream):
-            sys.stdout.buffer.write(part)
+    job, options = one_job(given), given.options
+    stream = "stderr" if options.stderr else "stdout"
+
+    def write(text: bytes) -> None:
+        if options.json:
+            print(json.dumps({"id": job.id, "stream": stream, "text": text.decode("utf-8", "replace")}), flush=True)
+        else:
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+
+    if not options.follow:
+        for part in [b"".join(job.output(stream))] if options.json else job.output(stream):
+            write(part)
         return DONE
     patient(given)
-    given.screen.hint = f"the job continues; `joborch logs {job.id} --follow` follows it again"
+    given.screen.hint = f"the job continues; `{options.typed}` follows it again"
     for text in job.follow(stream):
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
+        write(text.encode("utf-8", "replace"))
     if job.status != "Completed":
         given.screen.note(f"joborch: job {job.id} is {job.status}: {printable(job.reason)}")
     return failed([job])
@@ -723,6 +799,17 @@ def command_retry(given: Given) -> int:
         print(json.dumps([job.facts for job in made]))
     for old, new in [] if options.json else zip(jobs, made):
         screen.say(f"job {old.id} is queued again as job {new.id}" if screen.is_terminal else str(new.id))
+    return DONE
+
+
+def command_redeliver(given: Given) -> int:
+    """Let the server send the webhooks of jobs again, and print how they stand."""
+    jobs = for_all(given, named_jobs(given, given.options.jobs), lambda job: job.redeliver(), "sent again")
+    if given.options.json:
+        print(json.dumps([job.facts for job in jobs]))
+    for job in [] if given.options.json else jobs:
+        for each in job.facts["webhooks"]:
+            given.screen.say(f"job {job.id}: the webhook for {each['status']} is {each['state']}")
     return DONE
 
 
@@ -765,12 +852,10 @@ def command_get(given: Given) -> int:
     words, paths = options.words[:count], options.words[count:]
     jobs = named_jobs(given, words)
     if not jobs:
-        raise JobsError(
-            "name the job first, as in joborch get 42 summary.txt" if paths else "there are no such jobs of yours: see joborch list"
-        )
+        raise JobsError("name the job first, as in joborch get 42 summary.txt")
     if (paths or options.list) and len(jobs) > 1:
-        raise JobsError("give one job with files of it, as in joborch get 42 summary.txt")
-    screen.hint = f"the same command resumes: joborch get {' '.join(options.words)}"
+        raise JobsError("give one job with --list or with files of it, as in joborch get 42 summary.txt")
+    screen.hint = f"`{options.typed}` resumes"
     if not options.partial:
         watch(given, jobs, tell=False)
     given.jobs.server.patience_s = PATIENCE_S
@@ -812,7 +897,7 @@ def list_files(given: Given, job: Job) -> int:
     """List the files of a result with their sizes."""
     found = job.files(given.options.partial)
     if given.options.json:
-        print(json.dumps([{"path": entry["path"], "size": entry["size"]} for entry in found]))
+        print(json.dumps(found))
         return DONE
     for entry in found:
         on_terminal = f"{size_text(entry['size']):>12}  {printable(entry['path'])}"
@@ -821,24 +906,26 @@ def list_files(given: Given, job: Job) -> int:
 
 
 def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
-    """Save files of a result, each in one step; with `-o -` print them."""
+    """Save files of a result, each when it is complete; with `-o -` print them."""
     options, saved = given.options, []
+    same = [name for name, count in Counter(map(os.path.basename, dict.fromkeys(paths))).items() if count > 1]
+    if same and options.output != "-":
+        raise JobsError(f"several of these files would be {printable(same[0])} here: fetch them one by one, each with -o")
+    if options.output == "-" and given.screen.is_terminal:
+        given.screen.is_live = False  # no progress between the lines of the file
     for path in paths:
         if options.output == "-":
-            copy_to(given, job, path, sys.stdout.buffer)
+            with missing_named(given, job, path):
+                job.copy(path, sys.stdout.buffer, options.partial)
             continue
         base = os.path.basename(path)
         into = options.output is not None and (len(paths) > 1 or options.output.endswith("/") or os.path.isdir(options.output))
         target = os.path.join(options.output, base) if into else options.output or base
         os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
-        partial = os.path.join(os.path.dirname(os.path.abspath(target)), f".{os.path.basename(target)}.{os.getpid()}.part")
-        try:
-            with open(partial, "wb") as file:
-                copy_to(given, job, path, file)
-            os.replace(partial, target)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        given.screen.began_at = time.monotonic()
+        with missing_named(given, job, path):
+            job.save(path, target, options.partial)
+        given.screen.clear()
         saved.append({"id": job.id, "path": target})
         if not options.json:
             given.screen.say(target)
@@ -847,11 +934,14 @@ def save_files(given: Given, job: Job, paths: Sequence[str]) -> int:
     return DONE
 
 
-def copy_to(given: Given, job: Job, path: str, target: IO[bytes]) -> None:
-    """Write one file of a result to `target`. Raises JobsError with the nearest path if there is no such file."""
+@contextlib.contextmanager
+def missing_named(given: Given, job: Job, path: str) -> Iterator[None]:
+    """If the job has no such file, raise JobsError with the nearest path."""
     try:
-        job.copy(path, target, given.options.partial)
-    except FileNotFoundError:
+        yield
+    except FileNotFoundError as error:
+        if error.filename is not None:
+            raise  # a folder of this machine
         close = nearest(path, {entry["path"] for entry in job.files(given.options.partial)})
         raise JobsError(f"job {job.id} has no file {printable(path)!r}{close}: see joborch get {job.id} --list") from None
 
@@ -869,8 +959,8 @@ ADVICE = {
 
 def command_why(given: Given) -> int:
     """Explain a job to a person."""
-    (job,) = named_jobs(given, given.options.jobs)
-    facts, screen = job.refresh().facts, given.screen
+    job, screen = one_job(given), given.screen
+    facts = job.refresh().facts
     if given.options.json:
         print(json.dumps(facts))
         return DONE
@@ -985,14 +1075,9 @@ def turn_text(turns_before: int | None) -> str:
     return "next" if turns_before == 0 else f"after {count_text(turns_before, 'other user')}"
 
 
-def command_top(given: Given) -> int:
-    """Watch the site."""
-    return int(importlib.import_module("joborch_plugins.top").run_top(given))
-
-
-def command_completion(given: Given) -> int:
-    """Print what a shell loads to complete words."""
-    return int(importlib.import_module("joborch_plugins.completion").run_completion(given))
+def command_in(module: str, name: str) -> Callable[[Given], int]:
+    """Return a command of another plug-in, which is imported when the command runs."""
+    return lambda given: int(getattr(importlib.import_module(f"joborch_plugins.{module}"), name)(given))
 
 
 # == 7. Login ==  The server and token that commands and scripts of this user take from then on.
@@ -1079,8 +1164,12 @@ def forget_login() -> bool:
 
 COMMANDS: dict[str, Callable[[Given], int]] = {
     "submit": command_submit, "list": command_list, "wait": command_wait, "logs": command_logs, "get": command_get, "why": command_why,
-    "cancel": command_cancel, "retry": command_retry, "quota": command_quota, "top": command_top, "login": command_login,
-    "logout": command_logout, "completion": command_completion,
+    "cancel": command_cancel, "retry": command_retry, "redeliver": command_redeliver,
+    "quota": command_quota, "login": command_login, "logout": command_logout,
+    "top": command_in("top", "run_top"), "completion": command_in("completion", "run_completion"),
+    **{name: command_in("operator_commands", f"command_{name.replace('-', '_')}")
+       for name in ("token", "pause", "clouds", "delete", "delete-user", "export")},
+    "resume": command_in("operator_commands", "command_pause"),
 }  # fmt: skip
 
 
@@ -1102,11 +1191,13 @@ FLAGS = {
         flag("--timeout", help="run time limit, as in 90m"),
         flag("--cpus", help="cores that the script needs"),
         flag("--memory", help="memory that it needs, as in 8G"),
+        flag("--gpus", help="GPUs that it needs"),
         flag("--priority", help="-100 to 100: of your own jobs, the highest priority runs first"),
         flag("--after", metavar="IDS", help="jobs that must be Completed first, as in 41,42"),
         flag("--from", dest="inputs_from", metavar="IDS", help="jobs to wait for, whose results are then in from/ID, as in 41,42"),
-        flag("--crlf", choices=("fix", "keep"), help="what becomes of Windows line ends in run.sh; else they are refused"),
+        flag("--crlf", choices=("fix", "keep"), help="change or keep Windows line ends in run.sh; otherwise they are refused"),
         flag("--retries", help="further attempts after an infrastructure failure"),
+        flag("--callback-url", metavar="URL", help="where the server POSTs the job when it ends"),
         flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, with the number in JOBORCH_ARRAY_INDEX"),
         flag("--key", help="a text of your choice: the same key always gives the same job"),
         flag("-s", "--service", help="the service that runs it (default: the only one there is)"),
@@ -1117,7 +1208,7 @@ FLAGS = {
         flag("--today", **SWITCH, help="jobs of today"),
         flag("--since", type=read_since, metavar="TIME", help="jobs since then: 2d, or a date such as 2026-11-28"),
         flag("--status", dest="by_status", type=read_status, help="jobs in these states, separated by commas"),
-        flag("-n", "--limit", type=int, default=None, help="the most jobs to list; 0: all (default: 50, or all with --since)"),
+        flag("-n", "--limit", type=read_limit, default=None, help="the most jobs to list; 0: all (default: 50, or all with --since)"),
         flag("--all", **SWITCH, help="jobs of all users"),
     ],
     "wait": [SOME_JOBS],
@@ -1130,7 +1221,7 @@ FLAGS = {
         flag("words", nargs="+", metavar="ID", help="ids of jobs; or the id of one, and files of its result"),
         flag("-o", "--output", metavar="PLACE", help="folder for the result (default: job-ID); for one file its name, or - to print it"),
         flag("--zip", **SWITCH, help="keep the ZIP"),
-        flag("--partial", **SWITCH, help="the present files, also of a job that runs or failed"),
+        flag("--partial", **SWITCH, help="the files that there are now, also of a job that is running or failed"),
         flag("--list", **SWITCH, help="list the files with their sizes instead"),
     ],
     "why": [ONE_JOB],
@@ -1143,13 +1234,47 @@ FLAGS = {
     "retry": [
         flag("jobs", nargs="*", metavar="ID", help="ids of jobs, or ranges such as 5-9"),
         flag("--failed", **SWITCH, help="your jobs that are Failed or Invalid"),
-        flag("--name", metavar="PREFIX", help="your jobs that have ended and whose name begins so"),
+        flag("--name", metavar="PREFIX", help="your jobs that have ended and whose name begins with PREFIX"),
         flag("-y", "--yes", **SWITCH, help=f"do not ask before running more than {ASK_ABOVE} again"),
+    ],
+    "redeliver": [SOME_JOBS],
+    "delete": [SOME_JOBS, flag("-y", "--yes", **SWITCH, help="do not ask")],
+    "delete-user": [
+        flag("number", type=int, metavar="USER", help="the number of the user"),
+        flag("-y", "--yes", **SWITCH, help="do not ask"),
+    ],
+    "export": [
+        flag("--csv", dest="kind", action="store_const", const="csv", help="a line for each job (default)"),
+        flag("--swf", dest="kind", action="store_const", const="swf", help="jobs that have ended, in the Standard Workload Format 2.2"),
+        flag("--summary", dest="kind", action="store_const", const="summary", help="jobs, use and waits by service and month"),
+        flag("--since", metavar="DATE", help="jobs uploaded since then: 2d, or a date such as 2026-11-28 (UTC)"),
+        flag("--until", metavar="DATE", help="jobs uploaded before then"),
+        flag("-s", "--service", help="jobs of this service"),
     ],
     "quota": [],
     "top": [flag("--all", **SWITCH, help="jobs of all users")],
     "login": [flag("url", metavar="URL", help="the server, as in https://jobs.example.org; unix:PATH for a socket")],
     "logout": [],
+    "token": [
+        flag("action", choices=["add", "list", "revoke"], metavar="ACTION", help="add, list or revoke"),
+        flag("name", nargs="?", metavar="NAME", help="the name of the token: a-z, 0-9, - and _"),
+        flag("--role", help="add: user, portal, reader, operator or client"),
+        flag("--services", "--service", metavar="S,..", help="add, portal or client: only these services, separated by commas"),
+        flag("--user", type=int, metavar="N", help="add, role user: the user whose jobs it is for"),
+        flag("--days", type=int, metavar="N", help="add: how long it is valid (default: until it is revoked)"),
+    ],
+    "pause": [
+        flag("service", metavar="SERVICE", help="the name of a service"),
+        flag("--reason", default="", metavar="TEXT", help="why; it is shown to whoever waits"),
+    ],
+    "resume": [flag("service", metavar="SERVICE", help="the name of a service")],
+    "clouds": [
+        flag("--plan", **SWITCH, help="say what would be made and ended next, and why"),
+        flag("--end-all", **SWITCH, help="end all instances now, and make none until --resume"),
+        flag("--resume", **SWITCH, help="make instances again"),
+        flag("--user", type=int, metavar="N", help="show what jobs of this user have cost (default: of those that have cost most)"),
+        flag("-y", "--yes", **SWITCH, help="do not ask before --end-all"),
+    ],
     "completion": [flag("shell", nargs="?", choices=["bash", "zsh", "fish"], metavar="SHELL", help="bash, zsh or fish")],
 }
 SERVER_FLAG = flag(
@@ -1163,7 +1288,8 @@ ALL_TAKE = [
 
 def flags_of(name: str) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
     """Return all flags and words of a command."""
-    return [*FLAGS[name], *([] if name in ("login", "logout", "completion") else [SERVER_FLAG]), *ALL_TAKE]
+    own, server = FLAGS[name], [] if name in ("login", "logout", "completion") else [SERVER_FLAG]
+    return [*own, *server, *(each for each in ALL_TAKE if each[0] not in [names for names, _ in own])]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -1182,7 +1308,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_intermixed_args(words)
     if rest:
         parser.unknown(rest[0], parser._option_string_actions)
-    options.command = name
+    options.command, options.typed = name, printable(shlex.join(["joborch", *argv]))
     if name in ("submit", "completion"):
         options.script = script
     return options
@@ -1200,6 +1326,8 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
+        if screen.is_live and not screen.shown:
+            print(file=sys.stderr)  # after the ^C that the terminal shows
         screen.note(f"joborch: interrupted{': ' + screen.hint if screen.hint else ''}")
         return INTERRUPTED
     except (JobsError, OSError) as error:
@@ -1223,6 +1351,8 @@ def error_text(error: Exception) -> str:
     """Return the message of an error."""
     if isinstance(error, Refused) and error.status in (401, 403):
         return f"{error} (`joborch login URL` stores a token; JOBORCH_TOKEN and JOBORCH_TOKEN_FILE override it)"
+    if isinstance(error, Refused) and error.field == "crlf":
+        return str(error).replace("have it done by the field crlf=fix, as in -F crlf=fix", "add --crlf fix")
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
     return str(error)

@@ -71,7 +71,7 @@ class Protocol22(ClientProtocol):
             server.dispatch()
         for job in jobs:
             due, pause_s = self.poll_due.get(job.id, (0.0, PAUSE_FIRST_S))
-            if due <= now and job.id not in link.ended:
+            if due <= now and link.of(job.id).end is None:
                 self.poll_due[job.id] = (now + pause_s, min(pause_s * 1.5, PAUSE_LAST_S))
                 self.poll(server, job)
         known = {job.id for job in jobs}

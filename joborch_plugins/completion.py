@@ -94,7 +94,7 @@ def values(given: Given, flag: str, last: str) -> Iterator[tuple[str, str]]:
         yield from ((service["name"], service["policy"]) for service in given.jobs.server.ask("GET", "/services")["services"])
     elif flag == "--status":
         yield from ((first + status, "") for status in STATUSES)
-    elif flag == "--after":
+    elif flag in ("--after", "--from"):
         yield from ((first + word, said) for word, said in ids(given, None))
 
 

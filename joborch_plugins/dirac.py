@@ -78,6 +78,7 @@ from joborch import (
     one_line,
     parse_json,
     read_exit,
+    read_small_file,
     sync_file_system,
     walk,
     wrapper_text,
@@ -200,6 +201,8 @@ def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
     """Return the JDL of an attempt whose input sandbox is `pfn`. It has no text from users; that is all inside the sandbox."""
     cpus, memory, timeout = (job.cpus, job.memory, job.timeout) if job else (1, None, None)
     cpu_time_s = options.dirac_cpu_time_s or (timeout and timeout * cpus)
+    tags = [tag for tag in map(str.strip, options.dirac_tags.split(",")) if tag]
+    tags += ["GPU"] if job and job.gpus and "GPU" not in tags else []
     values = {
         "JobName": jdl_text(job_name(job.mark) if job else "check", "the mark"),
         "Executable": f'"{LAUNCHER}"',
@@ -212,7 +215,7 @@ def build_jdl(job: Job | None, options: BatchOptions, pfn: str) -> str:
         "MinRAM": str(memory or ""),  # MiB
         "CPUTime": str(math.ceil(cpu_time_s)) if cpu_time_s else "",
         "Site": jdl_list(options.dirac_site, "DIRAC_SITE"),
-        "Tags": jdl_list(options.dirac_tags, "DIRAC_TAGS"),
+        "Tags": jdl_list(",".join(tags), "DIRAC_TAGS"),
         "Platform": jdl_text(options.dirac_platform, "DIRAC_PLATFORM") if options.dirac_platform else "",
     }
     statements = [f"{name} = {value}" for name, value in values.items() if value] + check_jdl(options.dirac_jdl)
@@ -287,7 +290,7 @@ def careful_members() -> Any:
     return Member
 
 
-UNPACKED = re.compile(r"work|stdout|stderr|exit\.json|started\.[0-9]+")
+UNPACKED = re.compile(r"work|stdout|stderr|times|exit\.json|started\.[0-9]+")
 
 
 def safe_parts(name: str) -> list[str]:
@@ -431,12 +434,12 @@ class DiracLogin:
     def read(self) -> dict[str, Any]:
         """Return the content of the file. Raises BackendUnavailable if there is no login."""
         try:
-            return self.parse(self.path.read_text(encoding="utf-8"))
+            return self.parse(read_small_file(self.path))
         except OSError as error:
             raise BackendUnavailable(
                 f"DIRAC: {self.path} cannot be read ({os.strerror(error.errno or 0)}): log in with `dirac login`"
             ) from error
-        except UnicodeDecodeError:
+        except ValueError:
             raise BackendUnavailable(f"DIRAC: {self.path} contains no login: log in with `dirac login`") from None
 
     def parse(self, text: str) -> dict[str, Any]:
@@ -625,12 +628,12 @@ class DiracService:
 
     def meant(self, answer: requests.Response) -> Any:
         """Return the content of an answer, or raise DiracRefusal, BackendUnavailable or AnswerLost."""
+        said, status, is_json = None, answer.status_code, True
         try:
             said = parse_json(answer.content)
         except ValueError:
-            said = None
-        status = answer.status_code
-        if status in (200, 201, 206) and said is not None:
+            is_json = False
+        if status in (200, 201, 206) and is_json:
             return said
         detail = said.get("detail") if isinstance(said, dict) else None
         text = f"DIRAC answers {status}: {one_line(str(detail or answer.reason), 200)}"
@@ -1090,7 +1093,14 @@ class DiracExecutor:
         self.fetch_failed.pop(job.mark, None)
         return True
 
-    # -- orphans, and doctor --
+    # -- deletion, orphans, and doctor --
+
+    def erase(self, job: Job) -> None:
+        """Release the sandboxes of a job that is over: DIRAC then deletes those that no other job has. Raises BackendUnavailable."""
+        try:
+            self.service.call("DELETE", f"/api/jobs/{job.handle}/sandbox")
+        except DiracRefusal as error:
+            log.info("payload %d: %s; DIRAC keeps the sandboxes of job %s for as long as its site wants", job.id, error, job.handle)
 
     def end_orphans(self, marks: Sequence[str]) -> None:
         try:

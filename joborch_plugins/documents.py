@@ -1,13 +1,29 @@
-"""Documents made from the declared routes: OpenAPI, Swagger UI, and the tables of docs/reference.md."""
+"""Documents made from the declared routes: OpenAPI and Swagger UI."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from joborch import BAD, JSON_TYPE, Answer, Gives, HttpError, Node, Parameter, Request, Route, __version__, own_file, route, routes_of
+from joborch import (
+    BAD,
+    JSON_TYPE,
+    Answer,
+    Gives,
+    HttpError,
+    Node,
+    Parameter,
+    Request,
+    Route,
+    Server,
+    __version__,
+    own_file,
+    route,
+    routes_of,
+)
 
 # == Page and documents ==  They are made from the declared routes, and need no other machine.
 
@@ -48,15 +64,17 @@ TAGS = (  # the first one whose pattern fits the path
     ("page", "the web page", r"^/(dashboard|session)(/|$)"),
     ("results", "results, output and single files", r"/(download|download_partial|retrieve|retrieve_partial|result|files|file|logs)(/|$)"),
     ("jobs", "from upload to end", r"^/(upload|jobs|terminate|submit|kill|events|changes)(/|$)"),
-    ("site", "for operators: services, clients, users", r"^/(services|clients|users)(/|$)"),
+    ("site", "for operators: services, clients, users, tokens", r"^/(services|clients|users|tokens|whoami)(/|$)"),
     ("process", "the process itself, and this description", ""),
 )
 
 
-def openapi(mode: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of the routes of one mode."""
+def openapi(mode: str, services: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of the routes of one mode, with the names of these services as what `service` may be."""
     paths: dict[str, dict[str, Any]] = {}
-    for declared in routes_of(mode):
+    for each in routes_of(mode):
+        takes = (taken._replace(choices=tuple(services)) if taken.name == "service" else taken for taken in each.takes)
+        declared = dataclasses.replace(each, takes=tuple(takes))
         path = re.sub(r"<(\w+)(:path)?>", r"{\1}", declared.path)
         paths.setdefault(path, {})[declared.method.lower()] = openapi_operation(declared)
         if declared.method == "GET":
@@ -86,10 +104,10 @@ def openapi_operation(declared: Route) -> dict[str, Any]:
         "summary": declared.summary,
         "tags": [next(name for name, _, paths in TAGS if re.search(paths, declared.path))],
         "responses": {str(code): openapi_response(said) for code, said in sorted(declared.gives.items())},
-        "security": [{}, {"token": []}] if declared.who == "caller" else [{}],
+        "security": [{}, {"token": []}] if "operator" in declared.who else [{}],
     }
     operation["responses"].setdefault("400", openapi_response(BAD))  # for unknown parameters
-    if declared.who == "caller":
+    if "operator" in declared.who:
         for code, text in ((401, "no token, or a wrong one"), (403, "not from here")):
             operation["responses"].setdefault(
                 str(code),
@@ -154,16 +172,6 @@ def openapi_form(parameters: Sequence[Parameter]) -> dict[str, Any]:
     return {"required": bool(schema["required"]), "content": {"multipart/form-data": {"schema": schema}}}
 
 
-def routes_table(mode: str) -> str:
-    """Return the table of routes for docs/reference.md, in Markdown."""
-    rows = ["| method and path | what it does | answers |", "|---|---|---|"]
-    for declared in routes_of(mode):
-        path = re.sub(r"<(?:job_id|user_id)>", "ID", declared.path.replace("<name:path>", "NAME").replace("<path:path>", "PATH"))
-        codes = ", ".join(str(code) for code in sorted(declared.gives))
-        rows.append(f"| `{declared.method} {path}` | {declared.summary} | {codes} |")
-    return "\n".join(rows)
-
-
 def routes_page(mode: str) -> str:
     """Return the page that lists the routes, for a copy of joborch without Swagger UI."""
     rows = []
@@ -178,8 +186,12 @@ def routes_page(mode: str) -> str:
     "GET", "/api-docs/openapi.json", "server client", who="anyone", gives={200: Gives("this description", JSON_TYPE, {"openapi": "3.1.0"})}
 )
 def show_openapi(node: Node, request: Request) -> Answer:
-    """Describe the HTTP interface as OpenAPI 3.1."""
-    return Answer(openapi(node.config.mode))
+    """Describe the HTTP interface as OpenAPI 3.1.
+
+    Only a known caller sees which services there are.
+    """
+    services = sorted(node.services) if isinstance(node, Server) and request.caller is not None else ()
+    return Answer(openapi(node.config.mode, services))
 
 
 @route("GET", "/swagger", "server client", who="anyone", gives={302: Gives("to /swagger-ui/")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from joborch import (
@@ -38,6 +38,7 @@ from joborch import (
     room_json,
     route,
     say_full,
+    sees_site,
     unremovable_json,
 )
 
@@ -130,7 +131,7 @@ def problems_of_process(node: Node) -> Iterator[Problem]:
 def problems_of_client(client: Client) -> Iterator[Problem]:
     """Yield why payloads cannot be started, and that a login ends soon."""
     trouble = problem_of(client)
-    if trouble:
+    if trouble and not client.plugins["drain"].reason:  # somebody wanted that
         yield Problem("backend", trouble, "run `joborch doctor client` on its machine", since=problem_since(client, trouble))
     until = getattr(client.executor, "login_valid_until", lambda: None)()
     left_s = float("inf") if until is None else until - client.clock.wall()
@@ -149,8 +150,9 @@ def problems_of_link(link: Link) -> Iterator[Problem]:
             setting = link.remedy("TOKEN", lambda _: True)
             yield Problem("client_refuses", what, f"set {setting} to the token of this client", services, link.name, since)
         else:
-            setting = link.remedy("CLIENTS", lambda _: True)
-            remedy = f"start it there with `joborch client`, or check the network and the URL in {setting}"
+            remedy = f"start it there with `joborch client`, or check the network and the URL in {link.remedy('CLIENTS', lambda _: True)}"
+            if link.calls_in:
+                remedy = f"start it there with `joborch client --join`, or revoke its token with `joborch token revoke {link.name}`"
             yield Problem("client_gone", what, remedy, services, link.name, since)
         return
     if link.copy_of:
@@ -172,10 +174,13 @@ def runs_nothing(link: Link) -> bool:
 def problems_of_service(server: Server, service: Service) -> Iterator[Problem]:
     """Yield that a service can run nothing."""
     links = server.links_of(service)
-    if all(map(runs_nothing, links)):
+    if all(map(runs_nothing, links)) and not server.plugins["clouds"].serves(service.name):
         troubles = {link.name: link.why_not() or ", ".join(told["what"] for told in link.problems) for link in links}
-        is_drained = all(link.drained for link in links)
-        remedy = f"POST /clients/{links[0].name}/resume" if is_drained else "see the problems of its clients"
+        remedy = "see the problems of its clients"
+        if not links:
+            remedy = f"start a client for it with a token that `joborch token add NAME --role client --services {service.name}` makes"
+        elif all(link.drained for link in links):
+            remedy = f"POST /clients/{links[0].name}/resume"
         yield Problem("service_stopped", no_client_text(service.name, troubles), remedy, service.name)
 
 
@@ -190,6 +195,10 @@ def problems_of(node: Node) -> Iterator[Problem]:
     if isinstance(node, Server):
         for link in node.links.values():
             yield from problems_of_link(link)
+        for what, remedy in node.plugins["clouds"].problems():
+            yield Problem("cloud", what, remedy)
+        for what, remedy, since in node.plugins["webhooks"].problems():
+            yield Problem("webhooks", what, remedy, since=since)
 
 
 class Health:
@@ -298,13 +307,15 @@ def counts_json(client: Client) -> dict[str, int]:
     return {"running": handed - waiting, "queued": queued, "waiting": waiting}
 
 
-def details(node: Node, problems: Iterable[Problem]) -> dict[str, Any]:
+def details(node: Node, problems: Sequence[Problem]) -> dict[str, Any]:
     """Return what only authenticated callers see: strangers get no paths, counts and versions."""
     said: dict[str, Any] = {"problems": [problem.as_json() for problem in problems], "version": __version__, "mode": node.config.mode}
-    said.update(uptime_s=round(node.clock.monotonic() - node.started, 1), restart_needed=node.program.restart_needed() or None)
+    own = {problem.kind: problem for problem in problems if not problem.client}
+    program, backend = own.get("program"), own.get("backend")
+    said.update(uptime_s=round(node.clock.monotonic() - node.started, 1), restart_needed=program and f"{program.what}: {program.remedy}")
     said.update(unremovable=unremovable_json(node))
     if isinstance(node, Client):
-        trouble = problem_of(node)
+        trouble = node.plugins["drain"].reason or (backend.what if backend else "")
         said.update(executor=node.config.executor, **room_json(node), **counts_json(node), problem=trouble or None)
         said["problem_since"] = rfc3339(problem_since(node, trouble))
     return said
@@ -316,7 +327,7 @@ def health(node: Node, request: Request, deep: str) -> Answer:
     found: Health = node.plugins["health"]
     problems, error = found.report(), found.database.error
     said: dict[str, Any] = {"status": "degraded" if problems else "ok", "database": "ok"}
-    known = request.caller is not None
+    known = sees_site(request.caller)
     if error:
         log.error("health: %s", error)
         said.update(status="error", database="error", **({"message": error} if known else {}))

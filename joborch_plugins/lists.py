@@ -45,14 +45,17 @@ from joborch import (
     Parameter,
     Request,
     Server,
+    check_user,
     job_summary,
     named_service,
+    narrowed,
     one_line,
     read_seconds,
     read_statuses,
     read_weight,
     rfc3339,
     route,
+    sees_service,
     waiting_texts,
 )
 
@@ -99,7 +102,7 @@ def wall_time(server: Server, moment: datetime | timedelta | None) -> float | No
     return None if moment is None else moment.timestamp()
 
 
-MOMENT = r"^([0-9]{1,9}[smhd]|[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])(T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z)?)$"
+MOMENT = r"^([0-9]{1,9}[smhd]|[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])(T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z)?)$"
 FILTERS = (
     Parameter("user_id", "query", "integer", "only jobs of this user", 1, least=SMALLEST, most=BIGGEST),
     Parameter("service", "query", "string", "only jobs of this service", "example"),
@@ -125,15 +128,24 @@ FILTERS = (
         read=read_ids,
     ),
     Parameter("since", "query", "string", "not before this time, date (UTC) or age", "2d", pattern=MOMENT, read=read_moment),
-    Parameter("until", "query", "string", "before this time, date (UTC) or age", "2026-11-28T14:30:00Z", pattern=MOMENT, read=read_moment),
+    Parameter("until", "query", "string", "before this time, date (UTC) or age", "2026-11-28", pattern=MOMENT, read=read_moment),
 )
 
 
-def read_filter(server: Server, given: dict[str, Any]) -> Filter:
-    """Return the filter that the values of FILTERS make. Raises HttpError 400 for an unknown service."""
+def read_filter(server: Server, request: Request, given: dict[str, Any]) -> Filter:
+    """Return the filter that the values of FILTERS make, without what the caller may not see.
+
+    Raises HttpError 400 for an unknown service, 404 for another user.
+    """
     service = None if given["service"] is None else named_service(server, given["service"]).name
     since, until = wall_time(server, given["since"]), wall_time(server, given["until"])
-    return Filter(given["user_id"], service, tuple(sorted(given["status"])), given["cause"], given["name"] or None, since, until)
+    of = Filter(given["user_id"], service, tuple(sorted(given["status"])), given["cause"], given["name"] or None, since, until)
+    return narrowed(request.caller, of)
+
+
+NO_USER = Gives(
+    "the token is for another user", JSON_TYPE, {"message": "the token ward-7 is for user 7, and knows no user 8", "field": "user_id"}
+)
 
 
 # == 2. Jobs ==  A page of jobs, as JSON or CSV; it may wait for ends.
@@ -190,11 +202,19 @@ PAGE = Gives(
 )
 
 
-@route("GET", "/jobs", "server", who="caller", takes=LIST_PARAMETERS, gives={200: PAGE, 400: BAD}, quick=True)
+@route(
+    "GET",
+    "/jobs",
+    "server",
+    who="user portal reader operator",
+    takes=LIST_PARAMETERS,
+    gives={200: PAGE, 400: BAD, 404: NO_USER},
+    quick=True,
+)
 def list_jobs(server: Server, request: Request, limit: int, before: str | None, **given: Any) -> Answer:
     """List jobs, newest first, a page at a time; with `ids` and `wait`, when some have ended."""
     wait: float = given["wait"]
-    of, ids, headers = read_filter(server, given), given["ids"], dict[str, str]()
+    of, ids, headers = read_filter(server, request, given), given["ids"], dict[str, str]()
     if wait and ids is None:
         raise HttpError(400, "wait needs ids: name the jobs to wait for, as in ids=41,42&wait=45", "wait")
     if wait:
@@ -240,9 +260,9 @@ def page_of(
 
 
 def wait_for_ends(server: Server, request: Request, ids: frozenset[int], wait_s: float, wait_for: str, ended: int | None) -> None:
-    """Wait until one more of these jobs has ended, or all have. A job that does not exist counts as ended."""
+    """Wait until one more of these jobs has ended, or all have. One that does not exist, or is hidden from the caller, counts as ended."""
     seen = server.store.number(LAST_SEQ)
-    left = {job.id for job in server.store.pick(ids, Filter(), by_end=False) if job.status not in OVER}
+    left = {job.id for job in server.store.pick(ids, narrowed(request.caller, Filter()), by_end=False) if job.status not in OVER}
     enough = 0 if wait_for == "all" else len(left) - 1 if ended is None else len(ids) - ended - 1
 
     def look() -> bool | None:
@@ -269,6 +289,7 @@ COLUMNS = (
     "priority",
     "cpus",
     "memory",
+    "gpus",
     "timeout",
     "retries",
     "attempt",
@@ -373,11 +394,17 @@ def as_change(row: Any) -> dict[str, Any]:
 
 
 @route(
-    "GET", "/changes", "server", who="caller", takes=CHANGE_PARAMETERS, gives={200: CHANGES, 400: BAD, 410: GONE, 503: TOO_MANY}, quick=True
+    "GET",
+    "/changes",
+    "server",
+    who="user portal reader operator",
+    takes=CHANGE_PARAMETERS,
+    gives={200: CHANGES, 400: BAD, 404: NO_USER, 410: GONE, 503: TOO_MANY},
+    quick=True,
 )
 def show_changes(server: Server, request: Request, after: int | None, wait: float, limit: int, **given: Any) -> Answer:
     """Return every move of every job in order, from where the caller was; wait for the next one."""
-    reader = Reader(server, request, read_filter(server, given), given["ids"], limit)
+    reader = Reader(server, request, read_filter(server, request, given), given["ids"], limit)
     if EVENT_TYPE in request.header("Accept") and request.method == "GET":
         return listen(reader, after)
     after = server.store.number(LAST_SEQ) if after is None else after
@@ -445,12 +472,13 @@ WEIGHT = Parameter(
 )
 
 
-def user_answer(server: Server, user_id: int) -> Answer:
+def user_answer(server: Server, request: Request, user_id: int) -> Answer:
     """Return what decides when a user's jobs run."""
+    check_user(request.caller, user_id)
     store = server.store
     names = {*server.services, *(row["service"] for row in store.read(USAGE_OF_USER, user_id=user_id))}
     services = []
-    for name in sorted(names):
+    for name in sorted(each for each in names if sees_service(request.caller, each)):
         share, limits = store.share(name, user_id), server.services.get(name)
         services.append({
             "name": name, "used_slot_s": round(store.used_slot_s(name, user_id), 3), "runs": share.usage.runs,
@@ -464,14 +492,22 @@ def user_answer(server: Server, user_id: int) -> Answer:
     return Answer({**said, "services": services})
 
 
-@route("GET", "/users/<user_id>", "server", who="caller", takes=(USER_ID,), gives={200: ONE_USER, 400: BAD}, quick=True)
+@route(
+    "GET",
+    "/users/<user_id>",
+    "server",
+    who="user portal reader operator",
+    takes=(USER_ID,),
+    gives={200: ONE_USER, 400: BAD, 404: NO_USER},
+    quick=True,
+)
 def show_user(server: Server, request: Request, user_id: int) -> Answer:
     """Show a user's weight, queued jobs, and for each service: use as it counts now, limits, and what is left of them."""
-    return user_answer(server, user_id)
+    return user_answer(server, request, user_id)
 
 
-@route("PUT", "/users/<user_id>", "server", who="caller", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
+@route("PUT", "/users/<user_id>", "server", who="operator", takes=(USER_ID, WEIGHT), gives={200: ONE_USER, 400: BAD})
 def set_user(server: Server, request: Request, user_id: int, weight: float) -> Answer:
     """Set a user's weight: twice the weight means twice the share. It overrides JOBORCH_WEIGHTS."""
     server.store.set_weight(user_id, weight)
-    return user_answer(server, user_id)
+    return user_answer(server, request, user_id)

@@ -135,16 +135,20 @@ class Metrics:
         self.received = Family("http_received_bytes_total", "counter", "bytes of the bodies of requests", ("method", "route"))
         self.sent = Family("http_sent_bytes_total", "counter", "bytes of the bodies of answers, as announced", ("method", "route"))
         self.counted = [value for value in vars(self).values() if isinstance(value, Family)]
-        for service in node.config.services if self.is_server else ():
-            for source, to in MOVES[node.config.mode]:  # rates begin at 0, not with the first job
-                for status in {source, to}:
-                    self.moves.set(service, status.value, value=0)
+        self.begin(node.config.services if self.is_server else ())
+
+    def begin(self, services: Iterable[str]) -> None:
+        """Begin to count for further services: rates begin at 0, not with the first job."""
+        with self.lock:
+            for service in services:
+                for status in {status for move in MOVES[self.node.config.mode] for status in move}:
+                    self.moves.add((service, status.value), 0)
                     if status not in OVER:
-                        self.live.set(service, status.value, value=0)
-            for cause in Cause:
-                self.failures.set(service, cause.value, value=0)
-            self.attempts.set(service, value=0)
-            self.results.set(service, value=0)
+                        self.live.add((service, status.value), 0)
+                for cause in Cause:
+                    self.failures.add((service, cause.value), 0)
+                self.attempts.add((service,), 0)
+                self.results.add((service,), 0)
 
     def start(self) -> None:
         """Count the jobs that are there now. Of a million that takes a second, so a thread does it, on a snapshot of this moment."""
@@ -314,10 +318,51 @@ def figures_of_server(server: Server) -> Iterable[Family]:
             slots.set(link.name, value=link.slots)
             free.set(link.name, value=max(0, place.free))
             load.set(link.name, value=link.load)
-    return oldest, limit, up, slots, free, load
+    return oldest, limit, up, slots, free, load, *figures_of_webhooks(server), *figures_of_clouds(server)
 
 
-@route("GET", "/metrics", "server client", who="caller", gives={200: Gives("all figures, in Prometheus' text format", "text/plain")})
+def figures_of_clouds(server: Server) -> Iterator[Family]:
+    """Yield the instances in clouds by state, and what they cost."""
+    clouds: Any = server.plugins["clouds"]
+    if not clouds.sites:
+        return
+    made = Family("cloud_instances", "gauge", "instances in this state", ("cloud", "state"))
+    today = Family("cloud_cost_today", "gauge", "what instances have cost since midnight (UTC)", ("cloud",))
+    spent = Family("cloud_cost_total", "counter", "what instances have cost in all", ("cloud",))
+    runs = Family("cloud_service_cost", "gauge", "what runs of this service have cost in all", ("cloud", "service"))
+    runs_today = Family("cloud_service_cost_today", "gauge", "the same since midnight (UTC)", ("cloud", "service"))
+    idle = Family("cloud_unassigned_cost", "gauge", "what instances have cost beyond runs: boots and idle slots", ("cloud",))
+    idle_today = Family("cloud_unassigned_cost_today", "gauge", "the same since midnight (UTC)", ("cloud",))
+    held = Family("cloud_held", "gauge", "1 if the cloud makes no instances now because something is wrong", ("cloud",))
+    rows, bill = clouds.rows(), clouds.bill()
+    for name, site in clouds.sites.items():
+        for state in ("intended", "booting", "joined", "draining", "ending"):
+            made.set(name, state, value=sum((row.cloud, row.state) == (name, state) for row in rows))
+        held.set(name, value=int(bool(site.held())))
+    for name, cost in bill.clouds.items():
+        rest, services = bill.unassigned(name), bill.of_services(name).items()
+        for family, labels, value in (
+            (today, (name,), cost.today), (spent, (name,), cost.in_all), (idle, (name,), rest.in_all), (idle_today, (name,), rest.today),
+            *((runs, (name, service), each.in_all) for service, each in services),
+            *((runs_today, (name, service), each.today) for service, each in services),
+        ):  # fmt: skip
+            family.set(*labels, value=value)
+    yield from (made, today, spent, runs, runs_today, idle, idle_today, held)
+
+
+def figures_of_webhooks(server: Server) -> Iterator[Family]:
+    """Yield how many webhooks wait, and how attempts to deliver them ended."""
+    webhooks: Any = server.plugins["webhooks"]
+    attempts = Family("webhook_attempts_total", "counter", "attempts to deliver a webhook, by outcome", ("outcome",))
+    for outcome, count in webhooks.outcomes.items():
+        attempts.set(outcome, value=count)
+    yield attempts
+    yield figure("webhook_backlog", "webhooks that are not delivered yet", webhooks.backlog)
+
+
+@route(
+    "GET", "/metrics", "server client", who="reader operator", gives={200: Gives("all figures, in Prometheus' text format", "text/plain")}
+)
 def metrics(node: Node, request: Request) -> Answer:
     """Show counters and figures for Prometheus."""
     found: Any = node.plugins["metrics"]

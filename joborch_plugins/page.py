@@ -33,7 +33,9 @@ from joborch import (
     HttpError,
     Parameter,
     Request,
+    Route,
     Server,
+    Service,
     Status,
     __version__,
     check_site,
@@ -41,12 +43,15 @@ from joborch import (
     find_route,
     format_duration,
     load_plugin,
+    may_call,
     new_session,
     one_line,
     own_file,
     plural,
     read_all,
     route,
+    sees_service,
+    sees_site,
     session_cookie,
     size_text,
 )
@@ -66,13 +71,34 @@ HEADERS = {
     "Referrer-Policy": "same-origin",  # with no-referrer, browsers send forms with `Origin: null`
     "Cache-Control": "no-store",
 }
-NAVIGATION = (("/dashboard", "Overview"), ("/dashboard/jobs", "Jobs"), ("/dashboard/submit", "Submit"), ("/dashboard/users", "Users"))
+NAVIGATION = (  # each with the route that its caller must be allowed
+    ("/dashboard", "Overview", "GET /services"),
+    ("/dashboard/jobs", "Jobs", "GET /jobs"),
+    ("/dashboard/submit", "Submit", "POST /upload"),
+    ("/dashboard/users", "Users", "GET /users/1"),
+)
+FINAL = [status.value for status in OVER]
 NONE = "-"  # what a table shows where there is nothing
 JOBS_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 50, 64
+INSTANCES_DRAWN, ENDED_SHOWN_S = 60, 60.0  # of each cloud; how long one that has ended is still shown
+LIFE_S = (60.0, 3600.0)  # the shortest and the longest time that the bars of instances stand for
 HOURS, STEP_S = 12, 1800.0  # of the charts, and of one of their bars
 RECENT_S = 10.0  # how long charts and failures are kept
 LOG_TAIL_BYTES, LOG_PARTS = 64 * 1024, 32  # of an output, its end; it is read in parts of at most 1 MiB
 NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ended", "ids", "format", "by")  # of GET /jobs
+CAUSES = {
+    "user": "user (the script itself)", "limit": "limit (it wanted too much)", "infrastructure": "infrastructure (not the script)",
+    "cancelled": "cancelled (on request)",
+}  # fmt: skip
+LABELS = {  # of fields whose name in the API is not the word for them
+    "user_id": "User", "inputs_from": "Inputs from", "callback_url": "Webhook address", "crlf": "Line ends", "cpus": "Cores",
+    "gpus": "GPUs",
+}  # fmt: skip
+HELP = {
+    "inputs_from": "ids of your jobs: it waits for them, too, and finds their results in from/ID/",
+    "crlf": "what to do if run.sh has Windows line ends, which bash does not understand",
+}
+LINE_ENDS = {"": "refuse the job", "fix": "change them to LF", "keep": "keep them"}
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -154,9 +180,33 @@ def section(key: str, title: str, *content: Content) -> Html:
     return tag("section", tag("h2", title, id=f"{key}-title"), *content, id=key, data_live=True, aria_labelledby=f"{key}-title")
 
 
-def button(text: str, post: str, question: str = "", then: str = "") -> Html:
+class Question(NamedTuple):
+    """What is asked before a button does something: a title, what happens, and the words of the button that does nothing."""
+
+    title: str
+    text: str
+    no: str
+
+
+def button(text: str, post: str, question: Question | None = None, then: str = "", class_: str | None = None) -> Html:
     """Return a button with which page.js sends a POST, after a question if there is one. Without JavaScript it is hidden."""
-    return tag("button", text, type="button", data_post=post, data_question=question or None, data_then=then or None, hidden=True)
+    asks = {f"data_{key}": value for key, value in question._asdict().items()} if question else {}
+    return tag("button", text, type="button", class_=class_, data_post=post, data_then=then or None, **asks, hidden=True)
+
+
+def label_of(name: str) -> str:
+    """Return what a field of the API is called on a page."""
+    return LABELS.get(name, name.capitalize())
+
+
+def alert(text: str) -> Html:
+    """Return what is wrong with a form; the form follows it, filled."""
+    return tag("p", text, class_="alert", role="alert")
+
+
+def user_link(request: Request, user_id: int) -> Content:
+    """Return the number of a user, with a link to that user's shares if the caller may see them."""
+    return tag("a", user_id, href=f"/dashboard/users?user_id={user_id}") if may(request, "GET", f"/users/{user_id}") else user_id
 
 
 def duration(seconds: float | None) -> str:
@@ -179,9 +229,16 @@ ONE_PAGE = {
 }
 
 
+def may(request: Request, method: str, path: str) -> bool:
+    """Tell whether the caller of `request` has a role for a route."""
+    return request.caller is not None and may_call(find_route("server", method, path).who, request.caller.role)
+
+
 def answer_of(server: Server, request: Request, path: str, **query: str) -> Answer:
     """Return what GET `path` answers to the caller of `request`. Raises HttpError as that route does."""
     declared = find_route("server", "GET", path)
+    if not may(request, "GET", path):
+        raise HttpError(403, f"your token does not allow GET {path}")
     found = declared.pattern.match(path)
     texts = {"path": found.groupdict() if found else {}, "query": query}
     values = {name: value for place, given in texts.items() for name, value in read_all(declared.taken(place), given).items()}
@@ -193,15 +250,16 @@ def ask(server: Server, request: Request, path: str, **query: str) -> Any:
     return answer_of(server, request, path, **query).body
 
 
-def whole_page(server: Server, request: Request, title: str, content: Content, status: int = 200) -> Answer:
-    """Return a page with everything around its content."""
+def whole_page(server: Server, request: Request, title: str, content: Content, status: int = 200, heading: Content = None) -> Answer:
+    """Return a page with everything around its content. Its heading is its title, unless another one is given."""
     path = request.environ.get("PATH_INFO", "")
-    here = max((place for place, _ in NAVIGATION if path.startswith(place)), key=len, default="")
-    links = [tag("a", text, href=place, aria_current="page" if place == here else None) for place, text in NAVIGATION]
+    here = max((place for place, _, _ in NAVIGATION if path.startswith(place)), key=len, default="")
+    allowed = [(place, text) for place, text, needed in NAVIGATION if may(request, *needed.split())]
+    links = [tag("a", text, href=place, aria_current="page" if place == here else None) for place, text in allowed]
     csrf = csrf_token_of(server, request.header("Cookie"))
     end = fill("sign_out") if request.caller and request.caller.proof == "session" else None
     page = fill(
-        "page", title=title, links=links if request.caller else None, content=content, version=__version__, sign_out=end,
+        "page", title=title, heading=heading or title, links=links, content=content, version=__version__, sign_out=end,
         csrf=csrf or "", csrf_header=CSRF_HEADER,
     )  # fmt: skip
     return Answer(page.encode("utf-8", "replace"), status, dict(HEADERS))
@@ -209,7 +267,7 @@ def whole_page(server: Server, request: Request, title: str, content: Content, s
 
 def sign_in_page(server: Server, request: Request, trouble: str = "", to: str = "") -> Answer:
     """Return the page that asks for a token, or says that there is none."""
-    if not server.tokens:
+    if not (server.tokens or server.token_store):
         text = "This server has no token, and answers only the user who runs it. Set JOBORCH_TOKEN for it, and load this page again."
         return whole_page(server, request, "Not allowed", tag("p", text, class_="large"), 403)
     return whole_page(server, request, "Sign in", fill("sign_in", trouble=trouble, to=to or request.environ.get("PATH_INFO", "")), 401)
@@ -221,7 +279,7 @@ def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Call
     def declare(content: Callable[..., Answer]) -> Callable[..., Answer]:
         @functools.wraps(content)
         def handler(server: Server, request: Request, **values: Any) -> Answer:
-            if request.caller is None:
+            if request.caller is None or request.caller.role == "client":
                 return sign_in_page(server, request)
             try:
                 return content(server, request, **values)
@@ -238,7 +296,15 @@ def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Call
 # == Overview ==
 
 
-def problems(found: Sequence[Mapping[str, Any]]) -> Html:
+def remedy_of(request: Request, remedy: str) -> str:
+    """Return a remedy of /health; one that is a call of the API in words of this page."""
+    resume = re.fullmatch("POST (/clients/(.+)/resume)", remedy)
+    if not resume:
+        return remedy
+    return f"press Resume at {resume[2]} under Clients" if may(request, "POST", resume[1]) else f"an operator can resume {resume[2]}"
+
+
+def problems(request: Request, found: Sequence[Mapping[str, Any]]) -> Html:
     """Return what is wrong now."""
     if not found:
         return section("problems", "Problems", tag("p", "All is well.", class_="well"))
@@ -246,14 +312,14 @@ def problems(found: Sequence[Mapping[str, Any]]) -> Html:
     for each in found:
         about = [f"{word} {each[word]}" for word in ("service", "client") if each.get(word)]
         since = ["since ", time_of(each["since"])] if each.get("since") else None
-        remedy = tag("p", each["remedy"]) if each.get("remedy") else None
+        remedy = tag("p", remedy_of(request, each["remedy"])) if each.get("remedy") else None
         shown.append(tag("li", tag("strong", each["what"]), " ", tag("span", ", ".join(about), " ", since, class_="quiet"), remedy))
     return section("problems", plural(len(found), "problem", "problems"), tag("ul", *shown, class_="problems"))
 
 
 def services_table(services: Sequence[Mapping[str, Any]], oldest_s: Mapping[str, float]) -> Html:
     """Return the services, with what runs and waits, and their limits."""
-    head = ("Service", "Running", "Queued", "Oldest wait", "Users waiting", "Limit a user", "Mean run")
+    head = ("Service", "Running", "Queued", "Oldest wait", "Users waiting", "Limit per user", "Mean run")
     rows = [
         (
             tag("a", name_of(each["name"]), href="/dashboard/jobs?" + urlencode({"service": each["name"]})),
@@ -281,19 +347,110 @@ def squares(client: Mapping[str, Any]) -> Html:
     return tag("svg", *drawn, class_="slots", width=width, height=height, viewBox=f"0 0 {width} {height}", role="img", aria_label=text)
 
 
-def clients_table(clients: Sequence[Mapping[str, Any]]) -> Html:
+def status_of_client(client: Mapping[str, Any]) -> str:
+    """Return whether a client gets jobs, and why not."""
+    if client["drained"]:
+        return f"draining, {plural(client['jobs'], 'job', 'jobs')} left" if client["jobs"] else "drained"
+    return client["trouble"] or "gets jobs"
+
+
+def clients_table(request: Request, clients: Sequence[Mapping[str, Any]]) -> Html:
     """Return the clients, with their slots and why one gets no jobs."""
-    rows = []
+    rows, may_drain = [], False
     for each in clients:
-        state = "drained" if each["drained"] else "gets jobs" if not each["trouble"] else each["trouble"]
         path = f"/clients/{quote(each['name'], safe=':')}/{'resume' if each['drained'] else 'drain'}"
         load = NONE if each["load"] is None else f"{each['load']:.0f} %"
-        action = button("Resume" if each["drained"] else "Drain", path)
-        rows.append(
-            (name_of(each["name"]), ", ".join(each["services"]), squares(each), load, prose(state), time_of(each["last_seen"]), action)
-        )
-    head = ("Client", "Services", "Slots", "CPU", "State", "Last heard", "Action")
-    return section("clients", "Clients", table("Clients", head, rows, "No client is configured."))
+        may_drain = may(request, "POST", path)
+        action = button("Resume" if each["drained"] else "Drain", path) if may_drain else NONE
+        rows.append((
+            name_of(each["name"]), ", ".join(each["services"]), squares(each), load, prose(status_of_client(each)),
+            time_of(each["last_seen"]), action,
+        ))  # fmt: skip
+    head = ("Client", "Services", "Slots", "CPU", "Status", "Last heard", "Action")
+    shown = table("Clients", head, rows, "No client is configured.")
+    text = "Drain: no new jobs go to this client; what runs there, runs on. Resume ends that."
+    return section("clients", "Clients", shown, tag("p", text, class_="quiet") if may_drain else None)
+
+
+def money(amount: float) -> str:
+    """Return an amount of money, a small one with more digits."""
+    return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.4f}"
+
+
+def instance_text(each: Mapping[str, Any]) -> Content:
+    """Return what an instance does now."""
+    if each["state"] == "joined":
+        return "runs " + plural(each["jobs"], "job", "jobs") if each["jobs"] else "is idle"
+    if each["state"] == "ended":
+        return ["has ended" + (": " if each["reason"] else ""), prose(each["reason"])]
+    return {"intended": "is asked for", "booting": "boots", "draining": "gets no more jobs", "ending": "is being ended"}[each["state"]]
+
+
+def life(each: Mapping[str, Any], begin: float, now: float) -> Html:
+    """Return the life of an instance from `begin` until now, to scale: how long it booted, and how long it was a client."""
+
+    def at(stamp: str | None) -> float:
+        return 1000 * (max(moment(stamp), begin) - begin) / (now - begin) if stamp else 1000.0
+
+    marks = {"booted": (at(each["made_at"]), at(each["joined_at"] or each["ended_at"]))}
+    if each["joined_at"]:
+        marks["lived"] = (at(each["joined_at"]), at(each["ended_at"]))
+    drawn = [
+        tag("rect", x=f"{start:.1f}", y=0, width=f"{max(0.0, end - start):.1f}", height=8, class_=name)
+        for name, (start, end) in marks.items()
+    ]
+    return tag("svg", *drawn, class_="life", viewBox="0 0 1000 8", preserveAspectRatio="none", aria_hidden="true")
+
+
+def instance_card(cloud: Mapping[str, Any], each: Mapping[str, Any], begin: float, now: float) -> Html:
+    """Return one instance: what it does, its slots, its life, and what it has cost."""
+    joined = each["state"] in ("joined", "draining")
+    slots = squares({"slots": cloud["slots"], "free": max(0, cloud["slots"] - each["jobs"])}) if joined else None
+    return tag(
+        "li", tag("strong", name_of(each["name"])), " ", tag("span", instance_text(each)), slots, life(each, begin, now),
+        tag("span", f"cost {money(each['cost'])}, since ", time_of(each["made_at"]), class_="quiet"),
+        class_=f"instance {each['state']}", data_key=each["uuid"],
+    )  # fmt: skip
+
+
+def cloud_part(cloud: Mapping[str, Any], ended: Sequence[Mapping[str, Any]], now: float) -> Html:
+    """Return one cloud: its instances as they come and go, and its costs."""
+    live = cloud["instances"]
+    shown = [*live[:INSTANCES_DRAWN], *ended]
+    begin = now - min(max([LIFE_S[0], *(now - moment(each["made_at"]) for each in shown)]), LIFE_S[1])
+    budget = f" of {money(cloud['daily_budget'])}" if cloud["daily_budget"] is not None else ""
+    most = plural(cloud["max"], "instance", "instances") or "no instances"
+    text = f"{len(live)} of at most {most}; cost today {money(cloud['spent_today'])}{budget}, in all {money(cloud['spent'])}"
+    cards = tag("ul", *(instance_card(cloud, each, begin, now) for each in shown), class_="instances") if shown else None
+    more = tag("p", f"{len(live) - INSTANCES_DRAWN:,} more instances", class_="quiet") if len(live) > INSTANCES_DRAWN else None
+    held = tag("p", cloud["held"], class_="alert") if cloud["held"] else None
+    return tag("div", tag("h3", name_of(cloud["name"]), " ", tag("span", text, class_="quiet")), held, cards, more)
+
+
+def costs_table(found: Mapping[str, Any]) -> Html | None:
+    """Return what clouds have cost by service and by user; None if nothing yet."""
+    rows: list[Sequence[Content]] = []
+    for cloud in found["clouds"]:
+        parts = [(each["service"], each) for each in cloud["by_service"]]
+        parts.append(("boots and idle slots", {"spent_today": cloud["unassigned_today"], "spent": cloud["unassigned"]}))
+        rows += [(cloud["name"], what, money(each["spent_today"]), money(each["spent"])) for what, each in parts if each["spent"]]
+    users = [(f"user {each['user_id']}", each) for each in found["by_user"]]
+    if found["other_users"] is not None:
+        users.append((plural(found["other_users"]["users"], "other user", "other users"), found["other_users"]))
+    rows += [("", who, money(each["spent_today"]), money(each["spent"])) for who, each in users]
+    head = ("Cloud", "Cost of", "Today", "In all")
+    return tag("div", tag("h3", "Costs"), table("Costs by service and user", head, rows, "")) if rows else None
+
+
+def clouds_section(found: Mapping[str, Any], now: float) -> Html | None:
+    """Return the clouds with their instances, and what is done next and why; None if there are none. page.js keeps it moving."""
+    if not found["clouds"]:
+        return None
+    ended = [each for each in found["ended"] if now - moment(each["ended_at"]) < ENDED_SHOWN_S]
+    parts = [cloud_part(each, [one for one in ended if one["name"].partition("-")[0] == each["name"]], now) for each in found["clouds"]]
+    reasons = [tag("li", each) for each in found["plan"]["reasons"]]
+    why = tag("ul", *reasons, class_="reasons") if reasons else None
+    return section("clouds", "Clouds", tag("div", *parts, data_moving=True), why, costs_table(found))
 
 
 def chart(title: str, values: Sequence[float], text: str, kind: str) -> Html:
@@ -348,14 +505,17 @@ def failures(server: Server, began: float) -> Html:
 
 @page("/dashboard")
 def overview_page(server: Server, request: Request) -> Answer:
-    """Show what is going on: problems, services, clients, the last hours, and failures."""
-    clients = ask(server, request, "/clients")["clients"]
+    """Show what is going on: problems, services, clients, the last hours, and failures. Users and portals see only services."""
     now = server.clock.wall()
     oldest_s = {row["service"]: now - row["created_at"] for row in server.store.read(OLDEST_QUEUED)}
+    services = services_table(ask(server, request, "/services")["services"], oldest_s)
+    if not sees_site(request.caller):
+        return whole_page(server, request, "Overview", services)
     content = [
-        problems(ask(server, request, "/health")["problems"]),
-        services_table(ask(server, request, "/services")["services"], oldest_s),
-        clients_table(clients),
+        problems(request, ask(server, request, "/health")["problems"]),
+        services,
+        clouds_section(ask(server, request, "/clouds"), now) if server.plugins["clouds"].is_wanted() else None,
+        clients_table(request, ask(server, request, "/clients")["clients"]),
         *recent(server, server.clock.monotonic() // RECENT_S),
     ]
     return whole_page(server, request, "Overview", content)
@@ -370,22 +530,38 @@ def lenient(parameter: Parameter) -> Parameter:
 
 
 load_plugin("lists")  # it declares GET /jobs
-LISTING = next(each for each in ROUTES if (each.method, each.path) == ("GET", "/jobs"))  # find_route would miss the routes below
-FILTERS = tuple(each for each in LISTING.taken("query") if each.name not in NOT_IN_THE_FORM)
+
+
+def declared(method: str, path: str) -> Route:
+    """Return a route by its path as it is declared. `find_route` could not be called here: it would miss the routes below."""
+    return next(each for each in ROUTES if (each.method, each.path) == (method, path))
+
+
+FILTERS = tuple(each for each in declared("GET", "/jobs").taken("query") if each.name not in NOT_IN_THE_FORM)
 BEFORE = Parameter("before", "query", "string", "the cursor of the page", "42", default="")
 
 
-def filter_field(server: Server, parameter: Parameter, value: str) -> Html:
+def services_for(server: Server, request: Request) -> list[str]:
+    """Return the names of the services that the caller may use."""
+    return [name for name in server.services if sees_service(request.caller, name)]
+
+
+def own_user(request: Request) -> int | None:
+    """Return the only user whom the caller's token is for, or None."""
+    return request.caller.user if request.caller else None
+
+
+def filter_field(server: Server, request: Request, parameter: Parameter, value: str) -> Html:
     """Return the field of a form for one filter."""
-    choices: Sequence[str] = {"service": [*server.services], "status": [*Status]}.get(parameter.name, parameter.choices)
-    key, title = f"filter-{parameter.name}", "user" if parameter.name == "user_id" else parameter.name
+    choices: Sequence[str] = {"service": services_for(server, request), "status": [*Status]}.get(parameter.name, parameter.choices)
+    key = f"filter-{parameter.name}"
     if choices:
-        options = [tag("option", name, value=name, selected=name == value) for name in choices]
+        options = [tag("option", CAUSES.get(name, name), value=name, selected=name == value) for name in choices]
         field = tag("select", tag("option", "any", value=""), *options, id=key, name=parameter.name)
     else:
         kind = "numeric" if parameter.kind == "integer" else None
         field = tag("input", id=key, name=parameter.name, value=value, inputmode=kind, placeholder=f"as in {parameter.example}")
-    return tag("div", tag("label", title.capitalize(), for_=key), field, title=parameter.help)
+    return tag("div", tag("label", label_of(parameter.name), for_=key), field, title=parameter.help)
 
 
 def run_time(job: Mapping[str, Any], now: float) -> str:
@@ -395,17 +571,18 @@ def run_time(job: Mapping[str, Any], now: float) -> str:
     return duration((moment(job["ended_at"]) if job["ended_at"] else now) - moment(job["started_at"]))
 
 
-def jobs_table(server: Server, jobs: Iterable[Mapping[str, Any]]) -> Html:
+def jobs_table(server: Server, request: Request, jobs: Iterable[Mapping[str, Any]]) -> Html:
     """Return jobs as a table."""
     now = server.clock.wall()
-    rows = [
-        (
-            tag("a", f"{each['id']}", href=f"/dashboard/jobs/{each['id']}"), status_of(each["status"]), name_of(each["service"]),
-            each["user_id"], name_of(each["name"]), prose(one_line(each["message"], 160)), time_of(each["created_at"]), run_time(each, now),
-        )
-        for each in jobs
-    ]  # fmt: skip
-    head = ("Job", "State", "Service", "User", "Name", "Reason", "Submitted", "Run time")
+    rows = []
+    for each in jobs:
+        to = f"/dashboard/jobs/{each['id']}"
+        rows.append((
+            tag("a", f"{each['id']}", href=to), status_of(each["status"]), name_of(each["service"]), user_link(request, each["user_id"]),
+            tag("a", name_of(each["name"]), href=to) if each["name"] else NONE,
+            prose(one_line(each["message"], 160)), time_of(each["created_at"]), run_time(each, now),
+        ))  # fmt: skip
+    head = ("Job", "Status", "Service", "User", "Name", "Reason", "Submitted", "Run time")
     return table("Jobs, the newest first", head, rows, "No job matches.")
 
 
@@ -413,17 +590,23 @@ def jobs_table(server: Server, jobs: Iterable[Mapping[str, Any]]) -> Html:
 def jobs_page(server: Server, request: Request, before: str, **filters: str) -> Answer:
     """List jobs, newest first, with the filters of GET /jobs."""
     given = {name: value for name, value in filters.items() if value.strip()}
-    found = ask(server, request, "/jobs", limit=str(JOBS_A_PAGE), **given, **({"before": before} if before else {}))
+    shown = [each for each in FILTERS if each.name != "user_id" or own_user(request) is None]
+    fields = [filter_field(server, request, each, filters[each.name]) for each in shown]
+    form = fill("filters", fields=fields, count=f"Filter ({len(given)} set)" if given else "Filter")
+    try:
+        found = ask(server, request, "/jobs", limit=str(JOBS_A_PAGE), **given, **({"before": before} if before else {}))
+    except HttpError as refusal:
+        return whole_page(server, request, "Jobs", [alert(refusal.message), form], refusal.status)
     older = "/dashboard/jobs?" + urlencode({**given, "before": found["next"]})
     newest = "/dashboard/jobs" + ("?" + urlencode(given) if given else "")
     links = [
         tag("a", "Newest jobs", href=newest, class_="button") if before else None,
         tag("a", "Older jobs", href=older, class_="button", rel="next") if found["next"] else None,
     ]
-    fields = [filter_field(server, each, filters[each.name]) for each in FILTERS]
     return whole_page(server, request, "Jobs", [
-        fill("filters", fields=fields),
-        tag("div", jobs_table(server, found["jobs"]), id="jobs", data_live=not before),
+        form,
+        tag("h2", "Jobs that match" if given else "All jobs", id="results", tabindex="-1"),
+        tag("div", jobs_table(server, request, found["jobs"]), id="jobs", data_live=not before),
         tag("nav", *links, aria_label="More jobs", class_="actions"),
     ])  # fmt: skip
 
@@ -433,7 +616,7 @@ def jobs_page(server: Server, request: Request, before: str, **filters: str) -> 
 
 def is_over(job: Mapping[str, Any]) -> bool:
     """Tell whether a job has ended."""
-    return job["status"] in [status.value for status in OVER]
+    return job["status"] in FINAL
 
 
 class Span(NamedTuple):
@@ -444,14 +627,18 @@ class Span(NamedTuple):
     seconds: float
     reason: str
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it is the state in which the job ended, which takes no time."""
+        return self.status in FINAL
+
 
 def spans(job: Mapping[str, Any], now: float) -> list[Span]:
-    """Return the states of a job in order. A final state takes no time."""
+    """Return the states of a job in order."""
     moves = job["history"]
     ends = [moment(move["at"]) for move in moves[1:]] + [now]
-    final = [status.value for status in OVER]
     return [
-        Span(move["to"], move["at"], 0.0 if move["to"] in final else max(0.0, end - moment(move["at"])), move["reason"])
+        Span(move["to"], move["at"], 0.0 if move["to"] in FINAL else max(0.0, end - moment(move["at"])), move["reason"])
         for move, end in zip(moves, ends)
     ]
 
@@ -468,23 +655,33 @@ def timeline(found: Sequence[Span]) -> Html:
     drawing = tag(
         "svg", *drawn, class_="timeline", viewBox="0 0 1002 30", preserveAspectRatio="none", role="img", aria_label=spoken or "no time yet"
     )
+    legend = [
+        tag("li", tag("svg", tag("circle", cx=6, cy=6, r=6, class_=name.lower()), width=12, height=12, aria_hidden="true"), " ", name)
+        for name in dict.fromkeys(span.status for span in found)
+    ]
     rows = [
-        (status_of(span.status), time_of(span.since), duration(span.seconds) if span.seconds else NONE, prose(span.reason))
+        (status_of(span.status), time_of(span.since), NONE if span.is_final else duration(span.seconds), prose(span.reason))
         for span in found
     ]
-    return section("history", "States", drawing, table("States of the job", ("State", "Since", "For", "Reason"), rows, ""))
+    shown = table("Status over time", ("Status", "Since", "For", "Reason"), rows, "")
+    return section("history", "Status over time", drawing, tag("ul", *legend, class_="legend", aria_hidden="true"), shown)
 
 
-def facts(job: Mapping[str, Any]) -> Html:
+def facts(request: Request, job: Mapping[str, Any]) -> Html:
     """Return what the job was submitted with, and how it ended."""
+    place = f"{job['queue_position']} among the jobs of all users for {job['service']}" if job["queue_position"] else None
     shown: dict[str, Content] = {
-        "Service": name_of(job["service"]), "User": job["user_id"],
+        "Service": name_of(job["service"]), "User": user_link(request, job["user_id"]),
         "Submitted": time_of(job["created_at"]), "Started": job["started_at"] and time_of(job["started_at"]),
         "Ended": job["ended_at"] and time_of(job["ended_at"]), "Client": job["client"] and name_of(job["client"]),
-        "Exit status": job["exit_code"], "Signal": job["signal"], "Cause": job["cause"], "Cores": job["cpus"],
-        "Memory": job["memory"] and f"{job['memory']:,} MiB", "Time limit": job["timeout"] and duration(job["timeout"]),
-        "Priority": job["priority"] or None, "Place in the queue": job["queue_position"],
-        "Likely start": job["estimated_start"] and time_of(job["estimated_start"]), "Attempt": job["attempt"],
+        "Exit status": job["exit_code"], "Signal": job["signal"], "Cause": CAUSES.get(job["cause"], job["cause"]), "Cores": job["cpus"],
+        "CPU time": (job["cpu_time"] is not None and duration(job["cpu_time"])) or None,
+        "Peak memory": job["peak_memory"] and size_text(job["peak_memory"]),
+        "Memory": job["memory"] and f"{job['memory']:,} MiB", "GPUs": job["gpus"] or None,
+        "Time limit": job["timeout"] and duration(job["timeout"]),
+        "Priority": job["priority"] or None, "Place in the queue": place,
+        "Likely start": job["estimated_start"] and ["about ", time_of(job["estimated_start"])], "Attempt": job["attempt"],
+        "Webhooks go to": job["callback_url"] and name_of(job["callback_url"]),
         "Follows": job["after"] and ", ".join(map(str, job["after"])), "Result": job["result"] and size_text(job["result"]["size"]),
     }  # fmt: skip
     rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in shown.items() if value is not None and value != []]
@@ -508,6 +705,25 @@ def attempts_table(job: Mapping[str, Any]) -> Html | None:
     return section("attempts", "Attempts", table("Attempts", head, rows, "")) if len(rows) > 1 else None
 
 
+def webhooks_table(request: Request, job: Mapping[str, Any]) -> Html | None:
+    """Return the webhooks of a job with a callback URL, each with its last answer."""
+    rows = []
+    if not job["callback_url"]:
+        return None
+    for each in job["webhooks"]:
+        last = each["tries"][-1] if each["tries"] else {"code": None, "answer": ""}
+        answer = " ".join(str(part) for part in (last["code"], last["answer"]) if part)
+        rows.append((
+            status_of(each["status"]), time_of(each["at"]), each["state"], each["attempts"], prose(answer or NONE),
+            time_of(each["next_attempt"]),
+        ))  # fmt: skip
+    head = ("Status of the job", "Since", "Webhook", "Attempts", "Last answer", "Next attempt")
+    path = f"/jobs/{job['id']}/redeliver"
+    send = button("Send them again", path) if rows and may(request, "POST", path) else None
+    is_open = any(each["state"] == "pending" for each in job["webhooks"])  # a delivery moves no job, so no event tells of it
+    return section("webhooks", "Webhooks", tag("div", table("Webhooks", head, rows, "None yet."), data_open=is_open or None), send)
+
+
 def tail_of(server: Server, request: Request, job: Mapping[str, Any], stream: str) -> str:
     """Return the end of an output stream of a job that has ended."""
     path, tail, offset = f"/jobs/{job['id']}/logs", b"", "0"
@@ -519,23 +735,31 @@ def tail_of(server: Server, request: Request, job: Mapping[str, Any], stream: st
     return tail.decode("utf-8", "replace")
 
 
+def output_part(phase: str, *content: Content) -> Html:
+    """Return the section of a job's output, in a phase of the job: it waits, runs or is over."""
+    return tag("section", *content, id="output", data_phase=phase)
+
+
 def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> Html:
-    """Return the output of a job. While it runs, page.js follows it."""
+    """Return the output of a job. While it runs, page.js follows it, and it shows what follows when the phase changes."""
     path = f"/jobs/{job['id']}/logs"
     over = is_over(job)
+    phase = "over" if over else "runs" if job["started_at"] else "waits"
+    if phase == "waits":
+        return output_part(phase, tag("h2", "Output"), tag("p", "The job has not started yet.", class_="quiet"))
     parts = []
     for stream, title in (("stdout", "Standard output"), ("stderr", "Standard error")):
         try:
             text = tail_of(server, request, job, stream) if over else ""
         except HttpError as refusal:
-            return tag("section", tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
-        whole = tag("a", "whole", href=f"{path}?stream={stream}")
+            return output_part(phase, tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
+        whole = tag("a", "open all of it", href=f"{path}?stream={stream}")
         if over and not text:
-            parts.append(tag("p", f"It wrote nothing to {title.lower()}.", class_="quiet"))
+            parts.append(tag("p", f"It wrote nothing to {title.lower()}.", class_="quiet", id=stream))
             continue
         box = tag("pre", tag("code", text), tabindex="0", data_log=f"{path}?stream={stream}&follow=1", data_over=over, aria_label=title)
-        parts.append(tag("div", tag("h3", title, " (", whole, ")"), box, class_="log"))
-    return tag("section", fill("search"), *parts, id="output")
+        parts.append(tag("div", tag("h3", title, " (", whole, ")"), box, class_="log", id=stream))
+    return output_part(phase, fill("search"), *parts)
 
 
 def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool) -> Html:
@@ -560,19 +784,25 @@ def files_section(server: Server, request: Request, job: Mapping[str, Any], want
     return tag("section", tag("h2", "Files"), shown, fill("preview"), id="files")
 
 
-def actions(job: Mapping[str, Any]) -> Html:
-    """Return what can be done with a job."""
+def actions(request: Request, job: Mapping[str, Any]) -> Html | None:
+    """Return what the caller can do with a job; None for a caller that may only look."""
+    if not may(request, "POST", f"/terminate/{job['id']}"):
+        return None
     number, over = job["id"], is_over(job)
     cleaned = job["status"] == Status.CLEANED
-    question = f"Stop job {number}? Its processes are killed, and it has no result."
+    text, no = "It has not started, and will not run.", "Keep it waiting"
+    if job["started_at"]:
+        text, no = "Its processes are killed. The files that it has written so far are kept.", "Keep it running"
+    cancel = Question(f"Cancel job {number}?", text, no)
+    again = Question(f"Run job {number} again?", "A new job is sent with the same files and fields.", "Do not send it")
     return tag(
         "div",
         tag("a", "Download the result", href=f"/download/{number}", class_="button main") if job["status"] == Status.COMPLETED else None,
         tag("a", "Download its files", href=f"/download_partial/{number}", class_="button")
         if not cleaned and job["status"] != Status.COMPLETED
         else None,
-        button("Run it again", f"/jobs/{number}/retry", then="/dashboard/jobs/{id}") if over and not cleaned else None,
-        None if over else button("Cancel the job", f"/terminate/{number}", question),
+        button("Run it again", f"/jobs/{number}/retry", again, "/dashboard/jobs/{id}") if over and not cleaned else None,
+        None if over else button("Cancel the job", f"/terminate/{number}", cancel, class_="danger"),
         class_="actions",
     )
 
@@ -585,44 +815,71 @@ SHOW_FILES = Parameter("files", "query", "string", "1: also the files of a runni
 def job_page(server: Server, request: Request, job_id: str, files: str) -> Answer:
     """Show a job: its states in time, why it waits or failed, attempts, output and files."""
     job = ask(server, request, f"/jobs/{job_id}")
-    name = [" ", name_of(job["name"])] if job["name"] else None
+    has_files, name, title = may(request, "GET", f"/jobs/{job_id}/files"), job["name"], f"Job {job['id']}"
+    heading = [f"{title} · ", name_of(name)] if name else None
     lead = tag(
         "div",
-        tag("p", status_of(job["status"]), name),
+        tag("p", status_of(job["status"])),
         tag("p", job["message"] or f"It is {job['status'].lower()}.", class_="large", role="status"),
-        actions(job),
-        facts(job),
+        actions(request, job),
+        facts(request, job),
     )
-    return whole_page(server, request, f"Job {job['id']}", [
+    return whole_page(server, request, f"{title} · {one_line(name, 80)}" if name else title, [
         tag("div", lead, id="job", data_live=True, data_status=job["status"]),
         timeline(spans(job, server.clock.wall())),
         attempts_table(job),
-        output_section(server, request, job),
-        files_section(server, request, job, files == "1"),
-    ])  # fmt: skip
+        webhooks_table(request, job),
+        *([output_section(server, request, job), files_section(server, request, job, files == "1")] if has_files else []),
+    ], heading=heading)  # fmt: skip
 
 
 # == Submit and users ==
 
 
-def form_field(parameter: Parameter) -> Html:
+UPLOAD_FIELDS = [each for each in declared("POST", "/upload").taken("form") if each.kind != "file"]
+FIRST_FIELDS = ("user_id", "name")  # the others are below More
+
+
+def defaults_of(services: Sequence[Service]) -> dict[str, str]:
+    """Return what an empty field of an upload means, by its name, if that is known and the same for all `services`."""
+    known = {field.name: {str(field.default)} for field in UPLOAD_FIELDS if isinstance(field.default, int)}
+    known["retries"] = {str(service.retries) for service in services}
+    known["timeout"] = {"no limit" if service.timeout_s is None else duration(service.timeout_s) for service in services}
+    return {name: values.pop() for name, values in known.items() if len(values) == 1}
+
+
+def form_field(parameter: Parameter, default: str | None) -> Html:
     """Return the field of a form for one field of an upload."""
     key, required = f"field-{parameter.name}", parameter.name == "user_id"
     numeric = {"type": "number", "min": parameter.least, "max": parameter.most} if parameter.kind == "integer" else {}
     bounds = {name: f"{value:.0f}" if isinstance(value, float) else value for name, value in numeric.items()}
     if parameter.name == "user_id":
-        bounds = {"inputmode": "numeric", "pattern": "-?[0-9]+"}
-    field = tag("input", id=key, name=parameter.name, required=required, aria_describedby=f"{key}-help", **bounds)
-    title = parameter.name.replace("_id", "").capitalize()
-    return tag("div", tag("label", title, for_=key), field, tag("small", parameter.help, id=f"{key}-help"))
+        bounds = {"inputmode": "numeric", "pattern": "-?[0-9]+", "title": "Give a whole number, as in 7"}
+    named = {"id": key, "name": parameter.name, "aria_describedby": f"{key}-help"}
+    if parameter.name == "crlf":
+        field = tag("select", *(tag("option", text, value=value) for value, text in LINE_ENDS.items()), **named)
+    else:
+        field = tag("input", required=required, **named, **bounds)
+    text = HELP.get(parameter.name, parameter.help) + (f" (if empty: {default})" if default else "")
+    return tag("div", tag("label", label_of(parameter.name), for_=key), field, tag("small", text, id=f"{key}-help"))
 
 
 @page("/dashboard/submit")
 def submit_page(server: Server, request: Request) -> Answer:
     """Send a job: drop its files, or choose them."""
-    fields = [each for each in find_route("server", "POST", "/upload").taken("form") if each.kind != "file" and each.name != "service"]
-    services = [tag("option", name, value=name) for name in server.services]
-    first, rest = ([form_field(each) for each in fields if (each.name in ("user_id", "name")) is wanted] for wanted in (True, False))
+    if not may(request, "POST", "/upload"):
+        raise HttpError(403, "your token does not allow sending jobs")
+    hidden = {"service", *(["user_id"] if own_user(request) is not None else [])}
+    names = services_for(server, request)
+    services, defaults = [tag("option", name, value=name) for name in names], defaults_of([server.services[name] for name in names])
+    first, rest = (
+        [
+            form_field(each, defaults.get(each.name))
+            for each in UPLOAD_FIELDS
+            if each.name not in hidden and (each.name in FIRST_FIELDS) is wanted
+        ]
+        for wanted in (True, False)
+    )
     return whole_page(server, request, "Submit a job", fill("submit", services=services, fields=first, more=rest))
 
 
@@ -632,10 +889,15 @@ USER = Parameter("user_id", "query", "string", "only this user", "7", default=""
 @page("/dashboard/users", takes=(USER,))
 def users_page(server: Server, request: Request, user_id: str) -> Answer:
     """Show users: their share, what they have used, and what they wait for."""
-    known = (str(row["user_id"]) for row in server.store.read(USERS_WITH_JOBS, limit=USERS_SHOWN))
+    found = server.store.read(USERS_WITH_JOBS, limit=USERS_SHOWN) if sees_site(request.caller) else []
+    known = [str(row["user_id"]) for row in found] or [str(user) for user in (own_user(request),) if user is not None]
     wanted = [user_id.strip()] if user_id.strip() else list(dict.fromkeys(known))[: 2 * USERS_SHOWN]
-    rows = []
-    for user in (ask(server, request, f"/users/{quote(each, safe='')}") for each in wanted):
+    rows, form = [], fill("user", user_id=user_id)
+    try:
+        users = [ask(server, request, f"/users/{quote(each, safe='')}") for each in wanted]
+    except HttpError as refusal:
+        return whole_page(server, request, "Users", [alert(refusal.message), form], refusal.status)
+    for user in users:
         link = tag("a", user["user_id"], href=f"/dashboard/jobs?user_id={user['user_id']}")
         for each in user["services"] or [{}]:
             used = each.get("used_slot_s")
@@ -646,7 +908,7 @@ def users_page(server: Server, request: Request, user_id: str) -> Answer:
     rows.sort(key=lambda row: -row[0])
     head = ("User", "Service", "Weight", "Slot time used", "Runs", "Running", "Queued", "Users before")
     shown = table("Users", head, [row for _, row in rows], "Nobody has sent a job.")
-    return whole_page(server, request, "Users", [fill("user", user_id=user_id), tag("div", shown, id="users", data_live=True)])
+    return whole_page(server, request, "Users", [form, tag("div", shown, id="users", data_live=True)])
 
 
 # == Files and sessions ==

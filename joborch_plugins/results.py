@@ -60,6 +60,7 @@ from joborch import (
     ZipRecord,
     calling,
     crash_point,
+    digest_of_chunks,
     discard,
     file_answer,
     file_chunks,
@@ -90,9 +91,13 @@ INDEX_FROM_BYTES = 128 * KIB  # a ZIP whose directory is at least this large get
 RUN_MEMBERS = 20_000  # members that are sorted at once: an index of any size is made in little memory
 NAMES_AT_ONCE = 1000  # of a folder that is listed
 DEPTH_MOST = 100  # folders above a file that is listed while its job runs
+HASHED_BYTES = 16 * KIB  # a file of a result up to this size is listed with its SHA-256
 HEAD_BYTES = 4 * KIB  # of a file, to tell whether it is text
 PART_BYTES = 1 * MIB  # of a live file that a client sends at once
-EXAMPLE_FILE = {"path": "summary.txt", "size": 28, "mode": "100644", "mtime": "2026-11-24T09:00:02.000Z", "sha256": None}
+EXAMPLE_FILE = {
+    "path": "summary.txt", "size": 28, "mode": "100644", "mtime": "2026-11-24T09:00:02.000Z",
+    "sha256": "b3d9e61f6d8080fe83078b0748d7e2d4746bdef7c6e12b701b3b9709555e1224",
+}  # fmt: skip
 EXAMPLE_FILES = {"files": [EXAMPLE_FILE], "next": None}
 CLEANED_FILES = Gives("the files of the job are deleted", JSON_TYPE, {"message": "the files of job 42 were cleaned"})
 EXAMPLE_MISSING = {"message": "job 42 has no file 'out.txt': see /jobs/42/files", "field": "path"}
@@ -113,7 +118,7 @@ RESULT_GIVES = {
 }
 
 
-@route("GET", "/jobs/<job_id>/result", "server", who="caller", takes=(ID, WAIT), gives=RESULT_GIVES, quick=True)
+@route("GET", "/jobs/<job_id>/result", "server", who="user portal operator", takes=(ID, WAIT), gives=RESULT_GIVES, quick=True)
 def job_result(server: Server, request: Request, job_id: int, wait: float) -> Answer:
     """Fetch the result of a job as a ZIP, or get an error if there is none. With `wait`, wait for the end first."""
     job, _ = job_after_wait(server, request, job_id, wait, UNENDED)
@@ -309,10 +314,19 @@ class ZipFiles:
         for number in range(bisect_right(self.members, key_of(after)) if after else 0, len(self.members)):
             record = self.members.record(number)
             if not record.name.endswith(b"/"):
-                rows.append(row_of(record.name, record.size, record.mode or 0o100644, moment_s(record.moment)))
+                row = row_of(record.name, record.size, record.mode or 0o100644, moment_s(record.moment))
+                rows.append({**row, "sha256": self.sha256_of(record)})
             if len(rows) == limit:
                 break
         return rows
+
+    def sha256_of(self, record: ZipRecord) -> str | None:
+        """Return the SHA-256 (hex) of a small file; None for a large one, a link, or a damaged one."""
+        if record.size > HASHED_BYTES or stat.S_ISLNK(record.mode):
+            return None
+        with contextlib.suppress(ValueError):
+            return digest_of_chunks(member_chunks(self.file, record))
+        return None
 
     def find(self, path: bytes) -> Found:
         key = key_of(path)
@@ -493,8 +507,8 @@ INLINE = Parameter(
     default="0",
 )  # fmt: skip
 LISTED = Gives(
-    "files and links in the order of their paths, a page at a time; `mode` is octal, 12.... for a symbolic link; `sha256` is null if it "
-    "is not known; `next` is the cursor of the next page",
+    "files and links in the order of their paths, a page at a time; `mode` is octal, 12.... for a symbolic link; `sha256` is that of a "
+    "file up to 16 KiB in a result, else null; `next` is the cursor of the next page",
     JSON_TYPE,
     EXAMPLE_FILES,
 )
@@ -504,7 +518,7 @@ LISTED = Gives(
     "GET",
     "/jobs/<job_id>/files",
     "server",
-    who="caller",
+    who="user portal operator",
     slow=True,
     takes=(ID, LIMIT, AFTER),
     gives={200: LISTED, 400: BAD, 404: NOT_FOUND, 410: CLEANED_FILES, 503: CLIENT_AWAY},
@@ -529,7 +543,9 @@ FILE_GIVES = {
 }
 
 
-@route("GET", "/jobs/<job_id>/files/<path:path>", "server", who="caller", slow=True, takes=(ID, PATH, INLINE), gives=FILE_GIVES)
+@route(
+    "GET", "/jobs/<job_id>/files/<path:path>", "server", who="user portal operator", slow=True, takes=(ID, PATH, INLINE), gives=FILE_GIVES
+)
 def job_file(server: Server, request: Request, job_id: int, path: str, inline: str) -> Answer:
     """Fetch one file of a job without the rest. X-File-CRC32 is that of the whole file, if it is known."""
     job, wanted = known_job(server, request, job_id), asked_path(request)
@@ -612,7 +628,7 @@ def content_type(head: bytes, may_show_images: bool) -> str:
 
 
 @route(
-    "GET", "/files/<job_id>", "client", who="caller", slow=True, takes=(PAYLOAD_ID, MARK, LIMIT._replace(most=1001), AFTER),
+    "GET", "/files/<job_id>", "client", who="operator", slow=True, takes=(PAYLOAD_ID, MARK, LIMIT._replace(most=1001), AFTER),
     gives={200: LISTED, 400: BAD, 404: NOT_FOUND},
 )  # fmt: skip
 def payload_files(client: Client, request: Request, job_id: int, limit: int, after: bytes) -> Answer:
@@ -630,7 +646,7 @@ COUNT = Parameter("count", "query", "integer", "the most bytes to return", 4096,
     "GET",
     "/file/<job_id>",
     "client",
-    who="caller",
+    who="operator",
     slow=True,
     takes=(PAYLOAD_ID, MARK, PATH._replace(place="query", help="the path of the file", missing="give the path of the file"), OFFSET, COUNT),
     gives={206: Gives("a part of the file; Content-Range has its size", "application/octet-stream"), 400: BAD, 404: NOT_FOUND},

@@ -77,6 +77,7 @@ SLURM_AWAY = re.compile(  # messages of the commands if Slurm does not answer; a
 SLURM_NEVER = re.compile(  # messages of sbatch about requests that no node or partition can satisfy
     r"requested node configuration is not available|time limit is invalid|can ?not be satisfied|more processors requested"
     r"|memory specification|memory required by task|node count specification|topology configuration|gres option unsupported"
+    r"|generic resource \(gres\) specification"
     r"|invalid --(mem|time|cpus-per-task) specification|invalid numeric value .* for --(mem|time|cpus-per-task)",
     re.IGNORECASE,
 )
@@ -209,10 +210,11 @@ def propagates(options: BatchOptions) -> bool:
 
 
 def sbatch_options(job: Job, options: BatchOptions, folder: Path) -> list[str]:
-    """Return the sbatch options for one attempt. The job's own cpus, memory and timeout override its service's settings."""
+    """Return the sbatch options for one attempt. The job's own cpus, memory, gpus and timeout override its service's settings."""
     limit_s = job.timeout or options.slurm_time_s
     named = {
         **service_options(options),
+        **({"gpus": str(job.gpus), **({"gres": ""} if options.slurm_gres.startswith("gpu") else {})} if job.gpus else {}),
         "mem": f"{job.memory}M" if job.memory else "",
         "time": str(math.ceil(limit_s / 60)) if limit_s else "",  # whole minutes; the wrapper enforces seconds
         "cpus-per-task": str(job.cpus),

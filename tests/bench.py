@@ -24,11 +24,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from bench_accounts import WORKS, accounts
 from bench_at_once import GIB, all_at_once
 from bench_base import REPOSITORY, BenchError, Json, Measure, Place, machine, say
 from bench_files import big, many_files, many_results, one_file
-from bench_jobs import cpu, latency, peers, throughput, uploads
+from bench_jobs import cpu, isolation, latency, peers, throughput, uploads
+from bench_joined import joined
 from bench_load import fill, idle, polling, silent, start, waiters
+from bench_page import VIEWS, page
 from bench_queue import FAIR_OTHERS, FAIR_SLOTS, backlog, fairness, restart, slurm
 
 # == Figures and goals ==  A run gives measures; the medians of all runs are figures, and a goal judges a figure.
@@ -131,6 +134,7 @@ BENCHMARKS = [
     Benchmark("throughput", throughput, 2000, 200, 5, "no-op jobs", "xargs -P2 with new folders"),
     Benchmark("uploads", uploads, 2000, 300, 5, "uploads", ""),
     Benchmark("cpu", cpu, 200, 50, 5, "no-op jobs", ""),
+    Benchmark("isolation", isolation, 200, 30, 3, "no-op jobs under each value", ""),
     Benchmark(
         "peers", peers, 60, 10, 5, "no-op jobs one by one, and five times as many at once", "bash run.sh in a new folder; plain xargs -P2"
     ),
@@ -146,8 +150,11 @@ BENCHMARKS = [
     Benchmark("start", start, 10, 3, 1, "starts", "python -c with the imports of any such program"),
     Benchmark("restart", restart, 100_000, 2000, 1, "ended jobs; a hundredth as many running payloads", ""),
     Benchmark("backlog", backlog, 1_000_000, 20_000, 1, "queued jobs of 1,000 users", "the same with 1,000 queued"),
+    Benchmark("accounts", accounts, 1_000_000, 20_000, 1, "ended jobs, a tenth of them of one user", "the same server with nothing to do"),
+    Benchmark("page", page, 1_000_000, 20_000, 1, "jobs, half of them ended", "the same with 1,000"),
     Benchmark("fairness", fairness, 10_000, 2000, 1, "queued jobs of one user; 50 others come", "the script alone"),
     Benchmark("slurm", slurm, 500, 40, 1, "no-op jobs", "a bare loop of sbatch"),
+    Benchmark("joined", joined, 2000, 200, 3, "no-op jobs", "a client that the server calls; the server before any client"),
     Benchmark("idle", idle, 60, 10, 1, "seconds", ""),
 ]
 GOALS = {
@@ -156,6 +163,8 @@ GOALS = {
     ("throughput", "jobs"): Goal(ratio_least=0.4),
     ("uploads", "uploads"): Goal(least=300),
     ("cpu", "server + client"): Goal(most=7),
+    ("isolation", "process, over none"): Goal(most=6),
+    ("isolation", "full, over none"): Goal(most=8),
     ("big", "upload"): Goal(ratio_least=0.5),
     ("big", "send"): Goal(ratio_least=0.5),
     ("big", "run and fetch"): Goal(ratio_least=0.5),
@@ -190,10 +199,17 @@ GOALS = {
     ("backlog", "choose and claim, p99"): Goal(most=2, ratio_most=1.5),
     ("backlog", "GET /jobs"): Goal(ratio_most=2),
     ("backlog", "HEAD /download/ID"): Goal(ratio_most=2),
+    **{("accounts", f"{work}, {what}, p99"): Goal(most=100) for work in WORKS for what in ("upload", "/health")},
+    **{("accounts", f"{work}, peak RSS, server"): Goal(most=150) for work in WORKS},
+    **{("page", f"{view}, first paint"): Goal(most=300) for view in VIEWS},
+    **{("page", f"{view}, size"): Goal(most=150) for view in VIEWS},
+    ("page", "/metrics, CPU"): Goal(most=10),
     ("fairness", "one after another, p90"): Goal(most=2),
     ("fairness", "at once, the last"): Goal(most=FAIR_OTHERS / FAIR_SLOTS + 2),
     ("slurm", "jobs"): Goal(ratio_least=0.8),
     ("slurm", "squeue and sacct calls an interval"): Goal(most=1.5),
+    ("joined", "latency, median"): Goal(ratio_most=1.3),
+    ("joined", "throughput"): Goal(ratio_least=0.9),
     ("idle", "PSS, server"): Goal(most=35),
     ("idle", "PSS, client"): Goal(most=35),
     ("idle", "CPU, server"): Goal(most=0.1),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from bench_base import (
     BARE_SCRIPT,
@@ -39,6 +40,7 @@ from bench_base import (
     xargs_rate,
 )
 from bench_site import USERS, Site, job_rate, new_site, running_site, upload_all, wait_until_completed, warm_up
+from harness import SCRIPT_UIDS
 from proxy import Proxy
 
 # == How long one takes, and how many get through ==
@@ -65,6 +67,32 @@ def latency(place: Place, size: int) -> Iterator[Measure]:
         yield Measure("median", statistics.median(jobs), "ms", statistics.median(bare))
         yield Measure("p99", percentile(jobs, 99), "ms", percentile(bare, 99))
         yield Measure("fsync of the device", fsync_ms(site.folder), "ms")
+
+
+ISOLATIONS = ("none", "process", "full", *(["user"] if os.geteuid() == 0 else []))  # user needs root
+
+
+def isolation(place: Place, size: int) -> Iterator[Measure]:
+    """No-op jobs one at a time under each value of JOBORCH_ISOLATION, each in its turn, and what a value costs a job over `none`."""
+    wanted, times = upload_request(NOOP), {value: list[float]() for value in ISOLATIONS}
+    if place.folder.is_relative_to("/tmp"):  # scripts have a /tmp of their own, so data below /tmp cost more, and are not usual
+        place = place._replace(folder=Path("/var/tmp"))
+    with contextlib.ExitStack() as stack:
+        callers = {}
+        for value in ISOLATIONS:
+            uids = {"JOBORCH_UIDS": SCRIPT_UIDS} if value == "user" else {}
+            site = stack.enter_context(running_site(place, {"JOBORCH_ISOLATION": value, **uids}))
+            warm_up(site)
+            callers[value] = stack.enter_context(Caller(site.port))
+        for _ in range(size):
+            for value, caller in callers.items():
+                begin = time.perf_counter()
+                wait_until_completed(caller, caller.ask(wanted).json())
+                times[value].append((time.perf_counter() - begin) * 1000)
+    for value in ISOLATIONS:
+        yield Measure(value, statistics.median(times[value]), "ms")
+    for value in ISOLATIONS[1:]:
+        yield Measure(f"{value}, over none", statistics.median(times[value]) - statistics.median(times["none"]), "ms")
 
 
 def bare_rates(place: Place, count: int) -> tuple[float, float]:

@@ -143,7 +143,7 @@ def place_one():
     assert joborch.dispatch_tick(server)
     placed = time.perf_counter()
     link, job = next((link, link.outbox.pop()) for link in server.links.values() if link.outbox)
-    link.sending.clear()
+    link.release(job.id)
     return job, decided - begin, placed - decided
 running = [place_one()[0] for _ in range(2 * clients - 1)]
 times = []

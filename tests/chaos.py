@@ -1,6 +1,7 @@
 """Chaos: a server, two clients, bad lines between them, and jobs of known outcome; everything that can go wrong does, at random.
 
-    python tests/chaos.py --minutes 10 --seed 7
+    python tests/chaos.py --minutes 10 --seed 7            # the server calls the clients
+    python tests/chaos.py --minutes 10 --seed 7 --joined   # the clients call the server, as from behind a firewall
 
 Processes die by SIGKILL, at crash points, or stand still; lines cut, stall, flip and deliver twice; the server's disk is
 full for a while and its database locked; the clock of each process jumps by hours. Users go on all the time: they repeat
@@ -35,7 +36,20 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from harness import ENDED, Process, end_all_below, field_part, file_part, form, form_type, free_port, program_text
+from harness import (
+    ENDED,
+    LIMIT_S,
+    JoinedClient,
+    Process,
+    end_all_below,
+    field_part,
+    file_part,
+    form,
+    form_type,
+    free_port,
+    program_text,
+    wait_for,
+)
 from history import Expected, Quota, Reading, assert_proven, gather, mark_lines, read_marks
 from proxy import Fault, Proxy
 
@@ -196,24 +210,29 @@ class Member:
 
 
 class World:
-    """A server with a proxy before it, two clients with a proxy before each, and users."""
+    """A server with a proxy before it, two clients with a proxy between each and the server, and users.
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    `joined`: the clients call the server; else it calls them.
+    """
+
+    def __init__(self, folder: Path, seed: int, joined: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.chance, self.seed = folder, random.Random(seed), seed
+        self.folder, self.chance, self.seed, self.joined = folder, random.Random(seed), seed, joined
         self.marks = folder / "marks"
         self.library = build_skew(folder)
         self.disk = mount_small_disk(folder / "server")
-        self.clients = [self.member("client", f"client{number}", {"JOBORCH_SLOTS": "4", "JOBORCH_TOKEN": TOKEN}) for number in (1, 2)]
-        self.lines = [Proxy(member.process.port) for member in self.clients]
+        port = free_port()
+        ends = [port if joined else free_port() for _ in range(2)]  # where the lines lead
+        self.lines = [Proxy(end) for end in ends]
         wiring = {
-            "SERVICE_EXAMPLE_CLIENTS": ",".join(line.url for line in self.lines),
-            "SERVICE_EXAMPLE_TOKEN": TOKEN,
+            "SERVICE_EXAMPLE_CLIENTS": "" if joined else ",".join(line.url for line in self.lines),
+            "SERVICE_EXAMPLE_TOKEN": "" if joined else TOKEN,
             "SERVICE_EXAMPLE_RUNS_PER_USER": str(LIMITS.runs_per_user),
             "SERVICE_EXAMPLE_MAX_RUNS": str(LIMITS.max_runs),
             "SERVICE_EXAMPLE_LOST_AFTER": str(LOST_AFTER_S),
         }
-        self.server = self.member("server", "server", wiring)
+        self.server = self.member("server", "server", port, wiring)
+        self.clients = [self.client(number, line, end) for number, (line, end) in enumerate(zip(self.lines, ends), 1)]
         self.door = Proxy(self.server.process.port)
         self.members = [self.server, *self.clients]
         self.stop_faults, self.stop_all = threading.Event(), threading.Event()
@@ -225,13 +244,21 @@ class World:
         self.reading, self.readings_lost = Reading([], 0), 0
         self.lock = threading.Lock()
 
-    def member(self, role: str, name: str, settings: dict[str, str]) -> Member:
+    def client(self, number: int, line: Proxy, end: int) -> Member:
+        """A client behind a line."""
+        own = {"JOBORCH_JOIN": line.url} if self.joined else {"JOBORCH_TOKEN": TOKEN}
+        return self.member("client", f"client{number}", free_port() if self.joined else end, {"JOBORCH_SLOTS": "4", **own})
+
+    def member(self, role: str, name: str, port: int, settings: dict[str, str]) -> Member:
         """A process with a clock of its own."""
         skew = self.folder / f"{name}.skew"
         skew.write_bytes(struct.pack("l", 0))
         clock = {"LD_PRELOAD": str(self.library), "CHAOS_SKEW": str(skew)} if self.library else {}
         quick_ends = {"JOBORCH_KILL_GRACE": "0.3", "MAX_AGE": "120", "JOBORCH_CLEAN_INTERVAL": "1", "JOBORCH_MIN_FREE": "2M"}
-        return Member(Process(role, self.folder / name, {**quick_ends, **settings, **clock}, port=free_port()), skew)
+        chosen = {**quick_ends, **settings, **clock}
+        if "JOBORCH_JOIN" in settings:
+            return Member(JoinedClient(self.folder / name, self.server.process, name, chosen, port=port), skew)
+        return Member(Process(role, self.folder / name, chosen, port=port), skew)
 
     # -- what goes wrong --
 
@@ -259,6 +286,7 @@ class World:
     def hurt(self) -> None:
         """Let one thing go wrong after the other."""
         harms = [self.kill] * 5 + [self.kill_all, self.stand_still, self.be_away, self.bad_lines, self.bad_lines, self.bad_lines]
+        harms += [self.new_address] * self.joined
         harms += [self.flip, self.no_line, self.fill_disk, self.lock_database, self.lie_about_time, self.lie_about_time]
         while not self.stop_faults.wait(self.chance.uniform(0.2, 2.5)):
             self.chance.choice(harms)()
@@ -293,14 +321,20 @@ class World:
 
     def flip(self) -> None:
         """Bits of files change on their way, there or back."""
+        there, back = ("POST /submit", "GET /retrieve") if not self.joined else ("POST /join/answers", "(GET|POST) /join/")
         for line in self.lines:
-            line.plant(Fault("flip_request", "POST /submit", at="PAYLOAD:", bit=self.chance.randrange(8)))
-            line.plant(Fault("flip_answer", "GET /retrieve", after=self.chance.random(), bit=self.chance.randrange(8)))
+            line.plant(Fault("flip_request", there, at="PAYLOAD:" if not self.joined else "", bit=self.chance.randrange(8)))
+            line.plant(Fault("flip_answer", back, after=self.chance.random(), bit=self.chance.randrange(8)))
 
     def no_line(self) -> None:
         line = self.chance.choice(self.lines)
         line.plant(Fault("refuse", seconds=self.chance.uniform(0.2, 3)))
         line.drop()
+
+    def new_address(self) -> None:
+        """The address of a client changes: all its connections are gone."""
+        self.faults["new address"] += 1
+        self.chance.choice(self.lines).drop()
 
     def fill_disk(self) -> None:
         """The server's disk is full for a while."""
@@ -456,8 +490,13 @@ class World:
         """Let users and faults have their way for so long, then let all come to its end, and prove it."""
         for line in (self.door, *self.lines):
             line.start()
-        for member in self.members:
-            member.start()
+        self.server.start()
+        if self.joined:
+            wait_for(self.server.process._healthy, LIMIT_S, "the server")
+        for client in self.clients:
+            if isinstance(client.process, JoinedClient):
+                client.process.enrol()
+            client.start()
         until = time.monotonic() + 60 * minutes
         work = [threading.Thread(target=self.use, args=(user_id, until), daemon=True) for user_id in range(1, users + 1)]
         helpers = [threading.Thread(target=each, daemon=True) for each in (self.keep, self.hurt, self.read)]
@@ -556,9 +595,9 @@ def mount_small_disk(folder: Path) -> bool:
     return subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(folder)], check=False).returncode == 0
 
 
-def chaos(folder: Path, minutes: float, seed: int) -> list[str]:
+def chaos(folder: Path, minutes: float, seed: int, joined: bool = False) -> list[str]:
     """Run once, and return the report; AssertionError where something is not as promised."""
-    world = World(folder, seed)
+    world = World(folder, seed, joined)
     try:
         world.run(minutes)
         for member in world.members:
@@ -579,12 +618,13 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="of jobs and faults (default: 1)")
+    parser.add_argument("--joined", action="store_true", help="the clients call the server")
     parser.add_argument("--keep", action="store_true", help="leave the folder with logs and databases")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="joborch-chaos-"))
-    print(f"chaos: {chosen.minutes:g} min, seed {chosen.seed}", flush=True)
+    print(f"chaos: {chosen.minutes:g} min, seed {chosen.seed}{', clients that call in' if chosen.joined else ''}", flush=True)
     try:
-        print("\n".join(chaos(folder, chosen.minutes, chosen.seed)))
+        print("\n".join(chaos(folder, chosen.minutes, chosen.seed, chosen.joined)))
     except AssertionError as error:
         print(f"NOT AS PROMISED (files in {folder}):\n{error}")
         return 1

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,7 @@ from world import Desk, Peer, Yard
 
 from joborch import DataFolder
 from joborch_base.executors import signal_all
+from joborch_plugins import sandbox
 
 MakePair = Callable[..., Pair]
 MakeProcess = Callable[..., Process]
@@ -30,6 +32,21 @@ def pytest_configure() -> None:
     """Take SIGINT as from a terminal: a shell ignores it for what it runs in the background, and so for all that tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files whose tests take minutes together, the slowest first: with several processes none of them may be left for the end.
+SLOW = (
+    "test_clouds", "test_chaos", "test_network", "test_answers", "test_isolation", "test_crashes", "test_slurm", "test_start",
+    "test_weak_setups", "test_metrics", "test_deploy", "test_disk", "test_fuzz", "test_dirac", "test_readme", "test_cloud_demo",
+    "test_connections", "test_containers", "test_upgrade", "test_joined", "test_contract",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files, and go on with those that have the most tests."""
+    counts = Counter(item.path for item in items)
+    ranks = {name: rank for rank, name in enumerate(SLOW)}
+    items.sort(key=lambda item: (ranks.get(item.path.stem, len(SLOW)), -counts[item.path], str(item.path)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -44,11 +61,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch_of_tests() -> Iterator[None]:
-    """Gives payloads that tests start in their own process a place for TMPDIR; what they leave there goes with the tests."""
+    """Gives what tests start in their own process a place for TMPDIR and locks; what is left there goes with the tests."""
     tempfile.tempdir = tempfile.gettempdir()  # files of the tests themselves stay where they were
     before, folder = os.environ.get("TMPDIR"), tempfile.mkdtemp(prefix="jt-", dir="/tmp")
     Path(folder).chmod(0o755)  # other users run programs there
     os.environ["TMPDIR"] = folder
+    sandbox.UIDS_FILE = f"{folder}/uids/uids"  # not that of the processes which tests start: this one lives as long as all tests
     yield
     os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +101,7 @@ def make_pair(tmp_path: Path) -> Iterator[MakePair]:
 
     def make(**options: object) -> Pair:
         folder = options.pop("folder", tmp_path / f"pair{len(made)}")
-        made.append(Pair(folder, **options))  # type: ignore[arg-type]
+        made.append(options.pop("kind", Pair)(folder, **options))  # type: ignore[operator]
         return made[-1]
 
     yield make
@@ -140,7 +158,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGS)
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGS, timeout=100_000)
         yield chromium
         chromium.close()
 
@@ -201,6 +219,16 @@ def yard_fixture(data: DataFolder) -> Iterator[Yard]:
     made = Yard(data)
     yield made
     made.close()
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder that is none of the script's."""
+    folder = tmp_path / "foreign"
+    for name in ("a", "b", "d/e", "stdout", "stderr", "exit.json", "inputs.json", "started.1", "work/run.sh"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"status": 0, "left": 0, "secret": 1}')
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Nothing in here imports joborch: it is started as a user starts it, and spoken t
 from __future__ import annotations
 
 import base64
+import collections
 import errno
 import hashlib
 import hmac
@@ -23,8 +24,9 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,8 +42,11 @@ EXAMPLE = ROOT / "example"
 BOUNDARY = "----joborch-tests"
 NOBODY_UID = 65534
 STRANGER_UID = 65533
+# Of JOBORCH_ISOLATION=user: no two clients of a machine may share a range, also not those of tests that run beside each other.
+FIRST_UID = 28_001 + 640 * (zlib.crc32(os.fsencode(ROOT)) % 50) + 64 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+SCRIPT_UIDS = f"{FIRST_UID}-{FIRST_UID + 47}"
 ENDED = {"Completed", "Failed", "Invalid", "Killed", "Cleaned"}
-LIMIT_S = 30.0
+LIMIT_S = 60.0  # a limit ends a hopeless wait, it asserts no speed: machines of CI stand still for seconds
 PAUSE_S = 0.02
 T = TypeVar("T")
 
@@ -88,14 +93,21 @@ def wait_for(condition: Callable[[], T], limit_s: float = LIMIT_S, what: str = "
         time.sleep(PAUSE_S)
 
 
+DRAWN_PORTS = collections.deque[int](maxlen=500)
+
+
 def free_port() -> int:
     """A loopback port that nobody uses on 127.0.0.1 or ::1, below the range from which the kernel gives out ports by itself.
 
-    Tests that run beside each other draw from different ports: one whose process is being restarted shall not lose its port.
+    Tests that run beside each other draw from different ports, and none of the last ones is drawn again: nobody listens yet on
+    a port that was just drawn, or whose process is being restarted.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    for _ in range(200):
+    for _ in range(2_000):
         port = 10 * random.SystemRandom().randrange(1_200, 3_200) + worker % 10  # Hypothesis gives `random` the same seed everywhere
+        if port in DRAWN_PORTS:
+            continue
+        DRAWN_PORTS.append(port)
         if all(can_be_bound(family, host, port) for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))):
             return port
     raise AssertionError("no free port found")
@@ -377,11 +389,11 @@ class Process:
         return list(answer.json()["jobs"])
 
     def files(self) -> set[str]:
-        """What stands below the data folder, without the database's own files and the certificates out of the .pyz."""
+        """What stands below the data folder, without the database's own files, the audit log and the certificates out of the .pyz."""
         return {
             str(path.relative_to(self.data))
             for path in paths_below(self.data)
-            if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$|cacert\.pem$", path.name)
+            if not re.search(r"\.(db|sqlite3?)(-wal|-shm|-journal)?$|cacert\.pem$|^audit\.jsonl$", path.name)
         }
 
 
@@ -437,6 +449,85 @@ class Pair:
         self.server.close()
         self.client.close()
         end_all_below(self.folder)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process and all its threads have started, and those that these have started."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *children(child)]
+    return found
+
+
+def send_all(number: int, pids: Iterable[int]) -> None:
+    """Send a signal to each of these that is still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+class JoinedClient(Process):
+    """A client that calls a server: it listens nowhere, so the server tells whether it is there."""
+
+    def __init__(
+        self, folder: Path, server: Process, name: str = "gpu", settings: Mapping[str, str | None] | None = None, **options: Any
+    ) -> None:
+        self.server, self.name, self.token_file = server, name, folder / "token"
+        calls = {"JOBORCH_JOIN": server.url, "JOBORCH_TOKEN_FILE": str(self.token_file)}
+        super().__init__("client", folder, {**calls, **(settings or {})}, **options)
+
+    def enrol(self, services: str = "example") -> None:
+        """Make its token at the server."""
+        answer = self.server.post("/tokens", params={"name": self.name, "role": "client", "services": services})
+        assert answer.status_code == 201, answer.text
+        self.token_file.write_text(answer.json()["token"])
+        self.token_file.chmod(0o600)
+        if self.user is not None:
+            os.chown(self.token_file, self.user, self.user)
+
+    def listed(self) -> dict[str, Any] | None:
+        """What GET /clients of the server says of it."""
+        found = [client for client in self.server.get("/clients").json()["clients"] if client["name"] == self.name]
+        return found[0] if found else None
+
+    def _healthy(self) -> bool:
+        assert self.process is not None
+        code = self.process.poll()
+        assert code is None, f"the client ended with status {code} at its start:\n{self.log[-3000:]}"
+        try:
+            found = self.listed()
+        except requests.ConnectionError:
+            return False
+        return bool(found and found["reachable"])
+
+
+class JoinedPair(Pair):
+    """A server, and a client that calls it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        server: Mapping[str, str | None] | None = None,
+        client: Mapping[str, str | None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(folder, {"SERVICE_EXAMPLE_CLIENTS": "", "SERVICE_EXAMPLE_TOKEN": None, **(server or {})}, **options)
+        self.client = self.joined = JoinedClient(folder / "client", self.server, "gpu", client, **options)
+
+    def start(self) -> Pair:
+        """Start the server, make the token, and start the client; wait until it has called."""
+        self.server.start()
+        self.joined.enrol()
+        self.joined.start()
+        return self
+
+    def prepare(self) -> None:
+        """Make the token, and leave both stopped."""
+        self.server.start()
+        self.joined.enrol()
+        self.server.stop()
 
 
 def problems(process: Process, kind: str, **fields: str | None) -> list[dict[str, Any]]:
@@ -705,4 +796,4 @@ def nothing_left(server: Process) -> Iterator[None]:
     rows, files = [job["id"] for job in server.jobs()], server.files()
     yield
     assert [job["id"] for job in server.jobs()] == rows, "a row was left behind"
-    wait_for(lambda: server.files() <= files, 10, f"nothing new below {server.data}")
+    wait_for(lambda: server.files() <= files, what=f"nothing new below {server.data}")

@@ -1,9 +1,10 @@
-"""Reads the README's shell lines, and types them as a person would who follows it."""
+"""Reads the shell lines of the documents, and types them as a person would who follows them."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,14 +22,26 @@ STARTS = re.compile(r"([A-Z_]+=\S+ )*python3 joborch\.pyz (?P<role>server|client
 def section(markdown: str, title: str) -> str:
     """The text below the heading `## title`, up to the next heading of its rank."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", markdown, re.MULTILINE | re.DOTALL)
-    assert found, f"the README has no section {title!r}"
+    assert found, f"the page has no section {title!r}"
     return found[1]
 
 
+class Block(NamedTuple):
+    """One ```sh block: its lines without blank ones and pure comments, and why no test runs it (empty: one does)."""
+
+    lines: list[str]
+    not_run: str
+
+
+def all_blocks(markdown: str) -> list[Block]:
+    """All ```sh blocks. A comment `<!-- not run: WHY -->` above one says why it is not run."""
+    found = re.findall(r"^(?:<!-- not run: ([^\n]+) -->\n)?```sh\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    return [Block([line for line in text.splitlines() if line.strip() and not line.startswith("#")], why) for why, text in found]
+
+
 def shell_blocks(markdown: str) -> list[list[str]]:
-    """The shell lines of each ```sh block, without blank lines and pure comments."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
-    return [[line for line in block.splitlines() if line.strip() and not line.startswith("#")] for block in blocks]
+    """The lines of each ```sh block that is run."""
+    return [block.lines for block in all_blocks(markdown) if not block.not_run]
 
 
 class Typed(NamedTuple):
@@ -47,11 +60,25 @@ def answers(port: int) -> bool:
 
 
 class Newcomer:
-    """Types the lines of the README in terminals that open in `folder`; waits as a person would."""
+    """Types the lines of a page in terminals that open in `folder`; waits as a person would.
+
+    `joborch` is a command there, as if pip had installed it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = clean_environment(folder / "home")
+        home = folder / "home"
+        home.mkdir(exist_ok=True)
+        programs = folder / "bin"
+        programs.mkdir(exist_ok=True)
+        (programs / "joborch").write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/joborch.pyz "$@"\n')
+        (programs / "joborch").chmod(0o755)
+        # Sockets are files, so a network of its own does not keep them apart: without a folder of its own, this server would share
+        # the path of its socket with any other on the same port, and the commands would call whichever came last.
+        runtime = folder / "run"
+        runtime.mkdir(mode=0o700, exist_ok=True)
+        environment = clean_environment(home)
+        self.environment = {**environment, "PATH": f"{programs}:{environment['PATH']}", "XDG_RUNTIME_DIR": str(runtime)}
         self.running: list[subprocess.Popen[bytes]] = []
 
     def type_all(self, blocks: list[list[str]]) -> Iterator[Typed]:
@@ -85,7 +112,7 @@ class Newcomer:
         return Typed(line, self.running[-1].poll(), [log_path.read_text()])
 
     def type_one(self, line: str, here: Path) -> Typed:
-        """Type a line that ends; ask for a state again while the answer is 202, as long as the README says that it may be."""
+        """Type a line that ends; ask for a state again while the answer is 202, as long as the page says that it may be."""
         outputs: list[str] = []
         deadline = time.monotonic() + LIMIT_S
         while True:

@@ -100,6 +100,7 @@ class Client22:
         self.payloads: dict[int, Payload22] = {}
         self.asked: list[tuple[str, str]] = []
         self.starts = 0
+        self.closes_late_s, self.late = 0.0, threading.Event()  # how long it waits before it closes one, and what ends that
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler22,), {"client": self}))
@@ -124,6 +125,7 @@ class Client22:
     def stop(self) -> None:
         """End the service and the payloads' processes."""
         self._stopping.set()
+        self.late.set()
         self._http.shutdown()
         self._http.server_close()
         for payload in self.payloads.values():
@@ -163,6 +165,11 @@ class _Handler22(BaseHTTPRequestHandler):
 
     client: Client22
     protocol_version = "HTTP/1.1"
+
+    def finish(self) -> None:
+        """Close the connection, late if that is asked for."""
+        self.client.late.wait(self.client.closes_late_s)
+        super().finish()
 
     def do_GET(self) -> None:
         """`/`, /health, /load, /retrieve/ID and /retrieve_partial/ID; anything else is 404."""

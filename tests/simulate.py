@@ -4,6 +4,7 @@
     python tests/simulate.py                       a synthetic month of 40,000 jobs: prints two tables
     python tests/simulate.py --plot docs/waits.svg the same, and draws the picture in docs/scheduling.md
     python tests/simulate.py --trace FILE.swf      any trace in the Standard Workload Format (Feitelson's archive)
+    python tests/simulate.py --elastic             what waits cost: pools of fixed sizes, and cloud instances that come and go
 
 Time is what the trace says: the next event is an arrival or an end. Who is next is decided by `rank_of`, `used`, `cap_idle_credit`,
 `charge_in_advance` and `choose` of joborch.py, in the order in which the Store calls them; only the rows are kept in
@@ -18,6 +19,7 @@ import heapq
 import itertools
 import math
 import random
+import re
 import statistics
 import sys
 from bisect import bisect_left, insort
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import joborch  # noqa: E402
 from joborch import Candidate, ClientCapacity, Run, ServiceQueue, Sharing  # noqa: E402
+from joborch_base.elastic import Demand, Instance, Size, wanted_instances  # noqa: E402
 from joborch_base.scheduling import (  # noqa: E402
     TURN_S,
     Pace,
@@ -144,6 +147,8 @@ class Site:
         self.waits: dict[int, float] = {}
         self.order: list[int] = []
         self.heaviest, self.held_s, self.in_use_s, self.looked_at = 0, 0.0, 0.0, 0.0
+        self.due = math.inf  # when the pool is looked at again: never, if it is fixed
+        self.costs = False
 
     # -- what the Store does --
 
@@ -213,11 +218,14 @@ class Site:
             self.held_s += (now - self.looked_at) * sum(job.cpus for job in running if job.user == self.heaviest)
         self.looked_at = now
 
+    def tick(self, now: float) -> None:
+        """Look at the pool: there is nothing to do if it is fixed."""
+
     # -- what the dispatcher does --
 
     def places(self) -> list[ClientCapacity]:
         return [
-            ClientCapacity(name, slots, slots - sum(job.cpus for job, _ in self.running[name].values()))
+            ClientCapacity(name, slots, slots - sum(job.cpus for job, _ in self.running[name].values()), costs=self.costs)
             for name, slots in self.slots.items()
         ]
 
@@ -246,15 +254,113 @@ def waiting_of(job: Job) -> Waiting:
     return Waiting(job.number, job.priority, EPOCH_S + job.at, job.cpus, job.memory, job.timeout)
 
 
+@dataclass
+class Machine:
+    """A cloud instance of the simulation, which is a client from `joins_at` on."""
+
+    made_at: float
+    joins_at: float
+    idle_since: float | None = None
+    draining: bool = False
+
+
+class Elastic(Site):
+    """A site whose clients are instances of one cloud, as `wanted_instances` asks for them."""
+
+    def __init__(self, policy: str, size: Size, boot_s: float, quota: int, sharing: Sharing, interval_s: float = 10.0) -> None:
+        super().__init__(policy, (), quota, sharing)
+        self.size, self.boot_s, self.interval_s = size, boot_s, interval_s
+        self.machines: dict[str, Machine] = {}
+        self.made, self.slot_s, self.most, self.costs = 0, 0.0, 0, True
+
+    def look_soon(self, now: float) -> None:
+        """Look at the pool at the next interval."""
+        self.due = min(self.due, math.ceil(now / self.interval_s) * self.interval_s)
+
+    def arrive(self, job: Job) -> None:
+        super().arrive(job)
+        self.look_soon(job.at)
+
+    def claim(self, job: Job, client: str, now: float) -> None:
+        super().claim(job, client, now)
+        self.machines[client].idle_since = None
+
+    def end(self, job: Job, client: str, now: float) -> None:
+        super().end(job, client, now)
+        if not self.running[client]:
+            self.machines[client].idle_since = now
+        self.look_soon(now)
+
+    def demand(self) -> list[Demand]:
+        """Return the jobs that could run if there were slots: of each user as many as the quota lets run."""
+        found: dict[int, list[Job]] = defaultdict(list)
+        for _, _, user_id in self.turns:
+            user = self.users[user_id]
+            queued = itertools.chain.from_iterable(user.queues[priority] for priority in sorted(user.queues, reverse=True))
+            for job in itertools.islice(queued, self.quota - len(user.running)):
+                found[job.cpus].append(job)
+        groups = [Demand(self.service, cpus, None, len(jobs), min(job.at for job in jobs)) for cpus, jobs in found.items()]
+        return sorted(groups, key=lambda group: group.waiting_since)
+
+    def tick(self, now: float) -> None:
+        """Let instances join and end, and do what `wanted_instances` says."""
+        for name, machine in list(self.machines.items()):
+            if machine.draining and not self.running[name]:
+                self.slot_s += self.size.slots * (now - machine.made_at)
+                del self.machines[name]
+            elif machine.joins_at <= now and name not in self.running:
+                self.slots[name], self.running[name], machine.idle_since = self.size.slots, {}, now
+        wanted = wanted_instances(
+            now, self.demand(), {}, [self.size], self.instances(), {}, {}, {self.size.cloud: self.boot_s},
+            {self.service: self.pace.mean_s} if self.pace.runs else {},
+        )  # fmt: skip
+        for _, count in wanted.create:
+            for _ in range(count):
+                self.made += 1
+                self.machines[f"cloud{self.made}"] = Machine(now, now + self.boot_s)
+        for name in wanted.drain:
+            self.machines[name].draining = True
+            del self.slots[name]
+        self.most = max(self.most, len(self.machines))
+        self.due = self.next_due(now)
+
+    def instances(self) -> list[Instance]:
+        """Return the instances as the rows of a server have them."""
+        return [
+            Instance(
+                name, self.size.cloud, "draining" if each.draining else "joined" if name in self.slots else "booting",
+                each.made_at, len(self.running.get(name, ())), each.idle_since,
+            )
+            for name, each in self.machines.items()
+        ]  # fmt: skip
+
+    def next_due(self, now: float) -> float:
+        """Return when something will have changed: most intervals of a month need no look."""
+        times = [60.0 + now] if self.turns else []
+        for name, each in self.machines.items():
+            if each.draining and not self.running[name]:
+                times.append(now)
+            elif name not in self.running:
+                times.append(each.joins_at)
+            elif each.idle_since is not None:
+                times.append(each.idle_since + self.size.idle_s)
+        return max(now + self.interval_s, math.ceil(min(times) / self.interval_s) * self.interval_s) if times else math.inf
+
+
 def simulate(trace: Sequence[Job], site: Site) -> Site:
-    """Play a trace: arrivals and ends in their order, and after each all that can begin."""
+    """Play a trace: arrivals, ends and looks at the pool in their order, and after each all that can begin."""
     ends: list[tuple[float, int, str]] = []
     coming, demand = deque(trace), Counter[int]()
     for job in trace:
         demand[job.user] += int(job.cpus * job.run_s)
     site.heaviest = demand.most_common(1)[0][0] if trace else 0
-    while coming or ends:
-        if ends and (not coming or ends[0][0] <= coming[0].at):
+    while coming or ends or site.due < math.inf:
+        arrival, end = coming[0].at if coming else math.inf, ends[0][0] if ends else math.inf
+        if site.due < min(arrival, end):
+            now = site.due
+            site.watch(now)
+            site.tick(now)
+        elif end <= arrival:
             now, number, client = heapq.heappop(ends)
             site.watch(now)
             site.end(site.jobs[number], client, now)
@@ -343,6 +449,100 @@ def plot_waits(curves: dict[str, list[float]]) -> str:
     return "\n".join(parts) + "\n"
 
 
+# == Cost ==  Pools of fixed sizes, and instances that come and go, on the same trace.
+
+FIXED_SLOTS = (16, 24, 32, 48, 64)
+IDLES_S = (60.0, 600.0, 3600.0)
+INSTANCE_SLOTS, BOOT_S, MOST_SLOTS = 4, 120.0, 128
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a pool cost (slot-hours), and how long jobs waited (seconds)."""
+
+    name: str
+    is_fixed: bool
+    cost: float
+    waits: tuple[float, ...]
+
+    @property
+    def mean_s(self) -> float:
+        return statistics.mean(self.waits)
+
+
+def pools(trace: Sequence[Job], quota: int, fixed_slots: Sequence[int] = FIXED_SLOTS, idles_s: Sequence[float] = IDLES_S) -> list[Pool]:
+    """Play the trace by shares with fixed pools of instances, and with elastic ones that differ in how long they stay idle."""
+    span_h = (max(job.at + job.run_s for job in trace) - trace[0].at) / 3600
+    found = []
+    for slots in fixed_slots:
+        site = simulate(trace, Site("share", [INSTANCE_SLOTS] * (slots // INSTANCE_SLOTS), quota, Sharing()))
+        found.append(Pool(f"fixed, {slots} slots", True, slots * span_h, tuple(site.waits.values())))
+    for idle_s in idles_s:
+        size = Size(
+            "cloud", INSTANCE_SLOTS, INSTANCE_SLOTS, None, 1.0, 0, MOST_SLOTS // INSTANCE_SLOTS, idle_s, 900.0, None, frozenset({"s"})
+        )
+        elastic = Elastic("share", size, BOOT_S, quota, Sharing())
+        simulate(trace, elastic)
+        name = f"elastic, idle {idle_s / 60:.0f} min, up to {elastic.most * INSTANCE_SLOTS} slots"
+        found.append(Pool(name, False, elastic.slot_s / 3600, tuple(elastic.waits.values())))
+    return found
+
+
+def pool_rows(found: Sequence[Pool], work_h: float) -> list[list[str]]:
+    """One row a pool: its cost, how much of it was work, and waits in minutes."""
+    rows = []
+    for pool in found:
+        waits = [pool.mean_s, *(percentile(pool.waits, part) for part in (0.5, 0.95, 0.99)), max(pool.waits)]
+        rows.append([pool.name, f"{pool.cost:,.0f}", f"{work_h / pool.cost:.0%}", *(f"{wait / 60:,.1f}" for wait in waits)])
+    return rows
+
+
+def comparison(found: Sequence[Pool]) -> str:
+    """Compare the elastic pools with the smallest fixed pool that is as good as the largest one, up to 5 % of the mean wait."""
+    fixed = [pool for pool in found if pool.is_fixed]
+    good = min((pool for pool in fixed if pool.mean_s <= 1.05 * min(each.mean_s for each in fixed)), key=lambda pool: pool.cost)
+    return "\n".join(
+        f"{pool.name}: mean wait {pool.mean_s / good.mean_s:.2f} times and cost {pool.cost / good.cost:.2f} times those of {good.name}"
+        for pool in found
+        if not pool.is_fixed
+    )
+
+
+def plot_cost(found: Sequence[Pool]) -> str:
+    """Return an SVG of cost against mean wait: the further to the lower left, the better."""
+    width, height, left, bottom = 640, 320, 70, 40
+    costs, waits = [pool.cost for pool in found], [pool.mean_s / 60 for pool in found]
+    low, high = math.log(min(waits) * 0.8), math.log(max(waits) * 1.25)
+    x_of = lambda cost: left + (width - left - 30) * cost / max(costs)  # noqa: E731
+    y_of = lambda wait: height - bottom - (height - 20 - bottom) * (math.log(wait) - low) / (high - low)  # noqa: E731
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">']
+    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    for wait in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000):
+        if low <= math.log(wait) <= high:
+            parts.append(f'<path d="M{left} {y_of(wait):.1f}H{width - 30}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 8}" y="{y_of(wait) + 4:.1f}" text-anchor="end">{wait:,} min</text>')
+    for part in range(5):
+        cost = max(costs) * part / 4
+        parts.append(f'<path d="M{x_of(cost):.1f} 20V{height - bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x_of(cost):.1f}" y="{height - bottom + 16}" text-anchor="middle">{cost / 1000:,.0f}k</text>')
+    line = "L".join(f"{x_of(pool.cost):.1f} {y_of(pool.mean_s / 60):.1f}" for pool in found if pool.is_fixed)
+    parts.append(f'<path d="M{line}" fill="none" stroke="{COLOURS["fifo"]}" stroke-width="2"/>')
+    places = itertools.cycle((("end", -8), ("middle", 16), ("start", -8)))  # those of elastic pools are close together
+    for pool in found:
+        colour, (anchor, below) = COLOURS["fifo" if pool.is_fixed else "share"], ("middle", -8) if pool.is_fixed else next(places)
+        x, y, text = x_of(pool.cost), y_of(pool.mean_s / 60), re.sub("fixed, |elastic, |, up to.*", "", pool.name)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{y + below:.1f}" fill="{colour}" text-anchor="{anchor}">{text}</text>')
+    for number, (name, colour) in enumerate((("fixed pools", COLOURS["fifo"]), ("elastic pools", COLOURS["share"]))):
+        parts.append(f'<text x="{width - 40}" y="{40 + 18 * number}" fill="{colour}" text-anchor="end">{name}</text>')
+    middle, said = (left + width) / 2, "slot-hours paid for in the month, and the mean wait of a job"
+    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{said}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+# == Main ==
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Play the trace by each policy, print the tables, and write the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -351,7 +551,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", default="8,8", help="slots of each client, separated by commas")
     parser.add_argument("--quota", type=int, default=5, help="runs of one user at once")
-    parser.add_argument("--plot", type=Path, help="write the plot of waits to this file (SVG)")
+    parser.add_argument("--plot", type=Path, help="write the plot of waits, or of cost against waits, to this file (SVG)")
+    parser.add_argument("--elastic", action="store_true", help="compare fixed pools with cloud instances that come and go")
     options = parser.parse_args(words)
     trace = read_swf(options.trace) if options.trace else synthetic_month(options.jobs, seed=options.seed)
     clients = [int(word) for word in options.clients.split(",")]
@@ -362,6 +563,8 @@ def main(words: Sequence[str] | None = None) -> int:
         f"{len(fitting):,} jobs of {len({job.user for job in fitting}):,} users in {span / 86400:.1f} days, {sum(clients)} slots, "
         f"load {load:.0%}; {len(trace) - len(fitting)} are wider than any client and left out\n"
     )
+    if options.elastic:
+        return compare_pools(fitting, options.quota, options.plot)
     play = functools.partial(simulate, fitting)
     sites = {policy: play(Site(policy, clients, options.quota, Sharing())) for policy in POLICIES}
     heads = ["policy", "mean wait, min", "median", "p95", "p99", "longest", "slowdown, median", "p95", "heaviest user"]
@@ -372,6 +575,17 @@ def main(words: Sequence[str] | None = None) -> int:
     print(table(["policy", *names], [[policy, *(f"{found[name]:.1f}" for name in names)] for policy, found in classes.items()]))
     if options.plot:
         options.plot.write_text(plot_waits({policy: list(site.waits.values()) for policy, site in sites.items()}))
+    return 0
+
+
+def compare_pools(trace: Sequence[Job], quota: int, plot: Path | None) -> int:
+    """Print what fixed and elastic pools cost, and how long jobs wait; write the plot."""
+    found = pools([job for job in trace if job.cpus <= INSTANCE_SLOTS], quota)
+    work_h = sum(job.cpus * job.run_s for job in trace if job.cpus <= INSTANCE_SLOTS) / 3600
+    heads = ["pool", "slot-hours", "of them work", "mean wait, min", "median", "p95", "p99", "longest"]
+    print(table(heads, pool_rows(found, work_h)) + "\n\n" + comparison(found))
+    if plot:
+        plot.write_text(plot_cost(found))
     return 0
 
 

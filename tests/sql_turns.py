@@ -37,7 +37,7 @@ WEIGHT_GET = "SELECT weight FROM users WHERE user_id = :user_id"
 SHARES = f"SELECT service, user_id, count(*), sum(charged) FROM jobs WHERE {BUSY} GROUP BY service, user_id ORDER BY service, user_id"
 LOADS = f"""
 SELECT client, count(*), sum(cpus), coalesce(sum(memory), 0), sum(kill_requested_at IS NOT NULL),
-       sum(status = 'Unknown' AND dest_id IS NULL)
+       sum(status = 'Unknown' AND dest_id IS NULL), sum(gpus)
   FROM jobs WHERE {BUSY} GROUP BY client ORDER BY client
 """
 LINES = f"SELECT service, count(*) FROM jobs WHERE {BUSY} GROUP BY service ORDER BY service"

@@ -51,6 +51,7 @@ SERVER_ROUTES = [
     ("GET", "/download_partial/1"),
     ("POST", "/terminate/1"),
     ("POST", "/jobs/1/retry"),
+    ("POST", "/jobs/1/redeliver"),
     ("GET", "/jobs/1/result"),
     ("GET", "/jobs/1/files"),
     ("GET", "/jobs/1/files/run.sh"),
@@ -156,7 +157,7 @@ def test_wrong_token_between_server_and_client(make_pair: MakePair) -> None:
     """The job waits and says that it is the token; nothing is lost once that is put right."""
     pair = make_pair(server={"SERVICE_EXAMPLE_TOKEN": "another-secret"}).start()
     number = submit(pair.server, "true")
-    told = wait_for(lambda: token_told(pair.server, number), 20, "the reason to wait names the token")
+    told = wait_for(lambda: token_told(pair.server, number), what="the reason to wait names the token")
     assert pair.server.job(number)["status"] in ("Queued", "Processing"), told
     assert "another-secret" not in told
     pair.server.settings["SERVICE_EXAMPLE_TOKEN"] = Pair.TOKEN
@@ -389,11 +390,19 @@ def evil_site(open_server: Process) -> Iterator[int]:
     site.server_close()
 
 
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page of the browser that is patient, because a busy machine starts slowly."""
+    shown = browser.new_page()
+    shown.set_default_timeout(90_000)
+    yield shown
+    shown.close()
+
+
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_a_page_of_another_site_posts_in_vain(browser: Any, open_server: Process, evil_site: int, tmp_path: Path, name: str) -> None:
+def test_a_page_of_another_site_posts_in_vain(page: Any, open_server: Process, evil_site: int, tmp_path: Path, name: str) -> None:
     """From another port (same site, other origin) and another name (other site): form and fetch are refused."""
     (tmp_path / "run.sh").write_text("touch stolen")
-    page = browser.new_page()
     with nothing_left(open_server):
         page.goto(f"http://{name}:{evil_site}/")
         assert page.evaluate("quietly()") == "refused"
@@ -401,12 +410,10 @@ def test_a_page_of_another_site_posts_in_vain(browser: Any, open_server: Process
         with page.expect_response(lambda answer: answer.url.endswith("/upload")) as caught:
             page.click("#send")
         assert caught.value.status == 403
-    page.close()
 
 
-def test_swagger_ui_in_a_browser(browser: Any, open_server: Process) -> None:
+def test_swagger_ui_in_a_browser(page: Any, open_server: Process) -> None:
     """The page shows every route, asks no other host for anything, and runs without an error."""
-    page = browser.new_page()
     asked: list[str] = []
     troubles: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -414,7 +421,7 @@ def test_swagger_ui_in_a_browser(browser: Any, open_server: Process) -> None:
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     answer = page.goto(f"{open_server.url}/swagger-ui/")
     assert answer.status == 200
-    page.wait_for_selector(".opblock", timeout=20_000)
+    page.wait_for_selector(".opblock")
     operations = [
         (method, path)
         for path, item in open_server.get("/api-docs/openapi.json").json()["paths"].items()
@@ -424,12 +431,10 @@ def test_swagger_ui_in_a_browser(browser: Any, open_server: Process) -> None:
     assert page.locator(".opblock").count() == len(operations)
     assert not [url for url in asked if not url.startswith((open_server.url, "data:", "blob:"))], asked
     assert not troubles
-    page.close()
 
 
-def test_swagger_ui_tries_a_route(browser: Any, open_server: Process) -> None:
+def test_swagger_ui_tries_a_route(page: Any, open_server: Process) -> None:
     """`Try it out` works: the page's own requests are let in."""
-    page = browser.new_page()
     page.goto(f"{open_server.url}/swagger-ui/")
     block = page.locator(".opblock").filter(has=page.locator('[data-path="/jobs"]')).first
     block.locator(".opblock-summary").click()
@@ -438,7 +443,6 @@ def test_swagger_ui_tries_a_route(browser: Any, open_server: Process) -> None:
         block.get_by_role("button", name="Execute").click()
     assert caught.value.status == 200
     assert set(caught.value.json()) == {"jobs", "next"}
-    page.close()
 
 
 def test_browsers_are_led_to_a_page(open_server: Process) -> None:

@@ -16,6 +16,7 @@ from world import Desk, HandClock, command, new_job, tried
 import joborch
 from joborch import ConfigError, DataFolder, JoborchError, Status, Store
 from joborch_base import statements
+from joborch_base.database import damage_of
 from joborch_plugins.admin import back_up, restore
 
 
@@ -151,7 +152,7 @@ def test_damage_that_is_found_in_the_background_stops_uploads(desk: Desk, monkey
         with pytest.raises(joborch.StorageError, match="damaged"):
             desk.store.check()
         return
-    assert joborch.damage_of(sqlite3.connect(database(desk)))
+    assert damage_of(sqlite3.connect(database(desk)))
 
 
 @pytest.mark.parametrize(("mode", "way"), [("server", "joborch restore"), ("client", "move it away")])
@@ -171,8 +172,8 @@ def test_what_the_start_has_not_seen_is_checked_in_the_background(
 def test_a_check_that_takes_too_long_is_given_up(desk: Desk) -> None:
     for _ in range(2000):
         desk.store.add(new_job(), "uploaded")
-    assert joborch.damage_of(desk.store.db, 0.0) is None
-    assert joborch.damage_of(desk.store.db) == ""
+    assert damage_of(desk.store.db, 0.0) is None
+    assert damage_of(desk.store.db) == ""
     assert desk.store.add(new_job(), "uploaded")
 
 

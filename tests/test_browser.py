@@ -68,7 +68,7 @@ def test_axe_finds_nothing_and_phones_need_not_scroll_sideways(opened: Opened, s
     axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     for path in PAGES:
         shown.goto(f"{site.server.url}/dashboard{path}")
-        for width in (360, 1280) if colours == "light" else (1280,):
+        for width in (360, 1280):
             shown.set_viewport_size({"width": width, "height": 740})
             assert shown.evaluate("document.documentElement.scrollWidth") <= width, path
             shown.evaluate(f"{axe}; void 0")  # not as an element, which the policy of the page forbids
@@ -112,24 +112,107 @@ def test_a_running_job_is_followed_searched_and_cancelled_by_keyboard(opened: Op
     shown.get_by_label("Find in the output").fill("STEP 2")
     shown.locator("mark.here").wait_for()
     assert shown.locator("#search-count").inner_text().startswith("1 of ")
-    for answer in ("No", "Yes"):
-        shown.get_by_role("button", name="Cancel the job").focus()
+    for answer in ("Keep it running", "Cancel the job"):
+        shown.locator("#job").get_by_role("button", name="Cancel the job").focus()
         shown.keyboard.press("Enter")
-        shown.locator("dialog").get_by_text(f"Stop job {number}?").wait_for()
+        shown.get_by_role("dialog", name=f"Cancel job {number}?").wait_for()
         shown.locator("dialog").get_by_role("button", name=answer).focus()
         shown.keyboard.press("Enter")
         shown.locator("dialog").wait_for(state="hidden")
-        if answer == "No":
+        if answer == "Keep it running":
             assert site.server.job(number)["status"] == "Running"
     shown.locator("#job .status.killed").wait_for()
     assert shown.locator("#history rect.killed").count() == 1
     shown.get_by_role("button", name="Run it again").click()
+    shown.get_by_role("dialog", name=f"Run job {number} again?").get_by_role("button", name="Run it again").click()
     shown.wait_for_url(lambda url: not url.endswith(f"/{number}"))
     again = int(shown.url.rpartition("/")[2])
     wait_status(site.server, again, "Running")
     shown.locator("#job .status.running").wait_for()
     site.server.post(f"/terminate/{again}")
     shown.locator("#job .status.killed").wait_for()
+
+
+AT_END = "() => { const box = document.querySelector('#stdout pre'); return box.scrollTop + box.clientHeight > box.scrollHeight - 4; }"
+PLACE = "() => { const box = document.querySelector('#stdout pre'); return [box.scrollTop, box.clientHeight, box.scrollHeight]; }"
+
+
+def test_who_reads_the_output_is_not_disturbed_by_its_end(opened: Opened, site: Pair, tmp_path: Path) -> None:
+    """Nor by its start: a job that waits has no empty boxes. What is searched for and where one reads stays as it is."""
+    gate = tmp_path / "gate"
+    number = submit(site.server, f"seq 300; until [ -e {gate} ]; do sleep 0.1; done; echo the end", user_id=7)
+    second = opened(f"/jobs/{submit(site.server, 'echo second', user_id=7, after=number)}")
+    second.locator("#output").get_by_text("has not started yet").wait_for()
+    shown = opened(f"/jobs/{number}")
+    shown.locator("#stdout").get_by_text("300").wait_for()
+    assert shown.locator("#stderr code").evaluate("code => getComputedStyle(code, '::before').content") == '"nothing yet"'
+    count = shown.locator("#search-count")
+    shown.get_by_label("Find in the output").fill("15")
+    count.get_by_text("1 of 13").wait_for()
+    shown.get_by_role("button", name="Previous").click()
+    count.get_by_text("13 of 13").wait_for()
+    shown.get_by_label("Find in the output").fill("")
+    shown.wait_for_function(AT_END)
+    shown.get_by_label("Find in the output").fill("150")
+    count.get_by_text("1 of 1", exact=True).wait_for()
+    top, height, whole = before = shown.evaluate(PLACE)
+    middle = shown.evaluate("() => document.querySelector('mark').offsetTop - document.querySelector('#stdout pre').offsetTop") - top
+    assert 0 < top < whole - height - 100 and abs(middle - height / 2) < 60
+    gate.touch()
+    shown.locator("#output").get_by_text("It wrote nothing to standard error.").wait_for()
+    shown.locator("#stdout").get_by_text("the end").wait_for()
+    assert shown.get_by_label("Find in the output").input_value() == "150" and count.inner_text() == "1 of 1"
+    assert shown.evaluate(PLACE)[:2] == before[:2]
+    second.locator("#stdout").get_by_text("second").wait_for()
+
+
+def test_the_form_says_what_is_missing_in_words_of_the_page(opened: Opened) -> None:
+    """And shows the field, although it is folded away."""
+    shown = opened("/submit")
+    send, user, alert = shown.get_by_role("button", name="Send the job"), shown.locator("#field-user_id"), shown.locator("#trouble")
+    user.fill("bob")
+    send.click()
+    assert user.evaluate("field => field.validationMessage") == "Give a whole number, as in 7."
+    user.fill("7")
+    send.click()
+    alert.get_by_text("choose run.sh, or write the script below").wait_for()
+    shown.set_input_files("#files", {"name": "2oob.pdb", "mimeType": "text/plain", "buffer": b"ATOM"})
+    send.click()
+    alert.get_by_text("No file is called run.sh").wait_for()
+    shown.set_input_files("#files", {"name": "run.sh", "mimeType": "text/plain", "buffer": b"echo hello\r\n"})
+    send.click()
+    alert.get_by_text("choose “change them to LF” at Line ends").wait_for()
+    assert "-F" not in alert.inner_text()
+    shown.locator("#field-crlf:focus").select_option(label="change them to LF")
+    send.click()
+    shown.wait_for_url("**/dashboard/jobs/*")
+    shown.locator("#stdout").get_by_text("hello").wait_for()
+
+
+def test_back_shows_a_form_that_can_be_sent_again(opened: Opened) -> None:
+    """A browser may show the page as it was left, in the middle of sending; it says so with an event."""
+    shown = opened("/submit")
+    shown.evaluate("showSending(document.getElementById('submit'), true)")
+    assert shown.locator("#progress-label").is_visible() and shown.get_by_role("button", name="Send the job").is_disabled()
+    shown.evaluate("window.dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    assert not shown.locator("#progress-label").is_visible() and shown.get_by_role("button", name="Send the job").is_enabled()
+
+
+def test_filters_are_folded_on_a_phone_and_lead_to_the_results(opened: Opened, site: Pair) -> None:
+    shown = opened("/jobs", viewport={"width": 360, "height": 740})
+    assert not shown.get_by_label("Name").is_visible()
+    shown.locator("summary").click()
+    shown.get_by_label("User").fill("7")
+    shown.keyboard.press("Enter")
+    shown.wait_for_url("**user_id=7**")
+    shown.locator("#results:focus").get_by_text("Jobs that match").wait_for()
+    assert shown.locator("summary").inner_text() == "Filter (1 set)" and not shown.get_by_label("Name").is_visible()
+    shown.set_viewport_size({"width": 1280, "height": 740})
+    shown.get_by_label("Name").wait_for()
+    shown.set_viewport_size({"width": 360, "height": 740})
+    shown.goto(f"{site.server.url}/dashboard/jobs?since=yesterday")
+    shown.get_by_role("alert").get_by_text("since is 'yesterday'").wait_for()
+    assert shown.get_by_label("Since").is_visible() and shown.get_by_label("Since").input_value() == "yesterday"
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -176,7 +259,7 @@ def test_without_javascript_everything_can_be_read(opened: Opened) -> None:
     shown.get_by_role("link", name="1", exact=True).click()
     assert shown.locator("#output").inner_text().count("<script>alert(1)</script>") == 1
     assert "␛[31mred␛[0m ⟨U+202E⟩evil" in shown.locator("#output").inner_text()
-    assert "<img src=x onerror=alert(1)>مرحبا" in shown.locator("#job").inner_text()
+    assert "<img src=x onerror=alert(1)>مرحبا" in shown.locator("h1").inner_text()
     assert shown.locator("button[data-post]:visible").count() == 0
 
 
@@ -202,7 +285,7 @@ def test_a_browser_signs_in_sends_and_cancels(opened: Opened, tmp_path: Path) ->
         shown.wait_for_url("**/dashboard/jobs/1")
         shown.locator("#job .status.queued").wait_for()
         shown.get_by_role("button", name="Cancel the job").click()
-        shown.get_by_role("button", name="Yes").click()
+        shown.locator("dialog").get_by_role("button", name="Cancel the job").click()
         shown.locator("#job .status.killed").wait_for()
         shown.get_by_role("button", name="Sign out").click()
         shown.get_by_label("Token").wait_for()

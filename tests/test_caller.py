@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -21,8 +22,8 @@ from pathlib import Path
 import pytest
 from conftest import MakePair
 from harness import EXAMPLE, LIMIT_S, ROOT, Pair, Process, clean_environment, free_port, nothing_left, wait_for, wait_status
+from newcomer import section
 from proxy import Fault, Proxy
-from pythons import pythons
 from world import gated
 
 import joborch
@@ -211,17 +212,21 @@ def test_the_socket_is_found_and_a_stale_one_is_passed_by(make_pair: object, mon
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     (tmp_path / "run").mkdir(mode=0o700)
     port = free_port()
-    with closing(socket.socket(socket.AF_UNIX)) as stale:
-        stale.bind(str(tmp_path / "run" / f"joborch-{port}.sock"))
+    path, url = tmp_path / "run" / f"joborch-{port}.sock", f"http://127.0.0.1:{port}"
+    with closing(socket.socket(socket.AF_UNIX)) as live:
+        live.bind(str(path))
+        live.listen()
+        found = caller.Server(url, "", 0)
+        assert found.path == str(path)
+        assert caller.Server(url, "token", 0).path == "", "a token goes to whoever is named"
+        (tmp_path / "run").chmod(0o777)
+        assert caller.Server(url, "", 0).path == "", "others could have put it there"
+        (tmp_path / "run").chmod(0o700)
+    assert caller.Server(url, "", 0).path == "", "its server was killed"
     with closing(socket.create_server(("127.0.0.1", port))) as listener:
-        found = caller.Server(f"http://127.0.0.1:{port}", "", 0)
-        assert found.path == str(tmp_path / "run" / f"joborch-{port}.sock")
         connection = found.connect()
         assert listener.accept()[0] is not None and found.path == ""
         connection.close()
-    assert caller.Server(f"http://127.0.0.1:{port}", "token", 0).path == "", "a token goes to whoever is named"
-    (tmp_path / "run").chmod(0o777)
-    assert caller.Server(f"http://127.0.0.1:{port}", "", 0).path == "", "others could have put it there"
 
 
 def test_over_the_unix_socket(pair: Pair) -> None:
@@ -372,7 +377,7 @@ def test_a_job_is_run_again_with_the_same_files_and_fields(jobs: Jobs, pair: Pai
     before = dict(job.refresh().facts)
     again = job.retry()
     assert again.id != job.id
-    for name in ("user_id", "service", "name", "priority", "timeout", "cpus", "memory", "retries", "after"):
+    for name in ("user_id", "service", "name", "priority", "timeout", "cpus", "memory", "gpus", "retries", "after"):
         assert again.facts[name] == before[name], name
     assert (again.wait().status, again.read("out", partial=True), again.logs()) == ("Failed", b"12", "used\n")
     assert job.refresh().facts == before
@@ -526,6 +531,59 @@ def test_one_file_that_is_cut_goes_on_there(after: int, line: Proxy, jobs: Jobs)
     assert after < 1_000_000 or all(int(text[6:-1]) > after / 2 for text in ranges[1:]), "what was there is not fetched again"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_one_file_that_is_cut_at_any_byte_goes_on_in_a_later_call(seed: int, line: Proxy, jobs: Jobs, tmp_path: Path) -> None:
+    """Nothing is fetched twice, and a file of the same name from another folder is another file."""
+    job, whole = result_of(jobs)
+    content = zipfile.ZipFile(io.BytesIO(whole)).read("big")
+    choose = random.Random(seed)
+    for _ in range(3):
+        line.plant(Fault(choose.choice(["cut_answer", "reset"]), "GET /jobs/[0-9]+/files/big", after=choose.randrange(100, 900_000)))
+    tries, target = 0, tmp_path / "f"
+    while not target.exists():
+        tries += 1
+        assert tries < 6
+        with contextlib.suppress(ServerUnreachable):
+            assert over(line, patience_s=0).job(job.id).save("big", target) == target
+        if tries == 1:
+            assert over(line).job(job.id).save("d/e/x", target).read_bytes() == b"x\n"
+            target.unlink()
+    assert target.read_bytes() == content
+    fetched = sum(exchange.answer_bytes for exchange in line.find("GET /jobs/[0-9]+/files/big"))
+    assert fetched < len(content) + 4 * 2_000_000, "what was there is not fetched again"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_an_earlier_call_left_of_one_file_is_verified(line: Proxy, jobs: Jobs, tmp_path: Path) -> None:
+    """Whether it is complete, damaged or too long; what cannot be resumed is not kept."""
+    job, whole = result_of(jobs)
+    content, target = zipfile.ZipFile(io.BytesIO(whole)).read("big"), tmp_path / "f"
+    line.plant(Fault("cut_answer", "GET /jobs/[0-9]+/files/big", after=1_000_000))
+    far = over(line, patience_s=0).job(job.id)
+    with pytest.raises(ServerUnreachable):
+        far.save("big", target)
+    (part,) = tmp_path.iterdir()
+    assert 0 < part.stat().st_size <= 1_000_000
+    part.write_bytes(content)
+    assert far.save("big", target).read_bytes() == content
+    assert line.find("GET /jobs/[0-9]+/files/big")[-1].headers["range"] == f"bytes={len(content) - 1}-"
+    for wrong in (b"y" * 1000, content + b"y" * 10):
+        target.unlink()
+        part.write_bytes(wrong)
+        with pytest.raises(Damaged, match="try again"):
+            far.save("big", target)
+        assert far.save("big", target).read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        far.save("none", tmp_path / "none")
+    running = jobs.submit({}, script="head -c 1000000 /dev/zero >big; sleep 300")
+    wait_for(lambda: any(row["path"] == "big" and row["size"] == 1_000_000 for row in running.files(partial=True)))
+    line.plant(Fault("cut_answer", "GET /jobs/[0-9]+/files/big", after=1000))
+    with pytest.raises(ServerUnreachable):
+        over(line, patience_s=0).job(running.id).save("big", tmp_path / "live", partial=True)
+    running.cancel()
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
 def test_one_file_that_is_changed_on_the_way_is_refused(line: Proxy, jobs: Jobs) -> None:
     job, _ = result_of(jobs)
     line.plant(Fault("flip_answer", "GET /jobs/[0-9]+/files/big", after=1_500_000))
@@ -618,8 +676,9 @@ def test_the_example_is_killed_and_started_again_and_runs_nothing_twice(own_pair
 
 
 def test_the_document_s_examples_run(pair: Pair, tmp_path: Path) -> None:
-    """Those of docs/using.md, one after the other, in a folder that has the example."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/using.md").read_text(), re.MULTILINE | re.DOTALL)
+    """Those of docs/use.md, one after the other, in a folder that has the example."""
+    page = section((ROOT / "docs/use.md").read_text(), "From Python")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
     (tmp_path / "example").symlink_to(EXAMPLE)
     environment = {**clean_environment(tmp_path), "PYTHONPATH": str(ROOT), "JOBORCH_SERVER": pair.server.url, "JOBORCH_USER": "7"}
@@ -629,14 +688,6 @@ def test_the_document_s_examples_run(pair: Pair, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("36 residue pairs") == 2
     assert "36 residue pairs" in (tmp_path / "results/2oob/summary.txt").read_text()
-
-
-@pytest.mark.parametrize("version", pythons())
-def test_every_python_runs_it_from_the_archive(version: str, pyz: Path, pair: Pair, tmp_path: Path) -> None:
-    environment = {**clean_environment(tmp_path), "PYTHONPATH": str(pyz), "JOBORCH_SERVER": pair.server.url, "JOBORCH_USER": "7"}
-    code = "from joborch import Jobs; print(Jobs().submit({}, script='echo it ran >out').read('out').decode(), end='')"
-    done = subprocess.run([pythons()[version], "-W", "error", "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "it ran\n", "")
 
 
 def test_the_example_is_as_short_as_it_is_said_to_be() -> None:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +255,9 @@ def test_a_kill_that_comes_while_a_submit_starts_its_payload(quick_yard: Yard, m
 def test_a_submit_that_cannot_be_stored_leaves_its_payload_to_others(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit fails after the payload was taken to be started: a later one with its id is not taken for that one."""
     with monkeypatch.context() as patch:
-        patch.setattr(quick_yard.store, "add_history", lambda *_: 1 / 0)
+        patch.setattr(quick_yard.store, "add_move", lambda *_: 1 / 0)
         assert submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")]).status == 500
-    assert not quick_yard.client.ending
+    assert not quick_yard.client.payloads
     assert submitted(quick_yard).status is Status.RUNNING
 
 
@@ -352,11 +352,29 @@ def test_few_submits_wait_at_once(quick_yard: Yard) -> None:
     quick_yard.until(quick_yard[said["id"]], Status.COMPLETED)
 
 
-def test_a_payload_that_waits_for_a_slot_is_answered_at_once(quick_yard: Yard) -> None:
-    submitted(quick_yard)
-    submitted(quick_yard)
-    assert submitted(quick_yard, "exit 0", X_Joborch_Wait="1000").status is Status.PREPARED
+def test_a_submit_waits_for_a_payload_that_waits_for_a_slot(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer has the end as well, if that comes in time. Otherwise /events reports it."""
+    first, _ = submitted(quick_yard), submitted(quick_yard)
+    with monkeypatch.context() as patch:
+        replace(patch, "await_end", lambda *_: None)  # as if the time were over
+        assert submitted(quick_yard, "exit 0", X_Joborch_Wait="1000").status is Status.PREPARED
     assert not quick_yard.client.store.core.quiet
+    answers = list[Any]()
+    waits = threading.Thread(
+        target=lambda: answers.append(submit_payload(quick_yard.client, [file_part("run.sh", b"exit 0")], X_Joborch_Wait="1000").json)
+    )
+    waits.start()
+    wait_for(lambda: quick_yard.client.store.core.waiters, what="the submit to wait")
+    quick_yard.store.request_kill(first.id, Cause.CANCELLED)
+    assert end_tick(quick_yard.client)
+
+    def told() -> bool:
+        run_tick(quick_yard.client)
+        return bool(answers)
+
+    wait_for(told, what="the answer of the submit")
+    waits.join()
+    assert (answers[0]["status"], answers[0]["end"]["status"], "archive" in answers[0]["end"]) == ("Completed", "Completed", True)
 
 
 def test_the_end_of_one_child_among_others_is_news(quick_yard: Yard) -> None:
@@ -365,7 +383,7 @@ def test_the_end_of_one_child_among_others_is_news(quick_yard: Yard) -> None:
     assert local
     first, second = submitted(quick_yard), submitted(quick_yard, "exit 0")
     pids = [int((job.handle or "").split()[0]) for job in (first, second)]
-    local.awaited.add(pids[0])
+    local.children[pids[0]].is_awaited = True
     assert not local.is_end_awaited()
     quick_yard.wait(second)
     local.poll([first])
@@ -389,6 +407,58 @@ def test_payloads_that_only_run_are_not_looked_at(quick_yard: Yard) -> None:
     quick_yard.restart()
     run_tick(quick_yard.client)
     assert joborch.needs_look(quick_yard.client)
+
+
+def test_the_end_of_one_payload_costs_no_look_at_the_others(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client with a thousand payloads asks about those that have ended, and about all of them now and then."""
+    client, real, asked = quick_yard.client, quick_yard.client.executor.poll, list[list[int]]()
+
+    def poll(jobs: Sequence[Job]) -> dict[int, joborch.Outcome]:
+        asked.append([job.id for job in jobs])
+        return real(jobs)
+
+    monkeypatch.setattr(client.executor, "poll", poll)
+    run_tick(client)
+    first, second = submitted(quick_yard), submitted(quick_yard, "exit 0")
+    quick_yard.wait(second)
+    run_tick(client)
+    quick_yard.clock.pass_s(joborch.LOOK_S + 1)
+    run_tick(client)
+    assert asked == [[], [second.id], [first.id]]
+    assert quick_yard[second].status is Status.COMPLETED
+
+
+def test_a_slot_does_not_wait_for_the_result_of_the_payload_before(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits here is started before the result of what has ended is looked at."""
+    submitted(quick_yard)
+    second, third = submitted(quick_yard, "exit 0"), submitted(quick_yard)
+    quick_yard.wait(second)
+    real, seen = joborch.finish, list[Status]()
+
+    def finish(*arguments: Any) -> bool:
+        seen.append(quick_yard[third].status)
+        return real(*arguments)
+
+    replace(monkeypatch, "finish", finish)
+    run_tick(quick_yard.client)
+    assert (seen, quick_yard[second].status) == ([Status.RUNNING], Status.COMPLETED)
+
+
+def test_a_submit_wakes_the_runner_only_if_it_may_start_something(quick_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes in an end starts what waits for that slot."""
+    woken = list[str]()
+    monkeypatch.setattr(quick_yard.client, "wake", woken.append)
+    submitted(quick_yard)
+    submitted(quick_yard)
+    submitted(quick_yard)
+    assert (woken, joborch.needs_look(quick_yard.client)) == ([], True), "a look from time to time does no harm"
+    quick_yard.client.starts_at_once = False
+    for job in quick_yard.store.jobs(statements.PAYLOADS_IN, status="Running", limit=9):
+        quick_yard.store.request_kill(job.id, Cause.CANCELLED)
+        assert end_tick(quick_yard.client)
+    woken.clear()
+    submitted(quick_yard)
+    assert woken == ["run"]
 
 
 # == Running ==
@@ -666,6 +736,27 @@ def test_output_is_bounded_while_it_is_written(data: DataFolder) -> None:
     yard.close()
     assert kept < 256 * 1024, "one payload that hides its output from us must not free all others of their bound"
     assert head == b"\0" * 32 * 1024
+
+
+def test_outputs_of_many_payloads_are_bounded_in_turn(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick measures only some of them: those that come next, however many there are then."""
+    looked: list[str] = []
+    replace(monkeypatch, "MEASURED_AT_ONCE", 2)
+    replace(monkeypatch, "bound_outputs", lambda _, folder: looked.append(folder))
+    limit_tick(yard.client)
+    assert looked == [], "nothing runs"
+    jobs = [yard.submit() for _ in range(5)]
+    for job in jobs:
+        assert yard.store.move(job, Status.RUNNING, "")
+    for _ in range(5):
+        limit_tick(yard.client)
+    assert looked == [str(yard.folder(job)) for job in [*jobs, *jobs]]
+    assert yard.store.move(yard[jobs[0]], Status.FAILED, "")
+    assert yard.store.move(yard[jobs[1]], Status.FAILED, "")
+    looked.clear()
+    for _ in range(2):
+        limit_tick(yard.client)
+    assert {str(yard.folder(job)) for job in jobs[2:]} <= set(looked)
 
 
 # == Started again ==
@@ -1071,7 +1162,7 @@ class Halves:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.saved = tempfile.tempdir, os.umask(0o022)
-        self.stack = contextlib.ExitStack()
+        self.stack, self.patch = contextlib.ExitStack(), pytest.MonkeyPatch()
         self.log = folder / "ran"
 
     def __enter__(self) -> Halves:
@@ -1083,11 +1174,13 @@ class Halves:
         self.environment = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{self.yard.environment['PORT']}", "SERVICE_EXAMPLE_TOKEN": "t"}
         self.environment.update({"DATA_PATH": str(server_data.path), "SERVICE_EXAMPLE_RUNS_PER_USER": "2", "SERVICE_EXAMPLE_MAX_RUNS": "3"})
         self.server_data = server_data
+        replace(self.patch, "await_end", lambda *_: None)
         self.open_server()
         self.open_client()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.patch.undo()
         self.stack.close()
         self.yard.close()
         self.server.store.close()
@@ -1105,7 +1198,7 @@ class Halves:
 
     def open_client(self) -> None:
         """Serve the client. No caller waits for an end there: the tick that brings it is a test's to call, and the clock stands still."""
-        self.yard.client.places = joborch.WaiterLimit(0)
+        self.yard.client.places = joborch.ThreadLimit(0)
         self.stack.enter_context(serving(self.yard.client))
 
     def close_client(self) -> None:

@@ -220,7 +220,11 @@ def test_exit_status(error: BaseException, status: int, monkeypatch: pytest.Monk
         (("client", "--slots", "0"), {}, "--slots is '0': give a whole number from 1"),
         (("config", "--max-age", "soon"), {}, "--max-age is 'soon': give seconds"),
         (("server", "--env-file", "/none"), {}, "--env-file /none cannot be read"),
-        (("server",), {"SERVICE_A_MAX_RUNS": "3"}, "set SERVICE_A_CLIENTS=http://host:9000"),
+        (
+            ("server",),
+            {"SERVICE_A_DOWNLOAD_URL": "http://host:9000/get"},
+            "SERVICE_A_UPLOAD_URL is missing: set it, as in http://host:9000",
+        ),
         (("server", "--host", "0.0.0.0"), {}, "JOBORCH_ALLOW_ANONYMOUS=1"),
         (("server",), {"DB_PATH": ":memory:"}, "DB_PATH is ':memory:'"),
         (("server",), {"JOBORCH_TOKEN_FILE": "/none"}, "JOBORCH_TOKEN_FILE /none cannot be read"),

@@ -11,30 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from world import BOUNDED, tried
 
 import joborch
-from joborch import SERVICE_SETTINGS, SETTINGS, ConfigError, load_config
+from joborch import SETTINGS, ConfigError, load_config
 from joborch_base.settings import (
+    CLOUD_SETTINGS,
+    SERVICE_SETTINGS,
     Setting,
+    check_certificates,
     client_address,
     one_of,
     read_bytes,
     read_env_file,
+    read_gpus,
     read_mode,
     read_names,
     read_networks,
+    read_paths,
     read_period,
     read_port,
     read_positive,
     read_text,
     read_token,
+    read_uids,
     read_url,
+    read_urls,
     read_weights,
     read_whole,
-    settings_table,
     split_service_name,
 )
 from joborch_plugins import admin
@@ -143,7 +150,16 @@ def test_bounds(read: Any, good: list[str], bad: list[str]) -> None:
 
 
 def test_every_setting_fills_a_field() -> None:
-    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {"mode", "services", "batch", "sources", "warnings", "env_file"}
+    fields = {item.name for item in dataclasses.fields(joborch.Config)} - {
+        "mode",
+        "services",
+        "batch",
+        "clouds",
+        "sources",
+        "warnings",
+        "env_file",
+        "origin",
+    }
     assert [setting.field for setting in SETTINGS if setting.field not in fields] == []
     assert fields - {setting.field for setting in SETTINGS} == set()
     for names in ([s.name for s in SETTINGS], [s.flag for s in SETTINGS], [s.field for s in SETTINGS], SUFFIXES):
@@ -156,8 +172,11 @@ def test_every_default_can_be_read_and_every_setting_is_explained(setting: Setti
         setting.read(setting.default)
     assert len(setting.help) > 5
     assert set(setting.modes.split()) <= set(MODES)
-    named = re.match(r"(?:JOBORCH_)?(SLURM|DIRAC)_", setting.name)
-    assert setting.plugin == (named[1].lower() if named else "compat22" if setting.name == "JOBORCH_COMPAT" else "")
+    named = re.match(r"(?:JOBORCH_)?(SLURM|DIRAC|CALLBACK|ISOLATION|NETWORK|BIND|UIDS|SCALE|ORPHAN_GRACE)(_|$)", setting.name)
+    others = {"CALLBACK": "webhooks", **dict.fromkeys(("ISOLATION", "NETWORK", "BIND", "UIDS"), "sandbox")}
+    others.update(dict.fromkeys(("SCALE", "ORPHAN_GRACE"), "clouds"))
+    plugin = others.get(named[1], named[1].lower()) if named else ""
+    assert setting.plugin == (plugin if named else "compat22" if setting.name == "JOBORCH_COMPAT" else "")
     assert re.fullmatch(r"--[a-z]+(-[a-z]+)*", setting.flag)
 
 
@@ -173,10 +192,12 @@ def test_what_is_no_list_of_weights_is_refused(text: str) -> None:
         load(environment={"JOBORCH_WEIGHTS": text})
 
 
-def test_the_readmes_table_has_every_setting() -> None:
-    rows = settings_table().splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == [s.name for s in SETTINGS] + [f"SERVICE_<NAME>_{s.name}" for s in SERVICE_SETTINGS]
-    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+def test_the_references_tables_have_every_setting_once() -> None:
+    rows = [line for line in reference.settings_tables().splitlines() if line.startswith("| `")]
+    names = [s.name for s in SETTINGS] + [f"SERVICE_<NAME>_{s.name}" for s in SERVICE_SETTINGS]
+    names += [f"CLOUD_<NAME>_{s.name}" for s in CLOUD_SETTINGS]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(names)
+    assert {row.replace("\\|", "").count("|") for row in rows} == {6}
 
 
 SPECIFIED_DEFAULTS = {
@@ -196,7 +217,7 @@ def test_defaults_are_those_of_the_specification(home: Path) -> None:
     assert server.data_path == str(home / ".local/share/joborch/server")
     assert client.db_path == str(home / ".local/share/joborch/client/joborch.db")
     service = load(environment={"SERVICE_A_CLIENTS": "http://h:1"}).services["a"]
-    assert dataclasses.astuple(service)[6:] == ("", "", "joborch", 5, 10, "share", None, 2, True, 86400.0, 3600.0)
+    assert dataclasses.astuple(service)[6:] == ("", "", "joborch", 5, 10, "share", None, 2, True, 86400.0, 3600.0, "")
 
 
 THREE_URLS = {
@@ -236,15 +257,24 @@ VALUES: dict[Any, tuple[str, str, str]] = {
     read_mode: ("0600", "0660", "666"),
     read_text: ("a", "b", "c"),
     read_url: ("http://a", "https://b/c", "http://c:8000"),
+    read_urls: ("http://a", "https://b/c, http://d", "http://c:8000"),
     read_token: ("a", "b", "c"),
     read_weights: ("7=2", "7=2,8=0.5", "9=1"),
     read_names: ("A", "A_*,B", "C"),
+    read_paths: ("/a", "/a,/b", "/c"),
+    read_gpus: ("0", "0,1", "none"),
+    read_uids: ("1-2", "20001-20064", "7-7"),
 }
 WORDS = {
     "executor": ("local", "slurm", "dirac"),
     "compat": ("1.2", "2.2", "2.2"),
     "log_level": ("debug", "info", "error"),
     "log_format": ("json",) * 3,
+    "isolation": ("none", "process", "user"),
+    "network": ("none", "host", "host"),
+    "callback_hosts": ("a.example", "*.example,10.0.0.0/8", "*"),
+    "callback_on": ("failed", "Failed,killed", "Running"),
+    "callback_secret": tuple(f"whsec_{letter * 32}" for letter in "abc"),
 }
 
 
@@ -400,13 +430,20 @@ def test_the_three_urls_of_the_reference(urls: tuple[str, str, str], wanted: tup
     assert load(environment=given).services["a"].addresses == (joborch.Address(*wanted),)
 
 
+@pytest.mark.parametrize("given", [{"CLIENTS": ""}, {"CLIENTS": ","}, {"MAX_RUNS": "3"}])
+@pytest.mark.parametrize("name", ["a", "example"])
+def test_a_service_without_a_client_of_its_own(name: str, given: dict[str, str]) -> None:
+    """Clients that call in serve it. Only the service example has a client by default."""
+    service = load(environment={f"SERVICE_{name.upper()}_{key}": text for key, text in given.items()}).services[name]
+    default = [client_address("http://127.0.0.1:9000")] if name == "example" and "CLIENTS" not in given else []
+    assert list(service.addresses) == default
+
+
 @pytest.mark.parametrize(
     ("given", "word"),
     [
         ({"DOWNLOAD_URL": DOWNLOAD}, "SERVICE_A_UPLOAD_URL is missing"),
         ({"UPLOAD_URL": "http://h:1/in", "DOWNLOAD_URL": "http://h:1/out"}, "SERVICE_A_DOWNLOAD_URL and _TERMINATE_URL are needed"),
-        ({"MAX_RUNS": "3"}, "SERVICE_A_CLIENTS=http://host:9000"),
-        ({"CLIENTS": ","}, "SERVICE_A_CLIENTS=http://host:9000"),
         ({"CLIENTS": "gpu1:9000"}, "SERVICE_A_CLIENTS is 'gpu1:9000"),
         ({"CLIENTS": "http://"}, "SERVICE_A_CLIENTS is"),
         ({"CLIENTS": "ftp://gpu1"}, "give a URL"),
@@ -424,6 +461,38 @@ def test_services_that_cannot_be(given: dict[str, str], word: str) -> None:
     assert word in refused(environment={f"SERVICE_A_{name}": value for name, value in given.items()})
 
 
+@pytest.mark.parametrize(("kind", "word"), [("large", "it has more than 64 KiB"), ("pipe", "cannot be read"), ("folder", "is a directory")])
+def test_a_token_file_that_is_none(kind: str, word: str, tmp_path: Path) -> None:
+    """It is neither read without end, such as a device, nor waited for; a pipe with a writer is read, as in <(pass show joborch)."""
+    path = tmp_path / "file"
+    if kind == "large":
+        with path.open("wb") as file:
+            file.truncate(1 << 20)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    assert word.lower() in refused(environment={"SERVICE_A_CLIENTS": "http://h:1", "SERVICE_A_TOKEN_FILE": str(path)}).lower()
+    assert "JOBORCH_TOKEN_FILE" in refused(environment={"JOBORCH_TOKEN_FILE": str(path)})
+
+
+def test_a_file_without_end_is_not_read_to_its_end() -> None:
+    assert "--env-file /dev/zero cannot be read: it has more than 1024 KiB" in refused(env_file="/dev/zero")
+    with pytest.raises(ConfigError, match="JOBORCH_CA_FILE is '/dev/zero': it is no regular file; give a file of certificates"):
+        check_certificates("/dev/zero")
+
+
+def test_a_token_comes_through_a_pipe() -> None:
+    near, far = os.pipe()
+    try:
+        os.write(far, b"a-token-of-20-letters\n")
+        os.close(far)
+        config = load(environment={"JOBORCH_TOKEN_FILE": f"/dev/fd/{near}"})
+    finally:
+        os.close(near)
+    assert config.token == "a-token-of-20-letters"
+
+
 # == Wrong values ==
 
 WRONG = {
@@ -435,7 +504,8 @@ WRONG = {
     read_bytes: "1T",
     joborch.read_switch: "yes",
 }
-TYPED = [setting for setting in SETTINGS if setting.read in WRONG or setting.field in WORDS]
+NOT_WRONG = ("callback_hosts", "callback_secret")  # "rubbish" may be a host; a secret is hidden
+TYPED = [each for each in SETTINGS if each.read in WRONG or (each.field in WORDS and each.field not in NOT_WRONG)]
 
 
 @pytest.mark.parametrize("setting", TYPED, ids=lambda setting: setting.name)

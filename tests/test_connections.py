@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import MakePair, MakeProcess
 from harness import (
     BOUNDARY,
@@ -43,9 +46,9 @@ from harness import (
 from world import serving
 
 import joborch
-from joborch_base.connections import Dispatcher
+from joborch_base.connections import Dispatcher, Watch
 
-GENEROUS_S = 5.0  # by then somebody who has nothing to do with an attack has the answer, on a busy machine too
+GENEROUS_S = 8.0  # by then somebody who has nothing to do with an attack has the answer, on a busy machine too
 TICKS = os.sysconf("SC_CLK_TCK")
 
 # Opens so many connections, sends the same text on each, says how many there are, and holds them.
@@ -326,7 +329,7 @@ def test_an_upload_makes_progress_or_is_given_up(step: bytes, survives: bool, de
         else:
             with pytest.raises(OSError, match=r"reset|pipe|Broken"):
                 drip_form(line, 1, step, 60)
-        wait_for(lambda: (desk.data.account.promised > 0) is survives, 10, "its promise")
+        wait_for(lambda: (desk.data.account.promised > 0) is survives, what="its promise")
 
 
 def test_a_caller_who_does_not_read_is_given_up(desk: Any, impatient: None) -> None:
@@ -483,3 +486,173 @@ def test_closing_gives_back_every_address(desk: Any) -> None:
     http.close()
     for listener in joborch.open_listeners(joborch.DEFAULT_HOSTS, port):
         listener.close()
+
+
+# == Wake-ups of the I/O thread ==
+
+
+class Line:
+    """A socket as `Watch` sees one; whether it is readable changes from one question to the next."""
+
+    accepting = False
+
+    def __init__(self, line: socket.socket, *readable: bool) -> None:
+        self._fileno, self.answers = line.fileno(), list(readable)
+
+    def readable(self) -> bool:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def writable(self) -> bool:
+        return False
+
+
+def test_what_changes_while_it_is_registered_is_seen() -> None:
+    """A worker that is done then finds the old events, which are those it needs, and wakes nobody."""
+    near, far = socket.socketpair()
+    with closing(near), closing(far):
+        watch, line = Watch(), Line(near, True)
+        watch.register(line)
+        assert not watch.is_outdated(line)
+        line.answers = [False, True]
+        watch.register(line)
+        assert not watch.is_outdated(line)
+        far.send(b"x")
+        assert [descriptor for descriptor, _ in watch.epoll.poll(60)] == [near.fileno()]
+        line.answers = [False]
+        assert watch.is_outdated(line)
+        watch.epoll.close()
+
+
+class Asked(Line):
+    """A connection that counts how often it is asked."""
+
+    serving, count = False, 0
+
+    def readable(self) -> bool:
+        self.count += 1
+        return super().readable()
+
+
+def test_connections_that_only_wait_are_not_asked_every_second() -> None:
+    """Hundreds of clients may wait for calls. One that was touched is asked once more at the next look."""
+    (near, far), (other, end) = socket.socketpair(), socket.socketpair()
+    with closing(near), closing(far), closing(other), closing(end):
+        watch, idle, busy = Watch(), Asked(near, True), Asked(other, True)
+        sockets: dict[int, Any] = {near.fileno(): idle, other.fileno(): busy}
+        watch.turn(sockets, 0)
+        watch.next_sweep = float("inf")
+        watch.touched.append(busy)
+        counts = []
+        for _ in range(4):
+            counts.append((idle.count, busy.count))
+            watch.next_look = 0.0 if len(counts) > 1 else float("inf")
+            watch.turn(sockets, 0)
+        counts.append((idle.count, busy.count))
+        assert [after[0] - before[0] for before, after in zip(counts, counts[1:])] == [0, 0, 0, 0]
+        assert [after[1] > before[1] for before, after in zip(counts, counts[1:])] == [True, True, False, False]
+        watch.next_sweep = 0.0
+        watch.turn(sockets, 0)
+        assert idle.count > counts[-1][0], "as a precaution"
+        watch.epoll.close()
+
+
+class Told(Line):
+    """One that notes what it is told."""
+
+    def __init__(self, line: socket.socket) -> None:
+        super().__init__(line, True)
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("handle_"):
+            raise AttributeError(name)
+        return lambda: self.told.append(name)
+
+
+def test_the_end_of_a_connection_does_not_end_the_next_one_with_its_number() -> None:
+    """A worker closes one after epoll has named it, and another is accepted in the same turn."""
+    near, far = socket.socketpair()
+    with closing(near):
+        watch, old, new = Watch(), Told(near), Told(near)
+        watch.register(old)
+        far.close()
+        watch.next_sweep = float("inf")
+        watch.turn({near.fileno(): new}, 60)
+        assert (old.told, new.told) == ([], [])
+        watch.turn({near.fileno(): new}, 60)
+        assert new.told, "the next turn registers it"
+        watch.epoll.close()
+
+
+def test_the_end_of_a_connection_that_a_process_being_started_shares_ends_no_other() -> None:
+    """The kernel goes on to name it by its number, which another connection has by now (epoll(7), question 6)."""
+    (near, far), (new, other) = socket.socketpair(), socket.socketpair()
+    with closing(near), closing(far), closing(new), closing(other), closing(near.dup()):
+        watch, old = Watch(), Told(near)
+        watch.register(old)
+        os.dup2(new.fileno(), near.fileno())
+        known = Told(near)
+        watch.known.clear()
+        watch.epoll.register(near.fileno(), select.EPOLLIN)
+        watch.known[near.fileno()], watch.next_sweep = (known, select.EPOLLIN | select.EPOLLPRI), float("inf")
+        far.close()
+        watch.turn({near.fileno(): known}, 60)
+        assert "handle_close" not in known.told
+        watch.epoll.close()
+
+
+def test_an_event_of_another_connection_ends_none(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process is started, epoll may report what a closed connection would have, under a number that is taken again."""
+    seen: list[Any] = []
+    real = Watch.register
+    monkeypatch.setattr(Watch, "register", lambda watch, each: (seen.append(each), real(watch, each))[1])
+    desk.restart(PORT="0")
+    with serving(desk.server) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as link:
+        here = link.getsockname()
+        connection = wait_for(lambda: next((each for each in list(seen) if getattr(each, "addr", None) == here), None), 60.0)
+        connection.handle_read()
+        link.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        link.settimeout(60)
+        assert parse_answer(read_all(link))[0] == 200
+
+
+def test_answers_on_a_kept_connection_do_not_wake_the_io_thread(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the next request already. Each of its turns costs CPU, and takes the interpreter from a worker."""
+    import waitress.trigger
+
+    pulls, real, count = [0], waitress.trigger.trigger._physical_pull, 50
+
+    def pull(trigger: Any) -> None:
+        pulls[0] += 1
+        real(trigger)
+
+    monkeypatch.setattr(waitress.trigger.trigger, "_physical_pull", pull)
+    desk.restart(PORT="0")
+    with serving(desk.server) as url, requests.Session() as session:
+        for _ in range(count):
+            assert session.get(f"{url}/health", timeout=60).status_code == 200
+        assert pulls[0] < count, "as many as answers"
+
+
+def test_a_listener_is_not_closed_while_a_worker_wakes_it(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of its pipe could belong to another file by then."""
+    import waitress.trigger
+
+    real, begun, go_on = waitress.trigger.trigger._physical_pull, threading.Event(), threading.Event()
+    http = joborch.make_http_server(desk.server, joborch.make_app(desk.server))
+
+    def pull(trigger: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        real(trigger)  # raises OSError if it is closed
+
+    monkeypatch.setattr(waitress.trigger.trigger, "_physical_pull", pull)
+    with futures.ThreadPoolExecutor(2) as pool:
+        waking = pool.submit(http.pull_trigger)
+        assert begun.wait(60)
+        closing = pool.submit(http.close)
+        with pytest.raises(futures.TimeoutError):
+            closing.result(0.2)
+        go_on.set()
+        assert waking.result(60) is None and closing.result(60) is None
+        http.pull_trigger()  # it does nothing now

@@ -301,6 +301,36 @@ def test_image_holds_the_archive_and_nothing_of_the_build(stack: Stack) -> None:
     assert version.startswith("joborch "), version
 
 
+RECIPE = ("seccomp=unconfined", "systempaths=unconfined")  # of docker-compose.yml and docs/security.md
+
+
+def test_doctor_says_how_scripts_can_be_kept_apart_in_a_container(stack: Stack) -> None:
+    """Not at all by default; with the recipe by `process`, which then keeps what its scripts start."""
+    ask = "JOBORCH_TOKEN=0123456789abcdef python3 /joborch.pyz doctor client 2>&1 || true"
+    found = said(stack.shell("client", ask))
+    assert re.search(r"this machine can do no better", found), found
+    options = [word for value in ("no-new-privileges:true", *RECIPE) for word in ("--security-opt", value)]
+    common = [
+        "run",
+        "--rm",
+        "--read-only",
+        "--cap-drop",
+        "ALL",
+        "--tmpfs",
+        "/tmp",
+        "--network",
+        "none",
+        *options,
+        "--entrypoint",
+        "sh",
+        "joborch",
+    ]
+    found = said(stack.docker(*common, "-c", ask))
+    assert "JOBORCH_ISOLATION=process works here" in found, found
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert all(value in text and value in (ROOT / "docs/security.md").read_text() for value in RECIPE)
+
+
 def test_server_that_nobody_may_call_does_not_start(stack: Stack) -> None:
     done = stack.docker("run", "--rm", "--network", "none", "joborch")
     assert done.returncode == 2, done
@@ -323,7 +353,7 @@ def test_stopping_is_quick_and_clean(stack: Stack) -> None:
             state = stack.inspect(service)["State"]
             assert isinstance(state, dict)
             assert state["ExitCode"] == 0, f"{service}: {state}"  # 137 would say that TERM was not enough
-        assert took_s < 5
+        assert took_s < 9, "compose kills after 10 s"
     finally:
         stack.up()
 

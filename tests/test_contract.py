@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import schemathesis
-from harness import EXAMPLE, Pair, Process, free_port, run_to_end
+from conftest import MakeProcess
+from harness import EXAMPLE, Pair, Process, free_port, run_to_end, tar_of
 from hypothesis import HealthCheck, assume, given, settings
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+from schemathesis.transport.serialization import Binary
 
 DOCUMENT = "/api-docs/openapi.json"
 METHODS = ("get", "head", "post", "put", "delete", "patch")
@@ -28,7 +30,11 @@ SERVER_ROUTES = {
     ("get", "/jobs"),
     ("get", "/changes"),
     ("get", "/jobs/{}"),
+    ("delete", "/jobs/{}"),
+    ("delete", "/users/{}"),
+    ("get", "/export"),
     ("post", "/jobs/{}/retry"),
+    ("post", "/jobs/{}/redeliver"),
     ("get", "/jobs/{}/result"),
     ("head", "/jobs/{}/result"),
     ("get", "/jobs/{}/files"),
@@ -46,6 +52,7 @@ CLIENT_ROUTES = {
     ("post", "/kill/{}"),
     ("get", "/files/{}"),
     ("get", "/file/{}"),
+    ("delete", "/payloads/{}"),
     ("get", "/load"),
     ("get", "/metrics"),
     ("get", "/health"),
@@ -101,9 +108,21 @@ def test_upload_is_described_with_its_fields(document: dict[str, Any]) -> None:
     """Fields and codes of the most important route."""
     upload = operations(document)["post", "/upload"]
     text = json.dumps(upload["requestBody"]["content"]["multipart/form-data"]) + json.dumps(document.get("components"))
-    for field in ("user_id", "service", "timeout", "retries", "name", "cpus", "memory", "archive", "crlf"):
+    for field in ("user_id", "service", "timeout", "retries", "name", "cpus", "memory", "gpus", "archive", "crlf"):
         assert f'"{field}"' in text, field
     assert {"201", "400", "413", "422", "507"} <= set(upload["responses"])
+
+
+def test_services_are_named_to_those_who_may_call(document: dict[str, Any], make_process: MakeProcess) -> None:
+    """What `service` may be stands in the description, but not for a stranger."""
+    for operation in (operations(document)["get", "/jobs"], operations(document)["get", "/changes"]):
+        (schema,) = [each["schema"] for each in operation["parameters"] if each["name"] == "service"]
+        assert schema["enum"] == ["example"]
+    form = operations(document)["post", "/upload"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["service"]["enum"] == ["example"]
+    guarded = make_process("server", {"JOBORCH_TOKEN": "a-token-for-callers-only"}).start()
+    stranger, known = guarded.get(DOCUMENT), guarded.get(DOCUMENT, headers={"Authorization": "Bearer a-token-for-callers-only"})
+    assert ('enum": ["example"]' in json.dumps(stranger.json()), 'enum": ["example"]' in json.dumps(known.json())) == (False, True)
 
 
 def test_examples_are_real(document: dict[str, Any]) -> None:
@@ -136,25 +155,44 @@ def api(fuzzed: Process) -> Any:
 
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 WITHOUT_PARAMETERS = {"/", "/metrics", "/services"}
-# Which services there are stands in no document: a string that fits the schema may be refused there. So may a path like `../a`.
-REFUSES_SOME_STRINGS = {"/upload", "/jobs", "/changes", "/jobs/{}/files/{}"}
-# What a retry may be given here: no schema says which services, jobs and clients there are, nor how long or printable a text is.
-FITTING = {"user_id": 1, "service": "example", "after": "1", "inputs_from": "1", "cpus": 1, "memory": "1M", "name": "n", "timeout": "90m"}
-FREE = ("priority", "retries", "crlf")
+REFUSES_SOME_STRINGS = {"/jobs/{}/files/{}"}  # a path like `../a`
+# What fits to the jobs and clients there are, which no schema says; nor does it say how long or printable a text is.
+FITTING = {"user_id": 1, "after": "1", "inputs_from": "1", "cpus": 1, "memory": "1M", "name": "n", "timeout": "90m"}
+FREE = ("service", "priority", "retries", "crlf")
+
+
+def fit_form(case: Any) -> None:
+    """Give a form fields that fit to the jobs there are, and no key or digest of another request; an upload gets a script."""
+    case.headers = {}
+    if isinstance(case.body, dict):
+        case.body = {name: FITTING.get(name, value) for name, value in case.body.items() if name in (*FITTING, *FREE)}
+        if case.operation.path == "/upload":  # the files that are made up are all called `file`
+            case.body["archive"] = [Binary(tar_of({"run.sh": (b"true\n", 0o755)}))]
 
 
 def fit_retry(case: Any) -> None:
-    """Let a call be a retry of a job that exists, with fields that fit to it, and no key or digest of another request."""
-    case.path_parameters, case.headers = {"job_id": 1}, {}
-    if isinstance(case.body, dict):
-        case.body = {name: FITTING.get(name, value) for name, value in case.body.items() if name in (*FITTING, *FREE)}
+    """Let a call be a retry of a job that exists."""
+    case.path_parameters = {"job_id": 1}
+    fit_form(case)
+
+
+def fit_list(case: Any) -> None:
+    """Leave out what no schema says: a name is printable, and a cursor is of a list in the same order."""
+    query = case.query or {}
+    assume(str(query.get("name", "")).isprintable())
+    if query.get("by") == "ended":
+        query.pop("before", None)
+
+
+FIT = {"/upload": fit_form, "/jobs/{}/retry": fit_retry, "/jobs": fit_list, "/changes": fit_list}
 
 
 @pytest.mark.parametrize(
     ("method", "path", "mode"),
-    [
-        *[(method, path, GOOD) for method, path in sorted(SERVER_ROUTES)],
+    [  # the deletions come last
+        *[(method, path, GOOD) for method, path in sorted(SERVER_ROUTES) if method != "delete"],
         *[(method, path, BAD) for method, path in sorted(SERVER_ROUTES) if path not in WITHOUT_PARAMETERS],
+        *[(method, path, GOOD) for method, path in sorted(SERVER_ROUTES) if method == "delete"],
     ],
 )
 def test_answers_agree_with_the_document(api: Any, method: str, path: str, mode: GenerationMode) -> None:
@@ -163,6 +201,8 @@ def test_answers_agree_with_the_document(api: Any, method: str, path: str, mode:
     left_out = [positive_data_acceptance] if path in REFUSES_SOME_STRINGS else []
     if path == "/health":  # `deep=1` says by 503 that the client is gone
         left_out = [not_a_server_error, positive_data_acceptance]
+    if path in FIT and mode is GOOD:
+        left_out.append(negative_data_rejection)  # it takes what was made to fit for damage
     operation = api[full][method.upper()]
     calls, known = operation.as_strategy(generation_mode=mode), {parameter.name for parameter in operation.query}
 
@@ -172,8 +212,8 @@ def test_answers_agree_with_the_document(api: Any, method: str, path: str, mode:
         assume(set(case.query or {}) <= known)  # one that is not known is left out, and makes no request a bad one
         if case.query and "wait" in case.query:
             case.query["wait"] = "0"
-        if path == "/jobs/{}/retry" and mode is GOOD:
-            fit_retry(case)
+        if path in FIT and mode is GOOD:
+            FIT[path](case)
         case.call_and_validate(timeout=20, excluded_checks=left_out)
 
     holds()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import wait_for
+from harness import replace, wait_for
 from world import RESULT, Desk, Peer, Yard, ask, event, events, file_part, new_job, reply, submit_payload, zip_reply
 
 import joborch
@@ -25,6 +25,7 @@ from joborch import BUSY, Cause, DataFolder, Job, Status, StorageError, Store, f
 from joborch_base import statements
 from joborch_base.scheduling import Line
 from joborch_base.states import MOVES
+from joborch_plugins import reload
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -35,6 +36,13 @@ ORDER = "SELECT job_id, source, target, reason, attempt FROM history ORDER BY se
 def decide_at_once(desk: Desk) -> None:
     """Claim in the transaction that makes it possible, as from the start of a server."""
     desk.store.core.propose = functools.partial(joborch.propose, desk.server)
+
+
+def held_by_senders(link: joborch.Link) -> set[int]:
+    """The jobs that a sender of a client holds; the link counts as many."""
+    held = {job_id for job_id, live in link.jobs.items() if live.sending}
+    assert link.sending == len(held)
+    return held
 
 
 def targets(store: Store) -> list[tuple[int, str]]:
@@ -59,7 +67,7 @@ def test_an_upload_and_its_claim_are_one_commit(desk: Desk) -> None:
     desk.link.heard()
     assert commits(desk.store, desk.upload) == 1
     assert targets(desk.store) == [(1, "Queued"), (1, "Processing")]
-    assert [job.id for job in desk.link.outbox] == [1] and desk.link.sending == {1}
+    assert [job.id for job in desk.link.outbox] == [1] and held_by_senders(desk.link) == {1}
     assert desk.link.outbox[0].status is Status.PROCESSING
 
 
@@ -125,7 +133,7 @@ def test_a_fault_in_a_decision_costs_nobody_his_work(desk: Desk, monkeypatch: py
 
     monkeypatch.setattr(desk.store, "claim", claim)
     job = desk.upload()
-    assert desk[job].status is Status.QUEUED and not desk.link.sending and not desk.link.outbox
+    assert desk[job].status is Status.QUEUED and not held_by_senders(desk.link) and not desk.link.outbox
     assert "an error while deciding" in caplog.text
 
 
@@ -146,11 +154,11 @@ def test_a_fault_in_what_follows_keeps_back_nothing_else(
 def test_a_sender_that_still_has_a_job_keeps_it(desk: Desk) -> None:
     """It is queued again, and the sender lets it go a moment later: a claim by then would be taken for lost."""
     job = desk.with_client(Status.PROCESSING)
-    desk.link.sending.add(job.id)
+    assert desk.link.hold(job.id) and not desk.link.hold(job.id)
     decide_at_once(desk)
     assert desk.store.move(job, Status.QUEUED, "it was refused", client=None)
-    assert desk[job].status is Status.QUEUED and desk.link.sending == {job.id}
-    desk.link.sending.discard(job.id)
+    assert desk[job].status is Status.QUEUED and held_by_senders(desk.link) == {job.id}
+    desk.link.release(job.id)
     desk.server.dispatch()
     assert desk[job].status is Status.PROCESSING
 
@@ -241,6 +249,7 @@ def works(desk: Desk, dice: random.Random) -> dict[str, Callable[[], object]]:
         "take along": lambda: store.take_along(some(Status.SUBMITTED), link.name),
         "weight": lambda: store.set_weight(dice.randrange(3), dice.uniform(0.5, 4)),
         "drain": lambda: desk.server.drain(link, dice.random() < 0.3),
+        "reload": lambda: reload_settings(desk, dice),
         "charge": lambda: store.charge_longer(some(Status.SUBMITTED)),
         "admit": lambda: watch_tick(desk.server),
         "clean": clean,
@@ -249,17 +258,30 @@ def works(desk: Desk, dice: random.Random) -> dict[str, Callable[[], object]]:
     }
 
 
+def reload_settings(desk: Desk, dice: random.Random) -> None:
+    """As SIGHUP does: other limits, rules and weights, and now and then a further service, or none that has jobs."""
+    texts = {name: text for name, text in desk.environment.items() if name.startswith("SERVICE_EXAMPLE") or name in ("DATA_PATH", "PORT")}
+    texts["SERVICE_EXAMPLE_RUNS_PER_USER"], texts["SERVICE_EXAMPLE_POLICY"] = dice.choice("123"), dice.choice(["share", "fifo", "priority"])
+    texts["JOBORCH_SHARE_HALF_LIFE"], texts["JOBORCH_WEIGHTS"] = dice.choice(["1h", "6h"]), f"{dice.randrange(3)}={dice.choice('24')}"
+    if dice.random() < 0.3:
+        texts = {name.replace("EXAMPLE", "OTHER"): text for name, text in texts.items()}
+    plugin = desk.server.plugins["reload"]
+    reload.change_server(plugin, desk.server, joborch.load_config("server", {}, texts))
+    for loop in desk.server.loops.values():
+        loop.stop()
+
+
 def finish(link: joborch.Link, job: Job) -> None:
     """As a sender does when the outcome of its job is stored."""
     link.outbox = type(link.outbox)(other for other in link.outbox if other.id != job.id)
-    link.sending.discard(job.id)
+    link.release(job.id)
 
 
 def compare(desk: Desk) -> None:
     """What is in memory is what the rows give."""
     core, link = desk.store.core, desk.link
     processing = {job.id for job in desk.store.jobs(EVERYTHING) if job.status is Status.PROCESSING}
-    assert link.sending == processing == {job.id for job in link.outbox}
+    assert held_by_senders(link) == processing == {job.id for job in link.outbox}
     assert link.drained == bool(desk.store.read(statements.DRAINED_ALL))
     assert not core.inbox and not core.moved and not core.outcomes and not core.undecided and not core.owner
     assert not desk.store.db.in_transaction
@@ -267,7 +289,10 @@ def compare(desk: Desk) -> None:
     assert not any(layers.changes for layers in kept.maps), "changes that were neither committed nor dropped"
     desk.store.set_limits(desk.store.limits)
     anew, core.shares = core.shares, kept
-    assert kept.users.known == anew.users.known and kept.weights.known == anew.weights.known
+    assert kept.users.known == anew.users.known
+    assert {
+        user: weight for user, weight in kept.weights.known.items() if weight != 1.0 or user in anew.weights.known
+    } == anew.weights.known
     for ours, theirs in ((kept.order, anew.order), (kept.running, anew.running)):
         assert {name: found for name, found in ours.items() if found} == {name: found for name, found in theirs.items() if found}
     assert {name: line for name, line in kept.lines.known.items() if line != Line()} == anew.lines.known
@@ -361,7 +386,61 @@ def test_a_client_runs_each_payload_once_whichever_commit_fails(seed: int, data:
         assert {job.status for job in jobs} == {Status.COMPLETED}
         assert sorted(starts.read_text().split()) == sorted(job.mark for job in jobs)
         assert yard.store.last_change >= max(job.changed or 0 for job in jobs)
-        assert not yard.client.unsaved and not yard.client.ending and not yard.client.notes
+        joborch.run_tick(yard.client)
+        assert not yard.client.payloads, "nothing is known any more of what is over"
+    finally:
+        faults.arm(False)
+        yard.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_client_remembers_nothing_false_whichever_commit_fails(
+    seed: int, data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Payloads start with their submits, some end with them, some are killed: in the end all is over, and known from the rows alone."""
+    replace(monkeypatch, "await_end", lambda *_: None)  # it waits for a tick, which would follow it here
+    yard, dice, starts = Yard(data, JOBORCH_SLOTS="4"), random.Random(seed), tmp_path / "starts"
+    client, faults, said = yard.client, Faults(yard.store), set[int]()
+    client.starts_at_once = True
+
+    def submit(end: str, wait_ms: int) -> None:
+        script = f"basename $(dirname $PWD) >> {starts}; {end}".encode()
+        said.add(submit_payload(client, [file_part("run.sh", script)], X_Joborch_Wait=str(wait_ms)).status)
+
+    def kill() -> None:
+        jobs = yard.store.jobs(EVERYTHING)
+        said.update(ask(client, "POST", f"/kill/{job.id}", X_Joborch_Mark=job.mark).status for job in jobs[-2:])
+
+    ticks = [functools.partial(tick, client) for tick in (joborch.run_tick, joborch.end_tick, joborch.sync_tick, joborch.limit_tick)]
+    given = (("exit 0", 1000), ("exit 0", 0), ("exec sleep 1000", 0), ("exec sleep 1000", 1))
+    submits = [functools.partial(submit, *each) for each in given]
+    try:
+        for _ in range(60):
+            faults.arm(dice.random() < 0.3)
+            with suppress(StorageError):
+                dice.choice([*submits, kill, *ticks])()
+        faults.arm(False)
+
+        def all_are_over() -> bool:
+            yard.clock.pass_s(1)
+            joborch.run_tick(client)
+            while joborch.end_tick(client):
+                pass
+            rest = [job for job in yard.store.jobs(EVERYTHING) if job.status not in joborch.OVER]
+            for job in rest:
+                if job.status is Status.RUNNING:
+                    yard.store.request_kill(job.id, joborch.Cause.CANCELLED)
+            return not rest
+
+        wait_for(all_are_over, 120, "the end of all payloads")
+        jobs, ran = yard.store.jobs(EVERYTHING), starts.read_text().split() if starts.exists() else []
+        assert {200, 503} <= said <= {200, 202, 503}, "some were refused, and some were not"
+        assert {job.status for job in jobs} <= {Status.COMPLETED, Status.KILLED}
+        assert len(ran) == len(set(ran)) and {job.mark for job in jobs if job.status is Status.COMPLETED} <= set(ran)
+        assert yard.store.core.quiet <= {job.id for job in jobs if job.status is Status.COMPLETED}
+        joborch.run_tick(client)
+        assert not client.payloads and not client.holds.held and not client.executor.attempts  # type: ignore[attr-defined]
+        assert {path.name for path in data.jobs.iterdir()} == {job.mark for job in jobs} and not list(data.tmp.iterdir())
     finally:
         faults.arm(False)
         yard.close()

@@ -10,19 +10,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import random
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from conftest import MakePair
-from harness import ENDED, Pair, Process, field_part, file_part, form, form_type, from_source, program_text, tar_of, wait_for
+from harness import (
+    ENDED,
+    SCRIPT_UIDS,
+    JoinedPair,
+    Pair,
+    Process,
+    field_part,
+    file_part,
+    form,
+    form_type,
+    from_source,
+    program_text,
+    tar_of,
+    wait_for,
+)
 from history import Expected, Quota, assert_proven, gather, mark_lines, read_marks
+from world import Peer, reply
 
 BIG = random.Random(5).randbytes(300 * 1024)  # too large to travel with the news of its end
 LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "2", "SERVICE_EXAMPLE_MAX_RUNS": "6"}
@@ -206,7 +224,7 @@ def ordinary(run: Run) -> None:
 def sides_of(point: str) -> list[str]:
     """Which side passes a crash point."""
     area = point.split(".")[0]
-    if area in ("upload", "unpack", "retry", "index", "claim", "send", "attempt", "hear", "fetch") or point in (
+    if area in ("upload", "unpack", "retry", "index", "claim", "send", "attempt", "hear", "fetch", "webhook") or point in (
         "kill.queued",
         "kill.asked",
         "start.asked",
@@ -217,14 +235,15 @@ def sides_of(point: str) -> list[str]:
     return ["server", "client"]
 
 
-# Those of a batch system are passed with one alone: see test_slurm.py and test_dirac.py.
-POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac)([\w.]+)"\)', program_text())))
-ELSEWHERE = ("clean.", "restore.")  # passed by the cleaner, and by a restore: see below, and test_instances.py
+# Those of a batch system or a cloud are passed with one alone: see test_slurm.py, test_dirac.py and test_clouds.py.
+POINTS = sorted(set(re.findall(r'crash_point\("(?!slurm|dirac|cloud)([\w.]+)"\)', program_text())))
+ELSEWHERE = ("clean.", "join.", "restore.", "webhook.", "erase.")  # see below, test_joined.py, test_instances.py and test_privacy.py
 SPECIAL = (
     "send.refused",
     "send.lost",
     "send.ended",
     "submit.ended",
+    "submit.waits",
     "attempt.stored",
     "start.asked",
     "sync.done",
@@ -242,9 +261,11 @@ def make_run(make_pair: MakePair) -> Iterator[Callable[..., Run]]:
     """Makes a run (not started), which is over with the test."""
     runs: list[Run] = []
 
-    def make(server: list[str], client: list[str], program: list[str] | None = None, **settings: str) -> Run:
+    def make(server: list[str], client: list[str], program: list[str] | None = None, calls_in: bool = False, **settings: str) -> Run:
         own = {"JOBORCH_SLOTS": "6", "JOBORCH_KILL_GRACE": "0.2", **settings}
-        pair = make_pair(server={**LIMITS, **settings}, client=own, program=program)
+        pair = make_pair(kind=JoinedPair if calls_in else Pair, server={**LIMITS, **settings}, client=own, program=program)
+        if isinstance(pair, JoinedPair):
+            pair.prepare()
         runs.append(Run(pair, server, client))
         return runs[-1]
 
@@ -266,6 +287,27 @@ def test_a_crash_at_every_point(side: str, point: str, make_run: Callable[..., R
     ordinary(run)
     run.settle()
     assert getattr(run, side).deaths >= 1, f"the {side} never came to {point}"
+
+
+AROUND_A_SCRIPT = ["run.prepared", "run.started", "kill.begun", "end.stored"]
+
+
+@pytest.mark.parametrize("isolation", ["process", "full", *(["user"] if os.geteuid() == 0 else [])])
+def test_a_crash_around_an_isolated_script(isolation: str, make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """What was begun is taken up, whatever isolates it, and ends as any other."""
+    common = tmp_path / "common"
+    common.mkdir()
+    (common / "marks").touch()
+    (common / "marks").chmod(0o666)
+    settings = {"JOBORCH_ISOLATION": isolation, "JOBORCH_MAX_PROCESSES": "1000", "JOBORCH_MAX_WORK": "100M"}
+    settings.update({"JOBORCH_BIND_RW": str(common)} if isolation != "process" else {})
+    settings.update({"JOBORCH_UIDS": SCRIPT_UIDS} if isolation == "user" else {})
+    run = make_run([], AROUND_A_SCRIPT, **settings)
+    run.marks, run.hold = common / "marks", common / "go"
+    run.start()
+    ordinary(run)
+    run.settle()
+    assert run.client.deaths == len(AROUND_A_SCRIPT)
 
 
 PASSED_BY_ALL = ["upload.synced", "upload.stored", "claim.stored", "send.answered", "send.stored", "fetch.renamed", "fetch.durable"]
@@ -326,6 +368,25 @@ def test_a_crash_where_the_answer_to_a_submit_has_the_end(side: str, point: str,
         job = run.submit("rm data; echo small > out", 1, Expected(members=files, **COMPLETED))
         run.job(job, lambda job: job["status"] in ENDED)
         assert number == 0 or getattr(run, side).deaths >= 1, f"the {side} never came to {point}"
+    run.settle()
+
+
+AHEAD = from_source(SHORT_RUN_S=1000.0, END_WAIT_S=1.0, HANDOVER_S=1000.0, TURNING_S=1000.0)  # jobs are sent ahead, whatever they take
+
+
+@pytest.mark.parametrize(("side", "point"), [("client", "submit.waits"), ("server", "send.answered:3")])
+def test_a_crash_while_jobs_wait_at_a_client(side: str, point: str, make_run: Callable[..., Run]) -> None:
+    """They wait for the only slot, and their submits with them: each runs once, in its first attempt."""
+    run, small = make_run(**{"server": [], "client": [], side: [point]}, program=AHEAD, JOBORCH_SLOTS="1"), {"out": sha256(b"small\n")}
+    run.start()
+    first = run.submit("rm data; echo small > out", 1, Expected(members=small, **COMPLETED))
+    run.job(first, lambda job: job["status"] in ENDED)
+    held = run.submit(f"while [ ! -e {run.hold} ]; do sleep 0.05; done; rm data; echo small > out", 2, Expected(members=small, **COMPLETED))
+    run.job(held, lambda job: job["status"] == "Running")
+    for user in (1, 3):
+        run.submit("rm data; echo small > out", user, Expected(members=small, **COMPLETED))
+    wait_for(lambda: getattr(run, side).deaths == 1, LIMIT_S, f"the death of the {side}")
+    run.hold.touch()
     run.settle()
 
 
@@ -398,6 +459,37 @@ def test_a_crash_after_results_came_to_the_disk(make_run: Callable[..., Run]) ->
     run.settle()
 
 
+OF_WEBHOOKS = [*(point for point in POINTS if point.startswith("webhook.")), "commit.begun:3", "commit.done:3"]
+
+
+@pytest.mark.parametrize("point", OF_WEBHOOKS)
+def test_a_crash_around_a_webhook(point: str, make_run: Callable[..., Run], peer: Peer) -> None:
+    """Between move, outbox, send and note: each arrives at least once, always with the same content, and in order for its job."""
+    run = make_run([point, point], [])
+    run.pair.server.settings.update(JOBORCH_CALLBACK_HOSTS="127.0.0.1", JOBORCH_CALLBACK_ON="Queued,Killed")
+    peer.says["/hook"] = [reply(204)]
+    # One after the other, as they came: what a dead server has sent is read before what the next one sends.
+    peer.http.process_request = lambda line, address: (peer.http.finish_request(line, address), peer.http.shutdown_request(line))  # type: ignore[method-assign,assignment]
+    run.server.start()
+    run.keeper.start()
+    parts = [file_part("run.sh", b"true"), *fields_of(user_id=1, callback_url=f"{peer.url}/hook")]
+    numbers = [run.send("/upload", parts, Expected()) for _ in range(3)]
+    for number in numbers:
+        run.terminate(number)
+    for number in numbers:
+        run.job(number, lambda job: [each["state"] for each in job["webhooks"]] == ["delivered"] * 2)
+    wait_for(lambda: run.server.deaths >= 1, LIMIT_S, f"the death of the server at {point}")
+    run.stop()
+    said: dict[int, list[tuple[str, bytes]]] = {}
+    for asked in list(peer.asked):
+        said.setdefault(json.loads(asked.body)["id"], []).append((asked.headers["webhook-id"], asked.body))
+    assert set(said) == set(numbers)
+    for found in said.values():
+        assert len(set(found)) == len(dict(found)) == 2, "one content for each id"
+        states = [json.loads(body)["status"] for _, body in found]
+        assert states == sorted(states, reverse=True) and set(states) == {"Queued", "Killed"}
+
+
 def is_empty(process: Process) -> bool:
     """Whether no file of a job is left."""
     return not process.files() - {"joborch.lock", "wrapper.sh", "executor", "reserve", "jobs", "results", "tmp"}
@@ -448,9 +540,32 @@ def test_a_crash_of_the_cleaner_beside_a_result_that_is_needed(point: str, make_
     run.stop()
 
 
-def test_killed_at_random(make_run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("points", [("fetch.received", "submit.stored"), ("send.answered", "events.confirmed")])
+def test_a_client_that_calls_in_and_its_server_die(points: tuple[str, str], make_run: Callable[..., Run]) -> None:
+    run = make_run([points[0]], [points[1]], calls_in=True)
+    run.start()
+    ordinary(run)
+    run.settle()
+    assert min(run.server.deaths, run.client.deaths) >= 1
+
+
+def test_a_client_and_its_server_die_at_every_step_of_a_join(make_run: Callable[..., Run]) -> None:
+    """Before the first call, when the server has bound the token, before it answers, before the first poll, and with the first calls."""
+    server, client = ["join.bound", "join.welcomed"], ["join.begun", "join.answered", "join.called"]
+    assert {*server, *client, "join.renewed"} == {point for point in POINTS if point.startswith("join.")}
+    run = make_run(server, client, from_source(BACKOFF_FIRST_S=0.05, BACKOFF_LAST_S=0.2), calls_in=True)
+    run.start()
+    run.submit("echo small > out", 1, Expected(members={"out": sha256(b"small\n")}, **COMPLETED))
+    run.settle()
+    assert (run.server.deaths, run.client.deaths) == (2, 3)
+    (listed,) = run.pair.server.get("/clients").json()["clients"]
+    assert (listed["name"], listed["reachable"], listed["trouble"]) == ("gpu", True, "")
+
+
+@pytest.mark.parametrize("calls_in", [False, True])
+def test_killed_at_random(make_run: Callable[..., Run], calls_in: bool) -> None:
     """At whatever statement it is just then, over and over while jobs come."""
-    run, chance, stop = make_run([], []), random.Random(1), threading.Event()
+    run, chance, stop = make_run([], [], calls_in=calls_in), random.Random(1), threading.Event()
     run.start()
 
     def shoot() -> None:

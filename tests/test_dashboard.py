@@ -131,6 +131,16 @@ def test_the_overview_begins_with_the_problems(desk: Desk) -> None:
     assert text.index("does not answer") < text.index("Services")
 
 
+def test_the_remedy_for_a_drained_client_is_the_button_on_the_page(desk: Desk) -> None:
+    desk.with_client()
+    assert ask(desk.server, "POST", f"/clients/{desk.link.name}/drain").status == 200
+    text = shown(desk, "/dashboard").text
+    assert f"press Resume at {desk.link.name} under Clients" in text and "POST /" not in text
+    assert "draining, 1 job left" in text
+    reader = ask(desk.server, "GET", "/dashboard", caller=joborch.Caller("eye", "token", "reader"))
+    assert f"an operator can resume {desk.link.name}".encode() in reader.body and b"press Resume" not in reader.body
+
+
 def test_a_list_is_paged_by_links(desk: Desk) -> None:
     """Each job once, newest first, with the filters kept; the first page alone is live."""
     wanted = [desk.store.add(desk_job(number), "uploaded").id for number in range(2 * page.JOBS_A_PAGE + 3)]
@@ -150,11 +160,19 @@ def desk_job(number: int) -> joborch.NewJob:
     return joborch.NewJob(f"uuid-{number}", user_id=7, service="example")
 
 
-@pytest.mark.parametrize("query", ["user_id=seven", "status=Nonsense", "service=unknown", "before=x"])
-def test_a_wrong_filter_is_explained_by_a_page(query: str, desk: Desk) -> None:
-    elements = shown(desk, f"/dashboard/jobs?{query}", 400)
+@pytest.mark.parametrize("query", ["user_id=seven", "status=Nonsense", "service=unknown", "since=yesterday", "before=x"])
+def test_a_wrong_filter_is_explained_above_the_filled_form(query: str, desk: Desk) -> None:
+    elements = shown(desk, f"/dashboard/jobs?{query}&name=dock", 400)
     assert "give" in elements.text
-    assert "alert" in elements.values("role")
+    assert [each for _, each in elements.found if each.get("role") == "alert" and "hidden" not in each]
+    assert "dock" in elements.values("value", "input")
+    assert query.startswith(("status", "service", "before")) or query.partition("=")[2] in elements.values("value", "input")
+
+
+def test_users_in_a_list_lead_to_their_shares(desk: Desk) -> None:
+    failed(desk, "why", user_id=8)
+    for path in ("/dashboard/jobs", "/dashboard/jobs/1"):
+        assert "/dashboard/users?user_id=8" in shown(desk, path).values("href", "a"), path
 
 
 def test_a_job_shows_its_states_to_scale(desk: Desk) -> None:
@@ -171,6 +189,10 @@ def test_a_job_shows_its_states_to_scale(desk: Desk) -> None:
     assert "Queued for 30 s, then Running for 90 s" in elements.values("aria-label", "svg")
     assert "it ran out of memory" in elements.text and "2oob" in elements.text
     assert f"/jobs/{job.id}/retry" in elements.values("data-post")
+    assert elements.values("data-title") == [f"Run job {job.id} again?"]
+    assert {each["class"] for tag, each in elements.found if tag == "circle"} == {"queued", "processing", "submitted", "running", "failed"}
+    titles = re.findall(r"<(title|h1)>(.*?)</", ask(desk.server, "GET", f"/dashboard/jobs/{job.id}").body.decode())
+    assert [re.sub("<.*?>", "", text).partition(" · joborch")[0] for _, text in titles[:2]] == [f"Job {job.id} · 2oob"] * 2
 
 
 def test_a_job_that_waits_says_for_what_and_can_be_cancelled(desk: Desk) -> None:
@@ -178,8 +200,14 @@ def test_a_job_that_waits_says_for_what_and_can_be_cancelled(desk: Desk) -> None
     elements = shown(desk, f"/dashboard/jobs/{job.id}")
     waiting_for = ask(desk.server, "GET", f"/jobs/{job.id}").json["waiting_for"]
     assert waiting_for and waiting_for in elements.text
-    assert elements.values("data-question") == [f"Stop job {job.id}? Its processes are killed, and it has no result."]
+    assert elements.values("data-title") == [f"Cancel job {job.id}?"] and "not started" in elements.values("data-text")[0]
     assert elements.values("data-post") == [f"/terminate/{job.id}"]
+    assert "has not started yet" in elements.text and elements.values("data-log") == []
+    assert "1 among the jobs of all users for example" in elements.text
+    running = desk.with_client(user_id=8)
+    elements = shown(desk, f"/dashboard/jobs/{running.id}")
+    assert "files that it has written so far are kept" in elements.values("data-text")[0]
+    assert len(elements.values("data-log")) == 2
 
 
 @pytest.mark.parametrize(("number", "status"), [("99", 404), ("0", 404), ("x", 400), ("1%27", 400)])
@@ -195,12 +223,27 @@ def test_users_with_their_shares(desk: Desk) -> None:
     assert "7example2.5" in text and "8example1" in text
     only = shown(desk, "/dashboard/users?user_id=8")
     assert "/dashboard/jobs?user_id=8" in only.values("href") and "/dashboard/jobs?user_id=7" not in only.values("href")
-    assert "whole number" in shown(desk, "/dashboard/users?user_id=x", 400).text
+    wrong = shown(desk, "/dashboard/users?user_id=x", 400)
+    assert "whole number" in wrong.text and wrong.values("value", "input") == ["x"]
 
 
 def test_the_form_has_every_field_of_an_upload(desk: Desk) -> None:
-    names = shown(desk, "/dashboard/submit").values("name")
-    assert set(joborch.FORM_FIELDS) <= set(names)
+    elements = shown(desk, "/dashboard/submit")
+    assert set(joborch.FORM_FIELDS) <= set(elements.values("name"))
+    assert "`" not in elements.text and not re.search("inputs_from|callback_url|crlf|user_id", elements.text)
+    line_ends = elements.values("value", "option")[-3:]
+    assert line_ends == ["", "fix", "keep"]
+
+
+def test_the_form_says_what_an_empty_field_means(desk: Desk) -> None:
+    """For retries and the time limit, if that is the same for all services that the caller may use."""
+    desk.restart(SERVICE_EXAMPLE_RETRIES="4", SERVICE_EXAMPLE_TIMEOUT="300")
+    text = shown(desk, "/dashboard/submit").text
+    assert "infrastructure failure (if empty: 4)" in text and "cores that the script needs (if empty: 1)" in text
+    assert "m, h or d (if empty: 5 min)" in text and "M or G (if empty" not in text
+    desk.restart(SERVICE_EXAMPLE_RETRIES="4", SERVICE_OTHER_RETRIES="5", SERVICE_OTHER_CLIENTS="http://127.0.0.1:9")
+    text = shown(desk, "/dashboard/submit").text
+    assert "infrastructure failure (if" not in text and "cores that the script needs (if empty: 1)" in text
 
 
 def test_filters_are_those_of_the_list(desk: Desk) -> None:

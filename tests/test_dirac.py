@@ -26,10 +26,10 @@ from typing import Any
 import pytest
 from conftest import MakePair, MakeProcess
 from grid import PARSE, DiracX, Pilot
-from harness import NOBODY_UID, Pair, download, free_port, open_program, submit, wait_for, wait_status
+from harness import NOBODY_UID, JoinedPair, Pair, download, free_port, open_program, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from world import BOUNDED, HandClock, changed, new_job, tried
+from world import BOUNDED, USES_MEMORY, HandClock, changed, files_with, new_job, tried
 
 import joborch
 from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, DataFolder, Job, Outcome, StillRunning
@@ -39,6 +39,9 @@ from joborch_plugins.dirac import DiracExecutor, DiracLogin
 GRACE_S = 0.2
 
 MOMENT = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\d"  # with the day if that is not today
+
+
+pytestmark = pytest.mark.timeout(400)  # the first test also waits for the service's start
 
 
 @pytest.fixture(autouse=True)
@@ -1026,8 +1029,8 @@ def test_an_ended_login_lets_jobs_wait(bench: Bench) -> None:
 
 
 @pytest.fixture
-def site(diracx: DiracX, make_pair: MakePair, open_folder: Path, pyz: Path, root: None) -> Pair:
-    """A server, and a client that hands its jobs to DIRAC, both run by a user who is not root."""
+def site(diracx: DiracX, make_pair: MakePair, open_folder: Path, pyz: Path, root: None, request: pytest.FixtureRequest) -> Pair:
+    """A server, and a client that hands its jobs to DIRAC, both run by a user who is not root. The client may call in (JoinedPair)."""
     credentials = write_login(open_folder / "credentials.json", diracx.login())
     os.chown(credentials, NOBODY_UID, NOBODY_UID)
     open_folder.chmod(0o777)  # a refresh puts a new file in the place of the old one
@@ -1039,32 +1042,36 @@ def site(diracx: DiracX, make_pair: MakePair, open_folder: Path, pyz: Path, root
         "JOBORCH_VANISH_GRACE": "3",
         "SERVICE_EXAMPLE_DIRAC_SITE": "LCG.Somewhere.org",
     }
-    return make_pair(folder=open_folder / "pair", client=client, user=NOBODY_UID, program=open_program(open_folder, pyz))
+    kind, program = getattr(request, "param", Pair), open_program(open_folder, pyz)
+    made: Pair = make_pair(kind=kind, folder=open_folder / "pair", client=client, user=NOBODY_UID, program=program)
+    return made
 
 
 def pilot_of(site: Pair, diracx: DiracX, number: int, folder: Path) -> Pilot:
     """A pilot for the only job that an attempt has in DIRAC."""
     job = site.server.job(number)
-    (row,) = wait_for(lambda: diracx.rows(JobName=f"{job['uuid']}.{job['attempt']}"), 20, "the job in DIRAC")
+    (row,) = wait_for(lambda: diracx.rows(JobName=f"{job['uuid']}.{job['attempt']}"), what="the job in DIRAC")
     return Pilot(diracx, int(row["JobID"]), folder)
 
 
 def test_the_whole_way_as_an_ordinary_user(site: Pair, diracx: DiracX, tmp_path: Path) -> None:
     """Upload, submission, pilot, output sandbox, ZIP; and on the way, what DIRAC says of the job."""
     site.start()
-    number = submit(site.server, "cat in/a.txt > out.txt; echo $JOBORCH_ATTEMPT; echo oops >&2", {"in/a.txt": b"words\n"}, timeout=60)
+    script = f"{USES_MEMORY}cat in/a.txt > out.txt; echo $JOBORCH_ATTEMPT; echo oops >&2"
+    number = submit(site.server, script, {"in/a.txt": b"words\n"}, timeout=60)
     failed = submit(site.server, "echo no >&2; exit 7")
     pilot = pilot_of(site, diracx, number, tmp_path / "node").wait()
-    said = wait_for(lambda: (text := str(site.server.job(number)["waiting_for"])).startswith("DIRAC: Waiting") and text, 20, "a reason")
+    said = wait_for(lambda: (text := str(site.server.job(number)["waiting_for"])).startswith("DIRAC: Waiting") and text, what="a reason")
     assert re.fullmatch(rf"DIRAC: Waiting since [\d :-]+, Pilot Agent Submission \(job {pilot.number}\)", said)
     assert '"LCG.Somewhere.org"' in pilot.jdl()
     pilot.start()
-    wait_status(site.server, number, "Running", limit_s=20)
+    wait_status(site.server, number, "Running")
     assert pilot.finish() == 0
     job = wait_status(site.server, number, "Completed", limit_s=30)
     found = download(site.server, number)
     assert (found["out.txt"], found[".joborch/stdout"], found[".joborch/stderr"]) == (b"words\n", b"1\n", b"oops\n")
     assert (job["attempt"], job["started_at"] > job["created_at"]) == (1, True)
+    assert 0 < job["cpu_time"] < 60 and 200 << 20 <= job["peak_memory"] < 400 << 20
     pilot_of(site, diracx, failed, tmp_path / "node2").run()
     bad = wait_status(site.server, failed, "Failed", limit_s=30)
     assert (bad["exit_code"], bad["cause"], '"no"' in bad["reason"]) == (7, "user", True)
@@ -1077,11 +1084,11 @@ def test_terminate_waits_for_the_pilot(site: Pair, diracx: DiracX, tmp_path: Pat
     site.start()
     number = submit(site.server, "echo began; sleep 300")
     pilot = pilot_of(site, diracx, number, tmp_path / "node").wait().start()
-    wait_status(site.server, number, "Running", limit_s=20)
+    wait_status(site.server, number, "Running")
     answers: list[Any] = []
     caller = threading.Thread(target=lambda: answers.append(site.server.post(f"/terminate/{number}")))
     caller.start()
-    wait_for(lambda: diracx.rows(JobID=pilot.number)[0]["Status"] == "Killed", 20, "DIRAC's note")
+    wait_for(lambda: diracx.rows(JobID=pilot.number)[0]["Status"] == "Killed", what="DIRAC's note")
     assert site.server.job(number)["status"] == "Running"
     pilot.kill()
     pilot.say("", "Received Kill signal")
@@ -1089,6 +1096,45 @@ def test_terminate_waits_for_the_pilot(site: Pair, diracx: DiracX, tmp_path: Pat
     assert (answers[0].status_code, answers[0].json()["status"]) == (200, "Killed")
 
 
+def test_nothing_is_left_of_a_job_that_is_deleted(site: Pair, diracx: DiracX, tmp_path: Path) -> None:
+    """Of one that has ended and of one that waits in DIRAC: on the disks of server and client; DIRAC's sandboxes are released."""
+    site.start()
+    secret = "xyzzy-of-a-patient"
+    script = f"echo {secret} >out; echo {secret} >&2; exit 3"
+    ended, waiting = (submit(site.server, script, {f"{secret}.txt": str(number).encode()}, name=secret) for number in range(2))
+    waits = pilot_of(site, diracx, waiting, tmp_path / "none").wait()
+    pilot = pilot_of(site, diracx, ended, tmp_path / "node")
+    pilot.run()
+    wait_status(site.server, ended, "Failed", limit_s=60)
+    assert len(diracx.call("GET", f"/api/jobs/{pilot.number}/sandbox")["Output"]) == 1
+    for number in (ended, waiting):
+        wait_for(lambda number=number: site.server.call("DELETE", f"/jobs/{number}").status_code == 200, 60, "the end")
+        assert secret not in str(site.server.job(number))
+    assert files_with(site.server.data, secret) == files_with(site.client.data, secret) == []
+    for number in (pilot.number, waits.number):
+        assert diracx.call("GET", f"/api/jobs/{number}/sandbox") == {"Input": [], "Output": []}
+    assert diracx.rows(JobID=waits.number)[0]["Status"] == "Killed"
+
+
+def test_sandboxes_are_released_when_dirac_is_back(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """What it refuses for good is left to its site."""
+    job, pilot = bench.start("exit 0")
+    pilot.run()
+    bench.end(job)
+    url, bench.executor.service.url = bench.executor.service.url, "http://127.0.0.1:9"
+    with pytest.raises(joborch.BackendUnavailable, match="does not answer"):
+        bench.executor.erase(job)
+    bench.executor.service.url = url
+    bench.executor.erase(job)
+    bench.executor.erase(job)
+    assert bench.diracx.call("GET", f"/api/jobs/{job.handle}/sandbox") == {"Input": [], "Output": []}
+    foreign = bench.diracx.submit("somebody's", bench.diracx.bob)
+    with caplog.at_level("INFO"):
+        bench.executor.erase(changed(job, handle=str(foreign)))
+    assert f"DIRAC keeps the sandboxes of job {foreign}" in caplog.text and bench.executor.problem() == ""
+
+
+@pytest.mark.parametrize("site", [Pair, JoinedPair], indirect=True)
 def test_the_client_dies_between_the_submission_and_its_note(site: Pair, diracx: DiracX, tmp_path: Path) -> None:
     """By SIGKILL; the job is in DIRAC once, and runs once."""
     site.client.settings["JOBORCH_TEST_CRASH"] = "dirac.submitted"
@@ -1111,7 +1157,7 @@ def test_a_login_that_has_ended_keeps_jobs_waiting(site: Pair, diracx: DiracX, t
     write_login(credentials, ended, lasts_s=-10)
     site.start()
     number = submit(site.server, "true")
-    wait_for(lambda: "log in again with `dirac login`" in str(site.server.job(number)["waiting_for"]), 20, "the reason")
+    wait_for(lambda: "log in again with `dirac login`" in str(site.server.job(number)["waiting_for"]), what="the reason")
     assert "its refresh token was valid until 2001-09-09" in site.client.health()["problem"]
     environment = {**site.client.environment(), "PORT": str(free_port())}
     words = [*site.client.program, "doctor", "client"]

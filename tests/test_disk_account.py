@@ -103,7 +103,7 @@ def test_a_broken_upload_gives_its_disk_back_at_once(how: str, chunked: bool, se
     with upload_begun(server.port, None if chunked else 20 * MIB, 10 * MIB) as line:
         wait_for(lambda: free_mib(small_disk) < before - 9, what="the body on the disk")
         BREAKS[how](line)
-        wait_for(lambda: free_mib(small_disk) > before - 1, 10, what="its disk back")
+        wait_for(lambda: free_mib(small_disk) > before - 1, what="its disk back")
     assert upload(server, {"run.sh": b"true", "big": bytes(20 * MIB)}).status_code == 201, "nor is anything promised any more"
 
 
@@ -112,7 +112,7 @@ def test_an_upload_that_is_refused_at_its_end_gives_its_disk_back(server: Proces
     before = free_mib(small_disk)
     for _ in range(5):
         assert_error(post_form(server, [file_part("../x", bytes(10 * MIB))]), 400)
-    wait_for(lambda: free_mib(small_disk) > before - 1, 10, what="its disk back")
+    wait_for(lambda: free_mib(small_disk) > before - 1, what="its disk back")
 
 
 # == Promises ==
@@ -129,7 +129,7 @@ def test_what_one_upload_was_promised_no_other_gets(server: Process, small_disk:
             assert int(headers["retry-after"]) > 0
             assert_error_body(headers["content-type"], body, "too full")
         assert upload(server, {"run.sh": b"true"}).status_code == 201
-    answer = wait_for(lambda: upload(server, {"run.sh": b"true", "big": bytes(10 * MIB)}).status_code == 201, 10)
+    answer = wait_for(lambda: upload(server, {"run.sh": b"true", "big": bytes(10 * MIB)}).status_code == 201)
     assert answer
 
 
@@ -147,7 +147,7 @@ def test_a_body_without_a_length_is_asked_for_as_it_comes(role: str, small_disk:
         status, _, _ = parse_answer(read_all(line))
     assert status == 507
     assert 15.5 < least < before - 10
-    wait_for(lambda: free_mib(small_disk) > before - 1, 10, what="its disk back")
+    wait_for(lambda: free_mib(small_disk) > before - 1, what="its disk back")
 
 
 def test_thousands_of_small_files_do_not_take_what_is_to_stay_free(server: Process, small_disk: Disk) -> None:
@@ -155,7 +155,7 @@ def test_thousands_of_small_files_do_not_take_what_is_to_stay_free(server: Proce
     before = free_mib(small_disk)
     answer = post_form(server, [file_part(f"f{number}", b"x") for number in range(15_000)])
     assert_error(answer, 507)
-    wait_for(lambda: free_mib(small_disk) > before - 1, 10, what="its disk back")
+    wait_for(lambda: free_mib(small_disk) > before - 1, what="its disk back")
     assert "Traceback" not in server.log
 
 

@@ -156,7 +156,7 @@ def test_a_queued_job_answers_202_and_gives_its_inputs(make_process: MakeProcess
     wiring = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}", "SERVICE_EXAMPLE_TOKEN": "t"}
     server = make_process("server", wiring).start()
     number = submit(server, "true", {"inputs/a.txt": b"A"})
-    wait_for(lambda: server.job(number)["waiting_for"], 20, "a reason to wait")
+    wait_for(lambda: server.job(number)["waiting_for"], what="a reason to wait")
     assert server.job(number)["status"] in ("Queued", "Processing")
     for method in ("HEAD", "GET"):
         assert server.call(method, f"/download/{number}").status_code == 202
@@ -351,7 +351,7 @@ def test_terminate_ends_the_whole_tree(pair: Pair) -> None:
     """TERM ignored, a session of its own, a double fork: all gone when terminate answers 200."""
     number = submit(pair.server, STUBBORN)
     wait_status(pair.server, number, "Running")
-    wait_for(lambda: "ready" in partial(pair.server, number).names(), 20, "the script ready")
+    wait_for(lambda: "ready" in partial(pair.server, number).names(), what="the script ready")
     now = partial(pair.server, number)
     pids = [int(now.text(name)) for name in ("self.pid", "session.pid", "orphan.pid")]
     assert all(alive(pid) for pid in pids), pids
@@ -369,7 +369,7 @@ def test_terminate_gives_the_script_time_to_tidy_up(make_pair: MakePair) -> None
     own = make_pair(client={"JOBORCH_KILL_GRACE": "20"}).start()
     number = submit(own.server, "trap 'echo tidy > tidy.txt; exit 0' TERM\ntouch ready\nwhile :; do sleep 0.1; done")
     wait_status(own.server, number, "Running")
-    wait_for(lambda: "ready" in partial(own.server, number).names(), 20, "the script ready")
+    wait_for(lambda: "ready" in partial(own.server, number).names(), what="the script ready")
     assert own.server.post(f"/terminate/{number}").status_code == 200
     assert own.server.job(number)["status"] == "Killed"
     assert partial(own.server, number)["tidy.txt"] == b"tidy\n"
@@ -384,10 +384,10 @@ def test_restarts_of_the_server_while_jobs_run(own_pair: Pair, tmp_path: Path) -
     server = own_pair.server
     number = submit(server, gated(gate, before=f"echo $$ >> {runs}", after="echo done > out.txt"))
     wait_status(server, number, "Running")
-    wait_for(lambda: runs.exists() and runs.read_text().strip(), 10, "the script's start")
+    wait_for(lambda: runs.exists() and runs.read_text().strip(), what="the script's start")
     began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 5  # 2 s are promised; the rest is for a busy machine.
+    assert time.monotonic() - began < 20  # 2 s are promised; the rest is for a busy machine.
     assert alive(int(runs.read_text()))
     server.start()
     assert server.job(number)["status"] in ("Running", "Submitted", "Unknown")
@@ -405,7 +405,7 @@ def test_client_restarted_while_a_payload_runs(own_pair: Pair, tmp_path: Path, e
     gate, runs = tmp_path / "gate", tmp_path / "runs"
     server, client = own_pair.server, own_pair.client
     number = submit(server, gated(gate, before=f"echo $$ >> {runs}", after="echo done > out.txt"))
-    wait_for(lambda: runs.exists() and runs.read_text().strip(), 20, "the script's start")
+    wait_for(lambda: runs.exists() and runs.read_text().strip(), what="the script's start")
     getattr(client, ending)()
     pid = int(runs.read_text())
     assert alive(pid)
@@ -439,7 +439,7 @@ def test_a_stop_wakes_everybody_who_waits(own_pair: Pair, tmp_path: Path, number
     """INT and TERM end a server at once although callers and its own long polls wait; the payload goes on."""
     pid_file = tmp_path / "pid"
     job = submit(own_pair.server, f"echo $$ > {pid_file}\nwhile :; do sleep 0.2; done")
-    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), 20, "the script's start")
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), what="the script's start")
     wait_status(own_pair.server, job, "Running")
     with closing(socket.create_connection(("127.0.0.1", own_pair.server.port), timeout=30)) as line:
         line.sendall(raw_head("GET", f"/jobs/{job}?wait=60&since=Running", own_pair.server.port))
@@ -448,8 +448,8 @@ def test_a_stop_wakes_everybody_who_waits(own_pair: Pair, tmp_path: Path, number
             began = time.monotonic()
             os.kill(process.pid, number)
             assert process.process is not None
-            assert process.process.wait(20) in (0, 130)
-            assert time.monotonic() - began < 5  # 2 s are promised; the rest is for a busy machine.
+            assert process.process.wait(60) in (0, 130)
+            assert time.monotonic() - began < 20  # 2 s are promised; the rest is for a busy machine.
     assert alive(int(pid_file.read_text()))
 
 
@@ -461,8 +461,8 @@ def test_payload_that_ended_while_the_client_was_dead(own_pair: Pair, tmp_path: 
     wait_status(server, number, "Running")
     client.kill()
     gate.touch()
-    wait_for(lambda: done.exists() and done.read_text().strip(), 20, "the script's end")
-    wait_for(lambda: not alive(int(done.read_text())), 20, "the script's process gone")
+    wait_for(lambda: done.exists() and done.read_text().strip(), what="the script's end")
+    wait_for(lambda: not alive(int(done.read_text())), what="the script's process gone")
     client.start()
     job = wait_status(server, number, "Failed", limit_s=60)
     assert (job["exit_code"], job["attempt"], job["cause"]) == (5, 1, "user"), job
@@ -525,7 +525,7 @@ def test_quota(make_pair: MakePair, tmp_path: Path, settings: dict[str, str], us
     gate = tmp_path / "gate"
     own = make_pair(server=settings, client={"JOBORCH_SLOTS": "8"}).start()
     numbers = [submit(own.server, gated(gate), user_id=user) for user in users]
-    wait_for(lambda: len(own.server.jobs(status="Running")) == limit, 20, f"{limit} jobs running")
+    wait_for(lambda: len(own.server.jobs(status="Running")) == limit, what=f"{limit} jobs running")
     waiting = own.server.job(numbers[-1])
     assert waiting["status"] == "Queued"
     assert waiting["waiting_for"]
@@ -798,7 +798,7 @@ def test_terminate_while_the_client_is_away(own_pair: Pair, tmp_path: Path) -> N
     """202, never Killed while it may run; ended when the client is back."""
     pid_file = tmp_path / "pid"
     number = submit(own_pair.server, f"echo $$ > {pid_file}\nwhile :; do sleep 0.2; done")
-    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), 20, "the script's start")
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), what="the script's start")
     wait_status(own_pair.server, number, "Running")
     own_pair.client.kill()
     answer = own_pair.server.post(f"/terminate/{number}")
@@ -965,7 +965,7 @@ def test_a_gibibyte_of_output(pair: Pair) -> None:
     streams = partial(pair.server, job["id"])
     check_bounded(streams[".joborch/stdout"], 1073741824 + 11, MIB)
     assert streams[".joborch/stderr"] == b"small\n"
-    wait_for(lambda: disk_bytes(pair.folder) - before < 4 * MIB, 20, "the middle gone from the disk")
+    wait_for(lambda: disk_bytes(pair.folder) - before < 4 * MIB, what="the middle gone from the disk")
 
 
 def test_output_is_bounded_while_the_script_runs(pair: Pair, tmp_path: Path) -> None:
@@ -975,8 +975,8 @@ def test_output_is_bounded_while_the_script_runs(pair: Pair, tmp_path: Path) -> 
     script = gated(gate, before="echo HEAD; head -c 33554432 /dev/zero | tr '\\0' x; echo; echo TAIL; touch written")
     number = submit(pair.server, script)
     wait_status(pair.server, number, "Running")
-    wait_for(lambda: "written" in partial(pair.server, number).names(), 20, "the output written")
-    wait_for(lambda: disk_bytes(pair.client.folder) - before < 4 * MIB, 20, "the middle gone from the disk")
+    wait_for(lambda: "written" in partial(pair.server, number).names(), what="the output written")
+    wait_for(lambda: disk_bytes(pair.client.folder) - before < 4 * MIB, what="the middle gone from the disk")
     check_bounded(partial(pair.server, number)[".joborch/stdout"], 33554432 + 11, MIB)
     gate.touch()
     wait_status(pair.server, number, "Completed")

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
@@ -28,8 +28,8 @@ from world import BOUNDED, CONTENTS, NAMES, Trickle, fit, new_folder, on_disk, p
 import joborch
 from joborch import ConfigError, DataFolder, FormReader, HttpError, StoredFile, Tree, ZipPacker, check_path
 from joborch_base.archives import worthwhile_compression
-from joborch_base.data_folder import MEMORY_SPOOL_BYTES
-from joborch_base.files import FIELD_LIMIT_BYTES, multipart_boundary, write_all
+from joborch_base.data_folder import MEMORY_SPOOL_BYTES, Spool
+from joborch_base.files import FIELD_LIMIT_BYTES, SYNC_STEP_BYTES, multipart_boundary, write_all
 
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -618,6 +618,30 @@ def test_write_all_goes_on_where_a_write_takes_a_part() -> None:
 
     write_all(Stingy(), b"0123456789")
     assert b"".join(taken) == b"0123456789"
+
+
+@pytest.mark.parametrize("way", ["upload", "transfer", "spool"])
+def test_a_large_file_comes_to_the_disk_in_steps(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than a step of it waits in memory: the fsync of a small file would wait for all of it."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    size, chunk = 3 * SYNC_STEP_BYTES + 5, bytes(joborch.MIB)
+    chunks = [chunk] * (size // len(chunk)) + [b"12345"]
+    if way == "upload":
+        FormReader(tmp_path).file("large", chunks)
+    else:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context((tmp_path / "large").open("wb", buffering=0))
+            target = joborch.Transfer(cast(IO[bytes], raw)) if way == "transfer" else Spool(tmp_path)
+            for each in chunks:
+                target.write(each)
+    assert len(synced) == 3
+    assert synced == pytest.approx([SYNC_STEP_BYTES, 2 * SYNC_STEP_BYTES, 3 * SYNC_STEP_BYTES], abs=len(chunk))
+
+
+def test_a_small_file_is_not_synced_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fdatasync")
+    FormReader(tmp_path).file("small", [bytes(joborch.MIB)] * 15)
 
 
 def test_write_atomic_puts_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,15 @@ BASES = [
     request(b"GET", b"/changes?after=0&status=Failed&cause=user&since=2026-11-28T10:00:00Z", []),
     request(b"GET", b"/health", [b"Range: bytes=0-1"]),
     request(b"GET", b"/metrics", []),
+    request(b"POST", b"/tokens?name=x&role=portal&services=example&days=3", [b"Content-Length: 0"]),
+    request(b"DELETE", b"/tokens/x", []),
+    request(b"DELETE", b"/jobs/77", []),
+    request(b"DELETE", b"/users/77", []),
+    request(b"DELETE", b"/payloads/8f14e45f-ceea-467f-a83c-0e6a2bd2a1f0", []),
+    request(b"GET", b"/export?format=swf&since=2d&until=2026-11-28&user_id=1&service=example", []),
+    request(b"POST", b"/join", [b"Content-Length: 36"], b'{"instance": "a", "start": "b"}     '),
+    request(b"GET", b"/join/calls?session=x&after=0", []),
+    request(b"POST", b"/join/answers?session=x", [b"Content-Length: 28"], b'{"number": 1, "bytes": 1}\nxx'),
     DOWNLOAD,
     request(b"GET", b"/jobs/1/logs?stream=stdout&offset=0", []),
     request(b"GET", b"/jobs/1/result?wait=0", [b"Range: bytes=1-5"]),
@@ -77,6 +86,7 @@ BASES = [
     request(b"GET", b"/jobs/1/files/run.sh?inline=1", [b"Range: bytes=0-3"]),
     request(b"GET", b"/files/1?limit=2&after=cnVuLnNo", []),
     request(b"GET", b"/file/1?path=a%2fb.txt&offset=1&count=9", []),
+    request(b"POST", b"/jobs/1/redeliver", [b"Content-Length: 0"]),
     request(b"POST", b"/jobs/1/retry", [b"Content-Length: 0", b"Idempotency-Key: again"]),
     request(b"GET", b"/events?since=0&instance=x&wait=0&problems=3&done=1,2", []),
     request(b"POST", b"/terminate/1", [b"Content-Length: 0"]),
@@ -132,6 +142,7 @@ TOKENS = [
     b"user_id",
     b"after",
     b"inputs_from",
+    b"callback_url",
 ]
 PIECE = st.sampled_from(TOKENS) | st.binary(max_size=8)
 PLACE = st.floats(0, 1)
@@ -329,7 +340,7 @@ def nothing_strange_left(process: Process) -> None:
         waiting = [path.name for path in (process.data / "tmp").iterdir()]
         return waiting + [path.name for path in jobs.iterdir() if path.name.partition(".")[0] not in rows]
 
-    wait_for(lambda: not strangers(), 20, f"nothing left over in {process.data}")
+    wait_for(lambda: not strangers(), what=f"nothing left over in {process.data}")
     said = [line for line in process.log.splitlines() if re.search(r"Traceback| (ERROR|CRITICAL) ", line)]
     assert not said, process.log[-5000:]
 

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 from conftest import MakeProcess
-from harness import Pair, Process, free_port, from_source, need_backend, submit, upload, wait_for, wait_status
+from harness import Pair, free_port, from_source, submit, upload, wait_status
+from world import GATEWAY_TOKEN, Gateway
 
 import joborch
-
-TOKEN = {"Authorization": "Bearer sesame"}
-SITE = "server {{ listen 127.0.0.1:{port}; {more} location / {{ proxy_pass http://127.0.0.1:{server}; }} }}"
-
-
-class Gateway:
-    """An nginx in front of one server: `port` with its defaults, `hasty` with a shorter patience."""
-
-    def __init__(self, folder: Path, server: Process, patience_s: int) -> None:
-        nginx = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
-        need_backend(Path(nginx or "/usr/sbin/nginx"))
-        self.port, self.hasty = free_port(), free_port()
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        sites = SITE.format(port=self.port, server=server.port, more="")
-        sites += SITE.format(port=self.hasty, server=server.port, more=f"proxy_read_timeout {patience_s}s;")
-        user = "user root;" if os.geteuid() == 0 else ""
-        folder.mkdir()
-        (folder / "conf").write_text(
-            f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-            f"http {{ access_log off; {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)} {sites} }}\n"
-        )
-        with (folder / "log").open("wb") as log:
-            self.process = subprocess.Popen([str(nginx), "-p", str(folder), "-c", str(folder / "conf")], stdout=log, stderr=log)
-        wait_for(self.answers, what=f"an answer of nginx; {(folder / 'log').read_text()}")
-
-    def answers(self) -> bool:
-        try:
-            return self.get(self.port, "/health").status_code == 200
-        except requests.ConnectionError:
-            return False
-
-    def get(self, port: int, path: str, **options: Any) -> requests.Response:
-        headers = {**TOKEN, **options.pop("headers", {})}
-        return requests.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=100, **options)
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
 
 PATIENCE_S = 4  # longer than the pause between two comments, shorter than the longest wait
 HURRIED = from_source(COMMENT_EVERY_S=PATIENCE_S / 2, WAIT_LIMIT_S=2.5 * PATIENCE_S)
@@ -71,7 +29,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pair, Gat
     """A pair and an nginx before its server."""
     folder = tmp_path_factory.mktemp("behind")
     pair = Pair(folder, {"JOBORCH_TOKEN": "sesame"}, program=HURRIED)
-    pair.server.api.headers.update(TOKEN)
+    pair.server.api.headers.update(GATEWAY_TOKEN)
     gateway = None
     try:
         pair.start()

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 from conftest import MakePair, MakeProcess
 from harness import ROOT, Pair, Process, free_port, from_source, problems, submit, upload, wait_for, wait_status
-from world import Disk, command
+from world import Disk, Yard, command
+
+import joborch
 
 PATIENCE_S = 90.0  # the machine may be busy; docs/operate.md has the times that are usual
 
@@ -208,6 +210,16 @@ def test_slurm_is_away_while_nothing_runs(make_pair: MakePair, tmp_path: Path) -
     let_them_say("exit 0")
     gone(pair.client, "backend")
     all_well(pair.server)
+
+
+def test_a_batch_system_is_asked_often_enough(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, /health shows within 5 s that it is away: the pause between two questions is shorter, and a change is shown at once."""
+    config, woken = yard.client.config, list[str]()
+    assert max(joborch.IDLE_LOOK_S, config.batch_interval_s) + config.run_interval_s < 5
+    monkeypatch.setattr(yard.client, "wake", woken.append)
+    for trouble in ("Slurm is away", "Slurm is away", "", ""):
+        joborch.problem_since(yard.client, trouble)
+    assert woken == ["health", "health"]
 
 
 def login_that_ends_in(seconds: float) -> str:

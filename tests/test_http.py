@@ -521,6 +521,7 @@ FIELDS = [
     "id", "uuid", "user_id", "service", "name", "status", "ended_as", "reason", "cause", "exit_code", "signal", "priority", "cpus",
     "memory", "timeout", "retries", "after", "retry_of", "attempt", "client", "dest_id", "loc", "message", "created_at", "started_at",
     "ended_at", "queue_position", "estimated_start", "waiting_for", "inputs_from", "result", "attempts", "history",
+    "callback_url", "webhooks", "gpus", "peak_memory", "cpu_time",
 ]  # fmt: skip
 
 

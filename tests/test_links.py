@@ -26,6 +26,7 @@ from world import (
     CONTENTS,
     NAMES,
     NONCE,
+    Asked,
     HandClock,
     Peer,
     Trickle,
@@ -37,13 +38,16 @@ from world import (
     new_folder,
     new_job,
     on_disk,
+    read_message,
     reply,
+    serve_each,
     tried,
     zip_reply,
 )
 
 import joborch
 from joborch import DataFolder, FilesBody, FormReader, Gone, Job, Link, NoAnswer, NothingSent, Rejected, Store, Transfer
+from joborch_base.identity import link_key
 
 # == A client that says what it is told to say ==
 
@@ -57,7 +61,7 @@ def link(peer: Peer, data: DataFolder) -> Link:
 def proven_link(url: str, data: DataFolder) -> Link:
     """The same, to a client that has proven itself a moment ago."""
     made = make_link(url, data)
-    made.sessions["a-token"] = joborch.Session("a-token", NONCE)
+    made.sessions["a-token"] = joborch.Session(link_key("a-token"), NONCE)
     return made
 
 
@@ -616,27 +620,28 @@ def test_room(link: Link) -> None:
     """What its jobs ask for is taken, and what has ended and is to be fetched is free again."""
     link.slots, link.memory = 4, 1000
     assert (link.capacity(3, 600).free, link.capacity(3, 600).free_memory) == (1, 400)
-    link.ended[1] = joborch.EndReport(1, {}, 0.0, cpus=2, memory=100)
+    end = link.of(1).end = joborch.EndReport(1, {}, 0.0, cpus=2, memory=100)
     assert (link.capacity(3, 600).free, link.capacity(3, 600).free_memory) == (3, 500)
     link.memory = None
     assert link.capacity(3, 600).free_memory is None
     link.job_slots = True
     assert (link.capacity(64, 0, 3).free, link.capacity(64, 0, 3).job_slots) == (2, True), "3 jobs, of which one has ended"
-    link.ended[1].cpus = 0
+    end.cpus = 0
     assert link.capacity(64, 0, 3).free == 1, "its row has let the slot go"
 
 
 def test_after_a_failure_it_gets_one_job_until_it_has_taken_one(link: Link) -> None:
     assert link.has_free_sender()
-    link.sending |= {1, 2}
+    assert link.hold(1) and link.hold(2)
     assert link.has_free_sender(), "there are three senders"
     link.failed("connection refused")
     link.heard()
     assert not link.has_free_sender(), "it answers again: that it takes jobs is to be seen"
-    link.sending.clear()
+    link.release(1)
+    link.release(2)
     assert link.has_free_sender()
     link.took_one()
-    link.sending |= {1, 2}
+    assert link.hold(1) and link.hold(2)
     assert link.has_free_sender()
     link.refused("503")
     assert not link.has_free_sender()
@@ -669,3 +674,38 @@ def test_causes_are_said_in_plain_words() -> None:
 def test_refusals_are_one_sentence(body: bytes) -> None:
     assert joborch.refused_text(500, body).isprintable()
     assert joborch.refused_text(500, body).startswith("answered 500")
+
+
+# == Connections that a gateway closes without saying so ==
+
+
+class Forgetful(Peer):
+    """Keeps each connection open after an answer, and closes it at the moment when the next request comes, as some gateways do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.second: list[bytes] = []  # the first line of each request that was the second one on its connection
+        threading.Thread(target=serve_each, args=(self.listener, self.serve), daemon=True).start()
+
+    def serve(self, line: socket.socket) -> None:
+        with contextlib.closing(line):
+            head, body, rest = read_message(line, b"")
+            method, path, _ = head[0].decode().split()
+            headers = dict(each.decode().split(": ", 1) for each in head[1:])
+            said = self.answer_to(Asked(method, path, headers, body))
+            line.sendall(said.replace(b"Connection: close", b"Connection: keep-alive"))
+            self.second.append(read_message(line, rest)[0][0])
+
+
+def test_a_get_goes_on_where_a_kept_connection_was_just_closed(data: DataFolder, job: Job) -> None:
+    """Nothing is wrong with the client. What is not certain to be harmless twice is not repeated."""
+    peer = Forgetful()
+    with contextlib.closing(peer), contextlib.closing(peer.listener):
+        peer.says = {"/retrieve": [reply(200, {"id": 7, "status": "Running"})], "/kill": [reply(200, {})]}
+        link = make_link(peer.url, data)
+        for _ in range(5):
+            assert link.status(job)["status"] == "Running"
+        assert b"GET /retrieve/7 HTTP/1.1" in peer.second
+        assert isinstance(tried(lambda: link.kill(job), NoAnswer), NoAnswer)

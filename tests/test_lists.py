@@ -366,6 +366,16 @@ def test_each_row_says_what_it_waits_for(desk: Desk) -> None:
         assert said["waiting_for"] and said["waiting_for"] == said["message"] == whole["waiting_for"]
 
 
+def test_a_list_counts_only_some_of_the_jobs_ahead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page stays fast if a user has queued thousands; one job is asked for its exact place."""
+    replace(monkeypatch, "COUNTED_IN_LISTS", 2)
+    jobs = [desk.upload(user_id=1) for _ in range(4)]
+    desk.link.heard()
+    assert "2 or more of your jobs are ahead of it" in listed(desk)["jobs"][0]["waiting_for"]
+    whole = ask(desk.server, "GET", f"/jobs/{jobs[3].id}").json
+    assert "3 of your jobs are ahead of it" in whole["waiting_for"] and whole["queue_position"] == 4
+
+
 def test_a_cleaned_job_keeps_how_it_ended(desk: Desk) -> None:
     job = desk.with_client()
     assert desk.store.move(job, Status.FAILED, "exit status 3", cause="user", exit_code=3)

@@ -13,7 +13,7 @@ from conftest import MakePair
 from harness import Pair, submit, wait_for, wait_status
 from hypothesis import given
 from hypothesis import strategies as st
-from world import Asked, Desk, Peer, Yard, ask, new_folder, reply, serving, tried
+from world import KNOWN_CALLER, Asked, Desk, Peer, Yard, ask, new_folder, reply, serving, tried
 
 import joborch
 from joborch import Status, Stream, ZipPacker
@@ -198,7 +198,7 @@ def test_output_that_a_stopping_server_cut_off_does_not_look_complete(accept: st
 def test_a_follower_whose_answer_is_never_sent_keeps_no_place(desk: Desk) -> None:
     job, answers = desk.with_client(), []
     for accept in ("text/plain", "text/event-stream"):
-        request = joborch.Request({"REQUEST_METHOD": "GET", "HTTP_ACCEPT": accept})
+        request = joborch.Request({"REQUEST_METHOD": "GET", "HTTP_ACCEPT": accept, "joborch.caller": KNOWN_CALLER})
         for _ in range(joborch.WAITER_PLACES + 1):
             answers.append(joborch.job_logs(desk.server, request, job.id, "stdout", 0, "1"))
             answers[-1].body.close()

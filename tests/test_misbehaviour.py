@@ -7,8 +7,11 @@ import json
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,14 @@ import pytest
 from conftest import MakePair
 from harness import (
     ENDED,
+    NOBODY_UID,
+    SCRIPT_UIDS,
     Archive,
     Pair,
     alive,
     download,
     end_all_below,
+    open_program,
     partial,
     replace,
     run_to_end,
@@ -436,7 +442,7 @@ def test_a_tree_of_thousands_of_folders(make_pair: MakePair, marks: Path) -> Non
     assert got["top"] == b"top\n"
     assert [name for name in got.names() if name.endswith("leaf")] or "d/d/" in got.text(".joborch/left-out.txt")
     check_others(own)
-    wait_for(lambda: not list((own.client.data / "jobs").iterdir()), 20, "both cleaned")
+    wait_for(lambda: not list((own.client.data / "jobs").iterdir()), what="both cleaned")
     assert marks.read_text() == "ran\n"
 
 
@@ -488,7 +494,7 @@ def test_a_script_that_fills_the_disk_of_its_client(database: str, make_pair: Ma
         own.client.data = disk / "data"
         own.start()
         script = f"echo ran >> {marks}; echo begun >&2; dd if=/dev/zero of=big bs=1M; dd if=/dev/zero of=rest bs=1; exit 3"
-        job = wait_status(own.server, submit(own.server, script), *ENDED, limit_s=15)
+        job = wait_status(own.server, submit(own.server, script), *ENDED)
         check_end(own, job, "Failed", "user")
         assert (job["exit_code"], marks.read_text()) == (3, "ran\n")
         assert len(partial(own.server, job["id"])["big"]) > 10 * MIB
@@ -538,10 +544,98 @@ def test_a_result_that_takes_longer_to_pack_than_a_server_waits(data: DataFolder
                 return desk[job].status is Status.COMPLETED
 
             try:
-                wait_for(settled, 6, "the result, which is packed in 1.5 s, fetched by calls of 0.5 s")
+                wait_for(settled, what="the result, which is packed in 1.5 s, fetched by calls of 0.5 s")
             finally:
                 print(f"packed {len(packed)} times; {desk.reasons(job)}")
             desk.store.close()
     finally:
         other.lock.close()
         yard.close()
+
+
+# == The same where payloads are isolated: all at once, as a plain user, since each has processes of its own ==
+
+
+@pytest.fixture(scope="module", params=["process", "full", *(["user"] if os.geteuid() == 0 else [])])
+def apart(request: pytest.FixtureRequest, pyz: Path) -> Iterator[tuple[Pair, Path]]:
+    """A pair with this isolation, and a folder to which its scripts may write."""
+    folder = Path(tempfile.mkdtemp(prefix="joborch-open-"))
+    folder.chmod(0o755)
+    common = folder / "common"
+    common.mkdir()
+    common.chmod(0o777)
+    client = {"JOBORCH_SLOTS": "40", "JOBORCH_KILL_GRACE": "0.5", "JOBORCH_ISOLATION": request.param}
+    client.update({"JOBORCH_BIND_RW": str(common)} if request.param != "process" else {})
+    client.update({"JOBORCH_UIDS": SCRIPT_UIDS} if request.param == "user" else {})
+    server = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100"}
+    plain = os.geteuid() == 0 and request.param != "user"
+    options = {"user": NOBODY_UID, "program": open_program(folder, pyz)} if plain else {}
+    made = Pair(folder / "pair", server, client, **options)
+    try:
+        yield made.start(), common
+    finally:
+        made.close()
+        end_all_marked(made)
+        shutil.rmtree(folder)
+
+
+def send_all(pair: Pair, common: Path, scripts: dict[str, str], wants: int = 1) -> dict[str, int]:
+    """Submit these scripts, and return their ids by name once each has appended to its file and has so many processes."""
+    files = {"hopper.pl": HOPPER.encode()}
+    numbers = {}
+    for name, script in scripts.items():
+        numbers[name] = submit(pair.server, script.replace("MARKS", shlex.quote(str(common / name))), files)
+
+    for name in scripts:
+        wait_for(lambda: (common / name).exists() or pair.server.job(numbers[name])["status"] in ENDED, 90, name)  # noqa: B023
+        assert (common / name).exists(), f"{name}: {pair.server.job(numbers[name])['reason']}"
+    for number in numbers.values():
+        wait_for(lambda: len(processes_of(pair, pair.server.job(number))) >= wants, 90, "its processes")  # noqa: B023 - called at once
+    return numbers
+
+
+def test_what_runs_on_is_ended_where_payloads_are_isolated(apart: tuple[Pair, Path]) -> None:
+    """Also if the client was started again meanwhile."""
+    pair, common = apart
+    gate = common / "gate"
+    rest = f"sleep 0.2\necho ran >> MARKS\nuntil [ -e {gate} ]; do sleep 0.05; done\necho done > result\n"
+    numbers = send_all(pair, common, {name: f"{tree}\n{rest}" for name, tree in LEAVES.items()}, 3)
+    pair.client.kill()
+    pair.client.start()
+    gate.touch()
+    for name, number in numbers.items():
+        job = wait_status(pair.server, number, *ENDED, limit_s=90)
+        check_end(pair, job, "Completed", None)
+        assert job["reason"] == "run.sh ended with exit status 0; processes that it left running were killed", name
+        assert download(pair.server, number)["result"] == b"done\n"
+
+
+def test_terminate_where_payloads_are_isolated(apart: tuple[Pair, Path]) -> None:
+    """200 means that nothing of it runs any more."""
+    pair, common = apart
+    trees = {
+        f"{name}, ended": TREES[name].replace("3000", "30000")
+        for name in ("deaf", "hops, in sessions of their own", "without its environment", "stopped")
+    }
+    scripts = {name: tree if "MARK" in tree else f"{tree}\nMARK\nsleep 1000" for name, tree in trees.items()}
+    numbers = send_all(pair, common, {name: script.replace("MARK", "echo ran >> MARKS") for name, script in scripts.items()}, 8)
+    for number in numbers.values():
+        wait_status(pair.server, number, "Running")
+        answer = pair.server.post(f"/terminate/{number}")
+        assert (answer.status_code, processes_of(pair, pair.server.job(number))) == (200, []), answer.text
+        check_end(pair, pair.server.job(number), "Killed", "cancelled")
+
+
+def test_an_isolated_script_harms_only_itself(apart: tuple[Pair, Path]) -> None:
+    """It cannot kill or stop what watches it, and what it writes into its own folders decides nothing about others."""
+    pair, common = apart
+    harmless = {f"kills {name}": f"{killer}\nsleep 0.3; exit 0" for name, killer in KILLERS.items()}
+    harmless["stops its wrapper"] = "kill -STOP $PPID; exit 0"
+    # Not the one that empties TMPDIR: under `full` that is /tmp, in which this test's own folders are.
+    hostile = {name.replace("/", "_"): script for name, script in HOSTILE.items() if "TMPDIR" not in script}
+    numbers = send_all(pair, common, {name: f"echo ran >> MARKS\n{script}" for name, script in {**harmless, **hostile}.items()}, 0)
+    for name, number in numbers.items():
+        job = wait_status(pair.server, number, *ENDED, limit_s=90)
+        assert job["attempt"] == 1, f"{name}: {job['reason']}"
+        check_end(pair, job, job["status"] if name in hostile else "Completed", job["cause"] if name in hostile else None)
+    check_others(pair)

@@ -20,11 +20,13 @@ import pytest
 import requests
 from harness import (
     ROOT,
+    JoinedPair,
     Pair,
     Process,
     alive,
     assert_error,
     download,
+    from_source,
     nothing_left,
     partial,
     repr_digest,
@@ -65,14 +67,22 @@ class Sent:
 
 
 class Net:
-    """A server and a client, with a proxy between them (`inner`) and one between user and server (`outer`)."""
+    """A server and a client, with a proxy between them (`inner`) and one between user and server (`outer`).
 
-    def __init__(self, folder: Path, limit_s: float = 10) -> None:
-        self.folder, self.limit_s = folder, limit_s
-        self.pair = Pair(folder, {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100"}, {"JOBORCH_SLOTS": "8"})
+    `joined`: the client calls the server; else the server calls it.
+    """
+
+    def __init__(self, folder: Path, joined: bool = False) -> None:
+        self.folder = folder
+        kind: type[Pair] = JoinedPair if joined else Pair
+        self.pair = kind(folder, {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100"}, {"JOBORCH_SLOTS": "8"})
         self.server, self.client = self.pair.server, self.pair.client
-        self.inner, self.outer = Proxy(self.client.port), Proxy(self.server.port)
-        self.server.settings["SERVICE_EXAMPLE_CLIENTS"] = self.inner.url
+        self.inner, self.outer = Proxy(self.server.port if joined else self.client.port), Proxy(self.server.port)
+        if joined:
+            self.client.settings["JOBORCH_JOIN"] = self.inner.url
+            self.client.program = from_source(BACKOFF_FIRST_S=0.05, BACKOFF_LAST_S=0.2)
+        else:
+            self.server.settings["SERVICE_EXAMPLE_CLIENTS"] = self.inner.url
         self.server.program = [sys.executable, "-c", HASTE]
         self.server.settings.update(JOBORCH_SEND_INTERVAL="0.05", JOBORCH_GET_INTERVAL="0.05")
         self.user = Process("server", folder / "user", port=self.outer.port)  # the server, as a user behind a bad line sees it
@@ -96,7 +106,7 @@ class Net:
         """No faults, and a server that reaches its client."""
         self.inner.calm()
         self.outer.calm()
-        wait_for(lambda: self.server.get("/services").json()["services"][0]["clients"][0]["reachable"], 10, "the client reachable")
+        wait_for(lambda: self.server.get("/services").json()["services"][0]["clients"][0]["reachable"], what="the client reachable")
 
     def marks(self) -> Path:
         """The marks file for the next job."""
@@ -111,7 +121,7 @@ class Net:
 
     def ends(self, sent: Sent, status: str) -> dict[str, Any]:
         """The job, once it has ended as it should, after one start in one attempt."""
-        job = wait_status(self.server, sent.number, status, limit_s=self.limit_s)
+        job = wait_status(self.server, sent.number, status)
         assert sent.marks.read_text() == "started\n", f"started more than once: {job}"
         assert (job["attempt"], len(job["attempts"])) == (1, 1), job
         assert {row["attempt"] for row in job["history"]} == {1}, job["history"]
@@ -194,8 +204,8 @@ def through_events(net: Net, fault: Fault) -> dict[str, Any]:
     gate = net.folder / f"gate-{len(net.sent)}"
     net.inner.plant(fault)
     sent = net.send(f"while [ ! -e {gate} ]; do sleep 0.02; done\ncp in.bin out.bin\n", {"in.bin": BLOCK[:5000]})
-    wait_for(lambda: any(exchange.fault is fault for exchange in net.inner.find("GET /events")), 10, "a poll that it befalls")
-    wait_for(sent.marks.exists, 10, "the script's start")
+    wait_for(lambda: any(exchange.fault is fault for exchange in net.inner.find("GET /events")), what="a poll that it befalls")
+    wait_for(sent.marks.exists, what="the script's start")
     gate.touch()
     job = net.ends(sent, "Completed")
     assert download(net.server, sent.number)["out.bin"] == BLOCK[:5000]
@@ -242,7 +252,7 @@ def through_kill(net: Net, fault: Fault) -> dict[str, Any]:
     pid_file = net.folder / f"pid-{len(net.sent)}"
     net.inner.plant(fault)
     sent = net.send(f"echo $$ > {pid_file}.tmp\nmv {pid_file}.tmp {pid_file}\nsleep 1000\n")
-    wait_for(pid_file.exists, 10, "the script's start")
+    wait_for(pid_file.exists, what="the script's start")
     wait_status(net.server, sent.number, "Running")
     assert net.server.post(f"/terminate/{sent.number}").status_code in (200, 202)
     job = net.ends(sent, "Killed")
@@ -283,6 +293,12 @@ CASES = [
 ]
 SAID = r".*(cannot be reached|did not answer|broke|invalid answer|answered \d+).*"
 GOES_ON = {"cut_answer", "reset_answer", "stall_answer", "silent_answer"}  # what came of a result is kept
+AGAIN = {
+    "cut_request",
+    "lost_answer",
+    "reset_request",
+    "stall_request",
+}  # at a GET: it is repeated at once, and nothing is said
 QUIET = {"late_request", "late_answer", "drip_request", "drip_answer", "duplicate", "duplicate_before", "duplicate_after"}
 
 
@@ -292,9 +308,9 @@ def test_a_fault_between_server_and_client(exchange: str, name: str, net: Net) -
     fault = Fault(**FAULTS[name])
     before, log_before = net.inner.counts()[fault.kind], len(net.server.log)
     job = EXCHANGES[exchange](net, fault)
-    wait_for(lambda: net.inner.counts()[fault.kind] > before, 10, "the fault")
+    wait_for(lambda: net.inner.counts()[fault.kind] > before, what="the fault")
     client, reasons = re.escape(f"127.0.0.1:{net.inner.port}"), "\n".join(row["reason"] for row in job["history"])
-    if name in QUIET:
+    if name in QUIET or (name in AGAIN and fault.match.startswith("GET")) or (exchange == "events" and name in ("reset_answer", "refuse")):
         return
     if exchange == "submit" and name != "flip_answer":
         assert re.search(f"{client} ({SAID}|has it)", reasons), "its events may be quicker than the failure"
@@ -303,7 +319,7 @@ def test_a_fault_between_server_and_client(exchange: str, name: str, net: Net) -
         assert ["range" in call.headers for call in asked] == [False, name in GOES_ON]
         assert bool(re.search(f"the result could not be fetched from {client}: {SAID}; it is tried again", reasons)) != (name in GOES_ON)
     elif name not in ("rubbish", "flip_answer"):  # nothing in an answer to /kill matters but its status
-        wait_for(lambda: re.search(f"WARNING client {client}: {SAID}", net.server.log[log_before:]), 10, "a line in the log")
+        wait_for(lambda: re.search(f"WARNING client {client}: {SAID}", net.server.log[log_before:]), what="a line in the log")
 
 
 # == Server and client: bits that matter ==
@@ -312,7 +328,7 @@ def test_a_fault_between_server_and_client(exchange: str, name: str, net: Net) -
 @pytest.fixture(scope="module")
 def second_net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     """Another one, which the tests of this section may leave deaf."""
-    with running(Net(tmp_path_factory.mktemp("frail"), limit_s=5)) as net:
+    with running(Net(tmp_path_factory.mktemp("frail"))) as net:
         yield net
 
 
@@ -386,17 +402,17 @@ def test_a_bit_of_the_news(at: str, script: str, frail_net: Net) -> None:
     fault = frail_net.inner.plant(Fault("flip_answer", "GET /events", at=at))
     sent = frail_net.send(f"while [ ! -e {gate} ]; do sleep 0.02; done\n{script}")
     wait_status(frail_net.server, sent.number, "Running")
-    wait_for(lambda: frail_net.inner.find("GET /events")[-1].fault is fault, 10, "a poll that it befalls")
+    wait_for(lambda: frail_net.inner.find("GET /events")[-1].fault is fault, what="a poll that it befalls")
     before = frail_net.inner.counts()["flip_answer"]
     gate.touch()
-    wait_for(lambda: frail_net.inner.counts()["flip_answer"] > before, 10, "the fault")
+    wait_for(lambda: frail_net.inner.counts()["flip_answer"] > before, what="the fault")
     frail_net.ends(sent, "Completed")
     assert download(frail_net.server, sent.number).text("20.txt") == "20\n"
 
 
 def heard_until(net: Net) -> int:
     """The number of the last news that the server has heard."""
-    return int(wait_for(lambda: re.findall(r"since=([1-9][0-9]*)", net.inner.find("GET /events")[-1].path), 10, "a poll that waits")[0])
+    return int(wait_for(lambda: re.findall(r"since=([1-9][0-9]*)", net.inner.find("GET /events")[-1].path), what="a poll that waits")[0])
 
 
 def larger_bit(number: int) -> int | None:
@@ -417,7 +433,7 @@ def test_news_that_skip_ahead(frail_net: Net) -> None:
     before = frail_net.inner.counts()["flip_answer"]
     frail_net.inner.plant(Fault("flip_answer", "GET /events", at=r'"next": ', bit=bit))
     frail_net.ends(frail_net.send("true\n"), "Completed")
-    wait_for(lambda: frail_net.inner.counts()["flip_answer"] > before, 10, "the fault")
+    wait_for(lambda: frail_net.inner.counts()["flip_answer"] > before, what="the fault")
     later = frail_net.send("true\n")
     gate.touch()
     for each in (sent, later):
@@ -452,7 +468,7 @@ def test_a_gateway_that_finds_nothing_for_once(tmp_path: Path) -> None:
         net.start().calm()
         net.inner.plant(Fault("rubbish", "GET /events", status=404))
         net.ends(net.send("true\n"), "Completed")
-        wait_for(lambda: net.inner.counts()["rubbish"], 10, "the fault")
+        wait_for(lambda: net.inner.counts()["rubbish"], what="the fault")
         net.inner.plant(Fault("lost_answer", "POST /submit"))
         net.ends(net.send("true\n"), "Completed")
     finally:
@@ -544,7 +560,7 @@ def test_a_client_that_cannot_be_reached(net: Net) -> None:
     net.inner.drop()
     sent = net.send("true\n")
     reason = f"127.0.0.1:{net.inner.port} cannot be reached: connection refused"
-    wait_for(lambda: reason in str(net.server.job(sent.number)["waiting_for"]), 10, "the reason to wait")
+    wait_for(lambda: reason in str(net.server.job(sent.number)["waiting_for"]), what="the reason to wait")
     assert net.server.job(sent.number)["status"] == "Queued"
     net.inner.open()
     net.ends(sent, "Completed")
@@ -557,7 +573,7 @@ def test_a_submit_that_is_refused_went_nowhere(tmp_path: Path) -> None:
         net.start().calm()
         net.inner.refuse()
         sent = net.send("true\n")
-        wait_for(lambda: "connection refused" in str(net.server.job(sent.number)["history"]), 10, "the reason")
+        wait_for(lambda: "connection refused" in str(net.server.job(sent.number)["history"]), what="the reason")
         net.inner.open()
         job = net.ends(sent, "Completed")
     finally:
@@ -575,7 +591,7 @@ def test_a_line_that_breaks_while_scripts_run(net: Net) -> None:
     net.inner.refuse()
     net.inner.drop()
     gate.touch()
-    wait_for(lambda: not net.server.get("/services").json()["services"][0]["clients"][0]["reachable"], 10, "the failure noticed")
+    wait_for(lambda: not net.server.get("/services").json()["services"][0]["clients"][0]["reachable"], what="the failure noticed")
     net.inner.open()
     for number, job in enumerate(sent):
         net.ends(job, "Completed")
@@ -597,6 +613,36 @@ def test_a_line_on_which_everything_happens(seed: int, net: Net) -> None:
     for job in sent[6:9]:
         assert partial(net.server, job.number)["out.bin"] == BLOCK * LARGE_BLOCKS
     assert len(net.inner.counts()) > 3
+
+
+# == A client that calls in ==
+
+
+@pytest.fixture(scope="module")
+def joined_net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    """A server, and a client that calls it over a bad line."""
+    with running(Net(tmp_path_factory.mktemp("joined"), joined=True)) as net:
+        yield net
+
+
+JOINED_FAULTS = [name for name in FAULTS if not name.startswith("silent")]  # these last as long as the client is patient
+AT_POLLS = ("refuse", "cut_request", "cut_answer", "lost_answer", "reset_answer", "garbage", "flip_answer", "duplicate")
+JOINED_CASES = [*(("GET /join/calls", name) for name in AT_POLLS), *(("POST /join/answers", name) for name in JOINED_FAULTS)]
+
+
+@pytest.mark.parametrize(("where", "name"), JOINED_CASES)
+def test_a_fault_between_a_client_that_calls_and_its_server(name: str, where: str, joined_net: Net) -> None:
+    """Jobs go on until the fault has come; each ends after one start in one attempt, with its result."""
+    net = joined_net
+    fault = Fault(match=where, **FAULTS[name])
+    before = net.inner.counts()[fault.kind]
+    net.inner.plant(fault)
+    while net.inner.counts()[fault.kind] == before:
+        sent = [net.send("cp in.bin out.bin; sleep 0.1\n", {"in.bin": BLOCK[:5000]}) for _ in range(5)]
+        for each in sent:
+            net.ends(each, "Completed")
+            assert download(net.server, each.number)["out.bin"] == BLOCK[:5000]
+    net.inner.calm()
 
 
 # == User and server ==
@@ -647,9 +693,9 @@ def test_an_upload_that_is_repeated_with_its_key(name: str, net: Net, new_upload
     """One job, one id, however often and whatever happened to it; with another file it is refused."""
     mine = new_upload(f"key-{name}")
     fault = net.outer.plant(Fault(match="POST /upload", **FAULTS[name]))
-    number = mine.sent.number = wait_for(mine.once, 10, "an answer")
+    number = mine.sent.number = wait_for(mine.once, what="an answer")
     assert mine.once() == number
-    wait_for(lambda: net.outer.counts()[fault.kind], 10, "the fault")
+    wait_for(lambda: net.outer.counts()[fault.kind], what="the fault")
     assert [job["id"] for job in mine.rows()] == [number]
     net.ends(mine.sent, "Completed")
     assert download(net.server, number)["in.bin"] == BLOCK
@@ -670,8 +716,8 @@ def test_an_upload_without_a_key(name: str, net: Net, new_upload: Callable[[str]
     with nothing_left(net.server) if not arrives else contextlib.nullcontext():
         net.outer.plant(fault)
         answered = mine.once()
-        wait_for(lambda: net.outer.counts()[fault.kind] > before, 10, "the fault")
-    rows = wait_for(mine.rows, 10) if arrives else mine.rows()
+        wait_for(lambda: net.outer.counts()[fault.kind] > before, what="the fault")
+    rows = wait_for(mine.rows) if arrives else mine.rows()
     assert len(rows) == (2 if fault.kind == "duplicate" else int(arrives))
     assert bool(answered) == (name in QUIET)
     for row in rows:
@@ -738,9 +784,9 @@ def test_a_download(name: str, net: Net, large_result: tuple[int, bytes]) -> Non
     before = len(net.outer.find("GET /download/"))
     fault = net.outer.plant(Fault(match="GET /download/", **FAULTS[name]))
     mine = Download(net, number)
-    wait_for(mine.once, 10, "the result")
+    wait_for(mine.once, what="the result")
     assert mine.content == content
-    wait_for(lambda: net.outer.counts()[fault.kind], 10, "the fault")
+    wait_for(lambda: net.outer.counts()[fault.kind], what="the fault")
     asked = net.outer.find("GET /download/")[before:]
     if name in GOES_ON:
         assert [call.status for call in asked] == [200, 206]
@@ -763,7 +809,7 @@ def test_terminate_is_asked_again(name: str, net: Net) -> None:
         except requests.RequestException:
             return False
 
-    wait_for(once, 10, "an answer")
+    wait_for(once, what="an answer")
     assert net.ends(sent, "Killed")["cause"] == "cancelled"
-    wait_for(lambda: net.outer.counts()[fault.kind], 10, "the fault")
+    wait_for(lambda: net.outer.counts()[fault.kind], what="the fault")
     assert once()

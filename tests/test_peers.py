@@ -44,7 +44,7 @@ def test_the_peers_understand_each_other(tmp_path: Path) -> None:
             assert server.wait(server.upload({"run.sh": f"{TRAP}\nexit 3\n".encode()})) == "Failed"
             assert server.wait(server.upload({"run.sh": b"true\n"})) == "Invalid"
             endless = server.upload({"run.sh": f"{TRAP}\nwhile :; do sleep 0.1; done\n".encode()})
-            wait_for(lambda: endless.status == "Running", 20, "the script's start")
+            wait_for(lambda: endless.status == "Running", what="the script's start")
             server.terminate(endless)
             assert server.wait(endless) == "Killed"
     finally:
@@ -147,13 +147,13 @@ def test_terminate_at_a_22_client(server: Process, client22: Client22, tmp_path:
     pid_file = tmp_path / "pid"
     script = f"{TRAP}\necho $$ > {pid_file}\nfor i in $(seq 1000); do sleep 0.1; done\n"
     number = submit(server, script)
-    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), 20, "the script's start")
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), what="the script's start")
     wait_status(server, number, "Running", "Submitted")
     answer = server.post(f"/terminate/{number}")
     assert answer.status_code in (200, 202)
     job = wait_status(server, number, "Killed")
     assert client22.find(1).status == "Killed"  # type: ignore[union-attr]
-    wait_for(lambda: not alive(int(pid_file.read_text())), 10, "the process gone")
+    wait_for(lambda: not alive(int(pid_file.read_text())), what="the process gone")
     assert job["cause"] == "cancelled"
     assert ("POST", "/kill/1") in client22.asked
 
@@ -164,7 +164,7 @@ def test_polls_of_a_22_client_are_gentle(server: Process, client22: Client22, tm
     number = submit(server, f"{TRAP}\nwhile [ ! -e {gate} ]; do sleep 0.05; done\n")
     wait_status(server, number, "Running")
     began, before = time.monotonic(), len(client22.asked)
-    wait_for(lambda: time.monotonic() - began > 3, 10, "three seconds of polling")
+    wait_for(lambda: time.monotonic() - began > 3, what="three seconds of polling")
     asked = client22.asked[before:]
     assert len([path for _, path in asked if path.startswith("/retrieve")]) <= 5 * 3 + 3, asked
     assert len([path for _, path in asked if not path.startswith("/retrieve")]) <= 6, asked
@@ -189,9 +189,24 @@ def test_22_client_that_forgot_everything(make_process: MakeProcess, tmp_path: P
         for number, word in ((one, "one"), (two, "two")):
             wait_status(server, number, "Completed", limit_s=40)
             assert download(server, number).text("out.txt") == f"{word}\n"
-        assert server.job(one)["attempt"] == 2
+        moves = [f"{each['at'][17:23]} {each['to']}: {each['reason']}" for each in server.job(one)["history"]]
+        assert server.job(one)["attempt"] == 2, "\n".join(moves)
     finally:
         second.stop()
+
+
+def test_22_client_that_closes_connections_late(make_process: MakeProcess, tmp_path: Path) -> None:
+    """A call that takes its last connection would be lost."""
+    client = Client22(tmp_path / "client22")
+    client.closes_late_s = 5.0
+    client.start()
+    server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": client.url, "SERVICE_EXAMPLE_PEER": "2.2"}).start()
+    try:
+        for number in [submit(server, f"{TRAP}\ntrue\n", user_id=user) for user in range(3)]:
+            wait_status(server, number, "Completed")
+            assert server.job(number)["attempt"] == 1
+    finally:
+        client.stop()
 
 
 def test_22_client_that_comes_later(make_process: MakeProcess, tmp_path: Path) -> None:
@@ -199,7 +214,7 @@ def test_22_client_that_comes_later(make_process: MakeProcess, tmp_path: Path) -
     port = free_port()
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{port}", "SERVICE_EXAMPLE_PEER": "2.2"}).start()
     number = submit(server, f"{TRAP}\ntrue\n")
-    wait_for(lambda: server.job(number)["waiting_for"], 20, "a reason to wait")
+    wait_for(lambda: server.job(number)["waiting_for"], what="a reason to wait")
     client = Client22(tmp_path / "client22", port).start()
     try:
         assert wait_status(server, number, "Completed", limit_s=60)["attempt"] == 1
@@ -278,7 +293,7 @@ def test_22_server_kills(server22: Server22, tmp_path: Path) -> None:
     """200 once nothing of it runs; the status is Killed; again is harmless."""
     pid_file = tmp_path / "pid"
     job = server22.upload({"run.sh": f"trap '' TERM\necho $$ > {pid_file}\nwhile :; do sleep 0.1; done\n".encode()})
-    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), 20, "the script's start")
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip(), what="the script's start")
     server22.terminate(job)
     assert not alive(int(pid_file.read_text()))
     assert server22.wait(job) == "Killed"
@@ -290,11 +305,11 @@ def test_22_server_sees_no_passing_status(client: Process, server22: Server22, t
     """A restart of the client in between shows as silence, never as a status that ends the polling."""
     gate = tmp_path / "gate"
     job = server22.upload({"run.sh": f"while [ ! -e {gate} ]; do sleep 0.05; done\necho done > out.txt\n".encode()})
-    wait_for(lambda: job.status == "Running", 20, "the script's start")
+    wait_for(lambda: job.status == "Running", what="the script's start")
     client.kill()
     client.start()
     seen = len(job.statuses)
-    wait_for(lambda: len(job.statuses) > seen + 1, 20, "two more polls")
+    wait_for(lambda: len(job.statuses) > seen + 1, what="two more polls")
     gate.touch()
     assert server22.wait(job) == "Completed", job.statuses
     assert set(job.statuses) <= {"Prepared", "Running", "Completed"}
@@ -311,7 +326,7 @@ def test_22_servers_partial_result(server22: Server22, tmp_path: Path) -> None:
         assert answer.status_code == 200
         return "early.txt" in Archive(answer.content).names()
 
-    wait_for(early, 20, "the first file")
+    wait_for(early, what="the first file")
     server22.terminate(job)
 
 
@@ -322,11 +337,11 @@ def test_memory_database_of_the_reference(make_process: MakeProcess) -> None:
     with closing(Server22(client.url)) as server22:
         job = server22.upload({"run.sh": b"echo $$ > pid.txt\nexec sleep 1000\n"})
         assert job.dest_id == 1
-        pid = wait_for(lambda: pid_in_partial(server22, job.dest_id), 20, "the script's start")
+        pid = wait_for(lambda: pid_in_partial(server22, job.dest_id), what="the script's start")
         client.kill()
         assert alive(pid)
         client.start()
-        wait_for(lambda: not alive(pid), 20, "the orphan ended")
+        wait_for(lambda: not alive(pid), what="the orphan ended")
         again = server22.upload({"run.sh": b"true\n"})
         assert again.dest_id == 1
         assert server22.wait(again) == "Completed"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import errno
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -46,6 +48,9 @@ from harness import (
     wait_for,
     wait_status,
 )
+
+from joborch_base.settings import load_config
+from joborch_base.weak_setups import lines_for_server, start_command
 
 PROMPT_S = 10  # "at once", on a busy machine
 
@@ -299,13 +304,19 @@ def test_doctor_tries_a_lock(role: str, tmp_path: Path) -> None:
 # == Signals ==
 
 
-@pytest.mark.parametrize("role", ["server", "client"])
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    ("role", "number"),
+    [  # SIGUSR1 drains a client: see test_pauses.py
+        *(("server", number) for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)),
+        *(("client", number) for number in (signal.SIGHUP, signal.SIGUSR2)),
+    ],
+)
 def test_a_signal_that_means_reload_ends_nobody(role: str, number: signal.Signals, make_process: MakeProcess) -> None:
-    """A closed terminal and `kill -HUP` leave a line in the log, and TERM still ends it."""
+    """A closed terminal and `kill -HUP` leave lines in the log, and TERM still ends it."""
     process = make_process(role, {"JOBORCH_TOKEN": "t", "SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
     os.kill(process.pid, number)
-    wait_for(lambda: f"{number.name} is ignored" in process.log, what="a line in the log")
+    said = "reload: no setting has changed" if number == signal.SIGHUP else f"{number.name} is ignored"
+    wait_for(lambda: said in process.log, what="a line in the log")
     assert process.get("/health", headers={"Authorization": "Bearer t"}).status_code == 200
     assert process.stop() == 0
 
@@ -651,7 +662,9 @@ def test_an_internal_error_is_found_in_the_log(make_process: MakeProcess) -> Non
 
 def test_a_client_that_was_not_started_yet(make_process: MakeProcess) -> None:
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{free_port()}"}).start()
-    wait_for(lambda: "connection refused; it has not answered yet: start one there with `joborch client`" in server.log)
+    port = server.settings["SERVICE_EXAMPLE_CLIENTS"].rpartition(":")[2]  # type: ignore[union-attr]
+    wait_for(lambda: f"client 127.0.0.1:{port}: has not been started yet: start it with `joborch client --port {port}`" in server.log)
+    assert "connection refused" not in server.log and "WARNING client" not in server.log
 
 
 # == What a client says of itself ==
@@ -748,9 +761,53 @@ def test_sbatch_beside_the_local_executor(make_process: MakeProcess, tmp_path: P
     (tools / "sbatch").write_text("#!/bin/sh\n")
     (tools / "sbatch").chmod(0o755)
     path = {"PATH": f"{tools}:{os.environ['PATH']}", "JOBORCH_TOKEN": "t"}
-    question = "this machine has sbatch, but payloads would run on it directly: did you mean JOBORCH_EXECUTOR=slurm?"
+    question = "this machine has sbatch: payloads would run on this login node; did you mean JOBORCH_EXECUTOR=slurm?"
     assert f"note    {question}" in doctor_says(tmp_path, "client", **path)[1]
     assert question not in doctor_says(tmp_path, "client", JOBORCH_EXECUTOR="local", **path)[1]
     assert question not in doctor_says(tmp_path, "server", **path)[1]
     client = make_process("client", dict(path)).start()
     wait_for(lambda: question in client.log)
+    client.settings["JOBORCH_EXECUTOR"] = "local"
+    client.restart()
+    wait_for(lambda: " payloads at once with the local executor on this login node\n" in client.log.rpartition("stopped\n")[2])
+    assert client.log.count(question) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "file"),
+    [
+        ({}, "127.0.0.1", "{home}/.config/joborch/client-token"),
+        ({"JOBORCH_HOST": "127.0.0.1", "JOBORCH_TOKEN_FILE": "{home}/own"}, "127.0.0.1", "{home}/own"),
+        ({"JOBORCH_HOST": "0.0.0.0", "JOBORCH_TOKEN": "a-token-of-20-letters"}, socket.gethostname(), "(a file with"),
+    ],
+    ids=["defaults", "a file", "open"],
+)
+def test_a_client_says_what_its_server_has_to_know(settings: dict[str, str], host: str, file: str, make_process: MakeProcess) -> None:
+    """Two lines to copy into the server's settings; and they work."""
+    client = make_process("client")
+    home = str(client.home)
+    client.settings.update({name: value.replace("{home}", home) for name, value in settings.items()})
+    client.start()
+    wait_for(lambda: "SERVICE_EXAMPLE_TOKEN_FILE" in client.log, what="the lines")
+    said = dict(re.findall(r"for the settings of its server: (\w+)=(.*)", client.log))
+    assert said["SERVICE_EXAMPLE_CLIENTS"] == f"http://{host}:{client.port}"
+    assert said["SERVICE_EXAMPLE_TOKEN_FILE"].startswith(file.replace("{home}", home))
+    if "JOBORCH_TOKEN" not in settings:
+        server = make_process("server", {**said}).start()
+        assert run_to_end(server, "true")["status"] == "Completed"
+
+
+def test_lines_for_both_sides_name_hosts_and_ports() -> None:
+    """As the settings and the command line write them."""
+    config = load_config("client", {}, {"JOBORCH_HOST": "127.0.0.1,::1", "PORT": "9000", "JOBORCH_ALLOW_ANONYMOUS": "1"})
+    assert lines_for_server(config) == ["SERVICE_EXAMPLE_CLIENTS=http://127.0.0.1:9000"]
+    config = load_config("client", {}, {"JOBORCH_HOST": "::1", "PORT": "9001", "JOBORCH_TOKEN_FILE": "/t"})
+    assert lines_for_server(dataclasses.replace(config, token="t")) == [
+        "SERVICE_EXAMPLE_CLIENTS=http://[::1]:9001", "SERVICE_EXAMPLE_TOKEN_FILE=/t",
+    ]  # fmt: skip
+    begin = "has not been started yet: start it with "
+    assert start_command("http://127.0.0.1:9000") == begin + "`joborch client`"
+    assert start_command("http://gpu1:9001/prefix") == begin + "`joborch client --host gpu1 --port 9001` on gpu1"
+    assert start_command("https://gpu1") == begin + "`joborch client --host gpu1 --port 443` on gpu1"
+    assert start_command("http://[::1]:9000") == begin + "`joborch client`"
+    assert start_command("") == ""

@@ -30,7 +30,13 @@ def imports_of(source: str) -> list[tuple[str, str]]:
     return found
 
 
-MADE_OF = {"commands": ("caller",), "top": ("caller", "commands"), "completion": ("caller", "commands")}
+MADE_OF = {
+    "commands": ("caller",),
+    "top": ("caller", "commands"),
+    "completion": ("caller", "commands"),
+    "operator_commands": ("caller", "commands"),
+    "export": ("lists",),
+}
 
 
 def interface_faults(source: str, plugin: str = "") -> list[str]:

@@ -15,10 +15,8 @@ import socket
 import ssl
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ import pytest
 from conftest import MakePair, MakeProcess
 from harness import (
     ENDED,
-    ROOT,
     STRANGER_UID,
     LinkCaller,
     Pair,
@@ -48,10 +45,12 @@ from harness import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from world import BOUNDED, Between, Change, HeadLines, read_message, tried
+from releases import FIRST, source_of
+from world import BOUNDED, Between, Change, HeadLines, read_message, serve_each, tried
 
 import joborch
 from joborch import HttpError, ProofReader
+from joborch_base.archives import repr_digest
 from joborch_base.identity import PROOF_SHAPE, SESSIONS_LIMIT, SIGNED_OF_ANSWER, WINDOW, Proof, link_key
 
 BEARER = {"Authorization": f"Bearer {Pair.TOKEN}"}
@@ -222,7 +221,7 @@ def test_a_bearer_is_for_foreign_callers_alone(client: Process) -> None:
     sent = client.post("/submit", data=form([file_part("run.sh", b"true\n")]), headers={**BEARER, **form_type()})
     assert sent.status_code == 200
     number = sent.json()["id"]
-    wait_for(lambda: "zip" in client.get(f"/retrieve/{number}", headers=BEARER).headers["Content-Type"], 20, "the result")
+    wait_for(lambda: "zip" in client.get(f"/retrieve/{number}", headers=BEARER).headers["Content-Type"], what="the result")
     assert client.post(f"/kill/{number}", headers=BEARER).status_code == 200
     assert_error(client.get("/events?since=0"), 401)
     assert_error(client.get("/events?since=0", headers={"Authorization": "Bearer wrong"}), 401)
@@ -302,7 +301,7 @@ ANSWER_FAULTS: dict[str, Callable[[HeadLines, bytes], tuple[HeadLines, bytes] | 
     "another digest": lambda head, body: (with_header(head, b"Repr-Digest", b"sha-256=:" + b"A" * 43 + b"=:"), body),
     "another body": lambda head, body: (head, body[:-3] + bytes(255 - byte for byte in body[-3:])),
     "body and digest": lambda head, body: (
-        with_header(head, b"Repr-Digest", joborch.repr_digest(hashlib.sha256(body[::-1]).hexdigest()).encode()),
+        with_header(head, b"Repr-Digest", repr_digest(hashlib.sha256(body[::-1]).hexdigest()).encode()),
         body[::-1],
     ),
     "another type": lambda head, body: (with_header(head, b"Content-Type", b"text/html"), body),
@@ -353,7 +352,7 @@ def test_answers_of_other_requests_are_not_believed(between: tuple[Pair, Between
     """Swapped, repeated, out of order: each is of the client, and of another request."""
     (own, middle), (script, marks) = between, marked(tmp_path)
     server = own.server.start()
-    wait_for(lambda: sum(first.startswith(b"GET /events") for first, _, _ in middle.answers) >= 2, 20, "two answers to /events")
+    wait_for(lambda: sum(first.startswith(b"GET /events") for first, _, _ in middle.answers) >= 2, what="two answers to /events")
     earlier = next((head, body) for first, head, body in middle.answers if first.startswith(b"GET /events"))
     once(middle, "GET /events", lambda head, body: earlier, times=2)
     number = submit(server, script)
@@ -478,7 +477,7 @@ def squatter(folder: Path, port: int, user: int | None = None, proof: bool = Tru
             **identity,  # type: ignore[call-overload]
         )
         try:
-            wait_for(lambda: socket.socket().connect_ex((host, port)) == 0, 20, "somebody listens")
+            wait_for(lambda: socket.socket().connect_ex((host, port)) == 0, what="somebody listens")
             yield seen
         finally:
             process.kill()
@@ -494,7 +493,7 @@ def test_who_took_the_port_gets_nothing(user: int | None, proof: bool, make_pair
     with squatter(tmp_path, own.client.port, user, proof) as seen:
         server = own.server.start()
         number = submit(server, script)
-        told = wait_for(lambda: waiting(server, number, "token"), 20, "a reason to wait")
+        told = wait_for(lambda: waiting(server, number, "token"), what="a reason to wait")
         assert "SERVICE_<NAME>_TOKEN" in told or "JOBORCH_TOKEN" in told
         text = seen.read_text()
         assert "GET /hello" in text
@@ -531,7 +530,7 @@ def test_a_port_of_another_user_is_not_called_at_all(make_process: MakeProcess, 
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{port}"})
     with squatter(tmp_path, port, OTHER_UID) as seen:
         number = submit(server.start(), "true")
-        told = wait_for(lambda: waiting(server, number, str(port), str(OTHER_UID)), 20, "a reason to wait")
+        told = wait_for(lambda: waiting(server, number, str(port), str(OTHER_UID)), what="a reason to wait")
         assert "set SERVICE_EXAMPLE_TOKEN" in told
         assert seen.read_text() == ""
         code = subprocess.run(
@@ -573,7 +572,7 @@ def test_whose_port_it_is(listens: str, tmp_path: Path, root: None) -> None:
             assert joborch.far_uid(line) == user
             other.kill()
             other.wait()
-            wait_for(lambda line=line: line.recv(1, socket.MSG_DONTWAIT) == b"", 10, "the connection closed")  # type: ignore[misc]
+            wait_for(lambda line=line: line.recv(1, socket.MSG_DONTWAIT) == b"", what="the connection closed")  # type: ignore[misc]
             assert joborch.far_uid(line) is None, "nobody holds it any more"
 
 
@@ -616,7 +615,7 @@ def test_each_service_by_its_own_token(between: tuple[Pair, Between], tmp_path: 
         own.server.settings.update({f"SERVICE_{name.upper()}_CLIENTS": middle.url, f"SERVICE_{name.upper()}_TOKEN": token})
     server = own.server.start()
     stuck = submit(server, "true", service="wrong")
-    wait_for(lambda: waiting(server, stuck, "SERVICE_<NAME>_TOKEN"), 20, "a reason to wait")
+    wait_for(lambda: waiting(server, stuck, "SERVICE_<NAME>_TOKEN"), what="a reason to wait")
     for service in ("example", "two", "example"):
         assert wait_status(server, submit(server, "true", service=service), *ENDED, limit_s=60)["status"] == "Completed"
     keys = {b"example": "the-first-token-here", b"two": "the-second-token-here"}
@@ -658,11 +657,11 @@ def test_a_22_client_is_called_only_where_that_is_said(make_process: MakeProcess
     settings: dict[str, str | None] = {"SERVICE_EXAMPLE_CLIENTS": f"http://127.0.0.1:{foreign.port}", "SERVICE_EXAMPLE_TOKEN": Pair.TOKEN}
     server = make_process("server", settings).start()
     number = submit(server, "true")
-    wait_for(lambda: waiting(server, number, "SERVICE_EXAMPLE_PEER=2.2"), 20, "a reason to wait")
+    wait_for(lambda: waiting(server, number, "SERVICE_EXAMPLE_PEER=2.2"), what="a reason to wait")
     assert all(seen.startswith(b"GET /hello") and Pair.TOKEN.encode() not in seen for seen in foreign.seen)
     server.settings["SERVICE_EXAMPLE_PEER"] = "2.2"
     server.restart()
-    wait_for(lambda: any(seen.startswith(b"GET / ") and f"Bearer {Pair.TOKEN}".encode() in seen for seen in foreign.seen), 20, "a poll")
+    wait_for(lambda: any(seen.startswith(b"GET / ") and f"Bearer {Pair.TOKEN}".encode() in seen for seen in foreign.seen), what="a poll")
     foreign.listener.close()
 
 
@@ -683,11 +682,11 @@ def test_beyond_loopback_a_token_is_needed(make_process: MakeProcess) -> None:
     middle = Between(client)
     middle.close()
     middle.listener = socket.create_server((host, 0))
-    threading.Thread(target=middle.accept_all, daemon=True).start()
+    threading.Thread(target=serve_each, args=(middle.listener, middle.pass_all), daemon=True).start()
     url = f"http://{host}:{middle.listener.getsockname()[1]}"
     server = make_process("server", {"SERVICE_EXAMPLE_CLIENTS": url}, home_folder=client.home).start()
     number = submit(server, "true")
-    wait_for(lambda: waiting(server, number, "set SERVICE_EXAMPLE_TOKEN"), 20, "a reason to wait")
+    wait_for(lambda: waiting(server, number, "set SERVICE_EXAMPLE_TOKEN"), what="a reason to wait")
     assert {request.split(b" HTTP")[0] for request in middle.sent} == {b"GET /hello"}
     assert not any(b"Authorization" in request for request in middle.sent)
     middle.close()
@@ -708,13 +707,7 @@ def test_our_client_under_the_three_urls(make_process: MakeProcess) -> None:
 @pytest.fixture(scope="session", name="old")
 def old_fixture(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs joborch 0.1.0, as it was before the link proved anything."""
-    folder = tmp_path_factory.mktemp("old")
-    commit = "b219a6462093843ddaf17bf09a478bfd2b3265e2"
-    done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("the history of the repository is not here, and with it version 0.1.0")
-    with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    folder = source_of(FIRST, tmp_path_factory.mktemp("old"))
     assert '__version__ = "0.1.0"' in (folder / "joborch.py").read_text()
     return [sys.executable, str(folder / "joborch.py")]
 
@@ -732,7 +725,7 @@ def test_a_client_of_version_0_1_0(old: list[str], make_pair: MakePair, tmp_path
     server.program = new
     server.start()
     queued = submit(server, "true", user_id=2)
-    told = wait_for(lambda: waiting(server, queued, "runs joborch 0.1.0"), 20, "a reason to wait")
+    told = wait_for(lambda: waiting(server, queued, "runs joborch 0.1.0"), what="a reason to wait")
     assert f"127.0.0.1:{own.client.port}" in told
     assert "replace its joborch.pyz by this version" in told or f"by version {joborch.__version__}" in told
     wait_for(lambda: server.job(running)["status"] == "Unknown", 60, "the job that runs there Unknown")
@@ -753,7 +746,7 @@ def test_a_server_of_version_0_1_0(old: list[str], make_pair: MakePair, tmp_path
     server = own.start().server
     script, marks = marked(tmp_path)
     number = submit(server, script)
-    wait_for(lambda: waiting(server, number, "replace the server's joborch.pyz"), 20, "a reason to wait")
+    wait_for(lambda: waiting(server, number, "replace the server's joborch.pyz"), what="a reason to wait")
     assert own.client.log.count("replace its joborch.pyz") == 1
     server.stop()
     server.program = new
@@ -777,7 +770,7 @@ def test_certificates_of_a_site(make_pair: MakePair, tmp_path: Path) -> None:
     middle = Between(own.client, context)
     own.server.settings["SERVICE_EXAMPLE_CLIENTS"] = middle.url
     number = submit(own.server.start(), "true")
-    wait_for(lambda: waiting(own.server, number, "certificate is not trusted", "JOBORCH_CA_FILE"), 20, "a reason to wait")
+    wait_for(lambda: waiting(own.server, number, "certificate is not trusted", "JOBORCH_CA_FILE"), what="a reason to wait")
     own.server.settings["JOBORCH_CA_FILE"] = certificate
     own.server.restart()
     assert wait_status(own.server, number, *ENDED)["status"] == "Completed"

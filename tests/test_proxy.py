@@ -158,7 +158,7 @@ def test_a_port_that_refuses(proxy: Proxy, got: list[bytes]) -> None:
     proxy.calm()
     proxy.plant(Fault("refuse", seconds=0.1))
     assert ask(proxy) is ConnectionRefusedError
-    wait_for(proxy.opened.is_set, 5, "the port open again")
+    wait_for(proxy.opened.is_set, what="the port open again")
     proxy.plant(Fault("refuse", "POST /x"))
     assert (ask(proxy), ask(proxy, path="/x"), ask(proxy), len(got)) == (BODY, RESET, ConnectionRefusedError, 3)
     proxy.calm()
@@ -171,7 +171,7 @@ def test_a_duplicate(order: str, proxy: Proxy, got: list[bytes]) -> None:
     """The target gets it twice, the caller one answer."""
     proxy.plant(Fault("duplicate", "POST", order=order, seconds=0.01))
     assert ask(proxy, BODY * 300) == BODY * 300
-    wait_for(lambda: proxy.seen[0].copies == [200], 5, "the answer to the copy")
+    wait_for(lambda: proxy.seen[0].copies == [200], what="the answer to the copy")
     assert (got, proxy.counts()) == ([BODY * 300] * 2, {"duplicate": 1})
 
 
@@ -179,7 +179,7 @@ def test_faults_befall_what_they_match_as_often_as_told(proxy: Proxy) -> None:
     """The one planted first comes first; what cannot happen (a bit of no body) waits for the next."""
     proxy.plant(Fault("flip_answer", "POST /bit"))
     assert ask(proxy, b"", "/bit") == b""
-    wait_for(lambda: proxy.planted[0].left, 5, "the fault given back")
+    wait_for(lambda: proxy.planted[0].left, what="the fault given back")
     assert ask(proxy, path="/bit") == flipped(0)
     proxy.plant(Fault("rubbish", "GET /a/[0-9]+$", times=2, status=501))
     proxy.plant(Fault("rubbish", "GET /a/", times=1, status=502))
@@ -219,7 +219,7 @@ def test_scattered_faults(proxy: Proxy) -> None:
 
     def call(number: int) -> None:
         for path in ("/", "/chunked", "/endless") * 8:
-            wait_for(proxy.opened.is_set, 5, "the port open")
+            wait_for(proxy.opened.is_set, what="the port open")
             ask(proxy, BODY * number, path)
 
     threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(4)]

@@ -1,6 +1,6 @@
-"""The documents are true: the README's commands run as they stand, tables are what the code prints, links lead somewhere.
+"""The documents are true: their commands run as they stand, tables are what the code prints, links lead somewhere.
 
-`python tests/test_readme.py --write` writes the parts between markers in docs/reference.md anew.
+`python tests/test_readme.py --write` writes the generated parts, between markers in docs/, again.
 """
 
 from __future__ import annotations
@@ -10,57 +10,35 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import reference
 from harness import ROOT, end_all_below, program_text
-from newcomer import STARTS, Newcomer, Typed, section, shell_blocks
+from newcomer import STARTS, Newcomer, Typed, all_blocks, section, shell_blocks
 
-sys.path.insert(0, str(ROOT))  # for --write; pytest does it by itself
 import joborch
-from joborch_base.settings import settings_table
-from joborch_base.states import SERVER_MOVES, diagram
-from joborch_plugins import commands, documents
-
-
-def commands_text() -> str:
-    """The commands for people with jobs, each with its flags and examples."""
-    parts = []
-    for name, word in commands.WORDS.items():
-        if word.here:
-            rows = [
-                f"| `{', '.join(names) if names[0][0] == '-' else how['metavar']}` | {how['help']} |" for names, how in commands.FLAGS[name]
-            ]
-            said = f"{word.help[0].upper()}{word.help[1:]}."
-            table = "\n".join(["", "| | |", "|---|---|", *rows]) if rows else ""
-            examples = "\n".join(line.strip() for line in word.examples.splitlines())
-            parts.append(f"### joborch {name}\n\n{said}\n{table}\n\n```text\n{examples}\n```".replace("\n\n\n", "\n\n"))
-    return "\n\n".join(parts)
-
+from joborch_base.settings import CLOUD_SETTINGS, SERVICE_SETTINGS
+from joborch_base.states import SERVER_MOVES
+from joborch_plugins import commands
 
 README = ROOT / "README.md"
-README_LINES = 250
-REFERENCE = ROOT / "docs" / "reference.md"
+README_LINES = 200
+REFERENCE, USE, OPERATE = (ROOT / "docs" / name for name in ("reference.md", "use.md", "operate.md"))
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
-GENERATED: Mapping[str, Callable[[], str]] = {
-    "diagram": lambda: f"```mermaid\n{diagram()}\n```",
-    "commands": commands_text,
-    "settings": settings_table,
-    "routes server": lambda: documents.routes_table("server"),
-    "routes client": lambda: documents.routes_table("client"),
-}
+GENERATED = {ROOT / "docs" / name: parts for name, parts in reference.PARTS.items()}
 REMEDY = "run: .venv-test/bin/python tests/test_readme.py --write"
 
 ASKS_FOR_CODES = re.compile(r"curl -I \S+ +# (?P<codes>.*)")
-TESTED_ELSEWHERE = ["tests/run", "docker compose up --build"]  # by whoever runs the tests, and by test_containers.py
 LEFT_OUT_OF_THE_COPY = shutil.ignore_patterns(".*", "__pycache__", "joborch.pyz", "bench.jsonl")
 
 
@@ -74,21 +52,36 @@ def quick_start(markdown: str) -> list[list[str]]:
 
 def own_service(markdown: str) -> list[list[str]]:
     """Return the blocks that set up a service of one's own; the quick start's processes are stopped before."""
-    return [block for block in shell_blocks(section(markdown, "Your own service")) if block[0] not in TESTED_ELSEWHERE]
+    return shell_blocks(section(markdown, "Your own service"))
 
 
 def env_file(markdown: str) -> str:
-    """Return the text of `server.env`, which the commands of one's own service read."""
-    found = re.search(r"^```ini\n(.*?)^```$", section(markdown, "Your own service"), re.MULTILINE | re.DOTALL)
-    assert found, "the README shows no server.env"
+    """Return the text of `server.env`, which the commands of a page read."""
+    found = re.search(r"^```ini\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    assert found, "the page shows no server.env"
     return found[1]
 
 
-def refreshed(markdown: str) -> str:
-    """`markdown` with every generated part as the code prints it now."""
-    for name, make in GENERATED.items():
+def python_line(markdown: str) -> str:
+    """The command that runs the README's lines of Python in the repository."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    return f"PYTHONPATH=joborch.pyz python3 -c {shlex.quote(code)}"
+
+
+def sessions() -> Iterator[tuple[str, list[list[str]]]]:
+    """Each page with what a reader types there, up to stopping all that it started."""
+    markdown = README.read_text()
+    yield README.name, [*quick_start(markdown), ["cd ..", python_line(markdown)]]
+    yield README.name, own_service(markdown)
+    yield USE.name, [["python3 joborch.pyz server"], ["python3 joborch.pyz client"], ["cd example"], *shell_blocks(USE.read_text())]
+    yield OPERATE.name, [["python3 joborch.pyz server --env-file server.env"], *shell_blocks(OPERATE.read_text())]
+
+
+def refreshed(document: Path, markdown: str) -> str:
+    """`markdown` with every generated part of `document` as the code prints it now."""
+    for name, make in GENERATED[document].items():
         parts = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert len(parts.findall(markdown)) == 1, f"{REFERENCE.name} needs one pair of markers <!-- {name} --> <!-- /{name} -->"
+        assert len(parts.findall(markdown)) == 1, f"{document.name} needs one pair of markers <!-- {name} --> <!-- /{name} -->"
         text = f"\n{make()}\n\n"
         markdown = parts.sub(lambda found, text=text: found[1] + text + found[2], markdown)
     return markdown
@@ -109,7 +102,7 @@ def links(markdown: str) -> Iterator[str]:
             yield unquote(link)
 
 
-# == The README's commands, typed by a process in a network of its own ==
+# == The commands of the pages, typed by a process in a network of its own ==
 
 
 def set_loopback_up() -> None:
@@ -123,16 +116,17 @@ def private_network() -> list[str]:
     """The command before another that gives it a network of its own, where the default ports are free; else skip."""
     command = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     if shutil.which("unshare") is None:
-        pytest.skip("the README's commands use ports 5000 and 9000, in a network of their own: needs unshare (util-linux)")
+        pytest.skip("the commands of the documents use ports 5000 and 9000, in a network of their own: needs unshare (util-linux)")
     tried = subprocess.run([*command, "true"], capture_output=True, text=True)
     if tried.returncode != 0:
-        pytest.skip(f"the README's commands use ports 5000 and 9000, in a network of their own: needs root ({tried.stderr.strip()})")
+        said = tried.stderr.strip()
+        pytest.skip(f"the commands of the documents use ports 5000 and 9000, in a network of their own: needs root ({said})")
     return command
 
 
 @pytest.fixture(scope="module")
-def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tuple[Path, list[Typed]]]:
-    """A copy of the repository in which the README's commands were typed, and what came of each line.
+def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tuple[Path, dict[str, list[Typed]]]]:
+    """A copy of the repository in which the commands of the pages were typed, and for each page what came of each line.
 
     `pyz` is asked for because its build fetches the packages: a network of one's own leads nowhere.
     """
@@ -142,46 +136,53 @@ def terminal(tmp_path_factory: pytest.TempPathFactory, pyz: Path) -> Iterator[tu
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        yield folder, [Typed(*json.loads(line)) for line in done.stdout.splitlines()]
+        pages: dict[str, list[Typed]] = {}
+        for page, *rest in map(json.loads, done.stdout.splitlines()):
+            pages.setdefault(page, []).append(Typed(*rest))
+        yield folder, pages
     finally:
         end_all_below(folder)
 
 
-def only(typed: list[Typed], start: str) -> Typed:
-    """The one line that starts with `start`."""
-    found = [each for each in typed if each.line.startswith(start)]
+def only(typed: dict[str, list[Typed]], start: str) -> Typed:
+    """The one line of the README that starts with `start`."""
+    found = [each for each in typed[README.name] if each.line.startswith(start)]
     assert len(found) == 1, f"{len(found)} lines of the README begin with {start!r}"
     return found[0]
 
 
 @pytest.mark.timeout(300)
-def test_every_line_runs(terminal: tuple[Path, list[Typed]]) -> None:
+def test_every_line_runs(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """Each exits with 0; a server or client runs until it is stopped, and then exits with 0, too."""
-    _, typed = terminal
-    assert len(typed) > 20, typed
-    for line, status, outputs in typed:
-        assert status == (None if STARTS.match(line) else 0), f"{line}\n{''.join(outputs)}"
+    assert [len(lines) > 10 for lines in terminal[1].values()] == [True] * 3
+    failed = [
+        f"{page}: {line}\n{''.join(outputs)}"
+        for page, lines in terminal[1].items()
+        for line, status, outputs in lines
+        if status != (None if STARTS.match(line) else 0)
+    ]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.timeout(300)
-def test_the_first_command_shows_the_contacts(terminal: tuple[Path, list[Typed]]) -> None:
+def test_the_first_command_shows_the_contacts(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """The demo ends with the summary of the structure."""
     demo = only(terminal[1], "python3 build_zipapp.py && python3 joborch.pyz demo").outputs[0]
     assert "result: 2oob: 36 residue pairs of chains A and B" in demo
 
 
 @pytest.mark.timeout(300)
-def test_uploads_of_the_quick_start_are_jobs_2_and_3(terminal: tuple[Path, list[Typed]]) -> None:
+def test_uploads_of_the_quick_start_are_jobs_2_and_3(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """The ids in the lines after them are right, and no field was unknown."""
-    uploads = [each for each in terminal[1] if each.line.endswith("127.0.0.1:5000/upload")]
+    uploads = [each for each in terminal[1][README.name] if each.line.endswith("127.0.0.1:5000/upload")]
     jobs = [json.loads(re.search(r"\{.*\}", each.outputs[0])[0]) for each in uploads]  # type: ignore[index]
     assert [(job["id"], job["warnings"]) for job in jobs] == [(2, []), (3, [])]
 
 
 @pytest.mark.timeout(300)
-def test_codes_are_those_in_the_comments(terminal: tuple[Path, list[Typed]]) -> None:
+def test_codes_are_those_in_the_comments(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """Each `curl -I` shows only codes that its comment names, and the last of them at the end."""
-    asked = [(each, found) for each in terminal[1] if (found := ASKS_FOR_CODES.match(each.line))]
+    asked = [(each, found) for each in terminal[1][README.name] if (found := ASKS_FOR_CODES.match(each.line))]
     named = [re.findall(r"\b\d{3}\b", found["codes"]) for _, found in asked]
     shown = [[output.split()[1] for output in each.outputs] for each, _ in asked]
     assert named == [["202", "200"], ["204"], ["404"]]
@@ -190,7 +191,7 @@ def test_codes_are_those_in_the_comments(terminal: tuple[Path, list[Typed]]) -> 
 
 
 @pytest.mark.timeout(300)
-def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
+def test_results_of_the_quick_start(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """The summary is in the result; the sleeping job gave what it had, and was ended."""
     folder, typed = terminal
     assert "36 residue pairs" in only(typed, "cat out/summary.txt").outputs[0]
@@ -201,7 +202,7 @@ def test_results_of_the_quick_start(terminal: tuple[Path, list[Typed]]) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_service_of_ones_own(terminal: tuple[Path, list[Typed]]) -> None:
+def test_a_service_of_ones_own(terminal: tuple[Path, dict[str, list[Typed]]]) -> None:
     """The settings of `server.env` are in force, and the server knows its client by name."""
     typed = terminal[1]
     assert re.search(r"SERVICE_DOCKING_CLIENTS +http://gpu1:9000", only(typed, "python3 joborch.pyz config server").outputs[0])
@@ -211,10 +212,14 @@ def test_a_service_of_ones_own(terminal: tuple[Path, list[Typed]]) -> None:
 
 
 def test_no_block_of_shell_is_left_out() -> None:
-    """Every one is typed above, or is named with who runs it."""
-    markdown = README.read_text()
-    typed = [*quick_start(markdown), *own_service(markdown)]
-    assert [block for block in shell_blocks(markdown) if block not in typed and block[0] not in TESTED_ELSEWHERE] == []
+    """Every one of every page is typed above, or is marked with the reason why not; no mark stands elsewhere."""
+    typed = [block for _, blocks in sessions() for block in blocks]
+    for document in DOCUMENTS:
+        markdown = document.read_text()
+        assert [block for block in shell_blocks(markdown) if block not in typed] == [], f"{document.name}: mark it <!-- not run: WHY -->"
+        marks = re.findall(r"^<!-- not run", markdown, re.MULTILINE)
+        assert len(marks) == len([block for block in all_blocks(markdown) if block.not_run]), document.name
+        assert len(re.findall(r"^ *(?:```|~~~)(?:sh|bash|console|shell)\b", markdown, re.MULTILINE)) == len(all_blocks(markdown))
 
 
 def test_the_readme_is_short() -> None:
@@ -235,41 +240,45 @@ def test_curl_as_in_the_reference() -> None:
 
 def test_the_second_command_is_there() -> None:
     """`tests/run`: it cannot be run from within itself."""
-    assert shell_blocks(section(README.read_text(), "Two commands"))[1] == ["tests/run"]
+    assert all_blocks(section(README.read_text(), "Two commands"))[1].lines == ["tests/run"]
     assert os.access(ROOT / "tests" / "run", os.X_OK)
 
 
 # == Tables, names and links ==
 
 
-def test_generated_parts_are_what_the_code_prints() -> None:
-    """The diagram, the settings and the routes."""
-    markdown = REFERENCE.read_text()
-    assert markdown == refreshed(markdown), REMEDY
+@pytest.mark.parametrize("document", GENERATED, ids=lambda document: document.name)
+def test_generated_parts_are_what_the_code_prints(document: Path) -> None:
+    """All of docs/reference.md but its introductions, and the fields of an upload."""
+    markdown = document.read_text()
+    assert markdown == refreshed(document, markdown), REMEDY
 
 
 def test_every_setting_and_command_is_named() -> None:
-    """The tables may not be the only place that could forget one."""
-    reference, readme = REFERENCE.read_text(), README.read_text()
+    """All are in the reference; commands for operators are in their table, too."""
+    text, operate = REFERENCE.read_text(), section(OPERATE.read_text(), "Commands")
     settings = [setting.name for setting in joborch.SETTINGS]
-    settings += [f"SERVICE_<NAME>_{setting.name}" for setting in joborch.SERVICE_SETTINGS]
-    assert [name for name in settings if f"`{name}`" not in reference] == []
-    assert [name for name in commands.WORDS if not re.search(rf"`python3 joborch.pyz {name}( [^`]+)?`", readme)] == []
+    settings += [f"SERVICE_<NAME>_{setting.name}" for setting in SERVICE_SETTINGS]
+    settings += [f"CLOUD_<NAME>_{setting.name}" for setting in CLOUD_SETTINGS]
+    assert [name for name in settings if f"`{name}`" not in text] == []
+    assert [name for name in commands.WORDS if f"### joborch {name}\n" not in text] == []
+    for_operators = [name for name, word in commands.WORDS.items() if not word.here]
+    assert [name for name in for_operators if not re.search(rf"`python3 joborch.pyz {name}( [^`]+)?`", operate)] == []
 
 
 def test_every_name_in_capitals_exists() -> None:
     """What the documents call a setting or a variable is one of the program or of the compose file."""
-    known = program_text() + (ROOT / "docker-compose.yml").read_text()
+    known = set(re.findall(r"\w+", program_text() + (ROOT / "docker-compose.yml").read_text()))
     for document in DOCUMENTS:
         names = set(re.findall(r"\bJOBORCH_[A-Z_]+[A-Z]", document.read_text()))
-        assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", known)] == [], document.name
+        assert sorted(names - known) == [], document.name
 
 
 def test_every_state_and_cause_is_explained() -> None:
-    """In the README, except a payload's own state, Prepared."""
+    """The states in the README, except a payload's own state, Prepared; the causes in docs/use.md."""
     states = section(README.read_text(), "States")
     assert [status for status in SERVER_MOVES if str(status[1]) not in states] == []
-    trouble = section(README.read_text(), "When a job fails")
+    trouble = section(USE.read_text(), "When a job fails")
     assert [cause for cause in joborch.Cause if f"| `{cause}` |" not in trouble] == []
 
 
@@ -277,7 +286,16 @@ def test_every_name_in_the_architecture_exists() -> None:
     """Files, functions and columns that the page and its picture of a job's way name are in the sources; placeholders are not."""
     sources = [*ROOT.glob("*.py"), *ROOT.glob("joborch_*/*.py")]
     known = {word for path in sources for word in re.findall(r"\w+", path.read_text())}
-    known |= {path.stem for path in sources} | {"UUID", "ATTEMPT", "CLIENT", "joborch_plugins", "jobs", "package", "pyz"}
+    known |= {path.stem for path in [*sources, *(ROOT / "tests").glob("*.py")]} | {
+        "UUID",
+        "ATTEMPT",
+        "CLIENT",
+        "NUMBER",
+        "joborch_plugins",
+        "jobs",
+        "package",
+        "pyz",
+    }
     page = (ROOT / "docs" / "architecture.md").read_text()
     names = re.findall(r"`([^`]+)`", page)
     names += re.findall(r'class="note code"[^>]*>([^<]+)<', (ROOT / "docs" / "job.svg").read_text())
@@ -295,16 +313,29 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target.read_text()), f"{document.name}: {link} is no heading"
 
 
+def test_what_sites_that_move_are_told_exists() -> None:
+    """All routes and settings that docs/moving.md names exist here."""
+    table = section((ROOT / "docs" / "moving.md").read_text(), "Each setting and route")
+    ours = {
+        f"{row.method} {re.sub(r'<(job_id|user_id)>', 'ID', row.path)}" for mode in ("server", "client") for row in joborch.routes_of(mode)
+    }
+    named = re.findall(r"`((?:GET|POST) /\S*)`", table)
+    assert len(named) > 10 and [route for route in named if route not in ours] == []
+    known = {setting.name for setting in joborch.SETTINGS} | {f"SERVICE_<NAME>_{setting.name}" for setting in SERVICE_SETTINGS}
+    settings = re.findall(r"`((?:JOBORCH|SERVICE_<NAME>)_[A-Z_]+|PORT|DB_PATH|DATA_PATH|MAX_AGE)\b", table)
+    assert len(settings) > 8 and [name for name in settings if name not in known] == []
+
+
 # == The checks themselves ==
 
 
 def test_a_part_that_was_changed_is_found() -> None:
     """A row less, or a marker less, does not go unseen."""
     markdown = REFERENCE.read_text()
-    row = settings_table().splitlines()[2] + "\n"
-    assert refreshed(markdown.replace(row, "")) == refreshed(markdown) != markdown.replace(row, "")
+    row = reference.routes_table("server").splitlines()[2] + "\n"
+    assert refreshed(REFERENCE, markdown.replace(row, "")) == refreshed(REFERENCE, markdown) != markdown.replace(row, "")
     with pytest.raises(AssertionError, match="markers"):
-        refreshed(markdown.replace("<!-- settings -->", ""))
+        refreshed(REFERENCE, markdown.replace("<!-- settings -->", ""))
 
 
 def test_links_are_found_where_they_stand() -> None:
@@ -315,21 +346,30 @@ def test_links_are_found_where_they_stand() -> None:
 
 
 def main() -> None:
-    """Write the generated parts anew; or, in a network of its own, type the README's commands (for the tests above)."""
+    """Write the generated parts again; or, in a network of its own, type the commands of the pages (for the tests above)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     ways = parser.add_mutually_exclusive_group(required=True)
-    ways.add_argument("--write", action="store_true", help="write the parts of docs/reference.md between markers anew")
+    ways.add_argument("--write", action="store_true", help="write the generated parts of docs/ again")
     ways.add_argument("--type-commands", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        REFERENCE.write_text(refreshed(REFERENCE.read_text()))
+        for document in GENERATED:
+            document.write_text(refreshed(document, document.read_text()))
         return
     set_loopback_up()
-    markdown, folder = README.read_text(), arguments.type_commands
-    (folder / "server.env").write_text(env_file(markdown))
-    for blocks in (quick_start(markdown), own_service(markdown)):
-        for typed in Newcomer(folder).type_all(blocks):
-            print(json.dumps(typed), flush=True)
+    folder = arguments.type_commands
+    (folder / "server.env").write_text(env_file(README.read_text()))
+    for page, blocks in sessions():
+        place = folder
+        if page != README.name:
+            place = folder / Path(page).stem
+            shutil.copytree(ROOT / "example", place / "example")
+            shutil.copy(folder / "joborch.pyz", place)
+        if page == OPERATE.name:
+            (place / "server.env").write_text(env_file(OPERATE.read_text()))
+            shutil.copy(folder / "docking-token", place)
+        for typed in Newcomer(place).type_all(blocks):
+            print(json.dumps([page, *typed]), flush=True)
 
 
 if __name__ == "__main__":

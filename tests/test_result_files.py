@@ -136,6 +136,8 @@ def test_files_of_a_result(status: Status, desk: Desk) -> None:
     rows = listed(desk.server, job)
     assert {row["path"]: row["size"] for row in rows} == {**{name: len(content) for name, content in MEMBERS.items()}, "latest": 9}
     assert all(set(row) == {"path", "size", "mode", "mtime", "sha256"} for row in rows)
+    small = {name: hashlib.sha256(content).hexdigest() for name, content in MEMBERS.items() if len(content) <= results.HASHED_BYTES}
+    assert {row["path"]: row["sha256"] for row in rows} == {**small, "out/b.bin": None, "latest": None}
     modes = {row["path"]: row["mode"] for row in rows}
     assert (modes["run.sh"], modes["latest"]) == ("100640", "120777")
     assert {row["mtime"] for row in rows} == {joborch.rfc3339(1_795_510_800.0)}

@@ -162,6 +162,8 @@ def chosen(lines: list[ServiceQueue], places: list[ClientCapacity], runs: dict[s
         ([place("a", 4, 2, load=80.0), place("b", 4, 2, load=20.0)], "b"),
         ([place("a", 4, 2, failed_s_ago=10.0), place("b", 4, 2, failed_s_ago=500.0)], "b"),
         ([place("b", 4, 2), place("a", 4, 2)], "a"),
+        ([place("a", 4, 4, costs=True), place("b", 4, 1, costs=True)], "b"),  # the other one becomes idle, and is ended
+        ([place("a", 4, 1, costs=True), place("b", 4, 1, load=80.0)], "b"),
         ([place("a", 4, 0), place("b", 1, 1, load=100.0, failed_s_ago=1.0)], "b"),
         ([place("a", 4, 4), place("c", 9, 9)], "a"),
         ([place("a", 4, 0), place("b", 4, 0)], None),
@@ -175,11 +177,11 @@ def test_the_client_with_most_free_slots_gets_it(places: list[ClientCapacity], w
     assert chosen([line(Candidate("s", 1))], places) == (wanted and (1, wanted))
 
 
-@pytest.mark.parametrize(("run_s", "room"), [(None, 0), (60.0, 0), (0.41, 0), (0.2, 2), (0.1, 4), (0.01, 4), (0.0, 4)])
+@pytest.mark.parametrize(("run_s", "room"), [(None, 0), (60.0, 0), (0.41, 0), (0.2, 2), (0.1, 4), (0.01, 6), (0.0, 6)])
 def test_only_work_of_a_moment_waits_at_a_client(run_s: float | None, room: int) -> None:
     """A newcomer's job stands behind what runs, and no more than 0.2 s of work."""
     assert place(slots=2, free=0, turning=True).room(run_s) == room
-    assert place(slots=8, free=0, turning=True).room(0.01) == 8
+    assert place(slots=8, free=0, turning=True).room(0.01) == 16
     assert place(slots=2, free=0).room(run_s) == 0, "what runs there now takes longer than runs do"
     assert place(slots=2, free=1, turning=True).room(run_s, cpus=2) == 1, "it would wait there for two slots"
 
@@ -441,17 +443,30 @@ EMPTY, BUSY_PLACE = [place("gpu1:9000", 2)], [place("gpu1:9000", 2, 0)]
         (QueueFacts(6, 5, 6, 10, 0), FREE, EMPTY, "6 of your 5 runs for s are in use"),
         (QueueFacts(5, 5, 5, 10, 10_000), FREE, EMPTY,
          "5 of your 5 runs for s are in use and 10,000 or more of your jobs are ahead of it"),
+        (QueueFacts(0, 5, 0, 10, 150, counted_to=100), FREE, EMPTY, "it waits for its turn: 100 or more of your jobs are ahead of it"),
         (QueueFacts(4, 5, 10, 10, 0), FREE, EMPTY, "all 10 runs of s are in use"),
-        (QueueFacts(5, 5, 10, 10, 0), DOWN, [], "5 of your 5 runs for s are in use"),
+        (QueueFacts(5, 5, 10, 10, 0), DOWN, [],
+         "5 of your 5 runs for s are in use; no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
+        (QueueFacts(4, 5, 10, 10, 1), {"x": "is drained"}, [],
+         "all 10 runs of s are in use and 1 of your jobs is ahead of it; no client for s takes jobs: x is drained"),
+        (QueueFacts(5, 5, 5, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "5 of your 5 runs for s are in use"),
         (QueueFacts(0, 5, 0, 10, 0), DOWN, [], "no client for s takes jobs: gpu1:9000 cannot be reached (3 min ago)"),
         (QueueFacts(0, 5, 0, 10, 0), {**DOWN, "gpu2:9000": ""}, EMPTY, "it is next for a free slot at a client for s"),
-        (QueueFacts(0, 5, 0, 10, 0), {}, [], "it is next for a free slot at a client for s"),
+        (QueueFacts(0, 5, 0, 10, 0), {}, [], "no client for s takes jobs: none has joined this server for it"),
         (QueueFacts(0, 5, 0, 10, 0, 0, 4), FREE, EMPTY,
          "no client for s is large enough: it needs 4 slots, and the largest, gpu1:9000, has 2 slots"),
         (QueueFacts(0, 5, 0, 10, 0, 0, 1, 900), FREE, [place("x", 2, memory=500)],
          "no client for s is large enough: it needs 1 slot and 900 MiB of memory, and the largest, x, has 2 slots and 500 MiB of memory"),
         (QueueFacts(0, 5, 1, 10, 0, 0, 2), FREE, [place("x", 2, 1)],
          "it needs 2 slots at once: x has 1 of 2 free and reserves freed slots for it"),
+        (QueueFacts(0, 5, 0, 10, 0, gpus=2), FREE, EMPTY, "no client has 2 GPUs: those for s have none"),
+        (QueueFacts(0, 5, 0, 10, 0, gpus=3), FREE, [place("x", 2, gpus=2, free_gpus=2), place("y")],
+         "no client has 3 GPUs: those for s have at most 2"),
+        (QueueFacts(0, 5, 0, 10, 0, 0, 4, gpus=1), FREE, [place("x", 2, gpus=2, free_gpus=2), place("y", 8)],
+         "no client for s is large enough: it needs 4 slots, and the largest, x, has 2 slots, of those with 1 GPU"),
+        (QueueFacts(0, 5, 0, 10, 0, gpus=1), FREE, [place("y"), place("x", 2, gpus=1, free_gpus=0)], "it needs 1 GPU: x has 0 of 1 free"),
+        (QueueFacts(0, 5, 0, 10, 0, gpus=2), FREE, [place("x", 2, gpus=4, free_gpus=1)],
+         "it needs 2 GPUs at once: x has 1 of 4 free and reserves freed GPUs for it"),
     ],
 )  # fmt: skip
 def test_what_a_job_waits_for(facts: QueueFacts, troubles: dict[str, str], places: list[ClientCapacity], wanted: str) -> None:

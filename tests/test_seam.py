@@ -143,7 +143,7 @@ def test_what_shall_end_is_not_started(site: Site) -> None:
     for each in (job, other):
         assert site.yard.store.move(each, Status.RUNNING, "")
     site.yard.store.request_kill(job.id, Cause.CANCELLED)
-    site.yard.client.ending.add(other.id)
+    assert site.yard.client.payloads.take(other.id)
     joborch.start_again(site.yard.client, [site.yard[job]._replace(kill_requested_at=None), site.yard[other]])
     assert site.system.has == []
 

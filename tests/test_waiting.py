@@ -244,7 +244,7 @@ def test_a_client_that_hangs_holds_up_nobody(desk: Desk) -> None:
     """Its senders are taken, so it gets nothing more; the other goes on."""
     first, second, _ = links_of(desk)
     first.slots = second.slots = 50
-    first.sending |= {-1, -2, -3}
+    assert all(first.hold(number) for number in (-1, -2, -3))
     for user_id in range(5):
         uploaded(desk, user_id)
     assert send_all(desk) == [second.name] * 5

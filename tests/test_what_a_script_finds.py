@@ -356,7 +356,7 @@ def test_a_line_runs_before_each_script_of_a_service(make_pair: MakePair) -> Non
     job = run_to_end(own.server, script)
     assert job["exit_code"] == 3
     assert partial(own.server, job["id"]).text(".joborch/stdout") == "loaded gcc\nit is f ./run.sh 0 1 1\n0\n0\n"
-    assert "SERVICE_EXAMPLE" not in own.client.log  # no word that it had no effect
+    assert "SERVICE_EXAMPLE_PRELUDE" not in own.client.log  # no word that it had no effect
 
 
 def test_a_line_before_the_script_that_fails_is_said(make_pair: MakePair) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -28,6 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import requests
 from harness import (
     BOUNDARY,
     Process,
@@ -37,6 +40,7 @@ from harness import (
     form,
     free_port,
     from_source,
+    need_backend,
     processes_below,
     submit,
     wait_for,
@@ -225,6 +229,29 @@ def on_disk(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# A script that uses 200 MiB until the wrapper on its node has seen it.
+USES_MEMORY = r"""python3 -c '
+import re, time
+kept = b"x" * (200 << 20)
+while max(map(int, re.findall("peak ([0-9]+)\n", open("../times").read())), default=0) < 200 << 10:
+    time.sleep(0.05)
+'
+"""
+
+
+def files_with(folder: Path, secret: str) -> list[str]:
+    """The files below `folder` in which the secret is, in their content or their name; some may be removed meanwhile."""
+
+    def is_in(path: Path) -> bool:
+        try:
+            return secret in str(path) or (path.is_file() and not path.is_symlink() and secret.encode() in path.read_bytes())
+        except FileNotFoundError:
+            return False  # it has just been removed
+
+    below = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return [str(path.relative_to(folder)) for path in sorted(below) if is_in(path)]
+
+
 # What looks like the boundary, in contents: the line itself must not be in them (RFC 2046).
 ALMOST = [b"\r\n--" + BOUNDARY.encode()[:-1], b"--" + BOUNDARY.encode(), b"\n--" + BOUNDARY.encode() + b"\r\n", b"\r\n", b"--", b"\r"]
 CONTENTS = st.lists(st.binary(max_size=40) | st.sampled_from(ALMOST), max_size=6).map(b"".join)
@@ -395,6 +422,9 @@ class _Handler(BaseHTTPRequestHandler):
         said = self.peer.answer_to(Asked(self.command, self.path, dict(self.headers), body))
         self.close_connection = True
         self.wfile.write(said)
+
+    def do_DELETE(self) -> None:
+        self.do_GET()
 
     def do_POST(self) -> None:
         """The same."""
@@ -588,6 +618,30 @@ def end_payloads(folder: Path) -> None:
 AT_HOME = "case $PWD in */jobs/*.[0-9]/work) ;; *) exit 99 ;; esac\n"
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Exchange two names at once: renameat2(2), RENAME_EXCHANGE."""
+    assert ctypes.CDLL(None, use_errno=True).renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
+
+
+@contextlib.contextmanager
+def exchanging(one: Path, other: Path) -> Iterator[None]:
+    """Two names are exchanged all the while, as long as both are there."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            with contextlib.suppress(AssertionError):
+                exchange(one, other)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(30)
+
+
 class Yard:
     """A client in this process, and a clock that a test moves."""
 
@@ -779,6 +833,47 @@ class Site:
 
 # == Real processes ==
 
+# == nginx ==
+
+GATEWAY_TOKEN = {"Authorization": "Bearer sesame"}
+GATEWAY_SITE = "server {{ listen 127.0.0.1:{port}; {more} location / {{ proxy_pass http://127.0.0.1:{server}; }} }}"
+
+
+class Gateway:
+    """An nginx in front of one server: `port` with its defaults, `hasty` with a shorter patience."""
+
+    def __init__(self, folder: Path, server: Process, patience_s: int) -> None:
+        nginx = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+        need_backend(Path(nginx or "/usr/sbin/nginx"))
+        self.port, self.hasty = free_port(), free_port()
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        sites = GATEWAY_SITE.format(port=self.port, server=server.port, more="")
+        sites += GATEWAY_SITE.format(port=self.hasty, server=server.port, more=f"proxy_read_timeout {patience_s}s;")
+        user = "user root;" if os.geteuid() == 0 else ""
+        folder.mkdir()
+        (folder / "conf").write_text(
+            f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)} {sites} }}\n"
+        )
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen([str(nginx), "-p", str(folder), "-c", str(folder / "conf")], stdout=log, stderr=log)
+        wait_for(self.answers, what=f"an answer of nginx; {(folder / 'log').read_text()}")
+
+    def answers(self) -> bool:
+        try:
+            return self.get(self.port, "/health").status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def get(self, port: int, path: str, **options: Any) -> requests.Response:
+        headers = {**GATEWAY_TOKEN, **options.pop("headers", {})}
+        return requests.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=100, **options)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
 HeadLines = list[bytes]  # the lines of a head
 Change = Callable[[HeadLines, bytes], "tuple[HeadLines, bytes]"]
 
@@ -801,6 +896,16 @@ def read_message(line: socket.socket, rest: bytes) -> tuple[HeadLines, bytes, by
     return text.split(b"\r\n"), rest[:size], rest[size:]
 
 
+def serve_each(listener: socket.socket, serve: Callable[[socket.socket], object]) -> None:
+    """Serve each connection in a thread of its own, until the listener is closed."""
+    while True:
+        try:
+            line, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=serve, args=(line,), daemon=True).start()
+
+
 class Between:
     """Stands between server and client, keeps what passes, and changes requests or answers of its choice."""
 
@@ -813,15 +918,7 @@ class Between:
         self.change_request: Change | None = None
         self.change_answer: Callable[[bytes, HeadLines, bytes], tuple[HeadLines, bytes] | None] | None = None
         self.changed = 0
-        threading.Thread(target=self.accept_all, daemon=True).start()
-
-    def accept_all(self) -> None:
-        while True:
-            try:
-                line, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.pass_all, args=(line,), daemon=True).start()
+        threading.Thread(target=serve_each, args=(self.listener, self.pass_all), daemon=True).start()
 
     def pass_all(self, line: socket.socket) -> None:
         """Pass on one connection, message by message."""

@@ -38,8 +38,10 @@ let refreshing = false, again = false;
 function replacePart(part, fresh) {
   const active = part.contains(document.activeElement) ? document.activeElement : null;
   const same = (each) => ["href", "data-post", "id"].every((name) => each.getAttribute(name) === active.getAttribute(name));
+  const known = new Set([...part.querySelectorAll("[data-key]")].map((each) => each.dataset.key));
   for (const { name, value } of fresh.attributes) part.setAttribute(name, value);
   part.replaceChildren(...fresh.childNodes);
+  for (const each of part.querySelectorAll("[data-key]")) each.classList.toggle("new", !known.has(each.dataset.key));
   localize(part);
   if (active) [...part.querySelectorAll("a, button")].find(same)?.focus({ preventScroll: true });
 }
@@ -55,26 +57,46 @@ async function refresh() {
       const part = byId(id), now = fresh.getElementById(id);
       if (!answer.ok || !now || now.innerHTML === before) continue;
       parts.set(id, now.innerHTML);
-      const ended = part.dataset.status !== now.dataset.status && fresh.querySelector("[data-log][data-over]");
       replacePart(part, now);
-      if (ended) for (const name of ["files", "output"]) showEnd(name, fresh);
     }
+    if (answer.ok) showPhase(fresh);
     byId("live").textContent = answer.ok ? "live" : "";
   } catch {
     byId("live").textContent = "The server does not answer.";
   } finally {
     refreshing = false;
     setTimeout(() => { if (again) { again = false; refresh(); } }, NEWS_MS);
+    followOpen();
   }
 }
 
-// A job has ended: its files and the end of its output are on the server now.
-function showEnd(name, fresh) {
-  const part = byId(name), now = fresh.getElementById(name);
-  if (!part || !now) return;
-  for (const source of follows) source.close();
-  part.replaceWith(document.adoptNode(now));
-  if (name === "output") startSearch();
+// What moves no job is no event: while something is open, as a webhook that is not delivered, ask for the page again.
+let asking = 0;
+function followOpen() {
+  if (asking || !document.querySelector("[data-open]")) return;
+  asking = setTimeout(() => { asking = 0; if (document.hidden) followOpen(); else refresh(); }, POLL_MS);
+}
+
+// A job has started, or ended: then its files and the end of its output are on the server. What was followed stays, since somebody
+// reads or searches it; its stream goes on to the end, and through further attempts.
+function showPhase(fresh) {
+  const output = byId("output"), now = fresh.getElementById("output");
+  if (!output || !now || [output.dataset.phase, "waits"].includes(now.dataset.phase)) return;
+  const phase = now.dataset.phase, isEmpty = (stream) => !byId(stream)?.querySelector("code")?.textContent, both = ["stdout", "stderr"];
+  if (both.every(isEmpty) && !(byId("search") && now.querySelector("#search"))) {
+    replaceById("output", fresh);
+    startOutput();
+  } else {
+    for (const stream of both.filter(isEmpty)) replaceById(stream, fresh);
+    output.dataset.phase = phase;
+  }
+  if (phase === "over") replaceById("files", fresh);
+}
+
+function replaceById(id, fresh) {
+  if (!byId(id) || !fresh.getElementById(id)) return;
+  for (const box of byId(id).querySelectorAll("[data-log]")) follows.get(box)?.close();
+  byId(id).replaceWith(document.adoptNode(fresh.getElementById(id)));
 }
 
 function listen() {
@@ -82,6 +104,7 @@ function listen() {
   const poll = () => { timer ||= setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS); };
   document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
   poll(); // until events come
+  setInterval(() => { if (!document.hidden && document.querySelector("[data-moving]")) refresh(); }, POLL_MS); // instances send no events
   const news = new EventSource("/changes");
   news.onopen = () => { clearInterval(timer); timer = 0; refresh(); };
   news.onmessage = refresh;
@@ -95,17 +118,19 @@ function send(method, url) {
   return fetch(url, { method, headers: { [csrf.dataset.header]: csrf.content } });
 }
 
-function confirmed(question) {
-  const dialog = byId("question");
-  byId("question-text").textContent = question;
+function confirmed(button) {
+  const dialog = byId("question"), yes = byId("question-yes");
+  for (const name of ["title", "text", "no"]) byId(`question-${name}`).textContent = button.dataset[name];
+  yes.textContent = button.textContent;
+  yes.className = button.className || "main";
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
 }
 
 async function press(button) {
-  const { post, question, then } = button.dataset;
-  if (question && !await confirmed(question)) return;
+  const { post, title, then } = button.dataset;
+  if (title && !await confirmed(button)) return;
   button.disabled = true;
   say("");
   try {
@@ -121,22 +146,23 @@ async function press(button) {
 
 // -- Output: followed while the job runs, and searched --
 
-const follows = [];
+const follows = new Map(); // streams by their boxes
 function follow(box) {
   const source = new EventSource(box.dataset.log), code = box.firstElementChild;
-  follows.push(source);
+  follows.set(box, source);
+  code.dataset.empty = "nothing yet";
   source.onmessage = (event) => {
     const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
     const text = code.textContent + visible(event.data);
     code.textContent = text.length > LOG_CHARS ? text.slice(-LOG_CHARS) : text;
     if (atEnd) box.scrollTop = box.scrollHeight;
-    if (byId("search-text").value) search(0);
+    if (byId("search-text").value) search(0, false);
   };
   source.addEventListener("end", () => { source.close(); refresh(); });
 }
 
 let found = [], at = -1;
-function search(step) {
+function search(step, show = true) {
   const wanted = byId("search-text").value.toLowerCase();
   for (const code of document.querySelectorAll("#output code")) {
     const text = code.textContent, lower = text.toLowerCase(), pieces = [];
@@ -150,16 +176,25 @@ function search(step) {
     if (pieces.length || code.children.length) code.replaceChildren(...pieces, text.slice(from));
   }
   found = [...document.querySelectorAll("#output mark")];
-  at = found.length ? (Math.max(at, 0) + step) % found.length : -1;
+  at = found.length ? (Math.max(at, 0) + step + found.length) % found.length : -1;
   byId("search-count").textContent = !wanted ? "" : found.length ? `${at + 1} of ${found.length}` : "not found";
-  if (step || at === 0) found[at]?.scrollIntoView({ block: "nearest" });
+  if (show && found.length) showHit(found[at], found[at].closest("pre"));
   found[at]?.classList.add("here");
+  if (show && !wanted) for (const box of follows.keys()) box.scrollTop = box.scrollHeight; // back to what comes in
 }
 
-function startSearch() {
+function showHit(mark, box) {
+  box.scrollTop += mark.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2;
+  mark.scrollIntoView({ block: "nearest" });
+}
+
+function startOutput() {
+  for (const box of document.querySelectorAll("[data-log]:not([data-over])")) follow(box);
+  if (!byId("search")) return;
   byId("search").hidden = false;
   byId("search-text").addEventListener("input", () => { at = -1; search(0); });
-  byId("search-text").addEventListener("keydown", (event) => { if (event.key === "Enter") search(1); });
+  byId("search-text").addEventListener("keydown", (event) => { if (event.key === "Enter") search(event.shiftKey ? -1 : 1); });
+  byId("search-previous").addEventListener("click", () => search(-1));
   byId("search-next").addEventListener("click", () => search(1));
 }
 
@@ -222,13 +257,30 @@ function showChosen() {
   byId("own-script").hidden = chosen.has("run.sh");
 }
 
+// Errors of the API say how curl sends a field; here a form is filled in.
+const inTheForm = (text) => text
+  .replace("have it done by the field crlf=fix", "choose “change them to LF” at Line ends, under More")
+  .replace(/, as in -F .*/s, "");
+
+function showError(text, field) {
+  const details = field?.closest("details");
+  if (details) details.open = true;
+  say(text);
+  field?.focus();
+}
+
 function sendJob(form) {
   const body = new FormData(), script = byId("script").value;
+  if (!chosen.has("run.sh") && !script.trim()) {
+    const start = chosen.size ? "No file is called run.sh: add one" : "There is no script: choose run.sh";
+    showError(`${start}, or write the script below.`, byId("script"));
+    return;
+  }
   for (const [name, value] of new FormData(form)) if (typeof value === "string" && value) body.append(name, value);
   if (!chosen.has("run.sh") && script) body.append("file", new Blob([script]), "run.sh");
   for (const [path, file] of chosen) body.append("file", file, path);
-  const call = new XMLHttpRequest(), csrf = document.querySelector("meta[name=csrf]"), button = form.querySelector("button.main");
-  const over = (text) => { say(text); button.disabled = false; byId("progress-label").hidden = true; };
+  const call = new XMLHttpRequest(), csrf = document.querySelector("meta[name=csrf]");
+  const over = () => showSending(form, false);
   call.open("POST", form.action);
   call.setRequestHeader(csrf.dataset.header, csrf.content);
   call.responseType = "json";
@@ -238,14 +290,19 @@ function sendJob(form) {
   };
   call.onload = () => {
     if (call.status === 201) { location.href = `/dashboard/jobs/${call.response.id}`; return; }
-    over(call.response?.message ?? `The server answered with status ${call.status}.`);
-    byId(`field-${call.response?.field}`)?.focus();
+    over();
+    const { message = `The server answered with status ${call.status}.`, field } = call.response ?? {};
+    showError(inTheForm(message), byId(`field-${field}`));
   };
-  call.onerror = () => over("The server does not answer: try again.");
-  button.disabled = true;
+  call.onerror = () => { over(); say("The server does not answer: try again."); };
   say("");
-  byId("progress-label").hidden = false;
+  showSending(form, true);
   call.send(body);
+}
+
+function showSending(form, sending) {
+  form.querySelector("button.main").disabled = sending;
+  byId("progress-label").hidden = !sending;
 }
 
 function startSubmit(form) {
@@ -264,6 +321,20 @@ function startSubmit(form) {
     choose((await Promise.all(entries.map((entry) => entriesOf(entry, "")))).flat());
   });
   form.addEventListener("submit", (event) => { event.preventDefault(); sendJob(form); });
+  window.addEventListener("pageshow", () => showSending(form, false)); // Back shows the page as it was left
+  for (const field of form.querySelectorAll("[pattern]")) {
+    field.addEventListener("invalid", () => { if (field.validity.patternMismatch) field.setCustomValidity(`${field.title}.`); });
+    field.addEventListener("input", () => field.setCustomValidity(""));
+  }
+}
+
+// -- Filters: folded on a narrow screen, unless something is wrong with them --
+
+function startFold(fold) {
+  const narrow = window.matchMedia("(max-width: 599.98px)");
+  const set = () => { fold.open = !narrow.matches || Boolean(document.querySelector("main > .alert")); };
+  narrow.addEventListener("change", set);
+  set();
 }
 
 // -- Start --
@@ -278,6 +349,6 @@ document.addEventListener("click", (event) => {
   }
 });
 if (parts.size) listen();
-if (byId("search")) startSearch();
 if (byId("submit")) startSubmit(byId("submit"));
-for (const box of document.querySelectorAll("[data-log]:not([data-over])")) follow(box);
+startOutput();
+for (const fold of document.querySelectorAll(".fold")) startFold(fold);
