@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -479,31 +478,6 @@ def test_the_commands_do_without_the_program(pyz: Path, pair: Pair, tmp_path: Pa
         loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
         assert "joborch_plugins.commands" in loaded
         assert not {"joborch", "sqlite3", "requests", "bottle", "logging", "zipfile", "concurrent.futures"} & loaded
-
-
-def cpu_s(command: list[str], environment: dict[str, str]) -> float:
-    """How much processor time a command takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_what_a_start_costs(pyz: Path, pair: Pair, tmp_path: Path) -> None:
-    """Processor time, against a Python that imports some of the standard library; the median would vary on a busy machine."""
-    shell = Shell(tmp_path / "here", pair.server.url)
-    commands_timed = {
-        "python": [sys.executable, "-c", "import argparse, json, logging, sqlite3, http.client"],
-        "list": [sys.executable, str(pyz), "list", "-n", "5"],
-        "--help": [sys.executable, str(pyz), "--help"],
-    }
-    took: dict[str, list[float]] = {name: [] for name in commands_timed}
-    for _ in range(8):
-        for name, command in commands_timed.items():
-            took[name].append(cpu_s(command, shell.environment))
-    least = {name: min(times) for name, times in took.items()}
-    assert least["list"] <= 2 * least["python"], took
-    assert least["--help"] <= 2 * least["python"], took
 
 
 def test_many_jobs_are_sent_at_once(shell: Shell) -> None:
