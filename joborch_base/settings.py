@@ -771,8 +771,9 @@ def nearest_suffix(name: str, settings: Collection[Setting] = SERVICE_SETTINGS) 
 
 
 def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each variable that has a prefix of joborch's settings but is not one."""
+    """Yield a warning for each variable that has a prefix of joborch's settings but is not one, and looks meant as one."""
     known = {setting.name for setting in SETTINGS} | {"JOBORCH_SERVER"}
+    clouds = {found[0] for found in map(split_cloud_name, map(str.upper, environment)) if found}
     for name in sorted(environment):
         if name.startswith("JOBORCH_") and name not in known and not name.startswith("JOBORCH_TEST_"):
             plain = name.replace("JOBORCH_", "", 1)
@@ -780,7 +781,9 @@ def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
         elif name.startswith("SERVICE_") and not split_service_name(name.upper()):
             yield f"{name} is not a setting of a service{nearest_suffix(name)}"
         elif name.startswith("CLOUD_") and not split_cloud_name(name.upper()):
-            yield f"{name} is not a setting of a cloud{nearest_suffix(name, CLOUD_SETTINGS)}"
+            meant = nearest_suffix(name, CLOUD_SETTINGS)
+            if meant or any(name.startswith(f"CLOUD_{cloud.upper()}_") for cloud in clouds):  # CLOUD_SDK_VERSION is Google's
+                yield f"{name} is not a setting of a cloud{meant}"
 
 
 LONG_TIME_S = 6 * 3600.0  # a setting with at least this default is rarely meant in seconds

@@ -451,6 +451,14 @@ def test_a_setting_of_the_reference_with_our_prefix(tmp_path: Path) -> None:
     assert "JOBORCH_PORT is not a setting (did you mean PORT?)" in joborch_says(tmp_path, "config", JOBORCH_PORT="1")[2]
 
 
+def test_variables_of_clouds_that_are_not_meant_for_it(tmp_path: Path) -> None:
+    """Google's containers set CLOUD_SDK_VERSION. A mistyped setting, and any unknown one of a cloud that has others, gets its warning."""
+    assert "CLOUD_SDK" not in joborch_says(tmp_path, "config", CLOUD_SDK_VERSION="528.0.0")[2]
+    assert "(did you mean PROVIDER?)" in joborch_says(tmp_path, "config", CLOUD_NOVA_PROVIDERS="openstack")[2]
+    said = joborch_says(tmp_path, "config", CLOUD_NOVA_SIZE="small", CLOUD_NOVA_COLOUR="red")[2]
+    assert "CLOUD_NOVA_COLOUR is not a setting of a cloud" in said
+
+
 # == Locales and Pythons ==
 
 
