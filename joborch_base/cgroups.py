@@ -114,6 +114,12 @@ class Groups:
         refused = bool(group and number(group / "pids.events", r"^max (\d+)$"))
         return Reason.OVER_PROCESSES.format(used=max_processes + 1, limit=max_processes) if refused else ""
 
+    def cpu_s(self, mark: str) -> float | None:
+        """Return the CPU time that a payload's group has used; None if it has none."""
+        group = self.of(mark)
+        used_us = number(group / "cpu.stat", r"^usage_usec (\d+)$") if group else None
+        return None if used_us is None else used_us / 1e6
+
     def is_populated(self, mark: str) -> bool:
         """Tell whether a process of a payload's script runs, by its group."""
         group = self.of(mark)
@@ -139,11 +145,11 @@ class Groups:
         group = self.of(mark)
         if not group:
             return None, None
-        peak, cpu_us = number(group / "memory.peak"), number(group / "cpu.stat", r"^usage_usec (\d+)$")
+        peak, cpu_s = number(group / "memory.peak"), self.cpu_s(mark)
         for place, _, _ in os.walk(group, topdown=False):  # a script may have made groups in it
             with contextlib.suppress(OSError):  # removed by another thread
                 os.rmdir(place)
-        return peak, None if cpu_us is None else cpu_us / 1e6
+        return peak, cpu_s
 
 
 def number(path: Path, pattern: str = r"^(\d+)$") -> int | None:

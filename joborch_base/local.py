@@ -159,7 +159,7 @@ def start_session(command: list[str | bytes], environment: Mapping[str, str]) ->
 
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
-GPU_NOTE = "gpus"  # the file in a payload's folder with the ids of its GPUs
+GPU_NOTE, CORE_NOTE = "gpus", "cores"  # files in a payload's folder with the ids of its GPUs, and of the cores that it has to itself
 NVIDIA_SMI_S = 30.0  # without its daemon, it may load the driver first
 
 
@@ -176,13 +176,26 @@ def find_gpus() -> tuple[str, ...]:
     return tuple(re.findall(r"^GPU ([0-9]{1,4}):", done.stdout.decode("utf-8", "replace"), re.MULTILINE))
 
 
-def noted_gpus(folder: Path) -> tuple[str, ...]:
-    """Return the GPUs of a payload that was started before."""
+def noted(folder: Path, name: str) -> tuple[str, ...]:
+    """Return the ids in a note of a payload that was started before: GPU_NOTE or CORE_NOTE."""
     try:
-        with open_regular(folder, GPU_NOTE) as file:
+        with open_regular(folder, name) as file:
             return tuple(filter(None, file.read(4096).decode("ascii", "replace").split(",")))
     except OSError:
         return ()  # it has none
+
+
+@contextlib.contextmanager
+def on_cores(cores: Collection[str]) -> Iterator[None]:
+    """Meanwhile, let this thread, and the processes that it starts, run on these cores alone; if there are none, wherever it may."""
+    before = os.sched_getaffinity(0)
+    try:
+        with contextlib.suppress(OSError):  # they were taken from this client a moment ago: then its script is not pinned
+            os.sched_setaffinity(0, set(map(int, cores)) or before)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # all were taken: then the kernel has chosen others
+            os.sched_setaffinity(0, before)
 
 
 @dataclass
@@ -195,6 +208,7 @@ class Attempt:
     is_cancelled: bool = False  # it is being killed now
     uid: int = 0  # the user id of its script alone; 0 if that is the client's
     gpus: tuple[str, ...] = ()  # the ids of its GPUs
+    cores: tuple[str, ...] = ()  # those that it is pinned to
     rests_since: float | None = None  # monotonic: since when the processes that it left may exit by themselves
 
 
@@ -212,7 +226,9 @@ class LocalExecutor:
         sandbox: Sandbox | None = None,
         max_processes: int = 0,
         max_work_bytes: int = 0,
+        max_cpu_time_s: float = 0.0,
         gpus: Sequence[str] | None = None,
+        pins_cpus: bool = False,
     ) -> None:
         """`gpus` are the ids of the GPUs that it gives to payloads; None: it leaves it to scripts which they use."""
         self.data, self.kill_grace_s, self.options, self.sandbox = data, kill_grace_s, options, sandbox
@@ -225,7 +241,7 @@ class LocalExecutor:
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.bash = shutil.which("bash", path=self.inherited.get("PATH")) or "/bin/bash"
         self.inside = sandbox.inside if sandbox else ""
-        self.usage = Usage(data.jobs, max_processes, max_work_bytes, bool(self.inside))
+        self.usage = Usage(data.jobs, max_processes, max_work_bytes, max_cpu_time_s, bool(self.inside))
         self.marked = dict([HOST_NETWORK]) if sandbox and sandbox.has_host_network else {}  # what shows a server whose calls these are
         self.groups = Groups()
         before, process_limit = self.groups.entry_text() + handicap() + NO_CORE + file_limit_text(max_work_bytes), ""
@@ -233,8 +249,10 @@ class LocalExecutor:
             process_limit = process_limit_text(max_processes, sandbox.isolation)
         self.wrapper = wrapper_text(data, "", before, first_file_limit_text(), True, self.inside, process_limit)
         self.uids, self.gpus, self.taking = sandbox.uids if sandbox else range(0), gpus, threading.Lock()
-        for mark in marked_below(data.jobs) if self.uids or gpus else ():  # those that an earlier process of this client started
-            self.attempts[mark] = Attempt(uid=script_uid(data.job(mark)) or 0, gpus=noted_gpus(data.job(mark)))
+        self.pins_cpus = pins_cpus
+        for mark in marked_below(data.jobs) if self.uids or gpus or pins_cpus else ():  # an earlier process of this client started them
+            folder = data.job(mark)
+            self.attempts[mark] = Attempt(uid=script_uid(folder) or 0, gpus=noted(folder, GPU_NOTE), cores=noted(folder, CORE_NOTE))
         self.ended_used: dict[str, tuple[int, float | None]] = {}  # by mark: see `used`
         self.unseen = False  # one that nobody waited for has ended since `is_end_awaited` was asked
 
@@ -259,7 +277,7 @@ class LocalExecutor:
                 environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(ids or ())))
             self.groups.make(job.mark, (job.memory or 0) * MIB, self.usage.most_inside(), job.cpus)
             crash_point("run.prepared")
-            with self.starting:
+            with self.starting, on_cores(attempt.cores) if attempt.cores else contextlib.nullcontext():
                 child = start_session(command, environment)
                 child.job_id, child.mark, self.children[child.pid] = job.id, job.mark, child
         except OSError:
@@ -270,9 +288,9 @@ class LocalExecutor:
         return f"{child.pid} {process_start(child.pid) or 0} {self.boot}"
 
     def take(self, job: Job, folder: Path) -> Attempt:
-        """Take for an attempt what no other has while it runs: a user id, and its GPUs, which are noted for later processes.
+        """Take for an attempt what no other has while it runs: a user id, its GPUs and its cores. Later processes find the latter noted.
 
-        Raises OSError if there is not enough, as while payloads do not end after KILL.
+        Raises OSError if there is not enough, as while payloads do not end after KILL. Cores are not worth that: without, it has all.
         """
         with self.taking:
             others = [attempt for mark, attempt in list(self.attempts.items()) if mark != job.mark]
@@ -280,9 +298,13 @@ class LocalExecutor:
             uid, free = next((uid for uid in self.uids if uid not in uids), 0), [gpu for gpu in self.gpus or () if gpu not in gpus]
             if (self.uids and not uid) or len(free) < job.gpus:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            attempt = self.attempts[job.mark] = Attempt(uid=uid, gpus=tuple(free[: job.gpus]))
-        if attempt.gpus:
-            (folder / GPU_NOTE).write_text(",".join(attempt.gpus), encoding="ascii")
+            taken = {core for each in others for core in each.cores}
+            cores = [str(core) for core in sorted(os.sched_getaffinity(0)) if str(core) not in taken] if self.pins_cpus else []
+            cores = cores[: job.cpus] if len(cores) >= job.cpus else []
+            attempt = self.attempts[job.mark] = Attempt(uid=uid, gpus=tuple(free[: job.gpus]), cores=tuple(cores))
+        for name, ids in ((GPU_NOTE, attempt.gpus), (CORE_NOTE, attempt.cores)):
+            if ids:
+                (folder / name).write_text(",".join(ids), encoding="ascii")
         return attempt
 
     def over_limits(self, memory: Mapping[str, int | None]) -> list[str]:
@@ -295,7 +317,9 @@ class LocalExecutor:
         payloads = []
         for mark, mib in memory.items():
             first = (read_claim(self.data.job(mark), int(mark.rpartition(".")[2])) or "").split("\n")[0]
-            payloads.append(PayloadLimits(mark, int(first) if re.fullmatch("[0-9]{1,10}", first) else 0, mib and mib * MIB))
+            wrapper = int(first) if re.fullmatch("[0-9]{1,10}", first) else 0
+            cpu_s = self.groups.cpu_s(mark) if self.usage.max_cpu_time_s else None
+            payloads.append(PayloadLimits(mark, wrapper, mib and mib * MIB, cpu_s))
         over = self.usage.look(payloads)
         over.update({mark: reason for mark in memory if (reason := self.groups.over(mark, self.usage.max_processes))})
         for mark, reason in over.items():
@@ -427,6 +451,13 @@ class LocalExecutor:
         peak = max(memory, self.usage.peaks.get(job.mark, 0))
         return peak or None, used_by_payload(self.data.job(job.mark))[1] if cpu_s is None else cpu_s
 
+    def cpu_s_of(self, job: Job) -> float | None:
+        """Return the CPU time of a payload whose wrapper has ended, in seconds; None if it is not known, or not limited."""
+        if not self.usage.max_cpu_time_s:
+            return None
+        kept = self.ended_used.get(job.mark, (0, None))[1]
+        return self.groups.cpu_s(job.mark) or kept or used_by_payload(self.data.job(job.mark))[1]
+
     def left_running(self, ended: Sequence[Job], orphans: bool) -> list[Job]:
         """Kill processes that these payloads left running. Return the payloads that had such processes.
 
@@ -472,7 +503,7 @@ class LocalExecutor:
             return Outcome(True)
         ended = read_exit(folder)
         if ended:
-            over = self.groups.over(job.mark, self.usage.max_processes)
+            over = self.groups.over(job.mark, self.usage.max_processes) or self.usage.over_cpu_time(self.cpu_s_of(job))
             return self.stopped_by_others(job, folder, ended) or self.usage.at_end(job.mark, ended, over)
         if not folder.is_dir() or folder.is_symlink():
             return Outcome(False, cause=Cause.INFRASTRUCTURE, reason=Reason.FOLDER_REMOVED)
@@ -585,11 +616,11 @@ def run_seconds(started: float | None, ended: float, passed_s: float) -> float:
 def make_executor(data: DataFolder, config: Config) -> Executor:
     """Return the executor of a client. Raises ConfigError if that, or JOBORCH_ISOLATION, is not possible here."""
     if config.executor == "local":
-        sandbox, limits = load_plugin("sandbox")(config), (config.max_processes, config.max_work_bytes)
+        sandbox, limits = load_plugin("sandbox")(config), (config.max_processes, config.max_work_bytes, config.max_cpu_time_s)
         if data.path == Path(config.data_path):  # else this is `doctor`, beside a client that may be running
             sandbox.hold()
         gpus = config.gpus if config.gpus is not None else find_gpus() or None
-        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options, sandbox, *limits, gpus)
+        return LocalExecutor(data, config.kill_grace_s, config.pass_env, config.batch_options, sandbox, *limits, gpus, config.pins_cpus)
     try:
         made: Executor = load_plugin(config.executor)(data, config)
     except (ImportError, AttributeError) as error:

@@ -350,6 +350,10 @@ class Config:
         "local: processes and threads that a script may run at once, looked at once a second (0: no limit)")
     max_work_bytes: int = setting("JOBORCH_MAX_WORK", "client", read_bytes, "0",
         "local: how much a script's work folder, and each file that it writes, may take, looked at once a second (0: no limit)")
+    max_cpu_time_s: float = setting("JOBORCH_MAX_CPU_TIME", "client", read_seconds, "0",
+        "local: CPU time that all processes of a script may use together, looked at once a second (0: no limit)")
+    pins_cpus: bool = setting("JOBORCH_PIN_CPUS", "client", read_switch, "0",
+        "local: 1: a script runs only on as many cores as its job has `cpus`, and has them to itself if there are enough")
     pass_env: tuple[str, ...] = setting("JOBORCH_PASS_ENV", "client", read_names, "",
         "further variables that scripts get from the client's environment: names separated by commas, * for any characters", unset=())
     batch_interval_s: float = setting("JOBORCH_BATCH_INTERVAL", "client", read_period, "4",

@@ -1,4 +1,4 @@
-"""What payloads use: memory, processes, and the size of their work folders; what is over a limit is named.
+"""What payloads use: memory, processes, CPU time, and the size of their work folders; what is over a limit is named.
 
 1. Usage
 """
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from joborch_base.vocabulary import KIB, size_text, sizes_text
 
 # == 1. Usage ==  All running payloads are looked at together, once a second; if that takes long, less often.
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PAGE_BYTES, TICKS_PER_S = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 LOOK_S = 1.0  # between two looks
 MOST_AT_END = 10_000  # files of a work folder that are looked at when its script has ended; they take some 20 ms
 SHARE = 20  # a look that takes long is followed by a pause of as many times its length: at most 5 % of a core
@@ -39,11 +39,20 @@ class Entry(NamedTuple):
     session: int
     memory: int  # bytes in RAM, shared ones included
     threads: int
+    start: str
+    cpu: int  # in clock ticks, with those of children that have ended and that it waited for
+    cpu_of_children: int
 
 
 def all_entries() -> dict[int, Entry]:
     """Return every process that is not a zombie, by process id."""
-    return {pid: Entry(int(fields[1]), int(fields[3]), int(fields[21]) * PAGE_BYTES, int(fields[17])) for pid, fields in all_stats()}
+    return {pid: entry_of(fields) for pid, fields in all_stats()}
+
+
+def entry_of(fields: Sequence[str]) -> Entry:
+    """Return what the fields of /proc/PID/stat say, from the state on."""
+    own, children = int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+    return Entry(int(fields[1]), int(fields[3]), int(fields[21]) * PAGE_BYTES, int(fields[17]), fields[19], own + children, children)
 
 
 # -- limits that the kernel holds, by bash's ulimit --
@@ -76,6 +85,27 @@ class PayloadLimits(NamedTuple):
     mark: str
     wrapper: int  # its process id; 0 if it is not known
     memory: int | None  # bytes
+    cpu_s: float | None = None  # the CPU time that its control group has counted
+
+
+class CpuTime:
+    """Adds up the CPU time of one payload, look by look, also of processes that ended without a parent who waited for them.
+
+    It may be less than what was used, as of processes that were never seen, but not more.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0  # in clock ticks, as all here: of processes that are gone, and are in no count of the others yet
+        self.seen: dict[tuple[int, str], Entry] = {}  # at the last look, by process id and start
+
+    def add(self, entries: Mapping[int, Entry]) -> float:
+        """Return what the payload has used so far, in seconds. `entries` are its processes."""
+        now = {(pid, entry.start): entry for pid, entry in entries.items()}
+        gone = sum(entry.cpu for key, entry in self.seen.items() if key not in now)
+        inherited = sum(entry.cpu_of_children - self.seen[key].cpu_of_children for key, entry in now.items() if key in self.seen)
+        self.lost = max(0, self.lost + gone - inherited)  # a parent may wait for a child long after that is gone
+        self.seen = now
+        return (self.lost + sum(entry.cpu for entry in now.values())) / TICKS_PER_S
 
 
 def unshared_bytes(pids: Iterable[int]) -> int | None:
@@ -111,12 +141,13 @@ def folder_bytes(folder: str, most_files: float = math.inf) -> int:
 class Usage:
     """Compares what the payloads of one client use with their limits. One thread calls `look`."""
 
-    def __init__(self, jobs: Path, max_processes: int, max_work_bytes: int, is_isolated: bool) -> None:
+    def __init__(self, jobs: Path, max_processes: int, max_work_bytes: int, max_cpu_time_s: float, is_isolated: bool) -> None:
         """`jobs` has the folders of all payloads; a limit of 0 means none."""
-        self.jobs, self.max_processes, self.max_work_bytes = jobs, max_processes, max_work_bytes
+        self.jobs, self.max_processes, self.max_work_bytes, self.max_cpu_time_s = jobs, max_processes, max_work_bytes, max_cpu_time_s
         self.not_its_own = 1 + (OF_SANDBOX if is_isolated else 0)  # the wrapper, and what isolates
         self.due = 0.0  # monotonic: the next look
         self.peaks: dict[str, int] = {}  # by mark: the most memory in bytes that was seen of a payload
+        self.cpu_times = defaultdict[str, CpuTime](CpuTime)  # by mark
 
     def most_inside(self) -> int:
         """Return how many processes and threads a payload may have without its wrapper; 0: no limit."""
@@ -124,7 +155,8 @@ class Usage:
 
     def is_due(self, has_memory_limits: bool) -> bool:
         """Tell whether there are limits, and it is time for the next look."""
-        return bool(has_memory_limits or self.max_processes or self.max_work_bytes) and time.monotonic() >= self.due
+        has_limits = has_memory_limits or self.max_processes or self.max_work_bytes or self.max_cpu_time_s
+        return bool(has_limits) and time.monotonic() >= self.due
 
     def look(self, payloads: Iterable[PayloadLimits]) -> dict[str, str]:
         """Return by mark what these payloads use too much of."""
@@ -132,7 +164,9 @@ class Usage:
         running = {payload.mark: payload for payload in payloads}
         self.peaks = {mark: peak for mark, peak in self.peaks.items() if mark in running}
         over: dict[str, str] = {}
-        counts = self.max_processes or any(payload.memory is not None for payload in running.values())
+        for mark in self.cpu_times.keys() - running.keys():
+            del self.cpu_times[mark]
+        counts = self.max_processes or self.max_cpu_time_s or any(payload.memory is not None for payload in running.values())
         for mark, pids, entries in self.members(running) if counts else ():
             memory = sum(entries[pid].memory for pid in pids)
             limit = running[mark].memory
@@ -146,6 +180,10 @@ class Usage:
             count = sum(entries[pid].threads for pid in pids) - self.not_its_own
             if self.max_processes and count > self.max_processes:
                 over.setdefault(mark, Reason.OVER_PROCESSES.format(used=count, limit=self.max_processes))
+            if self.max_cpu_time_s:
+                used_s = max(self.cpu_times[mark].add({pid: entries[pid] for pid in pids}), running[mark].cpu_s or 0.0)
+                if reason := self.over_cpu_time(used_s):
+                    over.setdefault(mark, reason)
         for mark in running if self.max_work_bytes else ():
             reason = self.over_work(mark)
             if reason:
@@ -153,6 +191,11 @@ class Usage:
         now = time.monotonic()
         self.due = now + max(LOOK_S, SHARE * (now - begun))
         return over
+
+    def over_cpu_time(self, used_s: float | None) -> str:
+        """Return how much too much CPU time a payload has used; empty if it is within its limit, or there is none, or it is not known."""
+        is_over = self.max_cpu_time_s and used_s is not None and used_s > self.max_cpu_time_s
+        return Reason.OVER_CPU_TIME.format(used=used_s, limit=self.max_cpu_time_s) if is_over else ""
 
     def over_work(self, mark: str, most_files: float = math.inf) -> str:
         """Return how much too much is in the work folder of a payload; empty if it is within its limit, or there is none."""

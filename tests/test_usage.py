@@ -1,4 +1,4 @@
-"""What a script uses: over its memory, its processes or the size of its work folder, its job is Failed, and says how much it was."""
+"""What a script uses: over its memory, processes, CPU time or work folder, its job is Failed, and says how much it was. Its cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from world import Yard
 
 import joborch
 from joborch import DataFolder, Job, Status, run_tick
-from joborch_base.usage import folder_bytes
+from joborch_base.local import on_cores
+from joborch_base.usage import TICKS_PER_S, CpuTime, Entry, folder_bytes
 
 MakeYard = Callable[..., Yard]
 HOG = "/usr/bin/python3 -c 'x = bytearray(200 << 20); import time; time.sleep(1000)'"
@@ -42,6 +43,18 @@ import threading
 for _ in range(24):
     threading.Thread(target=threading.Event().wait).start()
 """
+# One after the other uses a little, is seen by the client, and goes: its time is in no other process's.
+SHORT = """
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    if not os.fork():
+        while time.process_time() < 0.5:
+            pass
+        time.sleep(3)
+        os._exit(0)
+    time.sleep(1)
+"""
 OVER = {
     "memory": ({}, HOG, r"it used [12]\d\d MiB of the 100 MiB of memory asked for"),
     "memory of a daemon": ({}, f"(setsid {HOG} &) ; sleep 1000", r"it used [12]\d\d MiB of the 100 MiB of memory asked for"),
@@ -54,6 +67,16 @@ OVER = {
         {"JOBORCH_MAX_PROCESSES": "20"},
         f"/usr/bin/python3 -c '{THREADS}'",
         r"it ran [23]\d processes and threads .* 20 .*",
+    ),
+    "CPU time": (
+        {"JOBORCH_MAX_CPU_TIME": "1.5"},
+        "for i in 1 2 3; do (while :; do :; done) & done; wait",
+        r"it used \d+\.\d s of CPU time, more than the 1\.5 s that JOBORCH_MAX_CPU_TIME allows",
+    ),
+    "CPU time of processes that nobody waits for": (
+        {"JOBORCH_MAX_CPU_TIME": "2"},
+        f"/usr/bin/python3 -c '{SHORT}'",
+        r"it used \d+\.\d s of CPU time, .* 2 s .*",
     ),
     "work": (
         {"JOBORCH_MAX_WORK": "1M"},
@@ -95,6 +118,119 @@ def test_a_script_that_is_over_its_limit_only_at_its_end(script: str, said: str,
         assert not said or re.fullmatch(said, job.reason), job.reason
     finally:
         yard.close()
+
+
+def test_a_script_that_has_used_too_much_cpu_time_only_at_its_end(data: DataFolder) -> None:
+    """Nobody has looked meanwhile, and the client that sees its end has not started it."""
+    yard = Yard(data, JOBORCH_MAX_CPU_TIME="0.2")
+    try:
+        script = "until [ $(cut -d ' ' -f 14 /proc/$$/stat) -gt 60 ]; do for i in {1..2000}; do :; done; done; exit 3"
+        for restarted in (False, True):
+            job = yard.submit(script)
+            run_tick(yard.client)
+            if restarted:
+                yard.restart()
+            yard.until(job, Status.FAILED)
+            job = yard[job]
+            assert (job.status, job.cause) == (Status.FAILED, "limit"), job.reason
+            said = r"it used \d+\.\d s of CPU time, more than the 0\.2 s that JOBORCH_MAX_CPU_TIME allows; run.sh ended with exit status 3"
+            assert re.fullmatch(said, job.reason), job.reason
+    finally:
+        yard.close()
+
+
+def entry(cpu: int, of_children: int = 0) -> Entry:
+    """A process with its CPU time in ticks."""
+    return Entry(1, 1, 0, 1, "5", cpu, of_children)
+
+
+@pytest.mark.parametrize(
+    ("looks", "used"),
+    [
+        ([{1: entry(5)}, {1: entry(9)}], 9),
+        ([{1: entry(5), 2: entry(7)}, {1: entry(13, 7)}], 13),
+        ([{1: entry(5), 2: entry(7)}, {1: entry(6)}], 13),
+        ([{1: entry(5), 2: entry(7)}, {1: entry(6)}, {1: entry(15, 8)}], 15),
+        ([{1: entry(5), 2: entry(7), 3: entry(4)}, {1: entry(13, 7)}, {1: entry(20, 7)}], 24),
+        ([{1: entry(5), 2: entry(7)}, {}], 12),
+    ],
+    ids=["one", "a child that was waited for", "one that nobody waits for", "one that is waited for later", "both", "all are gone"],
+)
+def test_cpu_time_counts_once(looks: list[dict[int, Entry]], used: int) -> None:
+    counted = CpuTime()
+    assert [counted.add(look) for look in looks][-1] == used / TICKS_PER_S
+
+
+# -- cores --
+
+COUNTED = "nproc > seen; touch ready; until [ -e go ]; do sleep 0.02; done"
+
+
+def cores(yard: Yard, job: Job) -> set[int]:
+    """The cores of a payload that runs; its script sees as many."""
+    run_tick(yard.client)
+    work = yard.folder(job) / "work"
+    wait_for((work / "ready").exists, 60, "the script's start")
+    found = os.sched_getaffinity(int((yard[job].handle or "").split()[0]))
+    assert int((work / "seen").read_text()) == len(found)
+    return found
+
+
+@pytest.fixture(name="two_cores")
+def two_cores_fixture() -> Iterator[list[int]]:
+    """The cores that this process may run on, as with taskset(1)."""
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("needs two cores")
+    os.sched_setaffinity(0, chosen := sorted(before)[-2:])
+    yield chosen
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("isolation", ["none", "process", "full"])
+def test_each_script_has_cores_of_its_own(isolation: str, data: DataFolder, two_cores: list[int]) -> None:
+    """As many as its job asked for, of those that the client may use, also after a restart; if there are too few, all: nothing waits."""
+    yard = Yard(data, JOBORCH_ISOLATION=isolation, JOBORCH_PIN_CPUS="1", JOBORCH_SLOTS="8")
+    try:
+        first, second, third, large = (yard.submit(COUNTED, X_Joborch_Cpus=number) for number in ("1", "1", "1", "3"))
+        assert cores(yard, first) == {two_cores[0]}
+        yard.restart()
+        assert cores(yard, second) == {two_cores[1]}
+        assert cores(yard, third) == cores(yard, large) == set(two_cores) == os.sched_getaffinity(0)
+        for job in (first, second):
+            (yard.folder(job) / "work/go").touch()
+            yard.until(job, Status.COMPLETED)
+        assert cores(yard, yard.submit(COUNTED, X_Joborch_Cpus="2")) == set(two_cores)
+        assert cores(yard, yard.submit(COUNTED)) == set(two_cores)
+    finally:
+        yard.close()
+
+
+@pytest.mark.parametrize("note", ["mkfifo ../cores", "ln -s /dev/zero ../cores", "echo x,0,-1,9999999999999999 > ../cores"])
+def test_a_script_that_spoils_the_note_of_its_cores(note: str, data: DataFolder, two_cores: list[int]) -> None:
+    """Without isolation it can; the next start of the client goes on."""
+    yard = Yard(data, JOBORCH_PIN_CPUS="1")
+    try:
+        spoilt = yard.submit(f"rm -f ../cores; {note}; {COUNTED}")
+        cores(yard, spoilt)
+        yard.restart()
+        assert cores(yard, yard.submit(COUNTED)) <= set(two_cores)
+    finally:
+        yard.close()
+
+
+def test_cores_that_are_taken_from_the_client_stop_no_script(two_cores: list[int]) -> None:
+    with on_cores(["4095"]):
+        assert os.sched_getaffinity(0) == set(two_cores)
+    with on_cores([str(two_cores[0])]):
+        assert os.sched_getaffinity(0) == {two_cores[0]}
+    assert os.sched_getaffinity(0) == set(two_cores)
+
+
+def test_scripts_are_not_pinned_unless_that_is_asked_for(yard: Yard, two_cores: list[int]) -> None:
+    job = yard.submit(COUNTED)
+    assert cores(yard, job) == set(two_cores)
+    assert not (yard.folder(job) / "cores").exists()
 
 
 # It forks until it has used up all that it may have, again and again. If nothing limits it, it ends at 3,000, for the machine's sake.
