@@ -345,10 +345,12 @@ def libc() -> ctypes.CDLL:
 
 
 def open_folder(path: str | Path | int, *inner: str | bytes, flags: int = os.O_PATH) -> int:
-    """Return a descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
+    """Return a new descriptor of a folder, or of the folder `inner` below it. Raises OSError if any of them is a link.
 
-    `path` may be a descriptor. `flags` apply to the last folder: O_PATH is enough to open what is in it.
+    `path` may be a descriptor, which stays open. `flags` apply to the last folder: O_PATH is enough to open what is in it.
     """
+    if isinstance(path, int) and not inner:
+        return os.dup(path)
     names: list[str | bytes] = [*inner] if isinstance(path, int) else [os.fspath(path), *inner]
     descriptor = owned = path if isinstance(path, int) else -1
     for number, name in enumerate(names, 1):

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
-from harness import BOUNDARY, ROOT, disk_bytes, field_part, file_part, form, part, replace
+from harness import BOUNDARY, NOBODY_UID, ROOT, disk_bytes, field_part, file_part, form, part, replace
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from world import BOUNDED, CONTENTS, NAMES, Trickle, fit, new_folder, on_disk, packed, tried
@@ -29,7 +29,7 @@ import joborch
 from joborch import ConfigError, DataFolder, FormReader, HttpError, StoredFile, Tree, ZipPacker, check_path
 from joborch_base.archives import worthwhile_compression
 from joborch_base.data_folder import MEMORY_SPOOL_BYTES, Spool
-from joborch_base.files import FIELD_LIMIT_BYTES, SYNC_STEP_BYTES, multipart_boundary, write_all
+from joborch_base.files import FIELD_LIMIT_BYTES, SYNC_STEP_BYTES, give_rights, libc, multipart_boundary, opened_folder, write_all
 
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -734,6 +734,45 @@ def test_rights_that_a_script_took_are_taken_back(tmp_path: Path, monkeypatch: p
     joborch.remove_tree(folder)
     assert not folder.exists()
     assert tmp_path.stat().st_mode == mode, "what a link leads to is left alone"
+
+
+def test_a_plain_user_takes_rights_back(open_folder: Path, root: None) -> None:
+    """Rights count for it, and it has the folder open meanwhile: whoever gets the number of a closed descriptor would lose its file."""
+    folder = open_folder / "job"
+    (folder / "d/e").mkdir(parents=True)
+    for name in ("d/e", "d", "."):
+        os.chown(folder / name, NOBODY_UID, NOBODY_UID)
+        (folder / name).chmod(0)
+    open_folder.chmod(0o777)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY_UID, NOBODY_UID, NOBODY_UID)
+            os.setresuid(NOBODY_UID, NOBODY_UID, NOBODY_UID)
+            libc().prctl(4, 1)  # PR_SET_DUMPABLE: as after the start of a program, /proc/self/fd can be used
+            joborch.remove_tree(folder)
+        finally:
+            os._exit(folder.exists())
+    assert os.waitpid(child, 0)[1] == 0
+    assert not folder.exists()
+
+
+def test_a_descriptor_that_is_given_stays_open(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    given = os.open(tmp_path, os.O_PATH)
+    try:
+        for inner in ((), ("in",)):
+            with opened_folder(given, *inner) as folder:
+                assert folder != given
+                assert os.path.samestat(os.fstat(folder), tmp_path.joinpath(*inner).stat())
+            assert os.path.samestat(os.fstat(given), tmp_path.stat())
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(folder)
+        give_rights(given)
+        assert os.path.samestat(os.fstat(given), tmp_path.stat())
+    finally:
+        os.close(given)
 
 
 # == The data folder ==
