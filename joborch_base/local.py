@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional, cast
@@ -54,7 +55,7 @@ from joborch_base.executors import (
     wrapper_text,
 )
 from joborch_base.files import is_full, open_regular, state_below, write_atomic
-from joborch_base.processes import HOST_NETWORK, note_host_network, read_proc
+from joborch_base.processes import HOST_NETWORK, leave_keyring, note_host_network, read_proc
 from joborch_base.settings import BatchOptions, Config
 from joborch_base.states import LIMIT_NOTE, Cause, Job, Reason
 from joborch_base.usage import PayloadLimits, Usage, file_limit_text, process_limit_text
@@ -158,6 +159,12 @@ def start_session(command: list[str | bytes], environment: Mapping[str, str]) ->
         return Child(started.pid)
 
 
+def start_without_keys(command: list[str | bytes], environment: Mapping[str, str]) -> Child:
+    """Do what `start_session` does, without this client's keys. In a thread of its own, because no thread gets its keyring back."""
+    with ThreadPoolExecutor(1, initializer=leave_keyring) as thread:
+        return thread.submit(start_session, command, environment).result()
+
+
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 GPU_NOTE, CORE_NOTE = "gpus", "cores"  # files in a payload's folder with the ids of its GPUs, and of the cores that it has to itself
 NVIDIA_SMI_S = 30.0  # without its daemon, it may load the driver first
@@ -241,6 +248,7 @@ class LocalExecutor:
         self.reaps_orphans, self.engines = become_subreaper(), Engines(self.inherited)
         self.bash = shutil.which("bash", path=self.inherited.get("PATH")) or "/bin/bash"
         self.inside = sandbox.inside if sandbox else ""
+        self.begin = start_without_keys if sandbox and sandbox.isolation in ("full", "user") else start_session
         self.usage = Usage(data.jobs, max_processes, max_work_bytes, max_cpu_time_s, bool(self.inside))
         self.marked = dict([HOST_NETWORK]) if sandbox and sandbox.has_host_network else {}  # what shows a server whose calls these are
         self.groups = Groups()
@@ -278,7 +286,7 @@ class LocalExecutor:
             self.groups.make(job.mark, (job.memory or 0) * MIB, self.usage.most_inside(), job.cpus)
             crash_point("run.prepared")
             with self.starting, on_cores(attempt.cores) if attempt.cores else contextlib.nullcontext():
-                child = start_session(command, environment)
+                child = self.begin(command, environment)
                 child.job_id, child.mark, self.children[child.pid] = job.id, job.mark, child
         except OSError:
             self.attempts.pop(job.mark, None)

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+
+from joborch_base.files import libc
+from joborch_base.vocabulary import log
 
 # == 1. Processes ==  Lists processes, and tells whether one of a script holds a socket.
 
@@ -32,6 +36,22 @@ def all_stats() -> Iterator[tuple[int, list[str]]]:
         fields = text.rpartition(")")[2].split()
         if fields[0] not in ("Z", "X"):
             yield int(name), fields
+
+
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # the number of keyctl(2), by machine
+JOIN_SESSION_KEYRING = 1
+
+
+def leave_keyring() -> None:
+    """Give this thread, and what it starts, a new session keyring (keyrings(7)). Scripts get no keys of the old one, as Kerberos tickets.
+
+    A kernel or a container without keyrings refuses this call to a script as well, so only a full quota matters.
+    """
+    number = KEYCTL.get(os.uname().machine)
+    if number and libc().syscall(number, JOIN_SESSION_KEYRING, None) < 0 and ctypes.get_errno() == errno.EDQUOT:
+        log.warning(
+            "a script can use the keys of this client, because this user may have no more keyrings: raise kernel.keys.maxkeys (sysctl)"
+        )
 
 
 HOST_NETWORK = ("JOBORCH_NETWORK", "host")  # in the environment of isolated payloads that have the network of this machine

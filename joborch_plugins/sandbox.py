@@ -78,6 +78,8 @@ def full_words(config: Config, more: Sequence[str] = (), last: str = "") -> str:
     words += [] if config.network == "host" else ["--unshare-net"]
     words += [word for path in shown for word in shown_words(path)]
     words += ["--proc", "/proc", "--dev", "/dev"]
+    # The kernel lets user 0 change these without any privilege, among them core_pattern: a program that it runs outside, as root.
+    words += ["--ro-bind", "/proc/sys", "/proc/sys"] if os.geteuid() == 0 else []
     if config.network == "host" and os.path.islink(RESOLVER) and os.path.exists(RESOLVER):  # often a link to /run
         words += ["--ro-bind", os.path.realpath(RESOLVER), os.path.realpath(RESOLVER)]
     read_only = ["/"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import grp
 import os
+import platform
 import pwd
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ import joborch
 from joborch import ConfigError, DataFolder, Job, Status, run_tick
 from joborch_base import processes
 from joborch_base.executors import FIRST_INSIDE, all_processes, bears_mark, is_of_sandbox
-from joborch_base.processes import read_proc
+from joborch_base.files import libc
+from joborch_base.processes import leave_keyring, read_proc
 from joborch_plugins import sandbox
 
 pytestmark = pytest.mark.usefixtures("strangers_are_safe")
@@ -653,6 +656,50 @@ def test_settings_of_a_value_without_it_are_named() -> None:
     warnings = client_config(JOBORCH_BIND="/usr", JOBORCH_UIDS="28001-28002", JOBORCH_ISOLATION="process").warnings
     assert "JOBORCH_BIND has no effect: JOBORCH_ISOLATION is process, not full or user" in warnings
     assert "JOBORCH_UIDS has no effect: JOBORCH_ISOLATION is process, not user" in warnings
+
+
+# == What the kernel gives to user 0, or to whoever inherits it ==
+
+CHANGEABLE = """
+find /proc/sys /proc/irq /proc/bus /proc/fs /proc/acpi /proc/scsi /proc/sysrq-trigger /proc/mtrr /sys -type f -perm /222 2>/dev/null |
+while read -r file; do
+    { exec 3>>"$file"; } 2>/dev/null && echo "$file" && exec 3>&-
+done >changeable
+true
+"""
+
+
+def test_a_script_cannot_change_the_kernel(yard: Yard) -> None:
+    """As by core_pattern, a program that the kernel runs outside as root: user 0 may change it without any privilege."""
+    if yard.client.config.isolation == "process":
+        pytest.skip("protects no files")
+    job = yard.run(yard.submit(CHANGEABLE))
+    assert job.status is Status.COMPLETED, job.reason
+    assert (yard.folder(job) / "work/changeable").read_text() == ""
+
+
+KEYS = {"x86_64": (248, 250), "aarch64": (217, 219)}  # the numbers of add_key(2) and keyctl(2)
+KEY, OF_SESSION, SEARCH = b"joborch-test-key", -3, 10  # see keyrings(7)
+FIND_KEY = f"""/usr/bin/python3 - >found <<'END'
+import ctypes
+print(ctypes.CDLL(None).syscall({KEYS.get(platform.machine(), (0, 0))[1]}, {SEARCH}, {OF_SESSION}, b"user", {KEY!r}, 0) > 0)
+END
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in KEYS, reason="the numbers of system calls differ by machine")
+def test_a_script_has_no_keys_of_its_client(yard: Yard) -> None:
+    """As a Kerberos ticket in the session keyring, which every process inherits. Where it has this user's files, it has the keys, too."""
+
+    def run() -> Job:
+        if libc().syscall(KEYS[platform.machine()][0], b"user", KEY, b"secret", 6, OF_SESSION) < 0:
+            pytest.skip("needs keyrings in the kernel")
+        return yard.run(yard.submit(FIND_KEY))
+
+    with ThreadPoolExecutor(1, initializer=leave_keyring) as thread:  # these tests keep their own keyring
+        job = thread.submit(run).result()
+    assert job.status is Status.COMPLETED, job.reason
+    assert (yard.folder(job) / "work/found").read_text() == f"{yard.client.config.isolation == 'process'}\n"
 
 
 # == A user for each script ==
