@@ -68,7 +68,8 @@ ANSWER_S = 5.0  # a client deletes for as long before it answers that it is stil
 WAIT_S = 10.0  # a caller waits for as long
 FEW = 20  # deleted jobs whose texts are not overwritten yet
 SMALL_BYTES = 64 * KIB * KIB  # a database up to this size is rewritten after each deletion
-DAY_S = 86400.0  # and a larger one once a day
+DAY_S = 86400.0  # and a larger one at most once a day, when
+QUIET_S = 60.0  # no job has come or moved for so long, because others cannot write meanwhile; or a day after the first of them
 REWRITE_SHARE = 20  # a rewrite is followed by a pause of as many times its length
 TRY_AGAIN_S = 3600.0  # after an error
 LIVE_SHARE = 20  # a look for jobs to stop is followed by a pause of as many times its length
@@ -86,7 +87,9 @@ class Privacy:
         self.live_due = float("-inf")  # monotonic: the next look for jobs to stop
         self.batch_outage = Backoff(node.clock)
         self.rewritten: list[int] = []  # jobs deleted before the last rewrite: only the log of the database has to be emptied for them
-        self.rewrite_due = float("-inf")  # monotonic
+        self.rewrite_due = float("-inf")  # monotonic, as the next two
+        self.waits_since: float | None = None  # since when a rewrite waits for a quiet moment
+        self.moved_at = float("-inf")  # when the last job came or moved
         self.lock = threading.Lock()
 
     def start(self) -> None:
@@ -94,7 +97,8 @@ class Privacy:
         self.node.loops["erase"] = Loop("erase", self.tick, lambda: self.node.pool, LOOK_S, wanted=lambda: self.wanted)
 
     def committed(self, moves: Iterable[Move]) -> None:
-        """Go on at once when a job has ended that waits for that."""
+        """Note that others are at work, and go on at once when a job has ended that waits for that."""
+        self.moved_at = self.node.clock.monotonic()
         if self.wanted and any(move.to in ENDED for move in moves):
             self.node.wake("erase")
 
@@ -315,7 +319,7 @@ class Privacy:
         if self.store.path == ":memory:" or not self.store.number(statements.REMNANTS):
             return
         try:
-            if not self.rewritten and now >= self.rewrite_due:
+            if not self.rewritten and now >= self.rewrite_due and self.is_rewrite_harmless(now):
                 self.rewrite()
             if self.rewritten and self.empty_log():
                 crash_point("erase.rewritten")
@@ -333,7 +337,7 @@ class Privacy:
             self.store.db.execute(statements.REWRITE)
         took_s = self.node.clock.monotonic() - begun
         self.rewrite_due = begun + took_s + (REWRITE_SHARE * took_s if size <= SMALL_BYTES else DAY_S)
-        self.rewritten = deleted
+        self.rewritten, self.waits_since = deleted, None
         log.info("the database was rewritten in %.1f s, because jobs were deleted", took_s)
 
     def empty_log(self) -> bool:
@@ -353,7 +357,15 @@ class Privacy:
 
     def is_rewrite_soon(self) -> bool:
         """Tell whether a caller should wait for the next rewrite."""
-        return bool(self.rewritten) or self.rewrite_due <= self.node.clock.monotonic() + LOOK_S
+        soon = self.node.clock.monotonic() + LOOK_S
+        return bool(self.rewritten) or (self.rewrite_due <= soon and self.is_rewrite_harmless(soon))
+
+    def is_rewrite_harmless(self, now: float) -> bool:
+        """Tell whether the database is small, or nobody writes to it, or this has been waited for long enough."""
+        if os.path.getsize(self.store.path) <= SMALL_BYTES:
+            return True
+        self.waits_since = now if self.waits_since is None else self.waits_since
+        return now - self.moved_at >= QUIET_S or now - self.waits_since >= DAY_S
 
     def has_remnants(self, job_id: int) -> bool:
         """Tell whether texts of a job may be in unused parts of the database, and are overwritten soon."""
