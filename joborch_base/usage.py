@@ -108,20 +108,41 @@ class CpuTime:
         return (self.lost + sum(entry.cpu for entry in now.values())) / TICKS_PER_S
 
 
-def unshared_bytes(pids: Iterable[int]) -> int | None:
-    """Return the memory of processes, each shared page counted once among those that share it; None if it cannot be read."""
-    total = 0
+def unshared_bytes(pids: Iterable[int], file_bytes: int = 0) -> int | None:
+    """Return the memory of processes, each shared page counted once among those that share it; None if it cannot be read.
+
+    `file_bytes` is what their own file systems in memory hold: what they have mapped of it counts once, too.
+    """
+    total = mapped = 0
     for pid in pids:
         try:
-            found = re.search(r"^Pss:\s+(\d+) kB", read_proc(f"/proc/{pid}/smaps_rollup"), re.MULTILINE)
+            text = read_proc(f"/proc/{pid}/smaps_rollup")
         except FileNotFoundError:
             if not os.path.exists("/proc/self/smaps_rollup"):
                 return None  # a kernel before 4.14
             continue  # it ended
         except OSError:
             continue  # it ended, or changed its user
-        total += int(found[1]) * KIB if found else 0
-    return total
+        found = {name: int(kib) * KIB for name, kib in re.findall(r"^(Pss|Pss_Shmem):\s+(\d+) kB", text, re.MULTILINE)}
+        total += found.get("Pss", 0)
+        mapped += found.get("Pss_Shmem", found.get("Pss", 0))  # kernels before 5.9 do not tell them apart
+    return max(total, total - mapped + file_bytes)
+
+
+def in_memory_files(pids: Iterable[int]) -> int:
+    """Return how many bytes are in /dev/shm of isolated processes, and in /dev: these are no process's memory, but use as much.
+
+    A script may have put links there, which are not followed.
+    """
+    outside, used = {os.stat(path).st_dev for path in ("/dev", "/dev/shm") if os.path.isdir(path)}, dict[int, int]()
+    for pid in pids:
+        for inner in ((), ("shm",)):
+            with contextlib.suppress(OSError), opened_folder(f"/proc/{pid}/root/dev", *inner) as folder:  # it ended, or has none
+                device = os.fstat(folder).st_dev
+                if device not in outside and device not in used:
+                    state = os.fstatvfs(folder)
+                    used[device] = (state.f_blocks - state.f_bfree) * state.f_frsize
+    return sum(used.values())
 
 
 def folder_bytes(folder: str, most_files: float = math.inf) -> int:
@@ -144,6 +165,7 @@ class Usage:
     def __init__(self, jobs: Path, max_processes: int, max_work_bytes: int, max_cpu_time_s: float, is_isolated: bool) -> None:
         """`jobs` has the folders of all payloads; a limit of 0 means none."""
         self.jobs, self.max_processes, self.max_work_bytes, self.max_cpu_time_s = jobs, max_processes, max_work_bytes, max_cpu_time_s
+        self.is_isolated = is_isolated
         self.not_its_own = 1 + (OF_SANDBOX if is_isolated else 0)  # the wrapper, and what isolates
         self.due = 0.0  # monotonic: the next look
         self.peaks: dict[str, int] = {}  # by mark: the most memory in bytes that was seen of a payload
@@ -168,10 +190,11 @@ class Usage:
             del self.cpu_times[mark]
         counts = self.max_processes or self.max_cpu_time_s or any(payload.memory is not None for payload in running.values())
         for mark, pids, entries in self.members(running) if counts else ():
-            memory = sum(entries[pid].memory for pid in pids)
             limit = running[mark].memory
+            files = in_memory_files(pids) if limit is not None and self.is_isolated else 0
+            memory = sum(entries[pid].memory for pid in pids) + files
             if limit is not None and memory > limit:  # shared pages count more than once: look closely
-                unshared = unshared_bytes(pids)
+                unshared = unshared_bytes(pids, files)
                 memory = memory if unshared is None else unshared
                 if memory > limit:
                     used, most = sizes_text(memory, limit)

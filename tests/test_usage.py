@@ -309,6 +309,42 @@ def test_shared_memory_counts_once(yard: Yard) -> None:
     yard.wait(job)
 
 
+IN_SHM = """
+import mmap, os, time
+file = open("/dev/shm/x", "w+b")
+file.truncate(60 << 20)
+memory = mmap.mmap(file.fileno(), 60 << 20)
+memory.write(bytes(60 << 20))
+for _ in range(2):
+    os.fork()
+open(f"ready.{os.getpid()}", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("value", ["full", *(["user"] if os.geteuid() == 0 else [])])
+def test_files_in_memory_count_as_memory(value: str, data: DataFolder) -> None:
+    """They are in no process's memory, and the kernel would rather kill other processes; what is mapped counts once."""
+    yard = Yard(data, JOBORCH_ISOLATION=value, **({"JOBORCH_UIDS": SCRIPT_UIDS} if value == "user" else {}))
+    try:
+        job = run(yard, "head -c 150M /dev/zero >/dev/shm/x; sleep 1000", True, X_Joborch_Memory="100")
+        assert (job.status, job.cause) == (Status.FAILED, "limit")
+        assert re.fullmatch(r"run.sh was stopped: it used 1\d\d MiB of the 100 MiB of memory asked for", job.reason), job.reason
+        shared = yard.submit(f"/usr/bin/python3 -c '{IN_SHM}'", X_Joborch_Memory="150")
+        run_tick(yard.client)
+        work = yard.folder(shared) / "work"
+        wait_for(lambda: len(list(work.glob("ready.*"))) == 4, 60, "all processes")
+        assert yard.client.local is not None
+        for limit, marks in ((150, []), (50, [shared.mark])):
+            yard.client.local.usage.due = 0.0
+            assert yard.client.local.over_limits({shared.mark: limit}) == marks
+        (work / "go").touch()
+        yard.until(shared, Status.COMPLETED)
+    finally:
+        yard.close()
+
+
 def test_the_size_of_a_folder_follows_no_link(data: DataFolder) -> None:
     for name in ("a", "b"):
         (data.tmp / name).mkdir()
