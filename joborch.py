@@ -812,10 +812,10 @@ def key_columns(request: Request, form: Form, *more: str) -> dict[str, str | Non
     return {"idempotency_key": key or None, "request_digest": hashlib.sha256(said).hexdigest() if key else None}
 
 
-def receive_form(server: Server, request: Request, folder: Path) -> Form:
+def receive_form(server: Server, request: Request, folder: Path, retried: Job | None = None) -> Form:
     """Receive the form of a job, and its files in `folder`. Raises HttpError, also for a run.sh with Windows line ends."""
     form = request.read_form(folder, unpack_limit_bytes=server.config.max_upload_bytes)
-    check_form(server, request, form)
+    check_form(server, request, form, retried)
     crlf = FORM_FIELDS["crlf"].value(form.fields.get("crlf"))
     for number, file in enumerate(form.files):
         if file.path == "run.sh" and crlf != "keep":
@@ -957,10 +957,8 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
     job, job_uuid = known_job(server, request, job_id), new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
-        form = receive_form(server, request, folder) if request.length else Form()
+        form = receive_form(server, request, folder, job) if request.length else Form(fields={"user_id": str(job.user_id)})
         own, replaced = key_columns(request, form, f"retry {job.id}"), set(form.fields)
-        if form.fields.setdefault("user_id", str(job.user_id)).strip() != str(job.user_id):
-            raise HttpError(400, f"user_id is another: job {job.id} and its retries belong to user {job.user_id}", "user_id")
         earlier = earlier_job(server, job.user_id, **own)
         if earlier is not None:  # the files that it has may be deleted by now
             discard(folder)

@@ -72,8 +72,11 @@ def narrowed(caller: Caller | None, of: Filter) -> Filter:
     return of._replace(services=caller.services)
 
 
-def check_form(node: Node, request: Request, form: Form) -> None:
-    """Check the fields of a job, and fill in the user of a user token. Raises HttpError 403 or 400 for what the caller may not name."""
+def check_form(node: Node, request: Request, form: Form, retried: Job | None = None) -> None:
+    """Check the fields of a job, and fill in its user if that is known. Raises HttpError 403 or 400 for what the caller may not name.
+
+    What is said of a job that the caller may not see is what is said of one that does not exist: see `Store.still_open`.
+    """
     caller, fields = request.caller, form.fields
     if caller is None:
         raise HttpError(403, "who calls is not known")
@@ -82,6 +85,8 @@ def check_form(node: Node, request: Request, form: Form) -> None:
         if not re.fullmatch(r"[+-]?[0-9]{1,30}", named) or int(named) != caller.user:
             remedy = f"leave user_id out, or give {caller.user}"
             raise HttpError(403, f"the token {caller.name} is for user {caller.user}: {remedy}", "user_id")
+    if retried and fields.setdefault("user_id", str(retried.user_id)).strip() != str(retried.user_id):
+        raise HttpError(400, f"user_id is another: job {retried.id} and its retries belong to user {retried.user_id}", "user_id")
     service = fields.get("service", "").strip().lower()
     if service and not sees_service(caller, service):
         names = " or ".join(caller.services)

@@ -238,6 +238,23 @@ def test_nothing_follows_a_job_that_its_caller_may_not_see(field: str, desk: Des
     assert upload(desk, PORTAL, service="example", user_id="7", **{field: "1"}).status == 201
 
 
+@pytest.mark.parametrize("field", ["after", "inputs_from"])
+def test_no_retry_follows_a_job_that_its_caller_may_not_see(field: str, desk: Desk) -> None:
+    """With the same answer as for a job that does not exist, whatever user is named."""
+
+    def answer(caller: Caller, number: int, **more: str) -> tuple[int, str]:
+        body = form([field_part(name, text) for name, text in {field: str(number), **more}.items()])
+        said = ask(desk.server, "POST", "/jobs/1/retry", body, caller=caller, Content_Type=TYPE)
+        return said.status, message(said)
+
+    for caller, number in ((USER, 2), (PORTAL, 3)):
+        assert answer(caller, number) == (400, f"{field}: user 7 has no job {number}")
+        assert answer(caller, 99) == (400, f"{field}: user 7 has no job 99")
+        for user in ("7", " 7", "8", "x", ""):
+            there, nowhere = (answer(caller, each, user_id=user) for each in (number, 99))
+            assert there[0] == nowhere[0] and there[1].replace(f"job {number}", "job 99") == nowhere[1], user
+
+
 def test_a_key_of_another_portal_shows_nothing(desk: Desk) -> None:
     """The same user may have sent it to another service: then it is another request."""
     fields = {"user_id": "7", "service": "other"}
