@@ -278,6 +278,7 @@ from joborch_base.settings import (
     Service,
     beyond_loopback,
     check_certificates,
+    check_config,
     check_join,
     client_address,
     config_rows,
@@ -394,11 +395,14 @@ from joborch_base.vocabulary import (
     StoreFull,
     SubmitRefused,
     T,
+    TokenRefusals,
     UnknownJob,
+    WrongToken,
     __version__,
     backoff_s,
     crash_point,
     each,
+    file_trouble,
     format_duration,
     host_of,
     load_plugin,
@@ -422,13 +426,15 @@ sys.modules.setdefault("joborch", sys.modules[__name__])  # run as a script it i
 __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test checks that
     "Address", "Answer", "answer_carried", "AT_CLIENT", "BackendUnavailable", "Backoff", "BAD", "BadAnswer", "BatchOptions",
     "become_unknown", "below", "beyond_loopback", "BIGGEST", "Bounds", "BUSY", "Caller", "calling", "CannotRun", "Carried", "Cause",
-    "change_limits", "check_path", "check_site", "check_user", "CHUNK_BYTES", "Client", "client_address", "CLIENT_AWAY", "ClientCapacity",
+    "change_limits", "check_certificates", "check_config",
+    "check_path", "check_site", "check_user", "CHUNK_BYTES", "Client", "client_address", "CLIENT_AWAY", "ClientCapacity",
     "ClientProtocol", "client_token_file", "Clock", "CLOCK_TOLERANCE_S", "Cloud", "COME_AGAIN_S", "COMMENT_EVERY_S", "Config",
     "ConfigError", "config_rows", "Connection", "CONNECTION_ERRORS", "Connections", "CONNECT_TIMEOUT_S", "copy_to", "COUNT_IN",
     "COUNT_LIVE", "crash_point", "CSRF_HEADER", "csrf_token_of", "CutOff", "DataFolder", "decided_restore", "DEFAULT_HOSTS",
     "DEFAULT_TOKEN", "Demand", "digest_of_chunks", "DIRECTORY_LIMIT_BYTES", "discard", "DiskFull", "DONE_AT_ONCE", "DOWN_BYTES",
     "DRAINED_ALL", "drop_packings", "ENDED", "ENDS_AFTER", "ensure_client_token", "EventsReply", "EVENTS_WAIT_S", "EVENT_TYPE",
-    "EXAMPLE_JOB", "EXAMPLE_SERVICE", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256", "Filter",
+    "EXAMPLE_JOB", "EXAMPLE_SERVICE", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256",
+    "file_trouble", "Filter",
     "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor",
     "format_duration", "FormReader", "frame", "FRAMES_BYTES", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "hear",
     "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "INLINE_BYTES", "Input",
@@ -1447,7 +1453,7 @@ class Server(Node):
 
     def troubles(self, service: Service) -> dict[str, str]:
         """Return why each client of a service gets no jobs now, by name; empty if it gets jobs."""
-        return {link.name: link.why_not() for link in self.links_of(service)}
+        return {link.name: link.why_not(service.name) for link in self.links_of(service)}
 
     def names_of(self, link: Link) -> list[Link]:
         """Return all links to the same client, this one first."""
@@ -1580,7 +1586,8 @@ def service_queue_of(server: Server, service: Service, names: Mapping[str, str])
 
     `names` maps each name of a client that can get jobs to the one name that the scheduler uses for it.
     """
-    clients = {names[link.name] for link in server.links_of(service) if link.name in names}
+    links = [link for link in server.links_of(service) if link.name in names]
+    clients = {names[link.name] for link in links if not link.wrong_tokens.waits(service.name)}
     busy, turns = server.store.line(service.name).busy, server.store.turns(service.name)
     first = next(turns, None) if clients and service.name not in server.paused else None
     if first is None or busy >= service.max_runs:
@@ -1697,7 +1704,7 @@ def send_job(server: Server, link: Link, job: Job) -> None:
 
 def take_answer(server: Server, link: Link, job: Job, dest_id: str, end: Any) -> None:
     """Store that a client has accepted a job, and its end if that came along."""
-    link.took_one()
+    link.took_one(job.service or "")
     link.protocol.accepted(server, dest_id)
     if end is None or not end_as_answered(server, link, job._replace(dest_id=dest_id), end):
         store_accepted(server, link, job, dest_id)
@@ -1771,7 +1778,7 @@ def why_not_its_end(job: Job, payload: Mapping[str, Any] | None) -> str:
 def send_again(server: Server, link: Link, job: Job, error: NothingSent) -> None:
     """The client certainly did not get the job: pause submits to it, and queue the job again unless it is tied to this client."""
     if isinstance(error, Refused):
-        link.refused(error)
+        link.refused(error, job.service or "")
     else:
         link.failed(error)
     if job.status is Status.PROCESSING:
@@ -1892,7 +1899,7 @@ class Link:
         self.ahead_s, self.wants_token = 0.0, False  # by how much its clock is ahead; whether its last failure is that it demands a token
         self.try_at = self.asked_at = float("inf")  # monotonic: when to call it despite the back-off, for a kill; when its poll began
         self.failed_at = self.ended_at = float("-inf")  # monotonic: its last failure, and the last end of a run there
-        self.refusal = Backoff(clock)  # after submits that it refused
+        self.refusal, self.wrong_tokens = Backoff(clock), TokenRefusals(clock)  # after submits that it refused
         self.instance, self.since, self.offered = "", 0, frozenset[str]()  # `offered`: services that a client that calls in may serve
         self.start, self.copy_of = "", ""  # id of its process start; the client whose data folder it has a copy of
         self.instance_at = self.start_at = float("-inf")  # monotonic: when instance and start became known
@@ -2026,14 +2033,15 @@ class Link:
             self.failed(error)
         return self.answers
 
-    def refused(self, error: object) -> None:
-        """Pause submits to a client that answers but refuses jobs, longer after each refusal in a row."""
-        self.refusal.failed(one_line(str(error)))
-        self.probing = True
+    def refused(self, error: object, service: str = "") -> None:
+        """Pause submits to a client that answers but refuses jobs; if it demands another token, only those of this service."""
+        text, self.probing = one_line(str(error)), True
+        self.wrong_tokens.failed(service, text) if isinstance(error, WrongToken) else self.refusal.failed(text)
 
-    def took_one(self) -> None:
+    def took_one(self, service: str = "") -> None:
         self.heard()
         self.refusal.worked()
+        self.wrong_tokens.worked(service)
         self.probing = False
 
     def takes_jobs(self) -> bool:
@@ -2047,14 +2055,14 @@ class Link:
         """Tell whether a job claimed for it now would be sent at once."""
         return self.sending - self.waiting < (1 if self.probing else SENDERS_PER_CLIENT)
 
-    def why_not(self) -> str:
-        """Return why it gets no jobs now, as the end of a sentence; empty if it gets jobs."""
+    def why_not(self, service: str = "") -> str:
+        """Return why it gets no jobs now, of one service or of all, as the end of a sentence; empty if it gets jobs."""
         if self.leaving or self.drained:
             return "is no longer configured" if self.leaving else "is drained: an operator stopped new jobs for it"
         if self.copy_of:
             return f"runs on a copy of the data folder of {self.copy_of}: stop it, and start it with an empty DATA_PATH"
-        if self.takes_jobs():
-            return ""
+        if self.takes_jobs() or self.wrong_tokens.reason(service):
+            return self.wrong_tokens.reason(service)
         if self.outage.reason:
             return f"{self.outage.reason} ({format_duration(self.silent_s())} ago)"
         return self.problem or self.refusal.reason or "has not been called yet"
@@ -2151,17 +2159,16 @@ class Link:
             raise NothingSent(f"is not called, because it cannot prove its identity: set {setting} to its token")
         if not token or not (said["proof"] or is_set):
             return None  # without a token, on loopback, `look` has checked the user
-        return self.begin_session(link_key(token), said["nonce"], patience_s)
+        return self.begin_session(link_key(token), said["nonce"], patience_s, service)
 
-    def begin_session(self, key: bytes, nonce: str, patience_s: float) -> Session:
+    def begin_session(self, key: bytes, nonce: str, patience_s: float, service: str | None = None) -> Session:
         """Return a session with a client that has proven that it knows the key. Raises NothingSent otherwise."""
         session, url = Session(key, nonce), f"{self.address.base_url}/hello"
         answer, proven = self.prove("GET", url, patience_s, session)
         text = read_some(answer, 4 * KIB)
         if not proven:
-            if answer.status in (401, 403):
-                raise Refused(refused_text(answer.status, text))
-            raise NothingSent(self.unproven(answer))
+            refused = refused_text(answer.status, text, service)
+            raise WrongToken(refused) if answer.status in (401, 403) else NothingSent(self.unproven(answer))
         return session
 
     def greet(self, patience_s: float) -> dict[str, Any] | None:
@@ -2659,13 +2666,13 @@ def clean_problem(said: Any) -> dict[str, Any]:
     return {"kind": text_in(said.get("kind"), "[a-z_]{1,40}") or "other", "since": number_in(said.get("since"), 0, 1e11), **texts}
 
 
-def refused_text(status: int, body: bytes) -> str:
-    """Describe an error answer in one sentence."""
+def refused_text(status: int, body: bytes, service: str | None = None) -> str:
+    """Describe an error answer in one sentence, which names the setting of this service if the token is the reason."""
     message: Any = None
     with contextlib.suppress(ValueError, AttributeError):
         message = read_answer(body).get("message")
     if status in (401, 403):
-        return f"answered {status}: set SERVICE_<NAME>_TOKEN to the token that this client demands"
+        return f"answered {status}: set SERVICE_{(service or '<NAME>').upper()}_TOKEN to the token that this client demands"
     return f"answered {status}" + (f": {one_line(message)}" if message and isinstance(message, str) else "")
 
 
@@ -2703,7 +2710,7 @@ def read_submit_answer(status: int, text: bytes) -> str:
     if status in (400, 409, 413, 415, 422):
         raise Rejected(refused_text(status, text))
     if status in (401, 403, 404, 405, 429, 503, 507):
-        raise Refused(refused_text(status, text))
+        raise (WrongToken if status in (401, 403) else Refused)(refused_text(status, text))
     raise NoAnswer(refused_text(status, text))
 
 
@@ -3583,7 +3590,8 @@ class Waits:
         """Return the clients that take jobs of a service, and why others do not."""
 
         def look() -> tuple[list[ClientCapacity], dict[str, str]]:
-            links = one_each(link for link in self.server.links_of(service) if link.takes_jobs()).values()
+            of_service = [link for link in self.server.links_of(service) if not link.wrong_tokens.reason(service.name)]
+            links = one_each(link for link in of_service if link.takes_jobs()).values()
             return self.server.capacities_of(links), self.server.troubles(service)
 
         return self.once(service.name, look)

@@ -21,7 +21,20 @@ from pathlib import Path
 from typing import Any, Callable
 from urllib.parse import urlsplit
 
-from joborch_base.vocabulary import DEFAULT_HOSTS, GIB, KIB, MIB, ConfigError, Network, T, load_plugin, nearest, one_line, read_small_file
+from joborch_base.vocabulary import (
+    DEFAULT_HOSTS,
+    GIB,
+    KIB,
+    MIB,
+    ConfigError,
+    Network,
+    T,
+    file_trouble,
+    load_plugin,
+    nearest,
+    one_line,
+    read_small_file,
+)
 
 # == 1. Values ==  Readers of what people write in settings and requests: each returns the value, or raises ValueError with the remedy.
 
@@ -593,7 +606,7 @@ def read_env_text(path: str) -> str:
     try:
         return read_small_file(path, MIB).removeprefix("\ufeff")  # Windows editors begin with a byte order mark
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--env-file {path} cannot be read: {error}") from error
+        raise ConfigError(f"--env-file {path} cannot be read: {file_trouble(error)}") from error
 
 
 def env_pairs(file_text: str, path: str) -> dict[str, str]:
@@ -687,7 +700,7 @@ def read_token_file(path: str, shown_name: str) -> str:
     try:
         return read_token(read_small_file(path).strip())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown_name} {path} cannot be read: {error}") from error
+        raise ConfigError(f"{shown_name} {path} cannot be read: {file_trouble(error)}") from error
 
 
 EXAMPLE_CLIENT_URL = "http://127.0.0.1:9000"  # the client of `example` if none is set
@@ -788,6 +801,19 @@ def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
             meant = nearest_suffix(name, CLOUD_SETTINGS)
             if meant or any(name.startswith(f"CLOUD_{cloud.upper()}_") for cloud in clouds):  # CLOUD_SDK_VERSION is Google's
                 yield f"{name} is not a setting of a cloud{meant}"
+        elif name not in known and name.upper() in known:
+            yield f"{name} is not a setting (did you mean {name.upper()}?)"
+
+
+def hidden_settings(arguments: Mapping[str, str | None], environment: Mapping[str, str], in_file: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each setting of --env-file that has another value in a flag or in the environment, which wins."""
+    names = {setting.name for setting in SETTINGS}
+    flags = {setting.name: setting for setting in SETTINGS if arguments.get(setting.field)}
+    for name, text in in_file.items():
+        if name in flags and arguments[flags[name].field] != text:
+            yield f"{name} in --env-file has no effect: the flag {flags[name].flag} sets it"
+        elif name not in flags and environment.get(name, text) != text and (name in names or split_service_name(name.upper())):
+            yield f"{name} in --env-file has no effect: the environment sets it"
 
 
 LONG_TIME_S = 6 * 3600.0  # a setting with at least this default is rarely meant in seconds
@@ -875,8 +901,8 @@ def load_config(mode: str, arguments: Mapping[str, str | None], environment: Map
     batch = read_batch_options(merged) if mode == "client" else {}
     config = dataclasses.replace(config, services=services, batch=batch, clouds=clouds)
     check_config(config)
-    warnings = (*unknown_names(merged), *missing_units(arguments, merged), *batch_warnings(config), *access_warnings(config))
-    warnings += tuple(isolation_warnings(config))
+    warnings = (*unknown_names(merged), *hidden_settings(arguments, given, from_file), *missing_units(arguments, merged))
+    warnings += (*batch_warnings(config), *access_warnings(config), *isolation_warnings(config))
     return dataclasses.replace(config, warnings=warnings)
 
 

@@ -80,7 +80,11 @@ class NothingSent(JoborchError):
 
 
 class Refused(NothingSent):
-    """The client answers, but accepts no job now: it is full, or expects another token."""
+    """The client answers, but accepts no job now, as when it is full."""
+
+
+class WrongToken(Refused):
+    """The client answers, but demands another token."""
 
 
 class NoAnswer(JoborchError):
@@ -227,6 +231,30 @@ class Backoff:
         return self.clock.monotonic() < self.until
 
 
+class TokenRefusals:
+    """Pauses after submits that a client refused because it demands another token, by service."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.by_service = clock, dict[str, Backoff]()
+
+    def failed(self, service: str, reason: object) -> None:
+        """Start a pause for the jobs of a service, longer after each refusal in a row."""
+        self.by_service.setdefault(service, Backoff(self.clock)).failed(str(reason).replace("<NAME>", service.upper() or "<NAME>"))
+
+    def worked(self, service: str = "") -> None:
+        """Forget the refusals of a service; without its name, those of all."""
+        self.by_service = {name: pause for name, pause in list(self.by_service.items()) if service and name != service}
+
+    def waits(self, service: str) -> bool:
+        """Tell whether no job of a service is sent now."""
+        return service in self.by_service and self.by_service[service].waits()
+
+    def reason(self, service: str) -> str:
+        """Return why jobs of a service wait; empty if they do not, or if none has tried again for long."""
+        found = self.by_service.get(service)
+        return found.reason if found and self.clock.monotonic() < found.until + BACKOFF_LAST_S else ""
+
+
 def rfc3339(wall: float | None) -> str | None:
     """Return a time as RFC 3339 in UTC with milliseconds, or None for None."""
     return None if wall is None else datetime.fromtimestamp(wall, timezone.utc).isoformat(timespec="milliseconds")[:23] + "Z"
@@ -270,7 +298,15 @@ def read_small_file(path: str | os.PathLike[str], limit_bytes: int = 64 * KIB) -
         data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise ValueError(f"it has more than {limit_bytes // KIB} KiB, so it is another file than the one that is needed")
-    return data.decode("utf-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}") from error
+
+
+def file_trouble(error: OSError | ValueError) -> str:
+    """Return why a file that a setting names cannot be used, without its path, which the caller names."""
+    return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
 
 
 def one_line(text: str, limit: int = 300) -> str:

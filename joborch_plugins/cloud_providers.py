@@ -14,7 +14,20 @@ from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 from urllib.parse import urlsplit
 
-from joborch import KIB, MIB, NAME_OF_TOKEN, Cloud, Config, ConfigError, JoborchError, __version__, load_plugin, one_line, read_small_file
+from joborch import (
+    KIB,
+    MIB,
+    NAME_OF_TOKEN,
+    Cloud,
+    Config,
+    ConfigError,
+    JoborchError,
+    __version__,
+    file_trouble,
+    load_plugin,
+    one_line,
+    read_small_file,
+)
 
 CALL_TIMEOUT_S = 20  # for an answer of the cloud's API
 CLIENT_TAG, SERVER_TAG = "joborch-client", "joborch-server"  # an instance's uuid; the id of the database that has its row
@@ -187,7 +200,7 @@ def site_lines(cloud: Cloud) -> str:
         try:
             text = read_small_file(Path(text).expanduser(), MIB)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"CLOUD_{cloud.name.upper()}_USER_DATA {cloud.user_data} cannot be read: {error}") from error
+            raise ConfigError(f"CLOUD_{cloud.name.upper()}_USER_DATA {cloud.user_data} cannot be read: {file_trouble(error)}") from error
     return text
 
 

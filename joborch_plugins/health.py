@@ -126,6 +126,9 @@ def problems_of_process(node: Node) -> Iterator[Problem]:
     what, _, remedy = node.program.restart_needed().partition(": ")
     if what:
         yield Problem("program", what, remedy)
+    what, remedy = node.plugins["reload"].trouble
+    if what:
+        yield Problem("settings", what, remedy)
 
 
 def problems_of_client(client: Client) -> Iterator[Problem]:
@@ -155,6 +158,9 @@ def problems_of_link(link: Link) -> Iterator[Problem]:
                 remedy = f"start it there with `joborch client --join`, or revoke its token with `joborch token revoke {link.name}`"
             yield Problem("client_gone", what, remedy, services, link.name, since)
         return
+    for name in [service.name for service in link.services if link.wrong_tokens.reason(service.name)]:
+        remedy = f"set SERVICE_{name.upper()}_TOKEN to the token of this client"
+        yield Problem("client_refuses", f"client {link.name} {link.wrong_tokens.reason(name)}", remedy, name, link.name)
     if link.copy_of:
         yield Problem("client_copy", f"client {link.name} {link.why_not()}", "stop one of the two", services, link.name)
     for told in link.problems:
@@ -165,17 +171,17 @@ def problems_of_link(link: Link) -> Iterator[Problem]:
         yield Problem("clock", f"the clock of client {link.name} is {how} this machine's", "use NTP on both", services, link.name)
 
 
-def runs_nothing(link: Link) -> bool:
-    """Tell whether a client can get no job until somebody does something; one that is only full, or was not called yet, can."""
+def runs_nothing(link: Link, service: str) -> bool:
+    """Tell whether a client can get no job of a service until somebody does something; one that is only full, or not called yet, can."""
     cannot = any(told["kind"] in BLOCKING for told in link.problems) or bool(link.problem)
-    return bool(link.outage.failures or link.drained or link.copy_of) or cannot
+    return bool(link.outage.failures or link.drained or link.copy_of or link.wrong_tokens.reason(service)) or cannot
 
 
 def problems_of_service(server: Server, service: Service) -> Iterator[Problem]:
     """Yield that a service can run nothing."""
     links = server.links_of(service)
-    if all(map(runs_nothing, links)) and not server.plugins["clouds"].serves(service.name):
-        troubles = {link.name: link.why_not() or ", ".join(told["what"] for told in link.problems) for link in links}
+    if all(runs_nothing(link, service.name) for link in links) and not server.plugins["clouds"].serves(service.name):
+        troubles = {link.name: link.why_not(service.name) or ", ".join(told["what"] for told in link.problems) for link in links}
         remedy = "see the problems of its clients"
         if not links:
             remedy = f"start a client for it with a token that `joborch token add NAME --role client --services {service.name}` makes"

@@ -44,6 +44,8 @@ from joborch import (
     Status,
     StorageError,
     change_limits,
+    check_certificates,
+    check_config,
     discard,
     ensure_client_token,
     format_duration,
@@ -130,13 +132,32 @@ def merged(old: Config, new: Config) -> Config:
 def read_again(config: Config, file_text: str | None = None) -> Config:
     """Return the settings with --env-file as it is now, or with `file_text` for it. Raises ConfigError if they cannot be used."""
     arguments, environment = config.origin
+    if config.env_file:
+        file_text = read_env_text(config.env_file) if file_text is None else file_text
+        if not file_text.strip() and "--env-file" in config.sources.values():
+            remedy = "write it again; if no setting is wanted, leave a comment in it"
+            raise ConfigError(f"--env-file {config.env_file} is empty, so it may be only half written: {remedy}")
     new = load_config(config.mode, arguments, environment, file_text)
     if config.mode == "client" and not new.token and not new.allow_anonymous:
         new = ensure_client_token(new)
+    check_certificates(new.ca_file)
     for finding in weak_setups(new):
         if finding.good is False:
             raise ConfigError(finding.text)
+    check_together(new, merged(config, new))
     return new
+
+
+def check_together(new: Config, both: Config) -> None:
+    """Raise ConfigError if new settings do not fit those that stay in force until a restart.
+
+    Without its token, a server admits whom the other settings admit, and perhaps the file has changed these, too.
+    """
+    names = {"host": "JOBORCH_HOST", "allow_anonymous": "JOBORCH_ALLOW_ANONYMOUS", "allow_from": "JOBORCH_ALLOW_FROM"}
+    late = [name for field, name in names.items() if getattr(new, field) != getattr(both, field)]
+    if late and not both.token:
+        raise ConfigError(f"a reload cannot remove JOBORCH_TOKEN and change {', '.join(late)} at once: restart the server instead")
+    check_config(both)
 
 
 # == Reload ==  All or nothing: what can fail comes first, and is one transaction.
@@ -147,6 +168,7 @@ class Reload:
 
     def __init__(self, node: Node) -> None:
         self.node, self.lock = node, threading.Lock()
+        self.trouble = ("", "")  # why the settings in force are not those of the file, and the remedy; /health shows it
         self.removed: dict[str, Service] = {}  # services that a reload removed, as they were
         self.missing: dict[str, float] = {}  # services with queued jobs that are not configured: since when (monotonic)
 
@@ -182,7 +204,10 @@ class Reload:
                     self.node.config = merged(old, new)
             except (ConfigError, StorageError) as error:
                 log.error("reload: nothing was changed: %s", error)
+                self.trouble = (f"the last reload changed nothing: {error}", "correct the settings, and reload again")
                 return False
+            late = ", ".join(change.name for change in changes if not change.taken)
+            self.trouble = (f"changed settings wait for a restart: {late}", "restart it: jobs continue") if late else ("", "")
             refresh_copies(self.node, old)
             is_quieter = LEVELS.index(new.log_level) > LEVELS.index(old.log_level)
             if not is_quieter and (new.log_level, new.log_format) != (old.log_level, old.log_format):
@@ -268,6 +293,7 @@ class Switch:
         """Give the server these values, and each link its services and whether it is leaving."""
         for name, (services, leaving) in of_links.items():
             self.links[name].services, self.links[name].leaving = services, leaving
+            self.links[name].wrong_tokens.worked()  # it may have another one now
         vars(self.server).update(values)
 
 

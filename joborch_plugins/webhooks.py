@@ -58,6 +58,7 @@ from joborch import (
     StorageError,
     __version__,
     crash_point,
+    file_trouble,
     format_duration,
     job_json,
     known_job,
@@ -286,7 +287,7 @@ def signing_keys(config: Config) -> tuple[bytes, ...]:
             log.info("created a secret that signs webhooks in %s", path)
         return read_secrets(read_small_file(path).strip())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"JOBORCH_CALLBACK_SECRET_FILE {path} cannot be used: {error}") from error
+        raise ConfigError(f"JOBORCH_CALLBACK_SECRET_FILE {path} cannot be used: {file_trouble(error)}") from error
 
 
 def signature(keys: Iterable[bytes], webhook_id: str, at: int, body: bytes) -> str:

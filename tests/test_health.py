@@ -100,6 +100,28 @@ def test_a_client_that_demands_another_token(own_pair: Pair) -> None:
     gone(server, "client_refuses")
 
 
+def test_a_client_that_demands_another_token_of_one_service(make_pair: MakePair) -> None:
+    """Its other services go on; the jobs of this one wait with the name of its setting, and the service counts as stopped."""
+    pair = make_pair()
+    wrong = {"SERVICE_OTHER_CLIENTS": pair.client.url, "SERVICE_OTHER_TOKEN": "a-token-of-another-client"}
+    pair.server.settings.update(wrong)
+    server, client = pair.start().server, pair.client
+    all_well(server)
+    waits = submit(server, "true", service="other")
+    problem = shown(server, "client_refuses", client=name_of(client), service="other")
+    assert "SERVICE_OTHER_TOKEN" in problem["remedy"] and "401" in problem["what"]
+    stopped = shown(server, "service_stopped", service="other")
+    assert "answered 401: set SERVICE_OTHER_TOKEN" in stopped["what"]
+    for _ in range(3):
+        assert wait_status(server, submit(server, "true", service="example"), "Completed")
+    assert "SERVICE_OTHER_TOKEN" in server.job(waits)["message"]
+    assert {each["kind"] for each in server.health()["problems"]} == {"client_refuses", "service_stopped"}
+    server.settings["SERVICE_OTHER_TOKEN"] = Pair.TOKEN
+    server.restart()
+    assert wait_status(server, waits, "Completed")["attempt"] == 1
+    all_well(server)
+
+
 def test_a_service_whose_clients_are_drained(own_pair: Pair) -> None:
     """It is not the client that has a problem then; what to do is to resume it."""
     server = own_pair.server

@@ -173,6 +173,17 @@ def test_promtool_finds_nothing(pair: Pair) -> None:
     subprocess.run([command("promtool"), "check", "config", "--syntax-only", str(ROOT / "deploy" / "prometheus.yml")], check=True)
 
 
+def test_every_kind_of_problem_has_an_alert_and_a_row_in_the_documents() -> None:
+    """Also one that is new: the alert for the rest names what it leaves to others."""
+    kinds = set(re.findall(r'Problem\(\s*"(\w+)"', (ROOT / "joborch_plugins" / "health.py").read_text()))
+    assert {"client_gone", "webhooks", "cloud", "settings", "service_stopped"} <= kinds
+    assert kinds == set(re.findall(r"^\| `(\w+)` \| [A-Z`]", (ROOT / "docs" / "operate.md").read_text(), re.MULTILINE))
+    chosen = re.findall(r'joborch_problem{kind(=|!~)"([^"]+)"}', (ROOT / "deploy" / "prometheus-rules.yml").read_text())
+    single = {name for how, name in chosen if how == "="}
+    assert [set(names.split("|")) for how, names in chosen if how == "!~"] == [single], "each kind has exactly one alert"
+    assert single <= kinds
+
+
 class Prometheus:
     """A real Prometheus that scrapes one server each second, with the rules of deploy/ and no patience."""
 

@@ -120,6 +120,7 @@ WRONG = {
     "a client without a URL": ({"SERVICE_NEW_CLIENTS": "gpu1"}, "SERVICE_NEW_CLIENTS is 'gpu1'"),
     "a token file that is not there": ({"SERVICE_EXAMPLE_TOKEN": None, "SERVICE_EXAMPLE_TOKEN_FILE": "/nowhere"}, "TOKEN_FILE /nowhere"),
     "a line": ({"SERVICE_EXAMPLE_TOKEN": '"open'}, "a quote is not closed"),
+    "certificates that are not there": ({"JOBORCH_CA_FILE": "/nowhere"}, "JOBORCH_CA_FILE is '/nowhere'"),
 }
 
 
@@ -135,11 +136,90 @@ def test_a_file_that_cannot_be_used_changes_nothing(
     assert why in said
 
 
+def settings_problem(office: Office) -> tuple[str, str] | None:
+    """What /health says of the settings, and the remedy."""
+    found = [each for each in ask(office.server, "GET", "/health").json["problems"] if each["kind"] == "settings"]
+    return (found[0]["what"], found[0]["remedy"]) if found else None
+
+
 def test_a_file_that_is_gone_changes_nothing(office: Office, caplog: pytest.LogCaptureFixture) -> None:
     before = office.state()
     office.path.unlink()
     assert not office.plugin.reload()
-    assert office.state() == before and "cannot be read" in caplog.text
+    assert office.state() == before and f"{office.path} cannot be read: no such file or directory" in caplog.text
+    assert settings_problem(office) == (
+        f"the last reload changed nothing: --env-file {office.path} cannot be read: no such file or directory",
+        "correct the settings, and reload again",
+    )
+    assert office.reload() and settings_problem(office) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty, so it may be only half written"),
+        (b"\xef\xbb\xbf\r\n \n", "is empty, so it may be only half written"),
+        (b"SERVICE_EXAMPLE_MAX_RUNS=3\n# \xe9\n", "it is not text in UTF-8: byte 30 is 0xe9"),
+        ("MAX_AGE=1h\n".encode("utf-16"), "it is not text in UTF-8"),
+        (b"MAX_AGE=1h\n\0\0\0\n", "line 2: write NAME=VALUE"),
+        (b"MAX_AGE=1h\nSERVICE_EXAM", "line 2: write NAME=VALUE"),
+        (b"#" * 1_100_000, "it has more than 1024 KiB"),
+        (None, "is empty, so it may be only half written"),
+    ],
+    ids=["empty", "blank", "latin-1", "utf-16", "zeros", "half a line", "huge", "a pipe"],
+)
+def test_a_file_that_is_half_written_or_no_text_changes_nothing(
+    content: bytes | None, why: str, office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without this, a file that an editor has just emptied would remove all services, and uploads would be refused."""
+    office.desk.upload()
+    before = office.state()
+    office.path.unlink()
+    os.mkfifo(office.path) if content is None else office.path.write_bytes(content)
+    assert not office.plugin.reload()
+    assert office.state() == before
+    [said] = [line for line in lines(caplog) if "nothing was changed" in line]
+    assert why in said
+    if content is not None and content.isascii() and len(content) < 1000:
+        said = check(office, content.decode())
+        assert said.status == 400 and why in said.json["message"], "the check says the same"
+        assert office.state() == before
+
+
+def test_a_token_cannot_go_together_with_what_decides_who_needs_none(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    """Else callers whom neither the old nor the new file admits were admitted until the restart."""
+    open_door = {"JOBORCH_ALLOW_ANONYMOUS": "1", "JOBORCH_ALLOW_FROM": "192.0.2.0/24"}
+    office.write(JOBORCH_TOKEN="callers-have-this-token", **open_door)
+    arguments, environment = office.server.config.origin
+    office.server.config = load_config("server", arguments, environment)
+    assert office.reload()
+    before = office.state()
+    assert not office.reload(JOBORCH_TOKEN=None, **dict.fromkeys(open_door))
+    assert office.state() == before and office.server.config.token == "callers-have-this-token"
+    assert "cannot remove JOBORCH_TOKEN and change JOBORCH_ALLOW_ANONYMOUS, JOBORCH_ALLOW_FROM at once" in caplog.text
+    assert office.reload(JOBORCH_TOKEN="another-token-of-callers", **dict.fromkeys(open_door))
+    assert office.server.tokens == ("another-token-of-callers",)
+
+
+def test_what_waits_for_a_restart_is_in_health(office: Office) -> None:
+    assert settings_problem(office) is None
+    assert office.reload(JOBORCH_MAX_UPLOAD="1G", JOBORCH_SEND_INTERVAL="2", MAX_AGE="1h")
+    wanted = ("changed settings wait for a restart: JOBORCH_SEND_INTERVAL, JOBORCH_MAX_UPLOAD", "restart it: jobs continue")
+    assert settings_problem(office) == wanted
+    assert not office.reload(MAX_AGE="long")
+    assert "MAX_AGE is 'long'" in (settings_problem(office) or ("",))[0]
+    assert office.reload(MAX_AGE="1h") and settings_problem(office) == wanted
+    assert office.reload(JOBORCH_MAX_UPLOAD=None, JOBORCH_SEND_INTERVAL=None) and settings_problem(office) is None
+
+
+def test_lines_of_the_file_that_have_no_effect_are_named(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    """The environment wins; a name in small letters is none."""
+    fixed = office.server.config.origin[1]
+    assert office.reload(DATA_PATH="/elsewhere", PORT=fixed["PORT"], max_age="5", PATH="/bin", SERVICE_EXAMPLE_POLICY="fifo")
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "DATA_PATH in --env-file has no effect: the environment sets it" in warned
+    assert "max_age is not a setting (did you mean MAX_AGE?)" in warned
+    assert not [line for line in warned if line.startswith(("PORT", "PATH", "SERVICE"))]
 
 
 def test_a_database_that_cannot_be_written_changes_nothing(office: Office) -> None:
@@ -337,7 +417,10 @@ def test_the_route_says_what_a_reload_would_do(office: Office) -> None:
         "service new": ("", "h:1 (per user 5, in all 10)", True),
         "service open": ("", "clients that join (per user 5, in all 4)", True),
     }, "PORT is set in the environment, which wins"
-    assert said.json["warnings"] == ["JOBORCH_SLOT is not a setting (did you mean JOBORCH_SLOTS?)"]
+    assert said.json["warnings"] == [
+        "JOBORCH_SLOT is not a setting (did you mean JOBORCH_SLOTS?)",
+        "PORT in --env-file has no effect: the environment sets it",
+    ]
     said = check(office, "MAX_AGE=long")
     assert (said.status, said.json["field"]) == (400, "settings") and "MAX_AGE is 'long'" in said.json["message"]
     assert office.state() == before and office.desk.quiet()
