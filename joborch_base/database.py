@@ -402,9 +402,7 @@ class Database:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CORRUPT" or "malformed" in str(error):
                 self.refuse_damaged(str(error))
-            or_restore = ", or restore a backup: joborch restore BACKUP" if mode == "server" else ""
-            way = "give a file that joborch created, or a new one"
-            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {way}{or_restore}") from error
+            raise ConfigError(f"DB_PATH {path!r} cannot be opened ({error}): {self.way_in()}") from error
 
     def prepare(self) -> None:
         """Check and migrate the database, and continue steady time. Raises ConfigError, or sqlite3.Error."""
@@ -416,6 +414,14 @@ class Database:
         self.core = Core(self.db, self.beat, lambda: self.steady() - self.beaten_at > HEARTBEAT_S)
         self.last_change = int(self.db.execute(statements.CHANGED_LAST).fetchone()[0])
         self.identity = None if self.path == ":memory:" else os.stat(self.path)[stat.ST_INO]
+
+    def way_in(self) -> str:
+        """Return what to do if the database cannot be opened: often somebody started joborch as root, which now owns its files."""
+        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+            if os.path.isfile(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f"{path} belongs to user id {os.stat(path).st_uid}; let user id {os.geteuid()}, who runs this, read and write it"
+        or_restore = ", or restore a backup: joborch restore BACKUP" if self.mode == "server" else ""
+        return f"give a file that joborch created, or a new one{or_restore}"
 
     def refuse_damaged(self, damage: str | None) -> None:
         if damage:
@@ -456,13 +462,20 @@ class Database:
             raise ConfigError(f"DB_PATH {self.path!r} was created by an unreleased joborch (schema {version}): give another file")
         if self.is_new:
             self.db.executescript(statements.SCHEMA)
-        elif version < statements.SCHEMA_VERSION and not self.is_copy and self.path != ":memory:":
-            self.keep_older(version)
-        for older in range(version, statements.SCHEMA_VERSION) if version else ():
-            self.db.executescript(statements.MIGRATIONS[older])
+            return
+        has_copy = version < statements.SCHEMA_VERSION and not self.is_copy and self.path != ":memory:"
+        copy = self.keep_older(version) if has_copy else None
+        for older in range(version, statements.SCHEMA_VERSION):
+            try:
+                self.db.executescript(statements.MIGRATIONS[older])
+            except sqlite3.Error:
+                # Nothing was migrated. If a service manager tries it every two seconds, the copies would fill the disk.
+                if copy and older == version and self.db.in_transaction:
+                    discard(copy)
+                raise
 
-    def keep_older(self, version: int) -> None:
-        """Keep a copy of the database for the older version of joborch. Raises ConfigError if there is no room for it."""
+    def keep_older(self, version: int) -> Path:
+        """Keep a copy of the database for the older version of joborch, and return it. Raises ConfigError if there is no room for it."""
         copy = Path(f"{self.path}.schema-{version}-{time_stamp()}")
         fresh = Path(f"{self.path}.schema-{version}.part")
         discard(fresh)  # a killed start may have left it
@@ -475,6 +488,7 @@ class Database:
             remedy = f"free {size} on that disk, or start the older version again"
             raise ConfigError(f"{copy} cannot be written ({error}), and the database is not migrated without it: {remedy}") from error
         log.info("the database moves from schema %d to %d; %s is a copy for the older version", version, statements.SCHEMA_VERSION, copy)
+        return copy
 
     def way_back(self) -> str:
         """Return how to use this version again although a newer one has migrated the database."""

@@ -36,6 +36,7 @@ from harness import (
     raw_head,
     read_all,
     run_to_end,
+    upload,
     wait_for,
     wait_status,
 )
@@ -85,6 +86,44 @@ def unit_of(name: str, root: Path) -> tuple[list[str], dict[str, str | None]]:
         Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
     [command] = re.findall(r"^ExecStart=.*/joborch.pyz (.*)$", text, re.MULTILINE)
     return command.split(), dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))
+
+
+def test_no_unit_of_a_client_takes_privileges_that_scripts_need() -> None:
+    """For a unit with User=, each of these implies NoNewPrivileges=yes (systemd.exec(5)), and setuid programs of scripts would fail."""
+    implied = (
+        "NoNewPrivileges|SystemCall|RestrictAddressFamilies|RestrictNamespaces|RestrictRealtime|RestrictSUIDSGID|PrivateDevices|"
+        "ProtectKernel|ProtectClock|ProtectHostname|MemoryDenyWriteExecute|LockPersonality|DynamicUser"
+    )
+    for unit in ("joborch-client.service", "joborch-client-user.service"):
+        assert not re.findall(rf"^(?:{implied})\w*=", (DEPLOY / unit).read_text(), re.MULTILINE), unit
+
+
+def test_an_operator_works_with_what_the_units_start(make_process: MakeProcess, tmp_path: Path) -> None:
+    """As docs/operate.md says: commands by the socket without a token, the check of settings, and the way back to a backup."""
+    (role, *words), settings = unit_of("joborch-server.service", tmp_path)
+    server = make_process(role, settings, arguments=words)
+    file, token = tmp_path / "etc" / "joborch" / "server.env", tmp_path / "etc" / "joborch" / "callers"
+
+    for path, text in ((token, "callers-have-this-token\n"), (file, f"JOBORCH_TOKEN_FILE={token}\n")):
+        path.write_text(text)
+        path.chmod(0o600)
+    server.start()
+    bearer = {"Authorization": "Bearer callers-have-this-token"}
+    first = upload(server, {"run.sh": b"true"}, headers=bearer).json()["id"]
+    root = make_process("server", {"JOBORCH_SERVER": f"unix:{settings['JOBORCH_SOCKET']}"})
+    assert command(root, "token", "add", "ward-7", "--role", "user", "--user", "7").returncode == 0
+    assert "ward-7" in command(root, "token", "list").stdout
+    assert command(server, "config", "server", "--check", str(file)).stdout == "nothing would change\n"
+    done = command(server, *unit_of("joborch-backup.service", tmp_path)[0])
+    assert done.returncode == 0, done.stderr
+    second = upload(server, {"run.sh": b"true"}, headers=bearer).json()["id"]
+    server.stop()
+    [copy] = (tmp_path / "var" / "lib" / "joborch-backup").glob("joborch-*.db")
+    restored = command(server, "restore", "--env-file", str(file), str(copy))
+    assert restored.returncode == 0 and f"job {second} " in restored.stdout, restored.stderr
+    server.start()
+    answers = [server.get(f"/jobs/{number}", headers=bearer).status_code for number in (first, second)]
+    assert answers == [200, 404]
 
 
 def test_what_the_units_start_works_together(make_process: MakeProcess, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakePair
-from harness import ENDED, JoinedPair, Pair, Process, download, replace, submit, wait_for, wait_status
+from conftest import MakePair, MakeProcess
+from harness import ENDED, NOBODY_UID, JoinedPair, Pair, Process, download, open_program, replace, submit, wait_for, wait_status
 from history import Expected, assert_proven, gather, mark_lines
 from releases import FIRST, STABLE, archive_of
 from world import Desk, HandClock, command, tried
@@ -267,6 +267,33 @@ def test_a_migration_that_is_cut_short_is_continued(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["db", "db.schema-3-TIME", "db.schema-6-TIME"]
     Store(str(path), "server", HandClock()).close()
     assert names(tmp_path) == ["db", "db.schema-3-TIME", "db.schema-6-TIME"], "once a migration, not once a start"
+
+
+def test_a_migration_that_fails_again_and_again_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service manager starts the process every two seconds; a start that migrates nothing takes its copy back."""
+    path = older(tmp_path / "db")
+    replace(monkeypatch, "MIGRATIONS", {**statements.MIGRATIONS, 3: "BEGIN; CREATE TABLE half (id); SELECT * FROM nowhere;"})
+    for _ in range(3):
+        assert "nowhere" in str(tried(lambda: Store(str(path), "server", HandClock()), ConfigError))
+        assert schema_of(path) == 3 and names(tmp_path) == ["db"]
+    monkeypatch.undo()
+    Store(str(path), "server", HandClock()).close()
+    assert schema_of(path) == statements.SCHEMA_VERSION and names(tmp_path) == ["db", "db.schema-3-TIME"]
+
+
+def test_a_database_that_this_user_may_not_write_to_is_no_reason_to_restore_a_backup(
+    root: None, open_folder: Path, make_process: MakeProcess, pyz: Path
+) -> None:
+    """As after a start as root: the message names the owner and who needs access."""
+    server = make_process("server", folder=open_folder / "server", user=NOBODY_UID, program=open_program(open_folder, pyz))
+    server.start(LIMIT_S).stop()
+    database = server.data / "joborch.db"
+    os.chown(database, 0, 0)
+    status, said = server.start_refused(LIMIT_S)
+    assert status == 2 and f"{database} belongs to user id 0; let user id {NOBODY_UID}, who runs this, read and write it" in said
+    assert "restore" not in said
+    os.chown(database, NOBODY_UID, NOBODY_UID)
+    server.start(LIMIT_S)
 
 
 def test_without_room_for_the_copy_nothing_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
