@@ -5595,6 +5595,22 @@ def import_what_will_be_needed(config: Config) -> None:
         load_plugin("compat22")
 
 
+def put_off_signals() -> None:
+    """Keep signals for the process that starts until `take_signals`; joborch.pyz does it even earlier."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, OTHER_SIGNALS)
+
+
+def take_signals() -> int:
+    """Return a pipe that gets the number of each signal from now on, and of those that were put off."""
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *OTHER_SIGNALS):
+        signal.signal(number, lambda *_: None)  # the pipe passes the number to listen_for_signals
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHER_SIGNALS)
+    return wake_read
+
+
 def serve(config: Config) -> int:
     """Run a server or client until INT or TERM. A client's payloads keep running, and the next start recovers them."""
     hide_from_payloads()
@@ -5610,11 +5626,7 @@ def serve(config: Config) -> int:
     for name in token_names(config):  # programs started later do not need them
         os.environ.pop(name, None)
     raise_file_limit()
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *OTHER_SIGNALS):
-        signal.signal(number, lambda *_: None)  # the pipe passes the number to listen_for_signals
+    wake_read = take_signals()
     import_what_will_be_needed(config)
     with telling_errors(config):
         node = open_node(config)
@@ -5633,6 +5645,8 @@ def serve(config: Config) -> int:
         node.stop()
         node.store.close()
         remove_socket_file(http_server)
+        for number in OTHER_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Python ends in a moment; until then one of them would kill it
     log.info("%s stopped", config.mode)
     return EXIT_DONE
 
@@ -5816,9 +5830,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # as a program; before all else, because the environment may contain a token
         hide_from_payloads()
     commands = load_plugin("commands")
+    words = sys.argv[1:] if argv is None else argv
     if argv is None:
         commands.use_utf8()
-    words = sys.argv[1:] if argv is None else argv
+        if words[:1] in (["server"], ["client"]):
+            put_off_signals()
     if commands.takes(words):
         return int(commands.main(words))
     try:

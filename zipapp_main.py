@@ -21,8 +21,11 @@ if sys.version_info < (3, 9):  # noqa: UP036
 import ctypes
 import gc
 import os
+import signal
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["server"], ["client"]):  # a reload or a drain at the start would kill it: they wait (see take_signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
     # PR_SET_DUMPABLE, before anything that takes time: the environment may hold a token.
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
 

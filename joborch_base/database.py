@@ -1,6 +1,7 @@
 """The connection that writes, the schema and its versions, and steady time.
 
 1. Database
+2. Files of databases
 """
 
 from __future__ import annotations
@@ -587,6 +588,9 @@ class Database:
                 gone = True
             if gone:
                 raise StorageError("the database file was removed or replaced while the program ran: restart it")
+
+
+# == 2. Files of databases ==  Copies, damage, and where a file is.
 
 
 def copy_to(db: sqlite3.Connection, target: Path) -> str:

@@ -11,8 +11,9 @@ import random
 import re
 import signal
 import sqlite3
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -541,6 +542,36 @@ def test_many_reloads_while_jobs_of_every_state_are_under_way(site: tuple[Proces
         step = max(0, bisect.bisect_left(bounds, claim.seq or 0) - 1)
         allowed = {*steps[step][0], *steps[min(step + 1, len(steps) - 1)][0]}
         assert claim.reason.removeprefix("claimed for ") in allowed, (claim, steps[step : step + 2])
+
+
+def signals_until(process: Process, over: Callable[[], Any], kept: int) -> None:
+    """Send HUP without a pause as soon as the process has put it off (`kept` 1) or takes it, until a condition holds."""
+
+    def is_safe() -> bool:
+        state = Path(f"/proc/{process.pid}/status").read_text()
+        masks = [int(text, 16) for text in re.findall(r"^Sig(?:Blk|Cgt):\s*(\w+)", state, re.MULTILINE)]
+        return any(mask >> (signal.SIGHUP - 1) & 1 for mask in masks[:kept] or masks)
+
+    wait_for(is_safe, 60, "a process that is prepared for HUP")
+    while not over():
+        assert process.process is not None
+        if process.process.poll() is None:
+            os.kill(process.pid, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_a_reload_while_it_starts_or_stops_kills_nothing(role: str, pyz: Path, make_process: MakeProcess, tmp_path: Path) -> None:
+    """What comes early is done after the start; what comes late is too late."""
+    file = tmp_path / "env"
+    file.write_text("MAX_AGE=1h\n")
+    process = make_process(role, program=[sys.executable, str(pyz)], arguments=["--env-file", str(file)])
+    process.spawn()
+    signals_until(process, process._healthy, 1)
+    wait_for(lambda: "reload: no setting has changed" in process.log, 60, "the reload")
+    assert process.process is not None
+    process.process.terminate()
+    signals_until(process, lambda: process.process is not None and process.process.poll() is not None, 2)
+    assert process.process.returncode == 0, process.log[-2000:]
 
 
 def test_a_quota_below_what_runs_ends_nothing(site: tuple[Process, Process, Process, Path], tmp_path: Path) -> None:
