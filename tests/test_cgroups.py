@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import SCRIPT_UIDS, wait_for
+from conftest import MakePair
+from harness import ENDED, NOBODY_UID, SCRIPT_UIDS, open_program, submit, wait_for, wait_status
 from world import Yard
 
 import joborch
@@ -137,6 +138,28 @@ def test_a_script_gets_no_more_cores_than_its_job_asked_for(group: Path, data: D
         yard.until(job, Status.COMPLETED)
     finally:
         yard.close()
+
+
+def test_a_plain_user_to_whom_a_group_is_delegated(group: Path, make_pair: MakePair, open_folder: Path, pyz: Path) -> None:
+    """As by systemd's user manager: its client makes groups, sets limits and kills, with what it owns."""
+    for path in (group, *(group / name for name in ("cgroup.procs", "cgroup.subtree_control", "cgroup.threads", "client/cgroup.procs"))):
+        os.chown(path, NOBODY_UID, NOBODY_UID)
+    # The client is started in the group; a script says in which one it runs, and leaves a process that hides.
+    pair = make_pair(folder=open_folder / "pair", user=NOBODY_UID, program=open_program(open_folder, pyz)).start()
+    job = submit(pair.server, f"{ESCAPED}\ncat /proc/self/cgroup\ntouch ready; until [ -e go ]; do sleep 0.02; done", cpus=2)
+    work = pair.client.data / "jobs" / f"{pair.server.job(job)['uuid']}.1/work"
+    wait_for((work / "ready").exists, 90, "the script")
+    own = group / f"joborch-{work.parent.name}"
+    assert own.stat().st_uid == NOBODY_UID
+    assert b"hidden" in b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(own))
+    has_cpu = (own / "cpu.max").exists()
+    assert not has_cpu or (own / "cpu.max").read_text() == "200000 100000\n"
+    (work / "go").touch()
+    assert wait_status(pair.server, job, *ENDED, limit_s=90)["status"] == "Completed"
+    wait_for(lambda: not own.exists(), 90, "the end of the group")
+    assert pair.server.job(job)["cpu_time"] > 0
+    if not has_cpu:
+        pytest.skip("all but cores: the controller cpu is missing in cgroup v2, or a hierarchy of cgroup v1 has it")
 
 
 def test_a_group_that_is_not_delegated_is_left_alone(group: Path) -> None:
