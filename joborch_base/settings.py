@@ -362,7 +362,8 @@ class Config:
     max_processes: int = setting("JOBORCH_MAX_PROCESSES", "client", read_whole, "0",
         "local: processes and threads that a script may run at once, looked at once a second (0: no limit)")
     max_work_bytes: int = setting("JOBORCH_MAX_WORK", "client", read_bytes, "0",
-        "local: how much a script's work folder, and each file that it writes, may take, looked at once a second (0: no limit)")
+        "local: how much a script's work folder and TMPDIR together, and each file that it writes, may take, looked at once a second "
+        "(0: no limit)")
     max_cpu_time_s: float = setting("JOBORCH_MAX_CPU_TIME", "client", read_seconds, "0",
         "local: CPU time that all processes of a script may use together, looked at once a second (0: no limit)")
     pins_cpus: bool = setting("JOBORCH_PIN_CPUS", "client", read_switch, "0",

@@ -360,7 +360,7 @@ class Reason:
     OVER_MEMORY = "it used {used} of the {limit} of memory asked for"
     OVER_PROCESSES = "it ran {used} processes and threads at once, more than the {limit} that JOBORCH_MAX_PROCESSES allows"
     OVER_CPU_TIME = "it used {used:.1f} s of CPU time, more than the {limit:.10g} s that JOBORCH_MAX_CPU_TIME allows"
-    OVER_WORK = "its work folder had {used}, more than the {limit} that JOBORCH_MAX_WORK allows"
+    OVER_WORK = "its work folder and TMPDIR had {used}, more than the {limit} that JOBORCH_MAX_WORK allows"
     OVER_FILE = "it wrote to a file more than the {limit} that JOBORCH_MAX_WORK allows"
     OVER_EXIT = "{over}; run.sh ended with exit status {status}"
     ISOLATION_FAILED = "what isolates its script (JOBORCH_ISOLATION) failed, or was killed{words}"

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from joborch_base.executors import Outcome, bears_mark
+from joborch_base.executors import Outcome, bears_mark, scratch_bases, scratch_name
 from joborch_base.files import opened_folder, walk_open
 from joborch_base.processes import all_stats, read_proc
 from joborch_base.states import Cause, Reason
@@ -167,6 +167,7 @@ class Usage:
         self.jobs, self.max_processes, self.max_work_bytes, self.max_cpu_time_s = jobs, max_processes, max_work_bytes, max_cpu_time_s
         self.is_isolated = is_isolated
         self.not_its_own = 1 + (OF_SANDBOX if is_isolated else 0)  # the wrapper, and what isolates
+        self.scratch_bases = scratch_bases(os.environ)
         self.due = 0.0  # monotonic: the next look
         self.peaks: dict[str, int] = {}  # by mark: the most memory in bytes that was seen of a payload
         self.cpu_times = defaultdict[str, CpuTime](CpuTime)  # by mark
@@ -221,8 +222,12 @@ class Usage:
         return Reason.OVER_CPU_TIME.format(used=used_s, limit=self.max_cpu_time_s) if is_over else ""
 
     def over_work(self, mark: str, most_files: float = math.inf) -> str:
-        """Return how much too much is in the work folder of a payload; empty if it is within its limit, or there is none."""
-        size = folder_bytes(f"{self.jobs}/{mark}/work", most_files) if self.max_work_bytes else 0
+        """Return how much too much is in the work folder and TMPDIR of a payload; empty if it is within its limit, or there is none."""
+        if not self.max_work_bytes:
+            return ""
+        # By their names: a script can change the link `tmp` in its payload's folder.
+        scratch = [f"{base}/{scratch_name(mark)}" for base in dict.fromkeys(self.scratch_bases)]
+        size = sum(folder_bytes(place, most_files) for place in (f"{self.jobs}/{mark}/work", f"{self.jobs}/{mark}/tmp", *scratch))
         used, limit = sizes_text(size, self.max_work_bytes)
         return Reason.OVER_WORK.format(used=used, limit=limit) if size > self.max_work_bytes else ""
 

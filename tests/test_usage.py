@@ -81,7 +81,12 @@ OVER = {
     "work": (
         {"JOBORCH_MAX_WORK": "1M"},
         "for i in 1 2 3; do head -c 1M /dev/zero > big.$i; done; sleep 1000",
-        r"its work folder had ([1-3]\.\d MiB|\d+ bytes), .*",
+        r"its work folder and TMPDIR had ([1-3]\.\d MiB|\d+ bytes), .*",
+    ),
+    "TMPDIR": (
+        {"JOBORCH_MAX_WORK": "1M"},
+        "for i in 1 2 3; do head -c 1M /dev/zero > $TMPDIR/big.$i; done; ln -sfn /usr ../tmp; sleep 1000",
+        r"its work folder and TMPDIR had ([1-3]\.\d MiB|\d+ bytes), .*",
     ),
 }
 
@@ -103,8 +108,8 @@ def test_a_script_over_a_limit(what: str, isolation: str, data: DataFolder) -> N
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("for i in 1 2 3; do head -c 900K /dev/zero > $i; done", r"its work folder had 2\.\d MiB, .* 1\.0 MiB .* exit status 0"),
-        ("exec head -c 2M /dev/zero > a", r"its work folder had 10\d+ bytes, more than the 1048576 .*; run.sh ended with exit status 153"),
+        ("for i in 1 2 3; do head -c 900K /dev/zero > $i; done", r"its work folder and TMPDIR had 2\.\d MiB, .* 1\.0 MiB .* exit status 0"),
+        ("exec head -c 2M /dev/zero > a", r"its work folder and TMPDIR had 10\d+ bytes, .* 1048576 .*; run.sh .* exit status 153"),
         ("exec head -c 2M /dev/zero", r"it wrote to a file more than the 1\.0 MiB .*; run.sh ended with exit status 153"),
         ("ulimit -Sf unlimited; head -c 2M /dev/zero > $TMPDIR/a", ""),
     ],
