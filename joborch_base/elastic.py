@@ -55,6 +55,7 @@ class Instance:
     made_at: float
     running: int  # payloads
     idle_since: float | None  # None while it runs payloads, and before it has joined
+    silent: bool = False  # its client has joined, and does not answer now
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ class Wanted:
 
 @dataclass
 class Room:
-    """What one instance can still take. It runs `running` payloads; `used` tells whether it gets jobs of the queue."""
+    """What one instance can still take. `used` tells whether it gets jobs of the queue."""
 
     size: Size
     slots: int
     memory: float  # bytes
     busy: float  # slots that will become free
-    running: int
+    is_sure: bool = True  # it runs nothing and answers, so what seems free is free
     used: bool = False
 
     def places(self, demand: Demand) -> int:
@@ -124,7 +125,7 @@ def room_of(size: Size, instance: Instance | None = None) -> Room:
     """Return the room of an instance, or of a new one."""
     busy = min(instance.running, size.slots) if instance else 0
     memory = math.inf if size.memory is None else size.memory * (1 - busy / max(size.slots, 1))
-    return Room(size, size.slots - busy, memory, busy, busy)
+    return Room(size, size.slots - busy, memory, busy, not busy and not (instance and instance.silent))
 
 
 # == 3. The decision ==  One `Plan` goes through minimum, demand and idle instances, and notes why it does what.
@@ -186,7 +187,9 @@ class Plan:
         self.boot_s = {size.cloud: boot_s.get(size.cloud, min(BOOT_S, size.boot_limit_s)) for size in sizes}
         known = [each for each in instances if each.cloud in self.sizes]
         self.rooms = {each.uuid: room_of(self.sizes[each.cloud], each) for each in known if each.state == "joined"}
-        self.coming = [room_of(self.sizes[each.cloud]) for each in known if each.state in EXPECTED and each.state != "joined"]
+        # A cloud that is held back may never make what it was asked for.
+        coming = [each for each in known if each.state == "booting" or (each.state == "intended" and each.cloud not in held)]
+        self.coming = [room_of(self.sizes[each.cloud]) for each in coming]
         self.free_elsewhere: dict[str, float] = {}
         self.create: Counter[str] = Counter()
         self.drained: list[str] = []
@@ -257,7 +260,7 @@ class Plan:
         if hopeful:
             left = self.use_elsewhere(demand, left, free_elsewhere, starts)
         for room in self.rooms.values():
-            if hopeful or not room.running:
+            if hopeful or room.is_sure:
                 left = room.take(demand, left, starts)
         if hopeful and turns:
             for room in self.rooms.values():

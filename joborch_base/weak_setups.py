@@ -15,7 +15,7 @@ from pathlib import Path
 from joborch_base.data_folder import DataFolder, examine_place, examine_secret_file, is_strangers, owner_name
 from joborch_base.identity import client_token_file, token_place
 from joborch_base.settings import Config, beyond_loopback, is_loopback, url_host
-from joborch_base.vocabulary import Finding, host_of, plural
+from joborch_base.vocabulary import Finding, host_of, load_plugin, plural
 
 # == 1. Weak set-ups ==  A set-up that lets other users in is refused, or gives a warning at every start.
 
@@ -36,6 +36,8 @@ def weak_setups(config: Config) -> Iterator[Finding]:
         found = examine_place(os.path.dirname(os.path.abspath(os.path.expanduser(path))), f"{what}'s folder")
         # DIRAC's own program decides where its login is kept: warn only.
         yield from (finding._replace(good=None) if "DIRAC" in what else finding for finding in found)
+    if config.clouds:
+        yield from load_plugin("joborch_plugins.cloud_providers:weak_clouds")(config)
     yield from DataFolder(config.data_path).weak_spots()
     if config.db_path != ":memory:" and os.path.dirname(os.path.realpath(config.db_path)) != os.path.realpath(config.data_path):
         yield from examine_place(os.path.dirname(os.path.abspath(config.db_path)), "DB_PATH")

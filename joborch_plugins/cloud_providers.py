@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from joborch import (
     Cloud,
     Config,
     ConfigError,
+    Finding,
     JoborchError,
     __version__,
     file_trouble,
+    is_loopback,
     load_plugin,
     one_line,
     read_small_file,
@@ -101,6 +104,7 @@ def check_provider(cloud: Cloud, prefix: str) -> None:
     known = {value for name, value in vars(Provider).items() if name.isupper() and isinstance(value, str)}
     if cloud.provider not in known:
         raise ConfigError(f"{prefix}PROVIDER is {cloud.provider!r}, which Libcloud does not have: openstack and ec2 are tested")
+    check_driver(cloud, prefix)
     for name, value in (("CREDENTIALS", cloud.credentials), ("IMAGE", cloud.image), ("SIZE", cloud.size)):
         if not value:
             raise ConfigError(f"{prefix}{name} is missing: set it, see docs/clouds.md")
@@ -111,6 +115,35 @@ def check_provider(cloud: Cloud, prefix: str) -> None:
         if not cloud.network:
             raise ConfigError(f"{prefix}NETWORK is missing: ids in {prefix}SECURITY_GROUP need the id of a subnet")
     read_credentials(cloud)
+
+
+def check_driver(cloud: Cloud, prefix: str) -> None:
+    """Raise ConfigError if Libcloud's driver of a provider cannot create instances as they are needed here."""
+    if cloud.provider in ("openstack", "ec2"):
+        return
+    from libcloud.compute.providers import get_driver
+
+    try:
+        takes = inspect.signature(get_driver(cloud.provider).create_node).parameters.values()
+    except Exception as error:  # drivers import what is not installed, or were given up
+        raise ConfigError(f"{prefix}PROVIDER is {cloud.provider!r}, which Libcloud cannot load: {one_line(str(error), 200)}") from error
+    if any(each.kind is each.VAR_KEYWORD for each in takes):
+        return
+    names = {each.name for each in takes}
+    lacks = [what for name, what in (("ex_userdata", "user data"), ("ex_metadata", "tags")) if name not in names]
+    if lacks:
+        said = f"{prefix}PROVIDER is {cloud.provider!r}, whose driver in Libcloud takes no {' and no '.join(lacks)}"
+        raise ConfigError(f"{said}: name a class of your own, see docs/clouds.md")
+
+
+def weak_clouds(config: Config) -> Iterator[Finding]:
+    """Yield which credentials others can read on their way to a cloud. EC2 gets signatures, and never the secret."""
+    for cloud in config.clouds.values():
+        if cloud.provider == "openstack":
+            url = urlsplit(read_credentials(cloud)["auth_url"])
+            if url.scheme != "https" and not is_loopback(url.hostname or ""):
+                what = f"CLOUD_{cloud.name.upper()}_CREDENTIALS {cloud.credentials}"
+                yield Finding(None, f"{what} are sent to {url.netloc} without encryption, so others on the way can read them: use https://")
 
 
 NEEDED = {
@@ -249,6 +282,7 @@ def in_parts(settings: str, script: str) -> str:
 # == Providers ==  One guard around every call: Libcloud raises errors of its own, of requests, and others.
 
 QUOTA = re.compile(r"quota|LimitExceeded|InsufficientInstanceCapacity|too many", re.IGNORECASE)
+THROTTLED = re.compile(r"RequestLimitExceeded|Throttling|rate.?limit", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -264,11 +298,13 @@ def guarded() -> Iterator[None]:
     except Exception as error:  # odd answers end in any error
         text = one_line(str(getattr(error, "message", "") or error) or type(error).__name__, 300)
         code = getattr(error, "code", 0) if isinstance(error, BaseHTTPError) else 0
+        if code == 429 or (code and THROTTLED.search(text)):
+            raise CloudError("refused", f"the cloud takes no more calls for a while: {text}") from error
         if QUOTA.search(text) and (code or "LimitExceeded" in text):
             raise CloudError("quota", f"the quota of the cloud is reached: {text}") from error
         if isinstance(error, InvalidCredsError) or code == 401 or (code == 404 and "redential" in text):
             raise CloudError("credentials", f"the cloud refuses the credentials: {text}") from error
-        if 400 <= code < 500:
+        if 400 <= code < 500 and code != 408:  # a gateway that gave up may have passed the request on
             raise CloudError("refused", f"the cloud refuses: {text}") from error
         raise CloudError("unknown", f"the cloud cannot be reached or answers badly: {text}") from error
 
@@ -279,7 +315,8 @@ class LibcloudProvider:
     def __init__(self, cloud: Cloud, config: Config) -> None:
         self.cloud, self.config, self.lock = cloud, config, threading.Lock()
         self.made: Any = None  # the driver, logged in
-        self.found: dict[str, Any] = {}  # image, size and networks, which are looked up once
+        self.found: dict[str, Any] = {}  # image, size, networks and security groups, which are looked up once
+        self.unchecked = ""  # security groups that cannot be looked up
 
     # -- what differs between providers --
 
@@ -295,7 +332,8 @@ class LibcloudProvider:
     def node(self, raw: Any) -> Node:
         """Return an instance of Libcloud's as ours."""
         extra = raw.extra or {}
-        tags = {str(name): str(value) for kind in ("tags", "metadata") for name, value in dict(extra.get(kind) or {}).items()}
+        found = [extra.get(kind) for kind in ("tags", "metadata")]
+        tags = {str(name): str(value) for each in found if isinstance(each, Mapping) for name, value in each.items()}
         token = str(extra.get("client_token") or "")
         fault = extra.get("fault") or extra.get("state_reason") or ""
         text = str(fault.get("message") or "") if isinstance(fault, dict) else str(fault)
@@ -348,12 +386,28 @@ class LibcloudProvider:
             self.found[key] = fits[0]
         return self.found[key]
 
+    def groups(self, listed: Callable[[], Any]) -> list[str]:
+        """Return the security groups. Raises CloudError if the cloud lacks one, which some clouds answer as an error of their own."""
+        names = words(self.cloud.security_group)
+
+        def known() -> list[Any]:
+            try:
+                with guarded():
+                    return list(listed())
+            except CloudError:  # a credential may lack the right to list them
+                self.unchecked = ", ".join(names)
+                return [SimpleNamespace(id=name, name=name) for name in names]
+
+        for name in names:
+            self.one("security group", name, known)
+        return names
+
     def image(self, driver: Any) -> Any:
         return self.one("image", self.cloud.image, driver.list_images)
 
     def nodes(self) -> list[Node]:
         """Return all instances of the account. Raises CloudError."""
-        return [self.node(raw) for raw in self.call(lambda driver: driver.list_nodes())]
+        return list(self.call(lambda driver: [self.node(raw) for raw in driver.list_nodes()]))
 
     def size(self) -> tuple[int, int | None]:
         """Return the cores and the memory (bytes) of an instance. Raises CloudError."""
@@ -371,7 +425,13 @@ class LibcloudProvider:
             image = self.image(driver)
             return driver.create_node(name=name, image=image, size=size, ex_userdata=script, ex_metadata=tags, **self.special(uuid))
 
-        return str(self.call(work).id)
+        try:
+            return str(self.call(work).id)
+        except CloudError as error:
+            if not self.unchecked or getattr(error.__cause__, "code", 0) != 500:
+                raise
+            hint = f"does the cloud have the security groups {self.unchecked}? This credential cannot list them"
+            raise CloudError(error.kind, f"{hint}; {error}") from error
 
     def destroy(self, node: Node) -> None:
         """Destroy an instance. Raises CloudError."""
@@ -406,8 +466,9 @@ class OpenStackProvider(LibcloudProvider):
         own, driver = super().special(uuid), self.made
         if self.cloud.network:
             own["networks"] = [self.one("network", name, driver.ex_list_networks) for name in words(self.cloud.network)]
-        if self.cloud.security_group:
-            own["ex_security_groups"] = [SimpleNamespace(name=name) for name in words(self.cloud.security_group)]
+        groups = self.groups(driver.ex_list_security_groups)
+        if groups:
+            own["ex_security_groups"] = [SimpleNamespace(name=name) for name in groups]
         return own
 
 
@@ -429,7 +490,7 @@ class Ec2Provider(LibcloudProvider):
 
     def special(self, uuid: str) -> dict[str, Any]:
         own = {**super().special(uuid), "ex_clienttoken": uuid, "ex_terminate_on_shutdown": True}
-        groups = words(self.cloud.security_group)
+        groups = self.groups(self.made.ex_get_security_groups)
         if groups:
             own["ex_security_group_ids" if groups[0].startswith("sg-") else "ex_security_groups"] = groups
         if self.cloud.network:

@@ -65,6 +65,9 @@ LONGEST_S = 3600.0  # the same after many instances in a row that did not join
 ENDED_SHOWN = 20  # instances that have ended, in GET /clouds
 USERS_SHOWN = 20  # users whose jobs have cost most, in GET /clouds
 DAY_S = 86400.0
+SILENT_S = 60.0  # how long jobs hope for the slots of an instance whose client does not answer
+POLLS_WITHIN_S = 5.0  # of the answer to a poll, a client polls again
+UNLISTED = "{cloud} does not list the instance {name}, whose client calls, so it is kept"
 ALL_CLOUDS = "all clouds"  # in the table `paused`; no service can have this name
 MEMORY_LEFT = 0.92  # of an instance's memory, after what its kernel and system take
 SLOW_BOOTS = 50  # ended instances whose boot times count
@@ -147,6 +150,14 @@ class Bill:
         return users[:count], [spent for _, spent in users[count:]]
 
 
+class Missing(NamedTuple):
+    """An instance that a cloud does not list."""
+
+    lists: int  # in a row that lacked it
+    since: float  # monotonic: the first of them
+    calls: bool = False  # its client has called since, so that it is somewhere
+
+
 class Site:
     """One cloud as the server knows it."""
 
@@ -156,7 +167,7 @@ class Site:
         self.outage, self.refusal = Backoff(server.clock), Backoff(server.clock)  # no answers; no new instances
         self.size: tuple[int, int | None] | None = None  # cores, bytes; None: not known yet
         self.strangers: dict[str, float] = {}  # by node: since when one with our tag has had no row (monotonic)
-        self.missing: dict[str, int] = {}  # by uuid: lists in a row that lacked an instance
+        self.missing: dict[str, Missing] = {}  # by uuid: instances that the last list lacked
         self.listed_at = float("-inf")  # monotonic
 
     def held(self) -> str:
@@ -249,6 +260,13 @@ class Clouds:
     def link(self, row: Row) -> Link | None:
         return self.server.links.get(row.name)
 
+    def silent_s(self, row: Row) -> float:
+        """Return for how long the client of an instance has not answered; 0 if it answers."""
+        link = self.link(row)
+        if link is None:  # since a start of this server it has not called
+            return self.node.clock.monotonic() - self.node.started
+        return 0.0 if link.is_heard() else link.silent_s()
+
     # -- the decision --
 
     def tick(self) -> bool:
@@ -315,6 +333,8 @@ class Clouds:
         elif row.state == "booting" and cloud is not None and now - (row.asked_at or row.made_at) > cloud.boot_limit_s:
             row = self.end(row, f"it did not join within {format_duration(cloud.boot_limit_s)}")
             self.sites[row.cloud].refused(f"instance {row.name}: {row.reason}; see its console log in GET /clouds", longer=True)
+        elif row.state == "joined" and not jobs and cloud is not None and self.silent_s(row) > cloud.boot_limit_s:
+            self.end(row, f"its client has not answered for {format_duration(cloud.boot_limit_s)}")
         elif row.state == "joined" and link is not None and link.drained:  # by an operator, or a crash cut `drain` off
             self.change(row, state="draining", reason="it was drained")
         elif row.state == "draining" and link is not None and not link.drained:  # an operator wants it again
@@ -340,7 +360,8 @@ class Clouds:
 
     def instance(self, row: Row) -> Instance:
         """Return an instance as the decision sees it."""
-        return Instance(row.uuid, row.cloud, row.state, row.made_at, self.node.store.load(row.name).jobs, self.idle_since.get(row.uuid))
+        jobs, is_silent = self.node.store.load(row.name).jobs, row.state == "joined" and self.silent_s(row) > SILENT_S
+        return Instance(row.uuid, row.cloud, row.state, row.made_at, jobs, self.idle_since.get(row.uuid), is_silent)
 
     def demand(self) -> Iterator[Demand]:
         """Yield the jobs that could run now if there were slots, by service, cores and memory, the oldest first."""
@@ -503,7 +524,6 @@ class Clouds:
         site = self.sites.get(name)
         if site is None or site.outage.waits():
             return False
-        errors = load_plugin("joborch_plugins.cloud_providers:CloudError")
         try:
             if site.size is None:
                 site.size = site.provider.size()
@@ -513,8 +533,11 @@ class Clouds:
                     self.create(site, row)
             self.compare(site, site.provider.nodes())
             site.outage.worked()
-        except errors as error:
+        except JoborchError as error:
             site.failed(error)
+        except Exception as error:  # noqa: BLE001 - a class of the site's own may have faults
+            log.error("cloud %s: an error", name, exc_info=True)
+            site.failed(JoborchError(f"an error in joborch or in the class of the cloud: {type(error).__name__}: {error}"))
         return False
 
     def create(self, site: Site, row: Row) -> None:
@@ -559,12 +582,12 @@ class Clouds:
             for twin in known[1:]:
                 log.warning("cloud %s has made instance %s twice: %s is ended", site.cloud.name, row.name, twin.id)
                 site.provider.destroy(twin)
-        # One that has only a token of its creation may be anybody's, unless a row knows that token.
+        # One without both tags may be anybody's, unless a row knows what it has.
         strangers = [node for node in nodes if node.client not in rows and node.token not in rows]
         site.strangers = {node.id: site.strangers.get(node.id, now) for node in strangers}
         for node in strangers:
             ended = self.row(node.client or node.token)
-            if not node.client and ended is None:
+            if ended is None and not (node.client and node.server):
                 continue
             if ended is not None or now - site.strangers[node.id] >= self.node.config.orphan_grace_s:
                 why = "its row has ended" if ended is not None else "no row knows it"
@@ -590,12 +613,26 @@ class Clouds:
             self.destroy(site, row, node)
 
     def look_for(self, site: Site, row: Row) -> None:
-        """Note that an instance is not in the list; a list may lag behind, so twice it must be missing."""
-        asked_s_ago = self.node.store.steady() - (row.asked_at or float("inf"))
+        """Note that an instance is not in the list. A list may lag behind, so twice it must be missing.
+
+        It may also be the list of another project or region, or lack a page: an instance whose client calls meanwhile is there.
+        """
+        asked_s_ago, now = self.node.store.steady() - (row.asked_at or float("inf")), self.node.clock.monotonic()
         if row.state == "intended" and asked_s_ago < UNKNOWN_S:
             return
-        site.missing[row.uuid] = site.missing.get(row.uuid, 0) + 1
-        if site.missing[row.uuid] >= 2 or row.state == "ending":
+        before = site.missing.get(row.uuid, Missing(0, now))
+        site.missing[row.uuid] = missing = before._replace(lists=before.lists + 1)
+        calls = getattr(self.link(row), "calls", None)
+        if calls is not None and row.state != "ending":
+            calls.ring()  # a client that lives polls again at once
+            if calls.polled_at > before.since:
+                site.missing[row.uuid] = Missing(0, now, True)
+                if not before.calls:
+                    log.warning("cloud %s", UNLISTED.format(cloud=site.cloud.name, name=row.name))
+                return
+            if calls.is_here() and now - before.since < POLLS_WITHIN_S:
+                return
+        if row.state == "ending" or missing.lists >= 2:
             del site.missing[row.uuid]
             self.gone(row, "the cloud does not have it any more" if row.node else "the cloud has not made it")
 
@@ -656,6 +693,16 @@ class Clouds:
         for name, site in self.sites.items():
             if site.held():
                 yield f"cloud {name}: {site.held()}", f"see `joborch clouds`, and the settings CLOUD_{name.upper()}_..."
+            unlisted = [row.name for row in self.rows() if row.uuid in site.missing and site.missing[row.uuid].calls]
+            if unlisted:
+                prefix = f"CLOUD_{name.upper()}_"
+                text = UNLISTED.format(cloud=name, name=unlisted[0]) + f" ({len(unlisted)} in all)" * (len(unlisted) > 1)
+                yield f"cloud {text}", f"check {prefix}CREDENTIALS, {prefix}REGION and {prefix}ENDPOINT: were they changed?"
+        left = [row for row in self.rows() if row.cloud not in self.sites]
+        for name in sorted({row.cloud for row in left}):
+            found = [row.name for row in left if row.cloud == name]
+            text = f"{plural(len(found), 'instance is', 'instances are')} in the cloud {name}, which is no longer in the settings"
+            yield f"{text}: {', '.join(found[:5])}", f"set CLOUD_{name.upper()}_... again until they have ended"
 
 
 def size_of(site: Site, server: Server) -> Size:

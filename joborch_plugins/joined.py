@@ -230,7 +230,8 @@ class Calls:
         self.open: dict[int, Call] = {}
         self.polls: list[Poll] = []
         self.rung_at = float("-inf")  # monotonic: when a poll was woken that has not taken its frames yet
-        self.seen_at = float("-inf")  # monotonic: the last request of the client
+        self.seen_at = float("-inf")  # monotonic: the last request of the client, or the end of one that waited
+        self.polled_at = float("-inf")  # monotonic: the last request that could wait
 
     def begin(self, start: str) -> tuple[str, int]:
         """Begin a session with a start of the client. Return its id, and the number of the last frame before it.
@@ -310,6 +311,7 @@ class Calls:
         """Keep a poll until there is a call for it. Return False if there is one already, or it must not wait."""
         with self.lock:
             self.acknowledge(after, lost)
+            self.polled_at = self.seen_at
             waits = may_wait and not self.fresh(self.seen_at)
             self.polls += [poll] if waits else []
             before = self.polls.pop(0) if len(self.polls) > MOST_POLLS else None

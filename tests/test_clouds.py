@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ import requests
 from cloudbed import CloudBed, Ec2, OddCloud, OpenStack, processes_of
 from conftest import MakeProcess
 from harness import JoinedClient, Process, problems, program_text, replace, submit, wait_for, wait_status
+from libcloud.common.exceptions import BaseHTTPError
 from proxy import Fault, Proxy
 from world import Desk, ask, command
 
 from joborch import Caller, ConfigError, DataFolder, Job, Status, link_key, load_config, mask, new_token, statements, waiting_texts
-from joborch_plugins.cloud_providers import CloudError, user_data
-from joborch_plugins.joined import JoinedLink
+from joborch_base.weak_setups import weak_setups
+from joborch_plugins.cloud_providers import CloudError, LibcloudProvider, guarded, user_data
+from joborch_plugins.joined import JoinedLink, Poll
 
 LIMIT_S = 90.0  # machines are slow now and then
 pytestmark = pytest.mark.timeout(400)  # a start of OpenStack takes 15 s, and minutes beside other work
@@ -337,12 +340,23 @@ def test_a_name_that_an_openstack_does_not_have(setting: str, said: str, opensta
     room.desk.store.close()
 
 
+def test_a_security_group_that_an_openstack_does_not_have(openstack: OpenStack, data: DataFolder) -> None:
+    """Nova lists none here, and answers 500: it is not known whether it made the instance, but the reason is clear."""
+    room = RealRoom(openstack, data, 1, SECURITY_GROUP="default,nope")
+    room.tick()
+    room.assert_said("does the cloud have the security groups default, nope? This credential cannot list them; the cloud")
+    assert (room.states(), openstack.instances()) == (["intended"], [])
+    room.desk.store.close()
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
         ("IMAGE=ami-nope", "the cloud refuses: InvalidAMIID.NotFound"),
         ("SIZE=t3.nope", "the cloud has no size 't3.nope': it has a1.2xlarge"),
         ("NETWORK=nope", "the cloud refuses: InvalidSubnetID.NotFound: The subnet ID 'nope' does not exist"),
+        ("SECURITY_GROUP=nope", "the cloud has no security group 'nope': it has default"),
+        ("SECURITY_GROUP=default,nope", "the cloud has no security group 'nope': it has default"),
     ],
 )
 def test_a_name_that_an_ec2_does_not_have(setting: str, said: str, ec2: Ec2, data: DataFolder) -> None:
@@ -386,7 +400,8 @@ class Room:
     def open(self) -> None:
         self.clouds = self.desk.server.plugins["clouds"]
         self.clouds.program = (b"", "0" * 64)
-        self.desk.server.loops["cloud lab"] = self.clouds.loop_of("cloud lab", "lab")  # not started
+        for name in ("lab", "zoo"):
+            self.desk.server.loops[f"cloud {name}"] = self.clouds.loop_of(f"cloud {name}", name)  # not started
         self.clouds.tick()
 
     def restart(self) -> None:
@@ -575,6 +590,157 @@ def test_an_instance_that_vanishes_loses_no_job(room: Room) -> None:
     room.tick(2)
     assert (room.desk[job].status, room.desk[job].attempt) == (Status.QUEUED, 2)
     assert f"the instance {link.name} is gone: the cloud does not have it any more" in room.desk.reasons(job)
+
+
+def queued(room: Room) -> Job:
+    """The only job that waits."""
+    (job,) = room.desk.store.jobs(statements.QUEUED_OF_SERVICE, service="example", before=float("inf"))
+    return job
+
+
+def test_no_job_waits_for_an_instance_that_has_fallen_silent(room: Room) -> None:
+    """The cloud says that it runs, but its client does not answer: its system has crashed. After the time of a boot, another is made."""
+    room.tick()
+    link = room.join()
+    room.tick()
+    assert room.states() == ["joined"]
+    link.failed("did not answer")
+    room.tick(14)
+    assert "booting" in room.states()
+
+
+def test_an_instance_that_has_fallen_silent_is_ended(data: DataFolder) -> None:
+    """Also if the minimum of its cloud would keep it."""
+    room = Room(data, MIN="1")
+    room.tick()
+    link = room.join()
+    room.tick()
+    link.failed("did not answer")
+    room.tick(88)
+    assert room.states() == ["joined"]
+    room.tick(4)
+    assert [row.reason for row in room.clouds.ended(5)] == ["its client has not answered for 15 min"]
+    assert room.states() == ["booting"]
+    room.desk.store.close()
+
+
+def test_an_instance_that_is_not_heard_after_a_restart_is_ended(room: Room) -> None:
+    room.tick()
+    name = room.join().name
+    room.tick()
+    room.restart()
+    room.tick(95)
+    assert name not in {row.name for row in room.clouds.rows()}
+
+
+def test_an_instance_whose_client_calls_has_not_vanished(room: Room) -> None:
+    """The list may be of another project or region, after a change of settings, or lack a page: its jobs run, and run once."""
+    room.tick()
+    link = room.join()
+    calls, job = link.calls, queued(room)
+    calls.begin("start")
+    room.tick()
+    assert room.desk.store.claim(job.id, link.name, 100)
+    assert room.desk.store.move(room.desk[job], Status.SUBMITTED, "", dest_id="7")
+    made, room.cloud.made = room.cloud.made, []
+
+    def poll() -> None:
+        """Call, and call again when the call is answered."""
+        calls.park(0, Poll(SimpleNamespace(closed=False), answered, room.desk.clock.monotonic() + 600))
+
+    def answered() -> None:
+        calls.take(0)
+        if calls.session:
+            room.desk.clock.pass_s(0.1)
+            poll()
+
+    poll()
+    room.tick(6)
+    assert (room.states(), room.desk[job].attempt) == (["joined"], 1)
+    assert f"does not list the instance {link.name}, whose client calls" in str(room.desk.server.plugins["health"].report())
+    room.cloud.made = made
+    room.tick()
+    assert "does not list" not in str(room.desk.server.plugins["health"].report())
+    room.cloud.made, calls.session = [], ""
+    room.tick(3)
+    assert (room.desk[job].status, room.desk[job].attempt) == (Status.QUEUED, 2), "a client that does not answer the poll is gone"
+
+
+def test_an_idle_client_is_asked_whether_it_is_there_before_its_instance_counts_as_vanished(room: Room) -> None:
+    room.tick()
+    link, served = room.join(), list[int]()
+    link.calls.begin("start")
+    room.tick()
+    link.calls.park(0, Poll(SimpleNamespace(closed=False), lambda: served.append(1), room.desk.clock.monotonic() + 600))
+    room.cloud.made = []
+    room.tick()
+    assert served, "its poll is answered, so that it calls again if it lives"
+
+
+def test_an_instance_that_is_not_made_yet_keeps_no_job_from_another_cloud(data: DataFolder) -> None:
+    """The first cloud fails in the middle of a create, and does not answer for hours: the other one takes over."""
+    other = {"CLOUD_ZOO_PROVIDER": "cloudbed:OddCloud", "CLOUD_ZOO_HOURLY_COST": "9000"}
+    room = Room(data, HOURLY_COST="1")
+    room.desk.environment.update(other)
+    room.desk.upload()
+    room.restart()
+    room.clouds.sites["lab"].provider.fails["create"] = UNKNOWN
+    room.tick()
+    assert [(row.cloud, row.state) for row in room.clouds.rows()] == [("lab", "intended")]
+    room.clouds.sites["lab"].provider.fails["nodes"] = UNKNOWN
+    for _ in range(2):
+        room.clouds.cloud_tick("zoo")
+        room.tick()
+    room.clouds.cloud_tick("zoo")
+    states = {row.cloud: row.state for row in room.clouds.rows()}
+    assert states == {"lab": "intended", "zoo": "booting"}
+    room.desk.store.close()
+
+
+def test_an_instance_that_names_no_server_is_somebodys(room: Room) -> None:
+    """Its owner may have lost a tag. It is ended only if a row knows it."""
+    room.tick()
+    (own,) = room.cloud.made
+    room.cloud.made.append(own._replace(id="stripped", client="c1", server=""))
+    room.tick(70)
+    assert "stripped" in [node.id for node in room.cloud.made]
+
+
+def test_a_cloud_that_raises_anything_is_held_back_and_says_so(room: Room) -> None:
+    """A class of the site's own may have faults."""
+    room.tick()
+    room.cloud.fails["nodes"] = KeyError("id")
+    room.tick()
+    assert room.states() == ["booting"]
+    assert "KeyError: 'id'" in room.clouds.sites["lab"].held()
+    assert "KeyError: 'id'" in str(room.desk.server.plugins["health"].report())
+    room.cloud.fails.clear()
+    room.tick(30)
+    assert room.clouds.sites["lab"].held() == ""
+
+
+def test_a_create_that_raises_anything_may_have_made_one(room: Room) -> None:
+    room.cloud.fails["created"] = KeyError("id")
+    room.tick()
+    assert room.states() == ["intended"]
+    room.cloud.fails.clear()
+    room.tick(30)
+    assert (room.states(), room.cloud.creates) == (["booting"], 1)
+
+
+def test_instances_of_a_cloud_that_was_removed_from_the_settings_are_not_forgotten(room: Room) -> None:
+    """After a restart nobody can end them any more: somebody must learn of it."""
+    room.tick()
+    (row,) = room.clouds.rows()
+    room.desk.environment["CLOUD_ZOO_PROVIDER"] = room.desk.environment.pop("CLOUD_LAB_PROVIDER")
+    for name in [name for name in room.desk.environment if name.startswith("CLOUD_LAB_")]:
+        del room.desk.environment[name]
+    room.desk.restart()
+    room.clouds = room.desk.server.plugins["clouds"]
+    room.clouds.program = (b"", "0" * 64)
+    room.clouds.tick()
+    said = str(room.desk.server.plugins["health"].report())
+    assert f"1 instance is in the cloud lab, which is no longer in the settings: {row.name}" in said, said
 
 
 def test_it_is_ended_when_it_has_no_jobs(room: Room) -> None:
@@ -781,6 +947,53 @@ def test_all_are_ended_on_request(room: Room) -> None:
     assert room.states() == ["booting"]
 
 
+# == What Libcloud may say ==
+
+
+@pytest.mark.parametrize("named", ["nope", "web,nope", "web"])
+def test_a_security_group_is_looked_up_if_the_credential_may(named: str) -> None:
+    """OpenStack answers 500 for one that it does not have."""
+    config = load_config("server", {}, {**GOOD, "CLOUD_LAB_SECURITY_GROUP": named})
+    provider = LibcloudProvider(config.clouds["lab"], config)
+    if named == "web":
+        assert provider.groups(lambda: [SimpleNamespace(id="7", name="web")]) == ["web"]
+        return
+    with pytest.raises(CloudError, match="the cloud has no security group 'nope': it has web") as caught:
+        provider.groups(lambda: [SimpleNamespace(id="7", name="web")])
+    assert (caught.value.kind, provider.unchecked) == ("refused", "")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind", "said"),
+    [
+        (401, "Unauthorized", "credentials", "the cloud refuses the credentials"),
+        (403, "Policy doesn't allow it", "refused", "the cloud refuses: "),
+        (403, "Quota exceeded for instances", "quota", "the quota of the cloud is reached"),
+        (400, "InstanceLimitExceeded: you have 5", "quota", "the quota of the cloud is reached"),
+        (429, "Too Many Requests", "refused", "the cloud takes no more calls for a while"),
+        (503, "RequestLimitExceeded: Request limit exceeded.", "refused", "the cloud takes no more calls for a while"),
+        (413, "This request was rate-limited.", "refused", "the cloud takes no more calls for a while"),
+        (408, "Request Timeout", "unknown", "the cloud cannot be reached or answers badly"),
+        (500, "Unexpected API Error", "unknown", "the cloud cannot be reached or answers badly"),
+        (504, "Gateway Time-out", "unknown", "the cloud cannot be reached or answers badly"),
+    ],
+)
+def test_what_an_error_of_a_cloud_means(code: int, text: str, kind: str, said: str) -> None:
+    """Only `unknown` may have had an effect."""
+    with pytest.raises(CloudError) as caught, guarded():
+        raise BaseHTTPError(code, text)
+    assert caught.value.kind == kind
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [None, {"tags": ["web", "db"]}, {"tags": None, "metadata": "odd"}, {"tags": {1: None}, "fault": ["x"]}])
+def test_an_instance_with_odd_tags_is_somebodys_and_no_fault(extra: Any) -> None:
+    """Providers list tags as they like; an account has instances of others."""
+    config = load_config("server", {}, GOOD)
+    node = LibcloudProvider(config.clouds["lab"], config).node(SimpleNamespace(id=7, name="web", state="odd", extra=extra))
+    assert (node.id, node.name, node.state, node.client, node.server) == ("7", "web", "unknown", "", "")
+
+
 # == Bad settings ==
 
 GOOD = {"CLOUD_LAB_PROVIDER": "cloudbed:OddCloud", "JOBORCH_PUBLIC_URL": "http://127.0.0.1:5000"}
@@ -793,6 +1006,11 @@ EC2 = {"CLOUD_LAB_PROVIDER": "ec2", "CLOUD_LAB_CREDENTIALS": "given"}
     [
         ({"JOBORCH_PUBLIC_URL": ""}, "JOBORCH_PUBLIC_URL is missing"),
         ({"CLOUD_LAB_PROVIDER": "opnstack"}, "CLOUD_LAB_PROVIDER is 'opnstack', which Libcloud does not have"),
+        (
+            {**REAL, "CLOUD_LAB_PROVIDER": "digitalocean"},
+            "'digitalocean', whose driver in Libcloud takes no user data and no tags: name a class",
+        ),
+        ({**REAL, "CLOUD_LAB_PROVIDER": "exoscale"}, "'exoscale', whose driver in Libcloud takes no tags: name a class"),
         ({"CLOUD_LAB_PROVIDER": "no.such:Cloud"}, "CLOUD_LAB_PROVIDER is 'no.such:Cloud', which cannot be imported"),
         ({"CLOUD_LAB_PROVIDER": "open stack"}, "CLOUD_LAB_PROVIDER is 'open stack': give a name"),
         ({"CLOUD_LAB_PROVIDER": "", "CLOUD_LAB_SERVICES": "example"}, "CLOUD_LAB_PROVIDER is missing"),
@@ -836,6 +1054,19 @@ def test_credentials_are_checked_and_never_shown(content: str, mode: int, said: 
         load_config("server", {}, {**REAL, "CLOUD_LAB_CREDENTIALS": str(path)})
     assert said in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_weak"), [("http://keystone.example.org:5000/v3", True), ("https://k/v3", False), ("http://127.0.0.1:5000", False)]
+)
+def test_credentials_that_others_can_read_on_their_way_are_named_at_every_start(url: str, is_weak: bool, tmp_path: Path) -> None:
+    path = tmp_path / "credentials"
+    path.touch(0o600)
+    path.write_text(json.dumps({"auth_url": url, "credential_id": "1", "credential_secret": "s3cret"}))
+    config = load_config("server", {}, {**REAL, "CLOUD_LAB_CREDENTIALS": str(path), "DATA_PATH": str(tmp_path)})
+    found = [finding for finding in weak_setups(config) if "without encryption" in finding.text]
+    assert [finding.good for finding in found] == [None] * is_weak
+    assert "s3cret" not in str(found)
 
 
 def test_credentials_in_a_pipe_to_which_nobody_writes_are_not_waited_for(tmp_path: Path) -> None:
