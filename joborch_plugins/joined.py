@@ -620,19 +620,20 @@ class Joined:
         token = self.node.token_store.named(caller.name)
         if token is None or token.digest != caller.digest:
             raise unproven(REVOKED)
+        names = self.names_of(token, offered)
+        if token.instance is None and names & self.server.services.keys():
+            self.bind(token.name, instance)
+            token = self.node.token_store.named(token.name) or token  # two may have come at once
+            if token.once:
+                crash_point("cloud.bound")
+            crash_point("join.bound")
         if token.instance not in (None, instance):
             log.error("client %s: another client (instance %s) calls with its token; it is refused", token.name, instance)
             remedy = f"give this client a token of its own; or, if its data folder is new on purpose, revoke {token.name} and add it again"
             raise HttpError(403, f"the token {token.name} belongs to the client that used it first: {remedy}")
-        names = self.names_of(token, offered)
         if not names & self.server.services.keys():
             why = "allows none of the services that this server has and the client offers"
             raise HttpError(403, f"the token {token.name} {why}", "services")
-        if token.instance is None:
-            self.bind(token.name, instance)
-            if token.once:
-                crash_point("cloud.bound")
-            crash_point("join.bound")
         session, after = ("", 0) if token.once else self.welcome(token.name, names, start)
         crash_point("join.welcomed")
         served = sorted(names & self.server.services.keys())

@@ -617,6 +617,22 @@ def test_a_client_cannot_pose_as_another_one(liars: Desk) -> None:
         assert isinstance(heard, NothingSent) == (instance == "the-victim"), heard
 
 
+def test_of_two_clients_that_join_at_once_with_a_copied_token_one_is_refused(liars: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find the token unbound, and the first one binds it a moment before the second one does."""
+    store = liars.server.token_store
+    bind = store.bind
+
+    def late(name: str, instance: str) -> None:
+        bind(name, "the-first")
+        bind(name, instance)
+
+    monkeypatch.setattr(store, "bind", late)
+    with serving(liars.server) as url:
+        code, said = joins(enrolled(liars, url, "gpu"), instance="the-second")
+    assert (code, said[:55]) == (403, "the token gpu belongs to the client that used it first:")
+    assert "gpu" not in liars.server.links
+
+
 def test_a_client_gets_no_job_of_another_service_by_reporting_it(liars: Desk) -> None:
     """Also not while the client that has the job is silent, or after a restart of the server."""
     job, home = liars.with_client(), liars.link
