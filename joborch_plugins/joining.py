@@ -106,11 +106,14 @@ class ServerAnswer(NamedTuple):
 
 
 def proxy_of(parts: Any) -> Any:
-    """Return the URL of the proxy for https calls (HTTPS_PROXY, NO_PROXY), split; or None."""
+    """Return the URL of the proxy for https calls (HTTPS_PROXY, NO_PROXY), split; or None. Raises OSError for one of another kind."""
     found = urllib.request.getproxies().get("https") if parts.scheme == "https" else None
-    if not found or urllib.request.proxy_bypass(parts.hostname or ""):
+    if not found or any(urllib.request.proxy_bypass(name) for name in (parts.hostname or "", parts.netloc)):
         return None
-    return urlsplit(found if "://" in found else f"http://{found}")
+    proxy = urlsplit(found if "://" in found else f"http://{found}")
+    if proxy.scheme != "http":
+        raise OSError(f"the proxy in HTTPS_PROXY is of the kind {proxy.scheme}: give one that is called by http://")
+    return proxy
 
 
 class ServerConnection(Connection):

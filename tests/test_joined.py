@@ -42,12 +42,12 @@ from history import Expected, assert_proven, gather, mark_lines
 from proxy import Fault, Proxy
 from world import Desk, Gateway, HandClock, event, events, gated, reasons, serve_each, serving, tried
 
-from joborch import DataFolder, HttpError, NothingSent, Session, Status, report
+from joborch import DataFolder, HttpError, NothingSent, Session, Status, new_token, report
 from joborch_base.calls import frame, read_frames
 from joborch_base.tokens import digest_of
 from joborch_plugins.joined import BUFFER_BYTES, RESEND_S, Call, Calls, Poll
 from joborch_plugins.joining import Call as ClientCall
-from joborch_plugins.joining import Exchanges, Uplink
+from joborch_plugins.joining import Exchanges, Uplink, UplinkDown
 
 LIMIT_S = 90.0  # machines are slow now and then
 
@@ -564,6 +564,24 @@ def pump(source: socket.socket, target: socket.socket) -> None:
 
 
 # == Clients that lie ==
+
+
+@pytest.mark.parametrize(
+    ("proxy", "exempt", "said"),
+    [
+        ("socks5://127.0.0.1:1", "", "the proxy in HTTPS_PROXY is of the kind socks5: give one that is called by http://"),
+        ("https://me:secret@127.0.0.1:1", "", "the proxy in HTTPS_PROXY is of the kind https: give one that is called by http://"),
+        ("socks5://127.0.0.1:1", "127.0.0.1", "connection refused"),
+        ("socks5://127.0.0.1:1", "127.0.0.1:9", "connection refused"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named(proxy: str, exempt: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_PROXY may have a port, too."""
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", exempt)
+    error = tried(lambda: Exchanges("https://127.0.0.1:9", new_token(), "").ask("POST", "/join"), UplinkDown)
+    assert said in str(error)
+    assert "secret" not in str(error)
 
 
 @pytest.fixture(name="liars")
