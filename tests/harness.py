@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import collections
 import errno
+import fcntl
 import hashlib
 import hmac
 import io
@@ -94,23 +95,35 @@ def wait_for(condition: Callable[[], T], limit_s: float = LIMIT_S, what: str = "
 
 
 DRAWN_PORTS = collections.deque[int](maxlen=500)
+PORTS = Path(f"/tmp/joborch-test-ports-{os.geteuid()}").open("a")  # noqa: SIM115 - open until the end, for its locks
 
 
 def free_port() -> int:
     """A loopback port that nobody uses on 127.0.0.1 or ::1, below the range from which the kernel gives out ports by itself.
 
-    Tests that run beside each other draw from different ports, and none of the last ones is drawn again: nobody listens yet on
-    a port that was just drawn, or whose process is being restarted.
+    Tests that run beside each other draw different ports, and none of the last ones is drawn again: nobody listens yet on
+    a port that was just drawn, or whose process is being restarted. Chaos once spoke with the server of another run.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     for _ in range(2_000):
         port = 10 * random.SystemRandom().randrange(1_200, 3_200) + worker % 10  # Hypothesis gives `random` the same seed everywhere
-        if port in DRAWN_PORTS:
+        if port in DRAWN_PORTS or not reserve(port):
             continue
+        if len(DRAWN_PORTS) == DRAWN_PORTS.maxlen:
+            fcntl.lockf(PORTS.fileno(), fcntl.LOCK_UN, 1, DRAWN_PORTS[0])
         DRAWN_PORTS.append(port)
         if all(can_be_bound(family, host, port) for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))):
             return port
     raise AssertionError("no free port found")
+
+
+def reserve(port: int) -> bool:
+    """Whether no other test run has drawn this port: each holds a lock on one byte for each of its ports, until it ends."""
+    try:
+        fcntl.lockf(PORTS.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
 
 
 def can_be_bound(family: socket.AddressFamily, host: str, port: int) -> bool:
