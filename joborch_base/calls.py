@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from joborch_base.archives import FilesBody, repr_digest
 from joborch_base.connections import FoldedHeaders
 from joborch_base.identity import Proof
-from joborch_base.routes import CALLER_KEY, Answer, check_size, find_route, identify, proof_of, reason_phrase
+from joborch_base.routes import CALLER_KEY, Answer, check_size, find_route, identify, proof_of, reason_phrase, refuse_not_utf8
 from joborch_base.vocabulary import (
     JSON_TYPE,
     KIB,
@@ -130,9 +130,7 @@ class Reply(http.client.HTTPResponse):
         answer: Any = self  # http.client's own fields
         answer.status = 100
         while answer.status == 100:  # Continue: the answer follows
-            line = self.head_line()
-            if not line:
-                raise http.client.RemoteDisconnected("closed without an answer")
+            line = self.head_line(is_first=True)
             match = re.fullmatch(r"HTTP/([0-9.]+) +([1-9][0-9]{2})(?: .*)?", line)
             if not match:
                 raise http.client.BadStatusLine(line)
@@ -147,11 +145,15 @@ class Reply(http.client.HTTPResponse):
             answer.length = 0
         answer.will_close = answer._check_close() or (answer.length is None and not answer.chunked)
 
-    def head_line(self) -> str:
-        """Return the next line of the head. Raises HTTPException if it is too long."""
+    def head_line(self, is_first: bool = False) -> str:
+        """Return the next line of the head, empty at its end. Raises HTTPException if it is too long, or if the head is cut off."""
         line = bytes(self.fp.readline(ANSWER_HEAD_BYTES + 1))
         if len(line) > ANSWER_HEAD_BYTES:
             raise http.client.LineTooLong("header line")
+        if is_first and not line:
+            raise http.client.RemoteDisconnected("closed without an answer")
+        if not line.endswith(b"\n"):  # its headers would be only some of those that were sent
+            raise http.client.IncompleteRead(line)
         return line.decode("latin-1").rstrip("\r\n")
 
     def header_pairs(self) -> Iterator[tuple[str, str]]:
@@ -414,6 +416,7 @@ def answer_carried(node: Node, app: Any, asked: Carried) -> Iterator[bytes]:
     proof = None
     try:
         proof = proof_of(node, cgi, asked.method, asked.target, asked.size, asked)
+        refuse_not_utf8(path)
         found = find_route(node.config.mode, asked.method, path)
         caller = identify(node, found.who, proof, cgi, asked)
         promise = check_size(node, found, asked.size, False)

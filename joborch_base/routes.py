@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Protocol, cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from joborch_base.archives import Archive, repr_digest
 from joborch_base.data_folder import DiskFull, Promise, user_numbers
@@ -257,6 +257,9 @@ Handler = Callable[..., Answer]
 Parks = Callable[["Node", Any, Any, Callable[[], object]], bool]
 
 
+ANY_TEXT = r"[\s\S]+?"  # of a path parameter: the name of a file may have a line end
+
+
 @dataclass(frozen=True)
 class Route:
     """One declaration, which makes the Bottle route, the OpenAPI entry, the access rule and a test."""
@@ -287,7 +290,7 @@ class Route:
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
         part = re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", self.path)
-        return re.compile("^" + re.sub(r"<(\w+):path>", r"(?P<\1>.+)", part) + "$")
+        return re.compile(re.sub(r"<(\w+):path>", lambda found: f"(?P<{found[1]}>{ANY_TEXT})", part) + r"\Z")
 
 
 ROUTES: list[Route] = []
@@ -343,6 +346,20 @@ def routes_of(mode: str) -> tuple[Route, ...]:
     order = {load_plugin(name).__name__: number for number, name in enumerate(ROUTE_PLUGINS)}
     sorted_routes = sorted(ROUTES, key=lambda found: order.get(found.handler.__module__, -1))
     return tuple(found for found in sorted_routes if mode in found.mode.split())
+
+
+def refuse_not_utf8(path: str) -> None:
+    """Raise HttpError 400 for the path of a request that is not UTF-8: Bottle would drop such bytes and find something else.
+
+    `path` has bytes as characters (PEP 3333).
+    """
+    raw = path.encode("latin-1")
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        encoded = one_line(quote(quote(raw, safe="/"), safe="/"), 200)
+        text = f"the path is not UTF-8: a file whose name is not is listed percent-encoded, so give it as {encoded}"
+        raise HttpError(400, text, "path") from error
 
 
 def find_route(mode: str, method: str, path: str) -> Route:
@@ -735,6 +752,7 @@ def make_app(node: Node) -> bottle.Bottle:
 
     app = bottle.Bottle()
     app.config["json.enable"] = False  # run_handler encodes answers
+    app.router.add_filter("path", lambda _: (ANY_TEXT, None, None))
     for declared in routes_of(node.config.mode):
         app.route(declared.path, declared.method, functools.partial(run_handler, node, declared))
     app.default_error_handler = plain_error
@@ -911,6 +929,7 @@ class Judge:
             cast(Any, super()).parse_header(header_plus)
             length = -1 if parser.chunked else parser.content_length
             self.proof = proof_of(self.node, parser.headers, parser.command, parser.request_uri, length, self.channel)
+            refuse_not_utf8(parser.path)
             found = self.route = find_route(self.node.config.mode, parser.command, parser.path)
             self.caller = identify(self.node, found.who, self.proof, parser.headers, self.channel)
             check_csrf(self.node, found, self.caller, parser.headers)

@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]  # "sent" or "fetched", the bytes so 
 ENDED = ("Completed", "Failed", "Invalid", "Killed", "Cleaned")
 DEFAULT_SERVER = "http://127.0.0.1:5000"
 CHUNK_BYTES = 1 << 20
+NAME_BYTES = 255  # the longest name of a file
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 75.0
 WAIT_S = 45.0  # of a long poll: the longest that a server allows
 GLANCE_S = 2.0  # of a long poll for the first of many jobs, so that the end of another is noticed soon
@@ -90,8 +91,42 @@ class JobFailed(JobsError):
 # == 2. Server ==  Calls one server over TCP or its Unix socket, and repeats calls that were cut off.
 
 
+class Head:
+    """The lines of an answer's head. http.client would take a head that was cut off for a whole one, without its other headers."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.has_begun = file, False
+
+    def readline(self, limit: int = -1) -> bytes:
+        """Return the next line. Raises ConnectionResetError if the head is cut off."""
+        line = self.file.readline(limit)
+        if not line.endswith(b"\n") and (line or self.has_begun) and len(line) != limit:
+            raise ConnectionResetError("the answer was cut off")
+        self.has_begun = True
+        return line
+
+    def close(self) -> None:
+        """Close the answer."""
+        self.file.close()
+
+
+class WholeAnswer(http.client.HTTPResponse):
+    """An answer whose head arrived to its end."""
+
+    def begin(self) -> None:
+        """Read the head. Raises OSError, HTTPException."""
+        file = self.fp
+        self.fp = Head(file)  # type: ignore[assignment]
+        try:
+            super().begin()
+        finally:
+            self.fp = file
+
+
 class Closing(http.client.HTTPConnection):
     """A connection that is closed together with its owner, without a warning."""
+
+    response_class = WholeAnswer
 
     def __del__(self) -> None:
         self.close()
@@ -305,7 +340,7 @@ class Server:
             except (OSError, http.client.HTTPException) as cut:
                 error, repeated = ServerUnreachable(unreachable_text(self.url, cut)), True
                 error.__cause__ = cut
-            if not repeated or time.monotonic() + pause_s > deadline:
+            if not repeated or self.aborted or time.monotonic() + pause_s > deadline:
                 raise error
             self.on_trouble(str(error))
             time.sleep(pause_s)
@@ -695,7 +730,7 @@ class Job:
         if not partial:
             self.check()
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        zipped = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.job-{self.id}.zip")
+        zipped = beside(os.path.join(os.path.dirname(target), f".{os.path.basename(target)}"), f".job-{self.id}.zip")
         with fetched(self, zipped) as file:
             try:
                 unpack_as(file, target)
@@ -709,6 +744,15 @@ class Job:
 # == 5. Results ==  A result is verified and appears under its name in one step. After a cut, fetching resumes.
 
 
+def beside(path: str, end: str) -> str:
+    """Return the path of a file next to `path`, with the same name and this end. A name that would be too long gets a digest instead."""
+    folder, name = os.path.split(path)
+    raw = os.fsencode(name)
+    if len(raw) + len(end) > NAME_BYTES:
+        name = hashlib.sha256(raw).hexdigest()
+    return os.path.join(folder, name + end)
+
+
 @contextlib.contextmanager
 def arriving(path: str, version: str, what: str) -> Iterator[IO[bytes]]:
     """Open the file next to `path` in which it arrives, with what earlier calls wrote to it; in the end, rename it to `path`.
@@ -716,7 +760,7 @@ def arriving(path: str, version: str, what: str) -> Iterator[IO[bytes]]:
     `version` (hex) identifies the content, so that only the same is resumed; "" if it may change. Raises JobsError if another
     process writes to it.
     """
-    part = f"{path}.{version[:16] or 'live'}.part"
+    part = beside(path, f".{version[:16] or 'live'}.part")
     try:
         file = open(part, "a+b")  # noqa: SIM115 - closed below
     except OSError as error:
@@ -852,7 +896,7 @@ def unpack_as(zipped: str | IO[bytes], target: str) -> None:
     import tempfile
     import zipfile
 
-    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
+    partial = tempfile.mkdtemp(prefix=".joborch-", dir=os.path.dirname(target))
     try:
         with zipfile.ZipFile(zipped) as archive:
             entries = archive.infolist()

@@ -604,13 +604,8 @@ def body_of(job: Job, chunks: Iterator[bytes], stack: contextlib.ExitStack) -> I
 
 
 def asked_path(request: Request) -> bytes:
-    """Return the path after /files/ in a request. Raises HttpError 400 if it is not UTF-8, or not a relative path that stays inside."""
+    """Return the path after /files/ in a request. Raises HttpError 400 if it is not a relative path that stays inside."""
     path: bytes = request.environ["bottle.raw_path"].partition("/files/")[2].encode("latin-1")
-    try:
-        path.decode()
-    except UnicodeDecodeError as error:
-        encoded = one_line(quote(quote(path, safe="/"), safe="/"), 80)
-        raise HttpError(400, f"the path is not UTF-8: it is listed percent-encoded, so give it as {encoded}", "path") from error
     refuse_path(path)
     return path
 

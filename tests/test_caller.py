@@ -7,6 +7,7 @@ import io
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -459,6 +460,34 @@ def result_of(jobs: Jobs, size: int = 3_000_000) -> tuple[caller.Job, bytes]:
         return job, answer.read()
 
 
+READERS: dict[str, Callable[[Jobs, int], object]] = {
+    "GET /jobs/": lambda far, number: far.job(number).status,
+    "GET /jobs[?]": lambda far, number: [job.id for job in far.list(ids=[number])],
+    "GET /jobs/[0-9]+/files/": lambda far, number: far.job(number).read("small"),
+    "GET /jobs/[0-9]+/logs": lambda far, number: far.job(number).logs(),
+    "GET /jobs/[0-9]+/logs.*follow": lambda far, number: "".join(far.job(number).follow()),
+    "GET /export": lambda far, number: b"".join(far.export()).splitlines()[0],
+    "POST /jobs/[0-9]+/retry": lambda far, number: far.job(number).retry("the same key").id,
+}
+
+
+@pytest.mark.parametrize("match", READERS)
+def test_an_answer_whose_head_is_cut_is_asked_for_again(
+    match: str, line: Proxy, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any byte of it. http.client takes such a head for a whole one: then an answer without a length would be complete, but empty."""
+    monkeypatch.setattr(caller, "FIRST_PAUSE_S", 0.0)
+    job = jobs.submit({}, script="echo small >small; cat small").check()
+    wanted = READERS[match](jobs, job.id)
+    for length in (*range(0, 40, 4), *range(40, 500, 60)):
+        line.plant(Fault("cut_answer", match, after=length))
+        try:
+            assert READERS[match](over(line), job.id) == wanted, length
+        except ServerUnreachable:
+            assert (match, length > 100) == ("GET /export", True), "what is printed already cannot be called back"
+    assert line.counts()["cut_answer"] > 14
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_result_that_is_cut_at_any_byte_goes_on_there(seed: int, line: Proxy, jobs: Jobs, tmp_path: Path) -> None:
     """Within one call as well as by the next: nothing is fetched twice."""
@@ -607,6 +636,26 @@ def test_a_result_is_unpacked_in_one_step(jobs: Jobs, tmp_path: Path) -> None:
         job.unpack(target)
     (tmp_path / "empty").mkdir()
     job.unpack(tmp_path / "empty")
+
+
+def test_names_of_every_kind_arrive(jobs: Jobs, tmp_path: Path) -> None:
+    """Each file by itself and all of them as a folder: what a script may call a file can be fetched under that name."""
+    names = ["a\nb", "\na", "a\n", "a\rb", "\x1b[31m", " ", "...", "-rf", "%2e%2e", "q?#&=+%41", "\u202ea", "a\\b", "n" * 255, "é" * 127]
+    names += ["d" * 255 + "/" + "n" * 255]
+    script = "".join(
+        f"mkdir -p -- {shlex.quote(str(Path(name).parent))}; echo {at} >./{shlex.quote(name)}\n" for at, name in enumerate(names)
+    )
+    job = jobs.submit({}, script=script).check()
+    assert {entry["path"] for entry in job.files()} >= set(names)
+    for at, name in enumerate(names):
+        place = tmp_path / "one" / Path(name).name
+        place.parent.mkdir(exist_ok=True)
+        assert (job.read(name), job.save(name, place).read_bytes()) == (b"%d\n" % at, b"%d\n" % at)
+    target = tmp_path / ("t" * 255)
+    job.unpack(target)
+    assert [(target / name).read_bytes() for name in names] == [b"%d\n" % at for at in range(len(names))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "t" * 255]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted({Path(name).name for name in names})
 
 
 @pytest.mark.parametrize(

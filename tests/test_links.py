@@ -255,6 +255,9 @@ def test_an_id_that_comes_in_two_pieces(cut: int | None, link: Link, peer: Peer,
     ("head", "why"),
     [
         (b"", "it hung up without an answer"),
+        (b"HTTP/1.1 200 OK", "it ended too early"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json", "it ended too early"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n", "it ended too early"),
         (b"rubbish\r\n\r\n", "the answer is not HTTP (BadStatusLine)"),
         (b"HTTP/1.1 20 OK\r\n\r\n", "the answer is not HTTP (BadStatusLine)"),
         (b"HTTP/2 200 OK\r\n\r\n", "the answer is not HTTP (UnknownProtocol)"),
@@ -262,7 +265,18 @@ def test_an_id_that_comes_in_two_pieces(cut: int | None, link: Link, peer: Peer,
         (b"HTTP/1.1 200 OK\r\nX-A: " + 80_000 * b"a" + b"\r\n\r\n", ""),  # the head, or its line, is too long
         (5000 * b"HTTP/1.1 100 Continue\r\n\r\n", "its answer has endless headers or frames"),
     ],
-    ids=["nothing", "rubbish", "short status", "HTTP/2", "many headers", "long header", "endless continue"],
+    ids=[
+        "nothing",
+        "a cut status",
+        "a cut header",
+        "no end",
+        "rubbish",
+        "short status",
+        "HTTP/2",
+        "many headers",
+        "long header",
+        "endless continue",
+    ],
 )
 def test_an_answer_with_a_damaged_head_is_none(head: bytes, why: str, link: Link, peer: Peer, job: Job) -> None:
     """The client may have received the request all the same."""

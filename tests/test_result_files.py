@@ -243,6 +243,11 @@ def test_a_path_that_is_not_utf8(pair: Pair) -> None:
     assert pair.server.get(f"/jobs/{number}/files/%2541").content == b"\n"
     answer = pair.server.get(f"/jobs/{number}/files/a%FFb")
     assert (answer.status_code, "a%25FFb" in answer.json()["message"]) == (400, True)
+    for other in (f"/jobs/%FF{number}", f"/jobs/{number}/files/%FF", f"/download/{number}%C0%80", "/%FF"):
+        answer = pair.server.get(other)
+        assert (answer.status_code, answer.json()["field"]) == (400, "path"), "no other job or file is meant"
+    for other in (f"/jobs/{number}%0A", f"/jobs/{number}/files%0A", f"/jobs/{number}/files/ab%0A"):
+        assert pair.server.get(other).status_code in (400, 404), other
     for path in ("..%2fab", "%2e%2e/ab", "/ab", "%00", "./ab", "a%0Ab"):
         received = raw_exchange(pair.server.port, f"GET /jobs/{number}/files/{path} HTTP/1.0\r\n\r\n".encode())
         status, _, body = parse_answer(received)
