@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import functools
 import gzip
 import hashlib
@@ -99,7 +100,22 @@ def members(file: IO[bytes]) -> Iterator[Member]:
     for magic, kind in OTHER_FORMATS:
         if head.startswith(magic):
             raise HttpError(400, f"it is made by {kind}: send a zip, tar or tar.gz")
-    return tar_members(TarSource(gzip.GzipFile(fileobj=file) if head.startswith(b"\x1f\x8b") else file))
+    source: Any = gzip.GzipFile(fileobj=file) if head.startswith(b"\x1f\x8b") else file
+    if not begins_tar(source.read(tarfile.BLOCKSIZE)):
+        raise HttpError(400, "it is no zip, tar or tar.gz: make one, as in tar czf tree.tar.gz folder; send single files as file=@NAME")
+    source.seek(0)
+    return tar_members(TarSource(source))
+
+
+def begins_tar(block: bytes) -> bool:
+    """Tell whether a tar may begin with this block: with a header, or with its end."""
+    if len(block) < tarfile.BLOCKSIZE or not any(block):
+        return len(block) == tarfile.BLOCKSIZE
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
 
 
 def member_path(name: str) -> str:
@@ -231,15 +247,26 @@ def strip_top(reader: FormReader, first: int) -> None:
 # == 2. Digest ==  A body is compared with its Content-Digest while it is read.
 
 
+DIGEST_LIKE = "send it as in Content-Digest: sha-256=:BASE64:, where BASE64 is what openssl dgst -sha256 -binary BODY | base64 prints"
+
+
 class DigestedBody:
     """The body of a request with a Content-Digest (RFC 9530). Raises HttpError 400 if the header has no digest that is known here."""
 
     def __init__(self, file: IO[bytes], header: str) -> None:
-        self.file = file
-        found = re.findall(r"(?:^|,)\s*(sha-256|sha-512)\s*=\s*:([A-Za-z0-9+/]+={0,2}):", header)
-        if not found:
-            raise HttpError(400, "Content-Digest has no SHA-256: send it as in Content-Digest: sha-256=:BASE64:", "Content-Digest")
-        self.wanted = [(name, hashlib.new(name.replace("-", "")), value) for name, value in found]
+        self.file, self.wanted = file, list[tuple[str, Any, bytes]]()
+        for said, value in re.findall(r"(?:^|,)\s*(sha-256|sha-512)\s*=\s*:([^:]*):", header, re.IGNORECASE):
+            name, digest = said.lower(), hashlib.new(said.lower().replace("-", ""))
+            try:
+                wanted = base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
+            except (ValueError, binascii.Error):
+                wanted = b""
+            if len(wanted) != digest.digest_size:
+                text = f"{name} in Content-Digest is not the base64 of {digest.digest_size} bytes: {DIGEST_LIKE}"
+                raise HttpError(400, text, "Content-Digest")
+            self.wanted.append((name, digest, wanted))
+        if not self.wanted:
+            raise HttpError(400, f"Content-Digest has no SHA-256: {DIGEST_LIKE}", "Content-Digest")
 
     def read(self, size: int) -> bytes:
         """Return the next bytes of the body."""
@@ -252,8 +279,8 @@ class DigestedBody:
         """Read the rest of the body. Raises HttpError 400 if it is not what was sent."""
         while self.read(CHUNK_BYTES):
             pass
-        for name, digest, value in self.wanted:
-            if not hmac.compare_digest(base64.b64encode(digest.digest()).decode().rstrip("="), value.rstrip("=")):
+        for name, digest, wanted in self.wanted:
+            if not hmac.compare_digest(digest.digest(), wanted):
                 text = f"the body does not match its Content-Digest ({name}): it was damaged on the way, so send it again"
                 raise HttpError(400, text, "Content-Digest")
 

@@ -241,10 +241,10 @@ BAD: dict[str, tuple[bytes | Callable[[], bytes], list[str]]] = {
     "endless map": (sparse_map, ["archive"]),
     "endless end": (lambda: gzip.compress(tar_of(TREE) + bytes(64 * MIB), 1), ["header of a file"]),
     "only archives in it": (tar_of({"inner.zip": (zip_of(TREE), 0o644)}), ["no run.sh among inner.zip"]),
-    "empty": (b"", ["damaged or incomplete"]),
-    "a script": (RUN, ["damaged or incomplete"]),
-    "noise": (random.Random(4).randbytes(5000), ["damaged or incomplete"]),
-    "only gzip": (gzip.compress(RUN), ["damaged or incomplete"]),
+    "empty": (b"", ["is no zip, tar or tar.gz"]),
+    "a script": (RUN, ["is no zip, tar or tar.gz", "send single files as file=@NAME"]),
+    "noise": (random.Random(4).randbytes(5000), ["is no zip, tar or tar.gz"]),
+    "only gzip": (gzip.compress(RUN), ["is no zip, tar or tar.gz"]),
     "wrong checksum in a ZIP": (zip_with(lambda entry: setattr(entry, "CRC", 1)), ["damaged or incomplete"]),
     "wrong size in a ZIP": (zip_with(lambda entry: setattr(entry, "file_size", 3)), ["damaged or incomplete"]),
     "wrong header in a tar": (patched(tar_of(TREE), b"data/quiet.sh", b"data/Quiet.sh", 1), ["damaged or incomplete"]),
@@ -297,7 +297,7 @@ def digest_of(body: bytes, name: str = "sha256") -> str:
 def test_content_digest(server: Process) -> None:
     """A body that is not the one of its digest is refused, and nothing of it is kept."""
     body = form([file_part("run.sh", RUN), *FIELDS])
-    right = [digest_of(body), digest_of(body, "sha512"), f"md5=:AAAA:, {digest_of(body)}"]
+    right = [digest_of(body), digest_of(body, "sha512"), f"md5=:AAAA:, {digest_of(body)}", digest_of(body).replace("sha", "SHA")]
     for said in right:
         assert server.post("/upload", data=body, headers={**form_type(), "Content-Digest": said}).status_code == 201
     wrong = [
@@ -312,6 +312,9 @@ def test_content_digest(server: Process) -> None:
         for said in wrong:
             answer = server.post("/upload", data=body, headers={**form_type(), "Content-Digest": said})
             assert assert_error(answer, 400)["field"] == "Content-Digest", said
+        for said in ("sha-256=::", "SHA-512=:AAAA:", f"sha-256=:{hashlib.sha256(body).hexdigest()}:", "sha-256=:a b:"):
+            answer = server.post("/upload", data=body, headers={**form_type(), "Content-Digest": said})
+            assert_error(answer, 400, "is not the base64 of ", " bytes: send it as in")
         cut = body[:-40]
         answer = server.post("/upload", data=cut, headers={**form_type(), "Content-Digest": digest_of(body)})
         assert_error(answer, 400, "does not match its Content-Digest")
