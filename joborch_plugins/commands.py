@@ -19,6 +19,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -554,11 +555,20 @@ def with_index(script: Any, index: int) -> str:
 
 
 def read_indexes(text: str) -> list[int]:
-    """Return the numbers of an array, as in 1-20 or 1,3,5-9."""
-    try:
-        return sorted({number for each in ids_of(text.split(",")) for number in ([each] if isinstance(each, int) else each)})
-    except JobsError:
-        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no list of numbers: give one, as in 1-20 or 1,3,5-9") from None
+    """Return the numbers of an array, as in 1-20, 1-20:5 or 1,3,5-9."""
+    found: set[int] = set()
+    for word in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18})(?::([0-9]{1,18}))?)?", word.strip())
+        if not match:
+            raise argparse.ArgumentTypeError(f"{printable(text)[:80]!r} is no list of numbers: give one, as in 1-20, 1-20:5 or 1,3,5-9")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last < first or not step:
+            raise argparse.ArgumentTypeError(f"{word} has no numbers: give the smaller one first, as in {last}-{first}")
+        numbers = range(first, last + 1, step)
+        if len(found) + len(numbers) > RANGE_MOST:
+            raise argparse.ArgumentTypeError(f"{printable(text)[:80]} has more than {RANGE_MOST:,} numbers: send several smaller arrays")
+        found.update(numbers)
+    return sorted(found)
 
 
 def command_submit(given: Given) -> int:
@@ -638,25 +648,44 @@ def send_array(given: Given, files: dict[str, Any], fields: dict[str, Any]) -> l
         key = f"{options.key}-{index}" if options.key else None
         return given.jobs.submit(own, options.service, key=key, **{**fields, "name": f"{name[:180]}[{index}]"})
 
-    pool = ThreadPoolExecutor(8)
-    sending = [pool.submit(send, index) for index in options.array]
+    pool, sending = ThreadPoolExecutor(8), list[Any]()
     try:
+        sending += (pool.submit(send, index) for index in options.array)
         for number, future in enumerate(sending, 1):
             jobs.append(future.result())
             screen.live(f"sent {number} of {len(sending)} jobs")
     except BaseException as error:
-        pool.shutdown(cancel_futures=True)
+        is_known = finish_calls(given, pool)
         jobs = [future.result() for future in sending if future.done() and not future.cancelled() and future.exception() is None]
-        if jobs:
-            how = f"{len(jobs)} of {len(sending)} jobs are queued: `joborch cancel {ids_text(jobs)}` stops them"
-            screen.hint = how
-            if not isinstance(error, KeyboardInterrupt):
-                screen.note(f"joborch: {how}")
+        how = f"{len(jobs)} of {len(options.array)} jobs are queued"
+        how += f": `joborch cancel {ids_text(jobs)}` stops them" if jobs else ""
+        screen.hint = how + ("" if is_known else "; `joborch list` shows whether the last ones are, too")
+        if jobs and not isinstance(error, KeyboardInterrupt):
+            screen.note(f"joborch: {screen.hint}")
         raise
     finally:
         screen.clear()
         pool.shutdown()
     return jobs
+
+
+def finish_calls(given: Given, pool: Any) -> bool:
+    """Cancel the calls of a pool that have not begun, and wait for the others. Ctrl-C breaks them off; then return False."""
+    screen, asked = (
+        given.screen,
+        threading.Timer(SAY_AFTER_S, lambda: screen.note("joborch: it finishes what has begun; Ctrl-C breaks that off")),
+    )
+    asked.daemon = True
+    asked.start()
+    try:
+        pool.shutdown(cancel_futures=True)
+    except KeyboardInterrupt:
+        given.jobs.server.abort()
+        pool.shutdown(cancel_futures=True)
+        return False
+    finally:
+        asked.cancel()
+    return True
 
 
 def ids_text(jobs: Sequence[Job]) -> str:
@@ -825,16 +854,16 @@ def for_all(given: Given, jobs: Sequence[Job], work: Callable[[Job], Any], what:
     """Call `work` for several jobs at once; return the results. After Ctrl-C, finish the calls that have started."""
     from concurrent.futures import ThreadPoolExecutor
 
-    pool = ThreadPoolExecutor(8)
-    futures, found = [pool.submit(work, job) for job in jobs], []
+    pool, futures, found = ThreadPoolExecutor(8), list[Any](), []
     try:
+        futures += (pool.submit(work, job) for job in jobs)
         for number, future in enumerate(futures, 1):
             given.screen.hint = f"{number - 1} of {len(jobs)} were {what}; the same command does the rest"
             found.append(future.result())
             if len(jobs) > 1:
                 given.screen.live(f"{what} {number} of {len(jobs)}")
     except BaseException:
-        pool.shutdown(cancel_futures=True)
+        finish_calls(given, pool)
         raise
     finally:
         given.screen.clear()
@@ -1198,7 +1227,7 @@ FLAGS = {
         flag("--crlf", choices=("fix", "keep"), help="change or keep Windows line ends in run.sh; otherwise they are refused"),
         flag("--retries", help="further attempts after an infrastructure failure"),
         flag("--callback-url", metavar="URL", help="where the server POSTs the job when it ends"),
-        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, with the number in JOBORCH_ARRAY_INDEX"),
+        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, as in 1-20, 1-20:5 or 1,3; it is in JOBORCH_ARRAY_INDEX"),
         flag("--key", help="a text of your choice: the same key always gives the same job"),
         flag("-s", "--service", help="the service that runs it (default: the only one there is)"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -289,7 +290,9 @@ WRONG = [
     (("submit", str(EXAMPLE), "--", "true"), 2, "there are a run.sh and a command after --: send only one of them"),
     (("submit", "--memory", "much", "--", "true"), 2, "memory is 'much': give MiB, or a number with M or G"),
     (("submit", "-s", "exmaple", "--", "true"), 2, "service 'exmaple' is not known: give one of example"),
-    (("submit", "--array", "a-b", "--", "true"), 2, "--array: 'a-b' is no list of numbers: give one, as in 1-20 or 1,3,5-9; see"),
+    (("submit", "--array", "a-b", "--", "true"), 2, "--array: 'a-b' is no list of numbers: give one, as in 1-20, 1-20:5 or 1,3,5-9; see"),
+    (("submit", "--array", "5-1", "--", "true"), 2, "--array: 5-1 has no numbers: give the smaller one first, as in 1-5; see"),
+    (("submit", "--array", "1-1000000", "--", "true"), 2, "1-1000000 has more than 100,000 numbers: send several smaller arrays"),
     (("submit", "--nmae", "x", "--", "true"), 2, "--nmae is not a flag (did you mean --name?); see joborch submit --help"),
     (("wait", "9-5"), 2, "9-5 is no range of jobs: give the smaller id first"),
     (("wait", "all"), 2, "'all' is not a job: give its id, as in 42, or several, as in 5-9"),
@@ -357,6 +360,57 @@ def test_an_array_that_is_interrupted_names_what_was_sent(pair: Pair, tmp_path: 
     own = Shell(tmp_path / "own", pair.server.url)
     ended = own("cancel", *ids.split(), "--yes")
     assert sorted(int(line.split("\t")[0]) for line in ended.splitlines()) == sorted(listed)
+
+
+def test_an_array_whose_uploads_hang_can_be_broken_off(pair: Pair, tmp_path: Path) -> None:
+    """The first Ctrl-C waits for the uploads that have begun, and says so. The second breaks them off."""
+    with Proxy(pair.server.port) as line:
+        shell = Shell(tmp_path / "here", line.url)
+        line.plant(Fault("drip", "POST /upload", times=0, seconds=0.2))
+        sending = shell.spawn("submit", "--array", "1-500", "--name", "broken", "--", "true")
+        wait_for(lambda: len(line.find("POST /upload")) > 20)
+        line.calm()
+        line.plant(Fault("stall", "POST /upload", times=0, after=10, seconds=600))
+        wait_for(lambda: line.counts()["stall"] >= 8)
+        sending.send_signal(signal.SIGINT)
+        assert sending.stderr is not None
+        assert sending.stderr.readline() == "joborch: it finishes what has begun; Ctrl-C breaks that off\n"
+        sending.send_signal(signal.SIGINT)
+        out, said = sending.communicate(timeout=60)
+    assert (sending.returncode, out) == (130, "")
+    (count,) = re.findall(r"(\d+) of 500 jobs are queued: `joborch cancel [\d -]+` stops them; `joborch list` shows", said)
+    listed = [job["id"] for job in pair.server.jobs(user_id=42) if (job["name"] or "").startswith("broken")]
+    assert 0 < int(count) <= len(listed) <= int(count) + 8
+    Shell(tmp_path / "own", pair.server.url)("cancel", "--name", "broken", "--yes")
+
+
+def test_ctrl_c_before_the_first_upload_of_an_array_sends_no_more(pair: Pair, tmp_path: Path) -> None:
+    """It may come while the jobs are only handed to the threads that send them: the rest must not be sent while the program ends."""
+    program = (
+        "import sys, concurrent.futures.thread as pools; sys.path.insert(0, sys.argv[1])\n"
+        "class Pool(pools.ThreadPoolExecutor):\n"
+        "    def submit(self, *given):\n"
+        "        self.count = getattr(self, 'count', 0) + 1\n"
+        "        if self.count == 200: raise KeyboardInterrupt\n"
+        "        return super().submit(*given)\n"
+        "import concurrent.futures; concurrent.futures.ThreadPoolExecutor = Pool\n"
+        "from joborch_plugins import commands; sys.exit(commands.main(sys.argv[2:]))\n"
+    )
+    shell = Shell(tmp_path / "here", pair.server.url, [sys.executable, "-c", program, str(ROOT)])
+    said = shell("submit", "--array", "1-500", "--name", "early", "--", "true", status=130)
+    own = Shell(tmp_path / "own", pair.server.url)
+    queued = own("list", "-n", "0", "--name", "early").splitlines()
+    assert len(queued) < 199 and f"interrupted: {len(queued)} of 500 jobs are queued" in said
+    own("cancel", "--name", "early", "--yes")
+
+
+def test_the_numbers_of_an_array() -> None:
+    assert commands.read_indexes("1-10:3") == [1, 4, 7, 10]
+    assert commands.read_indexes("7, 1-3,2") == [1, 2, 3, 7]
+    assert len(commands.read_indexes("1-100000")) == 100_000
+    for text in ("1-3:0", "3-1", "1-99999,200000-200001", "", "1,", "-1", "1-2-3", "1:2", "a"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            commands.read_indexes(text)
 
 
 def test_waiting_and_following_go_on_over_a_restart(own_pair: Pair, tmp_path: Path) -> None:
