@@ -98,7 +98,7 @@ class Parameter(NamedTuple):
         if self.kind != "integer":
             return text
         if not re.fullmatch(r"[+-]?[0-9]{1,30}" if self.place == "form" else r"-?[0-9]{1,30}", text):
-            raise ValueError(self.whole_number)
+            raise ValueError(self.any_number)
         return int(text)
 
     def checked(self, value: Any) -> Any:
@@ -117,6 +117,11 @@ class Parameter(NamedTuple):
         """The remedy if a whole number is required."""
         bounds = (("from", self.least), ("to", self.most))
         return "give a whole number" + "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
+
+    @property
+    def any_number(self) -> str:
+        """The remedy for what is no number. Bounds that nobody reaches would only confuse."""
+        return self.whole_number if self.most is not None and self.most < 10**15 else f"give a whole number, as in {self.example}"
 
 
 def read_all(parameters: Iterable[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
@@ -376,16 +381,23 @@ def find_route(mode: str, method: str, path: str) -> Route:
 
 
 def nearest_path(mode: str, path: str) -> str:
-    """Return ` (did you mean /jobs/1?)` for a path whose first part is almost that of a route, or an empty text."""
-    first, *rest = path.strip("/").split("/")
-    known = {found.path.split("/")[1] for found in routes_of(mode)} - {""}
+    """Return ` (did you mean /jobs/1/files?)` for a path whose words are almost those of a route, or an empty text."""
     import difflib
 
-    for close in [first, *difflib.get_close_matches(first[:80], known, n=1)]:
-        meant = "/" + "/".join([close, *rest])
-        if len(meant) <= 80 and any(found.pattern.match(meant) for found in routes_of(mode)):
-            return f" (did you mean {one_line(meant)}?)"
-    return ""
+    def likeness(wanted: str, word: str) -> float:
+        return 1.0 if wanted.startswith("<") and word else difflib.SequenceMatcher(None, wanted, word).ratio()
+
+    words, best, meant = path.strip("/").split("/"), 0.0, ""
+    if len(path) > 80:
+        return ""
+    for found in routes_of(mode):
+        wanted = found.path.strip("/").split("/")
+        likely = [likeness(*pair) for pair in zip(wanted, words)] if len(wanted) == len(words) else []
+        if likely and min(likely) >= 0.6 and sum(likely) > best:
+            best = sum(likely)
+            meant = "/" + "/".join(word if each.startswith("<") else each for each, word in zip(wanted, words))
+            meant += "/" if found.path.endswith("/") and words != [""] else ""
+    return f" (did you mean {one_line(meant)}?)" if meant else ""
 
 
 def validate(node: Node, request: Request, declared: Route, path: Mapping[str, str]) -> dict[str, Any]:

@@ -239,6 +239,7 @@ class Server:
         self.url, self.patience_s = url, patience_s
         self.on_trouble: Callable[[str], None] = lambda _: None
         self.on_progress: Progress = lambda *_: None
+        self.on_warning: Callable[[str], None] = warn
         self.headers = {"User-Agent": "joborch", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.kept = threading.local()  # a connection for each thread
         self.connections: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
@@ -372,6 +373,20 @@ class Server:
             raise ServerUnreachable(f"{self.url} does not answer like a joborch server: check the URL")
         return said
 
+    def queued(self, target: str, key: str | None, form: Upload | None) -> Job:
+        """Have a job queued, once; return it. What the server ignored, such as a field that it does not know, is a warning."""
+        job = Job(self, self.ask("POST", target, {"Idempotency-Key": key or os.urandom(16).hex()}, form))
+        for warning in job.facts.get("warnings", []):
+            self.on_warning(str(warning))
+        return job
+
+
+def warn(text: str) -> None:
+    """Warn the caller of this library."""
+    import warnings
+
+    warnings.warn(text, stacklevel=4)
+
 
 class Answer:
     """A whole answer: its status, headers and body."""
@@ -497,10 +512,33 @@ class Upload:
                     raise Damaged(f"{piece} changed while it was sent: try again when no program writes to it")
 
 
+def text_of(value: object) -> str:
+    """Return the value of a field or filter as a server takes it: lists with commas, jobs by their ids, times, and spans in seconds."""
+    if isinstance(value, Job):
+        return str(value.id)
+    seconds, instant = getattr(value, "total_seconds", None), getattr(value, "timestamp", None)  # importing datetime would take time
+    if seconds is not None:
+        return f"{seconds():.0f}s"
+    if instant is not None:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(instant()))
+    is_several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return ",".join(map(text_of, value)) if is_several else str(value)  # type: ignore[call-overload]
+
+
+def texts_of(values: Mapping[str, object]) -> dict[str, str]:
+    """Return fields or filters as a server takes them, without those that are None."""
+    return {name: text_of(value) for name, value in values.items() if value is not None}
+
+
 def files_of(files: Files) -> dict[str, Content]:
     """Return the files to send, by their path in the job's folder. Raises JobsError if one cannot be sent."""
     if isinstance(files, Mapping):
+        for name, content in files.items():
+            if not isinstance(content, (bytes, str, os.PathLike)):
+                raise JobsError(f"the content of {name} is of type {type(content).__name__}: give a text, bytes or a Path")
         return dict(files)
+    if not isinstance(files, (str, os.PathLike, Sequence)):
+        raise JobsError(f"{files!r} is no file: give paths, or a mapping from names to contents, as in {{'number.txt': '1'}}")
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     found: dict[str, Path] = {}
     for path in [os.fspath(path) for path in paths]:
@@ -603,9 +641,8 @@ class Job:
         `files` and `fields` are those of `Jobs.submit`. The same `key` gives the same new job. Raises Refused (410) if the files of
         this job are deleted.
         """
-        form = Upload(files_of(files or {}), fields) if files or fields else None
-        headers = {"Idempotency-Key": key or os.urandom(16).hex()}
-        return Job(self.server, self.server.ask("POST", f"/jobs/{self.id}/retry", headers, form))
+        form = Upload(files_of(files or {}), texts_of(fields)) if files or fields else None
+        return self.server.queued(f"/jobs/{self.id}/retry", key, form)
 
     def delete(self) -> dict[str, Any]:
         """Stop the job and delete its files, name, reason and texts, also at its client; return what the server says.
@@ -1036,9 +1073,8 @@ class Jobs:
         sent = files_of(files)
         if script is not None:
             sent["run.sh"] = script
-        named = {"user_id": self.user, "service": service or self.default_service(), **fields}
-        form = Upload(sent, {name: value for name, value in named.items() if value is not None})
-        return Job(self.server, self.server.ask("POST", "/upload", {"Idempotency-Key": key or os.urandom(16).hex()}, form))
+        form = Upload(sent, texts_of({"user_id": self.user, "service": service or self.default_service(), **fields}))
+        return self.server.queued("/upload", key, form)
 
     def job(self, job_id: int) -> Job:
         """Return a job by its id. Raises Refused (404) if there is none."""
@@ -1049,10 +1085,7 @@ class Jobs:
 
         `filters` are those of GET /jobs, as in status=["Failed", "Killed"], name="dock" (a prefix), ids=[41, 42] or since="2d".
         """
-        query: dict[str, str | int | float] = {} if all_users else {"user_id": self.user}
-        for name, value in filters.items():
-            if value is not None:
-                query[name] = value if isinstance(value, (str, int, float)) else ",".join(map(str, value))
+        query = texts_of({**({} if all_users else {"user_id": self.user}), **filters})
         while limit is None or limit > 0:
             size = 1000 if limit is None else min(limit, 1000)
             page = self.server.ask("GET", "/jobs?" + urlencode({**query, "limit": size}))
@@ -1072,7 +1105,7 @@ class Jobs:
 
         Raises ServerUnreachable if it breaks off.
         """
-        query = urlencode({"format": kind, **{name: value for name, value in filters.items() if value is not None}})
+        query = urlencode(texts_of({"format": kind, **filters}))
         response = self.server.open("GET", f"/export?{query}")
         try:
             while chunk := response.read(CHUNK_BYTES):
@@ -1156,7 +1189,7 @@ class Jobs:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for given in inputs:
                 files = {**files_of(given), "run.sh": text}
-                name = content_key(key, files, {**fields, "user": self.user, "service": service}) if key is not None else ""
+                name = content_key(key, files, texts_of({**fields, "user": self.user, "service": service})) if key is not None else ""
                 times[name] += 1
                 sending.append((given, pool.submit(self.submit, files, service, key=name and f"{name}-{times[name]}", **fields)))
                 if len(sending) >= 2 * AT_ONCE:

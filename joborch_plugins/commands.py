@@ -270,7 +270,7 @@ class Screen:
         wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.has_colour = self.is_terminal and wanted
         self.shown, self.began_at = False, time.monotonic()
-        self.troubled = False
+        self.troubled, self.warned = False, set[str]()
         self.hint = ""  # how to continue after Ctrl-C
 
     @property
@@ -310,6 +310,12 @@ class Screen:
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = False
+
+    def warn(self, text: str) -> None:
+        """Say once, also for many jobs, what the server ignored or found odd."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self.note(f"joborch: {printable(text)}")
 
     def trouble(self, text: str) -> None:
         """Say once why a call is repeated."""
@@ -405,6 +411,7 @@ class Given:
         """Return the jobs of the user at the server at `url`. Raises JobsError."""
         jobs = Jobs(url, token, user=self.options.user, patience_s=0)
         jobs.server.on_trouble, jobs.server.on_progress = self.screen.trouble, self.screen.progress
+        jobs.server.on_warning = self.screen.warn
         return jobs
 
 
@@ -583,9 +590,6 @@ def command_submit(given: Given) -> int:
     names = ("name", "priority", "timeout", "retries", "cpus", "memory", "gpus", "after", "inputs_from", "crlf", "callback_url")
     fields = {name: getattr(options, name) for name in names}
     jobs = send_array(given, files, fields) if options.array else [send_one(given, files, fields)]
-    for job in jobs:
-        for warning in job.facts.get("warnings", []):
-            screen.note(f"joborch: job {job.id}: {printable(warning)}")
     ids = ids_text(jobs)
     which, them = (f"job {ids} continues", "it") if len(jobs) == 1 else (f"jobs {ids} continue", "them")
     screen.hint = f"{which}; `joborch wait {ids}` waits for {them}, `joborch cancel {ids}` stops {them}"
@@ -1227,7 +1231,12 @@ FLAGS = {
         flag("--crlf", choices=("fix", "keep"), help="change or keep Windows line ends in run.sh; otherwise they are refused"),
         flag("--retries", help="further attempts after an infrastructure failure"),
         flag("--callback-url", metavar="URL", help="where the server POSTs the job when it ends"),
-        flag("--array", type=read_indexes, metavar="1-20", help="one job for each number, as in 1-20, 1-20:5 or 1,3; it is in JOBORCH_ARRAY_INDEX"),
+        flag(
+            "--array",
+            type=read_indexes,
+            metavar="1-20",
+            help="one job for each number, as in 1-20, 1-20:5 or 1,3; it is in JOBORCH_ARRAY_INDEX",
+        ),
         flag("--key", help="a text of your choice: the same key always gives the same job"),
         flag("-s", "--service", help="the service that runs it (default: the only one there is)"),
     ],

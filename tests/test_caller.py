@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 import random
@@ -96,6 +97,31 @@ def test_a_folder_arrives_as_it_is(jobs: Jobs, tmp_path: Path) -> None:
 def test_texts_and_bytes_are_files_too(jobs: Jobs) -> None:
     job = jobs.submit({"in.txt": "täxt\n", "in.bin": b"\0\xff", "sub/pdb": EXAMPLE / "2oob.pdb"}, script="cat in.* sub/pdb >out")
     assert job.read("out") == b"\0\xff" + "täxt\n".encode() + (EXAMPLE / "2oob.pdb").read_bytes()
+
+
+def test_values_are_given_as_python_has_them(jobs: Jobs) -> None:
+    """Lists, jobs, spans and times; what the server does not know is a warning, once."""
+    first, second = (jobs.submit({}, script="echo x >x") for _ in range(2))
+    job = jobs.submit({}, script="ls from/*/x", inputs_from=[first, second.id], after=first, timeout=datetime.timedelta(minutes=5))
+    assert (job.facts["timeout"], job.facts["inputs_from"], job.facts["after"]) == (300.0, [first.id, second.id], [first.id, second.id])
+    assert job.check().logs().split() == [f"from/{each.id}/x" for each in (first, second)]
+    an_hour_ago = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(hours=1)
+    for since in (an_hour_ago, an_hour_ago.astimezone(), an_hour_ago.astimezone().replace(tzinfo=None), an_hour_ago.date()):
+        assert job.id in [each.id for each in jobs.list(since=since, ids=[job, first.id])]
+    assert [*jobs.list(since=an_hour_ago + datetime.timedelta(hours=2))] == []
+    with pytest.warns(UserWarning, match=r"field 'timout' is not known and was ignored \(did you mean timeout\?\)") as caught:
+        assert len([*jobs.map("true", [{"a": "1"}, {"a": "2"}], timout="5m")]) == 2
+    assert {Path(warning.filename).name for warning in caught} <= {"thread.py", "test_caller.py"}
+    with pytest.warns(UserWarning, match="timout"):
+        job.retry(timout="5m").cancel()
+
+
+def test_inputs_that_are_none(jobs: Jobs) -> None:
+    with pytest.raises(JobsError, match=r"7 is no file: give paths, or a mapping from names to contents, as in \{'number.txt': '1'\}"):
+        next(jobs.map("true", [7]))
+    for content in (None, 7, bytearray(b"x")):
+        with pytest.raises(JobsError, match=r"the content of a is of type \w+: give a text, bytes or a Path"):
+            jobs.submit({"run.sh": "true", "a": content})  # type: ignore[dict-item]
 
 
 def test_what_cannot_be_sent(jobs: Jobs, tmp_path: Path) -> None:

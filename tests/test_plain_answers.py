@@ -638,11 +638,21 @@ def test_a_field_that_cannot_be_meant(pair: Pair, fields: dict[str, str], words:
 
 @pytest.mark.parametrize(
     ("path", "meant"),
-    [("/job/1", "/jobs/1"), ("/jobs/", "/jobs"), ("/downlod/7", "/download/7"), ("/helth", "/health"), ("/job/1/log", "")],
-)
+    [
+        ("/job/1", "/jobs/1"), ("/jobs/", "/jobs"), ("/downlod/7", "/download/7"), ("/helth", "/health"), ("/job/1/log", "/jobs/1/logs"),
+        ("/jobs/1/file", "/jobs/1/files"), ("/jobs/1/file/a.txt", "/jobs/1/files/a.txt"),
+        ("/jobs/1/stdout", ""), ("/x" * 50, ""),
+    ],
+)  # fmt: skip
 def test_a_path_that_is_almost_one(pair: Pair, path: str, meant: str) -> None:
     said = assert_error(pair.server.get(path), 404, "there is nothing at")["message"]
     assert (f"(did you mean {meant}?)" in said) if meant else "did you mean" not in said
+
+
+@pytest.mark.parametrize("target", ["/jobs?user_id=alice", "/users/alice", "/changes?user_id=x", "/export?user_id=x", "/changes?after=x"])
+def test_a_number_without_bounds_names_none(pair: Pair, target: str) -> None:
+    """From -9223372036854775808 to 9223372036854775807 is what nobody needs to know."""
+    assert "92233" not in assert_error(pair.server.get(target), 400, "give a whole number, as in ")["message"]
 
 
 def test_uploads_that_the_disk_has_no_room_for(make_process: MakeProcess) -> None:
