@@ -377,6 +377,8 @@ def find_route(mode: str, method: str, path: str) -> Route:
     if here:
         allowed = sorted({found.method for found in here} | ({"HEAD"} if any(found.method == "GET" for found in here) else set()))
         raise HttpError(405, f"{one_line(method, 20)} is not possible here: use {' or '.join(allowed)}", Allow=", ".join(allowed))
+    if mode == "client" and any(found.pattern.match(path) for found in routes_of("server")):
+        raise HttpError(404, f"there is nothing at {one_line(path, 80)}: this is a client, so call its server instead")
     raise HttpError(404, f"there is nothing at {one_line(path, 80)}{nearest_path(mode, path)}: see /swagger-ui/")
 
 

@@ -49,6 +49,7 @@ IDS_AT_ONCE = 500  # in one request: gateways refuse long URLs
 ROWS_A_S = 500  # jobs to look at in a second: of many jobs, several ends are noticed together
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two attempts to reach a server
 ATTEMPT_LINE = "\n[joborch: attempt "  # what a server writes before the output of a further attempt
+OWN_TAR = "files.tar"  # the name of a tar that this library makes of files
 AT_ONCE = 8  # uploads of `map` that are under way at the same time
 
 
@@ -240,6 +241,8 @@ class Server:
         self.on_trouble: Callable[[str], None] = lambda _: None
         self.on_progress: Progress = lambda *_: None
         self.on_warning: Callable[[str], None] = warn
+        if not all("!" <= each <= "~" for each in token):
+            raise JobsError("the token has a blank, a line end or another character that no token has: copy it again, whole")
         self.headers = {"User-Agent": "joborch", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.kept = threading.local()  # a connection for each thread
         self.connections: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
@@ -276,7 +279,11 @@ class Server:
         elif self.secure:
             import ssl
 
-            trusted = ssl.create_default_context(cafile=os.environ.get("JOBORCH_CA_FILE") or None)
+            ca_file = os.environ.get("JOBORCH_CA_FILE") or None
+            try:
+                trusted = ssl.create_default_context(cafile=ca_file)
+            except OSError as error:
+                raise JobsError(f"JOBORCH_CA_FILE {ca_file} cannot be used ({plain_text(error)}): give a file with certificates") from error
             made = TlsConnection(self.host, self.port, timeout=CONNECT_TIMEOUT_S, context=trusted)
             made.connect()
         else:
@@ -375,7 +382,12 @@ class Server:
 
     def queued(self, target: str, key: str | None, form: Upload | None) -> Job:
         """Have a job queued, once; return it. What the server ignored, such as a field that it does not know, is a warning."""
-        job = Job(self, self.ask("POST", target, {"Idempotency-Key": key or os.urandom(16).hex()}, form))
+        try:
+            job = Job(self, self.ask("POST", target, {"Idempotency-Key": key or os.urandom(16).hex()}, form))
+        except Refused as error:
+            if error.field == "archive":  # the caller has sent files or a folder, and knows of no tar
+                raise Refused(str(error).replace(f"archive {OWN_TAR!r}: ", "", 1), error.status) from None
+            raise
         for warning in job.facts.get("warnings", []):
             self.on_warning(str(warning))
         return job
@@ -401,10 +413,16 @@ def unreachable_text(url: str, error: Exception) -> str:
         return f"no server answers at {url}: start one with `joborch server`, or name another with `joborch login URL`"
     if isinstance(error, socket.gaierror):
         return f"the name in {url} is not known here ({error.strerror}): check the URL"
+    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError, whose import would take time
+        return f"the certificate of {url} is not trusted here ({error.verify_message}): check the URL, or set JOBORCH_CA_FILE"
     if isinstance(error, TimeoutError):
         return f"{url} does not answer in time: check the URL, or try again later"
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"{url} cannot be reached ({why[:200]}): check the URL, or try again later"
+    return f"{url} cannot be reached ({plain_text(error)}): check the URL, or try again later"
+
+
+def plain_text(error: Exception) -> str:
+    """Return why a call failed."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
 
 
 def refusal(response: http.client.HTTPResponse) -> Refused:
@@ -462,7 +480,7 @@ class Upload:
             self.add(head.encode() + str(value).encode("utf-8", "surrogateescape") + b"\r\n")
         programs = [name for name, content in files.items() if not isinstance(content, (bytes, str)) and rights_of(content) & 0o100]
         if "run.sh" in files and programs:  # with run.sh on top, no folder is left out
-            self.add_tar(f'--{boundary}\r\nContent-Disposition: form-data; name="archive"; filename="files.tar"\r\n\r\n', files)
+            self.add_tar(f'--{boundary}\r\nContent-Disposition: form-data; name="archive"; filename="{OWN_TAR}"\r\n\r\n', files)
             files = {}
         for name, content in files.items():
             exact = quote(os.fsencode(name), safe="/")

@@ -166,6 +166,7 @@ WORDS = {
     "version": Word("print the versions of joborch, Python, SQLite and the bundled packages", "  joborch version --json"),
 }
 ALIASES = {"ls": "list"}
+HELP = ("-h", "--help", "help")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -231,7 +232,13 @@ def make_parser(version: str = "") -> tuple[Parser, dict[str, Parser]]:
 def takes(argv: Sequence[str]) -> bool:
     """Tell whether a command line is for this module: one of its words, or the help of the program."""
     first = argv[0] if argv else "--help"
-    return first in ("-h", "--help", *ALIASES) or (first in WORDS and WORDS[first].here)
+    return first in (*HELP, *ALIASES) or (first in WORDS and WORDS[first].here) or bool(word_after_flag(argv))
+
+
+def word_after_flag(argv: Sequence[str]) -> str:
+    """Return the command of a command line that begins with one of its flags, else an empty text."""
+    is_early = argv and argv[0].startswith("-") and argv[0] != "--version"
+    return next((word for word in argv[1:] if word in WORDS or word in ALIASES), "") if is_early else ""
 
 
 def use_utf8() -> None:
@@ -423,7 +430,7 @@ def patient(given: Given) -> None:
 def ids_of(words: Sequence[str]) -> list[int | range]:
     """Return the job ids and ranges in these words. Raises JobsError for anything else."""
     found: list[int | range] = []
-    for word in words:
+    for word in [part for word in words for part in word.split(",")]:
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
         if not match:
             raise JobsError(f"{printable(word)[:80]!r} is not a job: give its id, as in 42, or several, as in 5-9")
@@ -913,6 +920,8 @@ def fetch_all(given: Given, jobs: Sequence[Job], output: str | None) -> int:
             continue
         if len(jobs) > 1 and os.path.exists(target):
             places.append({"id": job.id, "path": target})  # it appeared in one step
+            if screen.is_terminal and not options.json:
+                screen.say(f"job {job.id}: {target} (it is there already)")
             continue
         os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
         screen.began_at = time.monotonic()
@@ -1375,9 +1384,12 @@ def main(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str], screen: Screen) -> int:
     """Run a command, or print the help; return the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         make_parser()[0].print_help()
         return DONE if argv else USAGE
+    if word_after_flag(argv):
+        flag = printable(argv[0].partition("=")[0])[:80]
+        raise JobsError(f"{flag} comes after the command, as in joborch {word_after_flag(argv)} {flag}")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

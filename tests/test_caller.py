@@ -9,8 +9,10 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -219,6 +221,45 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(JobsError, match="the server is"):
         Jobs(url)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl to make a certificate")
+def test_a_certificate_that_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the setting for the authority, and what is wrong with that."""
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "own", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(["openssl", "req", *words], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+
+        def serve() -> None:
+            with contextlib.suppress(OSError), listener.accept()[0] as line, context.wrap_socket(line, server_side=True) as inner:
+                inner.recv(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(ServerUnreachable, match=r"certificate of https://.* is not trusted here \(self.signed.*\): .* JOBORCH_CA_FILE"):
+            list(Jobs(url, user=7, patience_s=0).list())
+    for content in (None, "", "no certificate"):
+        monkeypatch.setenv("JOBORCH_CA_FILE", str(tmp_path / "ca"))
+        if content is not None:
+            (tmp_path / "ca").write_text(content)
+        with pytest.raises(JobsError, match=r"JOBORCH_CA_FILE .*/ca cannot be used \(.+\): give a file with certificates"):
+            list(Jobs(url, user=7, patience_s=0).list())
+
+
+def test_a_token_that_is_none_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not shown."""
+    for token in ("two words", "a\nb", "caf\xe9", "\u20ac"):
+        monkeypatch.setenv("JOBORCH_TOKEN", token)
+        with pytest.raises(JobsError, match=r"^the token has a blank, a line end or another character") as caught:
+            Jobs("http://127.0.0.1:1")
+        assert token not in str(caught.value)
+
+
+def test_a_client_is_no_server(pair: Pair) -> None:
+    with pytest.raises(Refused, match="there is nothing at /jobs: this is a client, so call its server instead"):
+        list(Jobs(pair.client.url, "", user=7).list())
 
 
 def test_something_else_listens_there(line: Proxy, pair: Pair) -> None:

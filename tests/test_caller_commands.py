@@ -305,6 +305,9 @@ WRONG = [
     (("list", "--limit=-4"), 2, "'-4' is no number of jobs: give one, as in 20, or 0 for all"),
     (("submit", "--", "echo", "\r\n"), 2, "convert it, for example with dos2unix, or add --crlf fix"),
     (("list", "x"), 2, "'x' is one word too many"),
+    (("--json", "list"), 2, "--json comes after the command, as in joborch list --json"),
+    (("--server=http://127.0.0.1:1", "client"), 2, "--server comes after the command, as in joborch client --server"),
+    (("wait", "1,x"), 2, "'x' is not a job"),
     (("lsit",), 2, "'lsit' is no command (did you mean list?); see joborch --help"),
     (("list", "--server", "localhost:5000"), 2, "the server is 'localhost:5000': give its URL, as in http://127.0.0.1:5000"),
 ]
@@ -478,12 +481,23 @@ def test_every_word_has_examples_that_can_be_typed() -> None:
                 commands.parse(typed[1:])
 
 
+def test_a_name_that_cannot_be_sent_is_named_as_the_user_knows_it(shell: Shell) -> None:
+    """A folder with a program travels as a tar, of which the user knows nothing."""
+    (shell.folder / "tree").mkdir()
+    for name in ("run.sh", "a\nb"):
+        (shell.folder / "tree" / name).write_text("true\n")
+        (shell.folder / "tree" / name).chmod(0o755)
+    said = shell("submit", "tree", status=2)
+    assert said == "joborch: file name 'a b' contains a control character: use printable ones\n"
+
+
 def test_the_help_names_all_commands(shell: Shell) -> None:
     text = shell("--help")
     for name in commands.WORDS:
         assert re.search(rf"^ +{name}\s+\w", text, re.MULTILINE), name  # argparse puts the help of a long name on the next line
     assert shell("submit", "--help").startswith("usage: joborch submit")
     assert shell("ls", "--user", "7654321", "--json") == "[]\n"
+    assert shell("help") == text
 
 
 @pytest.mark.parametrize("version", pythons())
