@@ -430,7 +430,7 @@ def patient(given: Given) -> None:
 def ids_of(words: Sequence[str]) -> list[int | range]:
     """Return the job ids and ranges in these words. Raises JobsError for anything else."""
     found: list[int | range] = []
-    for word in [part for word in words for part in word.split(",")]:
+    for word in [part for each in words for part in each.split(",")]:
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
         if not match:
             raise JobsError(f"{printable(word)[:80]!r} is not a job: give its id, as in 42, or several, as in 5-9")
