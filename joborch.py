@@ -964,7 +964,7 @@ def retry(server: Server, request: Request, job_id: int) -> Answer:
     job, job_uuid = known_job(server, request, job_id), new_uuid()
     folder = server.data.job(job_uuid)
     with receiving(server, folder, job_uuid):
-        form = receive_form(server, request, folder, job) if request.length else Form(fields={"user_id": str(job.user_id)})
+        form = receive_form(server, request, folder, job) if request.length else request.empty_form(user_id=str(job.user_id))
         own, replaced = key_columns(request, form, f"retry {job.id}"), set(form.fields)
         earlier = earlier_job(server, job.user_id, **own)
         if earlier is not None:  # the files that it has may be deleted by now

@@ -191,6 +191,12 @@ class Request:
         checked.check()
         return form
 
+    def empty_form(self, **fields: str) -> Form:
+        """Return these fields for a request that has no body. Raises HttpError if its Content-Digest is that of another body."""
+        if digest := self.header("Content-Digest"):
+            load_plugin("uploads").DigestedBody(self.stream, digest).check()
+        return Form(fields=fields)
+
     def header(self, name: str) -> str:
         key = name.upper().replace("-", "_")
         return str(self.environ.get(key if key == "CONTENT_TYPE" else "HTTP_" + key, ""))

@@ -320,6 +320,15 @@ def test_content_digest(server: Process) -> None:
         assert_error(answer, 400, "does not match its Content-Digest")
 
 
+def test_content_digest_of_a_retry_whose_form_was_lost(server: Process) -> None:
+    """Without it the job would run as before, although the caller had asked for something else."""
+    number = server.post("/upload", data=form([file_part("run.sh", RUN), *FIELDS]), headers=form_type()).json()["id"]
+    with nothing_left(server):
+        answer = server.post(f"/jobs/{number}/retry", headers={"Content-Digest": digest_of(b"a form")})
+        assert_error(answer, 400, "does not match its Content-Digest")
+    assert server.post(f"/jobs/{number}/retry", headers={"Content-Digest": digest_of(b"")}).status_code == 201
+
+
 def test_content_digest_with_the_rest_after_the_form(server: Process) -> None:
     """The digest is that of the whole body, also of what a form does not need."""
     body = form([file_part("run.sh", RUN), *FIELDS]) + b"\r\nepilogue"
