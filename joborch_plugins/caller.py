@@ -121,7 +121,7 @@ class WholeAnswer(http.client.HTTPResponse):
         try:
             super().begin()
         finally:
-            self.fp = file
+            self.fp = file if self.fp is not None else None  # http.client closes what is no HTTP
 
 
 class Closing(http.client.HTTPConnection):

@@ -183,8 +183,8 @@ def seen(written: str) -> str:
 
 def steady(text: str, *numbers: int) -> str:
     """A text with these job ids as #1, #2..., and times and places as they are in every run."""
+    text = re.sub(r"127\.0\.0\.1:\d+", "HOST", text)
+    text = re.sub(r"\b\d+(\.\d+)?( s\b|s\b|m\b)", "TIME", text)  # before the ids: 0.2 s has a 2 that is none
     for place, number in enumerate(numbers, 1):
         text = re.sub(rf"\b{number}\b", f"#{place}", text)
-    text = re.sub(r"127\.0\.0\.1:\d+", "HOST", text)
-    text = re.sub(r"\b\d+(\.\d+)?( s\b|s\b|m\b)", "TIME", text)
     return re.sub(r" +\n", "\n", re.sub(r"(?<=\S) {2,}", "  ", text))
