@@ -116,12 +116,13 @@ class WholeAnswer(http.client.HTTPResponse):
 
     def begin(self) -> None:
         """Read the head. Raises OSError, HTTPException."""
-        file = self.fp
-        self.fp = Head(file)  # type: ignore[assignment]
+        answer: Any = self  # http.client's own field
+        file = answer.fp
+        answer.fp = Head(file)
         try:
             super().begin()
         finally:
-            self.fp = file if self.fp is not None else None  # http.client closes what is no HTTP
+            answer.fp = file if answer.fp is not None else None  # http.client closes what is no HTTP
 
 
 class Closing(http.client.HTTPConnection):
